@@ -1,0 +1,9 @@
+"""Knowledge distillation in two loss functions: with a teacher (NKD) and without one (USKD)."""
+
+from .default_tap import default_tap
+from .features import FeatureTap, WithWeakHead
+from .nkd import nkd_loss
+from .uskd import uskd_loss
+
+__version__ = "0.1.0"
+__all__ = ["FeatureTap", "WithWeakHead", "default_tap", "nkd_loss", "uskd_loss"]

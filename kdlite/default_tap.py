@@ -1,0 +1,132 @@
+"""Which layer USKD reads when the user names none."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+# Layers that the structure alone does not give, by class name; -k counts children from the end. The paper's
+# layers (official configs, checked by channel count) come first, then "the last stage but one" of the others.
+_DEFAULT_TAPS = {
+    "MobileNetV2": "features.-2",  # features.17, 320 channels
+    "ShuffleNetV2": "stage4",  # 464 channels
+    "SwinTransformer": "features.-3",  # features.5, 384 channels
+    "ConvNeXt": "features.-3",
+    "EfficientNet": "features.-2",
+    "MobileNetV3": "features.-2",
+    "MNASNet": "layers.-4",
+    "GoogLeNet": "inception4e",
+    "Inception3": "Mixed_6e",
+    "AlexNet": "features.-2",
+    "SqueezeNet": "features.-2",
+}
+
+
+def default_tap(model: nn.Module) -> str:
+    """The layer USKD reads when none is named: the last stage but one, or block L/2 of a plain transformer.
+
+    Args:
+        model: a torchvision or timm classifier, or one whose stages follow their naming.
+
+    Returns:
+        Its dotted path, as :class:`FeatureTap` takes it.
+
+    Raises:
+        ValueError: the structure says nothing; name the layer yourself.
+
+    Source: the paper's choices (official configs of yzd-v/cls_KD), extended to other models by structure.
+
+    Example:
+        >>> stages = {f"layer{i}": nn.Identity() for i in (1, 2, 3, 4)}
+        >>> default_tap(nn.ModuleDict(stages))
+        'layer3'
+    """
+    return (
+        _from_feature_info(model)
+        or _from_table(model)
+        or _middle_block(model)
+        or _last_stage_but_one(model)
+        or _before_last_pool_but_one(model)
+        or _no_default(model)
+    )
+
+
+def _no_default(model: nn.Module) -> str:
+    children = ", ".join(name for name, _ in model.named_children())
+    raise ValueError(
+        f"no default tap for {type(model).__name__}: name a layer, one of its children or below: {children}"
+    )
+
+
+def _from_feature_info(model: nn.Module) -> str | None:
+    """timm models list their stages themselves."""
+    info = getattr(model, "feature_info", None)
+    stages = list(getattr(info, "info", info) or [])
+    if len(stages) < 2:
+        return None
+    if all(stage["reduction"] == stages[0]["reduction"] for stage in stages):
+        return None  # a plain transformer: see _middle_block
+    if isinstance(getattr(model, "conv_head", None), nn.Conv2d) and hasattr(model, "bn2"):
+        # MobileNetV2 and EfficientNet: a 1x1 convolution before the pooling is the last stage
+        return str(stages[-1]["module"])
+    name = str(stages[-2]["module"])
+    return name if name in dict(model.named_modules()) else None
+
+
+def _from_table(model: nn.Module) -> str | None:
+    path = _DEFAULT_TAPS.get(type(model).__name__)
+    if path is None:
+        return None
+    container, _, child = path.rpartition(".")
+    module = getattr(model, container or path, None)
+    if not isinstance(module, nn.Module) or (container and not len(list(module.children()))):
+        return None
+    return f"{container}.{list(dict(module.named_children()))[int(child)]}" if container else path
+
+
+def _middle_block(model: nn.Module) -> str | None:
+    """Block L/2 of the one container of L >= 4 blocks of one kind."""
+    for container in ("blocks", "encoder.layers", "layers", "encoder.layer"):
+        for prefix in ("", "vit.", "model."):
+            try:
+                blocks = list(model.get_submodule(prefix + container).named_children())
+            except AttributeError:
+                continue
+            kinds = {type(block) for _, block in blocks}
+            if len(blocks) >= 4 and len(kinds) == 1 and nn.Sequential not in kinds and _keeps_width(blocks):
+                return f"{prefix}{container}.{blocks[len(blocks) // 2 - 1][0]}"
+    return None
+
+
+def _keeps_width(blocks: list[tuple[str, nn.Module]]) -> bool:
+    return len({tuple(tuple(p.shape) for p in block.parameters() if p.ndim == 1) for _, block in blocks}) == 1
+
+
+def _last_stage_but_one(model: nn.Module) -> str | None:
+    """layer1..4, stage1..4, block1..4, denseblock1..4, or a container of stages."""
+    for container in ("", "features", "trunk_output"):
+        try:
+            children = [name for name, _ in model.get_submodule(container).named_children()]
+        except AttributeError:
+            continue
+        numbered = [name for name in children if re.fullmatch(r"(layer|stage|block|denseblock|s)_?\d+", name)]
+        numbered = [name for name in numbered if name.rstrip("0123456789") == numbered[-1].rstrip("0123456789")]
+        if len(numbered) >= 2:
+            return f"{container}.{numbered[-2]}".lstrip(".")
+    for container in ("stages", "layers", "blocks", "levels"):
+        module = getattr(model, container, None)
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) >= 2:
+            return f"{container}.{len(module) - 2}"
+    return None
+
+
+def _before_last_pool_but_one(model: nn.Module) -> str | None:
+    """VGG: stages end at each max-pool of one long ``features``."""
+    features = getattr(model, "features", None)
+    pools = (
+        [i for i, m in enumerate(features) if isinstance(m, nn.MaxPool2d)]
+        if isinstance(features, nn.Sequential)
+        else []
+    )
+    return f"features.{pools[-2] - 1}" if len(pools) >= 2 and pools[-2] else None

@@ -1,0 +1,128 @@
+"""Universal self-knowledge distillation: soft labels made from the student's own logits and a weak head's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .targets import (
+    ClassIndices,
+    as_rows,
+    check_logits,
+    check_options,
+    is_class,
+    log_normalized,
+    log_odds,
+    normalized_cross_entropy,
+    read_target,
+    reduce,
+)
+
+
+def uskd_loss(
+    logits: Tensor,
+    weak_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.1,
+    mu: float = 0.005,
+    label_smoothing: float = 0.1,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Universal self-KD loss; ADD it to the cross-entropy, it does not replace it.
+
+    With S the softmax of ``logits``, W that of ``weak_logits``, t the target class, and N(.) the renormalisation
+    over the C - 1 classes other than t::
+
+        P_t      = S_t^2 + 1 - mean_batch(S_t^2)                                              (no gradient)
+        R_i      = W_i / (1 - W_t) + S_i / (1 - S_t)                                          (no gradient)
+        Z_i      = rank_i^-1 / sum_j rank_j^-1, ranks by descending R over all C classes      (no gradient)
+        L_uskd   = - alpha * P_t log S_t  -  beta * sum_{i != t} N(Z)_i log N(S)_i
+                   - mu * sum_i V~_i log W_i,    V~ the label, smoothed by label_smoothing
+
+    R is of probabilities, as in the paper and unlike the official code since July 2023. The batch mean is over the
+    targets that are not ignored, on this process. Ties in R are ranked by class index.
+
+    For class probabilities V the loss is its expectation over the label: the first term becomes
+    ``- alpha * sum_k V_k P_k log S_k`` with ``P_k = S_k^2 + 1 - mean_batch(sum_k V_k S_k^2)``; the second, which needs
+    a ranking, takes the two largest labels of a row, renormalised to sum to 1; the third is linear in V as it is.
+    For a one-hot row each equals the hard-label term.
+
+    Args:
+        logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
+        weak_logits: the same shape; a linear classifier on a pooled mid-level feature (see ``WithWeakHead``).
+        target: class indices, (N,), (N, d1, ...) or (), or class probabilities of the logits' shape, constant.
+        alpha: weight of the target term. The paper's: 1.0 on ImageNet, 0.1 on CIFAR-100.
+        beta: weight of the non-target term. The paper's: 0.1.
+        mu: weight of the weak head's own cross-entropy. The paper's: 0.005 on ImageNet, 0.1 on CIFAR-100.
+        label_smoothing: of the weak head's target, in [0, 1].
+        ignore_index: targets of this class index add nothing and are not counted by "mean".
+        reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
+
+    Returns:
+        The loss, float32 (float64 for float64 logits); gradients have the dtypes of ``logits`` and ``weak_logits``.
+
+    Raises:
+        ValueError: shapes that do not fit, one class, a negative weight, label_smoothing outside [0, 1], an
+            unknown reduction.
+        TypeError: logits that are not floating point, class indices that are not integers.
+
+    Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
+    Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv 2303.13005.
+
+    Example:
+        >>> logits, weak_logits = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.5]])
+        >>> loss = uskd_loss(logits, weak_logits, torch.tensor([0]))
+        >>> print(f"{loss:.4f}")
+        0.4826
+    """
+    check_logits(logits, weak_logits, "logits", "weak_logits")
+    check_options(reduction, alpha=alpha, beta=beta, mu=mu, label_smoothing=label_smoothing)
+    if label_smoothing > 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    rows = read_target(target, logits, ignore_index)
+    strong = as_rows(logits)
+    weak = as_rows(weak_logits).to(strong.dtype)
+
+    if isinstance(rows, ClassIndices):
+        target_log_odds = log_odds(strong, rows.label)
+        squared = target_log_odds.detach().sigmoid().square()  # S_t^2
+        # the clamp: with no target kept, 0/0 here would turn the gradient to NaN
+        mean_squared = squared.where(rows.kept, 0.0).sum() / rows.kept.sum().clamp(min=1)
+        target_term = -(squared + 1 - mean_squared) * F.logsigmoid(target_log_odds)
+        non_target_term = _non_target_term(strong, weak, rows.label)
+        weak_target = rows.label
+    else:
+        log_probs = strong.log_softmax(1)
+        squared = log_probs.detach().exp().square()
+        mean_squared = (rows.probs * squared).sum(1).mean()
+        target_term = -(rows.probs * (squared + 1 - mean_squared) * log_probs).sum(1)
+        top_probs, top_labels = rows.probs.topk(2, dim=1)
+        top_probs = top_probs / top_probs.sum(1, keepdim=True).clamp(min=torch.finfo(top_probs.dtype).tiny)
+        non_target_term = top_probs[:, 0] * _non_target_term(strong, weak, top_labels[:, 0])
+        non_target_term = non_target_term + top_probs[:, 1] * _non_target_term(strong, weak, top_labels[:, 1])
+        weak_target = rows.probs
+
+    weak_term = F.cross_entropy(weak, weak_target, label_smoothing=label_smoothing, reduction="none")
+    loss = alpha * target_term + beta * non_target_term + mu * weak_term
+    return reduce(loss, rows, reduction, logits.shape)
+
+
+def _non_target_term(strong: Tensor, weak: Tensor, label: Tensor) -> Tensor:
+    """- sum_{i != t} N(Z)_i log N(S)_i, (R,), with the Zipf weights Z of the ranking by R."""
+    log_n_strong = log_normalized(strong, label)
+    with torch.no_grad():
+        # W_i / (1 - W_t) is N(W)_i for i != t and the odds W_t / (1 - W_t) for t; ranked by log R, which orders
+        # as R does and neither overflows for a certain target nor underflows for the tail
+        log_r = torch.logaddexp(log_normalized(weak, label), log_n_strong)
+        log_r_target = torch.logaddexp(log_odds(weak, label), log_odds(strong, label))
+        log_r = torch.where(is_class(strong, label), log_r_target.unsqueeze(1), log_r)
+        order = log_r.argsort(dim=1, descending=True, stable=True)
+        zipf = 1 / torch.arange(1, strong.shape[1] + 1, device=strong.device, dtype=strong.dtype)
+        z = torch.zeros_like(strong).scatter(1, order, zipf.expand_as(strong))
+        z = z.masked_fill(is_class(strong, label), 0.0)
+        q = z / z.sum(1, keepdim=True)  # N(Z)
+    return normalized_cross_entropy(q, log_n_strong, label)
