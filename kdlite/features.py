@@ -40,6 +40,7 @@ class FeatureTap:
     def __init__(self, module: nn.Module, layer: str) -> None:
         while isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             module = module.module
+        _refuse_compiled(module, "")
         names = [name for name, _ in module.named_modules()]
         if layer not in names:
             near = difflib.get_close_matches(layer, names, n=5, cutoff=0.4) or names[1:6]

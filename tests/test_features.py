@@ -1,0 +1,461 @@
+"""FeatureTap, WithWeakHead and default_tap: every promise of their docstrings, on real architectures."""
+
+import copy
+import gc
+import io
+import os
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from kdlite import FeatureTap, WithWeakHead, default_tap, uskd_loss
+
+
+class Net(nn.Module):
+    """A small CNN with two stages and a layer that never runs."""
+
+    def __init__(self, checkpointed=None):
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU())
+        self.unused = nn.Identity()
+        self.fc = nn.Linear(16, 5)
+        self.checkpointed = checkpointed  # None, or use_reentrant
+
+    def forward(self, x):
+        if self.checkpointed is None:
+            x = self.layer2(self.layer1(x))
+        else:
+            x = checkpoint(lambda x: self.layer2(self.layer1(x)), x.requires_grad_(), use_reentrant=self.checkpointed)
+        return self.fc(x.mean((2, 3)))
+
+
+def images(n=2, size=8):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def train_step(student, x):
+    logits, weak_logits = student(x)
+    target = torch.arange(len(x)) % logits.shape[1]
+    loss = F.cross_entropy(logits, target) + uskd_loss(logits, weak_logits, target)
+    loss.backward()
+    return loss.detach()
+
+
+# ---- the tap ----
+
+
+def test_pop_returns_the_last_output_once():
+    model = Net()
+    with FeatureTap(model, "layer1") as tap:
+        model(images(3))
+        model(images(2))
+        torch.testing.assert_close(tap.pop(), model.layer1(images(2)))
+        tap.pop()
+        with pytest.raises(RuntimeError, match="has not run since the last pop"):
+            tap.pop()
+
+
+def test_a_layer_that_never_ran_is_an_error():
+    model = Net()
+    with FeatureTap(model, "unused") as tap:
+        model(images())
+        with pytest.raises(RuntimeError, match="'unused' has not run"):
+            tap.pop()
+
+
+def test_a_misspelt_layer_lists_the_nearest():
+    with pytest.raises(ValueError, match=r"no layer 'layer_1' in Net; near matches: layer1"):
+        FeatureTap(Net(), "layer_1")
+    with pytest.raises(ValueError, match=r"near matches: layer1"):  # nothing is near: the first names
+        FeatureTap(Net(), "zzzzzzzzz")
+
+
+def test_after_close_nothing_is_left():
+    model = Net()
+    before = {name: len(m._forward_hooks) for name, m in model.named_modules()}
+    tap = FeatureTap(model, "layer1")
+    model(images())
+    tap.close()
+    tap.close()
+    assert {name: len(m._forward_hooks) for name, m in model.named_modules()} == before
+    with pytest.raises(RuntimeError, match="the tap is closed"):
+        tap.pop()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(images()), model(images()))
+    torch.testing.assert_close(copy.deepcopy(model)(images()), model(images()))
+
+
+def test_after_close_the_model_exports_to_onnx():
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+    train_step(student, images())
+    model = student.close().eval()
+    batch = torch.export.Dim("batch", min=1, max=8)
+    buffer = io.BytesIO()
+    torch.onnx.export(
+        model, (images(),), dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False
+    ).save(buffer)
+    graph = onnx.load_from_string(buffer.getvalue()).graph
+    assert [output.type.tensor_type.shape.dim[1].dim_value for output in graph.output] == [5]
+    torch.jit.trace(model, images())
+
+
+def test_export_of_the_plain_student_with_a_live_tap():
+    """Forgotten close(): the exported program is the plain student all the same, and training goes on."""
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+    program = torch.export.export(student.eval(), (images(),))
+    torch.testing.assert_close(program.module()(images()), student(images()))
+    train_step(student.train(), images())
+
+
+def test_a_deepcopy_of_a_tapped_model_has_no_live_tap():
+    model = Net()
+    with FeatureTap(model, "layer1") as tap:
+        model(images())  # an output is held, which is no leaf and could not be copied
+        ema = copy.deepcopy(model)
+        expected = tap.pop()
+        model(images())
+        ema(torch.zeros(1, 3, 8, 8))
+        torch.testing.assert_close(tap.pop(), expected)
+
+
+def test_a_deepcopy_of_a_student_with_weak_head_has_its_own_tap():
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+    ema = copy.deepcopy(student)
+    grand_ema = copy.deepcopy(ema)
+    with torch.no_grad():
+        ema.model.layer1[0].weight.zero_(), ema.model.layer1[0].bias.zero_()
+    assert not torch.equal(student(images())[1], ema(images())[1])
+    torch.testing.assert_close(student(images())[1], grand_ema(images())[1])
+    assert len(grand_ema.model.layer1._forward_hooks) == 1
+    averaged = torch.optim.swa_utils.AveragedModel(student)
+    averaged.update_parameters(student)
+    train_step(student, images())
+    assert averaged(images())[1].shape == (2, 5)
+
+
+def test_a_tapped_model_pickles_whole():
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+    train_step(student, images())
+    loaded = pickle.loads(pickle.dumps(student))
+    torch.testing.assert_close(loaded(images())[1], student(images())[1])
+
+
+def test_no_memory_grows_over_1000_steps():
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+    features = []
+    handle = student.model.layer1.register_forward_hook(lambda m, a, out: features.append(weakref.ref(out)))
+
+    def tensors_alive():
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    def steps(n):
+        for _ in range(n):
+            train_step(student, images())
+            student.zero_grad(set_to_none=False)
+
+    steps(1)
+    before = tensors_alive()
+    steps(1000)
+    assert tensors_alive() == before
+    assert sum(ref() is not None for ref in features) == 0
+    handle.remove()
+
+
+def test_gradient_accumulation_equals_one_batch():
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+
+    def weak_grads(chunks):
+        student.zero_grad()
+        for chunk in images(4).chunk(chunks):
+            _, weak_logits = student(chunk)
+            (F.cross_entropy(weak_logits, torch.zeros(len(chunk)).long()) / chunks).backward()
+        return [p.grad.clone() for p in (*student.head.parameters(), *student.model.layer1.parameters())]
+
+    for accumulated, whole in zip(weak_grads(2), weak_grads(1)):
+        torch.testing.assert_close(accumulated, whole)
+
+
+def test_activation_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    plain = WithWeakHead(Net(), "layer1", example_input=images())
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.model.checkpointed = False
+    for _ in range(2):
+        train_step(plain, images())
+        train_step(checkpointed, images())
+        assert checkpointed._tap._capture.output is None  # the recomputation in backward was not kept
+    for a, b in zip(checkpointed.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_reentrant_checkpointing_is_refused_as_it_would_train_nothing():
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+    student.model.checkpointed = True
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        student(images())
+
+
+def test_timm_grad_checkpointing_changes_nothing():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=5)
+    plain = WithWeakHead(model)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.model.set_grad_checkpointing()
+    x = images(size=32)
+    torch.testing.assert_close(train_step(checkpointed, x), train_step(plain, x))
+    for a, b in zip(checkpointed.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast_the_feature_has_the_lower_precision(dtype):
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+    with torch.autocast("cpu", dtype):
+        logits, weak_logits = student(images())
+        assert weak_logits.dtype == dtype
+        loss = uskd_loss(logits, weak_logits, torch.zeros(2).long())
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert student.head.weight.grad.abs().sum() > 0
+
+
+# ---- torch.compile ----
+
+
+def test_tapped_then_compiled_runs_whole_and_trains_the_same():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+    compiled = torch.compile(copy.deepcopy(student), fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(train_step(compiled, images()), train_step(student, images()))
+    for a, b in zip(compiled.parameters(), student.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(compiled.eval()(images()), student.eval()(images()))
+
+
+def test_a_bare_tap_works_when_it_was_there_before_the_first_compiled_call():
+    torch._dynamo.reset()
+    model = Net()
+    with FeatureTap(model, "layer1") as tap:
+        torch.compile(model)(images())
+        torch.testing.assert_close(tap.pop(), model.layer1(images()))
+
+
+def test_tapping_a_compiled_model_is_refused():
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="compiled already"):
+        FeatureTap(torch.compile(Net()), "layer1")
+    in_place = Net()
+    in_place.compile()
+    with pytest.raises(RuntimeError, match="compiled already"):
+        FeatureTap(in_place, "layer1")
+    part = Net()
+    part.layer1 = torch.compile(part.layer1)
+    with pytest.raises(RuntimeError, match="compiled already"):
+        FeatureTap(part, "layer1")
+    FeatureTap(part, "layer2")  # not compiled: fine
+
+
+def test_a_tap_made_behind_a_compiled_models_back_is_an_error_at_pop():
+    torch._dynamo.reset()
+    model = Net()
+    compiled = torch.compile(model)
+    compiled(images())
+    with FeatureTap(model, "layer1") as tap:
+        compiled(images())
+        with pytest.raises(RuntimeError, match="tap first and compile after"):
+            tap.pop()
+
+
+# ---- the weak head ----
+
+
+def test_training_returns_both_logits_and_eval_the_plain_ones():
+    student = WithWeakHead(Net(), "layer1", num_classes=5, example_input=images())
+    logits, weak_logits = student(images())
+    assert logits.shape == weak_logits.shape == (2, 5)
+    torch.testing.assert_close(weak_logits, student.head(student.model.layer1(images()).mean((2, 3))))
+    torch.testing.assert_close(student.eval()(images()), student.model(images()))
+    assert student.tap == "layer1"
+
+
+def test_head_is_in_parameters_and_checkpoint_but_not_in_the_plain_student():
+    model = Net()
+    names = set(model.state_dict())
+    student = WithWeakHead(model, "layer1", example_input=images())
+    assert set(student.state_dict()) == {f"model.{n}" for n in names} | {"head.weight", "head.bias"}
+    assert set(student.model.state_dict()) == names
+    assert student.close() is model
+    assert len(model.layer1._forward_hooks) == 0
+
+
+def test_the_dry_forward_leaves_no_trace():
+    """BatchNorm statistics, the mode of a frozen layer, the random state and the caller's grads stay as they were."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 5))
+    model[1].eval()
+    state = copy.deepcopy(model.state_dict())
+    torch.manual_seed(0)
+    WithWeakHead(model, "1", example_input=torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+    assert model.training
+    assert not model[1].training
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [("unused", "has not run"), ("layer9", "near matches: layer")],
+)
+def test_a_bad_layer_is_refused_and_the_model_left_as_it_was(layer, message):
+    model = Net()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        WithWeakHead(model, layer, example_input=images())
+    assert all(len(m._forward_hooks) == 0 for m in model.modules())
+
+
+def test_class_count_and_feature_shape_are_checked():
+    with pytest.raises(ValueError, match=r"num_classes=7.*\(2, 5\)"):
+        WithWeakHead(Net(), "layer1", num_classes=7, example_input=images())
+    net3d = nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Flatten(), nn.Linear(192, 5))
+    with pytest.raises(ValueError, match=r"layer '0' must return .* got shape \(2, 1, 3, 8, 8\)"):
+        WithWeakHead(net3d, "0", example_input=images())
+    with pytest.raises(ValueError, match=r"must return \(N, C\) logits, got shape \(2, 8, 8, 8\)"):
+        WithWeakHead(Net().layer1, "0", example_input=images())
+
+
+def test_an_unknown_structure_asks_for_the_layer():
+    with pytest.raises(ValueError, match="no default tap for Sequential: name a layer"):
+        WithWeakHead(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), example_input=images())
+
+
+# ---- two ranks ----
+
+
+def _rank(rank, world, path):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+    ddp = nn.parallel.DistributedDataParallel(student)
+    train_step(ddp, images(8)[rank * 4 : rank * 4 + 4])
+    torch.save([p.grad for p in ddp.parameters()], f"{path}/grads{rank}.pt")
+    with FeatureTap(ddp, "model.layer2") as tap:  # a path of the model inside DDP, as its user knows it
+        ddp(images())
+        assert tap.pop().shape == (2, 16, 4, 4)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_under_ddp_have_equal_gradients(tmp_path):
+    mp.spawn(_rank, (2, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"grads{rank}.pt") for rank in range(2))
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
+        assert a.abs().sum() > 0
+    torch.manual_seed(0)
+    student = WithWeakHead(Net(), "layer1", example_input=images())
+    losses = [train_step(student, half) for half in images(8).chunk(2)]
+    assert len(losses) == 2
+    for grad, parameter in zip(first, student.parameters()):  # DDP averages what accumulation sums
+        torch.testing.assert_close(grad, parameter.grad / 2)
+
+
+# ---- architectures ----
+
+# library, model, image size, default tap, channels. The first nine are the layers of the paper's official configs.
+ARCHITECTURES = [
+    ("torchvision", "resnet18", 64, "layer3", 256),
+    ("torchvision", "resnet50", 64, "layer3", 1024),
+    ("torchvision", "mobilenet_v2", 64, "features.17", 320),
+    ("timm", "mobilenetv2_100", 64, "blocks.6", 320),
+    ("timm", "mobilenetv1_100", 64, "blocks.3", 512),
+    ("torchvision", "shufflenet_v2_x1_0", 64, "stage4", 464),
+    ("torchvision", "regnet_x_1_6gf", 64, "trunk_output.block3", 408),
+    ("torchvision", "swin_t", 64, "features.5", 384),
+    ("timm", "deit_tiny_patch16_224", 64, "blocks.5", 192),
+    ("torchvision", "mobilenet_v3_small", 64, "features.11", 96),
+    ("torchvision", "efficientnet_b0", 64, "features.7", 320),
+    ("torchvision", "densenet121", 64, "features.denseblock3", 1024),
+    ("torchvision", "vgg11_bn", 64, "features.20", 512),
+    ("torchvision", "convnext_tiny", 64, "features.5", 384),
+    ("torchvision", "swin_v2_t", 64, "features.5", 384),
+    ("torchvision", "vit_b_16", 64, "encoder.layers.encoder_layer_5", 768),
+    ("torchvision", "maxvit_t", 224, "blocks.2", 256),
+    ("torchvision", "mnasnet0_5", 64, "layers.13", 160),
+    ("torchvision", "squeezenet1_1", 64, "features.11", 512),
+    ("torchvision", "alexnet", 64, "features.11", 256),
+    ("timm", "resnet18", 64, "layer3", 256),
+    ("timm", "mobilenetv3_small_100", 64, "blocks.3", 48),
+    ("timm", "efficientnet_b0", 64, "blocks.6", 320),
+    ("timm", "convnext_atto", 64, "stages.2", 160),
+    ("timm", "swin_tiny_patch4_window7_224", 224, "layers.2", 384),
+    ("timm", "deit3_small_patch16_224", 64, "blocks.5", 384),
+    ("timm", "maxvit_pico_rw_256", 256, "stages.2", 128),
+    ("timm", "edgenext_xx_small", 64, "stages.2", 88),
+    ("timm", "regnetx_002", 64, "s3", 152),
+    ("timm", "ghostnet_100", 64, "blocks.5", 80),
+    ("timm", "mixer_s32_224", 64, "blocks.3", 512),
+    ("timm", "mobilevit_xxs", 64, "stages.3", 64),
+    ("timm", "levit_128s", 224, "stages.1", 256),
+    ("timm", "pvt_v2_b0", 64, "stages.2", 160),
+    ("timm", "poolformer_s12", 64, "stages.2", 320),
+    ("timm", "efficientvit_b0", 64, "stages.2", 64),
+    ("timm", "repvgg_a0", 64, "stages.2", 192),
+    ("timm", "fastvit_t8", 64, "stages.2", 192),
+    ("timm", "tiny_vit_5m_224", 224, "stages.2", 160),
+    ("timm", "vit_small_patch16_dinov3", 64, "blocks.5", 384),
+]
+
+
+def build(library, name, size):
+    if library == "timm":
+        timm = pytest.importorskip("timm")
+        fixed = timm.get_pretrained_cfg(name).fixed_input_size and size < 224
+        return timm.create_model(name, num_classes=7, **(dict(img_size=size) if fixed else {}))
+    torchvision = pytest.importorskip("torchvision")
+    options = dict(image_size=size) if name.startswith("vit") else {}
+    return torchvision.models.get_model(name, num_classes=7, **options)
+
+
+@pytest.mark.parametrize(("library", "name", "size", "tap", "channels"), ARCHITECTURES)
+def test_one_uskd_step_of_an_architecture(library, name, size, tap, channels):
+    torch.manual_seed(0)
+    model = build(library, name, size)
+    assert default_tap(model) == tap
+    student = WithWeakHead(model, num_classes=7, example_input=torch.zeros(1, 3, size, size))
+    assert student.head.in_features == channels
+    logits, weak_logits = student(images(2, size))
+    loss = uskd_loss(logits, weak_logits, torch.tensor([1, 2]), mu=0.1)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.head.weight.grad.abs().sum() > 0
+    # the weak loss alone reaches the layers before the tap: its gradient is not that of the logits
+    weak_only = torch.autograd.grad(
+        F.cross_entropy(student(images(2, size))[1], torch.tensor([1, 2])),
+        [p for p in student.model.parameters() if p.requires_grad],
+        allow_unused=True,
+    )
+    assert any(g is not None and g.abs().sum() > 0 for g in weak_only)
+
+
+def test_usual_input_sizes_are_found_without_an_example():
+    timm = pytest.importorskip("timm")
+    for model, channels in (
+        (timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=7), 192),
+        (timm.create_model("resnet18", in_chans=1, num_classes=7), 256),
+        (build("torchvision", "vit_b_16", 64), 768),
+    ):
+        assert WithWeakHead(model).head.in_features == channels
