@@ -1,0 +1,1226 @@
+"""Train an image classifier, with a teacher (NKD, classic KD), with itself (USKD), or plainly.
+
+    torchrun train.py --self-kd uskd --model mobilenet_v2                     # 1,797 digits, nothing to download
+    python train.py --model resnet18 --small-stem                             # cross-entropy, the baseline
+    python train.py --kd nkd --teacher runs/001-resnet18-ce/student           # a run's student as the teacher
+    python train.py --data photos/ --model mobilenet_v2 --self-kd uskd        # photos/train/CLASS/*.jpg, photos/val/...
+    torchrun --nproc-per-node 8 train.py --data /imagenet --model resnet18 --teacher resnet34 --kd nkd
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
+    python train.py --output runs/002-mobilenet_v2-uskd --resume              # go on where it stopped
+
+One flat file, in the order it runs: arguments, data, models, losses, evaluation, run directory, training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import difflib
+import errno
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from kdlite import WithWeakHead, nkd_loss, uskd_loss
+
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+IS_MAIN = RANK == 0
+
+INTERPOLATIONS = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line on stderr, exit status 2, no traceback."""
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+# Groups of defaults; any flag overrides. cifar, imagenet-cnn and imagenet-vit: the schedules and hyperparameters
+# behind the paper's tables (arXiv 2303.13005 and its official configs).
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": dict(
+        epochs=40, batch_size=64, opt="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=3,
+        img_size=32, crop="pad", hflip=0.0, gamma=1.5, temperature=1.0, alpha=1.0, beta=0.1, mu=0.005,
+    ),
+    "cifar": dict(
+        epochs=200, batch_size=128, opt="momentum", lr=0.1, weight_decay=5e-4, schedule="step",
+        step_epochs=[60, 120, 160], step_factor=0.2, img_size=32, crop="pad", hflip=0.5, small_stem=True,
+        gamma=3.5, temperature=3.0, alpha=0.1, beta=0.1, mu=0.1,
+    ),
+    "imagenet-cnn": dict(
+        epochs=100, batch_size=256, opt="momentum", lr=0.1, weight_decay=1e-4, schedule="step",
+        step_epochs=[30, 60, 90], step_factor=0.1, img_size=224, crop="resized", hflip=0.5, eval_crop=0.875,
+        gamma=1.5, temperature=1.0, alpha=1.0, beta=0.1, mu=0.005,
+    ),
+    "imagenet-vit": dict(
+        epochs=300, batch_size=1024, opt="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=5,
+        img_size=224, crop="resized", hflip=0.5, eval_crop=0.9, interpolation="bicubic", mixup=0.8, cutmix=1.0,
+        label_smoothing=0.1, randaugment=[2, 9], random_erasing=0.25,
+        gamma=1.0, temperature=1.0, alpha=1.0, beta=0.1, mu=0.005,
+    ),
+}  # fmt: skip
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    flag = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="digits", help="digits (embedded), cifar10, cifar100, a folder with train/ "
+                       "and val/, or a timm dataset name (hfds/..., wds/..., torch/...)")  # fmt: skip
+    group.add_argument("--data-dir", default="data", help="where cifar and timm datasets are kept")
+    group.add_argument("--download", action="store_true", help="fetch cifar or timm datasets that are not there yet")
+    group.add_argument("--num-classes", type=int, help="for timm datasets that do not say how many they have")
+    group.add_argument("--img-size", type=int, help="height and width the student sees, in pixels")
+    group.add_argument("--crop", choices=["resized", "pad", "none"],
+                       help="training crop: random resized, random after padding by 1/8, or none")  # fmt: skip
+    group.add_argument("--hflip", type=float, help="probability of a horizontal flip")
+    group.add_argument("--randaugment", type=int, nargs=2, metavar=("OPS", "MAGNITUDE"), help="RandAugment")
+    group.add_argument("--random-erasing", type=float, default=0.0, help="probability of random erasing")
+    group.add_argument("--mixup", type=float, default=0.0, help="alpha of mixup, 0 is off")
+    group.add_argument("--cutmix", type=float, default=0.0, help="alpha of cutmix, 0 is off")
+    group.add_argument("--eval-crop", type=float, default=1.0, help="share of the resized side kept in evaluation")
+    group.add_argument("--interpolation", choices=sorted(INTERPOLATIONS), default="bilinear", help="of every resize")
+    group.add_argument("--workers", type=int, help="data loading processes per process (default: the cores it has)")
+
+    group = parser.add_argument_group("models")
+    group.add_argument("--model", default="mobilenet_v2", help="torchvision's or timm's name, a run's student/ folder "
+                       "to start from, or your own: path/to/file.py:build, called as build(num_classes=...)")  # fmt: skip
+    group.add_argument("--model-args", nargs="+", default=[], metavar="KEY=VALUE", help="passed on to the model")
+    group.add_argument("--small-stem", action=flag, default=False,
+                       help="for images of 64 pixels and less: 3x3 first convolution, no stride, no max-pool")  # fmt: skip
+    group.add_argument("--teacher", help="as --model; a library's name means its ImageNet weights (a download)")
+
+    group = parser.add_argument_group("distillation, added to the cross-entropy")
+    group.add_argument("--kd", choices=["nkd", "kd"], help="with --teacher: NKD, or classic temperature KD")
+    group.add_argument("--self-kd", choices=["uskd"], help="without a teacher: USKD")
+    group.add_argument("--tap", help="layer whose feature feeds USKD's weak head (default: by architecture)")
+    group.add_argument("--gamma", type=float, help="NKD: weight of the non-target term")
+    group.add_argument("--temperature", type=float, help="NKD: of the non-target term")
+    group.add_argument("--kd-weight", type=float, default=1.0, help="KD: weight of the temperature-squared KL term")
+    group.add_argument("--kd-temperature", type=float, default=4.0, help="KD: temperature")
+    group.add_argument("--alpha", type=float, help="USKD: weight of the target term")
+    group.add_argument("--beta", type=float, help="USKD: weight of the non-target term")
+    group.add_argument("--mu", type=float, help="USKD: weight of the weak head's cross-entropy")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--recipe", choices=sorted(RECIPES), help="a group of defaults (default: by --data: digits, "
+                       "cifar, else imagenet-cnn)")  # fmt: skip
+    group.add_argument("--epochs", type=int)
+    group.add_argument("--batch-size", type=int, help="images per optimizer step, over all processes")
+    group.add_argument("--grad-accum", type=int, default=1, help="split each optimizer step into this many passes")
+    group.add_argument("--opt", help="a timm optimizer: momentum (plain SGD), sgd (Nesterov), adamw, ...")
+    group.add_argument("--lr", type=float, help="peak learning rate")
+    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--weight-decay", type=float)
+    group.add_argument("--schedule", choices=["cosine", "step"])
+    group.add_argument("--warmup-epochs", type=float, default=0.0, help="linear warm-up, part of --epochs")
+    group.add_argument("--step-epochs", type=int, nargs="+", default=[30, 60, 90], help="step schedule: when")
+    group.add_argument("--step-factor", type=float, default=0.1, help="step schedule: times what")
+    group.add_argument("--label-smoothing", type=float, default=0.0, help="of the cross-entropy alone")
+    group.add_argument("--clip-grad", type=float, help="largest gradient norm")
+    group.add_argument("--ema-decay", type=float, default=0.0, help="average of the weights, evaluated and saved in "
+                       "their place; 0 is off")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0)
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+                       help="mixed precision; auto: bf16 where the GPU has it, else fp16, off on CPU")  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="torch.compile student and teacher")
+    group.add_argument("--channels-last", action=flag, default=None, help="memory layout (default: on CUDA)")
+    group.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
+
+    group = parser.add_argument_group("run directory")
+    group.add_argument("--output", help="where the run is kept (default: the next number under runs/)")
+    group.add_argument("--resume", action="store_true", help="go on from last.pt in --output, if it is there")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
+    group.add_argument("--log-interval", type=int, default=50, help="optimizer steps between looks at the losses")
+    for action in parser._actions:
+        action.help = action.help or " "  # so that the default is shown
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, on top of the recipe's defaults or, with --resume, of those the run was started with."""
+    parser = get_parser()
+    first = parser.parse_args(argv)
+    if first.resume and not first.output:
+        parser.error("--resume needs --output, the run directory to go on in")
+    saved = {}
+    if first.resume and (Path(first.output) / "last.pt").exists():
+        try:
+            saved = json.loads((Path(first.output) / "args.json").read_text())["flags"]
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"cannot read {first.output}/args.json to resume from: {error!r}")
+        saved = {name: value for name, value in saved.items() if name not in ("resume", "overwrite", "output")}
+    by_data = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}
+    recipe = first.recipe or saved.get("recipe") or by_data.get(saved.get("data", first.data), "imagenet-cnn")
+    parser.set_defaults(**RECIPES[recipe] | saved | {"recipe": recipe})
+    args = parser.parse_args(argv)
+
+    if args.kd and not args.teacher:
+        parser.error(f"--kd {args.kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
+    if args.teacher and not args.kd:
+        parser.error("--teacher needs --kd nkd or --kd kd")
+    at_least = dict(
+        epochs=1, batch_size=1, grad_accum=1, img_size=1, log_interval=1, workers=0, lr=0, weight_decay=0,
+        warmup_epochs=0, gamma=0, alpha=0, beta=0, mu=0, kd_weight=0, mixup=0, cutmix=0, num_classes=2, seed=0,
+    )  # fmt: skip
+    for name, least in at_least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name in ("temperature", "kd_temperature", "clip_grad", "eval_crop"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
+    for name in ("hflip", "random_erasing", "label_smoothing", "ema_decay"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
+    if args.batch_size % (WORLD_SIZE * args.grad_accum):
+        parser.error(
+            f"--batch-size {args.batch_size} must be a multiple of processes x --grad-accum = "
+            f"{WORLD_SIZE} x {args.grad_accum}"
+        )
+    return args
+
+
+def pick_device(args: argparse.Namespace) -> torch.device:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device; leave it out to train on the CPU")
+    if args.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= LOCAL_RANK:
+        raise UserError(f"{torch.cuda.device_count()} GPUs, but local rank {LOCAL_RANK}: lower --nproc-per-node")
+    torch.cuda.set_device(LOCAL_RANK)
+    return torch.device("cuda", LOCAL_RANK)
+
+
+def pick_amp(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype, None for full precision."""
+    if args.amp == "auto":
+        if device.type == "cpu":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    train: Any  # datasets of (PIL image, class index)
+    val: Any
+    label_names: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Corrupt(NamedTuple):
+    """Stands in a batch for an image that could not be read."""
+
+    name: str
+    reason: str
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, a fifth of each class held out."""
+
+    def __init__(self, train: bool) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+        images, self.labels = (split[0], split[2]) if train else (split[1], split[3])
+        self.images = (images * (255 / 16)).astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+def open_data(args: argparse.Namespace) -> Data:
+    if args.data == "digits":
+        half = (0.5, 0.5, 0.5)
+        return Data(Digits(train=True), Digits(train=False), [str(i) for i in range(10)], half, half)
+
+    if args.data in ("cifar10", "cifar100"):
+        cifar = torchvision.datasets.CIFAR10 if args.data == "cifar10" else torchvision.datasets.CIFAR100
+        try:
+            train, val = (cifar(args.data_dir, train=train, download=args.download) for train in (True, False))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{args.data} in {args.data_dir!r}: {error}; --download fetches it") from error
+        return Data(train, val, train.classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+    if re.match(r"(hfds|hfids|wds|tfds|torch)/", args.data) and not Path(args.data).is_dir():
+        return open_timm_data(args)
+
+    root = Path(args.data)
+    missing = [str(root / part) for part in ("train", "val") if not (root / part).is_dir()]
+    if missing:
+        known = "digits, cifar10, cifar100, hfds/NAME, wds/NAME, torch/NAME"
+        raise UserError(
+            f"--data {args.data}: no folder {' and no folder '.join(missing)}; expected a folder with "
+            f"train/CLASS/*.jpg and val/CLASS/*.jpg, or one of {known}"
+        )
+    try:
+        train, val = (torchvision.datasets.ImageFolder(str(root / part)) for part in ("train", "val"))
+    except FileNotFoundError as error:
+        raise UserError(f"--data {args.data}: {' '.join(str(error).split())}") from error
+    if train.classes != val.classes:
+        difference = sorted(set(train.classes) ^ set(val.classes))
+        raise UserError(f"--data {args.data}: train/ and val/ hold different classes: {', '.join(difference[:5])}")
+    return Data(train, val, train.classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def open_timm_data(args: argparse.Namespace) -> Data:
+    options = dict(root=args.data_dir, download=args.download, seed=args.seed, batch_size=args.batch_size)
+    try:
+        train = timm.data.create_dataset(args.data, split="train", is_training=True, **options)
+        val = timm.data.create_dataset(args.data, split="validation", is_training=False, **options)
+    except Exception as error:  # each backend has errors of its own
+        raise UserError(f"--data {args.data} through timm: {type(error).__name__}: {error}") from error
+    names = getattr(train, "classes", None) or sorted(
+        getattr(getattr(train, "reader", None), "class_to_idx", None) or {}
+    )
+    if not names and not args.num_classes:
+        raise UserError(f"--data {args.data} does not say how many classes it has: give --num-classes")
+    names = [str(name) for name in names or range(args.num_classes)]
+    return Data(train, val, names, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def train_transform(args: argparse.Namespace) -> v2.Transform:
+    """PIL image -> augmented uint8 (3, H, W). What can be done to whole batches is done on the device."""
+    size, interpolation = args.img_size, INTERPOLATIONS[args.interpolation]
+    steps: list[nn.Module] = [v2.RGB()]
+    if args.crop == "resized":
+        steps += [v2.RandomResizedCrop(size, interpolation=interpolation)]
+    else:
+        steps += [v2.Resize((size, size), interpolation=interpolation)]
+    if args.crop == "pad":
+        steps += [v2.RandomCrop(size, padding=size // 8)]
+    if args.hflip:
+        steps += [v2.RandomHorizontalFlip(args.hflip)]
+    if args.randaugment:
+        steps += [v2.RandAugment(*args.randaugment, interpolation=interpolation)]
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def eval_transform(config: dict[str, Any]) -> v2.Transform:
+    """PIL image -> uint8 (3, H, W) as a student's config.json says; normalisation comes after, on the device."""
+    height, width = config["input_size"][1:]
+    interpolation = INTERPOLATIONS[config["interpolation"]]
+    if height == width:
+        resize = v2.Resize(math.floor(height / config["crop"]), interpolation=interpolation)
+    else:
+        resize = v2.Resize(
+            tuple(math.floor(side / config["crop"]) for side in (height, width)), interpolation=interpolation
+        )
+    return v2.Compose([v2.RGB(), resize, v2.CenterCrop((height, width)), v2.PILToTensor()])
+
+
+class Samples(Dataset):
+    """(epoch, index) -> (transformed image, class index), or Corrupt.
+
+    Each sample's augmentation has a seed of its own, so it does not depend on the worker, the rank or a resume.
+    """
+
+    def __init__(self, source: Any, transform: v2.Transform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Corrupt:
+        epoch, index = key
+        try:
+            image, label = self.read(index)
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a broken file
+            return Corrupt(self.name(index), str(error))
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed((self.seed * 1_000_003 + epoch) * len(self) + index)
+        try:
+            return self.transform(image), label
+        finally:
+            torch.set_rng_state(state)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        if isinstance(self.source, timm.data.ImageDataset):  # which itself puts another image in a broken one's place
+            file, label = self.source.reader[index][:2]
+            return Image.open(file).convert("RGB"), label
+        image, label = self.source[index]
+        return image, label
+
+    def name(self, index: int) -> str:
+        samples = getattr(self.source, "samples", None)
+        return str(samples[index][0]) if samples else f"sample {index}"
+
+
+class EpochSampler(DistributedSampler):
+    """DistributedSampler that hands the epoch on with each index, for the seed of the sample's augmentation."""
+
+    def __iter__(self) -> Any:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+class Batch(NamedTuple):
+    images: Tensor | None  # uint8 (B, 3, H, W); None when not one of the batch could be read
+    labels: Tensor | None
+    corrupt: list[Corrupt]
+
+    def pin_memory(self) -> Batch:
+        if self.images is None or self.labels is None:
+            return self
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.corrupt)
+
+
+def collate(samples: list[tuple[Tensor, int] | Corrupt]) -> Batch:
+    corrupt = [sample for sample in samples if isinstance(sample, Corrupt)]
+    good = [sample for sample in samples if not isinstance(sample, Corrupt)]
+    if not good:
+        return Batch(None, None, corrupt)
+    return Batch(torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), corrupt)
+
+
+def make_loader(
+    source: Any, transform: v2.Transform, batch_size: int, train: bool, args: argparse.Namespace, device: torch.device
+) -> DataLoader:
+    """Training: each rank a part of the shuffle, whole batches only. Evaluation: each sample on exactly one rank."""
+    workers = args.workers
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 0 if args.data == "digits" else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    sampler: Any
+    if isinstance(source, IterableDataset):  # timm's streaming datasets shuffle and shard by themselves
+        source.transform = transform
+        source.set_loader_cfg(num_workers=workers)
+        dataset, sampler = source, None
+    else:
+        dataset = Samples(source, transform, args.seed)
+        if train:
+            sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=args.seed, drop_last=True)
+        else:
+            sampler = [(0, index) for index in range(RANK, len(dataset), WORLD_SIZE)]
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        drop_last=train,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+    )
+
+
+class CorruptCount:
+    """Names each image that could not be read once, and stops the run when they are more than one in a hundred."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.seen = what, total, set[str]()
+
+    def add(self, corrupt: list[Corrupt]) -> None:
+        for name, reason in corrupt:
+            if name not in self.seen:
+                self.seen.add(name)
+                print(f"skipped a corrupt image ({len(self.seen)} so far in {self.what}): {name}: {reason}",
+                      file=sys.stderr, flush=True)  # fmt: skip
+        if len(self.seen) > max(1, 0.01 * self.total):
+            raise UserError(
+                f"{len(self.seen)} of {self.total} {self.what} images cannot be read, more than 1 %: "
+                f"mend or remove them; the last one is {corrupt[-1].name if corrupt else sorted(self.seen)[-1]}"
+            )
+
+    def share(self) -> None:
+        """Count over all ranks; once an epoch."""
+        if WORLD_SIZE > 1:
+            seen: list[Any] = [None] * WORLD_SIZE
+            dist.all_gather_object(seen, self.seen)
+            self.seen = set().union(*seen)
+            self.add([])
+
+
+# ---- models -------------------------------------------------------------------------------------------------------
+
+
+def find_architecture(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What config.json stores of a model, enough to build it again: library, name, arguments, stem."""
+    own = re.fullmatch(r"(.+\.py):(\w+)", name)
+    if own:
+        library = "file"
+        if not Path(own[1]).is_file():
+            raise UserError(f"--model {name}: no file {own[1]}")
+    elif name in torchvision.models.list_models(module=torchvision.models):
+        library = "torchvision"
+    elif timm.is_model(name):
+        library = "timm"
+    else:
+        known = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
+        near = difflib.get_close_matches(name, dict.fromkeys(known), n=5, cutoff=0.5)
+        raise UserError(
+            f"unknown model {name!r}: neither torchvision's nor timm's, no student/ folder, no file.py:build; "
+            + (f"near matches: {', '.join(near)}" if near else "python -c 'import timm; print(timm.list_models())'")
+        )
+    arguments = {}
+    for item in args.model_args:
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(f"--model-args takes KEY=VALUE, got {item!r}")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+    return {"library": library, "name": name, "args": arguments, "small_stem": args.small_stem}
+
+
+def build_model(architecture: dict[str, Any], num_classes: int, img_size: int) -> nn.Module:
+    """The model an architecture says, with random weights."""
+    library, name = architecture["library"], architecture["name"]
+    options = dict(architecture["args"])
+    try:
+        if library == "file":
+            path, _, function = name.rpartition(":")
+            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+            if spec is None or spec.loader is None:
+                raise UserError(f"cannot import {path}")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            if not hasattr(module, function):
+                raise UserError(f"{path} has no function {function!r}")
+            model = getattr(module, function)(num_classes=num_classes, **options)
+            if not isinstance(model, nn.Module):
+                raise UserError(f"{name} must return an nn.Module, got {type(model).__name__}")
+        elif library == "torchvision":
+            if name.startswith("vit_"):
+                options.setdefault("image_size", img_size)
+            elif name.startswith("maxvit"):
+                options.setdefault("input_size", (img_size, img_size))
+            elif name in ("googlenet", "inception_v3"):  # their extra classifiers would return a tuple
+                options = {"aux_logits": False, "init_weights": True} | options
+            model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+        else:
+            if timm.get_pretrained_cfg(name).fixed_input_size:
+                options.setdefault("img_size", img_size)
+            model = timm.create_model(name, num_classes=num_classes, **options)
+    except (TypeError, ValueError, AssertionError, ImportError, SyntaxError) as error:
+        raise UserError(f"cannot build {name} for {num_classes} classes at {img_size} px: {error}") from error
+    if architecture["small_stem"]:
+        shrink_stem(model)
+    return model
+
+
+def shrink_stem(model: nn.Module) -> None:
+    """The usual stem for images of 64 px and less: first convolution 3x3 with stride 1, no max-pool after it."""
+    for name, conv in model.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            if conv.stride[0] > 1 and conv.kernel_size != conv.stride:  # else there is nothing to shrink, or patches
+                stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
+                nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, stem)
+            break
+    for name, child in model.named_children():
+        if isinstance(child, nn.MaxPool2d):
+            setattr(model, name, nn.Identity())
+
+
+def load_student(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and the config.json of a run's student/ folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        model = build_model(config["architecture"], config["num_classes"], config["input_size"][1])
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a whole student/ folder: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{folder}/model.safetensors is damaged: {error}") from error
+    load_weights(model, weights, str(folder))
+    return model, config
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """load_state_dict, with one line on what differs."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        own = model.state_dict()
+        differing = [f"{k} is missing" for k in own if k not in weights]
+        differing += [f"{k} is unknown" for k in weights if k not in own]
+        differing += [
+            f"{k} is {tuple(weights[k].shape)} and not {tuple(own[k].shape)}"
+            for k in own
+            if k in weights and weights[k].shape != own[k].shape
+        ]
+        what = "; ".join(differing[:3]) or str(error)
+        raise UserError(
+            f"{where} holds the weights of another architecture than {type(model).__name__}: {what}"
+        ) from error
+
+
+def make_student(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dict[str, Any]]:
+    """The student, and the config.json that says all that is needed to use it."""
+    num_classes = len(data.label_names)
+    if Path(args.model).is_dir():
+        model, config = load_student(Path(args.model))
+        if config["num_classes"] != num_classes:
+            raise UserError(
+                f"--model {args.model} has {config['num_classes']} classes, --data {args.data} {num_classes}"
+            )
+        if config["input_size"][1:] != [args.img_size, args.img_size]:
+            height, width = config["input_size"][1:]
+            raise UserError(f"--model {args.model} takes {height}x{width} pixels, --img-size is {args.img_size}")
+        return model, config | {"label_names": data.label_names}
+    architecture = find_architecture(args.model, args)
+    model = build_model(architecture, num_classes, args.img_size)
+    config = {
+        "architecture": architecture,
+        "num_classes": num_classes,
+        "label_names": data.label_names,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "input_size": [3, args.img_size, args.img_size],
+        "interpolation": args.interpolation,
+        "crop": args.eval_crop,
+    }
+    return model, config
+
+
+class Teacher(nn.Module):
+    """A frozen classifier, always in eval mode, which takes the student's normalised batch.
+
+    It sees the same view, brought to its own normalisation and its own size.
+    """
+
+    def __init__(self, model: nn.Module, mean: Any, std: Any, input_size: Any, student: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.size = tuple(input_size[1:])
+        mean, std, student_mean, student_std = (
+            torch.tensor(x, dtype=torch.float64).view(-1, 1, 1) for x in (mean, std, student["mean"], student["std"])
+        )
+        self.register_buffer("scale", (student_std / std).float())
+        self.register_buffer("shift", ((student_mean - mean) / std).float())
+
+    def train(self, mode: bool = True) -> Teacher:
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        images = images * self.scale + self.shift
+        if tuple(images.shape[2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return self.model(images)
+
+
+def make_teacher(args: argparse.Namespace, student: dict[str, Any]) -> Teacher:
+    name = args.teacher
+    if Path(name).is_dir():
+        model, config = load_student(Path(name))
+        mean, std, input_size, classes = (config[k] for k in ("mean", "std", "input_size", "num_classes"))
+    else:
+        plain = argparse.Namespace(model_args=[], small_stem=False)
+        architecture = find_architecture(name, plain)
+        classes = student["num_classes"]
+        if architecture["library"] == "file":  # its weights, and these three if they differ, are its own business
+            model = build_model(architecture, classes, student["input_size"][1])
+            mean, std, input_size = (getattr(model, k, student[k]) for k in ("mean", "std", "input_size"))
+        elif architecture["library"] == "torchvision":
+            weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]  # those of the paper's teachers
+            classes, preset = len(weights.meta["categories"]), weights.transforms()
+            mean, std, input_size = preset.mean, preset.std, (3, preset.crop_size[0], preset.crop_size[0])
+        else:
+            config = timm.get_pretrained_cfg(name)
+            mean, std, input_size, classes = config.mean, config.std, config.input_size, config.num_classes
+        check_classes(name, classes, student, args)  # before a download
+        if architecture["library"] != "file":
+            try:
+                if architecture["library"] == "torchvision":
+                    model = torchvision.models.get_model(name, weights=weights)
+                else:
+                    model = timm.create_model(name, pretrained=True)
+            except Exception as error:  # each source has errors of its own
+                raise UserError(
+                    f"--teacher {name}: its ImageNet weights could not be fetched ({type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:200]}); give a run's student/ folder or file.py:build instead"
+                ) from error
+    check_classes(name, classes, student, args)
+    teacher = Teacher(model, mean, std, input_size, student)
+    with torch.no_grad():
+        logits = model(torch.zeros(1, *input_size))
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise UserError(f"--teacher {name} must return (N, C) logits")
+    check_classes(name, logits.shape[1], student, args)
+    return teacher
+
+
+def check_classes(name: str, classes: int, student: dict[str, Any], args: argparse.Namespace) -> None:
+    if classes != student["num_classes"]:
+        raise UserError(
+            f"--teacher {name} has {classes} classes, --data {args.data} has {student['num_classes']}: "
+            "take a teacher trained on the same classes"
+        )
+
+
+# ---- losses -------------------------------------------------------------------------------------------------------
+
+
+def named_losses(
+    logits: Tensor, weak_logits: Tensor | None, teacher_logits: Tensor | None, target: Tensor, args: argparse.Namespace
+) -> dict[str, Tensor]:
+    """The terms of the objective by name; their sum is what is minimised."""
+    losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=args.label_smoothing)}
+    if args.kd == "nkd":
+        losses["nkd"] = nkd_loss(logits, teacher_logits, target, gamma=args.gamma, temperature=args.temperature)
+    elif args.kd == "kd":  # Hinton et al. 2015, arXiv 1503.02531
+        t = args.kd_temperature
+        student, teacher = ((x.float() / t).log_softmax(1) for x in (logits, teacher_logits))
+        losses["kd"] = args.kd_weight * t**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    if args.self_kd == "uskd":
+        losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=args.alpha, beta=args.beta, mu=args.mu)
+    return losses
+
+
+class LossLog:
+    """Keeps each step's losses on the device and reads them at intervals, so that no step waits for the device."""
+
+    def __init__(self, skips_steps: bool) -> None:
+        self.skips_steps = skips_steps  # fp16: GradScaler skips a step whose gradients are not finite
+        self.names: list[str] = []
+        self.waiting: list[Tensor] = []
+        self.first_step = 0
+        self.sums = np.zeros(0)
+        self.count = 0
+
+    def add(self, step: int, losses: dict[str, Tensor]) -> None:
+        if not self.waiting:
+            self.first_step, self.names = step, list(losses)
+        self.waiting.append(torch.stack([loss.detach() for loss in losses.values()]))
+
+    def read(self) -> None:
+        """Take in what waits; stop the run at the first step whose loss is not finite."""
+        if not self.waiting:
+            return
+        values = torch.stack(self.waiting).double().cpu().numpy()
+        self.waiting = []
+        finite = np.isfinite(values).all(1)
+        if not finite.all() and not (self.skips_steps and finite.any()):
+            bad = int(np.argmin(finite))
+            terms = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, values[bad]))
+            raise UserError(
+                f"the loss is not finite at step {self.first_step + bad}: {terms}; try a lower --lr, --clip-grad 5, "
+                "longer --warmup-epochs, or --amp off; the last checkpoint is kept"
+            )
+        if not len(self.sums):
+            self.sums = np.zeros(len(self.names))
+        self.sums += values[finite].sum(0)
+        self.count += int(finite.sum())
+
+    def means(self) -> dict[str, float]:
+        """Mean of each term since the last call, and of their sum."""
+        means = self.sums / max(self.count, 1)
+        self.sums, self.count = np.zeros(len(self.names)), 0
+        return {"train_loss": float(means.sum())} | {f"loss_{n}": float(m) for n, m in zip(self.names, means)}
+
+
+# ---- evaluation ---------------------------------------------------------------------------------------------------
+
+
+class ToDevice(nn.Module):
+    """uint8 (B, 3, H, W) on the host -> normalised float on the device."""
+
+    def __init__(self, mean: Any, std: Any, device: torch.device, channels_last: bool) -> None:
+        super().__init__()
+        self.device = device
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.mean = 255 * torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.std = 255 * torch.tensor(std, device=device).view(-1, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        return (images.float() - self.mean) / self.std
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: DataLoader, to_device: ToDevice, amp: torch.dtype | None, corrupt: CorruptCount
+) -> dict[str, float]:
+    """Top-1 and top-5 in percent and the cross-entropy, each sample of all ranks counted once."""
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=to_device.device)  # loss, top-1, top-5, samples
+    for images, labels, bad in progress(loader, "validate"):
+        corrupt.add(bad)
+        if images is None:
+            continue
+        labels = labels.to(to_device.device, non_blocking=True)
+        with torch.autocast(to_device.device.type, amp, enabled=amp is not None):
+            logits = model(to_device(images)).float()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels)).to(loss)])
+    if WORLD_SIZE > 1:
+        dist.all_reduce(totals)
+    loss, top1, top5, count = totals.tolist()
+    if not count:
+        raise UserError("not one validation image could be read")
+    return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
+
+
+def progress(loader: Any, what: str, total: int | None = None) -> Any:
+    return tqdm(loader, what, total=total, leave=False, disable=not (IS_MAIN and sys.stdout.isatty()))
+
+
+# ---- run directory ------------------------------------------------------------------------------------------------
+
+
+def make_run_dir(args: argparse.Namespace) -> Path:
+    """The run's directory: --output, or the next number under runs/. The same on every rank."""
+    answer: list[Any] = [None]
+    if IS_MAIN:
+        try:
+            answer[0] = claim_run_dir(args)
+        except (UserError, OSError) as error:
+            answer[0] = UserError(str(error))
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
+
+def claim_run_dir(args: argparse.Namespace) -> Path:
+    if args.output:
+        output = Path(args.output)
+        if (output / "args.json").exists() and not (args.resume or args.overwrite):
+            raise UserError(f"{output} already holds a run: --resume goes on with it, --overwrite replaces it")
+        output.mkdir(parents=True, exist_ok=True)
+        if args.overwrite and not args.resume:
+            for name in ("args.json", "metrics.csv", "curves.png", "last.pt", "best.pt",
+                         "student/model.safetensors", "student/config.json"):  # fmt: skip
+                (output / name).unlink(missing_ok=True)
+            for events in output.glob("events.out.tfevents.*"):
+                events.unlink()
+        return output
+    method = "-".join(filter(None, [args.kd, args.self_kd])) or "ce"
+    student = (
+        Path(args.model).parent if Path(args.model).is_dir() else Path(args.model.rpartition(":")[0] or args.model)
+    )
+    runs = Path("runs")
+    runs.mkdir(exist_ok=True)
+    taken = [int(m[1]) for p in runs.iterdir() if (m := re.match(r"(\d+)", p.name))]
+    for number in itertools.count(max(taken, default=0) + 1):
+        output = runs / f"{number:03d}-{student.stem}-{method}"
+        if not list(runs.glob(f"{number:03d}-*")):
+            output.mkdir()
+            return output
+    raise AssertionError("unreachable")
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write beside, then rename: the file is the old one or the new one, never half of it."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"could not save {path}: {error.strerror}; what was saved before is kept") from error
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def save_student(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """What deploy/ needs and people share: the plain student, no weak head, no optimizer."""
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    write_whole(folder / "model.safetensors", safetensors_bytes(weights))
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        raise UserError(f"{path} cannot be read as a checkpoint: {type(error).__name__}") from error
+
+
+def describe_run(args: argparse.Namespace, device: torch.device) -> str:
+    import importlib.metadata
+
+    packages = ("torch", "torchvision", "timm", "numpy")
+    return json.dumps(
+        {
+            "flags": vars(args),
+            "command": " ".join(sys.argv),
+            "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+            "hardware": {
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+                "processes": WORLD_SIZE,
+                "cpu_cores": os.cpu_count(),
+                "platform": platform.platform(),
+            },
+        },
+        indent=2,
+    )
+
+
+def append_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The whole file each time: a resumed run drops the rows after its checkpoint, and no row is half-written."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[-1])
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_whole(path, text.getvalue())
+
+
+def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for name in (key for key in rows[-1] if "loss" in key):
+        left.plot(epochs, [row[name] for row in rows], label=name)
+    for name in ("val_top1", "val_top5"):
+        right.plot(epochs, [row[name] for row in rows], label=name)
+    left.set(xlabel="epoch", ylabel="loss")
+    right.set(xlabel="epoch", ylabel="accuracy (%)")
+    for axis in (left, right):
+        axis.legend()
+        axis.grid(alpha=0.3)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    plt.close(figure)
+    write_whole(path, image.getvalue())
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    states = {"torch": torch.get_rng_state(), "python": [version, list(internal), gauss]}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> None:
+    started = time.time()
+    device = pick_device(args)
+    amp = pick_amp(args, device)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    channels_last = device.type == "cuda" if args.channels_last is None else args.channels_last
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    # data and models
+    data = open_data(args)
+    torch.manual_seed(args.seed)
+    student, config = make_student(args, data)
+    if args.sync_bn and WORLD_SIZE > 1:
+        if device.type != "cuda":
+            raise UserError("--sync-bn needs CUDA devices")
+        student = convert_sync_batchnorm(student)
+    teacher = make_teacher(args, config).to(device, memory_format=memory_format) if args.teacher else None
+    net = student
+    if args.self_kd:
+        try:
+            net = WithWeakHead(
+                student, args.tap, config["num_classes"], example_input=torch.zeros(2, *config["input_size"])
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--self-kd uskd on {args.model} (--tap names the layer): {error}") from error
+    net.to(device, memory_format=memory_format)
+    to_device = ToDevice(config["mean"], config["std"], device, channels_last)
+
+    micro_batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
+    train_loader = make_loader(data.train, train_transform(args), micro_batch, True, args, device)
+    val_loader = make_loader(data.val, eval_transform(config), 2 * micro_batch, False, args, device)
+    updates_per_epoch = len(train_loader) // args.grad_accum
+    if updates_per_epoch == 0:
+        raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data.train)} training images")
+    corrupt_train = CorruptCount("training", len(data.train))
+    corrupt_val = CorruptCount("validation", len(data.val))
+    mixers: list[nn.Module] = []
+    if args.mixup:
+        mixers.append(v2.MixUp(alpha=args.mixup, num_classes=config["num_classes"]))
+    if args.cutmix:
+        mixers.append(v2.CutMix(alpha=args.cutmix, num_classes=config["num_classes"]))
+    mix = v2.RandomChoice(mixers) if mixers else None
+    erase = RandomErasing(args.random_erasing, mode="pixel", device=device) if args.random_erasing else None
+
+    # optimizer
+    optimizer = create_optimizer_v2(
+        net,
+        args.opt,
+        args.lr,
+        args.weight_decay,
+        args.momentum,
+        filter_bias_and_bn=args.opt not in ("momentum", "sgd"),  # the paper's SGD recipes decay every parameter
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        "multistep" if args.schedule == "step" else "cosine",
+        num_epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr=args.lr * 1e-3,
+        decay_milestones=args.step_epochs,
+        decay_rate=args.step_factor,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    executed = [0]  # optimizer steps really taken; GradScaler leaves some out
+    optimizer.register_step_post_hook(lambda *_: executed.__setitem__(0, executed[0] + 1))
+
+    # resume, EMA, compile, DDP, in this order
+    output = make_run_dir(args)
+    torch.manual_seed(args.seed + RANK)
+    random.seed(args.seed + RANK)
+    first_epoch, best, rows = 0, -1.0, []
+    state = load_checkpoint(output / "last.pt") if args.resume and (output / "last.pt").exists() else None
+    if state:
+        load_weights(net, state["model"], str(output / "last.pt"))
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        first_epoch, best, rows = state["epoch"] + 1, state["best"], state["rows"]
+        if len(state["random"]) == WORLD_SIZE:
+            set_random_states(state["random"][RANK], device)
+    ema = ModelEmaV3(student, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
+    if ema and state:
+        load_weights(ema.module, state["ema"] or student.state_dict(), str(output / "last.pt"))
+    compiled: Any = net
+    if args.compile:
+        compiled = torch.compile(net)
+        if teacher:
+            teacher.model = torch.compile(teacher.model)
+    parallel: Any = compiled
+    if WORLD_SIZE > 1:
+        parallel = DistributedDataParallel(
+            compiled, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+
+    board = None
+    if IS_MAIN:
+        from torch.utils.tensorboard import SummaryWriter
+
+        write_whole(output / "args.json", describe_run(args, device))
+        board = SummaryWriter(str(output), purge_step=first_epoch if state else None)
+        millions = sum(p.numel() for p in student.parameters()) / 1e6
+        method = " + ".join(filter(None, ["cross-entropy", args.kd, args.self_kd]))
+        print(
+            f"{args.model} ({millions:.2f} M parameters), {method}"
+            + (f" with {args.teacher}" if teacher else "")
+            + (f" at {net.tap}" if isinstance(net, WithWeakHead) else "")
+            + f"; {len(data.train)} training and {len(data.val)} validation images of {len(data.label_names)} classes"
+            + f"; {WORLD_SIZE} x {device}, {str(amp or torch.float32).removeprefix('torch.')} -> {output}",
+            flush=True,
+        )
+        if args.resume:
+            print(
+                f"going on after epoch {first_epoch}" if state else f"no {output}/last.pt yet: starting anew",
+                flush=True,
+            )
+
+    log = LossLog(skips_steps=scaler.is_enabled())
+    for epoch in range(first_epoch, args.epochs):
+        if isinstance(train_loader.sampler, EpochSampler):
+            train_loader.sampler.set_epoch(epoch)
+        elif hasattr(data.train, "set_epoch"):
+            data.train.set_epoch(epoch)
+        parallel.train()
+        epoch_started, step, executed[0] = time.time(), epoch * updates_per_epoch, 0
+        batches = itertools.islice(train_loader, updates_per_epoch * args.grad_accum)
+        for i, (images, labels, bad) in enumerate(progress(batches, f"epoch {epoch + 1}", len(train_loader))):
+            corrupt_train.add(bad)
+            if images is None:
+                raise UserError(f"not one image of a training batch could be read, the first is {bad[0].name}")
+            last_pass = (i + 1) % args.grad_accum == 0
+            images = to_device(images)
+            target = labels.to(device, non_blocking=True)
+            if erase:
+                images = erase(images)
+            if mix:
+                images, target = mix(images, target)
+
+            if WORLD_SIZE > 1:
+                parallel.require_backward_grad_sync = last_pass
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                teacher_logits = teacher(images) if teacher else None
+                out = parallel(images)
+            logits, weak_logits = out if args.self_kd else (out, None)
+            losses = named_losses(logits, weak_logits, teacher_logits, target, args)
+            scaler.scale(torch.stack(list(losses.values())).sum() / args.grad_accum).backward()
+            log.add(step, losses)
+            if not last_pass:
+                continue
+
+            scheduler.step_update(step)
+            if args.clip_grad:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if ema:
+                ema.update(student, step + 1)
+            step += 1
+            if step % args.log_interval == 0:
+                log.read()
+        log.read()
+        images_per_s = updates_per_epoch * args.batch_size / (time.time() - epoch_started)
+
+        corrupt_train.share()
+        chosen = ema.module if ema else compiled
+        metrics = evaluate(chosen, val_loader, to_device, amp, corrupt_val)
+        corrupt_val.share()
+        rows.append(
+            {"epoch": epoch + 1}
+            | log.means()
+            | metrics
+            | {
+                "lr": optimizer.param_groups[0]["lr"],
+                "skipped_steps": updates_per_epoch - executed[0],
+                "images_per_s": images_per_s,
+                "seconds": time.time() - epoch_started,
+            }
+        )
+        rank_random: list[Any] = [random_states(device)]
+        if WORLD_SIZE > 1:
+            rank_random *= WORLD_SIZE
+            dist.all_gather_object(rank_random, random_states(device))
+        improved = metrics["val_top1"] >= best
+        best = max(best, metrics["val_top1"])
+        if not IS_MAIN:
+            continue
+        assert board is not None
+        row = rows[-1]
+        terms = ", ".join(f"{name} {row[f'loss_{name}']:.3f}" for name in losses)
+        print(
+            f"epoch {epoch + 1}/{args.epochs}  loss {row['train_loss']:.3f} ({terms})  "
+            f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g}  "
+            f"{images_per_s:.0f} images/s  {row['seconds']:.1f} s"
+            + (f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""),
+            flush=True,
+        )
+        for name, value in row.items():
+            board.add_scalar(name, value, epoch + 1)
+        checkpoint = {
+            "model": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "ema": ema.module.state_dict() if ema else None,
+            "epoch": epoch,
+            "best": best,
+            "rows": rows,
+            "random": rank_random,
+            "args": vars(args),
+            "config": config,
+        }
+        save_checkpoint(output / "last.pt", checkpoint)
+        append_metrics(output / "metrics.csv", rows)
+        if improved:
+            save_checkpoint(output / "best.pt", checkpoint)
+            plain = ema.module if ema else student
+            save_student(output / "student", plain, config | {"metrics": {"epoch": epoch + 1} | metrics})
+
+    if IS_MAIN:
+        assert board is not None
+        board.close()
+        plot_curves(output / "curves.png", rows)
+        memory = (
+            f", {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB of GPU memory at most"
+            if device.type == "cuda"
+            else ""
+        )
+        print(
+            f"last top-1 {rows[-1]['val_top1']:.2f} %, best {best:.2f} % -> {output}/student; "
+            f"{time.time() - started:.0f} s{memory}",
+            flush=True,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        train(parse_args(argv))
+        return 0
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        message = f"cannot write: {error}"
+    except KeyboardInterrupt:
+        if IS_MAIN:
+            print("\ninterrupted; --output RUN --resume goes on after the last whole epoch", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    prefix = "train.py: error:" if WORLD_SIZE == 1 else f"train.py: error (rank {RANK}):"
+    print(f"{prefix} {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
