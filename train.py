@@ -64,7 +64,16 @@ INTERPOLATIONS = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.Inter
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line on stderr, exit status 2, no traceback."""
+    """A mistake the user can mend: one line on stderr, exit status 2, no traceback. Every rank meets the same."""
+
+
+class RankError(UserError):
+    """One that this rank alone may meet, so that it must say so itself."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 # ---- arguments ----------------------------------------------------------------------------------------------------
@@ -73,7 +82,7 @@ class UserError(Exception):
 # behind the paper's tables (arXiv 2303.13005 and its official configs).
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": dict(
-        epochs=40, batch_size=64, opt="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=3,
+        epochs=15, batch_size=32, opt="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1,
         img_size=32, crop="pad", hflip=0.0, gamma=1.5, temperature=1.0, alpha=1.0, beta=0.1, mu=0.005,
     ),
     "cifar": dict(
@@ -96,7 +105,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     flag = argparse.BooleanOptionalAction
@@ -164,7 +173,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
                        help="mixed precision; auto: bf16 where the GPU has it, else fp16, off on CPU")  # fmt: skip
     group.add_argument("--compile", action="store_true", help="torch.compile student and teacher")
-    group.add_argument("--channels-last", action=flag, default=None, help="memory layout (default: on CUDA)")
+    group.add_argument("--channels-last", action=flag, default=True, help="memory layout of images and weights")
     group.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
 
     group = parser.add_argument_group("run directory")
@@ -466,7 +475,7 @@ class CorruptCount:
                 print(f"skipped a corrupt image ({len(self.seen)} so far in {self.what}): {name}: {reason}",
                       file=sys.stderr, flush=True)  # fmt: skip
         if len(self.seen) > max(1, 0.01 * self.total):
-            raise UserError(
+            raise RankError(
                 f"{len(self.seen)} of {self.total} {self.what} images cannot be read, more than 1 %: "
                 f"mend or remove them; the last one is {corrupt[-1].name if corrupt else sorted(self.seen)[-1]}"
             )
@@ -627,6 +636,21 @@ def make_student(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dict[
     return model, config
 
 
+def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int) -> None:
+    """One image through the model, in eval mode: whether it runs at this size and what it returns."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(1, *input_size))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        size = "x".join(map(str, input_size))
+        raise UserError(f"{name} does not run on a {size} image: {' '.join(str(error).split())[:300]}") from error
+    model.train(training)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (1, num_classes):
+        raise UserError(f"{name} must return logits of shape (N, {num_classes}), got {shape} for one image")
+
+
 class Teacher(nn.Module):
     """A frozen classifier, always in eval mode, which takes the student's normalised batch.
 
@@ -686,13 +710,8 @@ def make_teacher(args: argparse.Namespace, student: dict[str, Any]) -> Teacher:
                     f"{' '.join(str(error).split())[:200]}); give a run's student/ folder or file.py:build instead"
                 ) from error
     check_classes(name, classes, student, args)
-    teacher = Teacher(model, mean, std, input_size, student)
-    with torch.no_grad():
-        logits = model(torch.zeros(1, *input_size))
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise UserError(f"--teacher {name} must return (N, C) logits")
-    check_classes(name, logits.shape[1], student, args)
-    return teacher
+    check_forward(model, f"--teacher {name}", input_size, classes)
+    return Teacher(model, mean, std, input_size, student)
 
 
 def check_classes(name: str, classes: int, student: dict[str, Any], args: argparse.Namespace) -> None:
@@ -728,40 +747,42 @@ class LossLog:
     def __init__(self, skips_steps: bool) -> None:
         self.skips_steps = skips_steps  # fp16: GradScaler skips a step whose gradients are not finite
         self.names: list[str] = []
-        self.waiting: list[Tensor] = []
-        self.first_step = 0
-        self.sums = np.zeros(0)
+        self.waiting: list[tuple[int, Tensor]] = []
+        self.sums: dict[str, float] = {}
         self.count = 0
 
     def add(self, step: int, losses: dict[str, Tensor]) -> None:
-        if not self.waiting:
-            self.first_step, self.names = step, list(losses)
-        self.waiting.append(torch.stack([loss.detach() for loss in losses.values()]))
+        self.names = list(losses)
+        self.waiting.append((step, torch.stack([loss.detach() for loss in losses.values()])))
 
     def read(self) -> None:
         """Take in what waits; stop the run at the first step whose loss is not finite."""
         if not self.waiting:
             return
-        values = torch.stack(self.waiting).double().cpu().numpy()
+        steps = [step for step, _ in self.waiting]
+        values = torch.stack([value for _, value in self.waiting]).double().cpu()
         self.waiting = []
-        finite = np.isfinite(values).all(1)
+        finite = values.isfinite().all(1)
         if not finite.all() and not (self.skips_steps and finite.any()):
-            bad = int(np.argmin(finite))
-            terms = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, values[bad]))
-            raise UserError(
-                f"the loss is not finite at step {self.first_step + bad}: {terms}; try a lower --lr, --clip-grad 5, "
+            bad = int(finite.int().argmin())
+            terms = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, values[bad].tolist()))
+            raise RankError(
+                f"the loss is not finite at step {steps[bad]}: {terms}; try a lower --lr, --clip-grad 5, "
                 "longer --warmup-epochs, or --amp off; the last checkpoint is kept"
             )
-        if not len(self.sums):
-            self.sums = np.zeros(len(self.names))
-        self.sums += values[finite].sum(0)
+        for name, value in zip(self.names, values[finite].sum(0).tolist()):
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += int(finite.sum())
 
-    def means(self) -> dict[str, float]:
-        """Mean of each term since the last call, and of their sum."""
-        means = self.sums / max(self.count, 1)
-        self.sums, self.count = np.zeros(len(self.names)), 0
-        return {"train_loss": float(means.sum())} | {f"loss_{n}": float(m) for n, m in zip(self.names, means)}
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Mean of each term over all ranks since the last call, and of their sum."""
+        totals = torch.tensor([*self.sums.values(), self.count], dtype=torch.float64, device=device)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(totals)
+        *sums, count = totals.tolist()
+        self.sums, self.count = {}, 0
+        means = {f"loss_{name}": value / max(count, 1) for name, value in zip(self.names, sums)}
+        return {"train_loss": sum(means.values())} | means
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
@@ -770,10 +791,9 @@ class LossLog:
 class ToDevice(nn.Module):
     """uint8 (B, 3, H, W) on the host -> normalised float on the device."""
 
-    def __init__(self, mean: Any, std: Any, device: torch.device, channels_last: bool) -> None:
+    def __init__(self, mean: Any, std: Any, device: torch.device, memory_format: torch.memory_format) -> None:
         super().__init__()
-        self.device = device
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.device, self.memory_format = device, memory_format
         self.mean = 255 * torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = 255 * torch.tensor(std, device=device).view(-1, 1, 1)
 
@@ -970,13 +990,13 @@ def train(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    channels_last = device.type == "cuda" if args.channels_last is None else args.channels_last
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
 
     # data and models
     data = open_data(args)
     torch.manual_seed(args.seed)
     student, config = make_student(args, data)
+    check_forward(student, f"--model {args.model}", config["input_size"], config["num_classes"])
     if args.sync_bn and WORLD_SIZE > 1:
         if device.type != "cuda":
             raise UserError("--sync-bn needs CUDA devices")
@@ -991,7 +1011,7 @@ def train(args: argparse.Namespace) -> None:
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--self-kd uskd on {args.model} (--tap names the layer): {error}") from error
     net.to(device, memory_format=memory_format)
-    to_device = ToDevice(config["mean"], config["std"], device, channels_last)
+    to_device = ToDevice(config["mean"], config["std"], device, memory_format)
 
     micro_batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
     train_loader = make_loader(data.train, train_transform(args), micro_batch, True, args, device)
@@ -1094,7 +1114,7 @@ def train(args: argparse.Namespace) -> None:
         for i, (images, labels, bad) in enumerate(progress(batches, f"epoch {epoch + 1}", len(train_loader))):
             corrupt_train.add(bad)
             if images is None:
-                raise UserError(f"not one image of a training batch could be read, the first is {bad[0].name}")
+                raise RankError(f"not one image of a training batch could be read, the first is {bad[0].name}")
             last_pass = (i + 1) % args.grad_accum == 0
             images = to_device(images)
             target = labels.to(device, non_blocking=True)
@@ -1136,7 +1156,7 @@ def train(args: argparse.Namespace) -> None:
         corrupt_val.share()
         rows.append(
             {"epoch": epoch + 1}
-            | log.means()
+            | log.means(device)
             | metrics
             | {
                 "lr": optimizer.param_groups[0]["lr"],
@@ -1205,20 +1225,23 @@ def main(argv: list[str] | None = None) -> int:
         train(parse_args(argv))
         return 0
     except UserError as error:
-        message = str(error)
+        message, everywhere = str(error), not isinstance(error, RankError)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
-        message = f"cannot write: {error}"
+        message, everywhere = f"cannot write: {error}", False
     except KeyboardInterrupt:
         if IS_MAIN:
-            print("\ninterrupted; --output RUN --resume goes on after the last whole epoch", file=sys.stderr)
+            print("\ninterrupted: --output RUN --resume goes on after the last whole epoch", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    prefix = "train.py: error:" if WORLD_SIZE == 1 else f"train.py: error (rank {RANK}):"
-    print(f"{prefix} {message}", file=sys.stderr, flush=True)
+    if everywhere and not IS_MAIN:
+        time.sleep(2)  # rank 0 says it; torchrun would stop it as soon as this rank has ended
+        return 2
+    prefix = "" if everywhere or WORLD_SIZE == 1 else f"rank {RANK}: "
+    print(f"train.py: error: {prefix}{message}", file=sys.stderr, flush=True)
     return 2
 
 
