@@ -45,7 +45,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -130,10 +130,10 @@ def get_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("models")
     group.add_argument("--model", default="mobilenet_v2", help="torchvision's or timm's name, a run's student/ folder "
-                       "to start from, or your own: path/to/file.py:build, called as build(num_classes=...)")  # fmt: skip
+                       "to start from, or your own path/to/file.py:build, called as build(num_classes=C)")  # fmt: skip
     group.add_argument("--model-args", nargs="+", default=[], metavar="KEY=VALUE", help="passed on to the model")
     group.add_argument("--small-stem", action=flag, default=False,
-                       help="for images of 64 pixels and less: 3x3 first convolution, no stride, no max-pool")  # fmt: skip
+                       help="for images of 64 px and less: 3x3 first convolution, no stride, no max-pool")  # fmt: skip
     group.add_argument("--teacher", help="as --model; a library's name means its ImageNet weights (a download)")
 
     group = parser.add_argument_group("distillation, added to the cross-entropy")
@@ -1030,6 +1030,9 @@ def train(args: argparse.Namespace) -> None:
     erase = RandomErasing(args.random_erasing, mode="pixel", device=device) if args.random_erasing else None
 
     # optimizer
+    if args.opt not in timm.optim.list_optimizers():
+        near = difflib.get_close_matches(args.opt, timm.optim.list_optimizers(), n=5)
+        raise UserError(f"--opt {args.opt} is no timm optimizer; near matches: {', '.join(near) or 'momentum, adamw'}")
     optimizer = create_optimizer_v2(
         net,
         args.opt,
@@ -1061,7 +1064,12 @@ def train(args: argparse.Namespace) -> None:
     state = load_checkpoint(output / "last.pt") if args.resume and (output / "last.pt").exists() else None
     if state:
         load_weights(net, state["model"], str(output / "last.pt"))
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise UserError(
+                f"{output}/last.pt was saved with another optimizer than --opt {args.opt}: {error}"
+            ) from error
         scaler.load_state_dict(state["scaler"])
         first_epoch, best, rows = state["epoch"] + 1, state["best"], state["rows"]
         if len(state["random"]) == WORLD_SIZE:
@@ -1136,6 +1144,8 @@ def train(args: argparse.Namespace) -> None:
                 continue
 
             scheduler.step_update(step)
+            if step == epoch * updates_per_epoch:
+                lr = optimizer.param_groups[0]["lr"]
             if args.clip_grad:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
@@ -1151,6 +1161,10 @@ def train(args: argparse.Namespace) -> None:
         images_per_s = updates_per_epoch * args.batch_size / (time.time() - epoch_started)
 
         corrupt_train.share()
+        if WORLD_SIZE > 1:  # each rank has batch-norm statistics of its own: all must evaluate the same model
+            distribute_bn(student, WORLD_SIZE, reduce=True)
+            if ema:
+                distribute_bn(ema.module, WORLD_SIZE, reduce=True)
         chosen = ema.module if ema else compiled
         metrics = evaluate(chosen, val_loader, to_device, amp, corrupt_val)
         corrupt_val.share()
@@ -1159,7 +1173,7 @@ def train(args: argparse.Namespace) -> None:
             | log.means(device)
             | metrics
             | {
-                "lr": optimizer.param_groups[0]["lr"],
+                "lr": lr,  # of the epoch's first step
                 "skipped_steps": updates_per_epoch - executed[0],
                 "images_per_s": images_per_s,
                 "seconds": time.time() - epoch_started,

@@ -1,0 +1,30 @@
+"""Models as a user would bring them: --model tests/own_models.py:tiny."""
+
+from torch import nn
+
+
+def tiny(num_classes):
+    """Two convolution stages and a classifier."""
+    model = nn.Sequential()
+    model.layer1 = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    model.layer2 = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+    model.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.fc = nn.Linear(16, num_classes)
+    return model
+
+
+def dropout(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(8, num_classes))  # fmt: skip
+
+
+def linear(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+
+def wrong_classes(num_classes):
+    return tiny(3)
+
+
+def not_a_model(num_classes):
+    return num_classes

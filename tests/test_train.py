@@ -1,0 +1,563 @@
+"""train.py: runs of the real script, small ones in this process and whole ones through torchrun."""
+
+import csv
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_sample_images
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = Path(__file__).with_name("own_models.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TINY = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--epochs", "1", "--img-size", "16"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of real photographs: crops of scikit-learn's two, one class each; 48 to train, 17 to validate."""
+    for name, photo in zip(("china", "flower"), load_sample_images().images):
+        for part, count in (("train", 24), ("val", 9 if name == "china" else 8)):
+            folder = tmp_path / "photos" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                top, left = 15 * i, 20 * i
+                crop = Image.fromarray(photo[top : top + 64, left : left + 80])
+                crop.save(folder / f"{i}.jpg")
+    return tmp_path / "photos"
+
+
+def run(*flags, check=0):
+    """train.main in this process."""
+    assert train.main([str(flag) for flag in flags]) == check
+
+
+def script(*flags, command=(sys.executable,), env=None, **options):
+    """train.py in a process of its own, as a user calls it."""
+    return subprocess.run(
+        [*command, str(ROOT / "train.py"), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        timeout=500,
+        **options,
+    )
+
+
+def refused(capsys, *flags):
+    """The one line a mistake is answered with."""
+    run(*flags, check=2)
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("train.py: error: ")
+    return lines[0]
+
+
+def rows(output):
+    with open(Path(output) / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def same_weights(a, b):
+    a, b = load_file(Path(a) / "student/model.safetensors"), load_file(Path(b) / "student/model.safetensors")
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- the commands of the README ----
+
+
+def test_torchrun_as_written_in_an_empty_folder_and_again(tmp_path):
+    first = script("--self-kd", "uskd", "--model", "mobilenet_v2", command=TORCHRUN)
+    assert first.returncode == 0, first.stderr
+    assert "\r" not in first.stdout + first.stderr  # no progress bar where stdout is no terminal
+    assert len(re.findall(r"^epoch \d+/15 ", first.stdout, re.M)) == 15
+    run_dir = tmp_path / "runs/001-mobilenet_v2-uskd"
+    assert float(rows(run_dir)[-1]["val_top1"]) >= 90
+    again = script("--self-kd", "uskd", "--model", "mobilenet_v2", "--epochs", 1, command=TORCHRUN)
+    assert again.returncode == 0, again.stderr
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "001-mobilenet_v2-uskd",
+        "002-mobilenet_v2-uskd",
+    ]
+
+
+def test_a_run_directory_holds_all_that_was_promised():
+    run(*TINY, "--self-kd", "uskd", "--epochs", 2, "--output", "out")
+    names = {p.name for p in Path("out").iterdir() if not p.name.startswith("events.out")}
+    assert names == {"args.json", "metrics.csv", "curves.png", "last.pt", "best.pt", "student"}
+    assert list(Path("out").glob("events.out.tfevents.*"))
+    assert {p.name for p in Path("out/student").iterdir()} == {"model.safetensors", "config.json"}
+
+    assert [row["epoch"] for row in rows("out")] == ["1", "2"]
+    assert list(rows("out")[0]) == [
+        "epoch", "train_loss", "loss_ce", "loss_uskd", "val_loss", "val_top1", "val_top5", "lr", "skipped_steps",
+        "images_per_s", "seconds",
+    ]  # fmt: skip
+    about = json.loads(Path("out/args.json").read_text())
+    assert about["flags"]["self_kd"] == "uskd"
+    assert about["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert Image.open("out/curves.png").size[0] > 500
+
+    state = torch.load("out/last.pt", weights_only=True)
+    assert any(name.startswith("head.") for name in state["model"])  # to go on training it
+    config = json.loads(Path("out/student/config.json").read_text())
+    assert config["label_names"] == [str(i) for i in range(10)]
+    assert config["input_size"] == [3, 16, 16]
+    student, _ = train.load_student(Path("out/student"))
+    assert not any("head" in name for name in student.state_dict())
+
+
+def accuracy(output, photos):
+    """Top-1 on photos/val of a saved student, image by image, and what its config.json says of it."""
+    student, config = train.load_student(Path(output) / "student")
+    transform = train.eval_transform(config)
+    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ("mean", "std"))
+    files = sorted((photos / "val").glob("*/*.jpg"))
+    assert len(files) == 17
+    hits = 0
+    for file in files:
+        image = (transform(Image.open(file)).float() / 255 - mean) / std
+        with torch.no_grad():
+            hits += config["label_names"][student.eval()(image[None]).argmax()] == file.parent.name
+    return 100 * hits / 17, config["metrics"]["val_top1"]
+
+
+def test_a_saved_student_has_the_accuracy_it_was_saved_with(photos):
+    run(*TINY, "--data", photos, "--batch-size", 8, "--epochs", 2, "--ema-decay", 0.5, "--output", "out")
+    measured, saved = accuracy("out", photos)
+    assert measured == pytest.approx(saved)
+
+
+# ---- distillation ----
+
+
+def test_the_losses_are_added_to_the_cross_entropy():
+    run(*TINY, "--output", "teacher")
+    args = ["--kd", "nkd", "--teacher", "teacher/student", "--self-kd", "uskd"]
+    run(*TINY, *args, "--output", "out")
+    row = rows("out")[0]
+    assert float(row["train_loss"]) == pytest.approx(
+        sum(float(row[name]) for name in ("loss_ce", "loss_nkd", "loss_uskd")), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("squeezenet1_1", "test_resnet.r160_in1k"),  # torchvision from timm
+        ("test_vit.r160_in1k", "shufflenet_v2_x0_5"),  # timm, a transformer, from torchvision
+        (f"{MODELS}:tiny", "test_convnext.r160_in1k"),  # the user's own from timm
+        ("mnasnet0_5", f"{MODELS}:tiny"),  # torchvision from the user's own
+    ],
+)
+@pytest.mark.parametrize("method", ["nkd", "kd"])
+def test_any_student_with_any_teacher(student, teacher, method):
+    few = ["--device", "cpu", "--epochs", 1, "--batch-size", 256, "--workers", 0]
+    if teacher.endswith(":tiny"):
+        source, size = teacher, 32
+    else:  # a size of its own
+        run(*few, "--model", teacher, "--img-size", 48, "--output", "teacher")
+        source, size = "teacher/student", 32
+    run(*few, "--model", student, "--img-size", size, "--kd", method, "--teacher", source, "--output", "out")
+    assert np.isfinite(float(rows("out")[0][f"loss_{method}"]))
+
+
+def test_the_teacher_is_frozen_in_eval_mode_and_sees_its_own_normalisation_and_size():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 5)
+    )
+    model[1].running_mean.normal_()
+    student = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    teacher = train.Teacher(model, mean, std, (3, 8, 8), student)
+    teacher.train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    pixels = torch.rand(2, 3, 8, 8)
+
+    def normalise(x, mean, std):
+        return (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+
+    before = model[1].running_mean.clone()
+    logits = teacher(normalise(pixels, **student))
+    assert not logits.requires_grad
+    assert torch.equal(model[1].running_mean, before)
+    torch.testing.assert_close(logits, model(normalise(pixels, mean, std)), rtol=1e-4, atol=1e-5)
+    larger = torch.nn.functional.interpolate(pixels, (16, 16), mode="nearest")
+    assert teacher(normalise(larger, **student)).shape == (2, 5)
+
+
+def test_a_teachers_classes_are_compared_before_anything_is_fetched(capsys):
+    for name in ("resnet34", "deit3_small_patch16_224.fb_in1k"):
+        line = refused(capsys, *TINY, "--kd", "nkd", "--teacher", name)
+        assert f"--teacher {name} has 1000 classes, --data digits has 10" in line
+
+
+# ---- everything at once, and one thing at a time ----
+
+
+def test_every_augmentation_schedule_and_precision_together(photos):
+    everything = [
+        "--data", photos, "--recipe", "imagenet-vit", "--img-size", 32, "--batch-size", 16, "--grad-accum", 2,
+        "--warmup-epochs", 1, "--epochs", 3, "--clip-grad", 1, "--ema-decay", 0.9, "--workers", 1, "--amp", "bf16",
+        "--self-kd", "uskd", "--model", "test_vit.r160_in1k", "--model-args", "drop_path_rate=0.1", "--device", "cpu",
+        "--kd", "nkd", "--teacher", f"{MODELS}:tiny", "--no-channels-last",
+    ]  # fmt: skip
+    run(*everything, "--output", "out")
+    assert [row["skipped_steps"] for row in rows("out")] == ["0"] * 3
+    assert json.loads(Path("out/student/config.json").read_text())["architecture"]["args"] == {"drop_path_rate": 0.1}
+
+
+def test_compile():
+    run(*TINY, "--compile", "--self-kd", "uskd", "--kd", "nkd", "--teacher", f"{MODELS}:tiny", "--output", "out")
+    state = torch.load("out/last.pt", weights_only=True)
+    assert not any("_orig_mod" in name for name in state["model"])
+
+
+def test_fp16_on_cpu_counts_the_steps_its_scaler_skips():
+    run(*TINY, "--amp", "fp16", "--output", "out", "--batch-size", 16)
+    skipped = int(rows("out")[0]["skipped_steps"])
+    assert 0 <= skipped < 80  # of 89 steps; the scale starts at 65,536 and halves until the gradients fit
+
+
+def test_the_step_schedule_and_the_cosine():
+    fast = [*TINY, "--batch-size", 256, "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.1]
+    run(*fast, "--schedule", "step", "--step-epochs", 1, 3, "--step-factor", 0.1, "--output", "step")
+    assert [float(row["lr"]) for row in rows("step")] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    run(*fast, "--schedule", "cosine", "--output", "cosine")
+    cosine = [0.05 * (1 + np.cos(np.pi * t / 4)) for t in range(4)]
+    assert [float(row["lr"]) for row in rows("cosine")] == pytest.approx(cosine, rel=1e-5)
+
+
+def test_gradient_accumulation_takes_the_same_steps():
+    same = [
+        *TINY[:2],
+        "--model",
+        f"{MODELS}:linear",
+        "--epochs",
+        1,
+        "--img-size",
+        16,
+        "--opt",
+        "momentum",
+        "--lr",
+        0.01,
+    ]
+    run(*same, "--batch-size", 64, "--output", "whole")
+    run(*same, "--batch-size", 64, "--grad-accum", 4, "--output", "parts")
+    a, b = (load_file(f"{out}/student/model.safetensors")["1.weight"] for out in ("whole", "parts"))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "times"), [("resnet18", 4), ("mobilenet_v2", 2), ("shufflenet_v2_x0_5", 4)])
+def test_the_small_stem_keeps_the_resolution(name, times):
+    def last_size(*flags):
+        args = train.parse_args(["--model", name, *flags])
+        model = train.build_model(train.find_architecture(name, args), 10, 32)
+        sizes = []
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(lambda m, a, out: sizes.append(out.shape[-1]))
+        model.eval()(torch.zeros(1, 3, 32, 32))
+        return sizes[-1]
+
+    assert last_size("--small-stem") == times * last_size()
+
+
+class HostReads(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device():
+    """Reads of device values on the host, in runs of 5 and of 22 steps: as many."""
+    reads = []
+    for batch_size in (256, 64):
+        with HostReads() as mode:
+            run(*TINY, "--batch-size", batch_size, "--workers", 1, "--self-kd", "uskd", "--kd", "nkd", "--teacher",
+                f"{MODELS}:tiny", "--clip-grad", 5, "--opt", "momentum", "--output", f"out{batch_size}")  # fmt: skip
+        reads.append(mode.count)
+    assert reads[0] == reads[1]
+
+
+# ---- data ----
+
+
+def test_evaluation_sees_what_torchvisions_and_timms_own_presets_make():
+    import timm
+    from torchvision.transforms._presets import ImageClassification
+
+    for size, crop, name in ((224, 0.875, "bilinear"), (224, 0.9, "bicubic"), (64, 1.0, "bilinear")):
+        config = {"input_size": [3, size, size], "crop": crop, "interpolation": name}
+        ours = train.eval_transform(config)
+        torchvisions = ImageClassification(
+            crop_size=size, resize_size=int(size / crop), mean=(0.0,) * 3, std=(1.0,) * 3,
+            interpolation=train.INTERPOLATIONS[name],
+        )  # fmt: skip
+        timms = timm.data.create_transform(
+            input_size=size, crop_pct=crop, interpolation=name, mean=(0.0,) * 3, std=(1.0,) * 3
+        )
+        for photo in load_sample_images().images:
+            image = Image.fromarray(photo)
+            assert torch.equal(ours(image).float() / 255, torchvisions(image))
+            assert torch.equal(ours(image).float() / 255, timms(image))
+
+
+def test_an_augmentation_depends_on_seed_epoch_and_sample_only(photos):
+    args = train.parse_args(["--data", str(photos), "--img-size", "32"])
+    data = train.open_data(args)
+    samples = train.Samples(data.train, train.train_transform(args), seed=1)
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    first = samples[0, 5][0]
+    assert torch.equal(torch.get_rng_state(), before)
+    samples[0, 6]
+    assert torch.equal(samples[0, 5][0], first)
+    assert not torch.equal(samples[1, 5][0], first)
+    assert not torch.equal(train.Samples(data.train, train.train_transform(args), seed=2)[0, 5][0], first)
+
+
+def test_ranks_share_a_shuffle_that_changes_with_epoch_and_seed():
+    def indices(rank, epoch, seed=0):
+        sampler = train.EpochSampler(range(10), 2, rank, seed=seed, drop_last=True)
+        sampler.set_epoch(epoch)
+        pairs = list(sampler)
+        assert {e for e, _ in pairs} == {epoch}
+        return [i for _, i in pairs]
+
+    assert sorted(indices(0, 0) + indices(1, 0)) == list(range(10))
+    assert indices(0, 0) != indices(0, 1)
+    assert indices(0, 0) != indices(0, 0, seed=1)
+
+
+def test_timm_datasets(photos):
+    run(*TINY, "--data", "torch/image_folder", "--data-dir", photos, "--batch-size", 16, "--output", "out")
+    config = json.loads(Path("out/student/config.json").read_text())
+    assert config["label_names"] == ["china", "flower"]
+
+
+def test_a_corrupt_image_is_named_and_skipped(photos, capfd):
+    (photos / "train/china/3.jpg").write_bytes(b"no image")
+    whole = (photos / "val/flower/2.jpg").read_bytes()
+    (photos / "val/flower/2.jpg").write_bytes(whole[: len(whole) // 2])
+    run(*TINY, "--data", photos, "--batch-size", 8, "--epochs", 2, "--workers", 1, "--output", "out")
+    err = capfd.readouterr().err
+    assert re.findall(r"skipped a corrupt image .*?: .*/(\w+/\w+/\d.jpg): ", err) == [  # once, not once an epoch
+        "train/china/3.jpg",
+        "val/flower/2.jpg",
+    ]
+    top1 = float(rows("out")[-1]["val_top1"]) / 100
+    assert top1 * 16 == pytest.approx(round(top1 * 16), abs=1e-4)  # of 16 images, not 17
+
+
+def test_more_than_one_percent_corrupt_stops_the_run(photos, capsys):
+    for i in range(2):
+        (photos / f"train/china/{i}.jpg").write_bytes(b"no image")
+    run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, check=2)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"error: 2 of 48 training images cannot be read, more than 1 %.*china/\d.jpg", last)
+
+
+# ---- resume ----
+
+
+def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
+    flags = [
+        "--device", "cpu", "--data", photos, "--recipe", "imagenet-vit", "--model", f"{MODELS}:dropout",
+        "--self-kd", "uskd", "--tap", "1", "--img-size", 16, "--batch-size", 8, "--epochs", 6, "--warmup-epochs", 1,
+        "--lr", 1e-3, "--ema-decay", 0.9, "--workers", 1,
+    ]  # fmt: skip
+    whole = script(*flags, "--output", "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "train.py"), *map(str, flags), "--output", "killed"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as the others: the order of a sum depends on it
+    )
+    for line in killed.stdout:
+        if line.startswith("epoch 4/6"):
+            killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert killed.returncode == -signal.SIGKILL
+    done = len(rows("killed"))
+    assert 3 <= done < 6
+    resumed = script("--output", "killed", "--resume")  # the flags are those of the run
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on after epoch {done}" in resumed.stdout or f"going on after epoch {done + 1}" in resumed.stdout
+    a, b = (torch.load(f"{out}/last.pt", weights_only=True) for out in ("whole", "killed"))
+    for part in ("model", "ema"):
+        for name in a[part]:
+            assert torch.equal(a[part][name], b[part][name]), name
+    assert same_weights("whole", "killed")
+    assert [row["train_loss"] for row in rows("whole")] == [row["train_loss"] for row in rows("killed")]
+
+
+def test_resume_in_an_empty_directory_starts_anew(capsys):
+    run(*TINY, "--output", "out", "--resume")
+    assert "no out/last.pt yet: starting anew" in capsys.readouterr().out
+
+
+# ---- two processes ----
+
+
+def test_two_ranks_train_one_model_and_validate_each_image_once(photos):
+    flags = ["--device", "cpu", "--data", photos, "--recipe", "digits", "--model", f"{MODELS}:tiny", "--img-size", 16,
+             "--self-kd", "uskd", "--kd", "nkd", "--teacher", f"{MODELS}:tiny", "--epochs", 2, "--batch-size", 8,
+             "--workers", 0, "--grad-accum", 2, "--output", "two"]  # fmt: skip
+    two = script(*flags, command=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"], env={"GLOO_SOCKET_IFNAME": "lo"})
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("epoch 1/2") == 1
+    measured, saved = accuracy("two", photos)
+    assert measured == pytest.approx(saved)
+
+
+def test_an_error_that_all_ranks_meet_is_said_once():
+    two = script("--data", "nowhere", command=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"],
+                 env={"GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
+    assert two.returncode != 0
+    assert two.stderr.count("train.py: error: ") == 1
+    assert "no folder nowhere/train" in two.stderr
+
+
+# ---- mistakes: one line, status 2, nothing lost ----
+
+
+def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
+    result = script("--data", tmp_path / "nowhere")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("train.py: error: --data ")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "nowhere"], "no folder nowhere/train and no folder nowhere/val; expected a folder with"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "--download fetches it"),
+        (["--data", "torch/nothing"], "--data torch/nothing through timm"),
+        (["--model", "resnet81"], "unknown model 'resnet81'.*near matches: .*resnet18"),
+        (["--model", "zzz"], "unknown model 'zzz'"),
+        (["--model", "nowhere.py:build"], "no file nowhere.py"),
+        (["--model", f"{MODELS}:nothing"], "has no function 'nothing'"),
+        (["--model", f"{MODELS}:not_a_model"], "must return an nn.Module, got int"),
+        (["--model", f"{MODELS}:wrong_classes"], r"logits of shape \(N, 10\), got \(1, 3\)"),
+        (["--model", "inception_v3"], "does not run on a 3x32x32 image"),
+        (["--model", "resnet18", "--model-args", "nonsense=1"], "cannot build resnet18.*nonsense"),
+        (["--model-args", "nonsense"], "takes KEY=VALUE, got 'nonsense'"),
+        (["--kd", "nkd"], "--kd nkd needs --teacher"),
+        (["--teacher", "resnet34"], "--teacher needs --kd"),
+        (["--kd", "nkd", "--teacher", "resnet43"], "unknown model 'resnet43'"),
+        (["--kd", "nkd", "--teacher", "."], "not a whole student/ folder"),
+        (["--self-kd", "uskd", "--tap", "features.71"], "--tap names the layer.*near matches: features.7"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--lr", "nan"], "--lr must be at least 0, got nan"),
+        (["--temperature", "0"], "--temperature must be greater than 0"),
+        (["--hflip", "2"], "--hflip must be between 0 and 1"),
+        (["--grad-accum", "3"], "--batch-size 32 must be a multiple of"),
+        (["--batch-size", "5000"], "larger than the 1437 training images"),
+        (["--resume"], "--resume needs --output"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--kd", "mse"], "invalid choice: 'mse'"),
+        (["--opt", "adamz"], "--opt adamz is no timm optimizer; near matches: .*adamw"),
+    ],
+)
+def test_bad_flags(capsys, flags, message):
+    assert re.search(message, refused(capsys, "--device", "cpu", *flags))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
+def test_cuda_is_never_silently_replaced(capsys):
+    assert "torch sees no CUDA device" in refused(capsys, "--device", "cuda")
+
+
+def test_a_folder_without_images(tmp_path, capsys):
+    for part in ("train", "val"):
+        (tmp_path / "empty" / part / "cat").mkdir(parents=True)
+    assert "no valid file" in refused(capsys, *TINY, "--data", tmp_path / "empty").replace("Found no", "no")
+
+
+def test_classes_that_differ_between_train_and_val(photos, capsys):
+    (photos / "val/flower").rename(photos / "val/flowers")
+    assert "hold different classes: flower, flowers" in refused(capsys, *TINY, "--data", photos)
+
+
+def test_a_directory_that_holds_a_run_is_refused_unless_told(capsys):
+    run(*TINY, "--output", "out")
+    kept = Path("out/last.pt").read_bytes()
+    line = refused(capsys, *TINY, "--output", "out")
+    assert "already holds a run: --resume goes on with it, --overwrite replaces it" in line
+    assert Path("out/last.pt").read_bytes() == kept
+    run(*TINY, "--output", "out", "--overwrite")
+    assert len(rows("out")) == 1
+
+
+def test_checkpoints_and_students_that_do_not_fit(capsys):
+    run(*TINY, "--output", "out")
+    capsys.readouterr()
+    line = refused(capsys, "--device", "cpu", "--output", "out", "--resume", "--model", "shufflenet_v2_x0_5")
+    assert "out/last.pt holds the weights of another architecture than ShuffleNetV2" in line
+    line = refused(capsys, "--output", "out", "--resume", "--opt", "momentum")
+    assert "saved with another optimizer than --opt momentum" in line
+    line = refused(capsys, "--model", "squeezenet1_1", "--kd", "nkd", "--teacher", "out")
+    assert "not a whole student/ folder" in line
+    config = json.loads(Path("out/student/config.json").read_text())
+    Path("out/student/config.json").write_text(json.dumps(config | {"num_classes": 11}))
+    assert "another architecture" in refused(capsys, *TINY, "--kd", "nkd", "--teacher", "out/student")
+    Path("out/student/config.json").write_text(json.dumps(config))
+    Path("out/student/model.safetensors").write_bytes(b"damaged")
+    assert "damaged" in refused(capsys, *TINY, "--kd", "nkd", "--teacher", "out/student")
+    Path("out/last.pt").write_bytes(b"damaged")
+    assert "out/last.pt cannot be read as a checkpoint" in refused(capsys, "--output", "out", "--resume")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(capsys):
+    run(*TINY, "--output", "out")
+    kept = Path("out/last.pt").read_bytes()
+    capsys.readouterr()
+    line = refused(capsys, "--output", "out", "--resume", "--epochs", 2, "--lr", 1e30)
+    assert re.search(r"not finite at step \d+: ce (nan|inf); try a lower --lr", line)
+    assert Path("out/last.pt").read_bytes() == kept
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint():
+    run(*TINY, "--output", "out")
+    kept = Path("out/last.pt").read_bytes()
+    result = script(
+        "--output", "out", "--resume", "--epochs", 2,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2,) * 2),
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "could not save out/last.pt: File too large; what was saved before is kept" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert Path("out/last.pt").read_bytes() == kept
+    assert not list(Path("out").glob("**/*.partial"))
+    torch.load("out/last.pt", weights_only=True)
