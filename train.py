@@ -459,6 +459,7 @@ def make_loader(
         drop_last=train,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else starting workers would draw from the state that --resume restores
     )
 
 
