@@ -65,7 +65,7 @@ def _from_feature_info(model: nn.Module) -> str | None:
     stages = list(getattr(info, "info", info) or [])
     if len(stages) < 2:
         return None
-    if all(stage["reduction"] == stages[0]["reduction"] for stage in stages):
+    if len({stage.get("reduction") for stage in stages}) == 1:
         return None  # a plain transformer: see _middle_block
     if isinstance(getattr(model, "conv_head", None), nn.Conv2d) and hasattr(model, "bn2"):
         # MobileNetV2 and EfficientNet: a 1x1 convolution before the pooling is the last stage
@@ -75,14 +75,15 @@ def _from_feature_info(model: nn.Module) -> str | None:
 
 
 def _from_table(model: nn.Module) -> str | None:
-    path = _DEFAULT_TAPS.get(type(model).__name__)
-    if path is None:
-        return None
+    path = next((_DEFAULT_TAPS[c.__name__] for c in type(model).__mro__ if c.__name__ in _DEFAULT_TAPS), "")
     container, _, child = path.rpartition(".")
-    module = getattr(model, container or path, None)
-    if not isinstance(module, nn.Module) or (container and not len(list(module.children()))):
+    module = getattr(model, container or path, None) if path else None
+    if not isinstance(module, nn.Module):
         return None
-    return f"{container}.{list(dict(module.named_children()))[int(child)]}" if container else path
+    if not container:
+        return path
+    children = [name for name, _ in module.named_children()]
+    return f"{container}.{children[int(child)]}" if len(children) >= -int(child) else None
 
 
 def _middle_block(model: nn.Module) -> str | None:
@@ -100,7 +101,7 @@ def _middle_block(model: nn.Module) -> str | None:
 
 
 def _keeps_width(blocks: list[tuple[str, nn.Module]]) -> bool:
-    return len({tuple(tuple(p.shape) for p in block.parameters() if p.ndim == 1) for _, block in blocks}) == 1
+    return len({next((p.shape for p in block.parameters() if p.ndim == 1), None) for _, block in blocks}) == 1
 
 
 def _last_stage_but_one(model: nn.Module) -> str | None:
@@ -116,7 +117,7 @@ def _last_stage_but_one(model: nn.Module) -> str | None:
             return f"{container}.{numbered[-2]}".lstrip(".")
     for container in ("stages", "layers", "blocks", "levels"):
         module = getattr(model, container, None)
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) >= 2:
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and 2 <= len(module) <= 6:  # more are blocks, not stages
             return f"{container}.{len(module) - 2}"
     return None
 

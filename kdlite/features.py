@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +18,12 @@ class FeatureTap:
     """Keeps the last output of one layer of a model; changes nothing else about the model.
 
     Works on any ``nn.Module``, under DistributedDataParallel, autocast, gradient accumulation and (non-reentrant)
-    activation checkpointing. Tap first, compile after. A deepcopy of a tapped model carries no live tap, so an EMA
-    copy never writes into this one. After :meth:`close` the model pickles and exports as before.
+    activation checkpointing. Tap first, compile after (with checkpointing inside, without ``fullgraph``). A deepcopy
+    of a tapped model carries no live tap, so an EMA copy never writes into this one. After :meth:`close` the model
+    pickles and exports as before.
 
     Args:
-        module: the model, or a DataParallel / DistributedDataParallel around it.
+        module: the model, or a DistributedDataParallel around it.
         layer: dotted path of the layer, a name in ``module.named_modules()``.
 
     Raises:
@@ -38,12 +40,12 @@ class FeatureTap:
     """
 
     def __init__(self, module: nn.Module, layer: str) -> None:
-        while isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module
         _refuse_compiled(module, "")
         names = [name for name, _ in module.named_modules()]
         if layer not in names:
-            near = difflib.get_close_matches(layer, names, n=5, cutoff=0.4) or names[1:6]
+            near = difflib.get_close_matches(layer, names, n=5, cutoff=0.4) or names[1:6] or ["none, it has no layers"]
             raise ValueError(f"no layer {layer!r} in {type(module).__name__}; near matches: {', '.join(near)}")
         _refuse_compiled(module, layer)
         self.layer = layer
@@ -71,15 +73,20 @@ class FeatureTap:
         if capture.lost_gradient and torch.is_grad_enabled():
             raise RuntimeError(
                 f"layer {self.layer!r} ran without gradient though it is in training mode; "
-                "if it is checkpointed, use torch.utils.checkpoint with use_reentrant=False"
+                "if it is checkpointed, use torch.utils.checkpoint with use_reentrant=False; "
+                "if it is frozen, put it in eval mode"
             )
         return output
+
+    def forget(self) -> None:
+        """Drop the layer's last output, if there is one."""
+        self._capture.output = None
 
     def close(self) -> None:
         """Remove the tap from the model. Closing twice is harmless."""
         self._handle.remove()
         self._capture.live = False
-        self._capture.output = None
+        self.forget()
 
     def __enter__(self) -> FeatureTap:
         return self
@@ -120,7 +127,7 @@ def _refuse_compiled(module: nn.Module, layer: str) -> None:
     for name in layer.split(".") if layer else []:
         path.append(path[-1].get_submodule(name))
     for part in path:
-        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
             raise RuntimeError(
                 f"{type(module).__name__} is compiled already, and a tap made now may never fire: "
                 f"make the tap of {layer!r} first, then compile"
@@ -134,9 +141,12 @@ class WithWeakHead(nn.Module):
     model are one module, DistributedDataParallel, the optimizer and the checkpoint have both; ``.model`` is the
     plain student, without the head. Wrap before compiling. A deepcopy (EMA) has a tap of its own.
 
-    The head is a linear layer on the pooled feature: global average for (N, C, H, W) and (N, H, W, C), the class token
-    of (N, L, C) if the model has one, else the mean over tokens. The channels come from one dry forward, in eval
-    mode and without gradient.
+    The head is a linear layer on the pooled feature: global average for (N, C, H, W) and (N, H, W, C), told apart by
+    the input's proportions; of (N, L, C) the class token, if there is one, else the mean over tokens. The channels
+    come from one dry forward, in eval mode and without gradient.
+
+    Wrap this module in DistributedDataParallel, not the reverse; DataParallel, whose threads would share one tap, is
+    refused.
 
     Args:
         model: classifier from a batch of images to (N, C) logits.
@@ -145,8 +155,10 @@ class WithWeakHead(nn.Module):
         example_input: a batch for the dry forward; None takes zeros of the model's usual input size.
 
     Raises:
-        ValueError: no such layer, no default for this model, a feature or logits of a shape that does not fit.
+        ValueError: no such layer, no default for this model, a feature or logits of a shape that does not fit, a
+            model that does not take the guessed example, a model inside DistributedDataParallel.
         RuntimeError: the model was compiled already, or the layer did not run in the dry forward.
+        TypeError: in training, when the model returns something else than logits (auxiliary outputs, say).
 
     Source: Yang et al., ICCV 2023, arXiv 2303.13005, section 3.3 (weak logits).
 
@@ -167,26 +179,31 @@ class WithWeakHead(nn.Module):
         example_input: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise ValueError(
+                f"the model is inside {type(model).__name__}, where the head's gradients would differ between ranks: "
+                "wrap the plain model in WithWeakHead first, then that in DistributedDataParallel"
+            )
         layer = default_tap(model) if tap is None else tap
         self.model = model
         self._tap = FeatureTap(model, layer)
         try:
-            parameter = next(model.parameters(), torch.empty(0))
-            if example_input is None:
-                example_input = parameter.new_zeros(1, *_usual_input_size(model))
-            with _eval_mode(model), torch.no_grad():
-                logits = model(example_input)
-                feature = self._tap.pop()
+            logits, feature, input_shape = _dry_forward(model, self._tap, example_input)
             if not isinstance(logits, Tensor) or logits.ndim != 2:
                 raise ValueError(f"the model must return (N, C) logits, got {_describe(logits)}")
             if num_classes is not None and logits.shape[1] != num_classes:
                 raise ValueError(f"num_classes={num_classes}, but the model returns logits of {_describe(logits)}")
-            self._pool = _pooling(feature, _has_class_token(model), layer)
-            channels = _pool(feature, self._pool).shape[1]
+            self._pool = _pooling(feature, input_shape, model, layer)
+            pooled = _pool(feature, self._pool)
+            if pooled.shape[0] != logits.shape[0]:
+                raise ValueError(
+                    f"layer {layer!r} returns {_describe(feature)} for a batch of {logits.shape[0]}: its first "
+                    "dimension is not the batch; name another layer"
+                )
         except BaseException:
             self._tap.close()  # a model that was refused is left as it was
             raise
-        self.head = nn.Linear(channels, logits.shape[1], device=parameter.device, dtype=parameter.dtype)
+        self.head = nn.Linear(pooled.shape[1], logits.shape[1], device=pooled.device, dtype=pooled.dtype)
 
     @property
     def tap(self) -> str:
@@ -195,10 +212,18 @@ class WithWeakHead(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         logits = self.model(x)
-        feature = self._tap.pop()
         if not self.training:
+            self._tap.forget()
             return logits
-        return logits, self.head(_pool(feature, self._pool))
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"the model must return logits alone in training, got a {type(logits).__name__}: "
+                "switch its auxiliary outputs off (aux_logits=False in torchvision)"
+            )
+        return logits, self.head(_pool(self._tap.pop(), self._pool))
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError("DataParallel's threads would share one tap: use DistributedDataParallel")
 
     def close(self) -> nn.Module:
         """Remove the tap and return the plain student; this module cannot run afterwards."""
@@ -206,19 +231,49 @@ class WithWeakHead(nn.Module):
         return self.model
 
 
-def _pooling(feature: Any, has_class_token: bool, layer: str) -> str:
-    """How a feature of this shape becomes (N, C): told from a square input, where height equals width."""
+def _dry_forward(model: nn.Module, tap: FeatureTap, example: Tensor | None) -> tuple[Any, Any, torch.Size]:
+    """Logits and feature of two samples, and the input's shape."""
+    guessed = example is None
+    if example is None:
+        example = next(model.parameters(), torch.empty(0)).new_zeros(1, *_usual_input_size(model))
+    example = torch.cat([example, example])[:2]
+    try:
+        with _eval_mode(model), torch.no_grad():
+            logits = model(example)
+    except Exception as error:
+        if not guessed:
+            raise
+        raise ValueError(
+            f"{type(model).__name__} does not take {_describe(example)}, which is a guess: pass example_input; {error}"
+        ) from error
+    return logits, tap.pop(), example.shape
+
+
+def _pooling(feature: Any, input_shape: torch.Size, model: nn.Module, layer: str) -> str:
+    """How a feature of this shape becomes (N, C)."""
     if isinstance(feature, Tensor):
         if feature.ndim == 2:
             return "none"
         if feature.ndim == 3:
-            return "class token" if has_class_token else "tokens"
+            return "class token" if _has_class_token(model, feature.shape[1]) else "tokens"
         if feature.ndim == 4:
-            return "NHWC" if feature.shape[1] == feature.shape[2] != feature.shape[3] else "NCHW"
+            # of the two readings, the one whose height and width are in the input's proportion
+            proportion = input_shape[2] / input_shape[3] if len(input_shape) == 4 else 1.0
+            _, a, b, c = feature.shape
+            nchw, nhwc = (abs(math.log(height / width / proportion)) for height, width in ((b, c), (a, b)))
+            return "NCHW" if nchw <= nhwc else "NHWC"
     raise ValueError(
         f"layer {layer!r} must return (N, C), (N, L, C), (N, C, H, W) or (N, H, W, C), "
         f"got {_describe(feature)}; name another layer"
     )
+
+
+def _has_class_token(model: nn.Module, tokens: int) -> bool:
+    """Whether the first of so many tokens is the class token: some models (CaiT) add theirs only after the tap."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    only_patches = tokens == patches or math.isqrt(tokens) ** 2 == tokens
+    return bool(names & {"cls_token", "class_token"}) and not only_patches
 
 
 def _pool(feature: Tensor, how: str) -> Tensor:
@@ -235,17 +290,13 @@ def _describe(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _has_class_token(model: nn.Module) -> bool:
-    return any(name.rpartition(".")[2] in ("cls_token", "class_token") for name, _ in model.named_parameters())
-
-
 def _usual_input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) a model says it takes, else 224 px and its first layer's channels."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    channels, height, width = config.get("input_size", (3, 224, 224))
+    config = getattr(model, "pretrained_cfg", None)
+    channels, height, width = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
     size = getattr(model, "image_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = (size, size) if isinstance(size, int) else size[-2:]
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
     if isinstance(first, nn.Conv2d):
         channels = first.in_channels

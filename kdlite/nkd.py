@@ -13,10 +13,10 @@ from .targets import (
     as_rows,
     check_logits,
     check_options,
+    cross_entropy,
     is_class,
     log_normalized,
     log_odds,
-    normalized_cross_entropy,
     read_target,
     reduce,
 )
@@ -77,17 +77,19 @@ def nkd_loss(
     teacher = as_rows(teacher_logits.detach()).to(student.dtype)
 
     if isinstance(rows, ClassIndices):
-        target_term = -log_odds(teacher, rows.label).sigmoid() * F.logsigmoid(log_odds(student, rows.label))
-        non_target_term = normalized_cross_entropy(
-            log_normalized(teacher / temperature, rows.label).exp(),
-            log_normalized(student / temperature, rows.label),
-            rows.label,
-        )
+        t_t, log_s_t = log_odds(teacher, rows.label).sigmoid(), F.logsigmoid(log_odds(student, rows.label))
+        target_term = -t_t * log_s_t
+        non_target_term = _non_target_term(student / temperature, teacher / temperature, rows.label)
     else:
-        target_term = -(rows.probs * teacher.softmax(1) * student.log_softmax(1)).sum(1)
+        target_term = cross_entropy(rows.probs * teacher.softmax(1), student.log_softmax(1))
         non_target_term = _expected_non_target_term(student / temperature, teacher / temperature, rows.probs)
     loss = target_term + gamma * temperature**2 * non_target_term
     return reduce(loss, rows, reduction, student_logits.shape)
+
+
+def _non_target_term(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
+    """- sum_{i != t} N(T)_i log N(S)_i, (R,)."""
+    return cross_entropy(log_normalized(teacher, label).exp(), log_normalized(student, label))
 
 
 def _expected_non_target_term(student: Tensor, teacher: Tensor, probs: Tensor) -> Tensor:
@@ -103,24 +105,21 @@ def _expected_non_target_term(student: Tensor, teacher: Tensor, probs: Tensor) -
     student_top, teacher_top = student.detach().argmax(1), teacher.argmax(1)
 
     def at(values: Tensor, label: Tensor) -> Tensor:
-        return values.gather(1, label.unsqueeze(1)).squeeze(1)
+        return values.gather(1, label.unsqueeze(1))
 
     def without(values: Tensor, label: Tensor) -> Tensor:
         return values.masked_fill(is_class(values, label), 0.0)
 
-    # label = the student's largest class
-    top_term = normalized_cross_entropy(
-        log_normalized(teacher, student_top).exp(), log_normalized(student, student_top), student_top
-    )
+    # k = the student's largest class
+    top_term = at(probs, student_top).squeeze(1) * _non_target_term(student, teacher, student_top)
 
-    # label = any other class: V below is the paper's V without the student's largest class
-    teacher_probs = teacher.softmax(1)
-    student_log_probs = student.log_softmax(1)
+    # every other k: V is `rest`, sum_k V_k N_k(T) is `mixed`, again with the teacher's largest class by itself
     rest = without(probs, student_top)
-    rest_ratio = without(rest / (1 - without(teacher_probs, teacher_top)), teacher_top)
-    mixed = at(rest, teacher_top).unsqueeze(1) * log_normalized(teacher, teacher_top).exp()
-    mixed = mixed + teacher_probs * (rest_ratio.sum(1, keepdim=True) - rest_ratio)
-    log_one_minus = torch.log1p(-without(student_log_probs.exp(), student_top))
-    rest_term = (rest * log_one_minus - mixed * student_log_probs).sum(1)
+    t, log_s = teacher.softmax(1), student.log_softmax(1)
+    ratio = without(rest / (1 - t), teacher_top)
+    mixed = at(rest, teacher_top) * log_normalized(teacher, teacher_top).exp()
+    mixed = mixed + t * (ratio.sum(1, keepdim=True) - ratio)
+    log_one_minus_s = torch.log1p(-without(log_s.exp(), student_top))
+    rest_term = cross_entropy(mixed, log_s) + (rest * log_one_minus_s).sum(1)
 
-    return at(probs, student_top) * top_term + rest_term
+    return top_term + rest_term

@@ -7,6 +7,7 @@ of trailing dimensions. Inside, everything is rows: ``(R, C)`` logits in float32
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -48,12 +49,12 @@ def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> N
 
 
 def check_options(reduction: str, **non_negative: float) -> None:
-    """Raise unless the reduction is known and every weight is a non-negative number."""
+    """Raise unless the reduction is known and every weight is a non-negative, finite number."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     for name, value in non_negative.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be >= 0 and finite, got {value}")
 
 
 def class_dim(logits: Tensor) -> int:
@@ -73,26 +74,22 @@ def as_rows(logits: Tensor) -> Tensor:
 
 def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndices | ClassProbabilities:
     """Check ``target`` against ``logits`` and bring it to rows; told apart by the number of dimensions."""
-    shape = tuple(logits.shape)
-    if target.ndim == logits.ndim:
-        if tuple(target.shape) != shape or not target.is_floating_point():
-            raise (TypeError if tuple(target.shape) == shape else ValueError)(
-                f"class probabilities must be floating point of the logits' shape {shape}, "
-                f"got {target.dtype} of shape {tuple(target.shape)}"
-            )
+    probs_shape = tuple(logits.shape)
+    label_shape = probs_shape[:1] + probs_shape[2:] if logits.ndim > 1 else ()
+    as_probs = target.ndim == logits.ndim  # decided without the sizes, which may be symbols under torch.compile
+    floating = target.is_floating_point()
+    integer = not floating and not target.is_complex() and target.dtype != torch.bool
+    fits = tuple(target.shape) == (probs_shape if as_probs else label_shape)
+    if not fits or not (floating if as_probs else integer):
+        raise (TypeError if fits else ValueError)(
+            f"target must be class indices, integers of shape {label_shape}, or class probabilities, floating point "
+            f"of shape {probs_shape}; got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if as_probs:
         if ignore_index >= 0:
             raise ValueError(f"ignore_index={ignore_index} needs class indices; the target holds class probabilities")
-        probs = target.detach().movedim(class_dim(logits), -1).reshape(-1, shape[class_dim(logits)])
+        probs = target.detach().movedim(class_dim(logits), -1).reshape(-1, probs_shape[class_dim(logits)])
         return ClassProbabilities(probs.to(torch.promote_types(logits.dtype, torch.float32)))
-
-    expected = shape[:1] + shape[2:] if logits.ndim > 1 else ()
-    if tuple(target.shape) != expected:
-        raise ValueError(
-            f"target must be class indices of shape {expected} or class probabilities of shape {shape}, "
-            f"got shape {tuple(target.shape)}"
-        )
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"class indices must be integers, got {target.dtype}")
     label = target.reshape(-1).long()
     kept = label != ignore_index
     return ClassIndices(label.where(kept, 0), kept)
@@ -103,11 +100,15 @@ def is_class(logits: Tensor, label: Tensor) -> Tensor:
     return torch.arange(logits.shape[1], device=logits.device) == label.unsqueeze(1)
 
 
+def log_sum_others(logits: Tensor, label: Tensor) -> Tensor:
+    """log sum_{i != label} exp z_i, (R, 1), never by subtraction from the whole sum."""
+    return logits.masked_fill(is_class(logits, label), -torch.inf).logsumexp(1, keepdim=True)
+
+
 def log_odds(logits: Tensor, label: Tensor) -> Tensor:
-    """log(p / (1 - p)) of each row's label, (R,): log p is its logsigmoid, p its sigmoid, however near 0 or 1."""
-    others = logits.masked_fill(is_class(logits, label), -torch.inf)
+    """log(p / (1 - p)) of each row's label, (R,): p is its sigmoid, log p its logsigmoid, however near 0 or 1."""
     # gather is what refuses a label out of range: with an error on CPU, a device assert on CUDA
-    return logits.gather(1, label.unsqueeze(1)).squeeze(1) - others.logsumexp(1)
+    return (logits.gather(1, label.unsqueeze(1)) - log_sum_others(logits, label)).squeeze(1)
 
 
 def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
@@ -115,9 +116,9 @@ def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
     return logits.masked_fill(is_class(logits, label), -torch.inf).log_softmax(1)
 
 
-def normalized_cross_entropy(q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
-    """- sum_{i != label} q_i log p_i, (R,), for a ``log_p`` made by :func:`log_normalized`."""
-    return -(q * log_p.masked_fill(is_class(log_p, label), 0.0)).sum(1)
+def cross_entropy(weights: Tensor, log_probs: Tensor) -> Tensor:
+    """- sum_i weights_i log_probs_i, (R,), where a weight of 0 takes its class out, even if its log is -inf."""
+    return -(weights * log_probs.masked_fill(weights == 0, 0.0)).sum(1)
 
 
 def reduce(loss: Tensor, target: ClassIndices | ClassProbabilities, reduction: str, logits_shape: torch.Size) -> Tensor:

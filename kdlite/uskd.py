@@ -11,10 +11,11 @@ from .targets import (
     as_rows,
     check_logits,
     check_options,
+    cross_entropy,
     is_class,
     log_normalized,
     log_odds,
-    normalized_cross_entropy,
+    log_sum_others,
     read_target,
     reduce,
 )
@@ -44,12 +45,13 @@ def uskd_loss(
                    - mu * sum_i V~_i log W_i,    V~ the label, smoothed by label_smoothing
 
     R is of probabilities, as in the paper and unlike the official code since July 2023. The batch mean is over the
-    targets that are not ignored, on this process. Ties in R are ranked by class index.
+    targets that are not ignored, on this process. Ties in R are ranked by class index. Z weights every class, so a
+    class masked by a logit of -inf makes the loss infinite: leave such classes out of the logits.
 
     For class probabilities V the loss is its expectation over the label: the first term becomes
     ``- alpha * sum_k V_k P_k log S_k`` with ``P_k = S_k^2 + 1 - mean_batch(sum_k V_k S_k^2)``; the second, which needs
-    a ranking, takes the two largest labels of a row, renormalised to sum to 1; the third is linear in V as it is.
-    For a one-hot row each equals the hard-label term.
+    a ranking, takes the two largest labels of a row (of equal ones, either), renormalised to sum to 1; the third is
+    linear in V as it is. For a one-hot row each equals the hard-label term.
 
     Args:
         logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
@@ -88,7 +90,7 @@ def uskd_loss(
     weak = as_rows(weak_logits).to(strong.dtype)
 
     if isinstance(rows, ClassIndices):
-        target_log_odds = log_odds(strong, rows.label)
+        target_log_odds = log_odds(strong, rows.label)  # S_t is its sigmoid
         squared = target_log_odds.detach().sigmoid().square()  # S_t^2
         # the clamp: with no target kept, 0/0 here would turn the gradient to NaN
         mean_squared = squared.where(rows.kept, 0.0).sum() / rows.kept.sum().clamp(min=1)
@@ -113,16 +115,13 @@ def uskd_loss(
 
 def _non_target_term(strong: Tensor, weak: Tensor, label: Tensor) -> Tensor:
     """- sum_{i != t} N(Z)_i log N(S)_i, (R,), with the Zipf weights Z of the ranking by R."""
-    log_n_strong = log_normalized(strong, label)
     with torch.no_grad():
-        # W_i / (1 - W_t) is N(W)_i for i != t and the odds W_t / (1 - W_t) for t; ranked by log R, which orders
-        # as R does and neither overflows for a certain target nor underflows for the tail
-        log_r = torch.logaddexp(log_normalized(weak, label), log_n_strong)
-        log_r_target = torch.logaddexp(log_odds(weak, label), log_odds(strong, label))
-        log_r = torch.where(is_class(strong, label), log_r_target.unsqueeze(1), log_r)
+        # W_i / (1 - W_t) = exp(w_i) / sum_{j != t} exp(w_j), for t too. Ranked by log R, which orders as R does and
+        # neither overflows for a certain target nor underflows for the tail.
+        log_r = torch.logaddexp(weak - log_sum_others(weak, label), strong - log_sum_others(strong, label))
         order = log_r.argsort(dim=1, descending=True, stable=True)
-        zipf = 1 / torch.arange(1, strong.shape[1] + 1, device=strong.device, dtype=strong.dtype)
-        z = torch.zeros_like(strong).scatter(1, order, zipf.expand_as(strong))
+        reciprocal_ranks = 1 / torch.arange(1, strong.shape[1] + 1, device=strong.device, dtype=strong.dtype)
+        z = torch.zeros_like(strong).scatter(1, order, reciprocal_ranks.expand_as(strong))
         z = z.masked_fill(is_class(strong, label), 0.0)
-        q = z / z.sum(1, keepdim=True)  # N(Z)
-    return normalized_cross_entropy(q, log_n_strong, label)
+        n_z = z / z.sum(1, keepdim=True)  # N(Z); the sum of Z itself cancels
+    return cross_entropy(n_z, log_normalized(strong, label))

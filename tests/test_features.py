@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import os
 import pickle
 import weakref
@@ -35,6 +36,13 @@ class Net(nn.Module):
         else:
             x = checkpoint(lambda x: self.layer2(self.layer1(x)), x.requires_grad_(), use_reentrant=self.checkpointed)
         return self.fc(x.mean((2, 3)))
+
+
+class Transpose(nn.Module):
+    """(N, L, C) -> (L, N, C) and, called again, back: tokens first, as nn.TransformerEncoder has them."""
+
+    def forward(self, x):
+        return x.transpose(0, 1)
 
 
 def images(n=2, size=8):
@@ -136,6 +144,7 @@ def test_a_deepcopy_of_a_student_with_weak_head_has_its_own_tap():
     assert not torch.equal(student(images())[1], ema(images())[1])
     torch.testing.assert_close(student(images())[1], grand_ema(images())[1])
     assert len(grand_ema.model.layer1._forward_hooks) == 1
+    assert len(grand_ema.close().layer1._forward_hooks) == 0
     averaged = torch.optim.swa_utils.AveragedModel(student)
     averaged.update_parameters(student)
     train_step(student, images())
@@ -203,6 +212,19 @@ def test_reentrant_checkpointing_is_refused_as_it_would_train_nothing():
     student.model.checkpointed = True
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         student(images())
+
+
+def test_checkpointing_under_compile():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = WithWeakHead(Net(), "layer1", example_input=images())
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.model.checkpointed = False
+    compiled = torch.compile(checkpointed)
+    for _ in range(2):
+        torch.testing.assert_close(train_step(compiled, images()), train_step(plain, images()))
+    for a, b in zip(checkpointed.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_timm_grad_checkpointing_changes_nothing():
@@ -329,6 +351,13 @@ def test_a_bad_layer_is_refused_and_the_model_left_as_it_was(layer, message):
 def test_class_count_and_feature_shape_are_checked():
     with pytest.raises(ValueError, match=r"num_classes=7.*\(2, 5\)"):
         WithWeakHead(Net(), "layer1", num_classes=7, example_input=images())
+    transposed = nn.Sequential(
+        nn.Flatten(), nn.Unflatten(1, (4, 48)), Transpose(), Transpose(), nn.Flatten(), nn.Linear(192, 5)
+    )
+    with pytest.raises(
+        ValueError, match=r"'2' returns shape \(4, 2, 48\) for a batch of 2: its first dimension is not"
+    ):
+        WithWeakHead(transposed, "2", example_input=images())
     net3d = nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(ValueError, match=r"layer '0' must return .* got shape \(2, 1, 3, 8, 8\)"):
         WithWeakHead(net3d, "0", example_input=images())
@@ -353,6 +382,8 @@ def _rank(rank, world, path):
     ddp = nn.parallel.DistributedDataParallel(student)
     train_step(ddp, images(8)[rank * 4 : rank * 4 + 4])
     torch.save([p.grad for p in ddp.parameters()], f"{path}/grads{rank}.pt")
+    with pytest.raises(ValueError, match="first, then that in DistributedDataParallel"):
+        WithWeakHead(nn.parallel.DistributedDataParallel(Net()), "layer1", example_input=images())
     with FeatureTap(ddp, "model.layer2") as tap:  # a path of the model inside DDP, as its user knows it
         ddp(images())
         assert tap.pop().shape == (2, 16, 4, 4)
@@ -442,13 +473,91 @@ def test_one_uskd_step_of_an_architecture(library, name, size, tap, channels):
     loss.backward()
     assert loss.isfinite()
     assert student.head.weight.grad.abs().sum() > 0
-    # the weak loss alone reaches the layers before the tap: its gradient is not that of the logits
+    # the weak loss alone reaches the layers before the tap
     weak_only = torch.autograd.grad(
         F.cross_entropy(student(images(2, size))[1], torch.tensor([1, 2])),
         [p for p in student.model.parameters() if p.requires_grad],
         allow_unused=True,
     )
     assert any(g is not None and g.abs().sum() > 0 for g in weak_only)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "read"),
+    [
+        ("deit_tiny_patch16_224", 64, lambda f: f[:, 0]),  # the class token
+        ("cait_xxs24_224", 64, lambda f: f.mean(1)),  # its class token comes after the tap
+        ("mixer_s32_224", 64, lambda f: f.mean(1)),
+        ("swin_tiny_patch4_window7_224", 224, lambda f: f.mean((1, 2))),
+        ("convnext_atto", 64, lambda f: f.mean((2, 3))),
+    ],
+)
+def test_what_the_head_reads(name, size, read):
+    student = WithWeakHead(build("timm", name, size), example_input=torch.zeros(1, 3, size, size))
+    student.model.eval()  # no drop path: two forwards are equal
+    _, weak_logits = student(images(2, size))
+    with FeatureTap(student.model, student.tap) as tap:
+        student.model(images(2, size))
+        torch.testing.assert_close(weak_logits, student.head(read(tap.pop())))
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 448), (448, 224)])
+def test_channels_are_told_from_the_inputs_proportions(height, width):
+    torchvision = pytest.importorskip("torchvision")
+    student = WithWeakHead(torchvision.models.swin_t(num_classes=5), example_input=torch.zeros(1, 3, height, width))
+    assert student.head.in_features == 384
+    wide = nn.Sequential(
+        nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)
+    )
+    assert WithWeakHead(wide, "0", example_input=torch.zeros(1, 1, height // 7, width // 7)).head.in_features == 32
+
+
+def test_half_precision_and_meta_models():
+    half = WithWeakHead(Net().bfloat16(), "layer1", example_input=images().bfloat16())
+    assert half.head.weight.dtype == torch.bfloat16
+    assert half(images().bfloat16())[1].dtype == torch.bfloat16
+    with torch.device("meta"):
+        assert WithWeakHead(Net(), "layer1").head.weight.is_meta
+
+
+def test_models_whose_structure_says_too_little_are_refused_not_guessed():
+    class MobileNet(nn.Module):  # thirteen blocks of growing width: no stages to see
+        def __init__(self):
+            super().__init__()
+            widths = [32 * 2 ** (i // 3) for i in range(14)]
+            self.layers = nn.Sequential(*(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths)))
+
+    with pytest.raises(ValueError, match="no default tap for MobileNet"):
+        default_tap(MobileNet())
+    cifar = nn.ModuleDict({f"layer{i}": nn.Identity() for i in (1, 2, 3)})
+    assert default_tap(cifar) == "layer2"
+    timm = pytest.importorskip("timm")
+    assert default_tap(timm.create_model("convit_tiny")) == "blocks.5"
+
+
+def test_an_input_that_was_guessed_wrong_asks_for_an_example():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+    with pytest.raises(
+        ValueError, match=r"does not take shape \(2, 3, 224, 224\), which is a guess: pass example_input"
+    ):
+        WithWeakHead(model, "0")
+    assert WithWeakHead(model, "0", example_input=images()).head.in_features == 4
+
+
+def test_auxiliary_outputs_are_refused_in_training():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.googlenet(num_classes=5, init_weights=False)
+    with pytest.raises(TypeError, match="GoogLeNetOutputs: switch its auxiliary outputs off"):
+        WithWeakHead(model)(torch.zeros(2, 3, 96, 96))
+    model = torchvision.models.googlenet(num_classes=5, init_weights=False, aux_logits=False)
+    assert WithWeakHead(model)(torch.zeros(2, 3, 96, 96))[1].shape == (2, 5)
+
+
+def test_data_parallel_and_ddp_on_the_inside_are_refused():
+    with pytest.raises(ValueError, match="wrap the plain model in WithWeakHead first"):
+        WithWeakHead(nn.DataParallel(Net()), "layer1", example_input=images())
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        WithWeakHead(Net(), "layer1", example_input=images())._replicate_for_data_parallel()
 
 
 def test_usual_input_sizes_are_found_without_an_example():

@@ -452,6 +452,39 @@ def test_a_language_models_vocabulary(loss, device):
         assert relative_l2(g.cpu(), e) < (1e-6 if loss is nkd_loss else 1e-4)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_nkd_leaves_out_a_class_that_student_and_teacher_both_mask(soft):
+    """A padded vocabulary: logits of -inf, where cross_entropy is finite too."""
+    student, teacher, target = inputs(4, 9)
+    padded = [torch.cat([x, torch.full((4, 3), -torch.inf)], dim=1) for x in (student, teacher)]
+    soft_target = mixed_targets(target, 9)
+    value, (grad,) = gradients(nkd_loss, *padded, F.pad(soft_target, (0, 3)) if soft else target)
+    expected, (expected_grad,) = gradients(nkd_loss, student, teacher, soft_target if soft else target)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, F.pad(expected_grad, (0, 3)))
+
+
+def test_uskd_ties_are_ranked_by_class_index_the_target_among_them():
+    """All logits equal: every class, the target too, has the same R; the target takes the rank of its index."""
+    for c, t in ((7, 3), (10, 0), (33, 32)):
+        for dtype in (torch.float32, torch.float64):
+            strong = weak = torch.zeros(1, c, dtype=dtype)
+            reciprocal = 1 / torch.arange(1, c + 1, dtype=torch.float64)
+            reciprocal[t] = 0
+            logits = strong.clone().requires_grad_()
+            uskd_loss(logits, weak, torch.tensor([t]), alpha=0.0, beta=1.0, mu=0.0).backward()
+            expected = (1 / (c - 1) - reciprocal / reciprocal.sum()).double()
+            expected[t] = 0
+            torch.testing.assert_close(logits.grad[0].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_uskd_of_a_soft_target_row_of_zeros_is_zero():
+    strong, weak, target = inputs(3, 5)
+    soft = F.one_hot(target, 5).double()
+    soft[1] = 0
+    assert uskd_loss(strong, weak, soft, label_smoothing=0.0, reduction="none")[1] == 0
+
+
 # ---- under torch's transforms ----
 
 
@@ -546,19 +579,19 @@ def test_functional_transforms(loss):
         (dict(a=torch.zeros(4, 1), b=torch.zeros(4, 1)), ValueError, "at least 2 classes"),
         (dict(a=torch.zeros(4, 5).long()), TypeError, "floating point, got torch.int64"),
         (dict(a=torch.tensor(1.0), b=torch.tensor(1.0)), ValueError, "scalar"),
-        (dict(target=torch.zeros(4)), TypeError, "integers, got torch.float32"),
-        (dict(target=torch.zeros(4, dtype=torch.bool)), TypeError, "integers, got torch.bool"),
-        (dict(target=torch.zeros(3).long()), ValueError, r"shape \(4,\).*got shape \(3,\)"),
-        (dict(target=torch.zeros(4, 1).long()), ValueError, r"\(4, 5\), got torch.int64 of shape \(4, 1\)"),
-        (dict(target=torch.zeros(4, 5).long()), TypeError, "floating point.*torch.int64"),
-        (dict(target=torch.zeros(4, 4)), ValueError, r"shape \(4, 5\), got torch.float32 of shape \(4, 4\)"),
+        (dict(target=torch.zeros(4)), TypeError, r"integers of shape \(4,\).* got torch.float32 of shape \(4,\)"),
+        (dict(target=torch.zeros(4, dtype=torch.bool)), TypeError, "got torch.bool"),
+        (dict(target=torch.zeros(3).long()), ValueError, r"integers of shape \(4,\).* got torch.int64 of shape \(3,\)"),
+        (dict(target=torch.zeros(4, 1).long()), ValueError, r"got torch.int64 of shape \(4, 1\)"),
+        (dict(target=torch.zeros(4, 5).long()), TypeError, r"floating point of shape \(4, 5\); got torch.int64"),
+        (dict(target=torch.zeros(4, 4)), ValueError, r"shape \(4, 5\); got torch.float32 of shape \(4, 4\)"),
         (dict(target=torch.full((4, 5), 0.2), ignore_index=1), ValueError, "ignore_index=1 needs class indices"),
         (dict(reduction="average"), ValueError, "none, mean, sum, got 'average'"),
     ],
 )
 @BOTH
 def test_bad_input_is_refused_with_what_was_seen(loss, change, error, message):
-    call = dict(a=torch.zeros(4, 5), b=torch.zeros(4, 5), target=torch.zeros(4).long(), **{}) | change
+    call = dict(a=torch.zeros(4, 5), b=torch.zeros(4, 5), target=torch.zeros(4).long()) | change
     with pytest.raises(error, match=message):
         loss(call.pop("a"), call.pop("b"), call.pop("target"), **call)
 
@@ -568,6 +601,7 @@ def test_bad_input_is_refused_with_what_was_seen(loss, change, error, message):
     [
         (nkd_loss, dict(gamma=-1.0)),
         (nkd_loss, dict(gamma=math.nan)),
+        (nkd_loss, dict(gamma=math.inf)),
         (nkd_loss, dict(temperature=0.0)),
         (nkd_loss, dict(temperature=-2.0)),
         (nkd_loss, dict(temperature=math.inf)),
