@@ -684,6 +684,10 @@ def make_teacher(args: argparse.Namespace, student: dict[str, Any]) -> Teacher:
     if Path(name).is_dir():
         model, config = load_student(Path(name))
         mean, std, input_size, classes = (config[k] for k in ("mean", "std", "input_size", "num_classes"))
+        check_classes(name, classes, student, args)
+        if config["label_names"] != student["label_names"]:
+            pair = next(p for p in zip(config["label_names"], student["label_names"]) if p[0] != p[1])
+            raise UserError(f"--teacher {name} has other classes than --data {args.data}: {pair[0]} and not {pair[1]}")
     else:
         plain = argparse.Namespace(model_args=[], small_stem=False)
         architecture = find_architecture(name, plain)
@@ -710,7 +714,6 @@ def make_teacher(args: argparse.Namespace, student: dict[str, Any]) -> Teacher:
                     f"--teacher {name}: its ImageNet weights could not be fetched ({type(error).__name__}: "
                     f"{' '.join(str(error).split())[:200]}); give a run's student/ folder or file.py:build instead"
                 ) from error
-    check_classes(name, classes, student, args)
     check_forward(model, f"--teacher {name}", input_size, classes)
     return Teacher(model, mean, std, input_size, student)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("runs/demo")
@@ -53,9 +53,8 @@ def main() -> int:
     print(f"\n{'':14} {'model':14} {'top-1 %':>8} {'seconds':>8} {'MB':>6}")
     for name, model, top1, seconds, size in table:
         print(f"{name:14} {model:14} {top1:8.2f} {seconds:8.0f} {size:6.1f}")
-    print(
-        f"\none seed, last epoch: a gap under 2 % is noise here. Curves: {OUTPUT}/curves.png, students: {OUTPUT}/*/student"
-    )
+    print("\none seed, last epoch: a gap of under 2 % is noise")
+    print(f"curves: {OUTPUT}/curves.png, students: {OUTPUT}/*/student")
     return 0
 
 

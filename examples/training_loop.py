@@ -18,6 +18,7 @@ train, val = order[:1400], order[1400:]
 
 
 def cnn(width: int) -> nn.Module:
+    torch.manual_seed(0)  # every student starts from the same weights
     model = nn.Sequential()
     model.layer1 = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
     model.layer2 = nn.Sequential(
@@ -63,13 +64,12 @@ def without_teacher(model, x, y):
     return F.cross_entropy(logits, y) + uskd_loss(logits, weak_logits, y)  # added: this is the change
 
 
-torch.manual_seed(0)
 teacher = fit(cnn(32), plain)
 print(f"teacher          {accuracy(teacher):.1%}")
-print(f"cross-entropy    {accuracy(fit(cnn(4), plain)):.1%}")
-print(f"NKD              {accuracy(fit(cnn(4), with_teacher)):.1%}")
+print(f"cross-entropy    {accuracy(fit(cnn(8), plain)):.1%}")
+print(f"NKD              {accuracy(fit(cnn(8), with_teacher)):.1%}")
 
-student = WithWeakHead(cnn(4), tap="layer1", example_input=images[:2])  # head and student in one module
+student = WithWeakHead(cnn(8), tap="layer1", example_input=images[:2])  # head and student in one module
 fit(student, without_teacher)
 plain_student = student.close()  # the student itself: no head, no hook
 print(f"USKD             {accuracy(plain_student):.1%}")

@@ -539,6 +539,16 @@ def test_checkpoints_and_students_that_do_not_fit(capsys):
     assert "out/last.pt cannot be read as a checkpoint" in refused(capsys, "--output", "out", "--resume")
 
 
+def test_a_teacher_of_other_classes_is_refused(photos, capsys):
+    run(*TINY, "--data", photos, "--batch-size", 8, "--output", "teacher")
+    capsys.readouterr()
+    kd = ["--kd", "nkd", "--teacher", "teacher/student"]
+    assert "has 2 classes, --data digits has 10" in refused(capsys, *TINY, *kd)
+    for part in ("train", "val"):  # as many classes, in another order
+        (photos / part / "china").rename(photos / part / "zebra")
+    assert "other classes than --data" in refused(capsys, *TINY, "--data", photos, "--batch-size", 8, *kd)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(capsys):
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
