@@ -27,8 +27,11 @@ import os
 import platform
 import random
 import re
+import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,6 +254,16 @@ def pick_amp(args: argparse.Namespace, device: torch.device) -> torch.dtype | No
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
 
 
+@contextmanager
+def local_rank_zero_first() -> Iterator[None]:
+    """For what may download: one rank of a machine fetches, then the others find it."""
+    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
+        dist.barrier()
+    yield
+    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
+        dist.barrier()
+
+
 # ---- data ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +309,8 @@ def open_data(args: argparse.Namespace) -> Data:
     if args.data in ("cifar10", "cifar100"):
         cifar = torchvision.datasets.CIFAR10 if args.data == "cifar10" else torchvision.datasets.CIFAR100
         try:
-            train, val = (cifar(args.data_dir, train=train, download=args.download) for train in (True, False))
+            with local_rank_zero_first():
+                train, val = (cifar(args.data_dir, train=train, download=args.download) for train in (True, False))
         except (RuntimeError, OSError) as error:
             raise UserError(f"{args.data} in {args.data_dir!r}: {error}; --download fetches it") from error
         return Data(train, val, train.classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -325,8 +339,9 @@ def open_data(args: argparse.Namespace) -> Data:
 def open_timm_data(args: argparse.Namespace) -> Data:
     options = dict(root=args.data_dir, download=args.download, seed=args.seed, batch_size=args.batch_size)
     try:
-        train = timm.data.create_dataset(args.data, split="train", is_training=True, **options)
-        val = timm.data.create_dataset(args.data, split="validation", is_training=False, **options)
+        with local_rank_zero_first():
+            train = timm.data.create_dataset(args.data, split="train", is_training=True, **options)
+            val = timm.data.create_dataset(args.data, split="validation", is_training=False, **options)
     except Exception as error:  # each backend has errors of its own
         raise UserError(f"--data {args.data} through timm: {type(error).__name__}: {error}") from error
     names = getattr(train, "classes", None) or sorted(
@@ -705,10 +720,11 @@ def make_teacher(args: argparse.Namespace, student: dict[str, Any]) -> Teacher:
         check_classes(name, classes, student, args)  # before a download
         if architecture["library"] != "file":
             try:
-                if architecture["library"] == "torchvision":
-                    model = torchvision.models.get_model(name, weights=weights)
-                else:
-                    model = timm.create_model(name, pretrained=True)
+                with local_rank_zero_first():
+                    if architecture["library"] == "torchvision":
+                        model = torchvision.models.get_model(name, weights=weights)
+                    else:
+                        model = timm.create_model(name, pretrained=True)
             except Exception as error:  # each source has errors of its own
                 raise UserError(
                     f"--teacher {name}: its ImageNet weights could not be fetched ({type(error).__name__}: "
@@ -787,6 +803,51 @@ class LossLog:
         self.sums, self.count = {}, 0
         means = {f"loss_{name}": value / max(count, 1) for name, value in zip(self.names, sums)}
         return {"train_loss": sum(means.values())} | means
+
+
+class BatchAugmentation:
+    """What is done to normalised batches on the device: random erasing, then mixup or cutmix, which soften targets."""
+
+    def __init__(self, args: argparse.Namespace, num_classes: int, device: torch.device) -> None:
+        self.erase = RandomErasing(args.random_erasing, mode="pixel", device=device) if args.random_erasing else None
+        mixers = [
+            mixer(alpha=alpha, num_classes=num_classes)
+            for mixer, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
+            if alpha
+        ]
+        self.mix = v2.RandomChoice(mixers) if mixers else None
+
+    def __call__(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if self.erase:
+            images = self.erase(images)
+        return self.mix(images, target) if self.mix else (images, target)
+
+
+def make_optimizer(args: argparse.Namespace, net: nn.Module, updates_per_epoch: int) -> tuple[Any, Any]:
+    """A timm optimizer and schedule; the schedule is a function of the step, so a resume needs no state of it."""
+    if args.opt not in timm.optim.list_optimizers():
+        near = difflib.get_close_matches(args.opt, timm.optim.list_optimizers(), n=5)
+        raise UserError(f"--opt {args.opt} is no timm optimizer; near matches: {', '.join(near) or 'momentum, adamw'}")
+    optimizer = create_optimizer_v2(
+        net,
+        args.opt,
+        args.lr,
+        args.weight_decay,
+        args.momentum,
+        filter_bias_and_bn=args.opt not in ("momentum", "sgd"),  # the paper's SGD recipes decay every parameter
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        "multistep" if args.schedule == "step" else "cosine",
+        num_epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr=args.lr * 1e-3,
+        decay_milestones=args.step_epochs,
+        decay_rate=args.step_factor,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return optimizer, scheduler
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
@@ -945,6 +1006,16 @@ def append_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     write_whole(path, text.getvalue())
 
 
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    terms = ", ".join(f"{name[5:]} {value:.3f}" for name, value in row.items() if name.startswith("loss_"))
+    return (
+        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f} ({terms})  "
+        f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g}  "
+        f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s"
+        + (f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else "")
+    )
+
+
 def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     import matplotlib
 
@@ -966,6 +1037,14 @@ def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     figure.savefig(image, format="png", dpi=120)
     plt.close(figure)
     write_whole(path, image.getvalue())
+
+
+def peak_memory(device: torch.device) -> int:
+    """MiB: of GPU memory on CUDA, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak >> (20 if sys.platform == "darwin" else 10)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
@@ -1025,37 +1104,10 @@ def train(args: argparse.Namespace) -> None:
         raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data.train)} training images")
     corrupt_train = CorruptCount("training", len(data.train))
     corrupt_val = CorruptCount("validation", len(data.val))
-    mixers: list[nn.Module] = []
-    if args.mixup:
-        mixers.append(v2.MixUp(alpha=args.mixup, num_classes=config["num_classes"]))
-    if args.cutmix:
-        mixers.append(v2.CutMix(alpha=args.cutmix, num_classes=config["num_classes"]))
-    mix = v2.RandomChoice(mixers) if mixers else None
-    erase = RandomErasing(args.random_erasing, mode="pixel", device=device) if args.random_erasing else None
+    augment_batch = BatchAugmentation(args, config["num_classes"], device)
 
     # optimizer
-    if args.opt not in timm.optim.list_optimizers():
-        near = difflib.get_close_matches(args.opt, timm.optim.list_optimizers(), n=5)
-        raise UserError(f"--opt {args.opt} is no timm optimizer; near matches: {', '.join(near) or 'momentum, adamw'}")
-    optimizer = create_optimizer_v2(
-        net,
-        args.opt,
-        args.lr,
-        args.weight_decay,
-        args.momentum,
-        filter_bias_and_bn=args.opt not in ("momentum", "sgd"),  # the paper's SGD recipes decay every parameter
-    )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        "multistep" if args.schedule == "step" else "cosine",
-        num_epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        warmup_lr=args.lr * 1e-3,
-        decay_milestones=args.step_epochs,
-        decay_rate=args.step_factor,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
+    optimizer, scheduler = make_optimizer(args, net, updates_per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     executed = [0]  # optimizer steps really taken; GradScaler leaves some out
     optimizer.register_step_post_hook(lambda *_: executed.__setitem__(0, executed[0] + 1))
@@ -1130,10 +1182,7 @@ def train(args: argparse.Namespace) -> None:
             last_pass = (i + 1) % args.grad_accum == 0
             images = to_device(images)
             target = labels.to(device, non_blocking=True)
-            if erase:
-                images = erase(images)
-            if mix:
-                images, target = mix(images, target)
+            images, target = augment_batch(images, target)
 
             if WORLD_SIZE > 1:
                 parallel.require_backward_grad_sync = last_pass
@@ -1192,16 +1241,8 @@ def train(args: argparse.Namespace) -> None:
         if not IS_MAIN:
             continue
         assert board is not None
-        row = rows[-1]
-        terms = ", ".join(f"{name} {row[f'loss_{name}']:.3f}" for name in losses)
-        print(
-            f"epoch {epoch + 1}/{args.epochs}  loss {row['train_loss']:.3f} ({terms})  "
-            f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g}  "
-            f"{images_per_s:.0f} images/s  {row['seconds']:.1f} s"
-            + (f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""),
-            flush=True,
-        )
-        for name, value in row.items():
+        print(epoch_line(rows[-1], args.epochs), flush=True)
+        for name, value in rows[-1].items():
             board.add_scalar(name, value, epoch + 1)
         checkpoint = {
             "model": net.state_dict(),
@@ -1226,14 +1267,9 @@ def train(args: argparse.Namespace) -> None:
         assert board is not None
         board.close()
         plot_curves(output / "curves.png", rows)
-        memory = (
-            f", {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB of GPU memory at most"
-            if device.type == "cuda"
-            else ""
-        )
         print(
             f"last top-1 {rows[-1]['val_top1']:.2f} %, best {best:.2f} % -> {output}/student; "
-            f"{time.time() - started:.0f} s{memory}",
+            f"{time.time() - started:.0f} s, {peak_memory(device)} MiB at most",
             flush=True,
         )
 
