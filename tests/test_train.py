@@ -356,6 +356,33 @@ def test_ranks_share_a_shuffle_that_changes_with_epoch_and_seed():
     assert indices(0, 0) != indices(0, 0, seed=1)
 
 
+def test_cifar_with_its_recipe(tmp_path, monkeypatch):
+    """Files of CIFAR-10's own format, filled with the digits; only the check of their MD5 sums is switched off."""
+    import pickle
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+    folder = tmp_path / "data/cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    digits = train.Digits(train=True)
+    for part in range(6):
+        pairs = [digits[40 * part + i] for i in range(40)]
+        pixels = np.stack([np.asarray(image.convert("RGB").resize((32, 32))) for image, _ in pairs])
+        batch = {"data": pixels.transpose(0, 3, 1, 2).reshape(40, -1), "labels": [label for _, label in pairs]}
+        name = f"data_batch_{part + 1}" if part < 5 else "test_batch"
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a: True)
+
+    run("--device", "cpu", "--data", "cifar10", "--model", "resnet18", "--epochs", 1, "--batch-size", 40,
+        "--workers", 0, "--self-kd", "uskd", "--output", "out")  # fmt: skip
+    flags = json.loads(Path("out/args.json").read_text())["flags"]
+    assert (flags["recipe"], flags["opt"], flags["small_stem"], flags["alpha"]) == ("cifar", "momentum", True, 0.1)
+    config = json.loads(Path("out/student/config.json").read_text())
+    assert config["label_names"] == list("abcdefghij")
+    student, _ = train.load_student(Path("out/student"))
+    assert student.conv1.kernel_size == (3, 3)
+
+
 def test_timm_datasets(photos):
     run(*TINY, "--data", "torch/image_folder", "--data-dir", photos, "--batch-size", 16, "--output", "out")
     config = json.loads(Path("out/student/config.json").read_text())
