@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import csv
 import difflib
 import errno
@@ -28,8 +29,10 @@ import platform
 import random
 import re
 import resource
+import shlex
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +89,8 @@ class Parser(argparse.ArgumentParser):
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": dict(
         epochs=15, batch_size=32, opt="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1,
-        img_size=32, crop="pad", hflip=0.0, gamma=1.5, temperature=1.0, alpha=1.0, beta=0.1, mu=0.005,
+        step_epochs=[8, 12], step_factor=0.1, img_size=32, crop="pad", hflip=0.0,
+        gamma=1.5, temperature=1.0, alpha=1.0, beta=0.1, mu=0.005,
     ),
     "cifar": dict(
         epochs=200, batch_size=128, opt="momentum", lr=0.1, weight_decay=5e-4, schedule="step",
@@ -100,7 +104,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     "imagenet-vit": dict(
         epochs=300, batch_size=1024, opt="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=5,
-        img_size=224, crop="resized", hflip=0.5, eval_crop=0.9, interpolation="bicubic", mixup=0.8, cutmix=1.0,
+        step_epochs=[150, 225], step_factor=0.1, img_size=224, crop="resized", hflip=0.5, eval_crop=0.9,
+        interpolation="bicubic", mixup=0.8, cutmix=1.0,
         label_smoothing=0.1, randaugment=[2, 9], random_erasing=0.25,
         gamma=1.0, temperature=1.0, alpha=1.0, beta=0.1, mu=0.005,
     ),
@@ -108,9 +113,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description=(__doc__ or "").partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    recipes = (f"{name}: {', '.join(f'{k} {v}' for k, v in values.items())}" for name, values in RECIPES.items())
+    parser = Parser(description=(__doc__ or "").partition("\n\n")[0], epilog="Recipes. " + ". ".join(recipes))
     flag = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("data")
@@ -154,7 +158,7 @@ def get_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=sorted(RECIPES), help="a group of defaults (default: by --data: digits, "
                        "cifar, else imagenet-cnn)")  # fmt: skip
-    group.add_argument("--epochs", type=int)
+    group.add_argument("--epochs", type=int, help="the recipe's warm-up and step epochs are stretched to fit")
     group.add_argument("--batch-size", type=int, help="images per optimizer step, over all processes")
     group.add_argument("--grad-accum", type=int, default=1, help="split each optimizer step into this many passes")
     group.add_argument("--opt", help="a timm optimizer: momentum (plain SGD), sgd (Nesterov), adamw, ...")
@@ -162,9 +166,9 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight-decay", type=float)
     group.add_argument("--schedule", choices=["cosine", "step"])
-    group.add_argument("--warmup-epochs", type=float, default=0.0, help="linear warm-up, part of --epochs")
-    group.add_argument("--step-epochs", type=int, nargs="+", default=[30, 60, 90], help="step schedule: when")
-    group.add_argument("--step-factor", type=float, default=0.1, help="step schedule: times what")
+    group.add_argument("--warmup-epochs", type=float, help="linear warm-up, part of --epochs")
+    group.add_argument("--step-epochs", type=float, nargs="+", help="step schedule: when")
+    group.add_argument("--step-factor", type=float, help="step schedule: times what")
     group.add_argument("--label-smoothing", type=float, default=0.0, help="of the cross-entropy alone")
     group.add_argument("--clip-grad", type=float, help="largest gradient norm")
     group.add_argument("--ema-decay", type=float, default=0.0, help="average of the weights, evaluated and saved in "
@@ -185,7 +189,10 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
     group.add_argument("--log-interval", type=int, default=50, help="optimizer steps between looks at the losses")
     for action in parser._actions:
-        action.help = action.help or " "  # so that the default is shown
+        by_recipe = any(action.dest in values for values in RECIPES.values())
+        default = "by recipe" if by_recipe else action.default
+        if default not in (None, False, [], argparse.SUPPRESS):
+            action.help = f"{action.help or ''} (default: {default})".strip()
     return parser
 
 
@@ -196,21 +203,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if first.resume and not first.output:
         parser.error("--resume needs --output, the run directory to go on in")
     saved = {}
-    if first.resume and (Path(first.output) / "last.pt").exists():
+    if first.resume and first.overwrite:
+        parser.error("--resume goes on with a run, --overwrite replaces it: give one of them")
+    if first.resume and (Path(first.output) / "args.json").exists():
         try:
-            saved = json.loads((Path(first.output) / "args.json").read_text())["flags"]
-        except (OSError, ValueError, KeyError) as error:
+            saved = dict(json.loads((Path(first.output) / "args.json").read_text())["flags"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"cannot read {first.output}/args.json to resume from: {error!r}")
         saved = {name: value for name, value in saved.items() if name not in ("resume", "overwrite", "output")}
     by_data = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}
     recipe = first.recipe or saved.get("recipe") or by_data.get(saved.get("data", first.data), "imagenet-cnn")
-    parser.set_defaults(**RECIPES[recipe] | saved | {"recipe": recipe})
+    parser.set_defaults(**RECIPES[recipe] | {"step_epochs": None, "warmup_epochs": None} | saved | {"recipe": recipe})
     args = parser.parse_args(argv)
+    # the recipe's milestones and warm-up keep their place in a shorter or longer run
+    stretch = args.epochs / RECIPES[recipe]["epochs"]
+    if args.step_epochs is None:
+        args.step_epochs = [epoch * stretch for epoch in RECIPES[recipe].get("step_epochs", [])]
+    if args.warmup_epochs is None:
+        args.warmup_epochs = RECIPES[recipe].get("warmup_epochs", 0) * stretch
 
     if args.kd and not args.teacher:
         parser.error(f"--kd {args.kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
     if args.teacher and not args.kd:
         parser.error("--teacher needs --kd nkd or --kd kd")
+    if args.tap and not args.self_kd:
+        parser.error("--tap needs --self-kd uskd")
+    if Path(args.model).is_dir() and (args.model_args or "--small-stem" in (sys.argv if argv is None else argv)):
+        parser.error("--model is a student/ folder, which has its own --model-args and --small-stem")
+    if args.randaugment and not (args.randaugment[0] >= 1 and 0 <= args.randaugment[1] <= 30):
+        parser.error(f"--randaugment takes at least 1 operation and a magnitude of 0 to 30, got {args.randaugment}")
     at_least = dict(
         epochs=1, batch_size=1, grad_accum=1, img_size=1, log_interval=1, workers=0, lr=0, weight_decay=0,
         warmup_epochs=0, gamma=0, alpha=0, beta=0, mu=0, kd_weight=0, mixup=0, cutmix=0, num_classes=2, seed=0,
@@ -219,11 +240,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value >= least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    for name in ("temperature", "kd_temperature", "clip_grad", "eval_crop"):
+    for name in ("temperature", "kd_temperature", "clip_grad", "eval_crop", "step_factor"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-    for name in ("hflip", "random_erasing", "label_smoothing", "ema_decay"):
+    for name in ("hflip", "random_erasing", "label_smoothing", "ema_decay", "eval_crop"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
     if args.batch_size % (WORLD_SIZE * args.grad_accum):
@@ -276,10 +297,13 @@ class Data(NamedTuple):
 
 
 class Corrupt(NamedTuple):
-    """Stands in a batch for an image that could not be read."""
+    """An image that could not be read."""
 
     name: str
     reason: str
+
+
+Sample = tuple[Tensor | None, int, list[Corrupt]]
 
 
 class Digits(Dataset):
@@ -302,6 +326,13 @@ class Digits(Dataset):
 
 
 def open_data(args: argparse.Namespace) -> Data:
+    data = find_data(args)
+    if len(data.label_names) < 2:
+        raise UserError(f"--data {args.data} has the one class {data.label_names[0]}: at least 2 are needed")
+    return data
+
+
+def find_data(args: argparse.Namespace) -> Data:
     if args.data == "digits":
         half = (0.5, 0.5, 0.5)
         return Data(Digits(train=True), Digits(train=False), [str(i) for i in range(10)], half, half)
@@ -327,7 +358,9 @@ def open_data(args: argparse.Namespace) -> Data:
             f"train/CLASS/*.jpg and val/CLASS/*.jpg, or one of {known}"
         )
     try:
-        train, val = (torchvision.datasets.ImageFolder(str(root / part)) for part in ("train", "val"))
+        train, val = (
+            torchvision.datasets.ImageFolder(str(root / part), loader=open_image) for part in ("train", "val")
+        )
     except FileNotFoundError as error:
         raise UserError(f"--data {args.data}: {' '.join(str(error).split())}") from error
     if train.classes != val.classes:
@@ -336,8 +369,17 @@ def open_data(args: argparse.Namespace) -> Data:
     return Data(train, val, train.classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
+def open_image(file: Any) -> Image.Image:
+    """RGB of 8 bits; Pillow itself would clip 16-bit images to white."""
+    image = Image.open(file)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def open_timm_data(args: argparse.Namespace) -> Data:
-    options = dict(root=args.data_dir, download=args.download, seed=args.seed, batch_size=args.batch_size)
+    micro_batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
+    options = dict(root=args.data_dir, download=args.download, seed=args.seed, batch_size=micro_batch)
     try:
         with local_rank_zero_first():
             train = timm.data.create_dataset(args.data, split="train", is_training=True, **options)
@@ -384,34 +426,40 @@ def eval_transform(config: dict[str, Any]) -> v2.Transform:
 
 
 class Samples(Dataset):
-    """(epoch, index) -> (transformed image, class index), or Corrupt.
+    """(epoch, index) -> (transformed image or None, class index, the images that could not be read).
 
-    Each sample's augmentation has a seed of its own, so it does not depend on the worker, the rank or a resume.
+    Each sample's augmentation has a seed of its own, so it does not depend on the worker, the rank or a resume. In
+    training the next readable image takes a corrupt one's place, so that batches keep their size; in evaluation none.
     """
 
-    def __init__(self, source: Any, transform: v2.Transform, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: Any, transform: v2.Transform, seed: int, train: bool) -> None:
+        self.source, self.transform, self.seed, self.train = source, transform, seed, train
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Corrupt:
-        epoch, index = key
-        try:
-            image, label = self.read(index)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a broken file
-            return Corrupt(self.name(index), str(error))
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed((self.seed * 1_000_003 + epoch) * len(self) + index)
-        try:
-            return self.transform(image), label
-        finally:
-            torch.set_rng_state(state)
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, first = key
+        corrupt = []
+        for index in range(first, first + (10 if self.train else 1)):
+            index %= len(self)
+            try:
+                image, label = self.read(index)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                corrupt.append(Corrupt(self.name(index), str(error)))
+                continue
+            state = torch.get_rng_state()
+            torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * len(self) + first) % 2**63)
+            try:
+                return self.transform(image), label, corrupt
+            finally:
+                torch.set_rng_state(state)
+        return None, -1, corrupt
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         if isinstance(self.source, timm.data.ImageDataset):  # which itself puts another image in a broken one's place
             file, label = self.source.reader[index][:2]
-            return Image.open(file).convert("RGB"), label
+            return open_image(file), label
         image, label = self.source[index]
         return image, label
 
@@ -438,12 +486,16 @@ class Batch(NamedTuple):
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.corrupt)
 
 
-def collate(samples: list[tuple[Tensor, int] | Corrupt]) -> Batch:
-    corrupt = [sample for sample in samples if isinstance(sample, Corrupt)]
-    good = [sample for sample in samples if not isinstance(sample, Corrupt)]
-    if not good:
+def collate(samples: list[Sample]) -> Batch:
+    corrupt = [bad for _, _, some in samples for bad in some]
+    pairs = [(image, label) for image, label, _ in samples if image is not None]
+    if not pairs:
         return Batch(None, None, corrupt)
-    return Batch(torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), corrupt)
+    return Batch(torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs]), corrupt)
+
+
+def collate_stream(pairs: list[tuple[Tensor, int]]) -> Batch:
+    return collate([(image, label, []) for image, label in pairs])
 
 
 def make_loader(
@@ -460,7 +512,7 @@ def make_loader(
         source.set_loader_cfg(num_workers=workers)
         dataset, sampler = source, None
     else:
-        dataset = Samples(source, transform, args.seed)
+        dataset = Samples(source, transform, args.seed, train)
         if train:
             sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=args.seed, drop_last=True)
         else:
@@ -470,7 +522,7 @@ def make_loader(
         batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate_stream if sampler is None else collate,
         drop_last=train,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
@@ -512,13 +564,15 @@ def find_architecture(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What config.json stores of a model, enough to build it again: library, name, arguments, stem."""
     own = re.fullmatch(r"(.+\.py):(\w+)", name)
     if own:
-        library = "file"
-        if not Path(own[1]).is_file():
-            raise UserError(f"--model {name}: no file {own[1]}")
+        library, name = "file", f"{os.path.abspath(own[1])}:{own[2]}"
     elif name in torchvision.models.list_models(module=torchvision.models):
         library = "torchvision"
     elif timm.is_model(name):
         library = "timm"
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            raise UserError(f"unknown model {name!r}: {error}") from error
     else:
         known = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
         near = difflib.get_close_matches(name, dict.fromkeys(known), n=5, cutoff=0.5)
@@ -544,17 +598,7 @@ def build_model(architecture: dict[str, Any], num_classes: int, img_size: int) -
     options = dict(architecture["args"])
     try:
         if library == "file":
-            path, _, function = name.rpartition(":")
-            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-            if spec is None or spec.loader is None:
-                raise UserError(f"cannot import {path}")
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            if not hasattr(module, function):
-                raise UserError(f"{path} has no function {function!r}")
-            model = getattr(module, function)(num_classes=num_classes, **options)
-            if not isinstance(model, nn.Module):
-                raise UserError(f"{name} must return an nn.Module, got {type(model).__name__}")
+            model = build_own_model(name, num_classes, options)
         elif library == "torchvision":
             if name.startswith("vit_"):
                 options.setdefault("image_size", img_size)
@@ -567,10 +611,36 @@ def build_model(architecture: dict[str, Any], num_classes: int, img_size: int) -
             if timm.get_pretrained_cfg(name).fixed_input_size:
                 options.setdefault("img_size", img_size)
             model = timm.create_model(name, num_classes=num_classes, **options)
-    except (TypeError, ValueError, AssertionError, ImportError, SyntaxError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"cannot build {name} for {num_classes} classes at {img_size} px: {error}") from error
     if architecture["small_stem"]:
         shrink_stem(model)
+    return model
+
+
+def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """The user's file.py:function; whatever goes wrong in there is told with its line."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}, which should build the model")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        build = getattr(module, function, None)
+        if build is None:
+            raise UserError(f"{path} has no function {function!r}")
+        model = build(num_classes=num_classes, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise UserError(f"{name} failed: {type(error).__name__}: {error} ({where})") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name} must return an nn.Module, got {type(model).__name__}")
     return model
 
 
@@ -590,9 +660,13 @@ def shrink_stem(model: nn.Module) -> None:
 
 
 def load_student(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and the config.json of a run's student/ folder."""
+    """The model and the config.json of a run's student/ folder, or of the run directory that holds it."""
+    if (folder / "student").is_dir():
+        folder = folder / "student"
     try:
         config = json.loads((folder / "config.json").read_text())
+        for key in ("label_names", "mean", "std", "interpolation", "crop"):
+            config[key]  # missing: KeyError
         model = build_model(config["architecture"], config["num_classes"], config["input_size"][1])
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -652,19 +726,17 @@ def make_student(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dict[
     return model, config
 
 
-def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int) -> None:
-    """One image through the model, in eval mode: whether it runs at this size and what it returns."""
-    training = model.training
+def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int, batch: int = 1) -> None:
+    """A blank batch through a copy of the model, in the mode it is in: whether it runs and what it returns."""
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(1, *input_size))
+            logits = copy.deepcopy(model)(torch.zeros(batch, *input_size))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        size = "x".join(map(str, input_size))
-        raise UserError(f"{name} does not run on a {size} image: {' '.join(str(error).split())[:300]}") from error
-    model.train(training)
+        size = "x".join(map(str, (batch, *input_size)))
+        raise UserError(f"{name} does not run on a {size} batch: {' '.join(str(error).split())[:300]}") from error
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (1, num_classes):
-        raise UserError(f"{name} must return logits of shape (N, {num_classes}), got {shape} for one image")
+    if shape != (batch, num_classes):
+        raise UserError(f"{name} must return logits of shape (N, {num_classes}), got {shape} for N = {batch}")
 
 
 class Teacher(nn.Module):
@@ -711,7 +783,8 @@ def make_teacher(args: argparse.Namespace, student: dict[str, Any]) -> Teacher:
             model = build_model(architecture, classes, student["input_size"][1])
             mean, std, input_size = (getattr(model, k, student[k]) for k in ("mean", "std", "input_size"))
         elif architecture["library"] == "torchvision":
-            weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]  # those of the paper's teachers
+            choices = torchvision.models.get_model_weights(name)
+            weights = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)  # V1: those of the paper's teachers
             classes, preset = len(weights.meta["categories"]), weights.transforms()
             mean, std, input_size = preset.mean, preset.std, (3, preset.crop_size[0], preset.crop_size[0])
         else:
@@ -730,7 +803,7 @@ def make_teacher(args: argparse.Namespace, student: dict[str, Any]) -> Teacher:
                     f"--teacher {name}: its ImageNet weights could not be fetched ({type(error).__name__}: "
                     f"{' '.join(str(error).split())[:200]}); give a run's student/ folder or file.py:build instead"
                 ) from error
-    check_forward(model, f"--teacher {name}", input_size, classes)
+    check_forward(model.eval(), f"--teacher {name}", input_size, classes)
     return Teacher(model, mean, std, input_size, student)
 
 
@@ -770,6 +843,7 @@ class LossLog:
         self.waiting: list[tuple[int, Tensor]] = []
         self.sums: dict[str, float] = {}
         self.count = 0
+        self.skipped_in_a_row = 0
 
     def add(self, step: int, losses: dict[str, Tensor]) -> None:
         self.names = list(losses)
@@ -783,7 +857,8 @@ class LossLog:
         values = torch.stack([value for _, value in self.waiting]).double().cpu()
         self.waiting = []
         finite = values.isfinite().all(1)
-        if not finite.all() and not (self.skips_steps and finite.any()):
+        self.skipped_in_a_row = 0 if finite.any() else self.skipped_in_a_row + len(steps)
+        if not finite.all() and (not self.skips_steps or self.skipped_in_a_row > 20):
             bad = int(finite.int().argmin())
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, values[bad].tolist()))
             raise RankError(
@@ -905,8 +980,10 @@ def make_run_dir(args: argparse.Namespace) -> Path:
     if IS_MAIN:
         try:
             answer[0] = claim_run_dir(args)
-        except (UserError, OSError) as error:
-            answer[0] = UserError(str(error))
+        except UserError as error:
+            answer[0] = error
+        except OSError as error:
+            answer[0] = UserError(f"cannot make the run directory {args.output or 'runs/'}: {error.strerror}")
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(answer)
     if isinstance(answer[0], Exception):
@@ -928,14 +1005,16 @@ def claim_run_dir(args: argparse.Namespace) -> Path:
                 events.unlink()
         return output
     method = "-".join(filter(None, [args.kd, args.self_kd])) or "ce"
-    student = (
-        Path(args.model).parent if Path(args.model).is_dir() else Path(args.model.rpartition(":")[0] or args.model)
-    )
+    folder = Path(args.model).resolve()
+    if folder.is_dir():
+        model = folder.parent.name if folder.name == "student" else folder.name
+    else:
+        model = Path(args.model.rpartition(":")[0]).stem or args.model
     runs = Path("runs")
     runs.mkdir(exist_ok=True)
     taken = [int(m[1]) for p in runs.iterdir() if (m := re.match(r"(\d+)", p.name))]
     for number in itertools.count(max(taken, default=0) + 1):
-        output = runs / f"{number:03d}-{student.stem}-{method}"
+        output = runs / f"{number:03d}-{model}-{method}"
         if not list(runs.glob(f"{number:03d}-*")):
             output.mkdir()
             return output
@@ -984,7 +1063,7 @@ def describe_run(args: argparse.Namespace, device: torch.device) -> str:
     return json.dumps(
         {
             "flags": vars(args),
-            "command": " ".join(sys.argv),
+            "command": shlex.join(sys.argv),
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
             "hardware": {
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -1079,7 +1158,8 @@ def train(args: argparse.Namespace) -> None:
     data = open_data(args)
     torch.manual_seed(args.seed)
     student, config = make_student(args, data)
-    check_forward(student, f"--model {args.model}", config["input_size"], config["num_classes"])
+    micro_batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
+    check_forward(student, f"--model {args.model}", config["input_size"], config["num_classes"], min(micro_batch, 2))
     if args.sync_bn and WORLD_SIZE > 1:
         if device.type != "cuda":
             raise UserError("--sync-bn needs CUDA devices")
@@ -1096,7 +1176,6 @@ def train(args: argparse.Namespace) -> None:
     net.to(device, memory_format=memory_format)
     to_device = ToDevice(config["mean"], config["std"], device, memory_format)
 
-    micro_batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
     train_loader = make_loader(data.train, train_transform(args), micro_batch, True, args, device)
     val_loader = make_loader(data.val, eval_transform(config), 2 * micro_batch, False, args, device)
     updates_per_epoch = len(train_loader) // args.grad_accum
@@ -1120,13 +1199,14 @@ def train(args: argparse.Namespace) -> None:
     state = load_checkpoint(output / "last.pt") if args.resume and (output / "last.pt").exists() else None
     if state:
         load_weights(net, state["model"], str(output / "last.pt"))
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise UserError(
-                f"{output}/last.pt was saved with another optimizer than --opt {args.opt}: {error}"
-            ) from error
-        scaler.load_state_dict(state["scaler"])
+        if state["args"]["opt"] != args.opt:
+            raise UserError(f"{output}/last.pt was saved with --opt {state['args']['opt']}, not {args.opt}")
+        options = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, now in zip(optimizer.param_groups, options):
+            group.update(now)  # --weight-decay and the like are those of this call
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         first_epoch, best, rows = state["epoch"] + 1, state["best"], state["rows"]
         if len(state["random"]) == WORLD_SIZE:
             set_random_states(state["random"][RANK], device)
@@ -1256,12 +1336,12 @@ def train(args: argparse.Namespace) -> None:
             "args": vars(args),
             "config": config,
         }
-        save_checkpoint(output / "last.pt", checkpoint)
-        append_metrics(output / "metrics.csv", rows)
         if improved:
-            save_checkpoint(output / "best.pt", checkpoint)
             plain = ema.module if ema else student
             save_student(output / "student", plain, config | {"metrics": {"epoch": epoch + 1} | metrics})
+            save_checkpoint(output / "best.pt", checkpoint)
+        append_metrics(output / "metrics.csv", rows)
+        save_checkpoint(output / "last.pt", checkpoint)  # the last: what a resume starts from knows of the rest
 
     if IS_MAIN:
         assert board is not None
@@ -1275,28 +1355,49 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run; a mistake of the user's is one line on stderr and status 2."""
     try:
         train(parse_args(argv))
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
-    except UserError as error:
-        message, everywhere = str(error), not isinstance(error, RankError)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise
-        message, everywhere = f"cannot write: {error}", False
     except KeyboardInterrupt:
         if IS_MAIN:
             print("\ninterrupted: --output RUN --resume goes on after the last whole epoch", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        everywhere = isinstance(error, UserError) and not isinstance(error, RankError)
     if everywhere and not IS_MAIN:
         time.sleep(2)  # rank 0 says it; torchrun would stop it as soon as this rank has ended
         return 2
     prefix = "" if everywhere or WORLD_SIZE == 1 else f"rank {RANK}: "
     print(f"train.py: error: {prefix}{message}", file=sys.stderr, flush=True)
     return 2
+
+
+def explain(error: Exception) -> str | None:
+    """One line for an error that is not the program's own, None for one that deserves its traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+    ):
+        return f"cannot write: {text}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory: lower --batch-size, or split it with --grad-accum; {text[:200]}"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return f"a data loading process died, perhaps for lack of memory: fewer --workers; {text[:200]}"
+    if isinstance(error, RuntimeError) and WORLD_SIZE > 1 and re.search("closed by peer|reset by peer|NCCL", text):
+        return "lost another rank, which says why"
+    return None
 
 
 if __name__ == "__main__":

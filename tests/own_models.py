@@ -28,3 +28,7 @@ def wrong_classes(num_classes):
 
 def not_a_model(num_classes):
     return num_classes
+
+
+def raises(num_classes):
+    return {}["nothing"]

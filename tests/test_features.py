@@ -175,7 +175,7 @@ def test_no_memory_grows_over_1000_steps():
     steps(1)
     before = tensors_alive()
     steps(1000)
-    assert tensors_alive() == before
+    assert tensors_alive() <= before
     assert sum(ref() is not None for ref in features) == 0
     handle.remove()
 
