@@ -92,6 +92,8 @@ def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndic
         return ClassProbabilities(probs.to(torch.promote_types(logits.dtype, torch.float32)))
     label = target.reshape(-1).long()
     kept = label != ignore_index
+    # a negative index goes out of range at the other end: compiled by torch 2.11, it would count from the end
+    label = label.where(label >= 0, probs_shape[class_dim(logits)])
     return ClassIndices(label.where(kept, 0), kept)
 
 

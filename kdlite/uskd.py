@@ -96,7 +96,7 @@ def uskd_loss(
         mean_squared = squared.where(rows.kept, 0.0).sum() / rows.kept.sum().clamp(min=1)
         target_term = -(squared + 1 - mean_squared) * F.logsigmoid(target_log_odds)
         non_target_term = _non_target_term(strong, weak, rows.label)
-        weak_target = rows.label
+        weak_term = F.cross_entropy(weak, rows.label, label_smoothing=label_smoothing, reduction="none")
     else:
         log_probs = strong.log_softmax(1)
         squared = log_probs.detach().exp().square()
@@ -106,9 +106,9 @@ def uskd_loss(
         top_probs = top_probs / top_probs.sum(1, keepdim=True).clamp(min=torch.finfo(top_probs.dtype).tiny)
         non_target_term = top_probs[:, 0] * _non_target_term(strong, weak, top_labels[:, 0])
         non_target_term = non_target_term + top_probs[:, 1] * _non_target_term(strong, weak, top_labels[:, 1])
-        weak_target = rows.probs
+        smoothed = (1 - label_smoothing) * rows.probs + label_smoothing / weak.shape[1]  # V~
+        weak_term = cross_entropy(smoothed, weak.log_softmax(1))
 
-    weak_term = F.cross_entropy(weak, weak_target, label_smoothing=label_smoothing, reduction="none")
     loss = alpha * target_term + beta * non_target_term + mu * weak_term
     return reduce(loss, rows, reduction, logits.shape)
 
