@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("runs/demo")
 STUDENT = ["--model", "mobilenet_v2", "--epochs", "10"]
 RUNS = {
-    "teacher": ["--model", "resnet18", "--epochs", "10"],
+    "teacher": ["--model", "resnet18", "--epochs", "6"],
     "cross-entropy": STUDENT,
     "NKD": [*STUDENT, "--kd", "nkd", "--teacher", str(OUTPUT / "teacher/student")],
     "USKD": [*STUDENT, "--self-kd", "uskd"],
