@@ -44,6 +44,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -671,9 +672,7 @@ def load_student(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a whole student/ folder: {type(error).__name__}: {error}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:
         raise UserError(f"{folder}/model.safetensors is damaged: {error}") from error
     load_weights(model, weights, str(folder))
     return model, config
