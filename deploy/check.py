@@ -1,0 +1,224 @@
+"""Is every artefact still the same classifier? One table over all of them, on the run's validation set.
+
+    python -m deploy.check runs/001-mobilenet_v2-uskd/student                     # every artefact in the folder
+    python -m deploy.check runs/001-mobilenet_v2-uskd/student student.onnx        # these alone
+
+Top-1 and top-5, the difference to torch's fp32 answers, how often the two agree on the class, the largest error of a
+logit and the smallest cosine between two rows of logits, at batches of 1, 2, 5 and 64. Exit status 1 when an artefact
+is outside the tolerance of its precision, cannot be run here, or was made from other weights. Written to check.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deploy.cli import add_data, add_device, command, make_parser, student_folder
+from deploy.images import RunData, open_run_data, validation_batches
+from deploy.runtimes import Runtime, first_line, load
+from train import Parser, UserError, write_whole
+
+BATCHES = (1, 2, 5, 64)
+KINDS = (".onnx", ".ts", ".pt2", ".engine")
+# What each precision may cost: largest error of a logit relative to the largest logit, smallest agreement in percent,
+# largest loss of top-1 in points. fp32's and fp16's error: five times the worst of nine architectures
+# (tests/test_deploy.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
+TOLERANCES = {
+    "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
+    "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
+    "int8": dict(error=float("inf"), agreement=90.0, drop=2.0),
+}
+COLUMNS = {
+    "artefact": "", "provider": "", "precision": "", "top1": ".2f", "top5": ".2f", "top1_difference": "+.2f",
+    "agreement": ".2f", "max_abs_error": ".1e", "cosine": ".6f", "batches": "", "verdict": "",
+}  # fmt: skip
+
+
+class Tally:
+    """Counts over batches of logits: accuracy, and what differs from the reference."""
+
+    def __init__(self) -> None:
+        self.images = self.top1 = self.top5 = self.agree = 0
+        self.error, self.scale, self.cosine = 0.0, 0.0, 1.0
+
+    def add(self, logits: np.ndarray, labels: np.ndarray, expected: np.ndarray) -> None:
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+        hits = order == labels[:, None]
+        self.images += len(labels)
+        self.top1 += int(hits[:, 0].sum())
+        self.top5 += int(hits.sum())
+        self.agree += int((order[:, 0] == expected.argmax(1)).sum())
+        self.compare(logits, expected)
+
+    def compare(self, logits: np.ndarray, expected: np.ndarray) -> None:
+        norms = np.linalg.norm(logits, axis=1) * np.linalg.norm(expected, axis=1)
+        self.error = float(np.maximum(self.error, np.abs(logits - expected).max()))  # a NaN stays
+        self.scale = max(self.scale, float(np.abs(expected).max()))
+        cosine = (logits * expected).sum(1) / np.maximum(norms, np.finfo(np.float32).tiny)
+        self.cosine = float(np.minimum(self.cosine, cosine.min()))
+
+    def percent(self, count: int) -> float:
+        return 100 * count / self.images
+
+
+def check_artefacts(
+    student: Path, artefacts: list[Path], run: RunData, limit: int | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """A row for torch and one for each artefact, with a verdict; see the module.
+
+    Args:
+        student: the student/ folder
+        artefacts: files that deploy/ made of it
+        run: its validation set, of deploy.images.open_run_data
+        limit: evaluate on this many images, evenly spaced, instead of all
+        options: of deploy.runtimes.load: device, threads, allow_fallback
+    """
+    torch.backends.cudnn.allow_tf32 = False  # the reference is fp32
+    reference = load(student, options.get("device", "auto").replace("tensorrt", "cuda"), **without_device(options))
+    rows: list[dict[str, Any]] = [{"artefact": "student/", "provider": reference.provider, "precision": "fp32"}]
+    runtimes: dict[int, Runtime] = {}
+    for artefact in artefacts:
+        row: dict[str, Any] = {"artefact": artefact.name}
+        rows.append(row)
+        try:
+            runtime = load(artefact, **options)
+            row |= {"provider": runtime.provider, "precision": runtime.metadata["precision"]}
+            if runtime.metadata["source"].get("weights_sha256") != reference.metadata["source"]["weights_sha256"]:
+                raise UserError("was made from other weights than this student's: export it again")
+            runtimes[len(rows) - 1] = runtime
+        except UserError as error:
+            row["verdict"] = f"not checked: {error}"
+
+    tallies = {0: Tally()} | {index: Tally() for index in runtimes}
+    for images, labels in validation_batches(run, max(BATCHES), limit):
+        expected = reference.run(images)
+        first = not tallies[0].images
+        tallies[0].add(expected, labels, expected)
+        for index, runtime in list(runtimes.items()):
+            try:
+                tallies[index].add(run_in_parts(runtime, images, max(BATCHES)), labels, expected)
+                if first:
+                    check_batches(runtime, images, reference, tallies[index])
+            except Exception as error:  # each runtime has its own
+                rows[index]["verdict"] = f"failed: {first_line(error)}"
+                del runtimes[index]
+    if not tallies[0].images:
+        raise UserError("not one validation image could be read")
+
+    for index in [0, *runtimes]:
+        row, tally = rows[index], tallies[index]
+        row |= {
+            "top1": tally.percent(tally.top1),
+            "top5": tally.percent(tally.top5),
+            "top1_difference": tally.percent(tally.top1) - tallies[0].percent(tallies[0].top1),
+            "agreement": tally.percent(tally.agree),
+            "max_abs_error": tally.error,
+            "cosine": tally.cosine,
+            "images": tally.images,
+        }
+        if index:
+            row["batches"] = " ".join(str(size) for size in sizes_of(runtimes[index]))
+            row["verdict"] = judge(row, tally)
+    return rows
+
+
+def check_batches(runtime: Runtime, images: np.ndarray, reference: Runtime, tally: Tally) -> None:
+    """The same answers at each batch size; the largest error goes into the tally."""
+    images = images[np.arange(max(BATCHES)) % len(images)]
+    expected = reference.run(images)
+    for size in sizes_of(runtime):
+        tally.compare(run_in_parts(runtime, images, size), expected)
+
+
+def sizes_of(runtime: Runtime) -> list[int]:
+    sizes = [size for size in BATCHES if size <= (runtime.max_batch or size)]
+    return sizes if runtime.max_batch is None or runtime.max_batch in sizes else [*sizes, runtime.max_batch]
+
+
+def run_in_parts(runtime: Runtime, images: np.ndarray, size: int) -> np.ndarray:
+    """The logits of all images in batches of at most size, and of what the runtime takes."""
+    size = min(size, runtime.max_batch or size)
+    return np.concatenate([runtime.run(images[i : i + size]) for i in range(0, len(images), size)])
+
+
+def judge(row: dict[str, Any], tally: Tally) -> str:
+    """pass, or what is outside the tolerance."""
+    on_gpu = not any(word in row["provider"].lower() for word in ("cpu",))
+    precision = "fp16" if row["precision"] == "fp32" and on_gpu else row["precision"].partition("-")[0]
+    allowed = TOLERANCES[precision]
+    relative = tally.error / tally.scale
+    faults = []
+    if not relative <= allowed["error"]:
+        faults.append(f"error {relative:.1e} of the largest logit > {allowed['error']:.0e}")
+    if not row["agreement"] >= allowed["agreement"]:
+        faults.append(f"agreement {row['agreement']:.2f} < {allowed['agreement']} %")
+    if not -row["top1_difference"] <= allowed["drop"]:
+        faults.append(f"top-1 loses {-row['top1_difference']:.2f} > {allowed['drop']} points")
+    return f"FAIL: {'; '.join(faults)}" if faults else "pass"
+
+
+def without_device(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "device"}
+
+
+def find_artefacts(student: Path, names: list[str]) -> list[Path]:
+    """Those named, as paths or as files of the student's folder; else all that the folder holds."""
+    if not names:
+        found = sorted(file for file in student.iterdir() if file.suffix in KINDS)
+        if not found:
+            raise UserError(f"{student} has no artefact yet: python -m deploy.export {student}")
+        return found
+    paths = [Path(name) if Path(name).exists() else student / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"no artefact {path.name}: neither a file of that name, nor in {student}")
+    return paths
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Rows as text, a column per key, numbers right, a missing value as -."""
+    names = list(columns)
+    cells = [names] + [
+        [format(row[name], columns[name]) if row.get(name) is not None else "-" for name in names] for row in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    left = [not columns[name] for name in names]
+    return "\n".join(
+        "  ".join(c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left)).rstrip()
+        for line in cells
+    )
+
+
+def get_parser() -> Parser:
+    parser = make_parser(__doc__, "check")
+    parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
+    parser.add_argument("artefacts", nargs="*", help="files to check (default: all in the folder)")
+    parser.add_argument("--images", type=int, help="so many validation images, evenly spaced (default: all)")
+    add_data(parser)
+    add_device(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.images is not None and args.images < 1:
+        raise UserError(f"--images must be at least 1, got {args.images}")
+    student = student_folder(args.student)
+    artefacts = find_artefacts(student, args.artefacts)
+    config = json.loads((student / "config.json").read_text())
+    data = open_run_data(student, config, args)
+    options = dict(device=args.device, threads=args.threads, allow_fallback=args.allow_fallback)
+    rows = check_artefacts(student, artefacts, data, args.images, **options)
+    print(f"{rows[0]['images']} validation images of {data.flags.data}; percent, against torch's fp32 logits\n")
+    print(table(rows, COLUMNS))
+    write_whole(student / "check.json", json.dumps(rows, indent=2) + "\n")
+    return int(any(row["verdict"] != "pass" for row in rows[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(command(get_parser(), run))

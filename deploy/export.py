@@ -1,0 +1,194 @@
+"""Write a trained student as ONNX, TorchScript and torch.export files, each run and compared before it gets its name.
+
+    python -m deploy.export runs/001-mobilenet_v2-uskd/student                    # student.onnx, .ts, .pt2
+    python -m deploy.export runs/001-mobilenet_v2-uskd/student --format onnx --precision fp16
+
+The files lie beside the weights. They take uint8 (N, H, W, 3), resized and cropped but not normalised, N being any
+number, and answer float32 logits (N, C); they carry labels, preprocessing, metrics and the digest of the weights.
+The student alone: no weak head, no teacher, no hooks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import kdlite
+from deploy.cli import command, make_parser, student_folder
+from deploy.runtimes import (
+    FLOAT,
+    INPUT_NAME,
+    OUTPUT_NAME,
+    UINT8,
+    ImageClassifier,
+    as_input,
+    first_line,
+    load,
+    need,
+    source_of,
+)
+from train import Parser, UserError, load_student
+
+FORMATS = {"onnx": ".onnx", "torchscript": ".ts", "torch.export": ".pt2"}
+# Largest |logit - torch's fp32 logit|, relative to the largest |logit|. Measured on nine architectures: fp32 at most
+# 2e-5, fp16 at most 6e-3 (tests/test_deploy.py).
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
+
+
+def export_student(
+    student: Path,
+    formats: tuple[str, ...] = tuple(FORMATS),
+    precision: str = "fp32",
+    layout: str = UINT8,
+    opset: int = 18,
+    output: Path | None = None,
+) -> list[Path]:
+    """Export a student/ folder; returns the files, each of them checked against torch.
+
+    Args:
+        student: a student/ folder, or the run directory that holds it
+        formats: any of "onnx", "torchscript", "torch.export"
+        precision: "fp32", or "fp16" for weights and arithmetic; the input and the logits stay what they are
+        layout: "uint8 NHWC", normalisation in the graph, or "float32 NCHW", normalised by the caller
+        opset: of ONNX, 18 or 20
+        output: folder of the files; default: the student's own
+
+    Raises:
+        UserError: a student that is damaged, or cannot be exported; nothing is left half-written
+    """
+    student = student_folder(student)
+    output = output or student
+    model, config = load_student(student)
+    reference = ImageClassifier(copy.deepcopy(model), config["mean"], config["std"], layout)
+    classifier = ImageClassifier(model, config["mean"], config["std"], layout, half=precision == "fp16")
+    versions = {"kdlite": kdlite.__version__, "torch": torch.__version__}
+    metadata = config | {"precision": precision, "input": layout, "source": source_of(student) | versions}
+    images = probe_images(config)
+    batch = torch.from_numpy(as_input(images[:2], metadata))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(as_input(images, metadata))).numpy()
+
+    name = "student" + ("-nchw" if layout == FLOAT else "") + ("-fp16" if precision == "fp16" else "")
+    writers = {"onnx": write_onnx, "torchscript": write_torchscript, "torch.export": write_exported}
+    files = []
+    make_folder(output)
+    for kind in formats:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as partial:
+            file = Path(partial) / (name + FORMATS[kind])
+            try:
+                options = {"opset": opset} if kind == "onnx" else {}
+                writers[kind](classifier, batch, metadata, file, **options)
+            except (UserError, OSError):
+                raise
+            except Exception as error:  # the exporters have dozens
+                what = config["architecture"]["name"]
+                raise UserError(f"{what} cannot be exported to {kind}: {first_line(error)}") from error
+            compare(file, images, expected, TOLERANCE[precision])
+            os.replace(file, output / file.name)
+            files.append(output / file.name)
+    return files
+
+
+def probe_images(config: dict[str, Any]) -> np.ndarray:
+    """Five images of noise on a slope, uint8 (5, H, W, 3): something of every brightness."""
+    channels, height, width = config["input_size"]
+    noise = np.random.default_rng(0).integers(0, 128, (5, height, width, channels))
+    slope = np.linspace(0, 127, width).reshape(1, 1, width, 1)
+    return (noise + slope).astype(np.uint8)
+
+
+def write_onnx(classifier: ImageClassifier, batch: torch.Tensor, metadata: dict[str, Any], file: Path, opset: int) -> None:
+    need("onnx", "pip install '.[deploy]'")
+    need("onnxscript", "pip install '.[deploy]'")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            classifier,
+            (batch,),  # traced at 2: a batch of 1 would be frozen
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            opset_version=opset,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
+    program.save(file, external_data=False)
+
+
+def write_torchscript(classifier: ImageClassifier, batch: torch.Tensor, metadata: dict[str, Any], file: Path) -> None:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(classifier, (batch,), check_trace=False)  # compared at other batches afterwards
+        torch.jit.save(traced, str(file), _extra_files={"metadata.json": json.dumps(metadata)})
+
+
+def write_exported(classifier: ImageClassifier, batch: torch.Tensor, metadata: dict[str, Any], file: Path) -> None:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            classifier, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
+        )
+        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+
+
+def compare(file: Path, images: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Run the file on the CPU at batches of 1, 2 and 5; what it answers must be what torch answered."""
+    runtime = load(file, device="cpu")
+    scale = np.abs(expected).max()
+    for size in (1, 2, 5):
+        try:
+            error = np.abs(runtime.run(images[:size]) - expected[:size]).max() / scale
+        except Exception as failure:  # each runtime has its own
+            raise UserError(f"{file.name} does not run a batch of {size}: {first_line(failure)}") from failure
+        if not error <= tolerance:
+            raise UserError(
+                f"{file.name} was not kept: at batch {size} its logits differ from torch's by {error:.1e} of the "
+                f"largest, more than {tolerance:.0e}"
+            )
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; --output names another folder") from error
+
+
+def get_parser() -> Parser:
+    parser = make_parser(__doc__, "export")
+    parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
+    parser.add_argument("--format", nargs="+", choices=sorted(FORMATS), default=sorted(FORMATS), metavar="FORMAT",
+                        help="onnx, torchscript, torch.export (default: all)")  # fmt: skip
+    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="of weights and arithmetic (default: fp32)")
+    parser.add_argument("--input", choices=["uint8", "float"], default="uint8",
+                        help="uint8: NHWC, normalisation in the graph; float: NCHW, normalised by you (default: uint8)")  # fmt: skip
+    parser.add_argument("--opset", type=int, choices=[18, 20], default=18, help="of ONNX (default: 18)")
+    parser.add_argument("--output", type=Path, help="folder of the files (default: the student's)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    layout = UINT8 if args.input == "uint8" else FLOAT
+    for file in export_student(args.student, tuple(args.format), args.precision, layout, args.opset, args.output):
+        print(f"{file}  {file.stat().st_size / 1e6:.1f} MB, same answers as torch at batches 1, 2 and 5", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(command(get_parser(), run))

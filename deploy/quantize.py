@@ -1,0 +1,173 @@
+"""INT8 by static quantisation of student.onnx, calibrated on images of the training set.
+
+    python -m deploy.quantize runs/001-mobilenet_v2-uskd/student --target cpu
+    python -m deploy.quantize runs/001-mobilenet_v2-uskd/student --target tensorrt
+
+The two targets want different files. cpu: uint8 activations, which ONNX Runtime's CPU kernels need and TensorRT's
+parser rejects. tensorrt: symmetric int8 activations and per-channel weights as Q/DQ pairs, no quantised bias.
+Where there is a LayerNormalization (ViT, Swin, ConvNeXt) only Conv, Gemm and MatMul by a weight are quantised: softmax,
+norms and attention scores lose too much in 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.cli import add_data, command, make_parser, student_folder
+from deploy.export import make_folder
+from deploy.images import calibration_images, open_run_data
+from deploy.runtimes import FLOAT, INPUT_NAME, as_input, first_line, load, need
+from train import Parser, UserError
+
+CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
+METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+
+
+def quantize_student(
+    onnx_file: Path,
+    images: np.ndarray,
+    target: str,
+    op_types: list[str] | None = None,
+    method: str = "minmax",
+    reduce_range: bool = False,
+    output: Path | None = None,
+) -> tuple[Path, float]:
+    """Quantise an fp32 ONNX file of deploy.export; returns the INT8 file and its agreement with the fp32 file.
+
+    Args:
+        onnx_file: student.onnx
+        images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
+        target: "cpu" or "tensorrt"
+        op_types: ONNX operators to quantise; default: all that can be, or CONTRACTIONS beside a LayerNormalization
+        method: of calibration: "minmax", "entropy", "percentile"
+        reduce_range: 7 bits for weights: for x86 CPUs without VNNI, whose 8-bit products saturate
+        output: folder of the file; default: the ONNX file's own
+
+    Returns:
+        The file, and the share of the images, in percent, to which it gives the same class as the fp32 file.
+    """
+    onnx = need("onnx", "pip install '.[deploy]'")
+    quantization = need("onnxruntime.quantization", "pip install '.[deploy]'")
+    runtime = load(onnx_file, device="cpu")
+    metadata = runtime.metadata
+    if metadata["precision"] != "fp32":
+        raise UserError(f"{onnx_file} is {metadata['precision']} already: quantise the fp32 file of deploy.export")
+    output = output or onnx_file.parent
+    layout = "-nchw" if metadata["input"] == FLOAT else ""
+    file = output / f"student{layout}-int8-{target}.onnx"
+    make_folder(output)
+
+    reader_of = type("Images", (quantization.CalibrationDataReader,), {"get_next": lambda self: next(self.feeds, None)})
+    reader = reader_of()
+    batches = np.array_split(images, -(-len(images) // 16))
+    reader.feeds = iter([{INPUT_NAME: as_input(batch, metadata)} for batch in batches])
+    quint8, qint8 = quantization.QuantType.QUInt8, quantization.QuantType.QInt8
+    extra: dict[str, Any] = {"MatMulConstBOnly": True}
+    if target == "tensorrt":
+        extra |= dict(
+            ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False, AddQDQPairToWeight=True,
+            DedicatedQDQPair=True,
+        )  # fmt: skip
+    logger = logging.getLogger()
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)  # the quantiser's advice is for those who call it by hand
+        with tempfile.TemporaryDirectory(prefix=".quantize-", dir=output) as partial:
+            prepared, quantised = Path(partial) / "prepared.onnx", Path(partial) / file.name
+            quantization.shape_inference.quant_pre_process(str(onnx_file), str(prepared), skip_symbolic_shape=True)
+            model = onnx.load(prepared)
+            if op_types is None and any(node.op_type == "LayerNormalization" for node in model.graph.node):
+                op_types = CONTRACTIONS
+            quantization.quantize_static(
+                str(prepared),
+                str(quantised),
+                reader,
+                op_types_to_quantize=op_types,
+                nodes_to_exclude=preprocessing_nodes(model),
+                per_channel=True,
+                reduce_range=reduce_range,
+                activation_type=qint8 if target == "tensorrt" else quint8,
+                weight_type=qint8,
+                calibrate_method=quantization.CalibrationMethod[METHODS[method]],
+                extra_options=extra,
+            )
+            model = onnx.load(quantised)
+            del model.metadata_props[:]
+            said = metadata | {
+                "precision": f"int8-{target}",
+                "calibration": {"images": len(images), "method": method, "op_types": op_types},
+            }
+            onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in said.items()})
+            onnx.save(model, quantised)
+            agreement = compare_classes(load(quantised, device="cpu").run, runtime.run, images)
+            os.replace(quantised, file)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # onnx and onnxruntime have dozens
+        raise UserError(f"{onnx_file} cannot be quantised: {first_line(error)}") from error
+    finally:
+        logger.setLevel(level)
+    return file, agreement
+
+
+def preprocessing_nodes(model: Any) -> list[str]:
+    """The nodes between the input and the first convolution or product: normalisation, to be left in float."""
+    reached, names = {INPUT_NAME}, []
+    for node in model.graph.node:  # in topological order
+        if node.op_type not in CONTRACTIONS and reached.intersection(node.input):
+            names.append(node.name)
+            reached.update(node.output)
+    return names
+
+
+def compare_classes(run: Any, reference: Any, images: np.ndarray) -> float:
+    same = sum(
+        int((run(batch).argmax(1) == reference(batch).argmax(1)).sum())
+        for batch in np.array_split(images, -(-len(images) // 64))
+    )
+    return 100 * same / len(images)
+
+
+def get_parser() -> Parser:
+    parser = make_parser(__doc__, "quantize")
+    parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
+    parser.add_argument("--target", choices=["cpu", "tensorrt"], required=True, help="what will run the file")
+    parser.add_argument("--onnx", help="the fp32 file to start from (default: student.onnx in the folder)")
+    parser.add_argument("--images", type=int, default=512, help="training images for calibration (default: 512)")
+    parser.add_argument("--method", choices=sorted(METHODS), default="minmax", help="of calibration (default: minmax)")
+    parser.add_argument("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")
+    parser.add_argument("--reduce-range", action="store_true", help="7-bit weights, for x86 CPUs without VNNI")
+    parser.add_argument("--output", type=Path, help="folder of the file (default: that of the ONNX file)")
+    add_data(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.images < 1:
+        raise UserError(f"--images must be at least 1, got {args.images}")
+    student = student_folder(args.student)
+    onnx_file = Path(args.onnx) if args.onnx else student / "student.onnx"
+    if not onnx_file.is_file():
+        raise UserError(f"no {onnx_file} yet: python -m deploy.export {student} --format onnx")
+    config = json.loads((student / "config.json").read_text())
+    images = calibration_images(open_run_data(student, config, args), args.images)
+    file, agreement = quantize_student(
+        onnx_file, images, args.target, args.op_types, args.method, args.reduce_range, args.output
+    )
+    print(
+        f"{file}  {file.stat().st_size / 1e6:.1f} MB, the class of the fp32 file on {agreement:.1f} % of "
+        f"{len(images)} calibration images; python -m deploy.check {student} compares on the validation set"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(command(get_parser(), run))
