@@ -72,11 +72,6 @@ def quantize_student(
     reader.feeds = iter([{INPUT_NAME: as_input(batch, metadata)} for batch in batches])
     quint8, qint8 = quantization.QuantType.QUInt8, quantization.QuantType.QInt8
     extra: dict[str, Any] = {"MatMulConstBOnly": True}
-    if target == "tensorrt":
-        extra |= dict(
-            ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False, AddQDQPairToWeight=True,
-            DedicatedQDQPair=True,
-        )  # fmt: skip
     logger = logging.getLogger()
     level = logger.level
     try:
@@ -85,8 +80,14 @@ def quantize_student(
             prepared, quantised = Path(partial) / "prepared.onnx", Path(partial) / file.name
             quantization.shape_inference.quant_pre_process(str(onnx_file), str(prepared), skip_symbolic_shape=True)
             model = onnx.load(prepared)
-            if op_types is None and any(node.op_type == "LayerNormalization" for node in model.graph.node):
+            operators = {node.op_type for node in model.graph.node}
+            if op_types is None and "LayerNormalization" in operators:
                 op_types = CONTRACTIONS
+            if target == "tensorrt":
+                extra |= dict(QuantizeBias=False, AddQDQPairToWeight=True, DedicatedQDQPair=True, WeightSymmetric=True)
+            # ONNX Runtime 1.31's CPU graph optimiser breaks a MatMul whose activation has another zero point: DeiT-Tiny
+            # with random weights kept its class on 9 % of images, without the optimiser or symmetric on 94 to 97 %
+            extra["ActivationSymmetric"] = target == "tensorrt" or "MatMul" in operators
             quantization.quantize_static(
                 str(prepared),
                 str(quantised),
@@ -109,6 +110,11 @@ def quantize_student(
             onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in said.items()})
             onnx.save(model, quantised)
             agreement = compare_classes(load(quantised, device="cpu").run, runtime.run, images)
+            if agreement < 50:
+                raise UserError(
+                    f"{file.name} was not kept: it gives the fp32 file's class on {agreement:.1f} % of the calibration "
+                    "images; try --method percentile, --op-types Conv Gemm or more --images"
+                )
             os.replace(quantised, file)
     except (UserError, OSError):
         raise
