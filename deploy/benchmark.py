@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from deploy.check import find_artefacts, table
 from deploy.cli import add_data, add_device, command, make_parser, student_folder
@@ -274,8 +275,8 @@ def describe_machine() -> dict[str, Any]:
     """Versions, device, clocks, power mode and load: what a figure means nothing without."""
     import importlib.metadata
 
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy"):
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -362,7 +363,9 @@ def run(args: argparse.Namespace) -> int:
     machine["load_after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
 
     height, width = config["input_size"][1:]
-    print(f"{config['architecture']['name']} at {height}x{width}, {sum(len(y) for _, y in validation)} validation images")
+    print(
+        f"{config['architecture']['name']} at {height}x{width}, {sum(len(y) for _, y in validation)} validation images"
+    )
     for key, value in machine.items():
         print(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
     empty = {name for name in COLUMNS if all(row.get(name) is None for row in rows)}

@@ -101,7 +101,9 @@ def read_onnx(onnx_file: Path) -> dict[str, Any]:
     """The metadata of a whole ONNX file of ours that is meant for TensorRT."""
     metadata = load(onnx_file, device="cpu").metadata
     if metadata["precision"] == "int8-cpu":
-        raise UserError(f"{onnx_file} was quantised for CPUs: python -m deploy.quantize --target tensorrt makes another")
+        raise UserError(
+            f"{onnx_file} was quantised for CPUs: python -m deploy.quantize --target tensorrt makes another"
+        )
     return metadata
 
 
@@ -191,7 +193,9 @@ def get_parser() -> Parser:
     parser = make_parser(__doc__, "build")
     parser.add_argument("onnx", type=Path, help="an ONNX file of deploy.export or deploy.quantize")
     parser.add_argument("--report", action="store_true", help="parse, say what is supported, build nothing")
-    parser.add_argument("--library", choices=["tensorrt", "tensorrt_rtx"], help="(default: the first that is installed)")
+    parser.add_argument(
+        "--library", choices=["tensorrt", "tensorrt_rtx"], help="(default: the first that is installed)"
+    )
     parser.add_argument("--min-batch", type=int, default=1, help="of the optimisation profile (default: 1)")
     parser.add_argument("--opt-batch", type=int, default=8, help="the batch to be fastest at (default: 8)")
     parser.add_argument("--max-batch", type=int, default=64, help="the largest the engine will take (default: 64)")

@@ -11,9 +11,11 @@ from train import Parser, UserError, explain
 
 
 def make_parser(doc: str | None, name: str) -> Parser:
-    """A parser whose --help is the module's docstring."""
+    """A parser whose --help is the module's docstring; name: of a command of deploy/, or a script's file name."""
     return Parser(
-        prog=f"python -m deploy.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m deploy.{name}" if "." not in name else name,
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 

@@ -10,6 +10,7 @@ normalisation, in its graph where the artefact has it there.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -65,7 +66,13 @@ class ImageClassifier(nn.Module):
     """A student with its normalisation in front: images -> float32 logits, whatever precision lies between."""
 
     def __init__(
-        self, model: nn.Module, mean: Any, std: Any, layout: str = UINT8, half: bool = False, channels_last: bool = False
+        self,
+        model: nn.Module,
+        mean: Any,
+        std: Any,
+        layout: str = UINT8,
+        half: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -111,7 +118,13 @@ def load(
     Raises:
         UserError: no such device, or a file that is missing, damaged, foreign or for another machine
     """
-    loaders = {"": load_torch, ".ts": load_torchscript, ".pt2": load_exported, ".onnx": load_onnx, ".engine": load_engine}
+    loaders = {
+        "": load_torch,
+        ".ts": load_torchscript,
+        ".pt2": load_exported,
+        ".onnx": load_onnx,
+        ".engine": load_engine,
+    }
     kind = "" if path.is_dir() else path.suffix
     if kind not in loaders or not path.exists():
         what = "unknown kind of artefact" if path.exists() else "no such file or folder"
@@ -208,7 +221,7 @@ def load_onnx(path: Path, device: str, threads: int, allow_fallback: bool) -> tu
             f"--device {device}: ONNX Runtime could not start {wanted} and fell back to {provider} (CUDA, cuDNN or "
             "TensorRT libraries of another version?); --allow-fallback accepts that"
         )
-    metadata = onnx_metadata(session.get_modelmeta().custom_metadata_map, path)
+    metadata = onnx_metadata(session.get_modelmeta().custom_metadata_map)
 
     def run(images: np.ndarray) -> np.ndarray:
         return session.run([OUTPUT_NAME], {INPUT_NAME: as_input(images, metadata)})[0]
@@ -218,15 +231,8 @@ def load_onnx(path: Path, device: str, threads: int, allow_fallback: bool) -> tu
 
 def load_engine(path: Path, device: str) -> tuple[Any, ...]:
     """An engine of deploy.build. Not run yet: it needs a GPU."""
-    sidecar = path.with_name(path.name + ".json")
-    if not sidecar.is_file():
-        raise UserError(f"{path} has no {sidecar.name} beside it: copy both, or build it again with deploy.build")
-    metadata = read_json(sidecar.read_text(), path)
-    try:
-        built = metadata["built"]
-        library, version, gpu, max_batch = (built[key] for key in ("library", "version", "gpu", "max_batch"))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{sidecar} was not made by deploy.build: it has no {error}") from error
+    metadata = read_engine_metadata(path)
+    library, version, gpu, max_batch = (metadata["built"][key] for key in ("library", "version", "gpu", "max_batch"))
     if device == "cpu" or not torch.cuda.is_available():
         raise UserError(f"{path}: a TensorRT engine needs a CUDA device (one that torch sees), which is not here")
     trt = import_tensorrt(library)
@@ -256,6 +262,20 @@ def load_engine(path: Path, device: str) -> tuple[Any, ...]:
         return logits.cpu().numpy()
 
     return "tensorrt", f"{library} {version}", metadata, run, max_batch
+
+
+def read_engine_metadata(path: Path) -> dict[str, Any]:
+    """What the .json beside an engine says."""
+    sidecar = path.with_name(path.name + ".json")
+    if not sidecar.is_file():
+        raise UserError(f"{path} has no {sidecar.name} beside it: copy both, or build it again with deploy.build")
+    metadata = read_json(sidecar.read_bytes(), path)
+    missing = [key for key in (*METADATA, "onnx", "built") if key not in metadata]
+    built = metadata.get("built")
+    missing += [key for key in ("library", "version", "gpu", "max_batch") if key not in (built or {})]
+    if missing:
+        raise UserError(f"{sidecar} was not made by deploy.build: it has no {', '.join(missing)}")
+    return metadata
 
 
 def import_tensorrt(library: str | None = None) -> ModuleType:
@@ -301,15 +321,23 @@ def source_of(student: Path) -> dict[str, str]:
     return {"weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
 
 
-def onnx_metadata(properties: dict[str, str], path: Path) -> dict[str, Any]:
-    return {key: read_json(value, path) for key, value in properties.items() if key in METADATA or value[:1] in '{["'}
+def onnx_metadata(properties: dict[str, str]) -> dict[str, Any]:
+    """What export wrote; a foreign file's properties need not be JSON, and are left out."""
+    metadata = {}
+    for key, value in properties.items():
+        with contextlib.suppress(ValueError):
+            metadata[key] = json.loads(value)
+    return metadata
 
 
-def read_json(text: str | bytes, path: Path) -> Any:
+def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} was not made by deploy/: it has no metadata that can be read") from error
+        metadata = json.loads(text)
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} was not made by deploy/: it has no metadata that can be read")
+    return metadata
 
 
 def first_line(error: Exception) -> str:

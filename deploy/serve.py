@@ -246,7 +246,9 @@ def parse_infer(body: bytes, header_length: str | None, shape: tuple[int, int, i
         raise bad(
             f"not a request of the Open Inference Protocol ({type(error).__name__}: {error}): expected JSON with one input"
         ) from error
-    expected = f"one input {INPUT_NAME!r}, UINT8, shape [N, {shape[0]}, {shape[1]}, {shape[2]}], N from 1 to {max_batch}"
+    expected = (
+        f"one input {INPUT_NAME!r}, UINT8, shape [N, {shape[0]}, {shape[1]}, {shape[2]}], N from 1 to {max_batch}"
+    )
     if name != INPUT_NAME:
         raise bad(f"unknown input {name!r}; expected {expected}")
     if datatype != "UINT8":
@@ -285,7 +287,9 @@ def from_json(data: Any, shape: list[int]) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def write_infer(request: InferRequest, logits: np.ndarray, name: str, labels: list[str]) -> tuple[bytes, dict[str, str]]:
+def write_infer(
+    request: InferRequest, logits: np.ndarray, name: str, labels: list[str]
+) -> tuple[bytes, dict[str, str]]:
     """The body and the headers of an answer."""
     output: dict[str, Any] = {"name": OUTPUT_NAME, "datatype": "FP32", "shape": list(logits.shape)}
     values: list[Any] = []
@@ -402,9 +406,11 @@ def make_app(runtime: Runtime, name: str, limits: Limits = Limits()) -> Starlett
         try:
             width, height = Image.open(io.BytesIO(body), formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")).size
             if width * height > MAX_PIXELS:
-                raise HTTPException(413, f"the image has {width}x{height} pixels; {MAX_PIXELS} are the limit")
+                raise Image.DecompressionBombError(f"{width}x{height} pixels")
             return as_numpy(transform(open_image(io.BytesIO(body))).unsqueeze(0))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Image.DecompressionBombError as error:
+            raise HTTPException(413, f"the image is too large: {error}; {MAX_PIXELS} pixels are the limit") from error
+        except (OSError, ValueError, SyntaxError) as error:
             raise bad(
                 f"not an image that can be read ({type(error).__name__}); send the file as it is: "
                 "curl --data-binary @photo.jpg"

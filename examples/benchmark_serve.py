@@ -91,8 +91,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"server / runtime: {statistics.median(ratios):.3f} (median; {min(ratios):.3f} to {max(ratios):.3f})")
 
 
-parser = make_parser(__doc__, "")
-parser.prog = "benchmark_serve.py"
+parser = make_parser(__doc__, "benchmark_serve.py")
 parser.add_argument("artefact", type=Path, help="as of deploy.serve, best an absolute path")
 parser.add_argument("--concurrency", type=int, default=16)
 parser.add_argument("--max-batch", type=int, default=8)

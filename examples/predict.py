@@ -1,33 +1,37 @@
-"""Classify images with a run's student: python examples/predict.py runs/001-.../student photo.jpg ..."""
+"""Classify images with a student, or with any artefact of it: python examples/predict.py runs/001-.../student photo.jpg"""
 
 import argparse
 import sys
 from pathlib import Path
 
-import torch
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train import UserError, eval_transform, load_student, open_image
+from deploy.cli import add_device, command, make_parser
+from deploy.images import as_numpy
+from deploy.runtimes import load
+from train import UserError, eval_transform, open_image
 
-parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
-parser.add_argument("student", type=Path, help="a run's student/ folder")
+
+def run(args: argparse.Namespace) -> None:
+    runtime = load(args.student, args.device, args.threads, args.allow_fallback)
+    transform, labels = eval_transform(runtime.metadata), runtime.metadata["label_names"]
+    for file in args.images:
+        try:
+            images = as_numpy(transform(open_image(file)).unsqueeze(0))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"cannot read {file}: {error}") from error
+        (logits,) = runtime.run(images)
+        probabilities = np.exp(logits - logits.max())
+        probabilities /= probabilities.sum()
+        best = np.argsort(-probabilities)[:5]
+        print(f"{file}: {', '.join(f'{labels[i]} {probabilities[i]:.1%}' for i in best)}")
+
+
+parser = make_parser(__doc__, "predict.py")
+parser.add_argument("student", type=Path, help="a run's student/ folder, or a file that deploy/ made of it")
 parser.add_argument("images", nargs="+", help="image files")
-args = parser.parse_args()
+add_device(parser)
 
-try:
-    model, config = load_student(args.student)
-except UserError as error:
-    parser.error(str(error))
-transform = eval_transform(config)
-mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-model.eval()
-for file in args.images:
-    try:
-        image = transform(open_image(file))
-    except OSError as error:
-        parser.error(f"cannot read {file}: {error}")
-    with torch.no_grad():
-        probs = model((image.float() / 255 - mean).div(std).unsqueeze(0)).softmax(1)[0]
-    top = probs.topk(min(5, len(probs)))
-    answers = (f"{config['label_names'][i]} {p:.1%}" for p, i in zip(top.values.tolist(), top.indices.tolist()))
-    print(f"{file}: {', '.join(answers)}")
+if __name__ == "__main__":
+    sys.exit(command(parser, run))

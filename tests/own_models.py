@@ -32,3 +32,21 @@ def not_a_model(num_classes):
 
 def raises(num_classes):
     return {}["nothing"]
+
+
+class Branching(nn.Module):
+    """Dark images go one way, bright ones another: no tracer keeps both."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, num_classes)
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        if x[0].mean() > 0:
+            return self.fc(x)
+        return -self.fc(x)
+
+
+def branching(num_classes):
+    return Branching(num_classes)

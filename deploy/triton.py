@@ -1,0 +1,125 @@
+"""Write a Triton model repository for an ONNX file or a TensorRT engine: the way past one machine.
+
+    python -m deploy.triton runs/001-mobilenet_v2-uskd/student/student-fp16.onnx --output models --name digits
+    tritonserver --model-repository models
+
+models/digits/config.pbtxt, models/digits/labels.txt and models/digits/1/model.onnx (or model.plan). Clients of
+deploy.serve work unchanged: the same names, shapes and protocol. examples/triton/ has manifests for Docker and KServe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from deploy.cli import command, make_parser
+from deploy.export import make_folder
+from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, UINT8, load, read_engine_metadata
+from train import Parser, UserError
+
+BACKENDS = {".onnx": ("onnxruntime", "model.onnx"), ".engine": ("tensorrt", "model.plan")}
+
+
+def write_repository(
+    artefact: Path,
+    output: Path,
+    name: str,
+    max_batch: int = 8,
+    delay_us: int = 1000,
+    instances: int = 1,
+    gpu: bool = True,
+) -> Path:
+    """Write the model `name` into the repository `output`; returns its folder.
+
+    Args:
+        artefact: an .onnx file of deploy.export or deploy.quantize, or an .engine of deploy.build
+        max_batch: most images that Triton gathers into one call
+        delay_us: microseconds that a request may wait for others
+        instances: copies of the model that run side by side
+        gpu: run on GPUs, else on the CPU
+
+    Raises:
+        UserError: not such a file, a model that is there already, an engine that takes fewer images
+    """
+    if artefact.suffix not in BACKENDS:
+        raise UserError(
+            f"{artefact} is neither .onnx nor .engine, which Triton's onnxruntime and tensorrt backends take"
+        )
+    if artefact.suffix == ".onnx":
+        metadata = load(artefact, device="cpu").metadata
+    else:
+        metadata = read_engine_metadata(artefact)
+        largest = metadata["built"]["max_batch"]
+        if metadata["built"]["library"] != "tensorrt":
+            raise UserError(f"{artefact} was built by TensorRT-RTX, which Triton does not run: build it with tensorrt")
+        if max_batch > largest:
+            raise UserError(f"--max-batch {max_batch}, but {artefact.name} takes {largest} at most")
+        if not gpu:
+            raise UserError(f"{artefact.name} is a TensorRT engine, which needs a GPU; leave --cpu out")
+    if not name or "/" in name or name.startswith("."):
+        raise UserError(f"--name {name!r} must be the name of a folder")
+    folder = output / name
+    if folder.exists():
+        raise UserError(f"{folder} exists already: remove it, or give another --name or --output")
+    make_folder(output)
+    backend, file = BACKENDS[artefact.suffix]
+    with tempfile.TemporaryDirectory(prefix=".triton-", dir=output) as partial:
+        whole = Path(partial) / name
+        (whole / "1").mkdir(parents=True)
+        shutil.copyfile(artefact, whole / "1" / file)
+        (whole / "labels.txt").write_text("".join(f"{' '.join(x.split())}\n" for x in metadata["label_names"]))
+        (whole / "config.pbtxt").write_text(config_text(metadata, name, backend, max_batch, delay_us, instances, gpu))
+        os.replace(whole, folder)
+    return folder
+
+
+def config_text(
+    metadata: dict[str, Any], name: str, backend: str, max_batch: int, delay_us: int, instances: int, gpu: bool
+) -> str:
+    """Triton's model configuration; dims leave out the batch."""
+    channels, height, width = metadata["input_size"]
+    uint8 = metadata["input"] == UINT8
+    dims = [height, width, channels] if uint8 else [channels, height, width]
+    return f"""name: {json.dumps(name)}
+backend: "{backend}"
+max_batch_size: {max_batch}
+input [ {{ name: "{INPUT_NAME}", data_type: {"TYPE_UINT8" if uint8 else "TYPE_FP32"}, dims: {dims} }} ]
+output [
+  {{ name: "{OUTPUT_NAME}", data_type: TYPE_FP32, dims: [{len(metadata["label_names"])}], label_filename: "labels.txt" }}
+]
+dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}
+instance_group [ {{ count: {instances}, kind: {"KIND_GPU" if gpu else "KIND_CPU"} }} ]
+"""
+
+
+def get_parser() -> Parser:
+    parser = make_parser(__doc__, "triton")
+    parser.add_argument("artefact", type=Path, help="an .onnx or .engine file that deploy/ made")
+    parser.add_argument("--output", type=Path, default=Path("models"), help="the repository (default: models)")
+    parser.add_argument("--name", default="student", help="of the model (default: student)")
+    parser.add_argument("--max-batch", type=int, default=8, help="images in one call (default: 8)")
+    parser.add_argument(
+        "--delay-us", type=int, default=1000, help="microseconds a request may wait for others (default: 1000)"
+    )
+    parser.add_argument("--instances", type=int, default=1, help="copies that run side by side (default: 1)")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU (default: on GPUs)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.max_batch < 1 or args.instances < 1 or args.delay_us < 0:
+        raise UserError("--max-batch and --instances must be at least 1, --delay-us at least 0")
+    folder = write_repository(
+        args.artefact, args.output, args.name, args.max_batch, args.delay_us, args.instances, not args.cpu
+    )
+    print(f"{folder}: tritonserver --model-repository {args.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(get_parser(), run))

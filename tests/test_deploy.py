@@ -1,0 +1,537 @@
+"""deploy/: every artefact is the same classifier, on the architectures we name, and mistakes are one line."""
+
+import contextlib
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import functional as TF
+from torchvision.transforms._presets import ImageClassification
+
+import train
+from deploy import benchmark, build, check, export, quantize, triton
+from deploy.runtimes import FLOAT, load
+from train import UserError, eval_transform, load_student, open_image
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = Path(__file__).with_name("own_models.py")
+RESNET = ROOT / "examples/small_resnet.py"
+NINE = [
+    "mobilenet_v2", "resnet18", "shufflenet_v2_x1_0", "regnet_x_1_6gf", "swin_t",
+    "mobilenetv1_100", "deit_tiny_patch16_224", "efficientnet_b0", "convnext_atto",
+]  # fmt: skip
+
+with contextlib.suppress(ImportError):
+    import onnxruntime_ep_nv_tensorrt_rtx  # noqa: F401
+    import tensorrt_rtx_bindings
+needs_rtx = pytest.mark.skipif("tensorrt_rtx_bindings" not in globals(), reason="TensorRT-RTX is not installed")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+
+
+def deploy(command, *flags, check=0):
+    """python -m deploy.COMMAND, in this process."""
+    assert command.__name__.startswith("deploy.")
+    from deploy.cli import command as run
+
+    assert run(command.get_parser(), command.run, [str(flag) for flag in flags]) == check
+
+
+def write_student(folder, name, img_size, num_classes=10):
+    """A student/ folder of a library's architecture with random weights, its batch norms calibrated."""
+    torch.manual_seed(0)
+    flags = train.parse_args(["--model", str(name), "--img-size", str(img_size)])
+    data = train.Data(
+        None, None, [f"class {i}" for i in range(num_classes)], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+    model, config = train.make_student(flags, data)
+    with torch.no_grad():
+        for _ in range(10):
+            model(torch.randn(16, 3, img_size, img_size))
+        *_, classifier = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
+        classifier.weight.normal_(0, 0.1)  # else the logits of some are 1e-9 and all agree for nothing
+    train.save_student(folder, model, config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run directory: a small ResNet trained on digits with USKD."""
+    run = tmp_path_factory.mktemp("deploy") / "run"
+    flags = ["--model", f"{RESNET}:resnet", "--self-kd", "uskd", "--epochs", "3", "--tap", "layer2"]
+    assert train.main([*flags, "--output", str(run), "--device", "cpu"]) == 0
+    deploy(export, run)
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of it, to spoil."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def files_of(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- preprocessing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("photo", [0, 1])
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize(
+    ("size", "crop", "interpolation"), [(224, 0.875, "bilinear"), (224, 0.9, "bicubic"), (64, 1.0, "bilinear")]
+)
+def test_preprocessing_is_torchvisions_and_timms_bit_for_bit(photo, upright, size, crop, interpolation):
+    image = Image.fromarray(load_sample_images().images[photo])
+    if upright:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    config = {"input_size": [3, size, size], "crop": crop, "interpolation": interpolation}
+    ours = TF.normalize(eval_transform(config)(image).float() / 255, mean, std)
+    torchvisions = ImageClassification(
+        crop_size=size, resize_size=int(size / crop), interpolation=TF.InterpolationMode(interpolation)
+    )
+    timms = timm.data.create_transform((3, size, size), crop_pct=crop, interpolation=interpolation, mean=mean, std=std)
+    assert torch.equal(ours, torchvisions(image))
+    assert torch.equal(ours, timms(image))
+
+
+def test_every_runtime_sees_the_image_that_training_evaluated(trained):
+    """The logits of train.py's own model and preprocessing, for each kind of artefact."""
+    model, config = load_student(trained)
+    photo = eval_transform(config)(Image.fromarray(load_sample_images().images[0]))
+    to_device = train.ToDevice(config["mean"], config["std"], torch.device("cpu"), torch.contiguous_format)
+    with torch.no_grad():
+        expected = model.eval()(to_device(photo.unsqueeze(0))).numpy()
+    student = trained / "student"
+    for artefact in (student, *(student / f"student{end}" for end in (".onnx", ".ts", ".pt2"))):
+        logits = load(artefact, device="cpu").run(photo.permute(1, 2, 0).unsqueeze(0).contiguous().numpy())
+        np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
+
+
+# ---- the architectures we name ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NINE)
+def test_architecture_goes_the_whole_way(name, tmp_path):
+    """fp32, fp16 and INT8: exported, checked, and with TensorRT-RTX parsed and built."""
+    student = write_student(tmp_path / "student", name, 32 if name == "swin_t" else 64)
+    formats = sorted(export.FORMATS) if name in ("mobilenet_v2", "deit_tiny_patch16_224") else ["onnx", "torchscript"]
+    deploy(export, student, "--format", *formats)
+    deploy(export, student, "--precision", "fp16", "--format", "onnx")
+    side = load(student, device="cpu").image_shape[0] // 8
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8).repeat(side, 1).repeat(side, 2)
+    expected = load(student, device="cpu").run(images)
+    scale = np.abs(expected).max()
+    tolerances = {"student.onnx": 2e-5, "student.ts": 2e-5, "student.pt2": 2e-5, "student-fp16.onnx": 6e-3}
+    for end, tolerance in ((name, tolerances[name]) for name in files_of(student) if name in tolerances):
+        runtime = load(student / end, device="cpu")
+        for size in (1, 2, 5, 64):
+            error = np.abs(runtime.run(images[:size]) - expected[:size]).max() / scale
+            assert error < tolerance, (end, size)
+    for target in ("cpu", "tensorrt"):
+        _, agreement = quantize.quantize_student(student / "student.onnx", images, target)
+        assert agreement >= 85
+    if "tensorrt_rtx_bindings" in globals():
+        for end in ("", "-fp16", "-int8-tensorrt"):
+            file, built = build.build_engine(student / f"student{end}.onnx", library="tensorrt_rtx")
+            assert file.stat().st_size > 1e5
+            assert built["library"] == "tensorrt_rtx"
+
+
+# ---- export -------------------------------------------------------------------------------------------------------
+
+
+def test_export_writes_the_student_alone_in_one_file_each(trained):
+    student = trained / "student"
+    assert files_of(student) == ["config.json", "model.safetensors", "student.onnx", "student.pt2", "student.ts"]
+    model, config = load_student(trained)
+    graph = onnx.load(student / "student.onnx")
+    weights = sum(int(np.prod(tensor.dims)) for tensor in graph.graph.initializer if tensor.name.startswith("model."))
+    assert weights <= sum(
+        p.numel() for p in model.parameters()
+    )  # the weak head would add to it; batch norms are folded
+    said = {p.key: json.loads(p.value) for p in graph.metadata_props}
+    for key in ("label_names", "mean", "std", "input_size", "metrics", "architecture"):
+        assert said[key] == config[key]
+    assert said["input"] == "uint8 NHWC"
+    (image,) = graph.graph.input
+    assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert image.type.tensor_type.shape.dim[0].dim_param
+    assert [d.dim_value for d in image.type.tensor_type.shape.dim[1:]] == [32, 32, 3]
+    assert graph.opset_import[0].version == 18
+
+
+def test_export_fp16_halves_the_file_and_keeps_float32_logits(run):
+    deploy(export, run, "--precision", "fp16")
+    student = run / "student"
+    for end in (".onnx", ".ts", ".pt2"):
+        assert (student / f"student-fp16{end}").stat().st_size < 0.75 * (student / f"student{end}").stat().st_size
+        runtime = load(student / f"student-fp16{end}", device="cpu")
+        assert runtime.run(np.zeros((1, 32, 32, 3), np.uint8)).dtype == np.float32
+
+
+def test_export_float_nchw_takes_normalised_images(run):
+    deploy(export, run, "--input", "float", "--format", "onnx", "--opset", "20")
+    file = run / "student/student-nchw.onnx"
+    assert onnx.load(file).opset_import[0].version == 20
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    config = json.loads((run / "student/config.json").read_text())
+    batch = (images / 255 - np.array(config["mean"])) / np.array(config["std"])
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": batch.transpose(0, 3, 1, 2).astype(np.float32)})
+    expected = load(run / "student", device="cpu").run(images)
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(load(file).run(images), expected, atol=1e-4 * np.abs(expected).max())
+    assert load(file).metadata["input"] == FLOAT
+
+
+def test_a_file_that_is_not_the_same_classifier_gets_no_name(tmp_path, capsys):
+    """A branch on the input's values: tracing freezes one side of it."""
+    student = write_student(tmp_path / "student", f"{MODELS}:branching", 16)
+    before = files_of(student)
+    deploy(export, student, "--format", "torchscript", check=2)
+    assert "student.ts was not kept" in capsys.readouterr().err
+    deploy(export, student, "--format", "onnx", check=2)
+    assert "cannot be exported to onnx" in capsys.readouterr().err
+    assert files_of(student) == before
+
+
+# ---- check --------------------------------------------------------------------------------------------------------
+
+
+def test_check_prints_what_a_plain_loop_counts(run, capsys):
+    deploy(export, run, "--precision", "fp16", "--format", "onnx")
+    deploy(quantize, run, "--target", "cpu", "--images", "64")
+    deploy(quantize, run, "--target", "tensorrt", "--images", "64")
+    deploy(check, run, "--device", "cpu")
+    rows = {row["artefact"]: row for row in json.loads((run / "student/check.json").read_text())}
+    assert {name: row.get("verdict") for name, row in rows.items()} == {
+        "student/": None, "student.onnx": "pass", "student.pt2": "pass", "student.ts": "pass",
+        "student-fp16.onnx": "pass", "student-int8-cpu.onnx": "pass", "student-int8-tensorrt.onnx": "pass",
+    }  # fmt: skip
+
+    digits = train.Digits(train=False)
+    config = json.loads((run / "student/config.json").read_text())
+    images = np.stack([eval_transform(config)(digits[i][0]).permute(1, 2, 0).numpy() for i in range(len(digits))])
+    labels = np.array(digits.labels)
+    expected = load(run / "student", device="cpu").run(images)
+    for name, row in rows.items():
+        logits = load(run / "student" / name.replace("student/", ""), device="cpu").run(images)
+        assert row["images"] == len(labels) == 360
+        assert row["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
+        assert row["agreement"] == pytest.approx(100 * (logits.argmax(1) == expected.argmax(1)).mean())
+        assert row["max_abs_error"] == pytest.approx(np.abs(logits - expected).max(), abs=1e-5, rel=0.1)
+    with open(run / "metrics.csv") as file:
+        best = max(float(row["val_top1"]) for row in csv.DictReader(file))
+    assert rows["student/"]["top1"] == pytest.approx(best)
+    assert "1 2 5 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("scale", "word"), [(1.3, "error"), (np.nan, "error"), (-1.0, "agreement")])
+def test_check_fails_a_file_whose_weights_differ(run, capsys, scale, word):
+    file = run / "student/student.onnx"
+    model = onnx.load(file)
+    (bias,) = (t for t in model.graph.initializer if t.name == "model.classifier.bias" or t.name == "model.fc.bias")
+    (weight,) = (t for t in model.graph.initializer if t.name == bias.name.replace("bias", "weight"))
+    weight.CopyFrom(
+        onnx.numpy_helper.from_array((onnx.numpy_helper.to_array(weight) * scale).astype("f4"), weight.name)
+    )
+    onnx.save(model, file)
+    deploy(check, run, "student.onnx", "--images", "100", "--device", "cpu", check=1)
+    out = capsys.readouterr().out
+    assert "FAIL" in out
+    assert word in out
+
+
+def test_check_fails_a_file_of_other_weights(run, capsys):
+    weights = run / "student/model.safetensors"
+    train.save_student(run / "student", load_student(run)[0].apply(lambda m: None), load_student(run)[1])
+    deploy(check, run, "student.onnx", "--device", "cpu")  # saved again, the same
+    model, config = load_student(run)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    train.save_student(weights.parent, model, config)
+    deploy(check, run, "student.onnx", "--device", "cpu", check=1)
+    assert "made from other weights" in capsys.readouterr().out
+
+
+def test_check_says_where_the_images_should_be(run, tmp_path, capsys):
+    student = tmp_path / "alone"
+    shutil.copytree(run / "student", student)
+    deploy(check, student, check=2)
+    assert "--data says where" in capsys.readouterr().err
+    deploy(check, student, "student.onnx", "--data", "digits", "--images", "50", "--device", "cpu")
+    assert "50 validation images of digits" in capsys.readouterr().out
+
+
+# ---- quantize -----------------------------------------------------------------------------------------------------
+
+
+def quantised_types(file):
+    """The types of activations' zero points, and whether they are all zero."""
+    graph = onnx.load(file).graph
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    points = [tensors[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+    return {str(point.dtype) for point in points}, all((point == 0).all() for point in points)
+
+
+def test_quantize_writes_what_each_target_wants(run):
+    student = run / "student"
+    for target in ("cpu", "tensorrt"):
+        deploy(quantize, run, "--target", target, "--images", "32")
+    assert quantised_types(student / "student-int8-cpu.onnx")[0] == {"uint8"}
+    assert quantised_types(student / "student-int8-tensorrt.onnx") == ({"int8"}, True)
+    for node in onnx.load(student / "student-int8-tensorrt.onnx").graph.node:
+        assert "bias_quantized" not in " ".join(node.input)  # TensorRT takes no quantised bias
+    assert (student / "student-int8-cpu.onnx").stat().st_size < 0.6 * (student / "student.onnx").stat().st_size
+    assert load(student / "student-int8-cpu.onnx").metadata["calibration"]["images"] == 32
+
+
+def test_calibration_takes_training_images(run, monkeypatch):
+    config = json.loads((run / "student/config.json").read_text())
+    args = quantize.get_parser().parse_args([str(run), "--target", "cpu"])
+    images = quantize.calibration_images(quantize.open_run_data(run / "student", config, args), 40)
+    digits = train.Digits(train=True)
+    known = {eval_transform(config)(digits[i][0]).permute(1, 2, 0).numpy().tobytes() for i in range(len(digits))}
+    assert images.shape == (40, 32, 32, 3)
+    assert all(image.tobytes() in known for image in images)
+
+
+def test_a_transformer_keeps_its_softmax_and_norms_in_float(tmp_path):
+    student = write_student(tmp_path / "student", "deit_tiny_patch16_224", 32)
+    deploy(export, student, "--format", "onnx")
+    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    with contextlib.suppress(UserError):  # agreement on noise may be low
+        quantize.quantize_student(student / "student.onnx", images, "tensorrt")
+    graph = onnx.load(student / "student-int8-tensorrt.onnx").graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type in ("Softmax", "LayerNormalization"):
+            assert made_by[node.input[0]].op_type != "DequantizeLinear"
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) > 48  # four products a block
+
+
+# ---- build --------------------------------------------------------------------------------------------------------
+
+
+@needs_rtx
+@needs_no_gpu
+def test_an_engine_is_built_without_a_gpu_and_refused_by_those_that_would_run_it(run, capsys):
+    deploy(build, run / "student/student.onnx", "--library", "tensorrt_rtx", "--max-batch", "16")
+    assert "built without a GPU" in capsys.readouterr().out
+    said = json.loads((run / "student/student.engine.json").read_text())
+    assert said["built"]["max_batch"] == 16
+    assert said["label_names"] == [str(i) for i in range(10)]
+    deploy(check, run, "student.engine", "--images", "8", check=1)
+    assert "needs a CUDA device" in capsys.readouterr().out
+    deploy(triton, run / "student/student.engine", "--output", run / "models", check=2)
+    assert "TensorRT-RTX" in capsys.readouterr().err
+
+
+@needs_rtx
+def test_build_names_the_operator_that_is_not_supported(run, capsys):
+    file = run / "student/student.onnx"
+    model = onnx.load(file)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((2, 2), np.float32), "square"))
+    model.graph.node.append(onnx.helper.make_node("Det", ["square"], ["zero"], name="the_determinant"))
+    model.graph.output[0].name = "sum"
+    model.graph.node.append(onnx.helper.make_node("Add", ["logits", "zero"], ["sum"]))
+    onnx.save(model, file)
+    deploy(build, file, "--library", "tensorrt_rtx", "--report", check=1)
+    assert "Det" in capsys.readouterr().out
+    deploy(build, file, "--library", "tensorrt_rtx", check=2)
+    assert "cannot parse student.onnx: Det" in capsys.readouterr().err
+    assert not (run / "student/student.engine").exists()
+
+
+@needs_no_gpu
+def test_build_with_tensorrt_says_that_it_needs_a_gpu(run, capsys, monkeypatch):
+    pytest.importorskip("tensorrt", reason="tensorrt is not installed")
+    deploy(build, run / "student/student.onnx", "--library", "tensorrt", check=2)
+    assert "CUDA device" in capsys.readouterr().err
+
+
+# ---- never a silent fallback, never a traceback -------------------------------------------------------------------
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("name", ["", "student.onnx", "student.ts", "student.pt2"])
+def test_a_device_that_is_not_there_is_an_error(trained, name):
+    artefact = trained / "student" / name
+    with pytest.raises(UserError, match=r"--device cuda, but there is no CUDA device here; --allow-fallback"):
+        load(artefact, device="cuda")
+    runtime = load(artefact, device="cuda", allow_fallback=True)
+    assert runtime.provider in ("torch cpu", "CPUExecutionProvider")
+    if name == "student.onnx":
+        with pytest.raises(UserError, match="--device tensorrt, but there is no CUDA device"):
+            load(artefact, device="tensorrt")
+
+
+def spoil(run, how):
+    """Damage a student or one of its artefacts; returns the path that shows it."""
+    student = run / "student"
+    if how == "config":
+        (student / "config.json").write_text('{"architecture": ')
+        return student
+    if how == "weights":
+        (student / "model.safetensors").write_bytes((student / "model.safetensors").read_bytes()[:1000])
+        return student
+    if how == "foreign onnx":
+        model = onnx.load(student / "student.onnx")
+        del model.metadata_props[:]
+        model.metadata_props.add(key="author", value="{someone")
+        onnx.save(model, student / "student.onnx")
+        return student / "student.onnx"
+    if how.endswith("engine"):
+        (student / "student.engine").write_bytes(b"ftrt" * 100)
+        if how == "foreign engine":
+            (student / "student.engine.json").write_text("[1, 2]")
+        return student / "student.engine"
+    kind, how = how.split()
+    file = student / f"student.{kind}"
+    file.write_bytes(file.read_bytes()[:1000] if how == "truncated" else b"not a model" * 50)
+    return file
+
+
+@pytest.mark.parametrize("how", [
+    "config", "weights", "onnx truncated", "onnx garbage", "foreign onnx", "ts truncated", "ts garbage",
+    "pt2 truncated", "pt2 garbage", "lonely engine", "foreign engine",
+])  # fmt: skip
+def test_a_damaged_or_foreign_file_is_one_line(run, how, tmp_path, capsys):
+    path = spoil(run, how)
+    with pytest.raises(UserError) as error:
+        load(path, device="cpu")
+    assert str(path.name if path.is_file() else path) in str(error.value)
+    assert "\n" not in str(error.value)
+    if path.is_dir():
+        before = files_of(path)
+        deploy(export, path, check=2)
+        assert capsys.readouterr().err.count("\n") == 1
+        assert files_of(path) == before
+
+
+@pytest.mark.parametrize(("module", "flags", "said"), [
+    ("export", ["nowhere"], "no student/ folder"),
+    ("export", ["run", "--format", "coreml"], "invalid choice"),
+    ("check", ["run", "nothing.onnx"], "no artefact nothing.onnx"),
+    ("quantize", ["run"], "--target"),
+    ("quantize", ["run", "--target", "cpu", "--images", "0"], "--images must be at least 1"),
+    ("build", ["run/student/config.json"], "is no .onnx file"),
+    ("build", ["run/student/student.onnx", "--min-batch", "9", "--max-batch", "4"], "--min-batch 9"),
+    ("benchmark", ["run", "--batches", "0"], "at least 1"),
+    ("triton", ["run/student/student.ts"], "neither .onnx nor .engine"),
+    ("serve", ["run/student/config.json"], "unknown kind of artefact"),
+    ("serve", ["run/student/student.onnx", "--max-batch", "9", "--queue", "8"], "--queue"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_status_2(trained, module, flags, said):
+    """As a user calls it, from the run's parent folder."""
+    answer = subprocess.run(
+        [sys.executable, "-m", f"deploy.{module}", *flags],
+        cwd=trained.parent, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 2
+    assert said in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
+def test_nothing_is_written_where_nothing_may_be(run, capsys):
+    (run / "file").write_text("")
+    deploy(export, run, "--format", "onnx", "--output", run / "file/below", check=2)
+    assert "--output names another folder" in capsys.readouterr().err
+
+
+# ---- benchmark ----------------------------------------------------------------------------------------------------
+
+
+def test_benchmark_measures_each_runtime_in_a_process_and_keeps_failed_rows(run, capsys):
+    (run / "student/student.engine").write_bytes(b"ftrt" * 100)
+    flags = ["--device", "cpu", "--threads", "1", "--seconds", "0.2", "--rounds", "2", "--batches", "1", "4"]
+    deploy(benchmark, run, "student.onnx", "student.ts", "student.engine", *flags, "--images", "100", check=1)
+    result = json.loads((run / "student/benchmark.json").read_text())
+    rows = result["rows"]
+    assert [(row["artefact"], row.get("batch")) for row in rows] == [
+        ("student/", 1), ("student/", 4), ("student.onnx", 1), ("student.onnx", 4), ("student.ts", 1),
+        ("student.ts", 4), ("student.engine", None),
+    ]  # fmt: skip
+    assert "has no student.engine.json" in rows[-1]["failed"]
+    for row in rows[:-1]:
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        eager = next(r for r in rows if r["runtime"] == "torch" and r["batch"] == row["batch"])
+        assert row["times_eager"] == pytest.approx(eager["p50_ms"] / row["p50_ms"])
+        assert row["provider"] == ("CPUExecutionProvider" if row["artefact"] == "student.onnx" else "torch cpu")
+        assert row["top1"] == rows[0]["top1"] > 50
+    assert result["machine"]["versions"]["torch"] == torch.__version__
+    assert (run / "student/benchmark.png").stat().st_size > 5000
+    assert "times_eager" in capsys.readouterr().out
+
+
+def test_the_board_power_of_a_jetson_is_read_from_tegrastats():
+    # two lines in the form that NVIDIA documents for Orin
+    nano = "RAM 2448/7620MB CPU [3%@729] GPU@45C VDD_IN 4543mW/4600mW VDD_CPU_GPU_CV 735mW/740mW VDD_SOC 1346mW/1350mW"
+    agx = "RAM 6356/30536MB VDD_GPU_SOC 2402mW/2402mW VDD_CPU_CV 400mW/400mW VIN_SYS_5V0 3320mW/3320mW"
+    assert benchmark.board_watts(nano) == pytest.approx(4.543)
+    assert benchmark.board_watts(agx) == pytest.approx(6.122)
+    assert benchmark.board_watts("RAM 1/2MB") is None
+
+
+# ---- triton -------------------------------------------------------------------------------------------------------
+
+
+def test_triton_reads_our_repository(trained, tmp_path):
+    """By Triton's own protobuf definition of the configuration."""
+    pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    from google.protobuf import text_format
+
+    deploy(
+        triton,
+        trained / "student/student.onnx",
+        "--output",
+        tmp_path / "models",
+        "--name",
+        "digits",
+        "--max-batch",
+        "16",
+    )
+    folder = tmp_path / "models/digits"
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), pb.ModelConfig())
+    session = ort.InferenceSession(folder / "1/model.onnx", providers=["CPUExecutionProvider"])
+    (image,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (config.name, config.max_batch_size, config.backend) == ("digits", 16, "onnxruntime")
+    assert (config.input[0].name, list(config.input[0].dims)) == (image.name, image.shape[1:])
+    assert config.input[0].data_type == pb.TYPE_UINT8
+    assert (config.output[0].name, list(config.output[0].dims)) == (logits.name, logits.shape[1:])
+    assert (folder / config.output[0].label_filename).read_text().split() == [str(i) for i in range(10)]
+    assert config.dynamic_batching.max_queue_delay_microseconds == 1000
+
+
+def test_the_kserve_manifest_names_the_protocol_we_serve():
+    yaml = pytest.importorskip("yaml")
+    manifest = yaml.safe_load((ROOT / "examples/triton/kserve.yaml").read_text())
+    assert manifest["kind"] == "InferenceService"
+    assert manifest["spec"]["predictor"]["model"]["protocolVersion"] == "v2"
+
+
+def test_predict_answers_the_same_from_every_artefact(trained, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(load_sample_images().images[1]).save(photo)
+    assert open_image(photo).size == (640, 427)
+    answers = {
+        subprocess.run(
+            [sys.executable, ROOT / "examples/predict.py", artefact, photo], capture_output=True, text=True, check=True
+        ).stdout
+        for artefact in (trained, trained / "student/student.onnx")
+    }
+    assert len(answers) == 1
