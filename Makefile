@@ -1,12 +1,18 @@
-# make demo and make test are all a newcomer needs: each makes .venv, installs into it once, and does its job.
+# make demo, make serve-demo and make test are all a newcomer needs: each makes .venv once, and does its job.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint
+.PHONY: demo serve-demo test lint
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
+
+serve-demo: runs/demo/nkd/student/student-int8-cpu.onnx
+	$(BIN)/python -m deploy.serve $<
+
+runs/demo/nkd/student/student-int8-cpu.onnx:
+	$(MAKE) demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2

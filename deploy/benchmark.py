@@ -339,7 +339,7 @@ def get_parser() -> Parser:
     parser.add_argument("--rounds", type=int, default=6, help="turns that the seconds are split into (default: 6)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (takes a minute to warm up)")
     parser.add_argument("--images", type=int, default=1000,
-                        help="validation images for the accuracy, evenly spaced; 0: no accuracy (default: 1000)")  # fmt: skip
+                        help="validation images for the accuracy, evenly spaced; 0: none (default: 1000)")  # fmt: skip
     add_data(parser)
     add_device(parser)
     return parser

@@ -3,10 +3,10 @@
     python -m deploy.build runs/001-mobilenet_v2-uskd/student/student-fp16.onnx --max-batch 16
     python -m deploy.build runs/001-mobilenet_v2-uskd/student/student-int8-tensorrt.onnx --report
 
-Uses the installed tensorrt (10 or 11), else TensorRT-RTX, and says which. The network is strongly typed: the precision is
-the file's own, so build fp16 from student-fp16.onnx and INT8 from student-int8-tensorrt.onnx. --report parses, says which
-nodes the library supports, and stops; with TensorRT-RTX both work on a machine without a GPU, where the engine can be
-built and not run. The engine comes with a .json of labels, preprocessing, profile, library version and GPU.
+Uses the installed tensorrt (10 or 11), else TensorRT-RTX, and says which. The network is strongly typed: the precision
+is the file's own, so build fp16 from student-fp16.onnx and INT8 from student-int8-tensorrt.onnx. --report parses, says
+which nodes the library does not support, and stops; with TensorRT-RTX both work on a machine without a GPU, where the
+engine can be built and not run. The engine comes with a .json of labels, preprocessing, profile, version and GPU.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class Network:
         self.trt, self.onnx_file = trt, onnx_file
         if library_name(trt) == "tensorrt" and not cuda_device_count():
             raise UserError(
-                "tensorrt parses and builds only where there is a CUDA device, which is not here: run this on the device "
-                "that will run the engine, or install TensorRT-RTX, which needs none: pip install '.[rtx]'"
+                "tensorrt parses and builds only where there is a CUDA device, which is not here: run this on the "
+                "device that will run the engine, or install TensorRT-RTX, which needs none: pip install '.[rtx]'"
             )
         self.log = make_log(trt)
         self.builder = trt.Builder(self.log)

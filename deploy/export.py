@@ -182,7 +182,7 @@ def get_parser() -> Parser:
         "--precision", choices=["fp32", "fp16"], default="fp32", help="of weights and arithmetic (default: fp32)"
     )
     parser.add_argument("--input", choices=["uint8", "float"], default="uint8",
-                        help="uint8: NHWC, normalisation in the graph; float: NCHW, normalised by you (default: uint8)")  # fmt: skip
+                        help="uint8: NHWC, normalised in the graph; float: NCHW, by you (default: uint8)")  # fmt: skip
     parser.add_argument("--opset", type=int, choices=[18, 20], default=18, help="of ONNX (default: 18)")
     parser.add_argument("--output", type=Path, help="folder of the files (default: the student's)")
     return parser

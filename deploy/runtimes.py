@@ -85,8 +85,8 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.layout == UINT8:
-            # The cast comes first: TensorRT's parser refuses to permute uint8. And a batch norm, not a product and a sum:
-            # those ONNX Runtime moves in front of the permute, where they cost a quarter of an INT8 MobileNetV2.
+            # The cast comes first: TensorRT's parser refuses to permute uint8. And a batch norm, not a product and a
+            # sum: those ONNX Runtime moves in front of the permute, where they cost a quarter of an INT8 MobileNetV2.
             images = images.float().permute(0, 3, 1, 2)
             # In contiguous format: pooling exports an as_strided, in ONNX a Gather, for a permuted tensor.
             images = images.contiguous(memory_format=self.memory_format)

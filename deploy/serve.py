@@ -244,7 +244,8 @@ def parse_infer(body: bytes, header_length: str | None, shape: tuple[int, int, i
             binary, classes = bool(parameters.get("binary_data", binary)), parameters.get("classification", 0)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise bad(
-            f"not a request of the Open Inference Protocol ({type(error).__name__}: {error}): expected JSON with one input"
+            f"not a request of the Open Inference Protocol ({type(error).__name__}: {error}): expected JSON with one "
+            "input"
         ) from error
     expected = (
         f"one input {INPUT_NAME!r}, UINT8, shape [N, {shape[0]}, {shape[1]}, {shape[2]}], N from 1 to {max_batch}"
@@ -360,7 +361,7 @@ def bad(message: str) -> HTTPException:
 # ---- the application ----------------------------------------------------------------------------------------------
 
 
-def make_app(runtime: Runtime, name: str, limits: Limits = Limits()) -> Starlette:
+def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
     """The ASGI application that serves one runtime under a name."""
     metadata = runtime.metadata
     labels: list[str] = metadata["label_names"]
@@ -418,7 +419,7 @@ def make_app(runtime: Runtime, name: str, limits: Limits = Limits()) -> Starlett
 
     async def predict(request: Request) -> Response:
         top = request.query_params.get("top", "5")
-        if not (top.isascii() and top.isdigit() and 1 <= int(top)):
+        if not (top.isascii() and top.isdigit() and int(top) >= 1):
             raise bad(f"top is {top!r}; expected how many labels")
         images = await run_in_threadpool(prepare, await read_body(request, body_limit))
         logits = (await batcher[0].infer(images))[0].astype(np.float64)
@@ -546,7 +547,7 @@ def get_parser() -> Parser:
     parser.add_argument("--max-batch", type=int, default=default.max_batch,
                         help=f"images in one call of the runtime (default: {default.max_batch})")  # fmt: skip
     parser.add_argument("--max-delay", type=float, default=default.max_delay_ms,
-                        help=f"milliseconds that a request waits for others (default: {default.max_delay_ms})")  # fmt: skip
+                        help=f"milliseconds to wait for other requests (default: {default.max_delay_ms})")  # fmt: skip
     parser.add_argument("--queue", type=int, default=default.queue,
                         help=f"images that may wait; more get 503 (default: {default.queue})")  # fmt: skip
     parser.add_argument("--body-limit", type=float, default=default.body_mib,

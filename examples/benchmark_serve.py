@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deploy.benchmark import Entry, Worker
 from deploy.cli import add_device, command, make_parser
 from deploy.runtimes import INPUT_NAME
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def request_of(image: np.ndarray) -> bytes:

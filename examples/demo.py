@@ -1,8 +1,9 @@
-"""The whole road on the embedded digits: a teacher, a plain student, an NKD student and a USKD student.
+"""The whole road on the embedded digits: a teacher, a plain, an NKD and a USKD student, and its deployment.
 
     make demo
 
-Every run is train.py as a user would call it; this file only reads the run directories.
+Every run is train.py, and every step to deployment a command of deploy/, as a user would call it; this file only reads
+the run directories.
 """
 
 import csv
@@ -19,13 +20,20 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("runs/demo")
-STUDENT = ["--model", "mobilenet_v2", "--epochs", "10"]
+STUDENT = ["--model", "mobilenet_v2", "--epochs", "8"]
 RUNS = {
     "teacher": ["--model", "resnet18", "--epochs", "6"],
     "cross-entropy": STUDENT,
     "NKD": [*STUDENT, "--kd", "nkd", "--teacher", str(OUTPUT / "teacher/student")],
     "USKD": [*STUDENT, "--self-kd", "uskd"],
 }
+# from the NKD student to a quantised file that is checked and timed
+DEPLOY = [
+    ["deploy.export", "--format", "onnx"],
+    ["deploy.quantize", "--target", "cpu"],
+    ["deploy.check", "--device", "cpu"],
+    ["deploy.benchmark", "--device", "cpu", "--threads", "1", "--seconds", "1"],
+]
 
 
 def main() -> int:
@@ -54,7 +62,15 @@ def main() -> int:
     for name, model, top1, seconds, size in table:
         print(f"{name:14} {model:14} {top1:8.2f} {seconds:8.0f} {size:6.1f}")
     print("\none seed, last epoch: a gap of under 2 % is noise")
-    print(f"curves: {OUTPUT}/curves.png, students: {OUTPUT}/*/student")
+    print(f"curves: {OUTPUT}/curves.png, students: {OUTPUT}/*/student", flush=True)
+
+    for module, *flags in DEPLOY:
+        command = ["-m", module, str(OUTPUT / "nkd"), *flags]
+        print(f"\n$ python {' '.join(command)}", flush=True)
+        status = subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+        if status:
+            return status
+    print("\nnext: make serve-demo, then drop an image of a digit on http://127.0.0.1:8000")
     return 0
 
 

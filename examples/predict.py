@@ -1,4 +1,4 @@
-"""Classify images with a student, or with any artefact of it: python examples/predict.py runs/001-.../student photo.jpg"""
+"""Classify images with a student or any artefact of it: python examples/predict.py runs/001-.../student photo.jpg"""
 
 import argparse
 import sys

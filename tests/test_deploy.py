@@ -34,7 +34,7 @@ NINE = [
 
 with contextlib.suppress(ImportError):
     import onnxruntime_ep_nv_tensorrt_rtx  # noqa: F401
-    import tensorrt_rtx_bindings
+    import tensorrt_rtx_bindings  # noqa: F401
 needs_rtx = pytest.mark.skipif("tensorrt_rtx_bindings" not in globals(), reason="TensorRT-RTX is not installed")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 

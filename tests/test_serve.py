@@ -238,7 +238,7 @@ def of(shape=(1, *SHAPE), size=ONE, **changes):
     (json.dumps({"inputs": [tensor(data=[0] * ONE)], "outputs": [{"name": "scores"}]}).encode(), {}, "'scores'"),
     (json.dumps({"inputs": [tensor(data=[0] * ONE)], "id": 7}).encode(), {}, "id must be a string"),
     (json.dumps({"inputs": [tensor(data=[0] * ONE)],
-                 "outputs": [{"name": "logits", "parameters": {"classification": "all"}}]}).encode(), {}, "classification"),
+                 "outputs": [{"name": "logits", "parameters": {"classification": "all"}}]}).encode(), {}, "classifi"),
     (*binary(of(), b"\0" * (ONE - 1)), "767 came"),
     (*binary(of(), b"\0" * (ONE + 1)), "769 came"),
     (*binary(of(size=7), b"\0" * ONE), "binary_data_size is 7"),
