@@ -86,12 +86,13 @@ def config_text(
     channels, height, width = metadata["input_size"]
     uint8 = metadata["input"] == UINT8
     dims = [height, width, channels] if uint8 else [channels, height, width]
+    classes = len(metadata["label_names"])
     return f"""name: {json.dumps(name)}
 backend: "{backend}"
 max_batch_size: {max_batch}
 input [ {{ name: "{INPUT_NAME}", data_type: {"TYPE_UINT8" if uint8 else "TYPE_FP32"}, dims: {dims} }} ]
 output [
-  {{ name: "{OUTPUT_NAME}", data_type: TYPE_FP32, dims: [{len(metadata["label_names"])}], label_filename: "labels.txt" }}
+  {{ name: "{OUTPUT_NAME}", data_type: TYPE_FP32, dims: [{classes}], label_filename: "labels.txt" }}
 ]
 dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}
 instance_group [ {{ count: {instances}, kind: {"KIND_GPU" if gpu else "KIND_CPU"} }} ]

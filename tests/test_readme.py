@@ -1,12 +1,17 @@
 """The README's Python runs as written, block after block, and so do the examples."""
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import train
+
+COMMANDS = ["export", "quantize", "build", "check", "benchmark", "serve", "triton"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -20,12 +25,18 @@ def test_the_python_in_the_readme_runs():
     assert type(names["plain"]).__name__ == "ResNet"
 
 
-def test_every_flag_in_the_readme_exists():
-    import train
-
-    flags = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "README.md").read_text()))
-    known = {option for action in train.get_parser()._actions for option in action.option_strings}
-    assert flags - known <= {"--nproc-per-node", "--logdir"}  # torchrun and TensorBoard
+@pytest.mark.parametrize("page", ["README.md", "deploy/README.md", "examples/triton/README.md"])
+def test_every_flag_and_command_on_a_page_exists(page):
+    text = (ROOT / page).read_text()
+    commands = {name: importlib.import_module(f"deploy.{name}") for name in COMMANDS}
+    parsers = [module.get_parser() for module in (train, *commands.values())]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    theirs = {"--nproc-per-node", "--logdir"}  # of torchrun and TensorBoard
+    theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
+    theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs
+    for name, flags in re.findall(r"^(?:    )?python -m deploy\.(\w+) ([^#\n]*)", text, re.M):
+        commands[name].get_parser().parse_args(shlex.split(flags.replace("\\", "")))
 
 
 @pytest.mark.parametrize("name", ["training_loop.py"])
