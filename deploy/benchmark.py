@@ -33,7 +33,7 @@ import torch
 from deploy.check import find_artefacts, table
 from deploy.cli import add_data, add_device, command, make_parser, student_folder
 from deploy.images import open_run_data, validation_batches
-from deploy.runtimes import cuda_device_count, first_line, load
+from deploy.runtimes import cuda_device_count, first_line, load, pick_device
 from train import Parser, UserError, write_whole
 
 COLUMNS = {
@@ -348,6 +348,7 @@ def get_parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     if min(args.batches) < 1 or args.rounds < 1 or not args.seconds > 0 or args.images < 0:
         raise UserError("--batches and --rounds must be at least 1, --seconds more than 0, --images at least 0")
+    pick_device(args.device, cuda_device_count() > 0, args.allow_fallback)  # one line, not one for each row
     student = student_folder(args.student)
     artefacts = find_artefacts(student, args.artefacts)
     config = json.loads((student / "config.json").read_text())

@@ -222,6 +222,8 @@ def run(args: argparse.Namespace) -> int:
         f"{file}  {file.stat().st_size / 1e6:.1f} MB, built by {built['library']} {built['version']} in "
         f"{built['build_s']:.1f} s for batches of {' '.join(map(str, batches))} (smallest, usual, largest)"
     )
+    if args.timing_cache and built["library"] != "tensorrt":
+        print("no timing cache was written: TensorRT-RTX has none")
     if not built["gpu"]:
         print("built without a GPU: not run and not compared here; deploy.check does both on a machine that has one")
     return 0

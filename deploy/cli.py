@@ -37,7 +37,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], argv: list[str] | None = None) -> int:
     """Parse and run. 0, or what run returns; 2 after one line on stderr for a user's mistake."""
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)  # files may come after flags
         for name in ("threads", "workers"):
             if (getattr(args, name, None) or 0) < 0:
                 raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")

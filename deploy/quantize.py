@@ -57,6 +57,7 @@ def quantize_student(
     """
     onnx = need("onnx", "pip install '.[deploy]'")
     quantization = need("onnxruntime.quantization", "pip install '.[deploy]'")
+    need("onnxruntime", "pip install '.[deploy]'").set_default_logger_severity(3)
     runtime = load(onnx_file, device="cpu")
     metadata = runtime.metadata
     if metadata["precision"] != "fp32":
@@ -101,6 +102,8 @@ def quantize_student(
                 extra_options=extra,
             )
             model = onnx.load(quantised)
+            if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+                raise UserError(f"{onnx_file} has no {' or '.join(op_types or [])} to quantise: see --op-types")
             del model.metadata_props[:]
             said = metadata | {
                 "precision": f"int8-{target}",

@@ -132,12 +132,7 @@ def load(
     if device == "tensorrt" and kind != ".onnx":
         raise UserError(f"--device tensorrt is ONNX Runtime's TensorRT provider, for .onnx; {path.name} is none")
     has_cuda = torch.cuda.is_available() if kind in ("", ".ts", ".pt2") else cuda_device_count() > 0
-    if device == "auto":
-        device = "cuda" if has_cuda else "cpu"
-    elif device != "cpu" and not has_cuda:
-        if not allow_fallback:
-            raise UserError(f"--device {device}, but there is no CUDA device here; --allow-fallback runs on the CPU")
-        device = "cpu"
+    device = pick_device(device, has_cuda, allow_fallback)
     if threads:
         torch.set_num_threads(threads)
     started = time.perf_counter()
@@ -149,6 +144,17 @@ def load(
     if missing:
         raise UserError(f"{path} was not made by deploy/: its metadata has no {', '.join(missing)}")
     return Runtime(name, provider, metadata, run, time.perf_counter() - started, max_batch)
+
+
+def pick_device(device: str, has_cuda: bool, allow_fallback: bool) -> str:
+    """ "cpu", "cuda" or "tensorrt": never another than was asked for, unless that is allowed."""
+    if device == "auto":
+        return "cuda" if has_cuda else "cpu"
+    if device == "cpu" or has_cuda:
+        return device
+    if not allow_fallback:
+        raise UserError(f"--device {device}, but there is no CUDA device here; --allow-fallback runs on the CPU")
+    return "cpu"
 
 
 def load_torch(path: Path, device: str, compile: bool) -> tuple[Any, ...]:
