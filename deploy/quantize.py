@@ -67,10 +67,13 @@ def quantize_student(
     file = output / f"student{layout}-int8-{target}.onnx"
     make_folder(output)
 
-    reader_of = type("Images", (quantization.CalibrationDataReader,), {"get_next": lambda self: next(self.feeds, None)})
-    reader = reader_of()
-    batches = np.array_split(images, -(-len(images) // 16))
-    reader.feeds = iter([{INPUT_NAME: as_input(batch, metadata)} for batch in batches])
+    batches = iter(np.array_split(images, -(-len(images) // 16)))
+
+    class Images(quantization.CalibrationDataReader):  # type: ignore[name-defined, misc]
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(batches, None)
+            return None if batch is None else {INPUT_NAME: as_input(batch, metadata)}
+
     quint8, qint8 = quantization.QuantType.QUInt8, quantization.QuantType.QInt8
     extra: dict[str, Any] = {}
     if target == "tensorrt":
@@ -91,7 +94,7 @@ def quantize_student(
             quantization.quantize_static(
                 str(prepared),
                 str(quantised),
-                reader,
+                Images(),
                 op_types_to_quantize=op_types,
                 nodes_to_exclude=preprocessing_nodes(model) + attention_products(model),
                 per_channel=True,

@@ -132,6 +132,7 @@ def load(
     if device == "tensorrt" and kind != ".onnx":
         raise UserError(f"--device tensorrt is ONNX Runtime's TensorRT provider, for .onnx; {path.name} is none")
     has_cuda = torch.cuda.is_available() if kind in ("", ".ts", ".pt2") else cuda_device_count() > 0
+    allow_fallback |= device == "auto"  # an onnxruntime without CUDA on a machine with it
     device = pick_device(device, has_cuda, allow_fallback)
     if threads:
         torch.set_num_threads(threads)
@@ -196,8 +197,10 @@ def load_exported(path: Path, device: str) -> tuple[Any, ...]:
 def torch_run(classifier: Any, device: str, metadata: dict[str, Any] | None = None) -> Callable[..., np.ndarray]:
     @torch.inference_mode()
     def run(images: np.ndarray) -> np.ndarray:
-        batch = torch.from_numpy(as_input(images, metadata) if metadata else images)
-        return classifier(batch.to(device)).cpu().numpy()
+        batch = np.require(
+            as_input(images, metadata) if metadata else images, requirements="W"
+        )  # torch wants to own it
+        return classifier(torch.from_numpy(batch).to(device)).cpu().numpy()
 
     return run
 

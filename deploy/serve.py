@@ -49,7 +49,8 @@ try:
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 except ImportError as missing:
-    sys.exit(f"python -m deploy.serve: error: {missing}: pip install '.[serve]'")
+    print(f"python -m deploy.serve: error: {missing}: pip install '.[serve]'", file=sys.stderr)
+    sys.exit(2)
 
 VERSION = "1"  # of the model, as the protocol wants one
 MAX_PIXELS = 64_000_000  # of an image for /predict: 192 MB once decoded
@@ -465,8 +466,8 @@ def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
         Route("/predict", predict, methods=["POST"]),
         Route("/metrics", show_metrics),
         Route("/v2", answer(server)),
-        Route("/v2/health/live", answer({})),
-        Route("/v2/health/ready", answer({})),
+        Route("/v2/health/live", answer({"live": True})),
+        Route("/v2/health/ready", answer({"ready": True})),
         Route("/v2/repository/index", answer(index), methods=["POST"]),
         Route("/v2/models/stats", statistics),
         Route(model + "/config", answer(config)),
@@ -474,7 +475,7 @@ def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
     for path in (model, model + "/versions/{version}"):
         routes += [
             Route(path, answer(about)),
-            Route(path + "/ready", answer({})),
+            Route(path + "/ready", answer({"name": name, "ready": True})),
             Route(path + "/stats", statistics),
             Route(path + "/infer", infer, methods=["POST"]),
         ]

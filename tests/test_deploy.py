@@ -380,6 +380,20 @@ def test_a_device_that_is_not_there_is_an_error(trained, name):
             load(artefact, device="tensorrt")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["", "student.onnx", "student.ts", "student.pt2"])
+def test_a_gpu_gives_the_same_answers(trained, name):
+    if name == "student.onnx" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA")
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    expected = load(trained / "student", device="cpu").run(images)
+    runtime = load(trained / "student" / name, device="cuda")
+    assert "cuda" in runtime.provider.lower()
+    for size in (1, 2, 5, 64):
+        error = np.abs(runtime.run(images[:size]) - expected[:size]).max() / np.abs(expected).max()
+        assert error < check.TOLERANCES["fp16"]["error"]  # of TF32
+
+
 def spoil(run, how):
     """Damage a student or one of its artefacts; returns the path that shows it."""
     student = run / "student"
