@@ -242,13 +242,13 @@ def load_engine(path: Path, device: str) -> tuple[Any, ...]:
     """An engine of deploy.build. Not run yet: it needs a GPU."""
     metadata = read_engine_metadata(path)
     library, version, gpu, max_batch = (metadata["built"][key] for key in ("library", "version", "gpu", "max_batch"))
-    if device == "cpu" or not torch.cuda.is_available():
-        raise UserError(f"{path}: a TensorRT engine needs a CUDA device (one that torch sees), which is not here")
     trt = import_tensorrt(library)
-    here = torch.cuda.get_device_name()
     again = f"build it here: python -m deploy.build {path.parent / metadata['onnx']}"
     if trt.__version__ != version:
         raise UserError(f"{path} was built by {library} {version}, here is {trt.__version__}: {again}")
+    if device == "cpu" or not torch.cuda.is_available():
+        raise UserError(f"{path}: a TensorRT engine needs a CUDA device (one that torch sees), which is not here")
+    here = torch.cuda.get_device_name()
     if gpu and gpu != here:
         raise UserError(f"{path} was built for {gpu}, here is {here}: {again}")
     logger = trt.Logger(trt.Logger.ERROR)

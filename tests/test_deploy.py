@@ -337,6 +337,12 @@ def test_an_engine_is_built_without_a_gpu_and_refused_by_those_that_would_run_it
     assert said["label_names"] == [str(i) for i in range(10)]
     deploy(check, run, "student.engine", "--images", "8", check=1)
     assert "needs a CUDA device" in capsys.readouterr().out
+    sidecar = run / "student/student.engine.json"
+    sidecar.write_text(json.dumps(said | {"built": said["built"] | {"version": "1.0"}}))
+    with pytest.raises(
+        UserError, match=r"built by tensorrt_rtx 1\.0, here is .* python -m deploy\.build .*student\.onnx"
+    ):
+        load(run / "student/student.engine")
     deploy(triton, run / "student/student.engine", "--output", run / "models", check=2)
     assert "TensorRT-RTX" in capsys.readouterr().err
 
