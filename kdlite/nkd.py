@@ -6,20 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .targets import (
-    ClassIndices,
-    as_rows,
-    check_logits,
-    check_options,
-    cross_entropy,
-    is_class,
-    log_normalized,
-    log_odds,
-    read_target,
-    reduce,
-)
+from .fused import nkd_rows
+from .targets import ClassIndices, as_rows, check_logits, check_options, read_target, reduce
+from .terms import centred, cross_entropy, is_class, log_normalized
 
 
 def nkd_loss(
@@ -73,23 +63,17 @@ def nkd_loss(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     rows = read_target(target, student_logits, ignore_index)
-    student = as_rows(student_logits)
-    teacher = as_rows(teacher_logits.detach()).to(student.dtype)
+    student, teacher = as_rows(student_logits), as_rows(teacher_logits)
 
     if isinstance(rows, ClassIndices):
-        t_t, log_s_t = log_odds(teacher, rows.label).sigmoid(), F.logsigmoid(log_odds(student, rows.label))
-        target_term = -t_t * log_s_t
-        non_target_term = _non_target_term(student / temperature, teacher / temperature, rows.label)
+        loss = nkd_rows(student, teacher, rows.label, gamma, temperature)
     else:
+        student = centred(student)
+        teacher = centred(teacher.detach()).to(student.dtype)
         target_term = cross_entropy(rows.probs * teacher.softmax(1), student.log_softmax(1))
         non_target_term = _expected_non_target_term(student / temperature, teacher / temperature, rows.probs)
-    loss = target_term + gamma * temperature**2 * non_target_term
+        loss = target_term + gamma * temperature**2 * non_target_term
     return reduce(loss, rows, reduction, student_logits.shape)
-
-
-def _non_target_term(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
-    """- sum_{i != t} N(T)_i log N(S)_i, (R,)."""
-    return cross_entropy(log_normalized(teacher, label).exp(), log_normalized(student, label))
 
 
 def _expected_non_target_term(student: Tensor, teacher: Tensor, probs: Tensor) -> Tensor:
@@ -111,7 +95,9 @@ def _expected_non_target_term(student: Tensor, teacher: Tensor, probs: Tensor) -
         return values.masked_fill(is_class(values, label), 0.0)
 
     # k = the student's largest class
-    top_term = at(probs, student_top).squeeze(1) * _non_target_term(student, teacher, student_top)
+    top_term = at(probs, student_top).squeeze(1) * cross_entropy(
+        log_normalized(teacher, student_top).exp(), log_normalized(student, student_top)
+    )
 
     # every other k: V is `rest`, sum_k V_k N_k(T) is `mixed`, again with the teacher's largest class by itself
     rest = without(probs, student_top)

@@ -2,7 +2,7 @@
 
 A target is given as to :func:`torch.nn.functional.cross_entropy`: class indices, with ``ignore_index``, or
 class probabilities (mixup, cutmix, smoothed labels); logits have their classes in dimension 1 and any number
-of trailing dimensions. Inside, everything is rows: ``(R, C)`` logits in float32, one row per target.
+of trailing dimensions. Inside, everything is rows: ``(R, C)`` logits, one row per target.
 """
 
 from __future__ import annotations
@@ -62,14 +62,10 @@ def class_dim(logits: Tensor) -> int:
 
 
 def as_rows(logits: Tensor) -> Tensor:
-    """(N, C, d1, ...) or (C,) -> (R, C): float32 at least, the largest logit of a row at 0.
-
-    Every loss here is unchanged by a shift common to a row, so the shift carries no gradient; it keeps float32
-    exact where all logits share a large offset.
-    """
-    rows = logits.movedim(class_dim(logits), -1).reshape(-1, logits.shape[class_dim(logits)])
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return rows - rows.detach().amax(1, keepdim=True)
+    """(N, C, d1, ...) or (C,) -> (R, C)."""
+    if logits.ndim == 2:
+        return logits
+    return logits.movedim(class_dim(logits), -1).reshape(-1, logits.shape[class_dim(logits)])
 
 
 def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndices | ClassProbabilities:
@@ -88,39 +84,12 @@ def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndic
     if as_probs:
         if ignore_index >= 0:
             raise ValueError(f"ignore_index={ignore_index} needs class indices; the target holds class probabilities")
-        probs = target.detach().movedim(class_dim(logits), -1).reshape(-1, probs_shape[class_dim(logits)])
-        return ClassProbabilities(probs.to(torch.promote_types(logits.dtype, torch.float32)))
+        return ClassProbabilities(as_rows(target.detach()).to(torch.promote_types(logits.dtype, torch.float32)))
     label = target.reshape(-1).long()
     kept = label != ignore_index
-    # a negative index goes out of range at the other end: compiled by torch 2.11, it would count from the end
-    label = label.where(label >= 0, probs_shape[class_dim(logits)])
-    return ClassIndices(label.where(kept, 0), kept)
-
-
-def is_class(logits: Tensor, label: Tensor) -> Tensor:
-    """(R, C) bool: True in the column of each row's label."""
-    return torch.arange(logits.shape[1], device=logits.device) == label.unsqueeze(1)
-
-
-def log_sum_others(logits: Tensor, label: Tensor) -> Tensor:
-    """log sum_{i != label} exp z_i, (R, 1), never by subtraction from the whole sum."""
-    return logits.masked_fill(is_class(logits, label), -torch.inf).logsumexp(1, keepdim=True)
-
-
-def log_odds(logits: Tensor, label: Tensor) -> Tensor:
-    """log(p / (1 - p)) of each row's label, (R,): p is its sigmoid, log p its logsigmoid, however near 0 or 1."""
-    # gather is what refuses a label out of range: with an error on CPU, a device assert on CUDA
-    return (logits.gather(1, label.unsqueeze(1)) - log_sum_others(logits, label)).squeeze(1)
-
-
-def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
-    """log N(.) of the paper, (R, C): the log-softmax over the classes other than the label, -inf at the label."""
-    return logits.masked_fill(is_class(logits, label), -torch.inf).log_softmax(1)
-
-
-def cross_entropy(weights: Tensor, log_probs: Tensor) -> Tensor:
-    """- sum_i weights_i log_probs_i, (R,), where a weight of 0 takes its class out, even if its log is -inf."""
-    return -(weights * log_probs.masked_fill(weights == 0, 0.0)).sum(1)
+    if torch.compiler.is_compiling():  # torch 2.11 would count a negative index from the end: out of range it goes
+        label = label.where(label >= 0, probs_shape[class_dim(logits)])
+    return ClassIndices(label * kept, kept)
 
 
 def reduce(loss: Tensor, target: ClassIndices | ClassProbabilities, reduction: str, logits_shape: torch.Size) -> Tensor:

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .targets import (
-    ClassIndices,
-    as_rows,
-    check_logits,
-    check_options,
-    cross_entropy,
-    is_class,
-    log_normalized,
-    log_odds,
-    log_sum_others,
-    read_target,
-    reduce,
-)
+from .fused import uskd_rows
+from .targets import ClassIndices, as_rows, check_logits, check_options, read_target, reduce
+from .terms import centred, cross_entropy
 
 
 def uskd_loss(
@@ -86,42 +75,23 @@ def uskd_loss(
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     rows = read_target(target, logits, ignore_index)
-    strong = as_rows(logits)
-    weak = as_rows(weak_logits).to(strong.dtype)
+    strong, weak = as_rows(logits), as_rows(weak_logits)
 
     if isinstance(rows, ClassIndices):
-        target_log_odds = log_odds(strong, rows.label)  # S_t is its sigmoid
-        squared = target_log_odds.detach().sigmoid().square()  # S_t^2
-        # the clamp: with no target kept, 0/0 here would turn the gradient to NaN
-        mean_squared = squared.where(rows.kept, 0.0).sum() / rows.kept.sum().clamp(min=1)
-        target_term = -(squared + 1 - mean_squared) * F.logsigmoid(target_log_odds)
-        non_target_term = _non_target_term(strong, weak, rows.label)
-        weak_term = F.cross_entropy(weak, rows.label, label_smoothing=label_smoothing, reduction="none")
-    else:
-        log_probs = strong.log_softmax(1)
-        squared = log_probs.detach().exp().square()
-        mean_squared = (rows.probs * squared).sum(1).mean()
-        target_term = -(rows.probs * (squared + 1 - mean_squared) * log_probs).sum(1)
-        top_probs, top_labels = rows.probs.topk(2, dim=1)
-        top_probs = top_probs / top_probs.sum(1, keepdim=True).clamp(min=torch.finfo(top_probs.dtype).tiny)
-        non_target_term = top_probs[:, 0] * _non_target_term(strong, weak, top_labels[:, 0])
-        non_target_term = non_target_term + top_probs[:, 1] * _non_target_term(strong, weak, top_labels[:, 1])
-        smoothed = (1 - label_smoothing) * rows.probs + label_smoothing / weak.shape[1]  # V~
-        weak_term = cross_entropy(smoothed, weak.log_softmax(1))
+        loss = uskd_rows(strong, weak, rows.label, rows.kept, alpha, beta, mu, label_smoothing)
+        return reduce(loss, rows, reduction, logits.shape)
 
+    log_probs = centred(strong).log_softmax(1)
+    squared = log_probs.detach().exp().square()
+    mean_squared = (rows.probs * squared).sum(1).mean()
+    target_term = -(rows.probs * (squared + 1 - mean_squared) * log_probs).sum(1)
+    top_probs, top_labels = rows.probs.topk(2, dim=1)
+    top_probs = top_probs / top_probs.sum(1, keepdim=True).clamp(min=torch.finfo(top_probs.dtype).tiny)
+    every = torch.ones_like(top_labels[:, 0], dtype=torch.bool)
+    non_target_term = torch.zeros_like(target_term)
+    for share, label in zip(top_probs.unbind(1), top_labels.unbind(1)):
+        non_target_term = non_target_term + share * uskd_rows(strong, weak, label, every, 0.0, 1.0, 0.0, 0.0)
+    smoothed = (1 - label_smoothing) * rows.probs + label_smoothing / weak.shape[1]  # V~
+    weak_term = cross_entropy(smoothed, centred(weak).to(log_probs.dtype).log_softmax(1))
     loss = alpha * target_term + beta * non_target_term + mu * weak_term
     return reduce(loss, rows, reduction, logits.shape)
-
-
-def _non_target_term(strong: Tensor, weak: Tensor, label: Tensor) -> Tensor:
-    """- sum_{i != t} N(Z)_i log N(S)_i, (R,), with the Zipf weights Z of the ranking by R."""
-    with torch.no_grad():
-        # W_i / (1 - W_t) = exp(w_i) / sum_{j != t} exp(w_j), for t too. Ranked by log R, which orders as R does and
-        # neither overflows for a certain target nor underflows for the tail.
-        log_r = torch.logaddexp(weak - log_sum_others(weak, label), strong - log_sum_others(strong, label))
-        order = log_r.argsort(dim=1, descending=True, stable=True)
-        reciprocal_ranks = 1 / torch.arange(1, strong.shape[1] + 1, device=strong.device, dtype=strong.dtype)
-        z = torch.zeros_like(strong).scatter(1, order, reciprocal_ranks.expand_as(strong))
-        z = z.masked_fill(is_class(strong, label), 0.0)
-        n_z = z / z.sum(1, keepdim=True)  # N(Z); the sum of Z itself cancels
-    return cross_entropy(n_z, log_normalized(strong, label))

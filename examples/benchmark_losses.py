@@ -1,0 +1,253 @@
+"""Time and memory of the losses, forward + backward, beside the same formulas written with boolean masks: make bench
+
+    python examples/benchmark_losses.py                     # every shape and dtype, eager and compiled: about 8 minutes
+    python examples/benchmark_losses.py --shapes 256x1000 --dtypes float32
+
+One process; the rows of a table take turns, a call each, until every row has had its share of --seconds, and the medians
+are compared. "x" is how many times as fast as its own boolean-mask formulation (NKD's or USKD's; cross-entropy and
+KL-based KD are compared with NKD's). Memory is the peak of what one call allocates, gradients included and inputs not,
+in u: the bytes of one (N, C) tensor in the logits' dtype. On a GPU also: the share of the bandwidth of a copy that the
+least traffic of NKD (5 u) comes to, kernels launched, and whether the host ever waited for the device.
+"""
+
+import argparse
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which measures memory, is otherwise talkative
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kdlite import nkd_linear_loss, nkd_loss, uskd_loss
+
+SHAPES = ["128x100", "256x1000", "1024x1000", "256x21841", "64x128256"]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student or strong logits, teacher or weak logits, class indices)
+
+
+# ---- what the losses are measured against -------------------------------------------------------------------------
+
+
+def others(x: Tensor, target: Tensor) -> Tensor:
+    """The C - 1 columns other than the target's, picked by a boolean mask."""
+    mask = torch.ones_like(x, dtype=torch.bool).scatter_(1, target[:, None], False)
+    return x[mask].view(len(x), -1)
+
+
+def nkd_by_masks(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    index = target[:, None]
+    log_s, t = student.log_softmax(1), teacher.detach().softmax(1)
+    target_term = -(t.gather(1, index) * log_s.gather(1, index)).mean()
+    log_n_s = others(student, target).log_softmax(1)
+    n_t = others(teacher.detach(), target).softmax(1)
+    return target_term - 1.5 * (n_t * log_n_s).sum(1).mean()
+
+
+def uskd_by_masks(strong: Tensor, weak: Tensor, target: Tensor) -> Tensor:
+    index = target[:, None]
+    log_s, s, w = strong.log_softmax(1), strong.detach().softmax(1), weak.detach().softmax(1)
+    s_t, w_t = s.gather(1, index), w.gather(1, index)
+    target_term = -((s_t**2 + 1 - (s_t**2).mean()) * log_s.gather(1, index)).mean()
+    r = w / (1 - w_t) + s / (1 - s_t)
+    rank = r.argsort(1, descending=True).argsort(1) + 1
+    z = others(1 / rank, target)
+    non_target_term = -(z / z.sum(1, keepdim=True) * others(strong, target).log_softmax(1)).sum(1).mean()
+    smoothed = 0.9 * F.one_hot(target, weak.shape[1]) + 0.1 / weak.shape[1]
+    weak_term = -(smoothed * weak.log_softmax(1)).sum(1).mean()
+    return target_term + 0.1 * non_target_term + 0.005 * weak_term
+
+
+def cross_entropy(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(student, target)
+
+
+def kl_based_kd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """In the form most code has."""
+    return F.kl_div(student.log_softmax(1), teacher.detach().softmax(1), reduction="batchmean")
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------------
+
+
+def call(loss: Loss, inputs: tuple[Tensor, ...]) -> None:
+    loss(*inputs).backward()
+    for x in inputs:
+        x.grad = None
+
+
+def wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_seconds(losses: dict[str, Loss], inputs: tuple[Tensor, ...], seconds: float) -> dict[str, float]:
+    """Of each, all taking turns; those that have had their share of the time stop."""
+    device = inputs[0].device.type
+    taken: dict[str, list[float]] = {name: [] for name in losses}
+    while waiting := [name for name, times in taken.items() if sum(times) < seconds or len(times) < 5]:
+        for name in random.sample(waiting, len(waiting)):  # whoever comes second finds the inputs in the cache
+            wait_for(device)
+            started = time.perf_counter()
+            call(losses[name], inputs)
+            wait_for(device)
+            taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def peak_bytes(loss: Loss, inputs: tuple[Tensor, ...]) -> int:
+    """The most that one call holds, above what was there before."""
+    if inputs[0].device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(loss, inputs)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call(loss, inputs)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def kernels_of(loss: Loss, inputs: tuple[Tensor, ...]) -> int:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call(loss, inputs)
+        torch.cuda.synchronize()
+    return sum(event.count for event in profiler.key_averages() if event.device_type.name == "CUDA")
+
+
+def waits_for_the_device(loss: Loss, inputs: tuple[Tensor, ...]) -> bool:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(loss, inputs)
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of copying 1 GiB on the GPU."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * source.numel() / statistics.median(times)
+
+
+# ---- the tables ---------------------------------------------------------------------------------------------------
+
+
+def make_inputs(rows: int, classes: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    a, b = ((2 * torch.randn(rows, classes, generator=generator)).to(device, dtype) for _ in range(2))
+    target = torch.randint(classes, (rows,), generator=generator).to(device)
+    return a.requires_grad_(), b.requires_grad_(), target
+
+
+def bench_shape(rows: int, classes: int, dtype: torch.dtype, args: argparse.Namespace, bandwidth: float) -> None:
+    inputs = make_inputs(rows, classes, dtype, args.device)
+    u = rows * classes * dtype.itemsize
+    eager: dict[str, tuple[Loss, str]] = {
+        "NKD by boolean masks": (nkd_by_masks, "NKD by boolean masks"),
+        "cross-entropy": (cross_entropy, "NKD by boolean masks"),
+        "KL-based KD": (kl_based_kd, "NKD by boolean masks"),
+        "nkd_loss": (nkd_loss, "NKD by boolean masks"),
+        "USKD by boolean masks": (uskd_by_masks, "USKD by boolean masks"),
+        "uskd_loss": (uskd_loss, "USKD by boolean masks"),
+    }
+    torch.compiler.reset()
+    compiled = {
+        f"{name}, compiled": (torch.compile(loss, fullgraph=True, dynamic=False), base)
+        for name, (loss, base) in eager.items()
+        if "masks" not in name
+    }
+    table = eager | (compiled if args.compile else {})
+    losses = {name: loss for name, (loss, _) in table.items()}
+    for loss in losses.values():
+        call(loss, inputs)  # compiles
+    seconds = median_seconds(losses, inputs, args.seconds)
+    print(f"\n{rows} x {classes}, {str(dtype).removeprefix('torch.')}, u = {u / 2**20:.2f} MiB")
+    on_gpu = "   5u copied  kernels  waits" if args.device == "cuda" else ""
+    print(f"  {'':25}{'ms':>9}{'x':>7}{'peak':>9}{on_gpu}")
+    for name, (loss, base) in table.items():
+        line = f"  {name:25}{1e3 * seconds[name]:9.3f}{seconds[base] / seconds[name]:6.1f}x"
+        line += f"{peak_bytes(loss, inputs) / u:8.2f}u"
+        if on_gpu:
+            line += f"{100 * 5 * u / bandwidth / seconds[name]:10.0f} %{kernels_of(loss, inputs):9}"
+            line += f"{'yes' if waits_for_the_device(loss, inputs) else 'no':>7}"
+        print(line, flush=True)
+
+
+def bench_linear(rows: int, classes: int, width: int, args: argparse.Namespace) -> None:
+    """The classifier and NKD in one, beside the two in turn."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = (torch.randn(rows, width, generator=generator).to(args.device) for _ in range(2))
+    weight, teacher_weight = (torch.randn(classes, width, generator=generator).to(args.device) / 8 for _ in range(2))
+    target = torch.randint(classes, (rows,), generator=generator).to(args.device)
+    inputs = hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden, teacher_weight, target
+
+    def unfused(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, target: Tensor) -> Tensor:
+        return nkd_loss(hidden @ weight.T, (teacher_hidden @ teacher_weight.T).detach(), target)
+
+    losses = {"classifiers, then nkd_loss": unfused, "nkd_linear_loss": nkd_linear_loss}
+    for loss in losses.values():
+        call(loss, inputs)
+    seconds = median_seconds(losses, inputs, args.seconds)
+    print(f"\n{rows} x {classes}, hidden {width}, float32: classifiers of student and teacher included")
+    print(f"  {'':27}{'ms':>9}{'x':>7}{'peak MiB':>10}")
+    for name, loss in losses.items():
+        ratio = seconds["classifiers, then nkd_loss"] / seconds[name]
+        print(f"  {name:27}{1e3 * seconds[name]:9.1f}{ratio:6.2f}x{peak_bytes(loss, inputs) / 2**20:10.0f}", flush=True)
+
+
+def machine(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    if device == "cpu" and (cpuinfo := Path("/proc/cpuinfo")).exists():
+        name += next((f", {line.split(': ')[1]}" for line in cpuinfo.read_text().splitlines() if "model name" in line), "")
+    return f"{name}, {platform.machine()}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxC", help="rows x classes")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each row of a table")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the compiled rows too")
+    parser.add_argument("--linear", action=argparse.BooleanOptionalAction, default=True, help="nkd_linear_loss too")
+    args = parser.parse_args()
+    print(machine(args.device))
+    bandwidth = copy_bandwidth() if args.device == "cuda" else 0.0
+    if bandwidth:
+        print(f"copying reaches {bandwidth / 1e12:.2f} TB/s")
+    for dtype in args.dtypes:
+        for shape in args.shapes:
+            rows, classes = map(int, shape.split("x"))
+            bench_shape(rows, classes, getattr(torch, dtype), args, bandwidth)
+    if args.linear:
+        bench_linear(512, 128256, 256, args)
+
+
+if __name__ == "__main__":
+    main()
