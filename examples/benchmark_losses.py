@@ -3,10 +3,10 @@
     python examples/benchmark_losses.py                     # every shape and dtype, eager and compiled: about 8 minutes
     python examples/benchmark_losses.py --shapes 256x1000 --dtypes float32
 
-One process; the rows of a table take turns, a call each, until every row has had its share of --seconds, and the medians
-are compared. "x" is how many times as fast as its own boolean-mask formulation (NKD's or USKD's; cross-entropy and
-KL-based KD are compared with NKD's). Memory is the peak of what one call allocates, gradients included and inputs not,
-in u: the bytes of one (N, C) tensor in the logits' dtype. On a GPU also: the share of the bandwidth of a copy that the
+One process; the rows of a table take turns in random order, a call each, until every row has had --seconds, and the
+medians are compared. "x" is how many times as fast as its own boolean-mask formulation (NKD's or USKD's; cross-entropy
+and KL-based KD are compared with NKD's). Memory is the peak of what one call allocates, gradients included and inputs
+not, in u: the bytes of one (N, C) tensor in the logits' dtype. On a GPU also: the share of the bandwidth of a copy that the
 least traffic of NKD (5 u) comes to, kernels launched, and whether the host ever waited for the device.
 """
 
@@ -207,7 +207,9 @@ def bench_linear(rows: int, classes: int, width: int, args: argparse.Namespace) 
     target = torch.randint(classes, (rows,), generator=generator).to(args.device)
     inputs = hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden, teacher_weight, target
 
-    def unfused(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, target: Tensor) -> Tensor:
+    def unfused(
+        hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, target: Tensor
+    ) -> Tensor:
         return nkd_loss(hidden @ weight.T, (teacher_hidden @ teacher_weight.T).detach(), target)
 
     losses = {"classifiers, then nkd_loss": unfused, "nkd_linear_loss": nkd_linear_loss}
@@ -224,14 +226,18 @@ def bench_linear(rows: int, classes: int, width: int, args: argparse.Namespace) 
 def machine(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     if device == "cpu" and (cpuinfo := Path("/proc/cpuinfo")).exists():
-        name += next((f", {line.split(': ')[1]}" for line in cpuinfo.read_text().splitlines() if "model name" in line), "")
+        name += next(
+            (f", {line.split(': ')[1]}" for line in cpuinfo.read_text().splitlines() if "model name" in line), ""
+        )
     return f"{name}, {platform.machine()}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxC", help="rows x classes")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row of a table")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the compiled rows too")

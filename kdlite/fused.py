@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import Parameter
 from torch.nn import functional as F
 
@@ -36,7 +36,8 @@ def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temp
     if not can_fuse(student, teacher):
         return terms.nkd_rows(student, teacher, label, gamma, temperature)
     # None, not 1: under a compiler with dynamic shapes a number is a symbol, on which a Function cannot branch
-    return NKDRows.apply(student, teacher, label, gamma, None if temperature == 1 else temperature)
+    loss: Tensor = NKDRows.apply(student, teacher, label, gamma, None if temperature == 1 else temperature)
+    return loss
 
 
 def uskd_rows(
@@ -44,7 +45,8 @@ def uskd_rows(
 ) -> Tensor:
     """:func:`kdlite.terms.uskd_rows`, by the fastest way that serves the caller."""
     rows = USKDRows.apply if can_fuse(strong, weak) else terms.uskd_rows
-    return rows(strong, weak, label, counted, alpha, beta, mu, smoothing)
+    loss: Tensor = rows(strong, weak, label, counted, alpha, beta, mu, smoothing)
+    return loss
 
 
 def can_fuse(*logits: Tensor) -> bool:
@@ -53,10 +55,10 @@ def can_fuse(*logits: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not any(is_inference(x) for x in logits)
-    return all(type(x) in (Tensor, Parameter) and forward_ad.unpack_dual(x).tangent is None for x in logits)
+    return all(type(x) in (Tensor, Parameter) and unpack_dual(x).tangent is None for x in logits)  # type: ignore
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot trace it, but recompiles where it changes
+@torch.compiler.assume_constant_result  # type: ignore  # a compiler cannot trace it, but recompiles where it changes
 def is_inference(x: Tensor) -> bool:
     """Made under inference_mode: such a tensor cannot be kept for backward."""
     return x.is_inference()
@@ -119,7 +121,7 @@ class NKDRows(torch.autograd.Function):
 def nkd_forward(
     student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float | None, ce_weight: float = 0.0
 ) -> tuple[Tensor, ...]:
-    """The loss, (R, 1), and what the gradient needs of a row, each (R, 1); with ``ce_weight`` times the cross-entropy."""
+    """The loss, with ``ce_weight`` times the cross-entropy, and what the gradient needs of a row, each (R, 1)."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     student, student_t, student_top = others(student, label, dtype)
     teacher, teacher_t, teacher_top = others(teacher, label, dtype)
@@ -148,8 +150,8 @@ def nkd_backward(
 ) -> tuple[Tensor]:  # fmt: skip
     """d loss / d student, (R, C), of which ``target_slope`` is T_t (1 - S_t)::
 
-        d target / d s_i     =  T_t (1 - S_t) N(S)_i      d target / d s_t  =  - T_t (1 - S_t)
-        d non_target / d s_i =  (N(S^temperature)_i - N(T^temperature)_i) / temperature
+    d target / d s_i     =  T_t (1 - S_t) N(S)_i      d target / d s_t  =  - T_t (1 - S_t)
+    d non_target / d s_i =  (N(S^temperature)_i - N(T^temperature)_i) / temperature
     """
     d_target, d_non_target = d_loss * target_slope, d_loss * gamma
     if temperature is None:
@@ -157,9 +159,7 @@ def nkd_backward(
     else:
         d_non_target = d_non_target * temperature
         grad = softmax_again(student, label, student_top, s_top).mul_(d_target)
-        grad = grad.addcmul_(
-            softmax_again(student, label, student_top, temperature_s_top, temperature), d_non_target
-        )
+        grad = grad.addcmul_(softmax_again(student, label, student_top, temperature_s_top, temperature), d_non_target)
     n_t = softmax_again(teacher, label, teacher_top, temperature_t_top, temperature)
     return (finished(grad.addcmul_(n_t, d_non_target, value=-1), label, -d_target, student.dtype),)
 
@@ -182,7 +182,7 @@ class USKDRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         strong, weak, label, counted, alpha_p, *kept = ctx.saved_tensors
-        alpha, beta, mu, smoothing = ctx.options
+        _, beta, mu, smoothing = ctx.options
         grads: tuple[Tensor | None, ...]
         if wants_second_gradient():
             loss = terms.uskd_rows(strong, weak, label, counted, *ctx.options)
@@ -211,9 +211,8 @@ def uskd_forward(strong: Tensor, weak: Tensor, label: Tensor, smoothing: float) 
 
     z = zipf_weights(put(r, label, strong_t.exp() * s_top + weak_t.exp() * w_top))
     del r
-    z = z.scatter_(1, label.unsqueeze(1), 0.0)
-    z_sum = z.sum(1, keepdim=True)
-    non_target = -log_s_top - strong.mul_(z).sum(1, keepdim=True) / z_sum
+    z_sum = z.sum(1, keepdim=True) - z.gather(1, label.unsqueeze(1))
+    non_target = -log_s_top - strong.mul_(z).sum(1, keepdim=True) / z_sum  # where the label's logit is 0
     # - sum_i V~_i log W_i, V~ one-hot but for `smoothing`, spread over all classes
     weak_term = torch.logaddexp(weak_t, -log_w_top) - (1 - smoothing) * weak_t - smoothing * weak_mean
 
@@ -230,9 +229,9 @@ def uskd_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """d / d strong and d / d weak, (R, C)::
 
-        d target / d s_i      =  (1 - S_t) N(S)_i          d target / d s_t  =  - (1 - S_t)
-        d non_target / d s_i  =  N(S)_i - N(Z)_i
-        d weak / d w_i        =  W_i - V~_i,  and W_i = (1 - W_t) N(W)_i
+    d target / d s_i      =  (1 - S_t) N(S)_i          d target / d s_t  =  - (1 - S_t)
+    d non_target / d s_i  =  N(S)_i - N(Z)_i
+    d weak / d w_i        =  W_i - V~_i,  and W_i = (1 - W_t) N(W)_i
     """
     d_target = d_target * one_minus_s
     d_strong = softmax_again(strong, label, strong_top, s_top).mul_(d_target + d_non_target)

@@ -11,11 +11,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .fused import can_fuse, in_chunks, nkd_backward, nkd_forward
-from .nkd import nkd_loss
-from .targets import check_options, read_target
+from .targets import ClassIndices, check_options, read_target, reduce
+from .terms import nkd_rows
 
 # Logits held at a time, of student and teacher each: 88 MiB in float32. Fewer, and going over the weights costs more.
 LOGITS_AT_A_TIME = 22 * 2**20
+
+Linear = tuple[Tensor, Tensor, Tensor | None]  # hidden as rows, weight, bias
 
 
 def nkd_linear_loss(
@@ -73,7 +75,9 @@ def nkd_linear_loss(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if reduction == "none":
-        raise ValueError('reduction must be "mean" or "sum": the gradient is computed with the loss, for all rows at once')
+        raise ValueError(
+            'reduction must be "mean" or "sum": the gradient is computed with the loss, for all rows at once'
+        )
     student = check_linear(hidden, weight, bias, target, "")
     teacher = check_linear(teacher_hidden, teacher_weight, teacher_bias, target, "teacher_")
     if len(weight) != len(teacher_weight) or len(weight) < 2:
@@ -84,32 +88,35 @@ def nkd_linear_loss(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        student, teacher = (tuple(x if x is None else x.to(dtype) for x in args) for args in (student, teacher))
+        student, teacher = cast(student, dtype), cast(teacher, dtype)
+    target = target.reshape(-1)
+    like_logits = student[0].new_empty(target.numel(), 1).expand(-1, len(weight))
+    rows = read_target(target, like_logits, ignore_index)
+    assert isinstance(rows, ClassIndices)
     with torch.autocast(device, enabled=False):
         if not can_fuse(*(x for x in (*student, *teacher) if x is not None)):
-            logits, target = F.linear(*student), target.reshape(-1)
-            options = dict(ignore_index=ignore_index, reduction=reduction)
-            loss = nkd_loss(
-                logits, F.linear(*teacher).detach(), target, gamma=gamma, temperature=temperature, **options
-            )
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            return loss + ce_weight * F.cross_entropy(logits.to(wide), target.long(), **options)
-        like_logits = student[0].new_empty(target.numel(), 1).expand(-1, len(weight))
-        label, kept = read_target(target.reshape(-1), like_logits, ignore_index)
-        total = NKDLinear.apply(
-            *student, *teacher, label, kept, ce_weight, gamma, None if temperature == 1 else temperature,
+            logits, teacher_logits = F.linear(*student), F.linear(*teacher)
+            loss = nkd_rows(logits, teacher_logits, rows.label, gamma, temperature)
+            wide = logits.to(loss.dtype)
+            loss = loss + ce_weight * F.cross_entropy(wide, rows.label, reduction="none")
+            return reduce(loss, rows, reduction, logits.shape)
+        total: Tensor = NKDLinear.apply(
+            *student, *teacher, *rows, ce_weight, gamma, None if temperature == 1 else temperature,
             torch.is_grad_enabled(),
         )  # fmt: skip
     if reduction == "sum":
         return total
     # as cross_entropy, NaN with a gradient of 0 where no target is kept
-    count = kept.sum()
+    count = rows.kept.sum()
     return torch.where(count > 0, total / count.clamp(min=1), math.nan)
 
 
-def check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, prefix: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def cast(classifier: Linear, dtype: torch.dtype) -> Linear:
+    hidden, weight, bias = classifier
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, prefix: str) -> Linear:
     """The arguments of a classifier as rows; raise unless they fit each other and the target."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
@@ -143,7 +150,8 @@ class NKDLinear(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         d_hidden, d_weight, d_bias = (
-            torch.empty_like(x, dtype=wide) if want else None for x, want in zip((hidden, weight, bias), wanted)
+            torch.empty_like(x, dtype=wide) if want and x is not None else None
+            for x, want in zip((hidden, weight, bias), wanted)
         )
         total = hidden.new_zeros((), dtype=wide)
         size = max(1, LOGITS_AT_A_TIME // len(weight))

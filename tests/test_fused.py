@@ -1,0 +1,399 @@
+"""The fast evaluation of the losses, and nkd_linear_loss: the same numbers in less memory, whatever way they are taken.
+
+What the losses compute is in test_losses.py, whose tests of class indices go through the fast evaluation. Here: that it
+agrees with plain autograd in chunks and compiled, how exact its gradients are, what it keeps in memory, and who gets
+plain autograd instead.
+"""
+
+import pytest
+import torch
+from test_losses import BOTH, gradients, inputs, relative_l2
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+import kdlite.linear
+from examples.benchmark_losses import peak_bytes
+from kdlite import fused, nkd_linear_loss, nkd_loss, terms, uskd_loss, zipf
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Call it, and every loss is plain autograd from then on."""
+    return lambda: monkeypatch.setattr(fused, "can_fuse", lambda *logits: False)
+
+
+# ---- the same numbers ----
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("chunk_elements", [1, 40, 70, 10**6])  # a row, a row, 2 rows, all rows of 35 classes
+def test_chunks_of_rows_give_the_plain_loss(loss, temperature, chunk_elements, monkeypatch, plain):
+    a, b, target = inputs(7, 35)
+    target[2] = -100
+    options = dict(temperature=temperature) if loss is nkd_loss else {}
+    monkeypatch.setitem(fused.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    value, grads = gradients(loss, a, b, target, **options)
+    plain()
+    expected, expected_grads = gradients(loss, a, b, target, **options)
+    torch.testing.assert_close(value, expected)
+    assert len(grads) == len(expected_grads) == (1 if loss is nkd_loss else 2)
+    for grad, e in zip(grads, expected_grads):
+        torch.testing.assert_close(grad, e)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_gives_the_plain_loss(loss, dtype, plain):
+    a, b, target = inputs(6, 35, dtype=dtype)
+    target[2] = -100
+    torch._dynamo.reset()
+    value, grads = gradients(torch.compile(loss, fullgraph=True), a, b, target)
+    plain()
+    expected, expected_grads = gradients(loss, a.double(), b.double(), target)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    for grad, e in zip(grads, expected_grads):
+        assert grad.dtype == dtype
+        assert relative_l2(grad, e) < (3e-7 if dtype == torch.float32 else 2.5e-3)
+
+
+@BOTH
+@pytest.mark.parametrize("std", [1.0, 4.0])
+@pytest.mark.parametrize(
+    ("dtype", "scale", "bound"), [("float32", 1.0, 3e-7), ("float16", 65536.0, 3e-4), ("bfloat16", 1.0, 2.5e-3)]
+)
+def test_the_gradient_is_rounded_once(loss, std, dtype, scale, bound):
+    """fp16 with the loss scale of AMP: divided by N before the scale is applied, a part of it would be flushed to 0."""
+    a, b, target = inputs(256, 1000, std=std, dtype=getattr(torch, dtype))
+    # not the ranking's near-ties, of which float64 would decide a few otherwise; nor label smoothing, whose gradient
+    # is nearly one value, and so has one rounding error
+    options = {} if loss is nkd_loss else dict(beta=0.0, label_smoothing=0.0)
+    _, grads = gradients(lambda *args: scale * loss(*args, **options), a, b, target)
+    _, expected = gradients(lambda *args: scale * loss(*args, **options), a.double(), b.double(), target)
+    for grad, e in zip(grads, expected):
+        assert relative_l2(grad, e) < bound
+
+
+@BOTH
+@pytest.mark.parametrize("margin", [-40.0, -5.0, 5.0, 40.0])  # of the target over the others
+def test_no_digit_is_lost_to_certainty(loss, margin):
+    a, b, target = inputs(16, 50, std=1.0, dtype=torch.float32)
+    a, b = (x + margin * F.one_hot(target, 50) for x in (a, b))
+    value, grads = gradients(loss, a, b, target)
+    expected, expected_grads = gradients(loss, a.double(), b.double(), target)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    for grad, e in zip(grads, expected_grads):
+        assert relative_l2(grad, e) < 1e-6
+        rows = torch.arange(16), target  # by itself the target's gradient, which may be tiny beside the others'
+        torch.testing.assert_close(grad.double()[rows], e[rows], rtol=1e-5, atol=0)  # log odds of 40 have 2e-6
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize(
+    ("loss", "compiled", "bound"),
+    [(nkd_loss, False, 2.1), (nkd_loss, True, 1.1), (uskd_loss, False, 6.0), (uskd_loss, True, 4.1)],
+)
+@pytest.mark.parametrize("shape", [(1024, 1000), (100, 12000)])  # 12,000 classes are ranked by counting
+def test_peak_memory_in_tensors_as_large_as_the_logits(loss, compiled, bound, shape):
+    a, b, target = inputs(*shape, dtype=torch.float32)
+    a.requires_grad_(), b.requires_grad_()
+    torch._dynamo.reset()
+    loss = torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
+    loss(a, b, target).backward()
+    a.grad = b.grad = None
+    assert 1.0 <= peak_bytes(loss, (a, b, target)) / a.nbytes <= bound
+
+
+@BOTH
+def test_what_is_kept_for_the_backward(loss):
+    a, b, target = inputs(64, 500, dtype=torch.float32)
+    a.requires_grad_(), b.requires_grad_()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        loss(a, b, target)
+    mine = [x for x in kept.values() if x.data_ptr() not in (a.data_ptr(), b.data_ptr())]
+    as_large = [x for x in mine if x.numel() >= a.numel()]
+    assert len(as_large) == (0 if loss is nkd_loss else 1)  # USKD's Zipf weights
+
+
+# ---- who gets plain autograd ----
+
+
+def test_uskd_can_be_differentiated_twice():
+    strong, weak, target = inputs(4, 6, std=1.0)
+    strong.requires_grad_(), weak.requires_grad_()
+    # the weights P_t and Z are constants of the formula: a numerical derivative would vary them, so alpha = beta = 0
+    assert torch.autograd.gradgradcheck(lambda w: uskd_loss(strong, w, target, alpha=0.0, beta=0.0), weak)
+    (grad,) = torch.autograd.grad(uskd_loss(strong, weak, target), strong, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), strong)
+    plain_rows = terms.uskd_rows(strong, weak, target, torch.ones(4, dtype=torch.bool), 1.0, 0.1, 0.005, 0.1)
+    (grad,) = torch.autograd.grad(plain_rows.mean(), strong, create_graph=True)
+    (expected,) = torch.autograd.grad(grad.square().sum(), strong)
+    torch.testing.assert_close(second, expected)
+
+
+@BOTH
+def test_forward_mode_derivatives(loss):
+    a, b, target = inputs(4, 6)
+    tangent = torch.randn_like(a)
+    with forward_ad.dual_level():
+        directional = forward_ad.unpack_dual(loss(forward_ad.make_dual(a, tangent), b, target)).tangent
+    torch.testing.assert_close(directional, (gradients(loss, a, b, target)[1][0] * tangent).sum())
+
+
+@BOTH
+def test_hessian_by_func(loss):
+    a, b, target = inputs(2, 4)
+    hessian = torch.func.hessian(lambda x: loss(x, b, target))(a)
+    jacobian = torch.func.jacrev(lambda x: torch.func.grad(lambda y: loss(y, b, target))(x))(a)
+    torch.testing.assert_close(hessian, jacobian)
+
+
+@BOTH
+def test_a_fake_tensor_has_the_shape_of_the_loss(loss):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        rows = loss(torch.empty(4, 6), torch.empty(4, 6), torch.zeros(4, dtype=torch.long), reduction="none")
+    assert rows.shape == (4,)
+
+
+def test_compiled_with_a_teacher_made_under_inference_mode():
+    student, teacher, target = inputs(4, 6, dtype=torch.float32)
+    expected, (expected_grad,) = gradients(nkd_loss, student, teacher, target)
+    torch._dynamo.reset()
+    compiled = torch.compile(nkd_loss, fullgraph=True)
+    with torch.inference_mode():
+        constant = teacher + 0
+    for logits in (constant, teacher, constant):
+        student.requires_grad_()
+        value = compiled(student, logits, target)
+        (grad,) = torch.autograd.grad(value, student)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(grad, expected_grad)
+        student = student.detach()
+
+
+@BOTH
+def test_logits_that_are_parameters(loss):
+    a, b, target = inputs(4, 6, dtype=torch.float32)
+    parameter = torch.nn.Parameter(a)
+    loss(parameter, b, target).backward()
+    torch.testing.assert_close(parameter.grad, gradients(loss, a, b, target)[1][0])
+
+
+# ---- Zipf weights ----
+
+
+def exact_weights(scores):
+    """1 / rank of each score of each row, by counting the greater ones."""
+    weights = torch.empty_like(scores, dtype=torch.float64)
+    for row, values in zip(weights, scores.double()):
+        ordered = values.sort(descending=True).values
+        row[:] = 1 / (1 + torch.searchsorted(-ordered, -values)).double()
+    return weights
+
+
+@pytest.mark.parametrize("std", [1.0, 2.0, 4.0, 8.0])
+@pytest.mark.parametrize("classes", [8192, 21841])
+def test_counted_weights_are_nearly_the_exact_ones(std, classes):
+    a, b, _ = inputs(4, classes, std=std, dtype=torch.float32)
+    scores = a.softmax(1) + b.softmax(1)
+    exact, counted = exact_weights(scores), zipf.zipf_weights(scores.clone()).double()
+    exact, counted = (x / x.sum(1, keepdim=True) for x in (exact, counted))
+    variation = (exact - counted).abs().sum(1) / 2
+    assert variation.max() < 0.003
+    first = exact.topk(64, dim=1).indices
+    torch.testing.assert_close(counted.gather(1, first), exact.gather(1, first), rtol=1e-3, atol=0)
+    assert zipf.weights_by_sort(scores.clone()).double().div(exact).std() < 1e-3  # below 8,192 classes: exact
+
+
+def test_counted_weights_of_a_target_far_above_the_rest():
+    """The largest score may be infinite odds: the others keep their order, and their ranks from 2 on."""
+    scores = inputs(1, 10000, dtype=torch.float32)[0].softmax(1)
+    expected = exact_weights(scores.index_fill(1, torch.tensor(77), torch.inf))[0]
+    for largest in (1.0, 1e30, torch.inf):
+        scores[0, 77] = largest
+        weights = zipf.zipf_weights(scores.clone())[0].double()
+        assert weights[77] == 1
+        assert ((weights / weights.sum() - expected / expected.sum()).abs().sum() / 2) < 0.003
+
+
+def test_weights_of_scores_below_the_smallest_float_are_shared():
+    scores = torch.zeros(1, 10000)
+    scores[0, :3] = torch.tensor([3.0, 2.0, 1.0])
+    weights = zipf.zipf_weights(scores)[0]
+    assert weights[:3].tolist() == [1.0, 0.5, pytest.approx(1 / 3)]
+    assert weights.isfinite().all()
+    assert weights.unique().numel() <= 65
+
+
+# ---- nkd_linear_loss ----
+
+
+def linear_inputs(n=21, classes=20, width=8, teacher_width=5, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    sizes = [(n, width), (classes, width), (n, teacher_width), (classes, teacher_width), (classes,), (classes,)]
+    tensors = [torch.randn(*size, generator=g, dtype=torch.float64).to(dtype) for size in sizes]
+    target = torch.randint(classes, (n,), generator=g)
+    target[[1, 5]] = -100
+    return [*tensors[:4], target], dict(bias=tensors[4], teacher_bias=tensors[5])
+
+
+def unfused(hidden, weight, teacher_hidden, teacher_weight, target, *, bias, teacher_bias, ce_weight=0.0, **options):
+    logits, teacher_logits = F.linear(hidden, weight, bias), F.linear(teacher_hidden, teacher_weight, teacher_bias)
+    reduction = dict(reduction=options.get("reduction", "mean"))
+    cross_entropy = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, **reduction)
+    return nkd_loss(logits, teacher_logits, target, **options) + ce_weight * cross_entropy
+
+
+def linear_gradients(loss, args, biases, **options):
+    hidden, weight, bias = (x.clone().requires_grad_() for x in (args[0], args[1], biases["bias"]))
+    value = loss(hidden, weight, *args[2:], bias=bias, teacher_bias=biases["teacher_bias"], **options)
+    return value.detach(), torch.autograd.grad(value, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("logits_at_a_time", [1, 100, 10**6])
+@pytest.mark.parametrize(
+    "options", [{}, dict(ce_weight=1.0), dict(reduction="sum", gamma=0.5), dict(temperature=2.0, ce_weight=0.5)]
+)
+def test_linear_loss_is_the_loss_of_the_logits(options, logits_at_a_time, monkeypatch):
+    monkeypatch.setattr(kdlite.linear, "LOGITS_AT_A_TIME", logits_at_a_time)
+    args, biases = linear_inputs()
+    value, grads = linear_gradients(nkd_linear_loss, args, biases, **options)
+    expected, expected_grads = linear_gradients(unfused, args, biases, **options)
+    torch.testing.assert_close(value, expected)
+    for grad, e in zip(grads, expected_grads):
+        torch.testing.assert_close(grad, e)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_linear_loss_in_lower_precision(dtype, bound, monkeypatch):
+    monkeypatch.setattr(kdlite.linear, "LOGITS_AT_A_TIME", 100)
+    args, biases = linear_inputs(dtype=dtype)
+    value, grads = linear_gradients(nkd_linear_loss, args, biases)
+    assert value.dtype == torch.float32
+    wide = [x.double() if x.is_floating_point() else x for x in args]
+    expected, expected_grads = linear_gradients(unfused, wide, {name: x.double() for name, x in biases.items()})
+    assert value.item() == pytest.approx(expected.item(), rel=bound)
+    for grad, e in zip(grads, expected_grads):
+        assert grad.dtype == dtype
+        assert relative_l2(grad, e) < bound
+
+
+def test_linear_loss_under_autocast_is_that_of_its_type():
+    args, biases = linear_inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        value, grads = linear_gradients(nkd_linear_loss, args, biases)
+    low = [x.bfloat16() if x.is_floating_point() else x for x in args]
+    expected, expected_grads = linear_gradients(
+        nkd_linear_loss, low, {name: x.bfloat16() for name, x in biases.items()}
+    )
+    assert value == expected
+    for grad, e in zip(grads, expected_grads):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, e.float())
+
+
+def test_linear_loss_takes_any_leading_dimensions_and_no_bias():
+    args, _ = linear_inputs()
+    hidden, weight, teacher_hidden, teacher_weight, target = args
+    expected = nkd_linear_loss(*args)
+    folded = nkd_linear_loss(
+        hidden.view(3, 7, -1), weight, teacher_hidden.view(3, 7, -1), teacher_weight, target.view(3, 7)
+    )
+    assert folded == expected
+    one = nkd_linear_loss(hidden[0], weight, teacher_hidden[0], teacher_weight, target[0])
+    torch.testing.assert_close(one, nkd_loss(hidden[:1] @ weight.T, teacher_hidden[:1] @ teacher_weight.T, target[:1]))
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_linear_loss_with_no_target_kept_does_as_cross_entropy(n):
+    args, biases = linear_inputs(n=max(n, 6))
+    args = [x if i in (1, 3) else x[:n] for i, x in enumerate(args)]
+    args[4] = torch.full_like(args[4], -100)
+    value, grads = linear_gradients(nkd_linear_loss, args, biases)
+    assert value.isnan()
+    for grad in grads:
+        assert (grad == 0).all()
+
+
+def test_linear_loss_with_a_frozen_classifier_or_without_gradients():
+    args, biases = linear_inputs()
+    args[0].requires_grad_()
+    nkd_linear_loss(*args, **biases).backward()
+    assert args[0].grad is not None
+    assert args[1].grad is None
+    with torch.no_grad():
+        assert nkd_linear_loss(*args, **biases) == nkd_linear_loss(*args, **biases)
+
+
+def test_linear_loss_compiles_whole_and_transforms():
+    args, biases = linear_inputs(dtype=torch.float32)
+    expected, expected_grads = linear_gradients(nkd_linear_loss, args, biases)
+    torch._dynamo.reset()
+    value, grads = linear_gradients(torch.compile(nkd_linear_loss, fullgraph=True), args, biases)
+    torch.testing.assert_close(value, expected)
+    for grad, e in zip(grads, expected_grads):
+        torch.testing.assert_close(grad, e)
+    by_func = torch.func.grad(lambda hidden: nkd_linear_loss(hidden, *args[1:], **biases))(args[0])
+    torch.testing.assert_close(by_func, expected_grads[0])
+
+
+def test_linear_loss_refuses_what_it_cannot_do():
+    args, biases = linear_inputs()
+    args[0].requires_grad_()
+    (grad,) = torch.autograd.grad(nkd_linear_loss(*args, **biases), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        torch.autograd.grad(grad.sum(), args[0])
+    loss = nkd_linear_loss(*args, **biases)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_linear_loss_never_holds_the_logits(monkeypatch):
+    monkeypatch.setattr(kdlite.linear, "LOGITS_AT_A_TIME", 20000)
+    args, _ = linear_inputs(n=400, classes=2000, dtype=torch.float32)
+    args[0].requires_grad_(), args[1].requires_grad_()
+    assert peak_bytes(nkd_linear_loss, tuple(args)) < 400 * 2000 * 4 / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(hidden=torch.zeros(4, 9)), ValueError, r"hidden must be \(..., D\).* got \(4, 9\), \(5, 3\) and None"),
+        (dict(weight=torch.zeros(6, 3)), ValueError, r"one number of classes.* \(6, 3\) and \(5, 2\)"),
+        (dict(weight=torch.zeros(5)), ValueError, r"weight \(C, D\)"),
+        (dict(teacher_hidden=torch.zeros(3, 2)), ValueError, r"teacher_hidden without its last dimension, \(3,\)"),
+        (dict(bias=torch.zeros(4)), ValueError, r"bias \(C,\) or None"),
+        (dict(target=torch.zeros(4, 5)), TypeError, "class indices, integers, got torch.float32"),
+        (
+            dict(target=torch.zeros(3).long()),
+            ValueError,
+            r"shape of hidden without its last dimension, \(4,\); got \(3,\)",
+        ),
+        (dict(hidden=torch.zeros(4, 3).long()), TypeError, "hidden must be floating point"),
+        (dict(reduction="none"), ValueError, '"mean" or "sum"'),
+        (dict(reduction="average"), ValueError, "none, mean, sum, got 'average'"),
+        (dict(temperature=0.0), ValueError, "temperature"),
+        (dict(ce_weight=-1.0), ValueError, "ce_weight"),
+        (dict(gamma=-1.0), ValueError, "gamma"),
+    ],
+)
+def test_linear_loss_refuses_bad_input(change, error, message):
+    call = dict(
+        hidden=torch.zeros(4, 3), weight=torch.zeros(5, 3), teacher_hidden=torch.zeros(4, 2),
+        teacher_weight=torch.zeros(5, 2), target=torch.zeros(4).long(),
+    ) | change  # fmt: skip
+    with pytest.raises(error, match=message):
+        nkd_linear_loss(**call)
+
+
+def test_linear_loss_refuses_a_class_out_of_range():
+    args, biases = linear_inputs()
+    args[4][3] = 20
+    with pytest.raises((RuntimeError, IndexError), match=r"out of (bounds|range)"):
+        nkd_linear_loss(*args, **biases)
