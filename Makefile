@@ -1,9 +1,9 @@
-# make demo, make serve-demo and make test are all a newcomer needs: each makes .venv once, and does its job.
+# make demo, make serve-demo, make test and make bench: each makes .venv once, and does its job.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo serve-demo test lint
+.PHONY: demo serve-demo test bench lint
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,9 @@ runs/demo/nkd/student/student-int8-cpu.onnx:
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
+
+bench: .venv/installed
+	$(BIN)/python examples/benchmark_losses.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

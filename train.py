@@ -833,6 +833,30 @@ def named_losses(
     return losses
 
 
+def forward_backward(
+    net: nn.Module, teacher: nn.Module | None, images: Tensor, target: Tensor, amp: torch.dtype | None,
+    scaler: torch.amp.GradScaler, args: argparse.Namespace,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The named losses of a batch, their gradients added to the parameters'; nothing waits for the device."""
+    with torch.autocast(images.device.type, amp, enabled=amp is not None):
+        teacher_logits = teacher(images) if teacher else None
+        out = net(images)
+    logits, weak_logits = out if args.self_kd else (out, None)
+    losses = named_losses(logits, weak_logits, teacher_logits, target, args)
+    scaler.scale(torch.stack(list(losses.values())).sum() / args.grad_accum).backward()
+    return losses
+
+
+def update(net: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler, args: argparse.Namespace) -> None:
+    """An optimizer step with the gradients that there are, which are then gone."""
+    if args.clip_grad:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
 class LossLog:
     """Keeps each step's losses on the device and reads them at intervals, so that no step waits for the device."""
 
@@ -1265,25 +1289,14 @@ def train(args: argparse.Namespace) -> None:
 
             if WORLD_SIZE > 1:
                 parallel.require_backward_grad_sync = last_pass
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                teacher_logits = teacher(images) if teacher else None
-                out = parallel(images)
-            logits, weak_logits = out if args.self_kd else (out, None)
-            losses = named_losses(logits, weak_logits, teacher_logits, target, args)
-            scaler.scale(torch.stack(list(losses.values())).sum() / args.grad_accum).backward()
-            log.add(step, losses)
+            log.add(step, forward_backward(parallel, teacher, images, target, amp, scaler, args))
             if not last_pass:
                 continue
 
             scheduler.step_update(step)
             if step == epoch * updates_per_epoch:
                 lr = optimizer.param_groups[0]["lr"]
-            if args.clip_grad:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            update(net, optimizer, scaler, args)
             if ema:
                 ema.update(student, step + 1)
             step += 1

@@ -6,7 +6,7 @@
 One process; the rows of a table take turns in random order, a call each, until every row has had --seconds, and the
 medians are compared. "x" is how many times as fast as its own boolean-mask formulation (NKD's or USKD's; cross-entropy
 and KL-based KD are compared with NKD's). Memory is the peak of what one call allocates, gradients included and inputs
-not, in u: the bytes of one (N, C) tensor in the logits' dtype. On a GPU also: the share of the bandwidth of a copy that the
+not, in u: the bytes of one (N, C) tensor in the logits' dtype. On a GPU also: the share of a copy's bandwidth that the
 least traffic of NKD (5 u) comes to, kernels launched, and whether the host ever waited for the device.
 """
 
@@ -20,8 +20,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which measures memory, is otherwise talkative
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kdlite import nkd_linear_loss, nkd_loss, uskd_loss
+
+os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler, which measures memory, is otherwise talkative
 
 SHAPES = ["128x100", "256x1000", "1024x1000", "256x21841", "64x128256"]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student or strong logits, teacher or weak logits, class indices)
@@ -103,22 +103,26 @@ def median_seconds(losses: dict[str, Loss], inputs: tuple[Tensor, ...], seconds:
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def peak_bytes(loss: Loss, inputs: tuple[Tensor, ...]) -> int:
-    """The most that one call holds, above what was there before."""
-    if inputs[0].device.type == "cuda":
+def peak_of_call(function: Callable[[], object], device: str) -> int:
+    """The most bytes that a call holds, above what was there before."""
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call(loss, inputs)
+        function()
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call(loss, inputs)
+        function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def peak_bytes(loss: Loss, inputs: tuple[Tensor, ...]) -> int:
+    return peak_of_call(lambda: call(loss, inputs), inputs[0].device.type)
 
 
 def kernels_of(loss: Loss, inputs: tuple[Tensor, ...]) -> int:

@@ -118,6 +118,28 @@ def test_what_is_kept_for_the_backward(loss):
     assert len(as_large) == (0 if loss is nkd_loss else 1)  # USKD's Zipf weights
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@BOTH
+@pytest.mark.parametrize("compiled", [False, True])
+def test_can_be_captured_in_a_cuda_graph(loss, compiled):
+    a, b, target = inputs(64, 1000, dtype=torch.float32, device="cuda")
+    a.requires_grad_(), b.requires_grad_()
+    expected, expected_grads = gradients(loss, a, b, target)
+    torch._dynamo.reset()
+    run = torch.compile(loss, fullgraph=True) if compiled else loss
+    for _ in range(3):
+        run(a, b, target).backward()
+    a.grad = b.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = run(a, b, target)
+        value.backward()
+    graph.replay()
+    torch.testing.assert_close(value.detach(), expected)
+    for grad, e in zip((a.grad, b.grad), expected_grads):
+        torch.testing.assert_close(grad, e)
+
+
 # ---- who gets plain autograd ----
 
 
