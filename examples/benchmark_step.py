@@ -4,11 +4,11 @@
     python examples/benchmark_step.py --models resnet18 --img-size 64 --batch-size 128 --data photos/
 
 Of each model these take a step in turn: a minimal loop written here (cross-entropy, no kdlite, no train.py), train.py's
-step for cross-entropy, for USKD and for NKD, and the teacher's forward pass alone. A ratio is the median over the rounds
-of the ratio within a round: "minimal" is the minimal loop's time over train.py's cross-entropy, "USKD" its time over
-cross-entropy, "NKD" its time over the floor, which is cross-entropy and then the teacher's forward pass. Memory is the
-peak of a step above what lies there before it. Weights and images are random: neither changes the time. Then, by itself,
-how many images a second the data pipeline delivers: ``--data`` as train.py takes it.
+step for cross-entropy, for USKD and for NKD, and the teacher's forward pass alone. A ratio is the median over the
+rounds of the ratio within a round: "minimal" is the minimal loop's time over train.py's cross-entropy, "USKD" its time
+over cross-entropy, "NKD" its time over the floor, which is cross-entropy and then the teacher's forward pass. Memory is
+the peak of a step above what lies there before it. Weights and images are random: neither changes the time. Then, by
+itself, how many images a second the data pipeline delivers: ``--data`` as train.py takes it.
 """
 
 import argparse

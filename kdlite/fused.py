@@ -98,6 +98,8 @@ def in_chunks(
 
 
 class NKDRows(torch.autograd.Function):
+    """The loss of each row, (R,), with a gradient for the student's logits alone."""
+
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float | None
@@ -148,10 +150,12 @@ def nkd_backward(
     teacher_top: Tensor, s_top: Tensor, temperature_s_top: Tensor, temperature_t_top: Tensor, gamma: float,
     temperature: float | None,
 ) -> tuple[Tensor]:  # fmt: skip
-    """d loss / d student, (R, C), of which ``target_slope`` is T_t (1 - S_t)::
+    """d loss / d student, (R, C).
 
-    d target / d s_i     =  T_t (1 - S_t) N(S)_i      d target / d s_t  =  - T_t (1 - S_t)
-    d non_target / d s_i =  (N(S^temperature)_i - N(T^temperature)_i) / temperature
+    Of the two terms, where T_t (1 - S_t) is ``target_slope``::
+
+        d target / d s_i     =  T_t (1 - S_t) N(S)_i      d target / d s_t  =  - T_t (1 - S_t)
+        d non_target / d s_i =  (N(S^temperature)_i - N(T^temperature)_i) / temperature
     """
     d_target, d_non_target = d_loss * target_slope, d_loss * gamma
     if temperature is None:
@@ -168,6 +172,8 @@ def nkd_backward(
 
 
 class USKDRows(torch.autograd.Function):
+    """The loss of each row, (R,), with gradients for the strong and the weak logits."""
+
     @staticmethod
     def forward(
         ctx: Any, strong: Tensor, weak: Tensor, label: Tensor, counted: Tensor,
@@ -227,11 +233,13 @@ def uskd_backward(
     one_minus_s: Tensor, one_minus_w: Tensor, strong_top: Tensor, weak_top: Tensor, s_top: Tensor, w_top: Tensor,
     z_sum: Tensor, z: Tensor, smoothing: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """d / d strong and d / d weak, (R, C)::
+    """d loss / d strong and d loss / d weak, (R, C).
 
-    d target / d s_i      =  (1 - S_t) N(S)_i          d target / d s_t  =  - (1 - S_t)
-    d non_target / d s_i  =  N(S)_i - N(Z)_i
-    d weak / d w_i        =  W_i - V~_i,  and W_i = (1 - W_t) N(W)_i
+    Of the three terms, before their weights::
+
+        d target / d s_i      =  (1 - S_t) N(S)_i          d target / d s_t  =  - (1 - S_t)
+        d non_target / d s_i  =  N(S)_i - N(Z)_i
+        d weak / d w_i        =  W_i - V~_i,  and W_i = (1 - W_t) N(W)_i
     """
     d_target = d_target * one_minus_s
     d_strong = softmax_again(strong, label, strong_top, s_top).mul_(d_target + d_non_target)

@@ -35,9 +35,9 @@ def weights_by_count(scores: Tensor) -> Tensor:
     # down from the second largest, for the largest may be a target's, far above the rest: it has bin 0 to itself
     top = first.values[:, 1:2].float().view(torch.int32) >> MANTISSA_BITS_LEFT_OUT
     bins = (top - steps).clamp_(-1, BINS - 2).add_(1)
-    ones = torch.ones((), device=scores.device).expand_as(bins)
-    count = torch.zeros(len(scores), BINS, device=scores.device).scatter_add(1, bins.long(), ones)
-    before = count.cumsum(1) - count
+    ones = torch.ones((), device=scores.device, dtype=torch.int32).expand_as(bins)
+    count = torch.zeros(len(scores), BINS, device=scores.device, dtype=torch.int32).scatter_add(1, bins.long(), ones)
+    before = count.cumsum(1, dtype=torch.int32) - count
     # sum of 1 / rank over a bin = log((last + 1/2) / (before + 1/2)), to 2e-5 from rank 64 on
     mean = torch.log1p(count / (before + 0.5)) / count
     weights = mean.to(scores.dtype).gather(1, bins.long())

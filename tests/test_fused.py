@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import kdlite.linear
-from examples.benchmark_losses import peak_bytes
+from examples.benchmark_losses import nkd_by_masks, peak_bytes, uskd_by_masks
 from kdlite import fused, nkd_linear_loss, nkd_loss, terms, uskd_loss, zipf
 
 
@@ -86,6 +86,16 @@ def test_no_digit_is_lost_to_certainty(loss, margin):
         assert relative_l2(grad, e) < 1e-6
         rows = torch.arange(16), target  # by itself the target's gradient, which may be tiny beside the others'
         torch.testing.assert_close(grad.double()[rows], e[rows], rtol=1e-5, atol=0)  # log odds of 40 have 2e-6
+
+
+@pytest.mark.parametrize(("loss", "by_masks"), [(nkd_loss, nkd_by_masks), (uskd_loss, uskd_by_masks)])
+def test_the_benchmark_compares_like_with_like(loss, by_masks):
+    a, b, target = inputs(16, 50)
+    value, grads = gradients(by_masks, a, b, target)
+    expected, expected_grads = gradients(loss, a, b, target)
+    torch.testing.assert_close(value, expected)
+    for grad, e in zip(grads, expected_grads):
+        torch.testing.assert_close(grad, e)
 
 
 # ---- memory ----

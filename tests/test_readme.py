@@ -52,3 +52,22 @@ def test_an_example_runs(name, tmp_path):
     accuracies = dict(re.findall(r"^(\S+) +([\d.]+)%$", result.stdout, re.M))
     assert accuracies.keys() == {"teacher", "cross-entropy", "NKD", "USKD"}
     assert min(map(float, accuracies.values())) > 80
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "rows"),
+    [
+        ("benchmark_losses.py", "--shapes 8x10 --dtypes bfloat16 --seconds 0.01 --no-compile --no-linear", 6),
+        (
+            "benchmark_step.py",
+            "--models resnet18 --img-size 32 --batch-size 2 --rounds 2 --seconds 0.1 --device cpu --workers 0",
+            5,
+        ),
+    ],
+)
+def test_a_benchmark_prints_its_table(name, flags, rows):
+    command = [sys.executable, ROOT / "examples" / name, *flags.split()]
+    result = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", "PATH": ""})
+    assert result.returncode == 0, result.stderr
+    table = re.findall(r"^  \S.*?  +[\d.]+ +[\d.]+x? +[\d.]+u?$", result.stdout, re.M)
+    assert len(table) == rows, result.stdout
