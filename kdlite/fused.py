@@ -51,21 +51,22 @@ def uskd_rows(
 
 def can_fuse(*logits: Tensor) -> bool:
     """Whether nobody looks inside."""
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():
-        return not any(is_inference(x) for x in logits)
+        return not any(is_export_or_inference(x) for x in logits)
     return all(type(x) in (Tensor, Parameter) and unpack_dual(x).tangent is None for x in logits)  # type: ignore
 
 
-@torch.compiler.assume_constant_result  # type: ignore  # a compiler cannot trace it, but recompiles where it changes
-def is_inference(x: Tensor) -> bool:
-    """Made under inference_mode: such a tensor cannot be kept for backward."""
-    return x.is_inference()
+@torch.compiler.assume_constant_result  # type: ignore  # asked while tracing, again where another kind of tensor comes
+def is_export_or_inference(x: Tensor) -> bool:
+    """A compiler cannot trace is_inference, and that of torch 2.11 takes itself for an export."""
+    return torch.compiler.is_exporting() or x.is_inference()
 
 
 def keepable(x: Tensor) -> Tensor:
-    return x if torch.compiler.is_compiling() or not is_inference(x) else x.clone()
+    """``x``, or a copy if it was made under inference_mode: such a tensor cannot be kept for backward."""
+    return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
 
 
 def wants_second_gradient() -> bool:

@@ -83,6 +83,13 @@ def test_it_imports_and_runs_in_an_environment_that_has_torch_alone(wheel, tmp_p
 
 
 def test_the_public_names():
-    assert kdlite.__all__ == ["FeatureTap", "WithWeakHead", "default_tap", "nkd_loss", "uskd_loss"]
+    assert kdlite.__all__ == [
+        "FeatureTap",
+        "WithWeakHead",
+        "default_tap",
+        "nkd_linear_loss",
+        "nkd_loss",
+        "uskd_loss",
+    ]
     for name in kdlite.__all__:
         assert ">>>" in getattr(kdlite, name).__doc__  # an example, run as a doctest
