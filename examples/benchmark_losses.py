@@ -30,7 +30,7 @@ from kdlite import nkd_linear_loss, nkd_loss, uskd_loss
 
 os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler, which measures memory, is otherwise talkative
 
-SHAPES = ["128x100", "256x1000", "1024x1000", "256x21841", "64x128256"]
+SHAPES = [(128, 100), (256, 1000), (1024, 1000), (256, 21841), (64, 128256)]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student or strong logits, teacher or weak logits, class indices)
 
 
@@ -236,9 +236,16 @@ def machine(device: str) -> str:
     return f"{name}, {platform.machine()}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def shape(text: str) -> tuple[int, int]:
+    rows, x, classes = text.partition("x")
+    if not (x and rows.isdigit() and classes.isdigit() and int(rows) >= 1 and int(classes) >= 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is not rows x classes, as 256x1000, of at least 1x2")
+    return int(rows), int(classes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxC", help="rows x classes")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, type=shape, metavar="NxC", help="rows x classes")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
@@ -247,14 +254,15 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the compiled rows too")
     parser.add_argument("--linear", action=argparse.BooleanOptionalAction, default=True, help="nkd_linear_loss too")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no CUDA device")
     print(machine(args.device))
     bandwidth = copy_bandwidth() if args.device == "cuda" else 0.0
     if bandwidth:
         print(f"copying reaches {bandwidth / 1e12:.2f} TB/s")
     for dtype in args.dtypes:
-        for shape in args.shapes:
-            rows, classes = map(int, shape.split("x"))
-            bench_shape(rows, classes, getattr(torch, dtype), args, bandwidth)
+        for rows_and_classes in args.shapes:
+            bench_shape(*rows_and_classes, getattr(torch, dtype), args, bandwidth)
     if args.linear:
         bench_linear(512, 128256, 256, args)
 

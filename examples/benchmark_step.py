@@ -189,8 +189,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of the data pipeline")
     args = parser.parse_args()
     args.batch_size = args.batch_size or (256 if args.device == "cuda" else 16)
-    print(machine(args.device))
+    if args.rounds < 2:
+        parser.error(f"--rounds must be at least 2, got {args.rounds}")
     try:
+        train.pick_device(args)
+        flags_of(args.models[0], args)  # refuses bad sizes before anything is built
+        print(machine(args.device))
         for model in args.models:
             bench_model(model, args)
         bench_data(args)

@@ -34,8 +34,9 @@ def uskd_loss(
                    - mu * sum_i V~_i log W_i,    V~ the label, smoothed by label_smoothing
 
     R is of probabilities, as in the paper and unlike the official code since July 2023. The batch mean is over the
-    targets that are not ignored, on this process. Ties in R are ranked by class index. Z weights every class, so a
-    class masked by a logit of -inf makes the loss infinite: leave such classes out of the logits.
+    targets that are not ignored, on this process. Ties in R are ranked by class index; from 8,192 classes on, ranks
+    beyond the 64th are shared by classes whose R is within 1.6 %. Z weights every class, so a class masked by a logit
+    of -inf makes the loss infinite: leave such classes out of the logits.
 
     For class probabilities V the loss is its expectation over the label: the first term becomes
     ``- alpha * sum_k V_k P_k log S_k`` with ``P_k = S_k^2 + 1 - mean_batch(sum_k V_k S_k^2)``; the second, which needs
