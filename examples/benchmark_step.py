@@ -188,7 +188,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="for the data pipeline, as train.py's")
     parser.add_argument("--seconds", type=float, default=10.0, help="of the data pipeline")
     args = parser.parse_args()
-    args.batch_size = args.batch_size or (256 if args.device == "cuda" else 16)
+    if args.batch_size is None:
+        args.batch_size = 256 if args.device == "cuda" else 16
     if args.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {args.rounds}")
     try:
