@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -128,12 +129,15 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--crop", choices=["resized", "pad", "none"],
                        help="training crop: random resized, random after padding by 1/8, or none")  # fmt: skip
     group.add_argument("--hflip", type=float, help="probability of a horizontal flip")
-    group.add_argument("--randaugment", type=int, nargs=2, metavar=("OPS", "MAGNITUDE"), help="RandAugment")
+    group.add_argument("--randaugment", type=int, nargs=2, metavar=("OPS", "MAGNITUDE"), help="RandAugment; 0 0 is off")
     group.add_argument("--random-erasing", type=float, default=0.0, help="probability of random erasing")
     group.add_argument("--mixup", type=float, default=0.0, help="alpha of mixup, 0 is off")
     group.add_argument("--cutmix", type=float, default=0.0, help="alpha of cutmix, 0 is off")
     group.add_argument("--eval-crop", type=float, default=1.0, help="share of the resized side kept in evaluation")
     group.add_argument("--interpolation", choices=sorted(INTERPOLATIONS), default="bilinear", help="of every resize")
+    group.add_argument("--cache", choices=["none", "device"], default="none",
+                       help="device: decode all images once, keep them in device memory at --img-size, and crop and "
+                       "flip them there; for data sets of small images")  # fmt: skip
     group.add_argument("--workers", type=int, help="data loading processes per process (default: the cores it has)")
 
     group = parser.add_argument_group("models")
@@ -231,8 +235,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--tap needs --self-kd uskd")
     if Path(args.model).is_dir() and (args.model_args or "--small-stem" in (sys.argv if argv is None else argv)):
         parser.error("--model is a student/ folder, which has its own --model-args and --small-stem")
-    if args.randaugment and not (args.randaugment[0] >= 1 and 0 <= args.randaugment[1] <= 30):
-        parser.error(f"--randaugment takes at least 1 operation and a magnitude of 0 to 30, got {args.randaugment}")
+    if args.randaugment and not (args.randaugment[0] >= 0 and 0 <= args.randaugment[1] <= 30):
+        parser.error(f"--randaugment takes at least 0 operations and a magnitude of 0 to 30, got {args.randaugment}")
+    if args.randaugment and args.randaugment[0] and args.cache == "device":
+        parser.error("--randaugment works on single images, --cache device on whole batches: say --randaugment 0 0")
     at_least = dict(
         epochs=1, batch_size=1, grad_accum=1, img_size=1, log_interval=1, workers=0, lr=0, weight_decay=0,
         warmup_epochs=0, gamma=0, alpha=0, beta=0, mu=0, kd_weight=0, mixup=0, cutmix=0, num_classes=2, seed=0,
@@ -408,7 +414,7 @@ def train_transform(args: argparse.Namespace) -> v2.Transform:
         steps += [v2.RandomCrop(size, padding=size // 8)]
     if args.hflip:
         steps += [v2.RandomHorizontalFlip(args.hflip)]
-    if args.randaugment:
+    if args.randaugment and args.randaugment[0]:
         steps += [v2.RandAugment(*args.randaugment, interpolation=interpolation)]
     return v2.Compose([*steps, v2.PILToTensor()])
 
@@ -527,8 +533,127 @@ def make_loader(
         drop_last=train,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        multiprocessing_context=worker_context() if workers and sampler is not None else None,
         generator=torch.Generator(),  # else starting workers would draw from the state that --resume restores
     )
+
+
+def make_loaders(
+    data: Data, config: dict[str, Any], batch_size: int, args: argparse.Namespace, device: torch.device
+) -> tuple[Any, Any]:
+    """Batches for training and, twice as large, for evaluation: made as they are needed, or kept on the device."""
+    if args.cache == "none":
+        return (
+            make_loader(data.train, train_transform(args), batch_size, True, args, device),
+            make_loader(data.val, eval_transform(config), 2 * batch_size, False, args, device),
+        )
+    if isinstance(data.train, IterableDataset):
+        raise UserError(f"--cache device cannot keep the stream {args.data}: leave it out")
+    plain = train_transform(argparse.Namespace(**vars(args) | {"crop": "none", "hflip": 0.0, "randaugment": None}))
+    try:
+        return (
+            DeviceLoader(make_loader(data.train, plain, 256, False, args, device), batch_size, True, args),
+            DeviceLoader(
+                make_loader(data.val, eval_transform(config), 256, False, args, device), 2 * batch_size, False, args
+            ),
+        )
+    except torch.OutOfMemoryError as error:
+        raise RankError(
+            f"--cache device: {len(data.train) + len(data.val)} images of {args.img_size} px do not fit in the "
+            "device's memory: leave it out"
+        ) from error
+
+
+def worker_context() -> Any:
+    """Data loading processes come from a clean one. Forks of this one may hang on the locks its threads held.
+
+    timm's streaming datasets, which cannot be sent to another process, are forked all the same.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "torchvision"])
+    return context
+
+
+class DeviceLoader:
+    """Batches of images that were decoded once and are kept in the device's memory (--cache device).
+
+    Each process has its share of the data set, every WORLD_SIZE-th image. In training the share is shuffled, and each
+    image cropped and flipped by itself; what is drawn depends on seed, epoch and rank alone, so that a resume agrees.
+    """
+
+    def __init__(self, decoded: DataLoader, batch_size: int, train: bool, args: argparse.Namespace) -> None:
+        self.args, self.batch_size, self.train, self.epoch = args, batch_size, train, 0
+        self.share = len(decoded.dataset) // WORLD_SIZE  # type: ignore[arg-type]
+        device = pick_device(args)
+        images = torch.empty(0)
+        labels = torch.empty(self.share + 1, dtype=torch.int64, device=device)
+        self.corrupt: list[Corrupt] = []
+        self.count = 0
+        for some, their_labels, corrupt in progress(decoded, "decode"):
+            self.corrupt += corrupt
+            if some is None:
+                continue
+            if not self.count:
+                images = torch.empty(self.share + 1, *some.shape[1:], dtype=torch.uint8, device=device)
+            images[self.count : self.count + len(some)] = some
+            labels[self.count : self.count + len(some)] = their_labels
+            self.count += len(some)
+        self.images, self.labels = images[: self.count], labels[: self.count]
+
+    def __len__(self) -> int:
+        return self.share // self.batch_size if self.train else math.ceil(self.count / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        device = self.images.device
+        generator = torch.Generator(device).manual_seed((self.args.seed * 1_000_003 + self.epoch) * WORLD_SIZE + RANK)
+        order = torch.arange(self.count, device=device)
+        if self.train:
+            order = order[torch.randperm(self.count, generator=generator, device=device)]
+        if not self.count:
+            yield Batch(None, None, self.corrupt)
+        for i in range(len(self) if self.count else 0):
+            chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
+            if self.train:  # where some images could not be read, others come twice: every rank needs the same batches
+                missing = self.batch_size - len(chosen)
+                chosen = torch.cat([chosen, order[torch.arange(missing, device=device) % self.count]])
+            images = self.images[chosen]
+            if self.train:
+                images = crop_and_flip(images, self.args, generator)
+            yield Batch(images, self.labels[chosen], self.corrupt)
+
+
+def crop_and_flip(images: Tensor, args: argparse.Namespace, generator: torch.Generator) -> Tensor:
+    """--crop and --hflip of a uint8 (B, 3, S, S) batch on its device, drawn for each image by itself.
+
+    The resized crop has torchvision's distribution (8 to 100 % of the area, sides 3:4 to 4:3) but for the few crops
+    wider or higher than the image, which are cut down to it where torchvision would draw again.
+    """
+    n, _, size, _ = images.shape
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, 1, generator=generator, device=images.device)
+
+    flip = uniform(0, 1) < args.hflip
+    if args.crop == "resized":
+        area, ratio = uniform(0.08, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        x, y = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)  # of the crop's centre; the image is -1 to 1
+        zero = torch.zeros_like(x)
+        theta = torch.cat([torch.where(flip, -width, width), zero, x, zero, height, y], 1).view(n, 2, 3)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        cut = F.grid_sample(images.float(), grid, args.interpolation, padding_mode="border", align_corners=False)
+        return cut.round_().clamp_(0, 255).to(torch.uint8)
+    column = row = torch.arange(size, device=images.device).expand(n, size)
+    column = torch.where(flip, size - 1 - column, column)
+    if args.crop == "pad":
+        pad = size // 8
+        images = F.pad(images, [pad] * 4)
+        row, column = (side + uniform(0, 2 * pad + 1).long() for side in (row, column))
+    sample = torch.arange(n, device=images.device).view(n, 1, 1)
+    return images[sample, :, row.unsqueeze(2), column.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 class CorruptCount:
@@ -1199,8 +1324,7 @@ def train(args: argparse.Namespace) -> None:
     net.to(device, memory_format=memory_format)
     to_device = ToDevice(config["mean"], config["std"], device, memory_format)
 
-    train_loader = make_loader(data.train, train_transform(args), micro_batch, True, args, device)
-    val_loader = make_loader(data.val, eval_transform(config), 2 * micro_batch, False, args, device)
+    train_loader, val_loader = make_loaders(data, config, micro_batch, args, device)
     updates_per_epoch = len(train_loader) // args.grad_accum
     if updates_per_epoch == 0:
         raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data.train)} training images")
@@ -1271,10 +1395,9 @@ def train(args: argparse.Namespace) -> None:
 
     log = LossLog(skips_steps=scaler.is_enabled())
     for epoch in range(first_epoch, args.epochs):
-        if isinstance(train_loader.sampler, EpochSampler):
-            train_loader.sampler.set_epoch(epoch)
-        elif hasattr(data.train, "set_epoch"):
-            data.train.set_epoch(epoch)
+        for shuffler in (train_loader, getattr(train_loader, "sampler", None), data.train):
+            if hasattr(shuffler, "set_epoch"):
+                shuffler.set_epoch(epoch)
         parallel.train()
         epoch_started, step, executed[0] = time.time(), epoch * updates_per_epoch, 0
         batches = itertools.islice(train_loader, updates_per_epoch * args.grad_accum)
@@ -1322,6 +1445,7 @@ def train(args: argparse.Namespace) -> None:
                 "skipped_steps": updates_per_epoch - executed[0],
                 "images_per_s": images_per_s,
                 "seconds": time.time() - epoch_started,
+                "memory_mib": peak_memory(device),
             }
         )
         rank_random: list[Any] = [random_states(device)]

@@ -1,5 +1,6 @@
 """train.py: runs of the real script, small ones in this process and whole ones through torchrun."""
 
+import argparse
 import csv
 import functools
 import json
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import v2
 
 import train
 
@@ -112,7 +114,7 @@ def test_a_run_directory_holds_all_that_was_promised():
     assert [row["epoch"] for row in rows("out")] == ["1", "2"]
     assert list(rows("out")[0]) == [
         "epoch", "train_loss", "loss_ce", "loss_uskd", "val_loss", "val_top1", "val_top5", "lr", "skipped_steps",
-        "images_per_s", "seconds",
+        "images_per_s", "seconds", "memory_mib",
     ]  # fmt: skip
     about = json.loads(Path("out/args.json").read_text())
     assert about["flags"]["self_kd"] == "uskd"
@@ -147,6 +149,13 @@ def test_a_saved_student_has_the_accuracy_it_was_saved_with(photos):
     run(*TINY, "--data", photos, "--batch-size", 8, "--epochs", 2, "--ema-decay", 0.5, "--output", "out")
     measured, saved = accuracy("out", photos)
     assert measured == pytest.approx(saved)
+
+
+def test_no_data_loading_process_is_a_fork_of_the_training_process(photos):
+    forked = Path("forked").absolute()  # a worker inherits locks that threads held, and what its gc then destroys
+    os.register_at_fork(after_in_child=forked.touch)
+    run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 2, "--output", "out")
+    assert not forked.exists()
 
 
 def test_the_prediction_example_agrees(photos):
@@ -384,6 +393,110 @@ def test_ranks_share_a_shuffle_that_changes_with_epoch_and_seed():
     assert sorted(indices(0, 0) + indices(1, 0)) == list(range(10))
     assert indices(0, 0) != indices(0, 1)
     assert indices(0, 0) != indices(0, 0, seed=1)
+
+
+# ---- the cache on the device ----
+
+
+def crops(images, seed=0, **flags):
+    """crop_and_flip as train.py calls it, and torchvision's functional transforms as the oracle below."""
+    args = argparse.Namespace(**{"crop": "none", "hflip": 0.0, "interpolation": "bilinear"} | flags)
+    return train.crop_and_flip(images, args, torch.Generator().manual_seed(seed))
+
+
+def test_the_devices_padded_crop_and_flip_are_those_of_torchvision_drawn_for_each_image():
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    candidates = {}
+    for top in range(5):
+        for left in range(5):
+            cut = v2.functional.crop(v2.functional.pad(image, [2] * 4), top, left, 16, 16)
+            candidates |= {(top, left, 0): cut, (top, left, 1): v2.functional.horizontal_flip(cut)}
+    out = crops(image.expand(3000, -1, -1, -1), crop="pad", hflip=0.5)
+    assert (out.dtype, out.shape) == (torch.uint8, (3000, 3, 16, 16))
+    counts = {place: int((out == cut).flatten(1).all(1).sum()) for place, cut in candidates.items()}
+    assert sum(counts.values()) == 3000
+    assert min(counts.values()) > 60 - 5 * 60**0.5  # 60 of each expected, within five standard deviations
+    assert max(counts.values()) < 60 + 5 * 60**0.5
+    assert torch.equal(crops(image.expand(9, -1, -1, -1), hflip=1.0)[4], image.flip(2))
+    assert torch.equal(crops(image.expand(9, -1, -1, -1))[4], image)
+
+
+def test_the_devices_resized_crop_is_a_box_of_torchvisions_sizes():
+    """Channels that hold their own coordinates say which box an image was cut from."""
+    size = 32
+    along = torch.arange(size, dtype=torch.uint8).mul(8).expand(size, size)
+    out = crops(torch.stack([along, along.T, along]).expand(2000, -1, -1, -1), crop="resized", hflip=0.25).float() / 8
+    x, y = out[:, 0], out[:, 1]
+    middle = slice(size // 4, 3 * size // 4)  # away from the border, which is repeated
+    width = (x[:, :, middle][:, :, -1] - x[:, :, middle][:, :, 0]).mean(1) / (size // 2 - 1) * size
+    height = (y[:, middle][:, -1] - y[:, middle][:, 0]).mean(1) / (size // 2 - 1) * size
+    assert 0.2 < (width < 0).float().mean() < 0.3  # flipped
+    width = width.abs()
+    area, ratio = width * height / size**2, width / height
+    assert 0.07 < area.min() < 0.10
+    assert 0.90 < area.max() < 1.01
+    assert 0.72 < ratio.min() < 0.80
+    assert 1.25 < ratio.max() < 1.38
+    assert area.mean() == pytest.approx(0.53, abs=0.03)  # (0.08 + 1) / 2, less what is cut down
+    left, top = x.mean((1, 2)) - width / 2, y.mean((1, 2)) - height / 2
+    assert min(left.min(), top.min()) > -1.5
+    assert max((left + width).max(), (top + height).max()) < size + 0.5
+    assert left.std() > 2
+
+
+def loaders(photos, *flags):
+    args = train.parse_args(["--data", str(photos), "--img-size", "16", "--workers", "0", "--device", "cpu", *flags])
+    data = train.open_data(args)
+    config = {"input_size": [3, 16, 16], "interpolation": "bilinear", "crop": 0.875}
+    return train.make_loaders(data, config, 8, args, torch.device("cpu"))
+
+
+def test_a_cached_evaluation_sees_the_same_images(photos):
+    (_, plain), (_, cached) = loaders(photos), loaders(photos, "--cache", "device")
+    assert len(cached) == len(plain)
+    for a, b in zip(plain, cached):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_a_cached_epoch_holds_each_image_once_in_an_order_of_its_own(photos):
+    cached, _ = loaders(photos, "--cache", "device", "--crop", "none", "--hflip", "0", "--batch-size", "8")
+    epochs = []
+    for epoch in (0, 1, 0):
+        cached.set_epoch(epoch)
+        epochs.append(torch.cat([batch.images for batch in cached]))
+        assert len(epochs[-1]) == len(cached) * 8 == 48
+        assert len({image.numpy().tobytes() for image in epochs[-1]}) == 48
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(epochs[0], epochs[2])
+
+
+def test_a_cached_run_trains_resumes_exactly_and_names_corrupt_images(photos, capfd):
+    (photos / "train/china/3.jpg").write_bytes(b"no image")
+    (photos / "val/flower/2.jpg").write_bytes(b"no image")
+    flags = [*TINY, "--data", photos, "--cache", "device", "--batch-size", 8, "--recipe", "cifar",
+             "--step-epochs", 9]  # fmt: skip
+    run(*flags, "--epochs", 2, "--output", "whole")
+    assert capfd.readouterr().err.count("skipped a corrupt image") == 2
+    top1 = float(rows("whole")[-1]["val_top1"]) / 100
+    assert top1 * 16 == pytest.approx(round(top1 * 16), abs=1e-4)  # of 16 images, not 17
+    state = torch.load("whole/last.pt", weights_only=True)
+    run(*flags, "--epochs", 1, "--output", "resumed")
+    run("--output", "resumed", "--resume", "--epochs", 2)
+    again = torch.load("resumed/last.pt", weights_only=True)
+    assert all(torch.equal(state["model"][name], again["model"][name]) for name in state["model"])
+
+
+def test_two_ranks_share_the_cache(photos):
+    flags = ["--device", "cpu", "--data", photos, "--recipe", "cifar", "--model", f"{MODELS}:tiny", "--img-size", 16,
+             "--epochs", 2, "--batch-size", 8, "--cache", "device", "--workers", 0, "--output", "two"]  # fmt: skip
+    two = script(*flags, command=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"], env={"GLOO_SOCKET_IFNAME": "lo"})
+    assert two.returncode == 0, two.stderr
+    measured, saved = accuracy("two", photos)
+    assert measured == pytest.approx(saved)
+
+
+# ---- data ----
 
 
 def test_cifar_with_its_recipe(tmp_path, monkeypatch):
