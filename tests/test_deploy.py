@@ -26,7 +26,7 @@ from train import UserError, eval_transform, load_student, open_image
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
-RESNET = ROOT / "examples/small_resnet.py"
+RESNET = ROOT / "examples/paper/cifar_models.py"
 NINE = [
     "mobilenet_v2", "resnet18", "shufflenet_v2_x1_0", "regnet_x_1_6gf", "swin_t",
     "mobilenetv1_100", "deit_tiny_patch16_224", "efficientnet_b0", "convnext_atto",

@@ -1,0 +1,51 @@
+"""train.py with one loss replaced, for the ablations: by a part of it, or by what the paper's official code computes.
+
+python examples/paper/ablation.py nkd_without_target --kd nkd --teacher ... # then any flags of train.py
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train
+from kdlite import nkd_loss, uskd_loss
+
+
+def nkd_without_target(student: Tensor, teacher: Tensor, target: Tensor, *, gamma: float, temperature: float) -> Tensor:
+    """NKD's non-target term alone (eq. 7 of the paper without its first term)."""
+    whole, first = (nkd_loss(student, teacher, target, gamma=g, temperature=temperature) for g in (gamma, 0.0))
+    return whole - first
+
+
+def uskd_ranked_by_log(
+    logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float, beta: float, mu: float
+) -> Tensor:
+    """USKD as the official code has it since July 2023: log S takes the place of S in the ranking."""
+    log_s, w = logits.float().log_softmax(1), weak_logits.float().softmax(1)
+    is_target = F.one_hot(target, logits.shape[1]).bool()
+    with torch.no_grad():
+        w_t, log_s_t = ((x * is_target).sum(1, keepdim=True) for x in (w, log_s))
+        score = w / (1 - w_t + 1e-6) + log_s / (1 - log_s_t)
+        rank = score.argsort(1, descending=True).argsort(1) + 1
+        z = (1 / rank).masked_fill(is_target, 0)
+        z = z / z.sum(1, keepdim=True)
+    log_n = logits.float().masked_fill(is_target, -torch.inf).log_softmax(1).masked_fill(is_target, 0)
+    rest = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=0.0, mu=mu)
+    return rest - beta * (z * log_n).sum(1).mean()
+
+
+VARIANTS: dict[str, tuple[str, Any]] = {
+    "nkd_without_target": ("nkd_loss", nkd_without_target),
+    "uskd_ranked_by_log": ("uskd_loss", uskd_ranked_by_log),
+}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
+        sys.exit(f"ablation.py: error: say which variant: {', '.join(VARIANTS)}")
+    setattr(train, *VARIANTS[sys.argv[1]])
+    sys.exit(train.main(sys.argv[2:]))

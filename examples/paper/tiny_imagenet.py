@@ -1,0 +1,223 @@
+"""The losses on real photographs: whole tables of train.py runs on Tiny-ImageNet, one row a run in results/*.csv.
+
+    python examples/paper/tiny_imagenet.py SOURCE few-epochs    # CPU: 20 classes at 32 px, a student that underfits
+    python examples/paper/tiny_imagenet.py SOURCE few-images    # CPU: ... one that fits its training set
+    python examples/paper/tiny_imagenet.py SOURCE nkd-parts     # CPU: ablations of NKD, in the setting of few-epochs
+    python examples/paper/tiny_imagenet.py SOURCE uskd-parts    # CPU: ablations of USKD, in the setting of few-images
+    python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, six networks
+
+SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are kept under runs/tiny_imagenet;
+one that is complete is not repeated. README.md says how the settings were chosen. Then: python examples/paper/report.py
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RUNS = Path("runs/tiny_imagenet")
+MODELS = HERE / "cifar_models.py"
+
+
+class Setting(NamedTuple):
+    """Images, and flags of train.py that all runs share."""
+
+    classes: int
+    size: int  # pixels
+    train: int  # images a class, the first in alphabetical order
+    held_out: int  # of the others, the last, added to Tiny-ImageNet's own 50 validation images a class
+    common: list[str]
+    teacher: list[str]
+    student: list[str]
+
+
+class Table(NamedTuple):
+    setting: str
+    seeds: int
+    runs: dict[str, list[str]]  # name: flags; "{teacher}" stands for the teacher's student/ folder
+
+
+SMALL = [
+    "--recipe", "cifar", "--no-small-stem", "--batch-size", "64", "--lr", "0.05", "--schedule", "cosine",
+    "--warmup-epochs", "1", "--cache", "device",
+]  # fmt: skip
+LARGE = ["--recipe", "cifar", "--img-size", "64", "--schedule", "cosine", "--warmup-epochs", "1", "--cache", "device",
+         "--compile", "--epochs", "30", "--lr", "0.2", "--batch-size", "256"]  # fmt: skip
+DEIT = ["--recipe", "imagenet-vit", "--img-size", "64", "--randaugment", "0", "0", "--cache", "device", "--compile",
+        "--model", "deit_tiny_patch16_224", "--model-args", "img_size=64", "patch_size=8",
+        "--epochs", "30", "--batch-size", "512"]  # fmt: skip
+SETTINGS = {
+    "few-epochs": Setting(
+        20, 32, train=400, held_out=50, common=SMALL,
+        teacher=["--model", f"{MODELS}:resnet20", "--epochs", "16"],
+        student=["--model", f"{MODELS}:resnet8", "--epochs", "8"],
+    ),
+    "few-images": Setting(
+        20, 32, train=50, held_out=50, common=SMALL,
+        teacher=["--model", f"{MODELS}:resnet20", "--epochs", "100"],
+        student=["--model", f"{MODELS}:resnet8", "--epochs", "64", "--crop", "none"],
+    ),
+    "full": Setting(200, 64, train=500, held_out=0, common=[], teacher=[*LARGE, "--model", "resnet34"], student=[]),
+}  # fmt: skip
+
+KD, NKD = (["--kd", method, "--teacher", "{teacher}"] for method in ("kd", "nkd"))
+USKD = ["--self-kd", "uskd"]
+METHODS = {
+    "cross-entropy": [],
+    "label smoothing": ["--label-smoothing", "0.1"],
+    "KD": KD,
+    "NKD": NKD,
+    "USKD": USKD,
+}
+TABLES = {
+    "few-epochs": Table("few-epochs", 5, METHODS),
+    "few-images": Table("few-images", 5, METHODS),
+    "nkd-parts": Table(
+        "few-epochs", 3,
+        {
+            "cross-entropy": [],
+            "NKD target": [*NKD, "--gamma", "0"],
+            "NKD non-target": [*NKD, "variant=nkd_without_target"],
+            "NKD": NKD,  # gamma 3.5, temperature 3, the paper's for CIFAR-100
+            **{f"NKD gamma {gamma}": [*NKD, "--gamma", gamma] for gamma in ("0.5", "1.5", "7")},
+            **{f"NKD temperature {t}": [*NKD, "--temperature", t] for t in ("1", "2", "5")},
+        },
+    ),
+    "uskd-parts": Table(
+        "few-images", 3,
+        {
+            "cross-entropy": [],
+            "USKD target": [*USKD, "--beta", "0", "--mu", "0"],
+            "USKD weak": [*USKD, "--alpha", "0", "--beta", "0"],
+            "USKD non-target, weak": [*USKD, "--alpha", "0"],
+            "USKD": USKD,  # tapped at layer2
+            "USKD ranked by log S": [*USKD, "variant=uskd_ranked_by_log"],
+            "USKD tapped at layer1": [*USKD, "--tap", "layer1"],
+            "USKD tapped at layer3": [*USKD, "--tap", "layer3"],
+        },
+    ),
+    "full": Table(
+        "full", 3,
+        {
+            **{f"{model} {method}": [*LARGE, "--model", model, *flags]
+               for model in ("resnet18", "mobilenet_v2") for method, flags in METHODS.items()},
+            **{f"deit_tiny {method}": [*DEIT, *METHODS[method]] for method in ("cross-entropy", "NKD", "USKD")},
+        },
+    ),
+}  # fmt: skip
+
+
+def make_images(source: Path, target: Path, setting: Setting) -> None:
+    """Every so many classes in alphabetical order, each image resized and stored without loss."""
+    classes = sorted(path.name for path in (source / "train").iterdir())
+    for name in classes[:: max(1, len(classes) // setting.classes)][: setting.classes]:
+        train, val = (sorted((source / part / name).rglob("*.JPEG")) for part in ("train", "val"))
+        val += train[setting.train :][-setting.held_out :] if setting.held_out else []
+        for part, files in (("train", train[: setting.train]), ("val", val)):
+            folder = target / part / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                image = Image.open(file).convert("RGB")
+                if image.size == (setting.size, setting.size):
+                    shutil.copy(file, folder / file.name)
+                else:
+                    image = image.resize((setting.size, setting.size), Image.Resampling.BILINEAR)
+                    image.save(folder / f"{file.stem}.png")
+
+
+def result(output: Path, command: list[str]) -> dict[str, str] | None:
+    """The last epoch of the run in output, with what args.json says of it; None if it is not this command's, whole."""
+    try:
+        about = json.loads((output / "args.json").read_text())
+        with open(output / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError):
+        return None
+    if about["command"] != shlex.join(command[1:]) or int(rows[-1]["epoch"]) != about["flags"]["epochs"]:
+        return None
+    seconds = sorted(float(row["seconds"]) for row in rows)[len(rows) // 2]
+    keys = ("epoch", "train_loss", "loss_ce", "val_loss", "val_top1", "val_top5", "memory_mib")
+    return {key: rows[-1][key] for key in keys} | {
+        "seconds_per_epoch": f"{seconds:.4g}",
+        "hardware": f"{about['hardware']['processes']} x {about['hardware']['device']}",
+        "versions": " ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        "command": about["command"].replace(f"{ROOT}/", ""),
+    }
+
+
+def run(name: str, flags: list[str]) -> dict[str, str]:
+    """train.py, or ablation.py with one of its variants, unless that was done before."""
+    variants = [flag.removeprefix("variant=") for flag in flags if flag.startswith("variant=")]
+    script = [str(HERE / "ablation.py"), *variants] if variants else [str(ROOT / "train.py")]
+    output = RUNS / name.replace(",", "").replace(" ", "-")
+    command = [sys.executable, *script, *(flag for flag in flags if not flag.startswith("variant="))]
+    command += ["--output", str(output), "--overwrite"]
+    row = result(output, command)
+    if row is None:
+        output.mkdir(parents=True, exist_ok=True)
+        with open(output / "log.txt", "w") as log:
+            status = subprocess.run(command, stdout=log, stderr=log).returncode
+        row = result(output, command)
+        if status or row is None:
+            raise SystemExit(f"{shlex.join(command)} ended with status {status}: see {output}/log.txt")
+    print(f"{name:40} top-1 {float(row['val_top1']):6.2f} %  {row['seconds_per_epoch']} s an epoch", flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("source", type=Path, help="the unpacked Tiny-ImageNet")
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--seeds", type=int, help="how many, from 0 (default: 5 for the tables on CPU, else 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, on CPU, with one thread each")
+    parser.add_argument("--flags", default="", help="more flags of train.py for every run, to try the table small")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the table is written")
+    args = parser.parse_args()
+    if not (args.source / "train").is_dir():
+        parser.error(f"{args.source} has no train/ folder")
+    table = TABLES[args.table]
+    setting = SETTINGS[table.setting]
+    images = RUNS / f"{table.setting}-images"
+    if not images.exists():
+        partial = RUNS / f"{table.setting}-images.partial"
+        make_images(args.source, partial, setting)
+        partial.rename(images)
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+    common = ["--data", str(images), *setting.common]
+    more = shlex.split(args.flags)
+    teacher = f"{table.setting}/teacher"
+    rows = {("teacher", 0): run(teacher, [*common, *setting.teacher, *more])}
+    runs = {}
+    for seed in range(args.seeds or table.seeds):
+        for method, flags in table.runs.items():
+            filled = [flag.format(teacher=RUNS / teacher / "student") for flag in flags]
+            shared = [known for known in METHODS if METHODS[known] == flags]  # with the setting's own table
+            name = f"{table.setting}/{shared[0] if shared else method}-{seed}"
+            runs[method, seed] = (name, [*common, *setting.student, *filled, *more, "--seed", str(seed)])
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows |= zip(runs, pool.map(lambda arguments: run(*arguments), runs.values()))
+
+    args.results.mkdir(parents=True, exist_ok=True)
+    partial = args.results / f"{args.table}.csv.partial"
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["method", "seed", *rows["teacher", 0]])
+        writer.writeheader()
+        writer.writerows({"method": method, "seed": seed} | row for (method, seed), row in rows.items())
+    partial.rename(args.results / f"{args.table}.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""examples/paper: every row of the paper's tables can be started, and our own tables come out of their files."""
+
+import csv
+import functools
+import importlib.util
+import math
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import train
+from kdlite import WithWeakHead, nkd_loss, uskd_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPER = ROOT / "examples/paper"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, PAPER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def rows():
+    """Name: the flags of train.py, as the shell makes them."""
+    command = ["bash", str(PAPER / "rows.sh")]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    lines = subprocess.run(
+        [*command, "all"], capture_output=True, text=True, check=True, env=os.environ | {"LAUNCH": "echo"}
+    ).stdout.splitlines()
+    return dict(zip(names, (shlex.split(line)[1:] for line in lines), strict=True))
+
+
+# ---- the rows ----
+
+# the layer each weak head reads in the official configs, and its channels
+TAPS = {
+    "uskd-mobilenet": ("blocks.3", 512),
+    "uskd-mobilenet-v2": ("features.17", 320),
+    "uskd-shufflenet-v2": ("stage4", 464),
+    "uskd-resnet18": ("layer3", 256),
+    "uskd-resnet50": ("layer3", 1024),
+    "uskd-resnet101": ("layer3", 1024),
+    "uskd-regnet": ("trunk_output.block3", 408),
+    "uskd-swin-tiny": ("features.5", 384),
+    "uskd-deit-tiny": ("blocks.5", 192),
+    "uskd-cifar-resnet18": ("layer3", 256),
+}
+
+
+def test_no_row_is_missing():
+    names = list(rows())
+    assert len([n for n in names if n.startswith("nkd-")]) == 4 + 1 + 7 + 4
+    assert {n for n in names if n.startswith("uskd-")} == set(TAPS)
+
+
+def test_a_row_that_is_not_there_is_an_error():
+    result = subprocess.run(["bash", str(PAPER / "rows.sh"), "nope"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "no row named nope" in result.stderr
+
+
+@pytest.mark.parametrize("name", rows())
+def test_a_row_builds_its_networks_layers_and_schedule_and_takes_a_step(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = rows()[name]
+    assert flags[-2:] == ["--output", f"runs/paper/{name}"]
+    args = train.parse_args([*flags, "--batch-size", "2"])
+    transformer = "deit" in name
+    classes, size = (100, 32) if args.data == "cifar100" else (1000, 32 if transformer else 64)
+    student = train.build_model(train.find_architecture(args.model, args), classes, size)
+    teacher = None
+    if args.teacher:
+        name_of_teacher, theirs = args.teacher, train.parse_args([])
+        if args.teacher.startswith("runs/paper/"):  # a row of its own
+            theirs = train.parse_args(rows()[Path(args.teacher).parts[2]])
+            name_of_teacher = theirs.model
+        model = train.build_model(train.find_architecture(name_of_teacher, theirs), classes, size)
+        half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        teacher = train.Teacher(model, half["mean"], half["std"], (3, size, size), half)
+    net = student
+    if args.self_kd:
+        net = WithWeakHead(student, args.tap, classes, example_input=torch.zeros(2, 3, size, size))
+        assert (net.tap, net.head.in_features) == TAPS[name]
+
+    updates = 4
+    optimizer, scheduler = train.make_optimizer(args, net, updates)
+    lr = []
+    for step in range(0, args.epochs * updates, updates):
+        scheduler.step_update(step + updates // 2)
+        lr.append(optimizer.param_groups[0]["lr"])
+    assert max(lr) == pytest.approx(args.lr, rel=0.01)
+    if args.schedule == "step":
+        assert len({round(math.log(rate), 6) for rate in lr}) == len(args.step_epochs) + 1
+        changes = [epoch for epoch in range(1, args.epochs) if not math.isclose(lr[epoch], lr[epoch - 1])]
+        assert changes == args.step_epochs
+    else:
+        assert lr[-1] < 0.01 * args.lr
+
+    before = [p.detach().clone() for p in net.parameters()]
+    images, target = torch.randn(2, 3, size, size), torch.tensor([3, 7])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses = train.forward_backward(net.train(), teacher, images, target, None, scaler, args)
+    assert set(losses) == {"ce"} | ({args.kd} if args.kd else set()) | ({"uskd"} if args.self_kd else set())
+    assert all(loss.isfinite() for loss in losses.values())
+    train.update(net, optimizer, scaler, args)
+    assert not all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+# ---- the networks ----
+
+PARAMETERS = {  # with 100 classes, as the protocol's papers count them
+    "resnet20": 278_324,
+    "resnet32": 472_756,
+    "resnet56": 861_620,
+    "resnet110": 1_736_564,
+    "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860,
+    "wrn_16_2": 703_284,
+    "wrn_40_1": 569_780,
+    "wrn_40_2": 2_255_156,
+    "vgg8": 3_965_028,
+    "vgg13": 9_462_180,
+    "mobilenet_v2_half": 812_836,
+    "shufflenet_v1": 949_258,
+    "shufflenet_v2": 1_355_528,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_cifar_network_has_the_parameters_of_the_literature(name):
+    model = getattr(load("cifar_models"), name)(num_classes=100)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_a_depth_that_no_resnet_has():
+    with pytest.raises(ValueError, match=r"6n \+ 2"):
+        load("cifar_models").resnet(10, depth=18)
+
+
+# ---- the ablations ----
+
+
+def test_the_variants_of_the_ablations():
+    ablation = load("ablation")
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, weak = (3 * torch.randn(16, 9, generator=generator, dtype=torch.float64) for _ in range(3))
+    target = torch.randint(9, (16,), generator=generator)
+    rows_of = [x.tolist() for x in (student, teacher, weak)]
+
+    both = [oracle.nkd_row(s, t, k, 2.0, 3.0) for s, t, k in zip(*rows_of[:2], target.tolist())]
+    first = [oracle.nkd_row(s, t, k, 0.0, 3.0) for s, t, k in zip(*rows_of[:2], target.tolist())]
+    ours = ablation.nkd_without_target(student, teacher, target, gamma=2.0, temperature=3.0)
+    assert ours.item() == pytest.approx(sum(both) / 16 - sum(first) / 16, rel=1e-5)
+
+    one_hot = torch.nn.functional.one_hot(target, 9).tolist()
+    rest = sum(oracle.uskd_rows(rows_of[0], rows_of[2], one_hot, 0.7, 0.0, 0.3, 0.1)) / 16
+    non_target = 0.0
+    for s, w, t in zip(rows_of[0], rows_of[2], target.tolist()):
+        log_s, probs = oracle.log_softmax(s), oracle.softmax(w)
+        score = [probs[i] / (1 - probs[t] + 1e-6) + log_s[i] / (1 - log_s[t]) for i in range(9)]
+        order = sorted(range(9), key=lambda i: -score[i])
+        z = {i: 1 / (order.index(i) + 1) for i in range(9) if i != t}
+        log_n = oracle.log_softmax(s, leave_out=t)
+        non_target -= sum(z[i] * log_n[i] for i in z) / sum(z.values()) / 16
+    ours = ablation.uskd_ranked_by_log(student, weak, target, alpha=0.7, beta=0.5, mu=0.3)
+    assert ours.item() == pytest.approx(rest + 0.5 * non_target, rel=1e-5)
+
+
+def test_the_ablations_replace_what_train_py_calls():
+    ablation = load("ablation")
+    assert {name for name, _ in ablation.VARIANTS.values()} == {"nkd_loss", "uskd_loss"}
+    assert (train.nkd_loss, train.uskd_loss) == (nkd_loss, uskd_loss)
+    bad = subprocess.run([sys.executable, PAPER / "ablation.py", "nope"], capture_output=True, text=True)
+    assert bad.returncode != 0
+    assert "nkd_without_target" in bad.stderr
+
+
+# ---- our tables ----
+
+
+def test_a_whole_table_at_small_scale(tmp_path):
+    for c, photo in enumerate(load_sample_images().images):
+        for part, count in (("train", 100), ("val", 10)):
+            folder = tmp_path / "source" / part / f"n{c}" / "images"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(photo[3 * i : 3 * i + 64, 5 * i : 5 * i + 64]).save(folder / f"{i}.JPEG")
+    command = [
+        sys.executable, str(PAPER / "tiny_imagenet.py"), str(tmp_path / "source"), "few-images", "--seeds", "1",
+        "--flags", "--epochs 1 --batch-size 32 --workers 0 --device cpu", "--results", str(tmp_path / "results"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "results/few-images.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == ["teacher", "cross-entropy", "label smoothing", "KD", "NKD", "USKD"]
+    for row in table:
+        assert 0 <= float(row["val_top1"]) <= 100
+        assert row["command"].startswith("train.py ")
+        assert f"torch {torch.__version__.partition('+')[0]}" in row["versions"]
+    written = (tmp_path / "runs/tiny_imagenet/few-images/NKD-0/last.pt").stat().st_mtime_ns
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "runs/tiny_imagenet/few-images/NKD-0/last.pt").stat().st_mtime_ns == written  # not repeated
