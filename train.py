@@ -184,7 +184,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
                        help="mixed precision; auto: bf16 where the GPU has it, else fp16, off on CPU")  # fmt: skip
-    group.add_argument("--compile", action="store_true", help="torch.compile student and teacher")
+    group.add_argument("--compile", action=flag, default=False, help="torch.compile student and teacher")
     group.add_argument("--channels-last", action=flag, default=True, help="memory layout of images and weights")
     group.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
 
@@ -551,11 +551,11 @@ def make_loaders(
         raise UserError(f"--cache device cannot keep the stream {args.data}: leave it out")
     plain = train_transform(argparse.Namespace(**vars(args) | {"crop": "none", "hflip": 0.0, "randaugment": None}))
     try:
+        train = make_loader(data.train, plain, 256, False, args, device)
+        val = make_loader(data.val, eval_transform(config), 256, False, args, device)
         return (
-            DeviceLoader(make_loader(data.train, plain, 256, False, args, device), batch_size, True, args),
-            DeviceLoader(
-                make_loader(data.val, eval_transform(config), 256, False, args, device), 2 * batch_size, False, args
-            ),
+            DeviceLoader(train, batch_size, True, args, device),
+            DeviceLoader(val, 2 * batch_size, False, args, device),
         )
     except torch.OutOfMemoryError as error:
         raise RankError(
@@ -581,10 +581,11 @@ class DeviceLoader:
     image cropped and flipped by itself; what is drawn depends on seed, epoch and rank alone, so that a resume agrees.
     """
 
-    def __init__(self, decoded: DataLoader, batch_size: int, train: bool, args: argparse.Namespace) -> None:
+    def __init__(
+        self, decoded: DataLoader, batch_size: int, train: bool, args: argparse.Namespace, device: torch.device
+    ) -> None:
         self.args, self.batch_size, self.train, self.epoch = args, batch_size, train, 0
         self.share = len(decoded.dataset) // WORLD_SIZE  # type: ignore[arg-type]
-        device = pick_device(args)
         images = torch.empty(0)
         labels = torch.empty(self.share + 1, dtype=torch.int64, device=device)
         self.corrupt: list[Corrupt] = []

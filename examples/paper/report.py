@@ -1,0 +1,136 @@
+"""The tables in README.md and examples/paper/README.md, and the plots, from results/*.csv.
+
+    python examples/paper/report.py            # writes them anew; --check says whether they are what the files say
+
+Between <!-- table NAME --> and <!-- end --> a page holds the table of results/NAME.csv; summary is of the first two.
+"""
+
+import argparse
+import csv
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from scipy.stats import ttest_rel
+
+HERE = Path(__file__).resolve().parent
+PAGES = [HERE.parents[1] / "README.md", HERE / "README.md"]
+BASELINE = "cross-entropy"
+
+
+def read(name: str) -> dict[str, dict[int, dict[str, str]]]:
+    """Method: seed: the row of results/NAME.csv."""
+    table: dict[str, dict[int, dict[str, str]]] = {}
+    with open(HERE / f"results/{name}.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            table.setdefault(row["method"], {})[int(row["seed"])] = row
+    return table
+
+
+def column(rows: dict[int, dict[str, str]], key: str) -> list[float]:
+    return [float(rows[seed][key]) for seed in sorted(rows)]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean +- standard deviation over seeds."""
+    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def baseline_of(method: str, table: dict[str, dict[int, dict[str, str]]]) -> str:
+    """Cross-entropy, of the same network where the table has several."""
+    own = method.partition(" ")[0] + " " + BASELINE
+    return own if own in table else BASELINE
+
+
+def over_baseline(method: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
+    """What a method gains in top-1, seed by seed, and p of a paired t-test; empty where there is nothing to compare."""
+    rows, base = table[method], table.get(baseline_of(method, table), {})
+    if method == "teacher" or rows is base or rows.keys() != base.keys() or len(rows) < 2:
+        return "", ""
+    ours, theirs = column(rows, "val_top1"), column(base, "val_top1")
+    gain = spread([a - b for a, b in zip(ours, theirs)])
+    return gain if gain.startswith("-") else f"+{gain}", f"{ttest_rel(ours, theirs).pvalue:.2g}"
+
+
+def markdown(name: str) -> str:
+    table = read(name)
+    lines = [
+        "| trained with | seeds | top-1 % | over cross-entropy | p | top-5 % | cross-entropy in training, validation |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method, rows in table.items():
+        gain, p = over_baseline(method, table)
+        lines.append(
+            f"| {method} | {len(rows)} | {spread(column(rows, 'val_top1'))} | {gain} | {p} | "
+            f"{spread(column(rows, 'val_top5'), 1)} | {statistics.mean(column(rows, 'loss_ce')):.2f}, "
+            f"{statistics.mean(column(rows, 'val_loss')):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def summary() -> str:
+    """Both settings side by side."""
+    few_epochs, few_images = read("few-epochs"), read("few-images")
+    lines = [
+        "| trained with | underfits: top-1 % | over cross-entropy | fits: top-1 % | over cross-entropy |",
+        "|---|---|---|---|---|",
+    ]
+    for method in few_epochs:
+        cells = [method]
+        for table in (few_epochs, few_images):
+            cells += [spread(column(table[method], "val_top1")), over_baseline(method, table)[0]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(name: str) -> None:
+    """A dot a run, a bar from the mean to a standard deviation on both sides; the line is cross-entropy's mean."""
+    table = {method: column(rows, "val_top1") for method, rows in read(name).items() if method != "teacher"}
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.35 * len(table)), layout="constrained")
+    for y, (method, values) in enumerate(table.items()):
+        axes.plot(values, [y] * len(values), "o", markersize=4, alpha=0.6, color=f"C{int(method != BASELINE)}")
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        axes.errorbar(statistics.mean(values), y, xerr=deviation, fmt="|", color="black", capsize=4)
+    if BASELINE in table:
+        axes.axvline(statistics.mean(table[BASELINE]), color="C0", linewidth=0.8)
+    axes.set_yticks(range(len(table)), list(table))
+    axes.invert_yaxis()
+    axes.set_xlabel("top-1 of the last epoch (%)")
+    axes.grid(axis="x", alpha=0.3)
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same file from the same figures
+        figure.savefig(HERE / f"results/{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is out of date")
+    args = parser.parse_args()
+    status = 0
+    for page in PAGES:
+        text = page.read_text()
+        new = re.sub(
+            r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)",
+            lambda m: f"{m[1]}\n{summary() if m[2] == 'summary' else markdown(m[2])}\n\n{m[3]}",
+            text,
+            flags=re.S,
+        )
+        if args.check and new != text:
+            print(f"{page} is out of date: python examples/paper/report.py", file=sys.stderr)
+            status = 1
+        elif not args.check:
+            page.write_text(new)
+    if not args.check:
+        for file in sorted(HERE.glob("results/*.csv")):
+            plot(file.stem)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
