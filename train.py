@@ -204,7 +204,7 @@ def get_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, on top of the recipe's defaults or, with --resume, of those the run was started with."""
     parser = get_parser()
-    first = parser.parse_args(argv)
+    first, unset = parser.parse_args(argv), parser.parse_args([])
     if first.resume and not first.output:
         parser.error("--resume needs --output, the run directory to go on in")
     saved = {}
@@ -231,8 +231,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--kd {args.kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
     if args.teacher and not args.kd:
         parser.error("--teacher needs --kd nkd or --kd kd")
-    if args.tap and not args.self_kd:
-        parser.error("--tap needs --self-kd uskd")
+    of_method = {
+        "--kd nkd": (args.kd == "nkd", ["gamma", "temperature"]),
+        "--kd kd": (args.kd == "kd", ["kd_weight", "kd_temperature"]),
+        "--self-kd uskd": (args.self_kd == "uskd", ["tap", "alpha", "beta", "mu"]),
+    }
+    for method, (chosen, names) in of_method.items():
+        for name in names:
+            if not chosen and getattr(first, name) != getattr(unset, name):
+                parser.error(f"--{name.replace('_', '-')} needs {method}")
     if Path(args.model).is_dir() and (args.model_args or "--small-stem" in (sys.argv if argv is None else argv)):
         parser.error("--model is a student/ folder, which has its own --model-args and --small-stem")
     if args.randaugment and not (args.randaugment[0] >= 0 and 0 <= args.randaugment[1] <= 30):
