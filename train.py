@@ -558,11 +558,11 @@ def make_loaders(
         raise UserError(f"--cache device cannot keep the stream {args.data}: leave it out")
     plain = train_transform(argparse.Namespace(**vars(args) | {"crop": "none", "hflip": 0.0, "randaugment": None}))
     try:
-        train = make_loader(data.train, plain, 256, False, args, device)
-        val = make_loader(data.val, eval_transform(config), 256, False, args, device)
+        decoded_train = make_loader(data.train, plain, 256, False, args, device)
+        decoded_val = make_loader(data.val, eval_transform(config), 256, False, args, device)
         return (
-            DeviceLoader(train, batch_size, True, args, device),
-            DeviceLoader(val, 2 * batch_size, False, args, device),
+            DeviceLoader(decoded_train, batch_size, True, args, device),
+            DeviceLoader(decoded_val, 2 * batch_size, False, args, device),
         )
     except torch.OutOfMemoryError as error:
         raise RankError(
@@ -617,16 +617,14 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Batch]:
         device = self.images.device
         generator = torch.Generator(device).manual_seed((self.args.seed * 1_000_003 + self.epoch) * WORLD_SIZE + RANK)
-        order = torch.arange(self.count, device=device)
-        if self.train:
-            order = order[torch.randperm(self.count, generator=generator, device=device)]
         if not self.count:
             yield Batch(None, None, self.corrupt)
-        for i in range(len(self) if self.count else 0):
-            chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
-            if self.train:  # where some images could not be read, others come twice: every rank needs the same batches
-                missing = self.batch_size - len(chosen)
-                chosen = torch.cat([chosen, order[torch.arange(missing, device=device) % self.count]])
+            return
+        order = torch.arange(self.count, device=device)
+        if self.train:  # every rank needs as many batches: where images could not be read, others come twice
+            shuffled = torch.randperm(self.count, generator=generator, device=device)
+            order = shuffled[torch.arange(len(self) * self.batch_size, device=device) % self.count]
+        for chosen in order.split(self.batch_size):
             images = self.images[chosen]
             if self.train:
                 images = crop_and_flip(images, self.args, generator)

@@ -189,6 +189,23 @@ def test_the_ablations_replace_what_train_py_calls():
 # ---- our tables ----
 
 
+def test_the_tables_on_the_pages_are_those_of_the_files():
+    done = subprocess.run([sys.executable, PAPER / "report.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_measured_run_says_its_command_versions_hardware_and_seed():
+    files = list(PAPER.glob("results/*.csv"))
+    assert len(files) >= 4
+    for file in files:
+        with open(file) as open_file:
+            for row in csv.DictReader(open_file):
+                assert row["command"].split()[0].endswith(("train.py", "ablation.py"))
+                assert row["method"] == "teacher" or f"--seed {row['seed']}" in row["command"]
+                assert "torch " in row["versions"]
+                assert row["hardware"]
+
+
 def test_a_whole_table_at_small_scale(tmp_path):
     for c, photo in enumerate(load_sample_images().images):
         for part, count in (("train", 100), ("val", 10)):

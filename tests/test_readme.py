@@ -25,7 +25,7 @@ def test_the_python_in_the_readme_runs():
     assert type(names["plain"]).__name__ == "ResNet"
 
 
-@pytest.mark.parametrize("page", ["README.md", "deploy/README.md", "examples/triton/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "deploy/README.md", "examples/triton/README.md", "examples/paper/README.md"])
 def test_every_flag_and_command_on_a_page_exists(page):
     text = (ROOT / page).read_text()
     commands = {name: importlib.import_module(f"deploy.{name}") for name in COMMANDS}
