@@ -25,7 +25,9 @@ def test_the_python_in_the_readme_runs():
     assert type(names["plain"]).__name__ == "ResNet"
 
 
-@pytest.mark.parametrize("page", ["README.md", "deploy/README.md", "examples/triton/README.md", "examples/paper/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "deploy/README.md", "examples/triton/README.md", "examples/paper/README.md"]
+)
 def test_every_flag_and_command_on_a_page_exists(page):
     text = (ROOT / page).read_text()
     commands = {name: importlib.import_module(f"deploy.{name}") for name in COMMANDS}
@@ -34,6 +36,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs = {"--nproc-per-node", "--logdir"}  # of torchrun and TensorBoard
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
+    theirs |= {"--jobs"}  # of examples/paper/tiny_imagenet.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs
     for name, flags in re.findall(r"^(?:    )?python -m deploy\.(\w+) ([^#\n]*)", text, re.M):
         commands[name].get_parser().parse_args(shlex.split(flags.replace("\\", "")))

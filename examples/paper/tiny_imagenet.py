@@ -213,7 +213,11 @@ def main() -> None:
             name = f"{table.setting}/{shared[0] if shared else method}-{seed}"
             runs[method, seed] = (name, [*common, *setting.student, *filled, *more, "--seed", str(seed)])
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows |= zip(runs, pool.map(lambda arguments: run(*arguments), runs.values()))
+        try:
+            rows |= zip(runs, pool.map(lambda arguments: run(*arguments), runs.values()))
+        except BaseException:  # one failed, or Ctrl-C: those that wait need not begin
+            pool.shutdown(cancel_futures=True)
+            raise
 
     args.results.mkdir(parents=True, exist_ok=True)
     partial = args.results / f"{args.table}.csv.partial"
