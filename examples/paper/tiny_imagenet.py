@@ -108,7 +108,6 @@ TABLES = {
             "USKD non-target, weak": [*USKD, "--alpha", "0"],
             "USKD": USKD,  # tapped at layer2
             "USKD ranked by log S": [*USKD, "variant=uskd_ranked_by_log"],
-            "USKD tapped at layer1": [*USKD, "--tap", "layer1"],
             "USKD tapped at layer3": [*USKD, "--tap", "layer3"],
         },
     ),
@@ -155,7 +154,7 @@ def result(output: Path, command: list[str]) -> dict[str, str] | None:
     keys = ("epoch", "train_loss", "loss_ce", "val_loss", "val_top1", "val_top5", "memory_mib")
     return {key: rows[-1][key] for key in keys} | {
         "seconds_per_epoch": f"{seconds:.4g}",
-        "hardware": f"{about['hardware']['processes']} x {about['hardware']['device']}",
+        "hardware": "{processes} x {device}, {cpu_cores} CPU cores".format(**about["hardware"]),
         "versions": " ".join(f"{name} {version}" for name, version in about["versions"].items()),
         "command": about["command"].replace(f"{ROOT}/", ""),
     }
