@@ -100,7 +100,7 @@ def plot(name: str) -> None:
     if BASELINE in table:
         axes.axvline(statistics.mean(table[BASELINE]), color="C0", linewidth=0.8)
     axes.set_yticks(range(len(table)), list(table))
-    axes.invert_yaxis()
+    axes.set_ylim(len(table) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel("top-1 of the last epoch (%)")
     axes.grid(axis="x", alpha=0.3)
     with matplotlib.rc_context({"svg.hashsalt": name}):  # the same file from the same figures
