@@ -32,6 +32,7 @@ import re
 import resource
 import shlex
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -541,6 +542,7 @@ def make_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         multiprocessing_context=worker_context() if workers and sampler is not None else None,
+        worker_init_fn=end_with_the_training_process,
         generator=torch.Generator(),  # else starting workers would draw from the state that --resume restores
     )
 
@@ -579,6 +581,16 @@ def worker_context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "torchvision"])
     return context
+
+
+def end_with_the_training_process(_worker: int) -> None:
+    """torch's workers end when their parent does, which is the fork server here, and that waits for them."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class DeviceLoader:

@@ -597,7 +597,7 @@ def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # as the others: the order of a sum depends on it
     )
-    for line in killed.stdout:
+    for line in killed.stdout:  # until the data loading processes, which hold it too, have ended as well
         if line.startswith("epoch 4/6"):
             killed.send_signal(signal.SIGKILL)
     killed.wait()
