@@ -95,6 +95,7 @@ TABLES = {
             "NKD non-target": [*NKD, "variant=nkd_without_target"],
             "NKD": NKD,  # gamma 3.5, temperature 3, the paper's for CIFAR-100
             "NKD gamma 1.5": [*NKD, "--gamma", "1.5"],
+            "NKD gamma 7": [*NKD, "--gamma", "7"],
             "NKD temperature 1": [*NKD, "--temperature", "1"],
             "NKD temperature 5": [*NKD, "--temperature", "5"],
         },
@@ -108,6 +109,7 @@ TABLES = {
             "USKD non-target, weak": [*USKD, "--alpha", "0"],
             "USKD": USKD,  # tapped at layer2
             "USKD ranked by log S": [*USKD, "variant=uskd_ranked_by_log"],
+            "USKD tapped at layer1": [*USKD, "--tap", "layer1"],
             "USKD tapped at layer3": [*USKD, "--tap", "layer3"],
         },
     ),
