@@ -85,7 +85,7 @@ METHODS = {
     "USKD": USKD,
 }
 TABLES = {
-    "few-epochs": Table("few-epochs", 5, METHODS),
+    "few-epochs": Table("few-epochs", 15, METHODS),
     "few-images": Table("few-images", 15, METHODS),
     "nkd-parts": Table(
         "few-epochs", 3,
@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("source", type=Path, help="the unpacked Tiny-ImageNet")
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--seeds", type=int, help="how many, from 0 (default: by table, 3 to 15)")
+    parser.add_argument("--seeds", type=int, help="how many, from 0 (default: 15 for the first two, else 3)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, on CPU, with one thread each")
     parser.add_argument("--flags", default="", help="more flags of train.py for every run, to try the table small")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where the table is written")
