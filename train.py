@@ -14,12 +14,9 @@ One flat file, in the order it runs: arguments, data, models, losses, evaluation
 from __future__ import annotations
 
 import argparse
-import ast
-import copy
 import csv
 import difflib
-import errno
-import importlib.util
+import functools
 import io
 import itertools
 import json
@@ -34,8 +31,7 @@ import shlex
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,9 +42,6 @@ import torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from timm.layers import convert_sync_batchnorm
@@ -62,6 +55,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from deploy.cli import Parser, UserError, explain, show_error, write_whole
+from deploy.preprocess import RESAMPLING, UnreadableImage, open_image, prepare, to_rgb
+from deploy.reference import NAME, Reference, evenly, write_reference
+from deploy.runtimes import source_of
+from deploy.student import build_model, check_forward, find_architecture, load_student, load_weights, save_student
 from kdlite import WithWeakHead, nkd_loss, uskd_loss
 
 RANK = int(os.environ.get("RANK", 0))
@@ -69,20 +67,9 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 IS_MAIN = RANK == 0
 
-INTERPOLATIONS = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
-
-
-class UserError(Exception):
-    """A mistake the user can mend: one line on stderr, exit status 2, no traceback. Every rank meets the same."""
-
 
 class RankError(UserError):
     """One that this rank alone may meet, so that it must say so itself."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message} (--help lists the flags)")
 
 
 # ---- arguments ----------------------------------------------------------------------------------------------------
@@ -122,7 +109,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="digits", help="digits (embedded), cifar10, cifar100, a folder with train/ "
-                       "and val/, or a timm dataset name (hfds/..., wds/..., torch/...)")  # fmt: skip
+                       "and val/, or a timm dataset name (hfds/..., torch/...)")  # fmt: skip
     group.add_argument("--data-dir", default="data", help="where cifar and timm datasets are kept")
     group.add_argument("--download", action="store_true", help="fetch cifar or timm datasets that are not there yet")
     group.add_argument("--num-classes", type=int, help="for timm datasets that do not say how many they have")
@@ -135,7 +122,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--mixup", type=float, default=0.0, help="alpha of mixup, 0 is off")
     group.add_argument("--cutmix", type=float, default=0.0, help="alpha of cutmix, 0 is off")
     group.add_argument("--eval-crop", type=float, default=1.0, help="share of the resized side kept in evaluation")
-    group.add_argument("--interpolation", choices=sorted(INTERPOLATIONS), default="bilinear", help="of every resize")
+    group.add_argument("--interpolation", choices=sorted(RESAMPLING), default="bilinear", help="of every resize")
     group.add_argument("--cache", choices=["none", "device"], default="none",
                        help="device: decode all images once, keep them in device memory at --img-size, and crop and "
                        "flip them there; for data sets of small images")  # fmt: skip
@@ -193,6 +180,9 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--output", help="where the run is kept (default: the next number under runs/)")
     group.add_argument("--resume", action="store_true", help="go on from last.pt in --output, if it is there")
     group.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
+    group.add_argument("--reference", type=int, default=256, metavar="N",
+                       help="at the end keep N validation and N training images, prepared, with the student's answers "
+                       "in reference.npz, for deploy/; 0: none")  # fmt: skip
     group.add_argument("--log-interval", type=int, default=50, help="optimizer steps between looks at the losses")
     for action in parser._actions:
         by_recipe = any(action.dest in values for values in RECIPES.values())
@@ -250,6 +240,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least = dict(
         epochs=1, batch_size=1, grad_accum=1, img_size=1, log_interval=1, workers=0, lr=0, weight_decay=0,
         warmup_epochs=0, gamma=0, alpha=0, beta=0, mu=0, kd_weight=0, mixup=0, cutmix=0, num_classes=2, seed=0,
+        reference=0,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
@@ -340,36 +331,39 @@ class Digits(Dataset):
         return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
-def open_data(args: argparse.Namespace) -> Data:
-    data = find_data(args)
+def open_data(name: str, folder: str = "data", download: bool = False, num_classes: int | None = None) -> Data:
+    """The data set that --data names; folder: where cifar and timm data sets are kept."""
+    if name == "digits":
+        half = (0.5, 0.5, 0.5)
+        data = Data(Digits(train=True), Digits(train=False), [str(i) for i in range(10)], half, half)
+    elif name in ("cifar10", "cifar100"):
+        data = open_cifar(name, folder, download)
+    elif re.match(r"(hfds|hfids|wds|tfds|torch)/", name) and not Path(name).is_dir():
+        data = open_timm_data(name, folder, download, num_classes)
+    else:
+        data = open_folder(name)
     if len(data.label_names) < 2:
-        raise UserError(f"--data {args.data} has the one class {data.label_names[0]}: at least 2 are needed")
+        raise UserError(f"--data {name} has the one class {data.label_names[0]}: at least 2 are needed")
     return data
 
 
-def find_data(args: argparse.Namespace) -> Data:
-    if args.data == "digits":
-        half = (0.5, 0.5, 0.5)
-        return Data(Digits(train=True), Digits(train=False), [str(i) for i in range(10)], half, half)
+def open_cifar(name: str, folder: str, download: bool) -> Data:
+    cifar = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    try:
+        with local_rank_zero_first():
+            train, val = (cifar(folder, train=train, download=download) for train in (True, False))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{name} in {folder!r}: {error}; --download fetches it") from error
+    return Data(train, val, train.classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
-    if args.data in ("cifar10", "cifar100"):
-        cifar = torchvision.datasets.CIFAR10 if args.data == "cifar10" else torchvision.datasets.CIFAR100
-        try:
-            with local_rank_zero_first():
-                train, val = (cifar(args.data_dir, train=train, download=args.download) for train in (True, False))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{args.data} in {args.data_dir!r}: {error}; --download fetches it") from error
-        return Data(train, val, train.classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
-    if re.match(r"(hfds|hfids|wds|tfds|torch)/", args.data) and not Path(args.data).is_dir():
-        return open_timm_data(args)
-
-    root = Path(args.data)
+def open_folder(name: str) -> Data:
+    root = Path(name)
     missing = [str(root / part) for part in ("train", "val") if not (root / part).is_dir()]
     if missing:
-        known = "digits, cifar10, cifar100, hfds/NAME, wds/NAME, torch/NAME"
+        known = "digits, cifar10, cifar100, hfds/NAME, torch/NAME"
         raise UserError(
-            f"--data {args.data}: no folder {' and no folder '.join(missing)}; expected a folder with "
+            f"--data {name}: no folder {' and no folder '.join(missing)}; expected a folder with "
             f"train/CLASS/*.jpg and val/CLASS/*.jpg, or one of {known}"
         )
     try:
@@ -377,67 +371,69 @@ def find_data(args: argparse.Namespace) -> Data:
             torchvision.datasets.ImageFolder(str(root / part), loader=open_image) for part in ("train", "val")
         )
     except FileNotFoundError as error:
-        raise UserError(f"--data {args.data}: {' '.join(str(error).split())}") from error
+        raise UserError(f"--data {name}: {' '.join(str(error).split())}") from error
     if train.classes != val.classes:
         difference = sorted(set(train.classes) ^ set(val.classes))
-        raise UserError(f"--data {args.data}: train/ and val/ hold different classes: {', '.join(difference[:5])}")
+        raise UserError(f"--data {name}: train/ and val/ hold different classes: {', '.join(difference[:5])}")
     return Data(train, val, train.classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-def open_image(file: Any) -> Image.Image:
-    """RGB of 8 bits; Pillow itself would clip 16-bit images to white."""
-    image = Image.open(file)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def open_timm_data(args: argparse.Namespace) -> Data:
-    micro_batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
-    options = dict(root=args.data_dir, download=args.download, seed=args.seed, batch_size=micro_batch)
+def open_timm_data(name: str, folder: str, download: bool, num_classes: int | None) -> Data:
+    options = dict(root=folder, download=download)
     try:
         with local_rank_zero_first():
-            train = timm.data.create_dataset(args.data, split="train", is_training=True, **options)
-            val = timm.data.create_dataset(args.data, split="validation", is_training=False, **options)
+            train = timm.data.create_dataset(name, split="train", is_training=True, **options)
+            val = timm.data.create_dataset(name, split="validation", is_training=False, **options)
     except Exception as error:  # each backend has errors of its own
-        raise UserError(f"--data {args.data} through timm: {type(error).__name__}: {error}") from error
+        raise UserError(f"--data {name} through timm: {type(error).__name__}: {error}") from error
+    if isinstance(train, IterableDataset) or isinstance(val, IterableDataset):
+        raise UserError(f"--data {name} is a stream, whose images have no numbers to draw by: unpack it into a folder")
     names = getattr(train, "classes", None) or sorted(
         getattr(getattr(train, "reader", None), "class_to_idx", None) or {}
     )
-    if not names and not args.num_classes:
-        raise UserError(f"--data {args.data} does not say how many classes it has: give --num-classes")
-    names = [str(name) for name in names or range(args.num_classes)]
+    if not names and not num_classes:
+        raise UserError(f"--data {name} does not say how many classes it has: give --num-classes")
+    names = [str(label) for label in names or range(num_classes or 0)]
     return Data(train, val, names, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-def train_transform(args: argparse.Namespace) -> v2.Transform:
-    """PIL image -> augmented uint8 (3, H, W). What can be done to whole batches is done on the device."""
-    size, interpolation = args.img_size, INTERPOLATIONS[args.interpolation]
-    steps: list[nn.Module] = [v2.RGB()]
-    if args.crop == "resized":
-        steps += [v2.RandomResizedCrop(size, interpolation=interpolation)]
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, of an image that is not decoded yet: of a large JPEG no more is decoded than the crop needs."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        whole_width, whole_height = image.size
+        top, left, height, width = self.make_params([image]).values()
+        image = to_rgb(image, (self.size[1] * whole_width / width, self.size[0] * whole_height / height))
+        if image.size == (whole_width, whole_height):
+            return v2.functional.resized_crop(image, top, left, height, width, self.size, self.interpolation)
+        x, y = image.width / whole_width, image.height / whole_height
+        right, bottom = min((left + width) * x, image.width), min((top + height) * y, image.height)
+        resampling = RESAMPLING[self.interpolation.value]
+        return image.resize((self.size[1], self.size[0]), resampling, (left * x, top * y, right, bottom))
+
+
+def train_view(
+    size: int, crop: str, hflip: float, interpolation: str, randaugment: Sequence[int] | None = None
+) -> v2.Transform:
+    """Opened PIL image -> augmented uint8 (3, H, W). What can be done to whole batches is done on the device."""
+    mode = v2.InterpolationMode(interpolation)
+    steps: list[Any]
+    if crop == "resized":
+        steps = [RandomResizedCrop(size, interpolation=mode)]
     else:
-        steps += [v2.Resize((size, size), interpolation=interpolation)]
-    if args.crop == "pad":
+        steps = [functools.partial(to_rgb, needed=(size, size)), v2.Resize((size, size), interpolation=mode)]
+    if crop == "pad":
         steps += [v2.RandomCrop(size, padding=size // 8)]
-    if args.hflip:
-        steps += [v2.RandomHorizontalFlip(args.hflip)]
-    if args.randaugment and args.randaugment[0]:
-        steps += [v2.RandAugment(*args.randaugment, interpolation=interpolation)]
+    if hflip:
+        steps += [v2.RandomHorizontalFlip(hflip)]
+    if randaugment and randaugment[0]:
+        steps += [v2.RandAugment(*randaugment, interpolation=mode)]
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-def eval_transform(config: dict[str, Any]) -> v2.Transform:
-    """PIL image -> uint8 (3, H, W) as a student's config.json says; normalisation comes after, on the device."""
-    height, width = config["input_size"][1:]
-    interpolation = INTERPOLATIONS[config["interpolation"]]
-    if height == width:
-        resize = v2.Resize(math.floor(height / config["crop"]), interpolation=interpolation)
-    else:
-        resize = v2.Resize(
-            tuple(math.floor(side / config["crop"]) for side in (height, width)), interpolation=interpolation
-        )
-    return v2.Compose([v2.RGB(), resize, v2.CenterCrop((height, width)), v2.PILToTensor()])
+def eval_view(image: Image.Image, config: dict[str, Any]) -> Tensor:
+    """Opened PIL image -> uint8 (3, H, W) as a student's config.json says; normalisation comes after, on the device."""
+    return torch.from_numpy(prepare(image, config).copy()).permute(2, 0, 1)
 
 
 class Samples(Dataset):
@@ -447,8 +443,8 @@ class Samples(Dataset):
     training the next readable image takes a corrupt one's place, so that batches keep their size; in evaluation none.
     """
 
-    def __init__(self, source: Any, transform: v2.Transform, seed: int, train: bool) -> None:
-        self.source, self.transform, self.seed, self.train = source, transform, seed, train
+    def __init__(self, source: Any, view: Callable[[Image.Image], Tensor], seed: int, train: bool) -> None:
+        self.source, self.view, self.seed, self.train = source, view, seed, train
 
     def __len__(self) -> int:
         return len(self.source)
@@ -458,15 +454,13 @@ class Samples(Dataset):
         corrupt = []
         for index in range(first, first + (10 if self.train else 1)):
             index %= len(self)
-            try:
-                image, label = self.read(index)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                corrupt.append(Corrupt(self.name(index), str(error)))
-                continue
             state = torch.get_rng_state()
             torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * len(self) + first) % 2**63)
             try:
-                return self.transform(image), label, corrupt
+                image, label = self.read(index)
+                return self.view(image), label, corrupt
+            except UnreadableImage as error:
+                corrupt.append(Corrupt(self.name(index), str(error)))
             finally:
                 torch.set_rng_state(state)
         return None, -1, corrupt
@@ -509,39 +503,40 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs]), corrupt)
 
 
-def collate_stream(pairs: list[tuple[Tensor, int]]) -> Batch:
-    return collate([(image, label, []) for image, label in pairs])
-
-
 def make_loader(
-    source: Any, transform: v2.Transform, batch_size: int, train: bool, args: argparse.Namespace, device: torch.device
+    source: Any,
+    view: Callable[[Image.Image], Tensor],
+    batch_size: int,
+    train: bool,
+    seed: int = 0,
+    workers: int | None = None,
+    pin_memory: bool = False,
+    indices: Sequence[int] | None = None,
 ) -> DataLoader:
-    """Training: each rank a part of the shuffle, whole batches only. Evaluation: each sample on exactly one rank."""
-    workers = args.workers
+    """Training: each rank a part of the shuffle, whole batches only. Evaluation: each sample on exactly one rank.
+
+    indices: evaluate on these alone
+    """
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if args.data == "digits" else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        in_memory = isinstance(source, Digits)
+        workers = 0 if in_memory else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    dataset = Samples(source, view, seed, train)
     sampler: Any
-    if isinstance(source, IterableDataset):  # timm's streaming datasets shuffle and shard by themselves
-        source.transform = transform
-        source.set_loader_cfg(num_workers=workers)
-        dataset, sampler = source, None
+    if train:
+        sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=seed, drop_last=True)
     else:
-        dataset = Samples(source, transform, args.seed, train)
-        if train:
-            sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=args.seed, drop_last=True)
-        else:
-            sampler = [(0, index) for index in range(RANK, len(dataset), WORLD_SIZE)]
+        sampler = [(0, index) for index in (indices or range(len(dataset)))[RANK::WORLD_SIZE]]
     return DataLoader(
         dataset,
         batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=collate_stream if sampler is None else collate,
+        collate_fn=collate,
         drop_last=train,
-        pin_memory=device.type == "cuda",
+        pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        multiprocessing_context=worker_context() if workers and sampler is not None else None,
+        multiprocessing_context=worker_context() if workers else None,
         worker_init_fn=end_with_the_training_process,
         generator=torch.Generator(),  # else starting workers would draw from the state that --resume restores
     )
@@ -551,17 +546,18 @@ def make_loaders(
     data: Data, config: dict[str, Any], batch_size: int, args: argparse.Namespace, device: torch.device
 ) -> tuple[Any, Any]:
     """Batches for training and, twice as large, for evaluation: made as they are needed, or kept on the device."""
+    view = functools.partial(eval_view, config=config)
+    machine = dict(workers=args.workers, pin_memory=device.type == "cuda")
     if args.cache == "none":
+        augmented = train_view(args.img_size, args.crop, args.hflip, args.interpolation, args.randaugment)
         return (
-            make_loader(data.train, train_transform(args), batch_size, True, args, device),
-            make_loader(data.val, eval_transform(config), 2 * batch_size, False, args, device),
+            make_loader(data.train, augmented, batch_size, True, args.seed, **machine),
+            make_loader(data.val, view, 2 * batch_size, False, **machine),
         )
-    if isinstance(data.train, IterableDataset):
-        raise UserError(f"--cache device cannot keep the stream {args.data}: leave it out")
-    plain = train_transform(argparse.Namespace(**vars(args) | {"crop": "none", "hflip": 0.0, "randaugment": None}))
+    plain = train_view(args.img_size, "none", 0.0, args.interpolation)
     try:
-        decoded_train = make_loader(data.train, plain, 256, False, args, device)
-        decoded_val = make_loader(data.val, eval_transform(config), 256, False, args, device)
+        decoded_train = make_loader(data.train, plain, 256, False, **machine)
+        decoded_val = make_loader(data.val, view, 256, False, **machine)
         return (
             DeviceLoader(decoded_train, batch_size, True, args, device),
             DeviceLoader(decoded_val, 2 * batch_size, False, args, device),
@@ -574,10 +570,7 @@ def make_loaders(
 
 
 def worker_context() -> Any:
-    """Data loading processes come from a clean one. Forks of this one may hang on the locks its threads held.
-
-    timm's streaming datasets, which cannot be sent to another process, are forked all the same.
-    """
+    """Data loading processes come from a clean one: forks of this one may hang on the locks its threads held."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "torchvision"])
     return context
@@ -704,142 +697,6 @@ class CorruptCount:
 # ---- models -------------------------------------------------------------------------------------------------------
 
 
-def find_architecture(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What config.json stores of a model, enough to build it again: library, name, arguments, stem."""
-    own = re.fullmatch(r"(.+\.py):(\w+)", name)
-    if own:
-        library, name = "file", f"{os.path.abspath(own[1])}:{own[2]}"
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        library = "torchvision"
-    elif timm.is_model(name):
-        library = "timm"
-        try:
-            timm.get_pretrained_cfg(name)
-        except RuntimeError as error:
-            raise UserError(f"unknown model {name!r}: {error}") from error
-    else:
-        known = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
-        near = difflib.get_close_matches(name, dict.fromkeys(known), n=5, cutoff=0.5)
-        raise UserError(
-            f"unknown model {name!r}: neither torchvision's nor timm's, no student/ folder, no file.py:build; "
-            + (f"near matches: {', '.join(near)}" if near else "python -c 'import timm; print(timm.list_models())'")
-        )
-    arguments = {}
-    for item in args.model_args:
-        key, equals, value = item.partition("=")
-        if not equals or not key.isidentifier():
-            raise UserError(f"--model-args takes KEY=VALUE, got {item!r}")
-        try:
-            arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            arguments[key] = value
-    return {"library": library, "name": name, "args": arguments, "small_stem": args.small_stem}
-
-
-def build_model(architecture: dict[str, Any], num_classes: int, img_size: int) -> nn.Module:
-    """The model an architecture says, with random weights."""
-    library, name = architecture["library"], architecture["name"]
-    options = dict(architecture["args"])
-    try:
-        if library == "file":
-            model = build_own_model(name, num_classes, options)
-        elif library == "torchvision":
-            if name.startswith("vit_"):
-                options.setdefault("image_size", img_size)
-            elif name.startswith("maxvit"):
-                options.setdefault("input_size", (img_size, img_size))
-            elif name in ("googlenet", "inception_v3"):  # their extra classifiers would return a tuple
-                options = {"aux_logits": False, "init_weights": True} | options
-            model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
-        else:
-            if timm.get_pretrained_cfg(name).fixed_input_size:
-                options.setdefault("img_size", img_size)
-            model = timm.create_model(name, num_classes=num_classes, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"cannot build {name} for {num_classes} classes at {img_size} px: {error}") from error
-    if architecture["small_stem"]:
-        shrink_stem(model)
-    return model
-
-
-def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    """The user's file.py:function; whatever goes wrong in there is told with its line."""
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"no file {path}, which should build the model")
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        build = getattr(module, function, None)
-        if build is None:
-            raise UserError(f"{path} has no function {function!r}")
-        model = build(num_classes=num_classes, **options)
-    except UserError:
-        raise
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"{path}:{lines[-1]}" if lines else path
-        raise UserError(f"{name} failed: {type(error).__name__}: {error} ({where})") from error
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{name} must return an nn.Module, got {type(model).__name__}")
-    return model
-
-
-def shrink_stem(model: nn.Module) -> None:
-    """The usual stem for images of 64 px and less: first convolution 3x3 with stride 1, no max-pool after it."""
-    for name, conv in model.named_modules():
-        if isinstance(conv, nn.Conv2d):
-            if conv.stride[0] > 1 and conv.kernel_size != conv.stride:  # else there is nothing to shrink, or patches
-                stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
-                nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, stem)
-            break
-    for name, child in model.named_children():
-        if isinstance(child, nn.MaxPool2d):
-            setattr(model, name, nn.Identity())
-
-
-def load_student(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and the config.json of a run's student/ folder, or of the run directory that holds it."""
-    if (folder / "student").is_dir():
-        folder = folder / "student"
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        for key in ("label_names", "mean", "std", "interpolation", "crop"):
-            config[key]  # missing: KeyError
-        model = build_model(config["architecture"], config["num_classes"], config["input_size"][1])
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is not a whole student/ folder: {type(error).__name__}: {error}") from error
-    except SafetensorError as error:
-        raise UserError(f"{folder}/model.safetensors is damaged: {error}") from error
-    load_weights(model, weights, str(folder))
-    return model, config
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """load_state_dict, with one line on what differs."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        own = model.state_dict()
-        differing = [f"{k} is missing" for k in own if k not in weights]
-        differing += [f"{k} is unknown" for k in weights if k not in own]
-        differing += [
-            f"{k} is {tuple(weights[k].shape)} and not {tuple(own[k].shape)}"
-            for k in own
-            if k in weights and weights[k].shape != own[k].shape
-        ]
-        what = "; ".join(differing[:3]) or str(error)
-        raise UserError(
-            f"{where} holds the weights of another architecture than {type(model).__name__}: {what}"
-        ) from error
-
-
 def make_student(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dict[str, Any]]:
     """The student, and the config.json that says all that is needed to use it."""
     num_classes = len(data.label_names)
@@ -853,7 +710,7 @@ def make_student(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dict[
             height, width = config["input_size"][1:]
             raise UserError(f"--model {args.model} takes {height}x{width} pixels, --img-size is {args.img_size}")
         return model, config | {"label_names": data.label_names}
-    architecture = find_architecture(args.model, args)
+    architecture = find_architecture(args.model, args.model_args, args.small_stem)
     model = build_model(architecture, num_classes, args.img_size)
     config = {
         "architecture": architecture,
@@ -866,19 +723,6 @@ def make_student(args: argparse.Namespace, data: Data) -> tuple[nn.Module, dict[
         "crop": args.eval_crop,
     }
     return model, config
-
-
-def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int, batch: int = 1) -> None:
-    """A blank batch through a copy of the model, in the mode it is in: whether it runs and what it returns."""
-    try:
-        with torch.no_grad():
-            logits = copy.deepcopy(model)(torch.zeros(batch, *input_size))
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        size = "x".join(map(str, (batch, *input_size)))
-        raise UserError(f"{name} does not run on a {size} batch: {' '.join(str(error).split())[:300]}") from error
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (batch, num_classes):
-        raise UserError(f"{name} must return logits of shape (N, {num_classes}), got {shape} for N = {batch}")
 
 
 class Teacher(nn.Module):
@@ -918,8 +762,7 @@ def make_teacher(args: argparse.Namespace, student: dict[str, Any]) -> Teacher:
             pair = next(p for p in zip(config["label_names"], student["label_names"]) if p[0] != p[1])
             raise UserError(f"--teacher {name} has other classes than --data {args.data}: {pair[0]} and not {pair[1]}")
     else:
-        plain = argparse.Namespace(model_args=[], small_stem=False)
-        architecture = find_architecture(name, plain)
+        architecture = find_architecture(name)
         classes = student["num_classes"]
         if architecture["library"] == "file":  # its weights, and these three if they differ, are its own business
             model = build_model(architecture, classes, student["input_size"][1])
@@ -1164,7 +1007,7 @@ def claim_run_dir(args: argparse.Namespace) -> Path:
             raise UserError(f"{output} already holds a run: --resume goes on with it, --overwrite replaces it")
         output.mkdir(parents=True, exist_ok=True)
         if args.overwrite and not args.resume:
-            for name in ("args.json", "metrics.csv", "curves.png", "last.pt", "best.pt",
+            for name in ("args.json", "metrics.csv", "curves.png", "last.pt", "best.pt", NAME,
                          "student/model.safetensors", "student/config.json"):  # fmt: skip
                 (output / name).unlink(missing_ok=True)
             for events in output.glob("events.out.tfevents.*"):
@@ -1187,32 +1030,10 @@ def claim_run_dir(args: argparse.Namespace) -> Path:
     raise AssertionError("unreachable")
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write beside, then rename: the file is the old one or the new one, never half of it."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"could not save {path}: {error.strerror}; what was saved before is kept") from error
-
-
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(path, buffer.getbuffer())
-
-
-def save_student(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """What deploy/ needs and people share: the plain student, no weak head, no optimizer."""
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    write_whole(folder / "model.safetensors", safetensors_bytes(weights))
-    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -1306,6 +1127,27 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
+def keep_reference(output: Path, data: Data, count: int) -> str:
+    """Write reference.npz: some images as the best student sees them, and its answers in full precision."""
+    model, config = load_student(output)
+
+    def prepared(source: Any) -> tuple[np.ndarray, np.ndarray]:
+        samples = Samples(source, functools.partial(eval_view, config=config), 0, train=False)
+        drawn = (samples[0, index] for index in evenly(len(samples), count))
+        pairs = [(image.permute(1, 2, 0).numpy(), label) for image, label, _ in drawn if image is not None]
+        return np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
+
+    (images, labels), (train_images, _) = prepared(data.val), prepared(data.train)
+    to_device = ToDevice(config["mean"], config["std"], torch.device("cpu"), torch.contiguous_format)
+    with torch.inference_mode():
+        batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(32)
+        logits = torch.cat([model.eval()(to_device(batch)) for batch in batches]).numpy()
+    digest = np.array(source_of(output)["weights_sha256"])
+    write_reference(output / NAME, Reference(images, labels, logits, train_images, digest))
+    size = (output / NAME).stat().st_size / 1e6
+    return f"{len(images)} validation and {len(train_images)} training images in {output / NAME}, {size:.1f} MB"
+
+
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
@@ -1321,7 +1163,7 @@ def train(args: argparse.Namespace) -> None:
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
 
     # data and models
-    data = open_data(args)
+    data = open_data(args.data, args.data_dir, args.download, args.num_classes)
     torch.manual_seed(args.seed)
     student, config = make_student(args, data)
     micro_batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
@@ -1413,7 +1255,7 @@ def train(args: argparse.Namespace) -> None:
 
     log = LossLog(skips_steps=scaler.is_enabled())
     for epoch in range(first_epoch, args.epochs):
-        for shuffler in (train_loader, getattr(train_loader, "sampler", None), data.train):
+        for shuffler in (train_loader, getattr(train_loader, "sampler", None)):
             if hasattr(shuffler, "set_epoch"):
                 shuffler.set_epoch(epoch)
         parallel.train()
@@ -1501,6 +1343,8 @@ def train(args: argparse.Namespace) -> None:
         assert board is not None
         board.close()
         plot_curves(output / "curves.png", rows)
+        if args.reference:
+            print(keep_reference(output, data, args.reference), flush=True)
         print(
             f"last top-1 {rows[-1]['val_top1']:.2f} %, best {best:.2f} % -> {output}/student; "
             f"{time.time() - started:.0f} s, {peak_memory(device)} MiB at most",
@@ -1520,38 +1364,20 @@ def main(argv: list[str] | None = None) -> int:
             print("\ninterrupted: --output RUN --resume goes on after the last whole epoch", file=sys.stderr)
         return 130
     except Exception as error:
-        message = explain(error)
+        message = explain(error) or explain_lost_rank(error)
         if message is None:
             raise
         everywhere = isinstance(error, UserError) and not isinstance(error, RankError)
-    if everywhere and not IS_MAIN:
-        time.sleep(2)  # rank 0 says it; torchrun would stop it as soon as this rank has ended
-        return 2
-    prefix = "" if everywhere or WORLD_SIZE == 1 else f"rank {RANK}: "
-    print(f"train.py: error: {prefix}{message}", file=sys.stderr, flush=True)
+        if not everywhere or IS_MAIN:
+            show_error("train.py", ("" if everywhere or WORLD_SIZE == 1 else f"rank {RANK}: ") + message)
+        else:
+            time.sleep(2)  # rank 0 says it; torchrun would stop it as soon as this rank has ended
     return 2
 
 
-def explain(error: Exception) -> str | None:
-    """One line for an error that is not the program's own, None for one that deserves its traceback."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-    ):
-        return f"cannot write: {text}"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of GPU memory: lower --batch-size, or split it with --grad-accum; {text[:200]}"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return f"a data loading process died, perhaps for lack of memory: fewer --workers; {text[:200]}"
-    if isinstance(error, RuntimeError) and WORLD_SIZE > 1 and re.search("closed by peer|reset by peer|NCCL", text):
-        return "lost another rank, which says why"
-    return None
+def explain_lost_rank(error: Exception) -> str | None:
+    lost = isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer|NCCL", str(error))
+    return "lost another rank, which says why" if lost and WORLD_SIZE > 1 else None
 
 
 if __name__ == "__main__":

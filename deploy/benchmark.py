@@ -1,7 +1,9 @@
 """How fast is every artefact here? One table, on the run's own validation images, torch eager beside it.
 
-    python -m deploy.benchmark runs/001-mobilenet_v2-uskd/student --threads 1
-    python -m deploy.benchmark runs/001-mobilenet_v2-uskd/student student.onnx student-int8-cpu.onnx --batches 1 16
+    python -m deploy.benchmark runs/001-mobilenet_v2-uskd --threads 1
+    python -m deploy.benchmark runs/001-mobilenet_v2-uskd student.onnx student-int8-cpu.onnx --batches 1 16
+
+The images are those of the run's reference.npz. A machine without torch has no row of torch eager, and says so.
 
 Each runtime has a process of its own; they take turns in short rounds, so that a busy moment of the machine hits them
 all. Latency is the whole call, from uint8 images in host memory to logits there. The header names the machine and its
@@ -12,6 +14,7 @@ A row that failed stays, with its reason. Written to benchmark.json and benchmar
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -28,13 +31,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from deploy.check import find_artefacts, table
-from deploy.cli import add_data, add_device, command, make_parser, student_folder
-from deploy.images import open_run_data, validation_batches
-from deploy.runtimes import cuda_device_count, first_line, load, pick_device
-from train import Parser, UserError, write_whole
+from deploy.cli import (
+    Parser,
+    UserError,
+    add_device,
+    command,
+    first_line,
+    make_folder,
+    make_parser,
+    student_folder,
+    version,
+    write_whole,
+)
+from deploy.reference import NAME, add_reference, find_reference, read_reference
+from deploy.runtimes import cuda_device_count, load, pick_device, read_config
 
 COLUMNS = {
     "artefact": "", "runtime": "", "provider": "", "precision": "", "batch": "d", "threads": "d", "p50_ms": ".2f",
@@ -136,10 +148,11 @@ def benchmark(
     validation: list[tuple[np.ndarray, np.ndarray]],
     seconds: float = 3.0,
     rounds: int = 6,
+    eager: bool = True,
     compile: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """A row per runtime and batch; torch eager's come first, and every ratio is to them.
+    """A row per runtime and batch; torch eager's come first where it is wanted, and every ratio is to them.
 
     Args:
         student: the student/ folder
@@ -147,11 +160,12 @@ def benchmark(
         batches: what to time, each uint8 (N, H, W, 3)
         validation: (images, labels) for top-1; may be empty
         seconds: measured of each row, in `rounds` turns
-        compile: torch.compile too
+        eager: a row of the student/ folder itself, by torch
+        compile: and one by torch.compile
         options: of deploy.runtimes.load: device, threads, allow_fallback
     """
     torch_options = options | {"device": options["device"].replace("tensorrt", "cuda")}
-    entries = [Entry(student, False, torch_options)]
+    entries = [Entry(student, False, torch_options)] if eager else []
     entries += [Entry(student, True, torch_options)] if compile else []
     entries += [Entry(path, False, options) for path in artefacts]
     workers: list[Worker] = []
@@ -202,9 +216,9 @@ def benchmark(
         if "failed" not in row:
             row |= summarise(slices, row["batch"])
     for row in rows:
-        eager = next((r for r in rows if r.get("batch") == row.get("batch") and r.get("runtime") == "torch"), None)
-        if eager and "p50_ms" in eager and "p50_ms" in row:
-            row["times_eager"] = eager["p50_ms"] / row["p50_ms"]
+        torchs = next((r for r in rows if r.get("batch") == row.get("batch") and r.get("runtime") == "torch"), None)
+        if torchs and "p50_ms" in torchs and "p50_ms" in row:
+            row["times_eager"] = torchs["p50_ms"] / row["p50_ms"]
     return rows
 
 
@@ -273,14 +287,10 @@ def board_watts(line: str) -> float | None:
 
 def describe_machine() -> dict[str, Any]:
     """Versions, device, clocks, power mode and load: what a figure means nothing without."""
-    import importlib.metadata
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    packages = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy")
+    installed = {package: version(package) for package in packages}
+    versions = {"python": platform.python_version()}
+    versions |= {package: number for package, number in installed.items() if number != "not installed"}
     cpu = re.search(r"^model name\s*: (.*)$", read("/proc/cpuinfo"), re.M)
     machine: dict[str, Any] = {
         "versions": versions,
@@ -338,9 +348,14 @@ def get_parser() -> Parser:
     parser.add_argument("--seconds", type=float, default=3.0, help="measured of each row (default: 3)")
     parser.add_argument("--rounds", type=int, default=6, help="turns that the seconds are split into (default: 6)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (takes a minute to warm up)")
-    parser.add_argument("--images", type=int, default=1000,
-                        help="validation images for the accuracy, evenly spaced; 0: none (default: 1000)")  # fmt: skip
-    add_data(parser)
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=1000,
+        help="images for the accuracy, evenly spaced; 0: none (default: 1000, or as many as there are)",
+    )
+    add_reference(parser)
+    parser.add_argument("--output", type=Path, help="folder of benchmark.json and .png (default: the student's)")
     add_device(parser)
     return parser
 
@@ -351,31 +366,43 @@ def run(args: argparse.Namespace) -> int:
     pick_device(args.device, cuda_device_count() > 0, args.allow_fallback)  # one line, not one for each row
     student = student_folder(args.student)
     artefacts = find_artefacts(student, args.artefacts)
-    config = json.loads((student / "config.json").read_text())
-    data = open_run_data(student, config, args)
-    validation = list(validation_batches(data, 64, max(args.images, 64)))
-    pool = np.concatenate([images for images, _ in validation])
+    output = args.output or student
+    make_folder(output)
+    config = read_config(student)
+    channels, height, width = config["input_size"]
+    validation: list[tuple[np.ndarray, np.ndarray]] = []
+    if find_reference(student, args.reference):
+        reference = read_reference(student, args.reference, "").some(args.images or None)
+        pool = reference.images
+        if args.images:
+            validation = [(pool[i : i + 64], reference.labels[i : i + 64]) for i in range(0, len(pool), 64)]
+        print(f"{len(pool)} validation images of the reference")
+    else:
+        pool = np.random.default_rng(0).integers(0, 256, (64, height, width, channels), dtype=np.uint8)
+        print(f"no {NAME} beside {student}: timed on noise, and no accuracy")
+    eager = importlib.util.find_spec("torch") is not None and (student / "model.safetensors").is_file()
+    if args.compile and not eager:
+        raise UserError("--compile needs torch and the weights of the student")
+    if not eager:
+        print("torch is not installed here, or the weights are not: no row of torch eager")
     batches = [pool[np.arange(size) % len(pool)] for size in sorted(set(args.batches))]
     machine = describe_machine()
     rows = benchmark(
-        student, artefacts, batches, validation if args.images else [], args.seconds, args.rounds, args.compile,
+        student, artefacts, batches, validation, args.seconds, args.rounds, eager, args.compile,
         device=args.device, threads=args.threads, allow_fallback=args.allow_fallback,
     )  # fmt: skip
     machine["load_after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
 
-    height, width = config["input_size"][1:]
-    print(
-        f"{config['architecture']['name']} at {height}x{width}, {sum(len(y) for _, y in validation)} validation images"
-    )
+    print(f"{config['architecture']['name']} at {height}x{width}")
     for key, value in machine.items():
         print(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
     empty = {name for name in COLUMNS if all(row.get(name) is None for row in rows)}
     print("\n" + table(rows, {name: form for name, form in COLUMNS.items() if name not in empty}))
     result = {"machine": machine, "model": config["architecture"], "input_size": config["input_size"], "rows": rows}
-    write_whole(student / "benchmark.json", json.dumps(result, indent=2) + "\n")
+    write_whole(output / "benchmark.json", json.dumps(result, indent=2) + "\n")
     shown = [row for row in rows if "failed" not in row and "top1" in row]
-    if shown:
-        plot(shown, student / "benchmark.png")
+    if shown and importlib.util.find_spec("matplotlib"):
+        plot(shown, output / "benchmark.png")
     return int(any("failed" in row for row in rows))
 
 

@@ -1,7 +1,11 @@
-"""Is every artefact still the same classifier? One table over all of them, on the run's validation set.
+"""Is every artefact still the same classifier? One table over all of them.
 
-    python -m deploy.check runs/001-mobilenet_v2-uskd/student                     # every artefact in the folder
-    python -m deploy.check runs/001-mobilenet_v2-uskd/student student.onnx        # these alone
+    python -m deploy.check runs/001-mobilenet_v2-uskd                     # every artefact in student/
+    python -m deploy.check runs/001-mobilenet_v2-uskd student.onnx        # these alone
+    python -m deploy.check runs/001-mobilenet_v2-uskd --data              # on the run's whole validation set
+
+The images and the student's own logits are those of the run's reference.npz: neither torch nor the data set is needed,
+so that the device that will serve can ask. --data takes the whole validation set and asks torch, on a workstation.
 
 Top-1 and top-5, the difference to torch's fp32 answers, how often the two agree on the class, the largest error of a
 logit and the smallest cosine between two rows of logits, at batches of 1, 2, 5 and 64. Exit status 1 when an artefact
@@ -11,19 +15,30 @@ is outside the tolerance of its precision, cannot be run here, or was made from 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from deploy.cli import add_data, add_device, command, make_parser, student_folder
-from deploy.images import RunData, open_run_data, validation_batches
-from deploy.runtimes import Runtime, first_line, load
-from train import Parser, UserError, write_whole
+from deploy.cli import (
+    Parser,
+    UserError,
+    add_device,
+    command,
+    first_line,
+    make_parser,
+    need,
+    student_folder,
+    write_whole,
+)
+from deploy.reference import NAME, Reference, add_reference, evenly, read_reference
+from deploy.runtimes import Runtime, load, source_of
 
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # uint8 (B, H, W, 3), class indices (B,), the student's logits (B, C)
 BATCHES = (1, 2, 5, 64)
 KINDS = (".onnx", ".ts", ".pt2", ".engine")
 # What each precision may cost: largest error of a logit relative to the largest logit, smallest agreement in percent,
@@ -68,20 +83,23 @@ class Tally:
 
 
 def check_artefacts(
-    student: Path, artefacts: list[Path], run: RunData, limit: int | None = None, **options: Any
+    artefacts: list[Path],
+    batches: Iterable[Batch],
+    weights_sha256: str,
+    torch_student: Runtime | None = None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """A row for torch and one for each artefact, with a verdict; see the module.
+    """A row for the student itself and one for each artefact, with a verdict; see the module.
 
     Args:
-        student: the student/ folder
-        artefacts: files that deploy/ made of it
-        run: its validation set, of deploy.images.open_run_data
-        limit: evaluate on this many images, evenly spaced, instead of all
+        artefacts: files that deploy/ made of the student
+        batches: validation images, their labels, and the student's own logits
+        weights_sha256: of the student's weights
+        torch_student: what computed the logits, if not reference.npz: it answers the same images at each batch size
         options: of deploy.runtimes.load: device, threads, allow_fallback
     """
-    torch.backends.cudnn.allow_tf32 = False  # the reference is fp32
-    reference = load(student, options.get("device", "auto").replace("tensorrt", "cuda"), **without_device(options))
-    rows: list[dict[str, Any]] = [{"artefact": "student/", "provider": reference.provider, "precision": "fp32"}]
+    provider = torch_student.provider if torch_student else "reference.npz"
+    rows: list[dict[str, Any]] = [{"artefact": "student/", "provider": provider, "precision": "fp32"}]
     runtimes: dict[int, Runtime] = {}
     for artefact in artefacts:
         row: dict[str, Any] = {"artefact": artefact.name}
@@ -89,22 +107,21 @@ def check_artefacts(
         try:
             runtime = load(artefact, **options)
             row |= {"provider": runtime.provider, "precision": runtime.metadata["precision"]}
-            if runtime.metadata["source"].get("weights_sha256") != reference.metadata["source"]["weights_sha256"]:
+            if runtime.metadata["source"].get("weights_sha256") != weights_sha256:
                 raise UserError("was made from other weights than this student's: export it again")
             runtimes[len(rows) - 1] = runtime
         except UserError as error:
             row["verdict"] = f"not checked: {error}"
 
     tallies = {0: Tally()} | {index: Tally() for index in runtimes}
-    for images, labels in validation_batches(run, max(BATCHES), limit):
-        expected = reference.run(images)
+    for images, labels, expected in batches:
         first = not tallies[0].images
         tallies[0].add(expected, labels, expected)
         for index, runtime in list(runtimes.items()):
             try:
                 tallies[index].add(run_in_parts(runtime, images, max(BATCHES)), labels, expected)
                 if first:
-                    check_batches(runtime, images, reference, tallies[index])
+                    check_batches(runtime, images, expected, tallies[index])
             except Exception as error:  # each runtime has its own
                 rows[index]["verdict"] = f"failed: {first_line(error)}"
                 del runtimes[index]
@@ -128,12 +145,11 @@ def check_artefacts(
     return rows
 
 
-def check_batches(runtime: Runtime, images: np.ndarray, reference: Runtime, tally: Tally) -> None:
+def check_batches(runtime: Runtime, images: np.ndarray, expected: np.ndarray, tally: Tally) -> None:
     """The same answers at each batch size; the largest error goes into the tally."""
-    images = images[np.arange(max(BATCHES)) % len(images)]
-    expected = reference.run(images)
+    picked = np.arange(max(BATCHES)) % len(images)
     for size in sizes_of(runtime):
-        tally.compare(run_in_parts(runtime, images, size), expected)
+        tally.compare(run_in_parts(runtime, images[picked], size), expected[picked])
 
 
 def sizes_of(runtime: Runtime) -> list[int]:
@@ -163,8 +179,40 @@ def judge(row: dict[str, Any], tally: Tally) -> str:
     return f"FAIL: {'; '.join(faults)}" if faults else "pass"
 
 
-def without_device(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "device"}
+def reference_batches(reference: Reference) -> Iterator[Batch]:
+    for start in range(0, len(reference.images), max(BATCHES)):
+        part = slice(start, start + max(BATCHES))
+        yield reference.images[part], reference.labels[part], reference.logits[part]
+
+
+def validation_batches(
+    student: Path, limit: int | None, data: str, data_dir: str | None, workers: int | None, torch_student: Runtime
+) -> Iterator[Batch]:
+    """The run's whole validation set, or an evenly spaced part; data: as of --data, "" for what args.json says."""
+    import train  # the one place in deploy/ that knows data sets, for a workstation
+
+    file, config = student.resolve().parent / "args.json", torch_student.metadata
+    try:
+        flags = json.loads(file.read_text())["flags"] if file.is_file() else {}
+        name, folder = data or flags["data"], data_dir or flags.get("data_dir") or "data"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = "does not say" if file.is_file() else "is not there to say"
+        raise UserError(f"{file} {what} where the run's images are: --data DATA does") from error
+    source = train.open_data(name, folder, num_classes=config["num_classes"])
+    if [str(label) for label in source.label_names] != config["label_names"]:
+        raise UserError(
+            f"--data {name} has other classes than {student}: {', '.join(map(str, source.label_names[:3]))}, ... "
+            f"and not {', '.join(config['label_names'][:3])}, ..."
+        )
+    picked = None if limit is None else evenly(len(source.val), limit)
+    view = functools.partial(train.eval_view, config=config)
+    corrupt = train.CorruptCount("validation", len(source.val))
+    loader = train.make_loader(source.val, view, max(BATCHES), False, workers=workers, indices=picked)
+    for images, labels, unreadable in train.progress(loader, "validation images"):
+        corrupt.add(unreadable)
+        if images is not None:
+            pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+            yield pixels, labels.numpy(), torch_student.run(pixels)
 
 
 def find_artefacts(student: Path, names: list[str]) -> list[Path]:
@@ -199,8 +247,13 @@ def get_parser() -> Parser:
     parser = make_parser(__doc__, "check")
     parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
     parser.add_argument("artefacts", nargs="*", help="files to check (default: all in the folder)")
-    parser.add_argument("--images", type=int, help="so many validation images, evenly spaced (default: all)")
-    add_data(parser)
+    parser.add_argument("--images", type=int, help="so many of the images, evenly spaced (default: all)")
+    add_reference(parser)
+    parser.add_argument("--data", nargs="?", const="", metavar="DATA",
+                        help="the run's whole validation set instead, and torch's own answers (needs torch, "
+                        "torchvision and timm); DATA: as train.py --data (default: what args.json says)")  # fmt: skip
+    parser.add_argument("--data-dir", help="with --data: as train.py --data-dir")
+    parser.add_argument("--workers", type=int, help="with --data: processes that decode images (default: the cores)")
     add_device(parser)
     return parser
 
@@ -208,13 +261,24 @@ def get_parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     if args.images is not None and args.images < 1:
         raise UserError(f"--images must be at least 1, got {args.images}")
+    if args.data is None and (args.data_dir or args.workers is not None):
+        raise UserError("--data-dir and --workers need --data")
     student = student_folder(args.student)
     artefacts = find_artefacts(student, args.artefacts)
-    config = json.loads((student / "config.json").read_text())
-    data = open_run_data(student, config, args)
     options = dict(device=args.device, threads=args.threads, allow_fallback=args.allow_fallback)
-    rows = check_artefacts(student, artefacts, data, args.images, **options)
-    print(f"{rows[0]['images']} validation images of {data.flags.data}; percent, against torch's fp32 logits\n")
+    torch_student = None
+    batches: Iterable[Batch]
+    if args.data is None:
+        otherwise = "on a workstation, python -m deploy.check RUN --data takes the run's validation set"
+        reference = read_reference(student, args.reference, otherwise).some(args.images)
+        batches, digest, what = reference_batches(reference), reference.digest, f"the {NAME} of {student}"
+    else:
+        torch_student = load(student, **options | {"device": args.device.replace("tensorrt", "cuda")})
+        need("torch", "").backends.cudnn.allow_tf32 = False  # the reference is fp32
+        digest, what = source_of(student)["weights_sha256"], args.data or f"the data of {student}"
+        batches = validation_batches(student, args.images, args.data, args.data_dir, args.workers, torch_student)
+    rows = check_artefacts(artefacts, batches, digest, torch_student, **options)
+    print(f"{rows[0]['images']} validation images of {what}; percent, against torch's fp32 logits\n")
     print(table(rows, COLUMNS))
     write_whole(student / "check.json", json.dumps(rows, indent=2) + "\n")
     return int(any(row["verdict"] != "pass" for row in rows[1:]))

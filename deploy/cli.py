@@ -1,13 +1,33 @@
-"""What every command of deploy/ shares: its parser's first flags, and one line and status 2 for a user's mistake."""
+"""What every command shares: a user's mistake is one line and status 2, and a file is whole or not there.
+
+Imports nothing but the standard library, so that a command which fails fails at once, on any machine.
+"""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import importlib
+import importlib.metadata
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from train import Parser, UserError, explain
+# What a full, read-only or foreign disk answers a write with.
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+class UserError(Exception):
+    """An error of the user's: one line on stderr and exit status 2, no traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def make_parser(doc: str | None, name: str) -> Parser:
@@ -24,14 +44,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
                         help="where to run; auto: a CUDA device if there is one. tensorrt: ONNX Runtime's TensorRT "
                         "provider, for .onnx (default: auto)")  # fmt: skip
     parser.add_argument("--allow-fallback", action="store_true",
-                        help="run on the CPU where --device is not to be had, instead of an error")  # fmt: skip
+                        help="run on the CPU if --device is unavailable, instead of an error")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a runtime; 0: its own choice")
-
-
-def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", help="as train.py --data (default: what the run's args.json says)")
-    parser.add_argument("--data-dir", help="as train.py --data-dir (default: as --data)")
-    parser.add_argument("--workers", type=int, help="processes that decode images (default: the cores; digits: none)")
 
 
 def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], argv: list[str] | None = None) -> int:
@@ -49,8 +63,49 @@ def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], arg
         message = explain(error)
         if message is None:
             raise
-        print(f"{parser.prog}: error: {message}", file=sys.stderr, flush=True)
+        show_error(parser.prog, message)
         return 2
+
+
+def show_error(program: str, message: str) -> None:
+    """One line on stderr; with KDLITE_TRACEBACK=1, before it, the traceback of the exception being handled."""
+    if os.environ.get("KDLITE_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+
+
+def explain(error: Exception) -> str | None:
+    """One line for an error that is not the program's own, None for one that deserves its traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+        return f"cannot write: {text}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be installed here
+        return f"out of GPU memory: lower --batch-size, or split it with --grad-accum; {text[:200]}"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return f"a data loading process died, perhaps for lack of memory: fewer --workers; {text[:200]}"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def need(module: str, install: str) -> ModuleType:
+    """Import a module that not every machine has."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{module} is not installed: {install} ({error})") from error
+
+
+def version(package: str) -> str:
+    """The installed version of a package; kdlite's folders may also be used without being installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def student_folder(path: Path) -> Path:
@@ -59,3 +114,27 @@ def student_folder(path: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is no student/ folder and no run directory: it has no config.json")
     return folder
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; --output names another folder") from error
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write text or bytes beside, then rename: the file is the old one or the new one, never half of it."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"could not save {path}: {error.strerror}; what was saved before is kept") from error

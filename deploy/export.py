@@ -24,21 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import kdlite
-from deploy.cli import command, make_parser, student_folder
-from deploy.runtimes import (
-    FLOAT,
-    INPUT_NAME,
-    OUTPUT_NAME,
-    UINT8,
-    ImageClassifier,
-    as_input,
-    first_line,
-    load,
-    need,
-    source_of,
-)
-from train import Parser, UserError, load_student
+from deploy.cli import Parser, UserError, command, first_line, make_folder, make_parser, need, student_folder, version
+from deploy.runtimes import FLOAT, INPUT_NAME, OUTPUT_NAME, UINT8, as_input, load, source_of
+from deploy.student import load_student
+from deploy.torch_runtimes import ImageClassifier
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts", "torch.export": ".pt2"}
 # Largest |logit - torch's fp32 logit|, relative to the largest |logit|. Measured on nine architectures: fp32 at most
@@ -72,7 +61,7 @@ def export_student(
     model, config = load_student(student)
     reference = ImageClassifier(copy.deepcopy(model), config["mean"], config["std"], layout)
     classifier = ImageClassifier(model, config["mean"], config["std"], layout, half=precision == "fp16")
-    versions = {"kdlite": kdlite.__version__, "torch": torch.__version__}
+    versions = {"kdlite": version("kdlite"), "torch": torch.__version__}
     metadata = config | {"precision": precision, "input": layout, "source": source_of(student) | versions}
     images = probe_images(config)
     batch = torch.from_numpy(as_input(images[:2], metadata))
@@ -162,15 +151,6 @@ def compare(file: Path, images: np.ndarray, expected: np.ndarray, tolerance: flo
                 f"{file.name} was not kept: in batches of {size} its logits differ from torch's by {error:.1e} of the "
                 f"largest, more than {tolerance:.0e}"
             )
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; --output names another folder") from error
 
 
 def get_parser() -> Parser:

@@ -1,4 +1,4 @@
-"""INT8 by static quantisation of student.onnx, calibrated on images of the training set.
+"""INT8 by static quantisation of student.onnx, calibrated on the training images of the run's reference.npz.
 
     python -m deploy.quantize runs/001-mobilenet_v2-uskd/student --target cpu
     python -m deploy.quantize runs/001-mobilenet_v2-uskd/student --target tensorrt
@@ -22,11 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from deploy.cli import add_data, command, make_parser, student_folder
-from deploy.export import make_folder
-from deploy.images import calibration_images, open_run_data
-from deploy.runtimes import FLOAT, INPUT_NAME, as_input, first_line, load, need
-from train import Parser, UserError
+from deploy.cli import Parser, UserError, command, first_line, make_folder, make_parser, need, student_folder
+from deploy.reference import add_reference, evenly, read_reference
+from deploy.runtimes import FLOAT, INPUT_NAME, as_input, load
 
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -160,24 +158,29 @@ def get_parser() -> Parser:
     parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
     parser.add_argument("--target", choices=["cpu", "tensorrt"], required=True, help="what will run the file")
     parser.add_argument("--onnx", help="the fp32 file to start from (default: student.onnx in the folder)")
-    parser.add_argument("--images", type=int, default=512, help="training images for calibration (default: 512)")
+    parser.add_argument("--images", type=int, help="training images for calibration, evenly spaced (default: all)")
+    add_reference(parser)
     parser.add_argument("--method", choices=sorted(METHODS), default="minmax", help="of calibration (default: minmax)")
     parser.add_argument("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")
     parser.add_argument("--reduce-range", action="store_true", help="7-bit weights, for x86 CPUs without VNNI")
     parser.add_argument("--output", type=Path, help="folder of the file (default: that of the ONNX file)")
-    add_data(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.images < 1:
+    if args.images is not None and args.images < 1:
         raise UserError(f"--images must be at least 1, got {args.images}")
     student = student_folder(args.student)
     onnx_file = Path(args.onnx) if args.onnx else student / "student.onnx"
     if not onnx_file.is_file():
         raise UserError(f"no {onnx_file} yet: python -m deploy.export {student} --format onnx")
-    config = json.loads((student / "config.json").read_text())
-    images = calibration_images(open_run_data(student, config, args), args.images)
+    otherwise = "resume the finished run to write it: python train.py --output RUN --resume"
+    images = read_reference(student, args.reference, otherwise).train_images
+    if not len(images):
+        raise UserError(f"the reference of {student} has no training images: train.py --reference N writes them")
+    if args.images is not None and args.images > len(images):
+        raise UserError(f"--images {args.images}, but the reference has {len(images)}: train.py --reference N keeps N")
+    images = images[evenly(len(images), args.images or len(images))]
     file, agreement = quantize_student(
         onnx_file, images, args.target, args.op_types, args.method, args.reduce_range, args.output
     )

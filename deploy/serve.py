@@ -16,28 +16,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import io
-import json
-import math
+import importlib.resources
 import signal
 import socket
 import sys
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-import kdlite
-from deploy.cli import add_device, command, make_parser
-from deploy.images import as_numpy
-from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, Runtime, first_line, load
-from train import Parser, UserError, eval_transform, open_image
+from deploy.cli import Parser, UserError, add_device, command, first_line, make_parser, version
+from deploy.preprocess import ImageTooLarge, UnreadableImage, open_image, prepare
+from deploy.protocol import VERSION, RequestError, bad, pack, parse_infer, too_large, unpack, write_infer
+from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, Runtime, load, top_labels
 
 try:
     import uvicorn
@@ -49,10 +44,9 @@ try:
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 except ImportError as missing:
-    print(f"python -m deploy.serve: error: {missing}: pip install '.[serve]'", file=sys.stderr)
+    print(f"python -m deploy.serve: error: {missing}: pip install starlette uvicorn prometheus-client", file=sys.stderr)
     sys.exit(2)
 
-VERSION = "1"  # of the model, as the protocol wants one
 MAX_PIXELS = 64_000_000  # of an image for /predict: 192 MB once decoded
 
 
@@ -92,7 +86,7 @@ class Batcher:
         answer = self.loop.create_future()
         with self.changed:
             if self.queued + len(images) > self.limits.queue:
-                raise HTTPException(503, f"the queue is full: {self.queued} images wait, {self.limits.queue} may")
+                raise RequestError(503, f"the queue is full: {self.queued} images wait, {self.limits.queue} may")
             self.waiting.append(Waiting(images, answer, time.perf_counter_ns()))
             self.count(len(images))
             self.changed.notify()
@@ -114,7 +108,7 @@ class Batcher:
             try:
                 logits: Any = self.runtime.run(images)
             except Exception as error:
-                logits = HTTPException(500, f"the runtime failed: {first_line(error)}")
+                logits = RequestError(500, f"the runtime failed: {first_line(error)}")
             self.loop.call_soon_threadsafe(self.answer, batch, logits, started, time.perf_counter_ns())
 
     def gather(self) -> list[Waiting]:
@@ -211,155 +205,21 @@ def add(total: list[int], count: int, ns: int) -> None:
     total[1] += ns
 
 
-# ---- the protocol -------------------------------------------------------------------------------------------------
-
-
-class InferRequest(NamedTuple):
-    """An inference request that was found to be whole."""
-
-    id: str | None
-    images: np.ndarray
-    binary: bool  # the answer as a binary tensor
-    classes: int  # 0: the logits; else that many "logit:index:label"
-
-
-def parse_infer(body: bytes, header_length: str | None, shape: tuple[int, int, int], max_batch: int) -> InferRequest:
-    """A V2 request: its JSON part, and binary tensors after it. Raises HTTPException 400 for what is wrong."""
-    if header_length is None:
-        split = len(body)
-    elif header_length.isascii() and header_length.isdigit() and int(header_length) <= len(body):
-        split = int(header_length)
-    else:
-        raise bad(f"Inference-Header-Content-Length is {header_length!r}, the body has {len(body)} bytes")
-    try:
-        request = json.loads(body[:split])
-        inputs, outputs = request["inputs"], request.get("outputs") or []
-        (tensor,) = inputs
-        name, datatype, given = tensor["name"], tensor["datatype"], tensor["shape"]
-        options = request.get("parameters") or {}
-        details = tensor.get("parameters") or {}
-        wanted = [(output["name"], output.get("parameters") or {}) for output in outputs]
-        size = details.get("binary_data_size")
-        binary, classes = bool(options.get("binary_data_output")), 0
-        for _, parameters in wanted:
-            binary, classes = bool(parameters.get("binary_data", binary)), parameters.get("classification", 0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise bad(
-            f"not a request of the Open Inference Protocol ({type(error).__name__}: {error}): expected JSON with one "
-            "input"
-        ) from error
-    expected = (
-        f"one input {INPUT_NAME!r}, UINT8, shape [N, {shape[0]}, {shape[1]}, {shape[2]}], N from 1 to {max_batch}"
-    )
-    if name != INPUT_NAME:
-        raise bad(f"unknown input {name!r}; expected {expected}")
-    if datatype != "UINT8":
-        raise bad(f"input {name!r} has datatype {datatype!r}; expected {expected}")
-    if not (isinstance(given, list) and all(type(side) is int for side in given) and given[1:] == list(shape)):
-        raise bad(f"input {name!r} has shape {given}; expected {expected}")
-    if not 1 <= given[0] <= max_batch:
-        raise bad(f"{given[0]} images in a request; expected {expected}")
-    for output, _ in wanted:
-        if output != OUTPUT_NAME:
-            raise bad(f"unknown output {output!r}; expected {OUTPUT_NAME!r}")
-    if type(classes) is not int or classes < 0:
-        raise bad(f"classification is {classes!r}; expected how many classes")
-    if request.get("id") is not None and not isinstance(request["id"], str):
-        raise bad("id must be a string")
-    count = math.prod(given)
-    if size is None:
-        if split != len(body):
-            raise bad(f"{len(body) - split} bytes after the JSON, but input {name!r} has no binary_data_size")
-        images = from_json(tensor.get("data"), given)
-    else:
-        if size != count or len(body) - split != count:
-            raise bad(f"shape {given} needs {count} bytes; binary_data_size is {size}, {len(body) - split} came")
-        images = np.frombuffer(body, np.uint8, count, split).reshape(given)
-    return InferRequest(request.get("id"), images, binary, classes)
-
-
-def from_json(data: Any, shape: list[int]) -> np.ndarray:
-    """Numbers of a JSON tensor, flat or nested."""
-    try:
-        values = np.asarray(data, dtype=np.float64).reshape(shape)
-        if not ((values >= 0) & (values <= 255) & (values == np.floor(values))).all():
-            raise ValueError("not whole numbers from 0 to 255")
-    except (ValueError, TypeError) as error:
-        raise bad(f"the data of input {INPUT_NAME!r} is no UINT8 tensor of shape {shape}: {error}") from error
-    return values.astype(np.uint8)
-
-
-def write_infer(
-    request: InferRequest, logits: np.ndarray, name: str, labels: list[str]
-) -> tuple[bytes, dict[str, str]]:
-    """The body and the headers of an answer."""
-    output: dict[str, Any] = {"name": OUTPUT_NAME, "datatype": "FP32", "shape": list(logits.shape)}
-    values: list[Any] = []
-    if request.classes:  # the classification extension
-        order = np.argsort(-logits, axis=1, kind="stable")[:, : request.classes]
-        values = [f"{row[i]:f}:{i}:{labels[i]}" for row, best in zip(logits, order) for i in best]
-        output |= {"datatype": "BYTES", "shape": list(order.shape)}
-        encoded = [value.encode() for value in values]
-        raw = b"".join(len(value).to_bytes(4, "little") + value for value in encoded)
-    else:
-        raw = np.ascontiguousarray(logits, dtype="<f4").tobytes()
-    answer = {"model_name": name, "model_version": VERSION, "outputs": [output]}
-    if request.id is not None:
-        answer["id"] = request.id
-    if not request.binary:
-        output["data"] = values or [x if math.isfinite(x) else None for x in logits.ravel().tolist()]
-        return json.dumps(answer).encode(), {"Content-Type": "application/json"}
-    output["parameters"] = {"binary_data_size": len(raw)}
-    header = json.dumps(answer).encode()
-    return header + raw, {
-        "Content-Type": "application/octet-stream",
-        "Inference-Header-Content-Length": str(len(header)),
-    }
+# ---- the application ----------------------------------------------------------------------------------------------
 
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The request's body, unpacked; 413 as soon as it is too large."""
     declared = request.headers.get("content-length", "0")
-    too_large = HTTPException(413, f"the body is larger than {limit} bytes, the limit of this server")
     if declared.isdigit() and int(declared) > limit:
-        raise too_large
+        raise too_large(limit)
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > limit:
-            raise too_large
+            raise too_large(limit)
         parts.append(part)
-    body = b"".join(parts)
-    encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding in ("gzip", "deflate"):
-        try:
-            unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
-            body = unpacker.decompress(body, limit + 1)
-            if len(body) > limit:
-                raise too_large
-            if not unpacker.eof:
-                raise zlib.error("it ends too early")
-        except zlib.error as error:
-            raise bad(f"the body is no {encoding}: {error}") from error
-    elif encoding != "identity":
-        raise HTTPException(415, f"Content-Encoding {encoding!r}; expected gzip, deflate or none")
-    return body
-
-
-def pack(body: bytes, headers: dict[str, str], accepted: str) -> tuple[bytes, dict[str, str]]:
-    """gzip or deflate, where the client takes it and it is worth it."""
-    for encoding, bits in (("gzip", 31), ("deflate", 15)):
-        if encoding in accepted and len(body) > 1024:
-            packer = zlib.compressobj(1, wbits=bits)
-            return packer.compress(body) + packer.flush(), headers | {"Content-Encoding": encoding}
-    return body, headers
-
-
-def bad(message: str) -> HTTPException:
-    return HTTPException(400, message)
-
-
-# ---- the application ----------------------------------------------------------------------------------------------
+    return unpack(b"".join(parts), request.headers.get("content-encoding", "identity").lower(), limit)
 
 
 def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
@@ -370,9 +230,8 @@ def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
     max_batch = min(limits.max_batch, runtime.max_batch or limits.max_batch)
     limits = limits._replace(max_batch=max_batch)
     body_limit = int(limits.body_mib * 2**20)
-    transform = eval_transform(metadata)
     metrics = Metrics()
-    page = (Path(__file__).parent / "page.html").read_text()
+    page = importlib.resources.files("deploy").joinpath("page.html").read_text(encoding="utf-8")
     batcher: list[Batcher] = []  # made inside the running loop
 
     @contextlib.asynccontextmanager
@@ -384,7 +243,7 @@ def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
     def check_model(request: Request) -> None:
         asked, version = request.path_params["name"], request.path_params.get("version", VERSION)
         if asked != name or version != VERSION:
-            raise HTTPException(404, f"no model {asked!r} of version {version}; this server has {name!r}, {VERSION}")
+            raise RequestError(404, f"no model {asked!r} of version {version}; this server has {name!r}, {VERSION}")
 
     def answer(content: Any) -> Any:
         """An endpoint that tells something of the model."""
@@ -404,37 +263,28 @@ def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
         packed, headers = pack(*write_infer(asked, logits, name, labels), request.headers.get("accept-encoding", ""))
         return Response(packed, headers=headers)
 
-    def prepare(body: bytes) -> np.ndarray:
+    def read_photo(body: bytes) -> np.ndarray:
         try:
-            width, height = Image.open(io.BytesIO(body), formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")).size
-            if width * height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{width}x{height} pixels")
-            return as_numpy(transform(open_image(io.BytesIO(body))).unsqueeze(0))
-        except Image.DecompressionBombError as error:
-            raise HTTPException(413, f"the image is too large: {error}; {MAX_PIXELS} pixels are the limit") from error
-        except (OSError, ValueError, SyntaxError) as error:
+            image = open_image(body, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF"))
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageTooLarge(f"{image.width}x{image.height} pixels")
+            return prepare(image, metadata)[None]
+        except ImageTooLarge as error:
+            raise RequestError(413, f"the image is too large: {error}; {MAX_PIXELS} pixels are the limit") from error
+        except UnreadableImage as error:
             raise bad(
-                f"not an image that can be read ({type(error).__name__}); send the file as it is: "
-                "curl --data-binary @photo.jpg"
+                f"not an image that can be read ({error}); send the file as it is: curl --data-binary @photo.jpg"
             ) from error
 
     async def predict(request: Request) -> Response:
         top = request.query_params.get("top", "5")
         if not (top.isascii() and top.isdigit() and int(top) >= 1):
             raise bad(f"top is {top!r}; expected how many labels")
-        images = await run_in_threadpool(prepare, await read_body(request, body_limit))
-        logits = (await batcher[0].infer(images))[0].astype(np.float64)
-        probabilities = np.exp(logits - logits.max())
-        probabilities /= probabilities.sum()
-        best = np.argsort(-probabilities, kind="stable")[: int(top)]
-        return JSONResponse(
-            {
-                "model": name,
-                "predictions": [
-                    {"label": labels[i], "probability": float(probabilities[i]), "index": int(i)} for i in best
-                ],
-            }
-        )
+        images = await run_in_threadpool(read_photo, await read_body(request, body_limit))
+        logits = await batcher[0].infer(images)
+        best = top_labels(logits[0], labels, int(top))
+        predictions = [{"label": label, "probability": p, "index": index} for label, p, index in best]
+        return JSONResponse({"model": name, "predictions": predictions})
 
     async def show_metrics(request: Request) -> Response:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
@@ -457,7 +307,7 @@ def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
         "parameters": {"provider": {"string_value": runtime.provider}},
     }
     extensions = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
-    server = {"name": "kdlite", "version": kdlite.__version__, "extensions": extensions}
+    server = {"name": "kdlite", "version": version("kdlite"), "extensions": extensions}
     index = [{"name": name, "version": VERSION, "state": "READY"}]
     statistics = answer(lambda: metrics.statistics(name))
     model = "/v2/models/{name}"
@@ -480,6 +330,10 @@ def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
             Route(path + "/infer", infer, methods=["POST"]),
         ]
 
+    async def on_request_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        return JSONResponse({"error": error.message}, error.status)
+
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
@@ -488,7 +342,9 @@ def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
         return JSONResponse({"error": f"the server failed: {type(error).__name__}"}, 500)
 
     app = Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers={HTTPException: on_http_error, Exception: on_error}
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={RequestError: on_request_error, HTTPException: on_http_error, Exception: on_error},
     )
     app.add_middleware(Observe, metrics=metrics)
     return app

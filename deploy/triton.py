@@ -18,10 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import command, make_parser
-from deploy.export import make_folder
-from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, UINT8, load, read_engine_metadata
-from train import Parser, UserError
+from deploy.cli import Parser, UserError, command, make_folder, make_parser
+from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, UINT8, load
+from deploy.tensorrt import read_engine_metadata
 
 BACKENDS = {".onnx": ("onnxruntime", "model.onnx"), ".engine": ("tensorrt", "model.plan")}
 

@@ -1,0 +1,91 @@
+"""reference.npz: prepared images of a run with the student's own answers, so that a device needs no data set.
+
+train.py writes it into the run directory beside student/ (never in it: it holds training images). check compares with
+its logits, quantize calibrates on its training images, benchmark times its validation images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from deploy.cli import UserError, first_line, write_whole
+from deploy.runtimes import read_config, source_of
+
+NAME = "reference.npz"
+
+
+class Reference(NamedTuple):
+    """The arrays of the file, under these names."""
+
+    images: np.ndarray  # validation images, evenly spaced: uint8 (N, H, W, 3), as deploy.preprocess.prepare makes them
+    labels: np.ndarray  # their class indices: int64 (N,)
+    logits: np.ndarray  # the student's own in full precision: float32 (N, C)
+    train_images: np.ndarray  # training images, evenly spaced and prepared as for evaluation: uint8 (M, H, W, 3)
+    weights_sha256: np.ndarray  # of the weights that gave the logits: a string
+
+    @property
+    def digest(self) -> str:
+        return str(self.weights_sha256)
+
+    def some(self, count: int | None) -> Reference:
+        """With only `count` of the validation images, evenly spaced; all where there are not more, or for None."""
+        if count is None or count >= len(self.images):
+            return self
+        picked = evenly(len(self.images), count)
+        return self._replace(images=self.images[picked], labels=self.labels[picked], logits=self.logits[picked])
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """Indices of at most count of total things, evenly spaced."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int).tolist() if total else []
+
+
+def write_reference(file: Path, reference: Reference) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **reference._asdict())
+    write_whole(file, buffer.getbuffer())
+
+
+def add_reference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reference", type=Path, help=f"(default: {NAME} of the run directory, beside student/)")
+
+
+def find_reference(student: Path, given: Path | None) -> Path | None:
+    """The run's reference.npz, or the file that --reference names; None where there is none."""
+    if given and not given.is_file():
+        raise UserError(f"--reference {given}: no such file")
+    beside = student.resolve().parent / NAME
+    return given or (beside if beside.is_file() else None)
+
+
+def read_reference(student: Path, given: Path | None, otherwise: str) -> Reference:
+    """The reference of a student/ folder.
+
+    Raises:
+        UserError: there is none (otherwise: what to do then), it is damaged, or of another student
+    """
+    file = find_reference(student, given)
+    if file is None:
+        raise UserError(f"no {NAME} beside {student} (train.py --reference N writes it): {otherwise}")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            reference = Reference(**{name: arrays[name] for name in Reference._fields})
+    except Exception as error:  # numpy and zipfile have a dozen
+        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
+    config = read_config(student)
+    channels, height, width = config["input_size"]
+    count, image = len(reference.images), (height, width, channels)
+    said = [reference.images.shape, reference.train_images.shape[1:], reference.labels.shape, reference.logits.shape]
+    expected = [(count, *image), image, (count,), (count, len(config["label_names"]))]
+    if said != expected or not count:
+        raise UserError(f"{file} is of another student than {student}: its arrays are {said} and not {expected}")
+    if (student / "model.safetensors").is_file() and reference.digest != source_of(student)["weights_sha256"]:
+        raise UserError(
+            f"{file} is of other weights than {student}/model.safetensors: train.py --resume writes it anew"
+        )
+    return reference

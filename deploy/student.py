@@ -1,0 +1,193 @@
+"""What a student/ folder is: its model is found, built, loaded and saved here. Needs torch, torchvision and timm.
+
+    model, config = load_student(Path("runs/001-mobilenet_v2-uskd/student"))
+
+config.json says all that is needed to use the weights in model.safetensors: the architecture, the classes by name, the
+size and the preprocessing of an image.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import difflib
+import importlib.util
+import json
+import os
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from deploy.cli import UserError, write_whole
+
+
+def find_architecture(name: str, arguments: Sequence[str] = (), small_stem: bool = False) -> dict[str, Any]:
+    """What config.json stores of a model, enough to build it again: library, name, arguments, stem.
+
+    Args:
+        name: torchvision's or timm's, or path/to/file.py:function
+        arguments: "KEY=VALUE" each, passed on to the model
+        small_stem: see shrink_stem
+    """
+    own = re.fullmatch(r"(.+\.py):(\w+)", name)
+    if own:
+        library, name = "file", f"{os.path.abspath(own[1])}:{own[2]}"
+    elif name in torchvision.models.list_models(module=torchvision.models):
+        library = "torchvision"
+    elif timm.is_model(name):
+        library = "timm"
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            raise UserError(f"unknown model {name!r}: {error}") from error
+    else:
+        known = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
+        near = difflib.get_close_matches(name, dict.fromkeys(known), n=5, cutoff=0.5)
+        raise UserError(
+            f"unknown model {name!r}: neither torchvision's nor timm's, no student/ folder, no file.py:build; "
+            + (f"near matches: {', '.join(near)}" if near else "python -c 'import timm; print(timm.list_models())'")
+        )
+    options = {}
+    for item in arguments:
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(f"--model-args takes KEY=VALUE, got {item!r}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return {"library": library, "name": name, "args": options, "small_stem": small_stem}
+
+
+def build_model(architecture: dict[str, Any], num_classes: int, img_size: int) -> nn.Module:
+    """The model an architecture says, with random weights."""
+    library, name = architecture["library"], architecture["name"]
+    options = dict(architecture["args"])
+    try:
+        if library == "file":
+            model = build_own_model(name, num_classes, options)
+        elif library == "torchvision":
+            if name.startswith("vit_"):
+                options.setdefault("image_size", img_size)
+            elif name.startswith("maxvit"):
+                options.setdefault("input_size", (img_size, img_size))
+            elif name in ("googlenet", "inception_v3"):  # their extra classifiers would return a tuple
+                options = {"aux_logits": False, "init_weights": True} | options
+            model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+        else:
+            if timm.get_pretrained_cfg(name).fixed_input_size:
+                options.setdefault("img_size", img_size)
+            model = timm.create_model(name, num_classes=num_classes, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"cannot build {name} for {num_classes} classes at {img_size} px: {error}") from error
+    if architecture["small_stem"]:
+        shrink_stem(model)
+    return model
+
+
+def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """The user's file.py:function; whatever goes wrong in there is told with its line."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}, which should build the model")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        build = getattr(module, function, None)
+        if build is None:
+            raise UserError(f"{path} has no function {function!r}")
+        model = build(num_classes=num_classes, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise UserError(f"{name} failed: {type(error).__name__}: {error} ({where})") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name} must return an nn.Module, got {type(model).__name__}")
+    return model
+
+
+def shrink_stem(model: nn.Module) -> None:
+    """The usual stem for images of 64 px and less: first convolution 3x3 with stride 1, no max-pool after it."""
+    for name, conv in model.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            if conv.stride[0] > 1 and conv.kernel_size != conv.stride:  # else there is nothing to shrink, or patches
+                stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
+                nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, stem)
+            break
+    for name, child in model.named_children():
+        if isinstance(child, nn.MaxPool2d):
+            setattr(model, name, nn.Identity())
+
+
+def load_student(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and the config.json of a run's student/ folder, or of the run directory that holds it."""
+    if (folder / "student").is_dir():
+        folder = folder / "student"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        for key in ("label_names", "mean", "std", "interpolation", "crop"):
+            config[key]  # missing: KeyError
+        model = build_model(config["architecture"], config["num_classes"], config["input_size"][1])
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a whole student/ folder: {type(error).__name__}: {error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{folder}/model.safetensors is damaged: {error}") from error
+    load_weights(model, weights, str(folder))
+    return model, config
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """load_state_dict, with one line on what differs."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        own = model.state_dict()
+        differing = [f"{k} is missing" for k in own if k not in weights]
+        differing += [f"{k} is unknown" for k in weights if k not in own]
+        differing += [
+            f"{k} is {tuple(weights[k].shape)} and not {tuple(own[k].shape)}"
+            for k in own
+            if k in weights and weights[k].shape != own[k].shape
+        ]
+        what = "; ".join(differing[:3]) or str(error)
+        raise UserError(
+            f"{where} holds the weights of another architecture than {type(model).__name__}: {what}"
+        ) from error
+
+
+def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int, batch: int = 1) -> None:
+    """A blank batch through a copy of the model, in the mode it is in: whether it runs and what it returns."""
+    try:
+        with torch.no_grad():
+            logits = copy.deepcopy(model)(torch.zeros(batch, *input_size))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        size = "x".join(map(str, (batch, *input_size)))
+        raise UserError(f"{name} does not run on a {size} batch: {' '.join(str(error).split())[:300]}") from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (batch, num_classes):
+        raise UserError(f"{name} must return logits of shape (N, {num_classes}), got {shape} for N = {batch}")
+
+
+def save_student(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """What deploy/ needs and people share: the plain student, no weak head, no optimizer."""
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    write_whole(folder / "model.safetensors", safetensors_bytes(weights))
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,391 @@
+"""TensorRT: engines are built from ONNX files and run, without torch.
+
+Memory is CUDA's own, through ctypes: see Cuda and Engine. Imported when a file or a command asks for TensorRT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import gc
+import importlib
+import importlib.util
+import json
+import math
+import time
+import weakref
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from deploy.cli import UserError, first_line, make_folder, write_whole
+from deploy.runtimes import (
+    INPUT_NAME,
+    METADATA,
+    OUTPUT_NAME,
+    UINT8,
+    Loaded,
+    as_input,
+    cuda_device_count,
+    cuda_device_name,
+    load,
+    read_json,
+)
+
+# ---- CUDA ---------------------------------------------------------------------------------------------------------
+
+_pointer, _int, _size, _flags = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint
+# Arguments of libcudart's functions: undeclared, a pointer would be cut to an int.
+SIGNATURES: dict[str, list[Any]] = {
+    "cudaDeviceGetAttribute": [ctypes.POINTER(_int), _int, _int],
+    "cudaMalloc": [ctypes.POINTER(_pointer), _size],
+    "cudaFree": [_pointer],
+    "cudaHostAlloc": [ctypes.POINTER(_pointer), _size, _flags],
+    "cudaHostGetDevicePointer": [ctypes.POINTER(_pointer), _pointer, _flags],
+    "cudaFreeHost": [_pointer],
+    "cudaStreamCreate": [ctypes.POINTER(_pointer)],
+    "cudaStreamSynchronize": [_pointer],
+    "cudaStreamDestroy": [_pointer],
+    "cudaMemcpyAsync": [_pointer, _pointer, _size, _int, _pointer],
+}
+TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost
+PINNED, MAPPED = 0, 2  # cudaHostAllocDefault, cudaHostAllocMapped
+INTEGRATED, CAN_MAP = 18, 19  # cudaDevAttrIntegrated, cudaDevAttrCanMapHostMemory
+
+
+class Cuda:
+    """The functions of CUDA's runtime library that running an engine takes; one that fails raises RuntimeError."""
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+        library.cudaGetErrorString.argtypes, library.cudaGetErrorString.restype = [_int], ctypes.c_char_p
+        for name, arguments in SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, _int
+
+    def call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self.library, name)(*arguments)
+        if code:
+            reason = self.library.cudaGetErrorString(code).decode(errors="replace")
+            raise RuntimeError(f"{name}: {reason} (CUDA error {code})")
+
+    def new(self, name: str, *arguments: Any) -> int:
+        """Call a function that hands back a pointer through its first argument."""
+        pointer = _pointer()
+        self.call(name, ctypes.byref(pointer), *arguments)
+        return pointer.value or 0
+
+    def attribute(self, number: int) -> int:
+        value = _int()
+        self.call("cudaDeviceGetAttribute", ctypes.byref(value), number, 0)
+        return value.value
+
+
+def load_cuda() -> Cuda:
+    """libcudart of the system (JetPack's), else of NVIDIA's wheels, which TensorRT's come with."""
+    names = [ctypes.util.find_library("cudart"), *(f"libcudart.so{end}" for end in ("", ".13", ".12", ".11.0"))]
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec("nvidia")
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            names += sorted(map(str, Path(folder).glob("*/lib/libcudart.so.*")), reverse=True)
+    for name in filter(None, names):
+        with contextlib.suppress(OSError, AttributeError):
+            return Cuda(ctypes.CDLL(name))
+    raise UserError(
+        "libcudart.so, CUDA's runtime library, is not found: on a Jetson apt-get install cuda-cudart-12-6 (the number "
+        "of its CUDA), elsewhere pip install nvidia-cuda-runtime"
+    )
+
+
+class Buffer:
+    """Memory for one tensor, seen from the host as an array and from the device by a pointer.
+
+    Pinned host memory with device memory beside it; on a GPU that shares the host's memory one mapped block, which
+    needs no copy.
+    """
+
+    def __init__(
+        self, cuda: Cuda, shape: tuple[int, ...], dtype: Any, mapped: bool, release: contextlib.ExitStack
+    ) -> None:
+        self.cuda, self.mapped = cuda, mapped
+        count = math.prod(shape) * np.dtype(dtype).itemsize
+        address = cuda.new("cudaHostAlloc", count, MAPPED if mapped else PINNED)
+        release.callback(cuda.call, "cudaFreeHost", address)
+        self.array = np.frombuffer((ctypes.c_ubyte * count).from_address(address), dtype).reshape(shape)
+        if mapped:
+            self.device = cuda.new("cudaHostGetDevicePointer", address, 0)
+        else:
+            self.device = cuda.new("cudaMalloc", count)
+            release.callback(cuda.call, "cudaFree", self.device)
+
+    def copy(self, direction: int, rows: int, stream: int) -> None:
+        """Queue the copy of the first rows between host and device."""
+        if self.mapped:
+            return
+        host = self.array.ctypes.data
+        target, source = (self.device, host) if direction == TO_DEVICE else (host, self.device)
+        self.cuda.call("cudaMemcpyAsync", target, source, self.array[:rows].nbytes, direction, stream)
+
+
+class Engine:
+    """A deserialised engine with its execution context, stream and buffers; close() frees them, last taken first."""
+
+    def __init__(self, engine: Any, cuda: Cuda, metadata: dict[str, Any], max_batch: int, runtime: Any = None) -> None:
+        self.owners = runtime, engine  # which TensorRT wants to outlive the context
+        channels, height, width = metadata["input_size"]
+        uint8 = metadata["input"] == UINT8
+        image = (height, width, channels) if uint8 else (channels, height, width)
+        self.metadata, self.max_batch, self.cuda = metadata, max_batch, cuda
+        with contextlib.ExitStack() as taken:  # what was taken is given back if the next step fails
+            self.context = engine.create_execution_context()
+            if self.context is None:
+                raise RuntimeError("TensorRT made no execution context: not enough GPU memory?")
+            self.stream = cuda.new("cudaStreamCreate")
+            taken.callback(cuda.call, "cudaStreamDestroy", self.stream)
+            mapped = bool(cuda.attribute(INTEGRATED) and cuda.attribute(CAN_MAP))
+            self.images = Buffer(cuda, (max_batch, *image), np.uint8 if uint8 else np.float32, mapped, taken)
+            self.logits = Buffer(cuda, (max_batch, len(metadata["label_names"])), np.float32, mapped, taken)
+            taken.callback(cuda.call, "cudaStreamSynchronize", self.stream)  # the first of all, as taken last
+            self.context.set_tensor_address(INPUT_NAME, self.images.device)
+            self.context.set_tensor_address(OUTPUT_NAME, self.logits.device)
+            self.close = weakref.finalize(self, taken.pop_all().close)
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3), N at most max_batch -> float32 (N, C)."""
+        count = len(images)
+        if not self.close.alive:
+            raise RuntimeError("the engine is closed")
+        if not 1 <= count <= self.max_batch:
+            raise ValueError(f"a batch of {count}, but the engine takes 1 to {self.max_batch} images")
+        self.images.array[:count] = as_input(images, self.metadata)
+        if not self.context.set_input_shape(INPUT_NAME, (count, *self.images.array.shape[1:])):
+            raise RuntimeError(f"the engine does not take a batch of {count}")
+        self.images.copy(TO_DEVICE, count, self.stream)
+        if not self.context.execute_async_v3(self.stream):
+            raise RuntimeError(f"TensorRT did not run a batch of {count}")
+        self.logits.copy(TO_HOST, count, self.stream)
+        self.cuda.call("cudaStreamSynchronize", self.stream)
+        return self.logits.array[:count].copy()
+
+
+# ---- engines ------------------------------------------------------------------------------------------------------
+
+
+def load_engine(path: Path, device: str, **_: Any) -> Loaded:
+    """An engine of deploy.build. Not run on a GPU yet; the tests run it against a libcudart of their own."""
+    metadata = read_engine_metadata(path)
+    library, version, gpu, max_batch = (metadata["built"][key] for key in ("library", "version", "gpu", "max_batch"))
+    trt = import_tensorrt(library)
+    again = f"build it here: python -m deploy.build {path.parent / metadata['onnx']}"
+    if trt.__version__ != version:
+        raise UserError(f"{path} was built by {library} {version}, here is {trt.__version__}: {again}")
+    here = cuda_device_name()
+    if device == "cpu" or here is None:
+        raise UserError(f"{path}: a TensorRT engine needs a CUDA device, which is not here")
+    if gpu and gpu != here:
+        raise UserError(f"{path} was built for {gpu}, here is {here}: {again}")
+    cuda = load_cuda()
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    deserialised = runtime.deserialize_cuda_engine(path.read_bytes())
+    if deserialised is None:
+        raise UserError(f"{path} cannot be read by {library} {version} on {here}: {again}")
+    try:
+        engine = Engine(deserialised, cuda, metadata, max_batch, runtime)
+    except RuntimeError as error:
+        raise UserError(f"{path} cannot be loaded: {first_line(error)}; a smaller --max-batch takes less") from error
+    return Loaded("tensorrt", f"{library} {version}", metadata, engine.run, max_batch)
+
+
+def read_engine_metadata(path: Path) -> dict[str, Any]:
+    """What the .json beside an engine says."""
+    sidecar = path.with_name(path.name + ".json")
+    if not sidecar.is_file():
+        raise UserError(f"{path} has no {sidecar.name} beside it: copy both, or build it again with deploy.build")
+    metadata = read_json(sidecar.read_bytes(), path)
+    missing = [key for key in (*METADATA, "onnx", "built") if key not in metadata]
+    built = metadata.get("built")
+    missing += [key for key in ("library", "version", "gpu", "max_batch") if key not in (built or {})]
+    if missing:
+        raise UserError(f"{sidecar} was not made by deploy.build: it has no {', '.join(missing)}")
+    return metadata
+
+
+def import_tensorrt(library: str | None = None) -> ModuleType:
+    """tensorrt, else TensorRT-RTX, whose libraries come with its ONNX Runtime provider; or the one that is named."""
+    names = [library] if library else ["tensorrt", "tensorrt_rtx"]
+    for name in names:
+        try:
+            if name == "tensorrt":
+                return importlib.import_module(name)
+            importlib.import_module("onnxruntime_ep_nv_tensorrt_rtx")  # loads libtensorrt_rtx.so
+            return importlib.import_module("tensorrt_rtx_bindings")
+        except ImportError:
+            continue
+    raise UserError(
+        f"{' and '.join(names)}: not installed. On a Jetson, JetPack has tensorrt: make the environment with "
+        "--system-site-packages. Elsewhere: pip install tensorrt, or pip install '.[rtx]' for TensorRT-RTX"
+    )
+
+
+def build_engine(
+    onnx_file: Path,
+    batches: tuple[int, int, int] = (1, 8, 64),
+    workspace_mib: int = 1024,
+    timing_cache: Path | None = None,
+    library: str | None = None,
+    output: Path | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Build an engine; returns its file and what its .json says of the build.
+
+    Args:
+        onnx_file: of deploy.export or deploy.quantize
+        batches: smallest, usual and largest batch of the optimisation profile
+        workspace_mib: most scratch memory a layer may take, in MiB
+        timing_cache: kept here, so that the next build is faster; tensorrt only
+        library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
+        output: folder of the engine; default: the ONNX file's own
+
+    Raises:
+        UserError: no such library, no GPU where it needs one, or a file it cannot parse or build
+    """
+    metadata = read_onnx(onnx_file)
+    trt = import_tensorrt(library)
+    name = library_name(trt)
+    network = Network(trt, onnx_file)
+    try:
+        network.refuse_unsupported()
+        config = network.builder.create_builder_config()
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
+        profile = network.builder.create_optimization_profile()
+        image = tuple(network.definition.get_input(0).shape)[1:]
+        profile.set_shape(INPUT_NAME, *((size, *image) for size in batches))
+        config.add_optimization_profile(profile)
+        cache = None
+        if timing_cache and name == "tensorrt":
+            cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
+        started = time.perf_counter()
+        plan = network.builder.build_serialized_network(network.definition, config)
+        if plan is None:
+            raise UserError(f"{name} {trt.__version__} cannot build {onnx_file.name}: {network.log.text()}")
+        built = {
+            "library": name,
+            "version": trt.__version__,
+            "gpu": cuda_device_name(),
+            "min_batch": batches[0],
+            "opt_batch": batches[1],
+            "max_batch": batches[2],
+            "build_s": round(time.perf_counter() - started, 2),
+        }
+        engine = bytes(plan)
+        saved_cache = bytes(cache.serialize()) if cache else None
+        del plan, cache, profile, config
+    finally:
+        network.close()
+
+    output = output or onnx_file.parent
+    make_folder(output)
+    file = output / onnx_file.with_suffix(".engine").name
+    write_whole(file, engine)
+    write_whole(
+        file.with_name(file.name + ".json"),
+        json.dumps(metadata | {"onnx": onnx_file.name, "built": built}, indent=2) + "\n",
+    )
+    if timing_cache and saved_cache:
+        write_whole(timing_cache, saved_cache)
+    return file, built
+
+
+def read_onnx(onnx_file: Path) -> dict[str, Any]:
+    """The metadata of a whole ONNX file of ours that is meant for TensorRT."""
+    metadata = load(onnx_file, device="cpu").metadata
+    if metadata["precision"] == "int8-cpu":
+        raise UserError(
+            f"{onnx_file} was quantised for CPUs: python -m deploy.quantize --target tensorrt makes another"
+        )
+    return metadata
+
+
+class Network:
+    """An ONNX file parsed by TensorRT, strongly typed; close() lets go in the order that does not crash."""
+
+    def __init__(self, trt: ModuleType, onnx_file: Path) -> None:
+        self.trt, self.onnx_file = trt, onnx_file
+        if library_name(trt) == "tensorrt" and not cuda_device_count():
+            raise UserError(
+                "tensorrt parses and builds only where there is a CUDA device, which is not here: run this on the "
+                "device that will run the engine, or install TensorRT-RTX, which needs none: pip install '.[rtx]'"
+            )
+        self.log = make_log(trt)
+        self.builder = trt.Builder(self.log)
+        flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        self.definition = self.builder.create_network(0 if flags is None else 1 << int(flags))
+        self.parser = trt.OnnxParser(self.definition, self.log)
+        self.parsed = self.parser.parse(onnx_file.read_bytes())
+        self.errors = [self.parser.get_error(i) for i in range(self.parser.num_errors)]
+
+    def unsupported(self) -> list[str]:
+        """Each node that cannot be parsed, with the library's reason."""
+        return [
+            f"{error.node_operator()} {error.node_name()}: {' '.join(error.desc().splitlines()[:2])}"
+            for error in self.errors
+        ]
+
+    def refuse_unsupported(self) -> None:
+        if not self.parsed:
+            reasons = self.unsupported() or [self.log.text()]
+            raise UserError(
+                f"{library_name(self.trt)} {self.trt.__version__} cannot parse {self.onnx_file.name}: "
+                f"{reasons[0]}" + (f" (and {len(reasons) - 1} more: --report)" if len(reasons) > 1 else "")
+            )
+
+    def close(self) -> None:
+        for name in ("errors", "parser", "definition", "builder"):
+            self.__dict__.pop(name, None)
+            gc.collect()
+
+
+def make_log(trt: ModuleType) -> Any:
+    """A TensorRT logger that keeps errors instead of printing them."""
+
+    class Log(trt.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+
+        def text(self) -> str:
+            return first_line(Exception(self.errors[0] if self.errors else "no reason given"))
+
+    return Log()
+
+
+def library_name(trt: ModuleType) -> str:
+    return "tensorrt" if trt.__name__ == "tensorrt" else "tensorrt_rtx"
+
+
+def report(onnx_file: Path, library: str | None = None) -> tuple[str, bool]:
+    """What the library says of the file, in lines, and whether it supports all of it."""
+    metadata = read_onnx(onnx_file)
+    trt = import_tensorrt(library)
+    network = Network(trt, onnx_file)
+    try:
+        lines = [f"{library_name(trt)} {trt.__version__}: {onnx_file.name}, {metadata['precision']}"]
+        if network.parsed:
+            types: dict[str, int] = {}
+            for i in range(network.definition.num_layers):
+                kind = str(network.definition.get_layer(i).type).rpartition(".")[2]
+                types[kind] = types.get(kind, 0) + 1
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(types.items(), key=lambda x: -x[1]))
+            lines.append(f"parsed whole: {network.definition.num_layers} layers ({counts})")
+        else:
+            lines += ["cannot be parsed:", *(f"  {reason}" for reason in network.unsupported() or [network.log.text()])]
+        return "\n".join(lines), network.parsed
+    finally:
+        network.close()
