@@ -46,7 +46,7 @@ from deploy.cli import (
     write_whole,
 )
 from deploy.reference import NAME, add_reference, find_reference, read_reference
-from deploy.runtimes import cuda_device_count, load, pick_device, read_config
+from deploy.runtimes import cuda_device_count, has_torch, load, pick_device, read_config
 
 COLUMNS = {
     "artefact": "", "runtime": "", "provider": "", "precision": "", "batch": "d", "threads": "d", "p50_ms": ".2f",
@@ -380,7 +380,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         pool = np.random.default_rng(0).integers(0, 256, (64, height, width, channels), dtype=np.uint8)
         print(f"no {NAME} beside {student}: timed on noise, and no accuracy")
-    eager = importlib.util.find_spec("torch") is not None and (student / "model.safetensors").is_file()
+    eager = has_torch() and (student / "model.safetensors").is_file()
     if args.compile and not eager:
         raise UserError("--compile needs torch and the weights of the student")
     if not eager:

@@ -30,17 +30,17 @@ from deploy.cli import (
     add_device,
     command,
     first_line,
+    make_folder,
     make_parser,
     need,
     student_folder,
     write_whole,
 )
 from deploy.reference import NAME, Reference, add_reference, evenly, read_reference
-from deploy.runtimes import Runtime, load, source_of
+from deploy.runtimes import LOADERS, TORCH_KINDS, Runtime, has_torch, load, products_saturate, source_of
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # uint8 (B, H, W, 3), class indices (B,), the student's logits (B, C)
 BATCHES = (1, 2, 5, 64)
-KINDS = (".onnx", ".ts", ".pt2", ".engine")
 # What each precision may cost: largest error of a logit relative to the largest logit, smallest agreement in percent,
 # largest loss of top-1 in points. fp32's and fp16's error: five times the worst of nine architectures
 # (tests/test_deploy.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
@@ -176,6 +176,8 @@ def judge(row: dict[str, Any], tally: Tally) -> str:
         faults.append(f"agreement {row['agreement']:.2f} < {allowed['agreement']} %")
     if not -row["top1_difference"] <= allowed["drop"]:
         faults.append(f"top-1 loses {-row['top1_difference']:.2f} > {allowed['drop']} points")
+    if faults and precision == "int8" and not on_gpu and products_saturate():
+        faults.append("but 8-bit products saturate on this CPU, which has no VNNI (quantize --reduce-range)")
     return f"FAIL: {'; '.join(faults)}" if faults else "pass"
 
 
@@ -218,7 +220,12 @@ def validation_batches(
 def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     """Those named, as paths or as files of the student's folder; else all that the folder holds."""
     if not names:
-        found = sorted(file for file in student.iterdir() if file.suffix in KINDS)
+        found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
+        if found and not has_torch():
+            left_out = [file for file in found if file.suffix in TORCH_KINDS]
+            found = [file for file in found if file not in left_out]
+            if left_out:
+                print(f"left out, since torch is not installed: {', '.join(file.name for file in left_out)}")
         if not found:
             raise UserError(f"{student} has no artefact yet: python -m deploy.export {student}")
         return found
@@ -254,6 +261,7 @@ def get_parser() -> Parser:
                         "torchvision and timm); DATA: as train.py --data (default: what args.json says)")  # fmt: skip
     parser.add_argument("--data-dir", help="with --data: as train.py --data-dir")
     parser.add_argument("--workers", type=int, help="with --data: processes that decode images (default: the cores)")
+    parser.add_argument("--output", type=Path, help="folder of check.json (default: the student's)")
     add_device(parser)
     return parser
 
@@ -265,6 +273,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--data-dir and --workers need --data")
     student = student_folder(args.student)
     artefacts = find_artefacts(student, args.artefacts)
+    output = args.output or student
+    make_folder(output)
     options = dict(device=args.device, threads=args.threads, allow_fallback=args.allow_fallback)
     torch_student = None
     batches: Iterable[Batch]
@@ -280,7 +290,7 @@ def run(args: argparse.Namespace) -> int:
     rows = check_artefacts(artefacts, batches, digest, torch_student, **options)
     print(f"{rows[0]['images']} validation images of {what}; percent, against torch's fp32 logits\n")
     print(table(rows, COLUMNS))
-    write_whole(student / "check.json", json.dumps(rows, indent=2) + "\n")
+    write_whole(output / "check.json", json.dumps(rows, indent=2) + "\n")
     return int(any(row["verdict"] != "pass" for row in rows[1:]))
 
 

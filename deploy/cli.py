@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 # What a full, read-only or foreign disk answers a write with.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -100,6 +100,12 @@ def need(module: str, install: str) -> ModuleType:
         raise UserError(f"{module} is not installed: {install} ({error})") from error
 
 
+def stop_without(error: ImportError, program: str, install: str) -> NoReturn:
+    """End a command whose module cannot even be imported here."""
+    show_error(f"python -m deploy.{program}", f"{error}: {install}")
+    sys.exit(2)
+
+
 def version(package: str) -> str:
     """The installed version of a package; kdlite's folders may also be used without being installed."""
     try:
@@ -127,7 +133,7 @@ def make_folder(folder: Path) -> None:
 
 def write_whole(path: Path, content: Any) -> None:
     """Write text or bytes beside, then rename: the file is the old one or the new one, never half of it."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:

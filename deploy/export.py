@@ -18,16 +18,34 @@ import os
 import sys
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from deploy.cli import Parser, UserError, command, first_line, make_folder, make_parser, need, student_folder, version
+from deploy.cli import (
+    Parser,
+    UserError,
+    command,
+    first_line,
+    make_folder,
+    make_parser,
+    need,
+    stop_without,
+    student_folder,
+    version,
+)
+from deploy.onnx_model import tidy
 from deploy.runtimes import FLOAT, INPUT_NAME, OUTPUT_NAME, UINT8, as_input, load, source_of
-from deploy.student import load_student
-from deploy.torch_runtimes import ImageClassifier
+
+try:
+    import torch
+
+    from deploy.student import load_student
+    from deploy.torch_runtimes import ImageClassifier
+except ImportError as missing:
+    stop_without(missing, "export", "it rebuilds the network, on a workstation: pip install '.[deploy]'")
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts", "torch.export": ".pt2"}
 # Largest |logit - torch's fp32 logit|, relative to the largest |logit|. Measured on nine architectures: fp32 at most
@@ -63,6 +81,9 @@ def export_student(
     classifier = ImageClassifier(model, config["mean"], config["std"], layout, half=precision == "fp16")
     versions = {"kdlite": version("kdlite"), "torch": torch.__version__}
     metadata = config | {"precision": precision, "input": layout, "source": source_of(student) | versions}
+    if config["architecture"]["library"] == "file":  # a path of this machine, but for the file's name
+        name = os.path.basename(config["architecture"]["name"])
+        metadata["architecture"] = config["architecture"] | {"name": name}
     images = probe_images(config)
     batch = torch.from_numpy(as_input(images[:2], metadata))
     with torch.no_grad():
@@ -100,7 +121,7 @@ def probe_images(config: dict[str, Any]) -> np.ndarray:
 def write_onnx(
     classifier: ImageClassifier, batch: torch.Tensor, metadata: dict[str, Any], file: Path, opset: int
 ) -> None:
-    need("onnx", "pip install '.[deploy]'")
+    onnx = need("onnx", "pip install '.[deploy]'")
     need("onnxscript", "pip install '.[deploy]'")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -117,8 +138,10 @@ def write_onnx(
             verbose=False,
         )
     assert program is not None
-    program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
-    program.save(file, external_data=False)
+    model = program.model_proto
+    tidy(model)
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
+    onnx.save(model, file)
 
 
 def write_torchscript(classifier: ImageClassifier, batch: torch.Tensor, metadata: dict[str, Any], file: Path) -> None:
@@ -126,6 +149,12 @@ def write_torchscript(classifier: ImageClassifier, batch: torch.Tensor, metadata
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(classifier, (batch,), check_trace=False)  # compared at other batches afterwards
         torch.jit.save(traced, str(file), _extra_files={"metadata.json": json.dumps(metadata)})
+    with zipfile.ZipFile(file) as saved:
+        records = {entry.filename: saved.read(entry) for entry in saved.infolist()}
+    with zipfile.ZipFile(file, "w") as plain:  # without the debug records: source lines and paths of this machine
+        for name, content in records.items():
+            if not name.endswith(".debug_pkl"):
+                plain.writestr(zipfile.ZipInfo(name), content)
 
 
 def write_exported(classifier: ImageClassifier, batch: torch.Tensor, metadata: dict[str, Any], file: Path) -> None:
@@ -134,6 +163,8 @@ def write_exported(classifier: ImageClassifier, batch: torch.Tensor, metadata: d
         program = torch.export.export(
             classifier, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
         )
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # source lines and paths of this machine
         torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
 
 

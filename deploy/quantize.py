@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from deploy.cli import Parser, UserError, command, first_line, make_folder, make_parser, need, student_folder
+from deploy.onnx_model import tidy
 from deploy.reference import add_reference, evenly, read_reference
-from deploy.runtimes import FLOAT, INPUT_NAME, as_input, load
+from deploy.runtimes import FLOAT, INPUT_NAME, as_input, load, products_saturate
 
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -36,7 +37,7 @@ def quantize_student(
     target: str,
     op_types: list[str] | None = None,
     method: str = "minmax",
-    reduce_range: bool = False,
+    reduce_range: bool | None = None,
     output: Path | None = None,
 ) -> tuple[Path, float]:
     """Quantise an fp32 ONNX file of deploy.export; returns the INT8 file and its agreement with the fp32 file.
@@ -47,7 +48,8 @@ def quantize_student(
         target: "cpu" or "tensorrt"
         op_types: ONNX operators to quantise; default: all that can be, or CONTRACTIONS beside a LayerNormalization
         method: of calibration: "minmax", "entropy", "percentile"
-        reduce_range: 7 bits for weights: for x86 CPUs without VNNI, whose 8-bit products saturate
+        reduce_range: 7 bits for weights: for x86 CPUs without VNNI, whose 8-bit products saturate; default: for the
+            target "cpu", if this is one
         output: folder of the file; default: the ONNX file's own
 
     Returns:
@@ -65,6 +67,8 @@ def quantize_student(
     file = output / f"student{layout}-int8-{target}.onnx"
     make_folder(output)
 
+    if reduce_range is None:
+        reduce_range = target == "cpu" and products_saturate()
     batches = iter(np.array_split(images, -(-len(images) // 16)))
 
     class Images(quantization.CalibrationDataReader):  # type: ignore[name-defined, misc]
@@ -105,10 +109,16 @@ def quantize_student(
             model = onnx.load(quantised)
             if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
                 raise UserError(f"{onnx_file} has no {' or '.join(op_types or [])} to quantise: see --op-types")
+            tidy(model)
             del model.metadata_props[:]
             said = metadata | {
                 "precision": f"int8-{target}",
-                "calibration": {"images": len(images), "method": method, "op_types": op_types},
+                "calibration": {
+                    "images": len(images),
+                    "method": method,
+                    "op_types": op_types,
+                    "reduce_range": reduce_range,
+                },
             }
             onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in said.items()})
             onnx.save(model, quantised)
@@ -162,7 +172,9 @@ def get_parser() -> Parser:
     add_reference(parser)
     parser.add_argument("--method", choices=sorted(METHODS), default="minmax", help="of calibration (default: minmax)")
     parser.add_argument("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")
-    parser.add_argument("--reduce-range", action="store_true", help="7-bit weights, for x86 CPUs without VNNI")
+    parser.add_argument("--reduce-range", action=argparse.BooleanOptionalAction,
+                        help="7-bit weights, for x86 CPUs without VNNI, whose 8-bit products saturate (default: with "
+                        "--target cpu, if this is one)")  # fmt: skip
     parser.add_argument("--output", type=Path, help="folder of the file (default: that of the ONNX file)")
     return parser
 
@@ -181,6 +193,10 @@ def run(args: argparse.Namespace) -> None:
     if args.images is not None and args.images > len(images):
         raise UserError(f"--images {args.images}, but the reference has {len(images)}: train.py --reference N keeps N")
     images = images[evenly(len(images), args.images or len(images))]
+    if products_saturate():
+        what = "7-bit weights" if args.target == "cpu" else "the agreement below would be higher on a GPU"
+        if args.reduce_range is None:
+            print(f"this CPU has no VNNI, and its 8-bit products saturate: {what}")
     file, agreement = quantize_student(
         onnx_file, images, args.target, args.op_types, args.method, args.reduce_range, args.output
     )

@@ -15,7 +15,9 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -175,6 +177,10 @@ def onnx_metadata(properties: dict[str, str]) -> dict[str, Any]:
     return metadata
 
 
+def has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
 def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(text)
@@ -221,6 +227,15 @@ def cuda_device_name() -> str | None:
     if cuda.cuDeviceGet(ctypes.byref(device), 0) != 0 or cuda.cuDeviceGetName(name, len(name), device) != 0:
         return None
     return name.value.decode(errors="replace")
+
+
+def products_saturate() -> bool:
+    """Whether this CPU adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        return False
+    return flags is not None and "vnni" not in flags[1]
 
 
 def top_labels(logits: np.ndarray, labels: list[str], count: int = 5) -> list[tuple[str, float, int]]:

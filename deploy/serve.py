@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy.cli import Parser, UserError, add_device, command, first_line, make_parser, version
+from deploy.cli import Parser, UserError, add_device, command, first_line, make_parser, stop_without, version
 from deploy.preprocess import ImageTooLarge, UnreadableImage, open_image, prepare
 from deploy.protocol import VERSION, RequestError, bad, pack, parse_infer, too_large, unpack, write_infer
 from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, Runtime, load, top_labels
@@ -44,8 +44,7 @@ try:
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 except ImportError as missing:
-    print(f"python -m deploy.serve: error: {missing}: pip install starlette uvicorn prometheus-client", file=sys.stderr)
-    sys.exit(2)
+    stop_without(missing, "serve", "pip install starlette uvicorn prometheus-client")
 
 MAX_PIXELS = 64_000_000  # of an image for /predict: 192 MB once decoded
 

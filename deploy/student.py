@@ -16,6 +16,7 @@ import json
 import os
 import re
 import traceback
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,11 @@ def load_student(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     """load_state_dict, with one line on what differs."""
+    versioned = OrderedDict(weights)
+    # A file of tensors has no versions of the modules' layouts, without which MNASNet refuses its own weights.
+    versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(versioned)
     except RuntimeError as error:
         own = model.state_dict()
         differing = [f"{k} is missing" for k in own if k not in weights]

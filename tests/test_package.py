@@ -1,14 +1,13 @@
 """The package as it is installed: what the wheel holds, what it needs, what importing it loads."""
 
-import importlib.metadata
 import re
 import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from environments import make_environment
 
 import kdlite
 
@@ -42,42 +41,18 @@ def test_the_package_needs_torch_alone(wheel):
     assert f"Version: {kdlite.__version__}" in text
 
 
-def distributions_torch_needs(name="torch", seen=None):
-    """torch and all that it requires, by name, as installed here."""
-    seen = set() if seen is None else seen
-    for line in importlib.metadata.requires(name) or []:
-        need = re.match(r"[\w.-]+", line)[0]
-        if "extra ==" in line or need in seen:
-            continue
-        try:
-            importlib.metadata.distribution(need)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        seen.add(need)
-        distributions_torch_needs(need, seen)
-    return seen | {name}
-
-
 def test_it_imports_and_runs_in_an_environment_that_has_torch_alone(wheel, tmp_path):
-    """A fresh environment with the wheel; of this one, links to torch and what torch requires, and no numpy."""
-    venv.create(tmp_path / "env", with_pip=False)
+    """A fresh environment with the wheel, torch and what torch requires, and no numpy."""
+    python = make_environment(tmp_path / "env", "torch")
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
     zipfile.ZipFile(wheel).extractall(site)
-    for name in distributions_torch_needs():
-        for file in importlib.metadata.files(name):
-            top = file.parts[0]
-            source = Path(importlib.metadata.distribution(name).locate_file(top))
-            if top != ".." and not (site / top).exists():
-                (site / top).symlink_to(source)
     program = (
         "import torch, kdlite\n"
         "loss = kdlite.nkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1]))\n"
         "assert loss.isfinite()\n"
         "try:\n    import numpy\nexcept ImportError:\n    print('no numpy,', kdlite.__file__)\n"
     )
-    result = subprocess.run(
-        [tmp_path / "env/bin/python", "-I", "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=tmp_path
-    )
+    result = subprocess.run([python, "-I", "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"no numpy, {site}/kdlite/__init__.py"
 

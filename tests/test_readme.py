@@ -11,7 +11,7 @@ import pytest
 
 import train
 
-COMMANDS = ["export", "quantize", "build", "check", "benchmark", "serve", "triton"]
+COMMANDS = ["export", "quantize", "build", "check", "benchmark", "serve", "triton", "pack", "predict"]
 ROOT = Path(__file__).resolve().parents[1]
 
 

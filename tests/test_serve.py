@@ -26,12 +26,12 @@ import torch
 import uvicorn
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from students import write_student
 
-import train
 from deploy.export import export_student
+from deploy.preprocess import open_image, prepare
 from deploy.runtimes import load
 from deploy.serve import Limits, make_app
-from train import eval_transform
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
@@ -41,13 +41,9 @@ SHAPE = (16, 16, 3)
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory):
     """A small student that tells photographs apart, exported."""
-    torch.manual_seed(0)
-    args = train.parse_args(["--model", f"{MODELS}:tiny", "--img-size", "16"])
     names = ["a cat", "a dog", "<b>café</b>", "d", "e", "f", "g"]
-    model, config = train.make_student(args, train.Data(None, None, names, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)))
-    torch.nn.init.normal_(model.fc.weight)
     folder = tmp_path_factory.mktemp("serve") / "student"
-    train.save_student(folder, model, config)
+    write_student(folder, f"{MODELS}:tiny", 16, names)
     return export_student(folder, formats=("onnx",))[0]
 
 
@@ -403,8 +399,8 @@ def test_predict_prepares_a_photograph_as_training_does(port, artefact, kind):
     status, _, body = ask(port, "/predict?top=3", file.getvalue())
     assert status == 200
     runtime = load(artefact)
-    photo = eval_transform(runtime.metadata)(train.open_image(io.BytesIO(file.getvalue())))
-    logits = torch.from_numpy(runtime.run(photo.permute(1, 2, 0).numpy()[None].copy()))[0].double()
+    photo = prepare(open_image(file.getvalue()), runtime.metadata)
+    logits = torch.from_numpy(runtime.run(photo[None]))[0].double()
     best = logits.softmax(0).topk(3)
     predictions = json.loads(body)["predictions"]
     assert [p["index"] for p in predictions] == best.indices.tolist()

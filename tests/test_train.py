@@ -22,6 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import train
+from deploy import predict
+from deploy.cli import command
+from deploy.preprocess import open_image, prepare, to_rgb
+from deploy.reference import read_reference
+from deploy.student import build_model, find_architecture, load_student
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
@@ -107,7 +112,7 @@ def test_torchrun_as_written_in_an_empty_folder_and_again(tmp_path):
 def test_a_run_directory_holds_all_that_was_promised():
     run(*TINY, "--self-kd", "uskd", "--epochs", 2, "--output", "out")
     names = {p.name for p in Path("out").iterdir() if not p.name.startswith("events.out")}
-    assert names == {"args.json", "metrics.csv", "curves.png", "last.pt", "best.pt", "student"}
+    assert names == {"args.json", "metrics.csv", "curves.png", "last.pt", "best.pt", "reference.npz", "student"}
     assert list(Path("out").glob("events.out.tfevents.*"))
     assert {p.name for p in Path("out/student").iterdir()} == {"model.safetensors", "config.json"}
 
@@ -126,20 +131,20 @@ def test_a_run_directory_holds_all_that_was_promised():
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["label_names"] == [str(i) for i in range(10)]
     assert config["input_size"] == [3, 16, 16]
-    student, _ = train.load_student(Path("out/student"))
+    student, _ = load_student(Path("out/student"))
     assert not any("head" in name for name in student.state_dict())
 
 
 def accuracy(output, photos):
     """Top-1 on photos/val of a saved student, image by image, and what its config.json says of it."""
-    student, config = train.load_student(Path(output) / "student")
-    transform = train.eval_transform(config)
+    student, config = load_student(Path(output) / "student")
     mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ("mean", "std"))
     files = sorted((photos / "val").glob("*/*.jpg"))
     assert len(files) == 17
     hits = 0
     for file in files:
-        image = (transform(Image.open(file)).float() / 255 - mean) / std
+        image = torch.from_numpy(prepare(open_image(file), config).transpose(2, 0, 1) / np.float32(255))
+        image = (image - mean) / std
         with torch.no_grad():
             hits += config["label_names"][student.eval()(image[None]).argmax()] == file.parent.name
     return 100 * hits / 17, config["metrics"]["val_top1"]
@@ -158,20 +163,22 @@ def test_no_data_loading_process_is_a_fork_of_the_training_process(photos):
     assert not forked.exists()
 
 
-def test_the_prediction_example_agrees(photos):
+def test_the_prediction_agrees(photos, capsys):
     run(*TINY, "--data", photos, "--batch-size", 8, "--epochs", 2, "--output", "out")
-    files = sorted((photos / "val").glob("*/*.jpg"))
-    result = subprocess.run(
-        [sys.executable, ROOT / "examples/predict.py", "out/student", *files], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    answers = re.findall(r"/val/(\w+)/\d+.jpg: (\w+) [\d.]+%, \w+ [\d.]+%$", result.stdout, re.M)
+    capsys.readouterr()
+    files = sorted(map(str, (photos / "val").glob("*/*.jpg")))
+    assert command(predict.get_parser(), predict.run, ["out/student", *files]) == 0
+    answers = re.findall(r"/val/(\w+)/\d+.jpg: (\w+) [\d.]+%, \w+ [\d.]+%$", capsys.readouterr().out, re.M)
     assert 100 * sum(truth == first for truth, first in answers) / 17 == pytest.approx(accuracy("out", photos)[0])
-    result = subprocess.run(
-        [sys.executable, ROOT / "examples/predict.py", "nowhere", files[0]], capture_output=True, text=True
-    )
-    assert result.returncode == 2
-    assert "nowhere: no such file or folder" in result.stderr
+
+
+def test_the_reference_is_as_large_as_wanted():
+    run(*TINY, "--reference", 5, "--output", "out")
+    assert len(read_reference(Path("out/student"), None, "").train_images) == 5
+    run("--resume", "--output", "out", "--reference", 9)  # a finished run writes it anew
+    assert len(read_reference(Path("out/student"), None, "").images) == 9
+    run(*TINY, "--reference", 0, "--overwrite", "--output", "out")
+    assert not Path("out/reference.npz").exists()
 
 
 # ---- distillation ----
@@ -312,8 +319,7 @@ def test_gradient_accumulation_takes_the_same_steps():
 @pytest.mark.parametrize(("name", "times"), [("resnet18", 4), ("mobilenet_v2", 2), ("shufflenet_v2_x0_5", 4)])
 def test_the_small_stem_keeps_the_resolution(name, times):
     def last_size(*flags):
-        args = train.parse_args(["--model", name, *flags])
-        model = train.build_model(train.find_architecture(name, args), 10, 32)
+        model = build_model(find_architecture(name, small_stem="--small-stem" in flags), 10, 32)
         sizes = []
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d):
@@ -348,30 +354,10 @@ def test_no_step_waits_for_the_device():
 # ---- data ----
 
 
-def test_evaluation_sees_what_torchvisions_and_timms_own_presets_make():
-    import timm
-    from torchvision.transforms._presets import ImageClassification
-
-    for size, crop, name in ((224, 0.875, "bilinear"), (224, 0.9, "bicubic"), (64, 1.0, "bilinear")):
-        config = {"input_size": [3, size, size], "crop": crop, "interpolation": name}
-        ours = train.eval_transform(config)
-        torchvisions = ImageClassification(
-            crop_size=size, resize_size=int(size / crop), mean=(0.0,) * 3, std=(1.0,) * 3,
-            interpolation=train.INTERPOLATIONS[name],
-        )  # fmt: skip
-        timms = timm.data.create_transform(
-            input_size=size, crop_pct=crop, interpolation=name, mean=(0.0,) * 3, std=(1.0,) * 3
-        )
-        for photo in load_sample_images().images:
-            image = Image.fromarray(photo)
-            assert torch.equal(ours(image).float() / 255, torchvisions(image))
-            assert torch.equal(ours(image).float() / 255, timms(image))
-
-
 def test_an_augmentation_depends_on_seed_epoch_and_sample_only(photos):
-    args = train.parse_args(["--data", str(photos), "--img-size", "32"])
-    data = train.open_data(args)
-    samples = train.Samples(data.train, train.train_transform(args), seed=1, train=True)
+    source = train.open_data(str(photos)).train
+    view = train.train_view(32, "resized", 0.5, "bilinear")
+    samples = train.Samples(source, view, seed=1, train=True)
     torch.manual_seed(123)
     before = torch.get_rng_state()
     first = samples[0, 5][0]
@@ -379,7 +365,7 @@ def test_an_augmentation_depends_on_seed_epoch_and_sample_only(photos):
     samples[0, 6]
     assert torch.equal(samples[0, 5][0], first)
     assert not torch.equal(samples[1, 5][0], first)
-    assert not torch.equal(train.Samples(data.train, train.train_transform(args), seed=2, train=True)[0, 5][0], first)
+    assert not torch.equal(train.Samples(source, view, seed=2, train=True)[0, 5][0], first)
 
 
 def test_ranks_share_a_shuffle_that_changes_with_epoch_and_seed():
@@ -446,7 +432,7 @@ def test_the_devices_resized_crop_is_a_box_of_torchvisions_sizes():
 
 def loaders(photos, *flags):
     args = train.parse_args(["--data", str(photos), "--img-size", "16", "--workers", "0", "--device", "cpu", *flags])
-    data = train.open_data(args)
+    data = train.open_data(args.data)
     config = {"input_size": [3, 16, 16], "interpolation": "bilinear", "crop": 0.875}
     return train.make_loaders(data, config, 8, args, torch.device("cpu"))
 
@@ -522,7 +508,7 @@ def test_cifar_with_its_recipe(tmp_path, monkeypatch):
     assert (flags["recipe"], flags["opt"], flags["small_stem"], flags["alpha"]) == ("cifar", "momentum", True, 0.1)
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["label_names"] == list("abcdefghij")
-    student, _ = train.load_student(Path("out/student"))
+    student, _ = load_student(Path("out/student"))
     assert student.conv1.kernel_size == (3, 3)
 
 
@@ -548,10 +534,8 @@ def test_a_corrupt_image_is_named_and_skipped(photos, capfd):
 
 def test_in_training_another_image_takes_a_corrupt_ones_place(photos):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
-    args = train.parse_args(["--data", str(photos), "--img-size", "16", "--workers", "0", "--batch-size", "8"])
-    data = train.open_data(args)
-    loader = train.make_loader(data.train, train.train_transform(args), 8, True, args, torch.device("cpu"))
-    batches = list(loader)
+    view = train.train_view(16, "resized", 0.5, "bilinear")
+    batches = list(train.make_loader(train.open_data(str(photos)).train, view, 8, True, workers=0))
     assert [len(batch.images) for batch in batches] == [8] * 6
     assert sum(len(batch.corrupt) for batch in batches) == 1
 
@@ -569,7 +553,7 @@ def test_images_of_any_mode_become_rgb(mode, tmp_path):
         expected = photo.convert("RGB")
     file = tmp_path / ("image.tiff" if mode in ("CMYK", "I;16") else "image.png")
     photo.save(file)
-    assert np.array_equal(np.asarray(train.open_image(file)), np.asarray(expected))
+    assert np.array_equal(np.asarray(to_rgb(open_image(file))), np.asarray(expected))
 
 
 def test_more_than_one_percent_corrupt_stops_the_run(photos, capsys):
@@ -684,6 +668,7 @@ def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
         (["--data", "nowhere"], "no folder nowhere/train and no folder nowhere/val; expected a folder with"),
         (["--data", "cifar10", "--data-dir", "nowhere"], "--download fetches it"),
         (["--data", "torch/nothing"], "--data torch/nothing through timm"),
+        (["--reference", "-1"], "--reference must be at least 0"),
         (["--model", "resnet81"], "unknown model 'resnet81'.*near matches: .*resnet18"),
         (["--model", "zzz"], "unknown model 'zzz'"),
         (["--model", "nowhere.py:build"], "no file .*/nowhere.py"),

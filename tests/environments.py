@@ -1,0 +1,42 @@
+"""Environments with some of this one's packages and nothing else: what a device has, or a machine with torch alone."""
+
+import importlib.metadata
+import re
+import venv
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+
+def with_requirements(name, seen=None):
+    """A distribution and all that it requires here, by name, as far as it is installed."""
+    seen = set() if seen is None else seen
+    try:
+        requires = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return seen
+    seen.add(name)
+    for line in requires:
+        need = Requirement(line)
+        if need.name not in seen and (need.marker is None or need.marker.evaluate({"extra": ""})):
+            with_requirements(need.name, seen)
+    return seen
+
+
+def make_environment(folder, *names):
+    """A fresh virtual environment with links to these distributions and what they require; returns its Python."""
+    venv.create(folder, with_pip=False)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for distribution in set().union(*map(with_requirements, names)):
+        for file in importlib.metadata.files(distribution):
+            top = file.parts[0]
+            source = Path(importlib.metadata.distribution(distribution).locate_file(top))
+            if top != ".." and not (site / top).exists():
+                (site / top).symlink_to(source)
+    return folder / "bin/python"
+
+
+def installed(pattern):
+    """The one installed distribution whose name matches, such as onnxruntime or onnxruntime-gpu."""
+    names = {d.metadata["Name"] for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return next(name for name in sorted(names) if re.fullmatch(pattern, name))

@@ -1,0 +1,31 @@
+"""Students for tests: any architecture with random weights that tell images apart."""
+
+import torch
+
+from deploy.student import build_model, find_architecture, save_student
+
+
+def write_student(folder, name, img_size, label_names=10):
+    """A student/ folder of a library's architecture, its batch norms calibrated and its logits well apart."""
+    torch.manual_seed(0)
+    if isinstance(label_names, int):
+        label_names = [f"class {i}" for i in range(label_names)]
+    architecture = find_architecture(str(name))
+    model = build_model(architecture, len(label_names), img_size)
+    with torch.no_grad():
+        for _ in range(10):
+            model(torch.randn(16, 3, img_size, img_size))
+        *_, classifier = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
+        classifier.weight.normal_(0, 0.1)  # else the logits of some are 1e-9 and all agree for nothing
+    config = {
+        "architecture": architecture,
+        "num_classes": len(label_names),
+        "label_names": label_names,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "input_size": [3, img_size, img_size],
+        "interpolation": "bilinear",
+        "crop": 1.0,
+    }
+    save_student(folder, model, config)
+    return folder
