@@ -3,9 +3,9 @@
     prepare(open_image("photo.jpg"), config)    # uint8 (H, W, 3); open_image takes the bytes of a file as well
 
 The one function for training's evaluation, check, quantize, serve and predict. It gives bit for bit what torchvision's
-Resize and CenterCrop make of the same PIL image. A JPEG at least four times as large as the resize asks for is decoded
-at a reduced scale, still at least twice what is asked (Image.draft), which costs a fifth of the time and moves a value
-by less than one of 255 on average: examples/benchmark_preprocess.py measures both.
+Resize and CenterCrop make of the same PIL image. A JPEG at least eight times as large as the resize asks for is decoded
+at a reduced scale, still at least four times what is asked (Image.draft): half the time, and a value moves by a few
+tenths of 255 on average. examples/benchmark_preprocess.py measures both, and how often the class changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-DRAFT_MARGIN = 2  # a reduced JPEG keeps at least this many times the pixels a side that the resize asks for
+DRAFT_MARGIN = 4  # a reduced JPEG keeps at least this many times the pixels a side that the resize asks for
 
 
 class UnreadableImage(ValueError):

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
+from deploy.student import build_model, find_architecture
 from examples.benchmark_losses import machine, peak_of_call, wait_for
 from kdlite import WithWeakHead
 
@@ -41,8 +42,8 @@ def flags_of(model: str, args: argparse.Namespace, *method: str) -> argparse.Nam
 
 
 def build(model: str, flags: argparse.Namespace, device: torch.device) -> nn.Module:
-    architecture = train.find_architecture(model, argparse.Namespace(model_args=[], small_stem=False))
-    net = train.build_model(architecture, CLASSES, flags.img_size)
+    architecture = find_architecture(model)
+    net = build_model(architecture, CLASSES, flags.img_size)
     if flags.self_kd:
         net = WithWeakHead(net, None, CLASSES, example_input=torch.zeros(2, 3, flags.img_size, flags.img_size))
     return net.to(device, memory_format=torch.channels_last)
@@ -159,7 +160,7 @@ def bench_data(args: argparse.Namespace) -> None:
     print(f"\ndata pipeline: {args.data} at {args.img_size} px")
     for cache in ("none", "device"):
         flags = train.parse_args([*data_flags, "--device", args.device, "--cache", cache, *workers])
-        data, device = train.open_data(flags), torch.device(args.device)
+        data, device = train.open_data(flags.data), torch.device(args.device)
         if cache == "device" and len(data.train) * 3 * args.img_size**2 > 2**31:
             continue
         _, config = train.make_student(flags, data)

@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import train
+from deploy.student import build_model, find_architecture
 from kdlite import WithWeakHead, nkd_loss, uskd_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,14 +79,14 @@ def test_a_row_builds_its_networks_layers_and_schedule_and_takes_a_step(name, mo
     args = train.parse_args([*flags, "--batch-size", "2"])
     transformer = "deit" in name
     classes, size = (100, 32) if args.data == "cifar100" else (1000, 32 if transformer else 64)
-    student = train.build_model(train.find_architecture(args.model, args), classes, size)
+    student = build_model(find_architecture(args.model, args.model_args, args.small_stem), classes, size)
     teacher = None
     if args.teacher:
         name_of_teacher, theirs = args.teacher, train.parse_args([])
         if args.teacher.startswith("runs/paper/"):  # a row of its own
             theirs = train.parse_args(rows()[Path(args.teacher).parts[2]])
             name_of_teacher = theirs.model
-        model = train.build_model(train.find_architecture(name_of_teacher, theirs), classes, size)
+        model = build_model(find_architecture(name_of_teacher, theirs.model_args, theirs.small_stem), classes, size)
         half = {"mean": [0.5] * 3, "std": [0.5] * 3}
         teacher = train.Teacher(model, half["mean"], half["std"], (3, size, size), half)
     net = student

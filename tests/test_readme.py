@@ -36,6 +36,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs = {"--nproc-per-node", "--logdir"}  # of torchrun and TensorBoard
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
+    theirs |= {"--requirements"}  # of student.pyz, which knows two flags
     theirs |= {"--jobs"}  # of examples/paper/tiny_imagenet.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs
     for name, flags in re.findall(r"^(?:    )?python -m deploy\.(\w+) ([^#\n]*)", text, re.M):

@@ -1,0 +1,82 @@
+"""What reading large JPEGs at a reduced scale saves and changes: python examples/benchmark_preprocess.py STUDENT PHOTOS
+
+Time: the largest of the photographs, brought to 12 megapixels, prepared for the student with and without the reduced
+scale, in turns. Change: square crops of all of them, each at least eight times as large as the student's resize, saved
+as JPEGs; the mean difference of a value after the resize, and on how many the student names the same class.
+"""
+
+import argparse
+import io
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from deploy import preprocess
+from deploy.cli import UserError, command, make_parser
+from deploy.runtimes import load
+
+MARGIN = preprocess.DRAFT_MARGIN
+
+
+def prepared(file: bytes, config: dict, reduced: bool) -> tuple[np.ndarray, float]:
+    """The image, and the CPU seconds it took."""
+    preprocess.DRAFT_MARGIN = MARGIN if reduced else 10**6
+    started = time.process_time()
+    return preprocess.prepare(preprocess.open_image(file), config), time.process_time() - started
+
+
+def jpeg(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def run(args: argparse.Namespace) -> None:
+    runtime = load(args.student, device="cpu")
+    config = runtime.metadata
+    files = sorted(file for file in args.photos.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
+    photos = [preprocess.to_rgb(preprocess.open_image(file)) for file in files]
+    side = 2 * MARGIN * min(preprocess.resized_size((1, 1), config))
+    photos = [photo for photo in photos if min(photo.size) >= side]
+    if not photos:
+        raise UserError(f"{args.photos} has no JPEG of at least {side} pixels a side, eight times what is asked")
+
+    large = jpeg(max(photos, key=lambda photo: photo.width).resize((4000, 3000), Image.Resampling.BICUBIC))
+    rounds = [[1e3 * prepared(large, config, reduced)[1] for reduced in (False, True)] for _ in range(args.rounds)]
+    whole, reduced = (statistics.median(times) for times in zip(*rounds))
+    ratio = statistics.median(a / b for a, b in rounds)
+    print(f"a JPEG of 4000x3000, {len(large) / 1e6:.1f} MB, for {config['input_size'][1:]}: CPU ms {whole:.0f} whole, "
+          f"{reduced:.0f} at a reduced scale: {ratio:.2f} times as fast (median of {args.rounds})")  # fmt: skip
+
+    random = np.random.default_rng(0)
+    differences, same, sure = [], [], []
+    for i in range(args.crops):
+        photo = photos[i % len(photos)]
+        size = int(random.integers(side, min(photo.size) + 1))
+        left, top = (int(random.integers(0, length - size + 1)) for length in photo.size)
+        file = jpeg(photo.crop((left, top, left + size, top + size)))
+        pair = [prepared(file, config, reduced)[0] for reduced in (False, True)]
+        differences.append(np.abs(pair[0].astype(int) - pair[1]).mean())
+        logits, others = (runtime.run(image[None])[0].astype(np.float64) for image in pair)
+        same.append(logits.argmax() == others.argmax())
+        sure.append(1 / np.exp(logits - logits.max()).sum() > 0.5)
+    same, sure = np.array(same), np.array(sure)
+    certain = f"{100 * same[sure].mean():.1f} %" if sure.any() else "none"
+    print(f"{args.crops} crops of {len(photos)} photographs: mean difference {np.mean(differences):.2f} of 255; the "
+          f"same class on {100 * same.mean():.1f} %, and on {certain} of the {sure.sum()} of which the student is more "
+          "than half sure")  # fmt: skip
+
+
+parser = make_parser(__doc__, "benchmark_preprocess.py")
+parser.add_argument("student", type=Path, help="a student/ folder or a file that deploy/ made of it")
+parser.add_argument("photos", type=Path, help="a folder of large JPEG photographs")
+parser.add_argument("--crops", type=int, default=500)
+parser.add_argument("--rounds", type=int, default=11)
+
+if __name__ == "__main__":
+    sys.exit(command(parser, run))
