@@ -4,7 +4,8 @@ from .default_tap import default_tap
 from .features import FeatureTap, WithWeakHead
 from .linear import nkd_linear_loss
 from .nkd import nkd_loss
+from .teacher import Teacher
 from .uskd import uskd_loss
 
 __version__ = "0.1.0"
-__all__ = ["FeatureTap", "WithWeakHead", "default_tap", "nkd_linear_loss", "nkd_loss", "uskd_loss"]
+__all__ = ["FeatureTap", "Teacher", "WithWeakHead", "default_tap", "nkd_linear_loss", "nkd_loss", "uskd_loss"]

@@ -1,0 +1,74 @@
+"""A teacher that stays what it was: frozen, in eval mode, fed with its own normalisation and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Teacher(nn.Module):
+    """A frozen classifier for :func:`kdlite.nkd_loss`, called with the student's own batch.
+
+    It is always in eval mode, whatever ``.train()`` is called on it or around it, computes no gradient, and brings the
+    images to the normalisation and the size that it was trained with.
+
+    Args:
+        model: images (N, channels, H, W) -> logits (N, C); taken as it is, with its weights.
+        mean: of the teacher's normalisation, a value per channel, for pixels from 0 to 1.
+        std: likewise.
+        student_mean: of the normalisation that the batch comes with.
+        student_std: likewise. Without these four the batch is passed on as it comes.
+        size: (H, W) in pixels that the teacher takes; None: as they come.
+
+    Raises:
+        ValueError: some of the four are given and not all.
+
+    Example:
+        >>> teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), size=(2, 2)).train()
+        >>> logits = teacher(torch.zeros(7, 3, 8, 8))
+        >>> tuple(logits.shape), logits.requires_grad, teacher.training
+        ((7, 5), False, False)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        student_mean: Sequence[float] | None = None,
+        student_std: Sequence[float] | None = None,
+        size: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.size = None if size is None else tuple(size)
+        given = [x for x in (mean, std, student_mean, student_std) if x is not None]
+        if len(given) not in (0, 4):
+            raise ValueError("mean, std, student_mean and student_std go together: give all four, or none")
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        scale = shift = None
+        if given:
+            mean, std, student_mean, student_std = (
+                torch.as_tensor(x, dtype=torch.float64).view(-1, 1, 1) for x in given
+            )
+            scale, shift = (student_std / std).float(), ((student_mean - mean) / std).float()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.train()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Eval mode, whatever is asked for."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if self.scale is not None and self.shift is not None:
+            images = images * self.scale + self.shift
+        if self.size is not None and tuple(images.shape[2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        logits: Tensor = self.model(images)
+        return logits
