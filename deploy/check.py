@@ -200,7 +200,7 @@ def validation_batches(
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "does not say" if file.is_file() else "is not there to say"
         raise UserError(f"{file} {what} where the run's images are: --data DATA does") from error
-    source = train.open_data(name, folder, num_classes=config["num_classes"])
+    source = train.open_data(name, folder)
     if [str(label) for label in source.label_names] != config["label_names"]:
         raise UserError(
             f"--data {name} has other classes than {student}: {', '.join(map(str, source.label_names[:3]))}, ... "

@@ -9,6 +9,7 @@ import argparse
 import errno
 import importlib
 import importlib.metadata
+import math
 import os
 import sys
 import traceback
@@ -37,6 +38,22 @@ def make_parser(doc: str | None, name: str) -> Parser:
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """The type of a flag: a finite number from low to high, or above low."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
+            span = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"must be {f'greater than {low}' if above else span}, got {text}")
+        return value
+
+    return read
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +99,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
         return f"cannot write: {text}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be installed here
-        return f"out of GPU memory: lower --batch-size, or split it with --grad-accum; {text[:200]}"
+        return (
+            f"out of GPU memory: lower --batch-size, split it with --grad-accum, leave out --cache device; {text[:200]}"
+        )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return f"a data loading process died, perhaps for lack of memory: fewer --workers; {text[:200]}"
     return None

@@ -7,14 +7,16 @@ its logits, quantize calibrates on its training images, benchmark times its vali
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deploy.cli import UserError, first_line, write_whole
-from deploy.runtimes import read_config, source_of
+from deploy.preprocess import UnreadableImage, prepare
+from deploy.runtimes import load, read_config, source_of
 
 NAME = "reference.npz"
 
@@ -49,6 +51,33 @@ def write_reference(file: Path, reference: Reference) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **reference._asdict())
     write_whole(file, buffer.getbuffer())
+
+
+def keep_reference(run: Path, val: Any, train: Any, count: int) -> str:
+    """Write a run's reference.npz: count images of each set and the answers of its student/, computed by torch.
+
+    val, train: sequences of (PIL image, class index); what cannot be read is left out.
+
+    Returns:
+        What was written, for the user to read.
+    """
+    student = load(run / "student", device="cpu")
+
+    def prepared(source: Any) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = [], []
+        for index in evenly(len(source), count):
+            with contextlib.suppress(UnreadableImage):
+                image, label = source[index]
+                images.append(prepare(image, student.metadata))
+                labels.append(label)
+        return np.stack(images), np.array(labels)
+
+    (images, labels), (train_images, _) = prepared(val), prepared(train)
+    logits = np.concatenate([student.run(images[i : i + 32]) for i in range(0, len(images), 32)])
+    digest = np.array(student.metadata["source"]["weights_sha256"])
+    write_reference(run / NAME, Reference(images, labels, logits, train_images, digest))
+    size = (run / NAME).stat().st_size / 1e6
+    return f"{len(images)} validation and {len(train_images)} training images in {run / NAME}, {size:.1f} MB"
 
 
 def add_reference(parser: argparse.ArgumentParser) -> None:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
+import functools
 import importlib.util
 import json
 import os
 import re
 import traceback
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -96,6 +98,48 @@ def build_model(architecture: dict[str, Any], num_classes: int, img_size: int) -
     return model
 
 
+def open_student(
+    name: str, label_names: list[str], img_size: int, mean: Sequence[float], std: Sequence[float],
+    interpolation: str = "bilinear", crop: float = 1.0, arguments: Sequence[str] = (), small_stem: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
+    """A model to train, and the config.json that says all that is needed to use it.
+
+    name: as of find_architecture, for random weights; or a student/ folder of these classes and this size, whose
+    preprocessing and arguments are its own
+    """
+    if Path(name).is_dir():
+        return start_from(name, label_names, img_size)
+    architecture = find_architecture(name, arguments, small_stem)
+    model = build_model(architecture, len(label_names), img_size)
+    config = {"architecture": architecture, "num_classes": len(label_names), "label_names": label_names}
+    preprocessing = {"mean": list(mean), "std": list(std), "input_size": [3, img_size, img_size]}
+    return model, config | preprocessing | {"interpolation": interpolation, "crop": crop}
+
+
+class Pretrained(NamedTuple):
+    """A library's ImageNet weights, before they are fetched."""
+
+    num_classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    input_size: Sequence[int]  # (3, H, W)
+    fetch: Callable[[], nn.Module]  # may download
+
+
+def find_pretrained(name: str, library: str) -> Pretrained:
+    """torchvision's first weights, which are those of the paper's teachers, or timm's own choice."""
+    if library == "torchvision":
+        choices = torchvision.models.get_model_weights(name)
+        weights = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+        preset = weights.transforms()
+        fetch = functools.partial(torchvision.models.get_model, name, weights=weights)
+        size = (3, preset.crop_size[0], preset.crop_size[0])
+        return Pretrained(len(weights.meta["categories"]), preset.mean, preset.std, size, fetch)
+    config = timm.get_pretrained_cfg(name)
+    fetch = functools.partial(timm.create_model, name, pretrained=True)
+    return Pretrained(config.num_classes, config.mean, config.std, config.input_size, fetch)
+
+
 def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     """The user's file.py:function; whatever goes wrong in there is told with its line."""
     path, _, function = name.rpartition(":")
@@ -153,6 +197,64 @@ def load_student(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(f"{folder}/model.safetensors is damaged: {error}") from error
     load_weights(model, weights, str(folder))
     return model, config
+
+
+def start_from(folder: str, label_names: list[str], img_size: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The student in a student/ folder, to be trained further on these classes at this size."""
+    model, config = load_student(Path(folder))
+    if config["num_classes"] != len(label_names):
+        raise UserError(f"--model {folder} has {config['num_classes']} classes, --data has {len(label_names)}")
+    if config["input_size"][1:] != [img_size, img_size]:
+        height, width = config["input_size"][1:]
+        raise UserError(f"--model {folder} takes {height}x{width} pixels, --img-size is {img_size}")
+    return model, config | {"label_names": label_names}
+
+
+def load_teacher(
+    name: str, student: dict[str, Any], fetching: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> tuple[nn.Module, Sequence[float], Sequence[float], Sequence[int]]:
+    """A teacher of a student's classes: the model, its own mean and std, and the (3, H, W) it takes.
+
+    Args:
+        name: a student/ folder, a library's model, which comes with its ImageNet weights, or path/to/file.py:function,
+            with weights of its own and, where they are not the student's, attributes mean, std and input_size
+        student: the student's config.json
+        fetching: what is held during a download
+
+    Raises:
+        UserError: no such teacher, one of other classes, or weights that cannot be fetched
+    """
+
+    def check_classes(classes: int) -> None:
+        if classes != student["num_classes"]:
+            raise UserError(
+                f"--teacher {name} has {classes} classes, --data has {student['num_classes']}: "
+                "take a teacher trained on the same classes"
+            )
+
+    if Path(name).is_dir():
+        model, config = load_student(Path(name))
+        check_classes(config["num_classes"])
+        for theirs, ours in zip(config["label_names"], student["label_names"]):
+            if theirs != ours:
+                raise UserError(f"--teacher {name} has other classes than --data: {theirs} and not {ours}")
+        mean, std, input_size = (config[key] for key in ("mean", "std", "input_size"))
+    elif (architecture := find_architecture(name))["library"] == "file":
+        model = build_model(architecture, student["num_classes"], student["input_size"][1])
+        mean, std, input_size = (getattr(model, key, student[key]) for key in ("mean", "std", "input_size"))
+    else:
+        classes, mean, std, input_size, fetch = find_pretrained(name, architecture["library"])
+        check_classes(classes)  # before a download
+        try:
+            with fetching():
+                model = fetch()
+        except Exception as error:  # each source has errors of its own
+            raise UserError(
+                f"--teacher {name}: its ImageNet weights could not be fetched ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}); give a run's student/ folder or file.py:build instead"
+            ) from error
+    check_forward(model.eval(), f"--teacher {name}", input_size, student["num_classes"])
+    return model, mean, std, input_size
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:

@@ -20,52 +20,58 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.datasets import FakeData
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from deploy.student import build_model, find_architecture
 from examples.benchmark_losses import machine, peak_of_call, wait_for
-from kdlite import WithWeakHead
+from kdlite import Teacher
 
 TEACHERS = {"resnet18": "resnet34", "mobilenet_v2": "resnet50", "deit_tiny_patch16_224": "deit3_small_patch16_224"}
 CLASSES = 1000
 Batch = tuple[Tensor, Tensor]
 
 
-def flags_of(model: str, args: argparse.Namespace, *method: str) -> argparse.Namespace:
+def parse(model: str, args: argparse.Namespace, *method: str) -> argparse.Namespace:
     recipe = "imagenet-vit" if "deit" in model else "imagenet-cnn"
     flags = ["--model", model, "--recipe", recipe, "--img-size", str(args.img_size), "--amp", args.amp]
-    flags += ["--batch-size", str(args.batch_size), "--device", args.device, *(["--compile"] if args.compile else [])]
-    return train.parse_args([*flags, *method])
+    flags += ["--batch-size", str(args.batch_size), "--device", args.device, "--workers", "0"]
+    return train.parse_args([*flags, *(["--compile"] if args.compile else []), *method])
 
 
-def build(model: str, flags: argparse.Namespace, device: torch.device) -> nn.Module:
-    architecture = find_architecture(model)
-    net = build_model(architecture, CLASSES, flags.img_size)
-    if flags.self_kd:
-        net = WithWeakHead(net, None, CLASSES, example_input=torch.zeros(2, 3, flags.img_size, flags.img_size))
-    return net.to(device, memory_format=torch.channels_last)
+def imaginary_data(args: argparse.Namespace) -> train.Data:
+    """As many images and classes as a run needs to be built; none is ever looked at."""
+    images = FakeData(2 * args.batch_size, (3, args.img_size, args.img_size), CLASSES)
+    return train.Data(images, images, [str(i) for i in range(CLASSES)], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def compiled(net: nn.Module, flags: argparse.Namespace) -> nn.Module:
     return torch.compile(net) if flags.compile else net
 
 
-def step_of_train(model: str, batch: Batch, teacher: nn.Module | None, flags: argparse.Namespace) -> Callable[[], None]:
+def make_teacher(name: str, flags: argparse.Namespace) -> Teacher:
+    """A network of random weights with the student's own preprocessing."""
+    teacher = Teacher(build_model(find_architecture(name), CLASSES, flags.img_size)).to(
+        flags.device, memory_format=torch.channels_last
+    )
+    teacher.model = compiled(teacher.model, flags)
+    return teacher
+
+
+def step_of_train(batch: Batch, teacher: Teacher | None, flags: argparse.Namespace, data: train.Data) -> Callable:
     """train.py's step, optimizer and all."""
-    device = batch[0].device
-    net = build(model, flags, device).train()
-    amp = train.pick_amp(flags, device)
-    optimizer, _ = train.make_optimizer(flags, net, updates_per_epoch=1000)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    run = train.build(flags, data, teacher)
     log = train.LossLog(skips_steps=False)
-    run = compiled(net, flags)
+    net = compiled(run.net, flags).train()
 
     def step() -> None:
-        log.add(0, train.forward_backward(run, teacher, *batch, amp, scaler, flags))
-        train.update(net, optimizer, scaler, flags)
+        losses = train.forward_backward(net, run.teacher, *batch, run.objective, run.amp, run.scaler)
+        log.add(0, losses)
+        train.update(run.net, run.optimizer, run.scaler, flags.clip_grad)
         log.waiting.clear()
 
     return step
@@ -74,8 +80,9 @@ def step_of_train(model: str, batch: Batch, teacher: nn.Module | None, flags: ar
 def minimal_step(model: str, batch: Batch, flags: argparse.Namespace) -> Callable[[], None]:
     """What anyone would write for the same model, optimizer and precision."""
     images, target = batch
-    net = build(model, flags, images.device).train()
-    amp = train.pick_amp(flags, images.device)
+    net = build_model(find_architecture(model), CLASSES, flags.img_size)
+    net = net.to(images.device, memory_format=torch.channels_last).train()
+    amp = train.pick_amp(flags.amp, images.device)
     choice = torch.optim.AdamW if flags.opt == "adamw" else torch.optim.SGD
     options = {} if flags.opt == "adamw" else dict(momentum=0.9)
     optimizer = choice(net.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, **options)
@@ -106,19 +113,15 @@ def bench_model(model: str, args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     batch = images.to(memory_format=torch.channels_last), torch.randint(CLASSES, (args.batch_size,), device=device)
-    plain = flags_of(model, args)
-    student = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    teacher: nn.Module = build(TEACHERS[model], plain, device)
-    teacher = train.Teacher(teacher, student["mean"], student["std"], (3, args.img_size, args.img_size), student)
-    teacher = teacher.to(device)
-    teacher.model = compiled(teacher.model, plain)
-    nkd = flags_of(model, args, "--kd", "nkd", "--teacher", TEACHERS[model])
+    plain, name, data = parse(model, args), TEACHERS[model], imaginary_data(args)
+    teacher = make_teacher(name, plain)
+    with_kd = parse(model, args, "--kd", "nkd", "--teacher", name)
     steps = {
         "minimal loop, cross-entropy": minimal_step(model, batch, plain),
-        "train.py, cross-entropy": step_of_train(model, batch, None, plain),
-        "train.py, USKD": step_of_train(model, batch, None, flags_of(model, args, "--self-kd", "uskd")),
-        f"train.py, NKD with {TEACHERS[model]}": step_of_train(model, batch, teacher, nkd),
-        f"{TEACHERS[model]} forward": teacher_forward(teacher, batch[0], train.pick_amp(plain, device)),
+        "train.py, cross-entropy": step_of_train(batch, None, plain, data),
+        "train.py, USKD": step_of_train(batch, None, parse(model, args, "--self-kd", "uskd"), data),
+        f"train.py, NKD with {name}": step_of_train(batch, teacher, with_kd, data),
+        f"{name} forward": teacher_forward(teacher, batch[0], train.pick_amp(plain.amp, device)),
     }
     for step in steps.values():
         step(), step()
@@ -159,15 +162,15 @@ def bench_data(args: argparse.Namespace) -> None:
     workers = [] if args.workers is None else ["--workers", str(args.workers)]
     print(f"\ndata pipeline: {args.data} at {args.img_size} px")
     for cache in ("none", "device"):
-        flags = train.parse_args([*data_flags, "--device", args.device, "--cache", cache, *workers])
-        data, device = train.open_data(flags.data), torch.device(args.device)
+        crop = ["--crop", "pad"] if cache == "device" else []
+        flags = train.parse_args([*data_flags, "--device", args.device, "--cache", cache, *crop, *workers])
+        data = train.open_data(flags.data)
         if cache == "device" and len(data.train) * 3 * args.img_size**2 > 2**31:
             continue
-        _, config = train.make_student(flags, data)
         began = time.perf_counter()
-        loader, _ = train.make_loaders(data, config, args.batch_size, flags, device)
+        run = train.build(flags, data)
         decoding = time.perf_counter() - began
-        to_device = train.ToDevice(data.mean, data.std, device, torch.channels_last)
+        loader, to_device = run.train_loader, run.to_device
         seen, started = 0, 0.0
         while seen == 0 or time.perf_counter() < started + args.seconds:
             for images, *_ in loader:
@@ -202,8 +205,8 @@ def main() -> None:
     if args.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {args.rounds}")
     try:
-        train.pick_device(args)
-        flags_of(args.models[0], args)  # refuses bad sizes before anything is built
+        train.pick_device(args.device)
+        parse(args.models[0], args)  # refuses bad sizes before anything is built
         print(machine(args.device))
         for model in args.models:
             bench_model(model, args)

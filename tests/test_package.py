@@ -60,6 +60,7 @@ def test_it_imports_and_runs_in_an_environment_that_has_torch_alone(wheel, tmp_p
 def test_the_public_names():
     assert kdlite.__all__ == [
         "FeatureTap",
+        "Teacher",
         "WithWeakHead",
         "default_tap",
         "nkd_linear_loss",

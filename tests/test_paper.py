@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torchvision.datasets import FakeData
 
 import train
 from deploy.student import build_model, find_architecture
-from kdlite import WithWeakHead, nkd_loss, uskd_loss
+from kdlite import Teacher, nkd_loss, uskd_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "examples/paper"
@@ -76,29 +77,26 @@ def test_a_row_builds_its_networks_layers_and_schedule_and_takes_a_step(name, mo
     monkeypatch.chdir(ROOT)
     flags = rows()[name]
     assert flags[-2:] == ["--output", f"runs/paper/{name}"]
-    args = train.parse_args([*flags, "--batch-size", "2"])
-    transformer = "deit" in name
-    classes, size = (100, 32) if args.data == "cifar100" else (1000, 32 if transformer else 64)
-    student = build_model(find_architecture(args.model, args.model_args, args.small_stem), classes, size)
+    classes, size = (100, 32) if "cifar100" in flags else (1000, 32 if "deit" in name else 64)
+    args = train.parse_args([*flags, "--batch-size", "2", "--img-size", str(size), "--device", "cpu", "--workers", "0"])
+    images = FakeData(8, (3, size, size), classes)
+    data = train.Data(images, images, [str(i) for i in range(classes)], (0.5,) * 3, (0.5,) * 3)
     teacher = None
     if args.teacher:
         name_of_teacher, theirs = args.teacher, train.parse_args([])
         if args.teacher.startswith("runs/paper/"):  # a row of its own
             theirs = train.parse_args(rows()[Path(args.teacher).parts[2]])
             name_of_teacher = theirs.model
-        model = build_model(find_architecture(name_of_teacher, theirs.model_args, theirs.small_stem), classes, size)
-        half = {"mean": [0.5] * 3, "std": [0.5] * 3}
-        teacher = train.Teacher(model, half["mean"], half["std"], (3, size, size), half)
-    net = student
+        architecture = find_architecture(name_of_teacher, theirs.model_args, theirs.small_stem)
+        teacher = Teacher(build_model(architecture, classes, size))
+    run = train.build(args, data, teacher)
     if args.self_kd:
-        net = WithWeakHead(student, args.tap, classes, example_input=torch.zeros(2, 3, size, size))
-        assert (net.tap, net.head.in_features) == TAPS[name]
-
-    updates = 4
-    optimizer, scheduler = train.make_optimizer(args, net, updates)
+        assert (run.net.tap, run.net.head.in_features) == TAPS[name]
+    optimizer, updates = run.optimizer, run.updates_per_epoch
+    assert updates == 4
     lr = []
     for step in range(0, args.epochs * updates, updates):
-        scheduler.step_update(step + updates // 2)
+        run.scheduler.step_update(step + updates // 2)
         lr.append(optimizer.param_groups[0]["lr"])
     assert max(lr) == pytest.approx(args.lr, rel=0.01)
     if args.schedule == "step":
@@ -108,14 +106,13 @@ def test_a_row_builds_its_networks_layers_and_schedule_and_takes_a_step(name, mo
     else:
         assert lr[-1] < 0.01 * args.lr
 
-    before = [p.detach().clone() for p in net.parameters()]
-    images, target = torch.randn(2, 3, size, size), torch.tensor([3, 7])
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    losses = train.forward_backward(net.train(), teacher, images, target, None, scaler, args)
+    before = [p.detach().clone() for p in run.net.parameters()]
+    batch = torch.randn(2, 3, size, size), torch.tensor([3, 7])
+    losses = train.forward_backward(run.net.train(), run.teacher, *batch, run.objective, run.amp, run.scaler)
     assert set(losses) == {"ce"} | ({args.kd} if args.kd else set()) | ({"uskd"} if args.self_kd else set())
     assert all(loss.isfinite() for loss in losses.values())
-    train.update(net, optimizer, scaler, args)
-    assert not all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+    train.update(run.net, optimizer, run.scaler, args.clip_grad)
+    assert not all(torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
 
 
 # ---- the networks ----

@@ -58,7 +58,7 @@ LARGE = [
 ]  # fmt: skip
 DEIT = [
     "--recipe", "imagenet-vit", "--img-size", "64", "--batch-size", "512", "--warmup-epochs", "2", "--epochs", "20",
-    "--randaugment", "0", "0", "--cache", "device",
+    "--randaugment", "0", "0", "--crop", "pad", "--cache", "device",
     "--model", "deit_tiny_patch16_224", "--model-args", "patch_size=8",
 ]  # fmt: skip
 SETTINGS = {

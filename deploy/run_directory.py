@@ -1,0 +1,136 @@
+"""A run directory: claimed, described and filled by train.py, read by the commands of deploy/. Needs no torch.
+
+runs/001-mobilenet_v2-uskd/   args.json  metrics.csv  curves.png  last.pt  best.pt  reference.npz  student/
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from deploy.cli import UserError, version, write_whole
+
+WRITTEN = ("args.json", "metrics.csv", "curves.png", "last.pt", "best.pt", "reference.npz",
+           "student/model.safetensors", "student/config.json")  # fmt: skip
+PACKAGES = ("torch", "torchvision", "timm", "numpy")
+
+
+def claim(output: str | None, model: str, method: str, resume: bool = False, overwrite: bool = False) -> Path:
+    """The directory of a run: output, or the next number under runs/, which is this run's alone.
+
+    Raises:
+        UserError: output holds a run, and neither resume nor overwrite is said; or it cannot be made
+    """
+    try:
+        if not output:
+            return claim_number(Path("runs"), model, method)
+        folder = Path(output)
+        if (folder / "args.json").exists() and not (resume or overwrite):
+            raise UserError(f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (*map(folder.joinpath, WRITTEN), *folder.glob("events.out.tfevents.*")) if overwrite else ():
+            file.unlink(missing_ok=True)
+        return folder
+    except OSError as error:
+        raise UserError(f"cannot make the run directory {output or 'runs/'}: {error.strerror}") from error
+
+
+def claim_number(runs: Path, model: str, method: str) -> Path:
+    """runs/NNN-model-method; of several that start at once each gets a number of its own."""
+    if Path(model).is_dir():
+        parts = Path(model).resolve().parts
+        model = parts[-2] if parts[-1] == "student" else parts[-1]
+    else:
+        model = Path(model.rpartition(":")[0]).stem or model
+    runs.mkdir(exist_ok=True)
+    taken = [int(match[1]) for path in runs.iterdir() if (match := re.match(r"(\d+)", path.name))]
+    for number in itertools.count(max(taken, default=0) + 1):
+        folder = runs / f"{number:03d}-{model}-{method}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        if len(list(runs.glob(f"{number:03d}-*"))) == 1:
+            break
+        folder.rmdir()  # another run has the number
+    return folder
+
+
+def describe(flags: dict[str, Any], gpu: str | None, processes: int) -> str:
+    """args.json: what came of the flags and, under flags["given"], what was typed; versions and hardware."""
+    about = {
+        "flags": {name: value for name, value in flags.items() if name != "given"},
+        "given": flags["given"],
+        "command": shlex.join(sys.argv),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "hardware": {
+            "device": gpu or platform.machine(),
+            "processes": processes,
+            "cpu_cores": os.cpu_count(),
+            "platform": platform.platform(),
+        },
+    }
+    return json.dumps(about, indent=2)
+
+
+def read_given(output: Path) -> dict[str, Any]:
+    """The flags that a run was started with; nothing where there is no run yet."""
+    file = output / "args.json"
+    try:
+        about = json.loads(file.read_text()) if file.exists() else {"given": {}}
+        return dict(about["given"] if "given" in about else about["flags"])  # once there were the flags alone
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {file} to resume from: {error!r}") from error
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The whole file each time: a resumed run drops the rows after its checkpoint, and no row is half-written."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[-1])
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_whole(path, text.getvalue())
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """What is printed of an epoch."""
+    terms = ", ".join(f"{name[5:]} {value:.3f}" for name, value in row.items() if name.startswith("loss_"))
+    return (
+        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f} ({terms})  "
+        f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g}  "
+        f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s"
+        + (f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else "")
+    )
+
+
+def resident_mib() -> int:
+    """The most memory that this process has had, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak >> (20 if sys.platform == "darwin" else 10)
+
+
+def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Losses and accuracies over the epochs, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses = [name for name in rows[-1] if "loss" in name]
+    for axis, names, label in zip(figure.subplots(1, 2), (losses, ["val_top1", "val_top5"]), ("loss", "accuracy (%)")):
+        for name in names:
+            axis.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_whole(path, image.getvalue())
