@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kdlite import nkd_linear_loss, nkd_loss, uskd_loss
+from kdlite import nkd_linear_loss, nkd_loss, terms, uskd_loss
 
 os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler, which measures memory, is otherwise talkative
 
@@ -73,6 +73,15 @@ def cross_entropy(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 def kl_based_kd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     """In the form most code has."""
     return F.kl_div(student.log_softmax(1), teacher.detach().softmax(1), reduction="batchmean")
+
+
+def nkd_by_terms(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """What nkd_loss is without kdlite.fused."""
+    return terms.nkd_rows(student, teacher, target, 1.5, 1.0).mean()
+
+
+def uskd_by_terms(strong: Tensor, weak: Tensor, target: Tensor) -> Tensor:
+    return terms.uskd_rows(strong, weak, target, torch.ones_like(target, dtype=torch.bool), 1.0, 0.1, 0.005, 0.1).mean()
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------
@@ -176,8 +185,10 @@ def bench_shape(rows: int, classes: int, dtype: torch.dtype, args: argparse.Name
         "NKD by boolean masks": (nkd_by_masks, "NKD by boolean masks"),
         "cross-entropy": (cross_entropy, "NKD by boolean masks"),
         "KL-based KD": (kl_based_kd, "NKD by boolean masks"),
+        "NKD by terms.py": (nkd_by_terms, "NKD by boolean masks"),
         "nkd_loss": (nkd_loss, "NKD by boolean masks"),
         "USKD by boolean masks": (uskd_by_masks, "USKD by boolean masks"),
+        "USKD by terms.py": (uskd_by_terms, "USKD by boolean masks"),
         "uskd_loss": (uskd_loss, "USKD by boolean masks"),
     }
     torch.compiler.reset()

@@ -1,9 +1,9 @@
 """Knowledge distillation in two loss functions: with a teacher (NKD) and without one (USKD)."""
 
-from .default_tap import default_tap
 from .features import FeatureTap, WithWeakHead
 from .linear import nkd_linear_loss
 from .nkd import nkd_loss
+from .taps import default_tap
 from .teacher import Teacher
 from .uskd import uskd_loss
 

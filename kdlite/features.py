@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .default_tap import default_tap
+from .taps import default_tap
 
 
 class FeatureTap:

@@ -106,8 +106,8 @@ def nkd_linear_loss(
         )  # fmt: skip
     if reduction == "sum":
         return total
-    # as cross_entropy, NaN with a gradient of 0 where no target is kept
-    count = rows.kept.sum()
+    # as cross_entropy, NaN with a gradient of 0 where every target is ignored
+    count = rows.valid.sum()
     return torch.where(count > 0, total / count.clamp(min=1), math.nan)
 
 
@@ -144,7 +144,7 @@ class NKDLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
-        teacher_bias: Tensor | None, label: Tensor, kept: Tensor, ce_weight: float, gamma: float,
+        teacher_bias: Tensor | None, label: Tensor, valid: Tensor, ce_weight: float, gamma: float,
         temperature: float | None, grad_enabled: bool,
     ) -> Tensor:  # fmt: skip
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -155,18 +155,18 @@ class NKDLinear(torch.autograd.Function):
         )
         total = hidden.new_zeros((), dtype=wide)
         size = max(1, LOGITS_AT_A_TIME // len(weight))
-        # room for the logits, taken once: fresh memory for each chunk would cost more time than the loss
-        student_room, teacher_room = (x.new_empty(min(size, len(x)), len(weight)) for x in (hidden, teacher_hidden))
+        # preallocate the logits: allocating per chunk costs more than the loss
+        student_buffer, teacher_buffer = (x.new_empty(min(size, len(x)), len(weight)) for x in (hidden, teacher_hidden))
         for start in range(0, max(len(hidden), 1), size):
             i = slice(start, start + size)
-            student = linear_into(student_room, hidden[i], weight, bias)
-            teacher = linear_into(teacher_room, teacher_hidden[i], teacher_weight, teacher_bias)
-            counted = kept[i].unsqueeze(1)
+            student = linear_out(student_buffer, hidden[i], weight, bias)
+            teacher = linear_out(teacher_buffer, teacher_hidden[i], teacher_weight, teacher_bias)
+            included = valid[i].unsqueeze(1)
             loss, *stats = in_chunks(nkd_forward, [student, teacher, label[i]], gamma, temperature, ce_weight)
-            total = total + loss.where(counted, 0.0).sum()
+            total = total + loss.where(included, 0.0).sum()
             if not any(wanted):
                 continue
-            rows = [student, teacher, label[i], counted.to(wide), *stats]
+            rows = [student, teacher, label[i], included.to(wide), *stats]
             # the gradient takes the place of the student's logits
             (d_logits,) = in_chunks(nkd_backward, rows, gamma, temperature, into=(student,))
             if d_hidden is not None:
@@ -192,7 +192,7 @@ class NKDLinear(torch.autograd.Function):
         return *grads, *[None] * 9
 
 
-def linear_into(room: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear in the first rows of ``room``."""
-    logits = torch.mm(hidden, weight.T, out=room[: len(hidden)])
+def linear_out(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in the first rows of ``buffer``."""
+    logits = torch.mm(hidden, weight.T, out=buffer[: len(hidden)])
     return logits if bias is None else logits.add_(bias)

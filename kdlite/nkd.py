@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from .fused import nkd_rows
+from . import fused, terms
 from .targets import ClassIndices, as_rows, check_logits, check_options, read_target, reduce
-from .terms import centred, cross_entropy, is_class, log_normalized
 
 
 def nkd_loss(
@@ -25,7 +23,7 @@ def nkd_loss(
     r"""Normalized KD loss; ADD it to the cross-entropy, it does not replace it.
 
     With S and T the softmax of student and teacher, t the target class, and N(.) the renormalisation over the
-    C - 1 classes other than t, where a power is a temperature before the softmax::
+    C - 1 classes other than t, where a power is a temperature (the paper's lambda) before the softmax (eq. 7)::
 
         L_nkd = - T_t log S_t  -  gamma * temperature^2 * sum_{i != t} N(T^temperature)_i log N(S^temperature)_i
 
@@ -53,6 +51,7 @@ def nkd_loss(
     Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv 2303.13005.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[3.0, 1.0, 0.0]])
         >>> loss = nkd_loss(student, teacher, torch.tensor([0]))
         >>> print(f"{loss:.4f}")
@@ -64,48 +63,9 @@ def nkd_loss(
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     rows = read_target(target, student_logits, ignore_index)
     student, teacher = as_rows(student_logits), as_rows(teacher_logits)
-
     if isinstance(rows, ClassIndices):
+        nkd_rows = fused.nkd_rows if fused.can_fuse(student, teacher) else terms.nkd_rows
         loss = nkd_rows(student, teacher, rows.label, gamma, temperature)
     else:
-        student = centred(student)
-        teacher = centred(teacher.detach()).to(student.dtype)
-        target_term = cross_entropy(rows.probs * teacher.softmax(1), student.log_softmax(1))
-        non_target_term = _expected_non_target_term(student / temperature, teacher / temperature, rows.probs)
-        loss = target_term + gamma * temperature**2 * non_target_term
+        loss = terms.nkd_rows_soft(student, teacher, rows.probs, gamma, temperature)
     return reduce(loss, rows, reduction, student_logits.shape)
-
-
-def _expected_non_target_term(student: Tensor, teacher: Tensor, probs: Tensor) -> Tensor:
-    """- sum_k V_k sum_{i != k} N_k(T)_i log N_k(S)_i, (R,), where N_k leaves out class k.
-
-    Two facts make it one pass over the classes. log N_k(S)_i = log S_i - log(1 - S_k), and the N_k(T) mix to
-
-        sum_k V_k N_k(T)_i = T_i * (sum_k V_k / (1 - T_k)  -  V_i / (1 - T_i)).
-
-    Both lose every digit for a class near certainty. At most one class of a row is above one half, the largest:
-    that one is taken out by masking, and what is left has 1 - S_k and 1 - T_k of at least one half.
-    """
-    student_top, teacher_top = student.detach().argmax(1), teacher.argmax(1)
-
-    def at(values: Tensor, label: Tensor) -> Tensor:
-        return values.gather(1, label.unsqueeze(1))
-
-    def without(values: Tensor, label: Tensor) -> Tensor:
-        return values.masked_fill(is_class(values, label), 0.0)
-
-    # k = the student's largest class
-    top_term = at(probs, student_top).squeeze(1) * cross_entropy(
-        log_normalized(teacher, student_top).exp(), log_normalized(student, student_top)
-    )
-
-    # every other k: V is `rest`, sum_k V_k N_k(T) is `mixed`, again with the teacher's largest class by itself
-    rest = without(probs, student_top)
-    t, log_s = teacher.softmax(1), student.log_softmax(1)
-    ratio = without(rest / (1 - t), teacher_top)
-    mixed = at(rest, teacher_top) * log_normalized(teacher, teacher_top).exp()
-    mixed = mixed + t * (ratio.sum(1, keepdim=True) - ratio)
-    log_one_minus_s = torch.log1p(-without(log_s.exp(), student_top))
-    rest_term = cross_entropy(mixed, log_s) + (rest * log_one_minus_s).sum(1)
-
-    return top_term + rest_term

@@ -20,7 +20,7 @@ class ClassIndices(NamedTuple):
     """A target of class indices, one row per prediction."""
 
     label: Tensor  # (R,) int64, 0 where ignored
-    kept: Tensor  # (R,) bool, False where the index is ignore_index
+    valid: Tensor  # (R,) bool, False where the index is ignore_index
 
 
 class ClassProbabilities(NamedTuple):
@@ -86,18 +86,18 @@ def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndic
             raise ValueError(f"ignore_index={ignore_index} needs class indices; the target holds class probabilities")
         return ClassProbabilities(as_rows(target.detach()).to(torch.promote_types(logits.dtype, torch.float32)))
     label = target.reshape(-1).long()
-    kept = label != ignore_index
+    valid = label != ignore_index
     if torch.compiler.is_compiling():  # torch 2.11 would count a negative index from the end: out of range it goes
         label = label.where(label >= 0, probs_shape[class_dim(logits)])
-    return ClassIndices(label * kept, kept)
+    return ClassIndices(label * valid, valid)
 
 
 def reduce(loss: Tensor, target: ClassIndices | ClassProbabilities, reduction: str, logits_shape: torch.Size) -> Tensor:
     """Rows of loss to what ``reduction`` asks for, as cross_entropy does it: 0/0 is NaN for "mean"."""
     if isinstance(target, ClassIndices):
-        loss = loss.where(target.kept, 0.0)
+        loss = loss.where(target.valid, 0.0)
     if reduction == "none":
         return loss.reshape(logits_shape[:1] + logits_shape[2:] if len(logits_shape) > 1 else ())
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / target.kept.sum() if isinstance(target, ClassIndices) else loss.mean()
+    return loss.sum() / target.valid.sum() if isinstance(target, ClassIndices) else loss.mean()

@@ -52,10 +52,8 @@ class Teacher(nn.Module):
         self.shift: Tensor | None
         scale = shift = None
         if given:
-            mean, std, student_mean, student_std = (
-                torch.as_tensor(x, dtype=torch.float64).view(-1, 1, 1) for x in given
-            )
-            scale, shift = (student_std / std).float(), ((student_mean - mean) / std).float()
+            m, s, student_m, student_s = (torch.as_tensor(x, dtype=torch.float64).view(-1, 1, 1) for x in given)
+            scale, shift = (student_s / s).float(), ((student_m - m) / s).float()
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.train()

@@ -1,9 +1,11 @@
-"""What the losses are made of, for class indices: the loss of a row in ordinary autograd, with the paper's symbols.
+"""All the mathematics, on one page: the loss of each row in ordinary autograd, with the paper's symbols.
 
-These are the definitions. :mod:`kdlite.fused` computes the same with less memory and fewer passes, and falls back to
-them. Rows are (R, C) logits; ``label``, (R,), is the class t of each. S, T and W are the softmax of the student's (or
-USKD's strong), the teacher's and the weak head's logits; N(.) renormalises over the C - 1 classes other than t. Losses
-are (R,), float32 at least.
+These are the definitions; :mod:`kdlite.fused` computes the hard-label ones with less memory and fewer passes.
+
+Rows are (R, C) logits. S, T and W are the softmax of the student's (USKD: the strong), the teacher's and the weak
+head's logits; t is the target class, ``label`` (R,), or V the class probabilities, ``probs`` (R, C); N(.) renormalises
+over the C - 1 classes other than t. Losses are (R,), float32 at least. Source: Yang et al., arXiv 2303.13005, section
+3.1 (NKD; its loss is eq. 7) and section 3.2 (USKD).
 """
 
 from __future__ import annotations
@@ -14,36 +16,120 @@ from torch.nn import functional as F
 
 from .zipf import zipf_weights
 
+# ---- NKD ----------------------------------------------------------------------------------------------------------
+
 
 def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float) -> Tensor:
-    """- T_t log S_t  -  gamma temperature^2 sum_{i != t} N(T^temperature)_i log N(S^temperature)_i."""
+    """L_nkd = - T_t log S_t  -  gamma temperature^2 sum_{i != t} N(T^temperature)_i log N(S^temperature)_i  (eq. 7)."""
     student = centred(student)
     teacher = centred(teacher.detach()).to(student.dtype)
-    target = -log_odds(teacher, label).sigmoid() * F.logsigmoid(log_odds(student, label))
+    target_term = -log_odds(teacher, label).sigmoid() * F.logsigmoid(log_odds(student, label))
     n_t = log_normalized(teacher / temperature, label).exp()
-    return target + gamma * temperature**2 * cross_entropy(n_t, log_normalized(student / temperature, label))
+    non_target_term = cross_entropy(n_t, log_normalized(student / temperature, label))
+    return target_term + gamma * temperature**2 * non_target_term
+
+
+def nkd_rows_soft(student: Tensor, teacher: Tensor, probs: Tensor, gamma: float, temperature: float) -> Tensor:
+    """sum_k V_k L_nkd(t = k): the expectation over the label."""
+    student = centred(student)
+    teacher = centred(teacher.detach()).to(student.dtype)
+    target_term = cross_entropy(probs * teacher.softmax(1), student.log_softmax(1))
+    non_target_term = expected_non_target(student / temperature, teacher / temperature, probs)
+    return target_term + gamma * temperature**2 * non_target_term
+
+
+def expected_non_target(student: Tensor, teacher: Tensor, probs: Tensor) -> Tensor:
+    """- sum_k V_k sum_{i != k} N_k(T)_i log N_k(S)_i, (R,), where N_k leaves out class k.
+
+    Two facts make it one pass over the classes. log N_k(S)_i = log S_i - log(1 - S_k), and the N_k(T) mix to
+
+        sum_k V_k N_k(T)_i = T_i * (sum_k V_k / (1 - T_k)  -  V_i / (1 - T_i)).
+
+    Both lose every digit for a class near certainty. At most one class of a row is above one half, the largest:
+    that one is taken out by masking, and what is left has 1 - S_k and 1 - T_k of at least one half.
+    """
+    student_top, teacher_top = student.detach().argmax(1), teacher.argmax(1)
+
+    def pick(values: Tensor, label: Tensor) -> Tensor:
+        return values.gather(1, label.unsqueeze(1))
+
+    def drop(values: Tensor, label: Tensor) -> Tensor:
+        return values.masked_fill(is_class(values, label), 0.0)
+
+    # k = the student's largest class
+    top_term = pick(probs, student_top).squeeze(1) * cross_entropy(
+        log_normalized(teacher, student_top).exp(), log_normalized(student, student_top)
+    )
+
+    # every other k: V is `rest`, sum_k V_k N_k(T) is `mixed`, again with the teacher's largest class by itself
+    rest = drop(probs, student_top)
+    t, log_s = teacher.softmax(1), student.log_softmax(1)
+    ratio = drop(rest / (1 - t), teacher_top)
+    mixed = pick(rest, teacher_top) * log_normalized(teacher, teacher_top).exp()
+    mixed = mixed + t * (ratio.sum(1, keepdim=True) - ratio)
+    log_one_minus_s = torch.log1p(-drop(log_s.exp(), student_top))
+    rest_term = cross_entropy(mixed, log_s) + (rest * log_one_minus_s).sum(1)
+
+    return top_term + rest_term
+
+
+# ---- USKD ---------------------------------------------------------------------------------------------------------
 
 
 def uskd_rows(
-    strong: Tensor, weak: Tensor, label: Tensor, counted: Tensor, alpha: float, beta: float, mu: float, smoothing: float
+    strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, alpha: float, beta: float, mu: float, smoothing: float
 ) -> Tensor:
-    """- alpha P_t log S_t  -  beta sum_{i != t} N(Z)_i log N(S)_i  -  mu sum_i V~_i log W_i; see ``target_weight``."""
+    """L_uskd = - alpha P_t log S_t  -  beta sum_{i != t} N(Z)_i log N(S)_i  -  mu sum_i V~_i log W_i.
+
+    valid: (R,) bool, the rows that the mean in P_t is over.
+    """
     strong = centred(strong)
     weak = centred(weak).to(strong.dtype)
     minus_log_s = -F.logsigmoid(log_odds(strong, label))
-    with torch.no_grad():
-        z = zipf_weights(odds(strong, label) + odds(weak, label)).masked_fill(is_class(strong, label), 0.0)
-        n_z = z / z.sum(1, keepdim=True)  # the sum of Z itself cancels
-    non_target = cross_entropy(n_z, log_normalized(strong, label))
+    target_term = target_weight(minus_log_s, valid) * minus_log_s
     weak_term = F.cross_entropy(weak, label, label_smoothing=smoothing, reduction="none")
-    return alpha * target_weight(minus_log_s, counted) * minus_log_s + beta * non_target + mu * weak_term
+    return alpha * target_term + beta * uskd_non_target(strong, weak, label) + mu * weak_term
 
 
-def target_weight(minus_log_s: Tensor, counted: Tensor) -> Tensor:
-    """P_t = S_t^2 + 1 - mean(S_t^2), (R,), without gradient, the mean over the rows ``counted`` (R,) bool."""
+def uskd_rows_soft(
+    strong: Tensor, weak: Tensor, probs: Tensor, alpha: float, beta: float, mu: float, smoothing: float
+) -> Tensor:
+    """The expectation of L_uskd over the label; the non-target term over the two largest labels of a row alone."""
+    strong = centred(strong)
+    weak = centred(weak).to(strong.dtype)
+    log_s = strong.log_softmax(1)
+    squared = log_s.detach().exp().square()
+    p = squared + 1 - (probs * squared).sum(1).mean()  # P_k
+    target_term = cross_entropy(probs * p, log_s)
+
+    shares, labels = probs.topk(2, dim=1)
+    shares = shares / shares.sum(1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
+    non_target_term = torch.zeros_like(target_term)
+    for share, label in zip(shares.unbind(1), labels.unbind(1)):
+        non_target_term = non_target_term + share * uskd_non_target(strong, weak, label)
+
+    smoothed = (1 - smoothing) * probs + smoothing / weak.shape[1]  # V~
+    weak_term = cross_entropy(smoothed, weak.log_softmax(1))
+    return alpha * target_term + beta * non_target_term + mu * weak_term
+
+
+def uskd_non_target(strong: Tensor, weak: Tensor, label: Tensor) -> Tensor:
+    """- sum_{i != t} N(Z)_i log N(S)_i, with Z the Zipf weights of R_i = W_i / (1 - W_t) + S_i / (1 - S_t)."""
+    with torch.no_grad():
+        r = odds(strong, label) + odds(weak, label)
+        z = zipf_weights(r).masked_fill(is_class(strong, label), 0.0)
+        n_z = z / z.sum(1, keepdim=True)  # the sum over all of Z cancels
+    return cross_entropy(n_z, log_normalized(strong, label))
+
+
+def target_weight(minus_log_s: Tensor, valid: Tensor) -> Tensor:
+    """P_t = S_t^2 + V_t - mean(S_t^2) with V_t = 1, (R,), without gradient, the mean over the ``valid`` rows."""
     squared = (-2 * minus_log_s.detach()).exp()
-    # the clamp: with no row counted, 0/0 here would turn the gradient to NaN
-    return squared + 1 - squared.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
+    # the clamp: with no valid row, 0/0 here would turn the gradient to NaN
+    return squared + 1 - squared.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
 
 
 def centred(rows: Tensor) -> Tensor:
@@ -78,7 +164,7 @@ def log_odds(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
-    """log N(.) of the paper, (R, C): the log-softmax over the classes other than the label, -inf at the label."""
+    """log N(.), (R, C): the log-softmax over the classes other than the label, -inf at the label."""
     return logits.masked_fill(is_class(logits, label), -torch.inf).log_softmax(1)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .fused import uskd_rows
+from . import fused, terms
 from .targets import ClassIndices, as_rows, check_logits, check_options, read_target, reduce
-from .terms import centred, cross_entropy
 
 
 def uskd_loss(
@@ -34,14 +32,13 @@ def uskd_loss(
                    - mu * sum_i V~_i log W_i,    V~ the label, smoothed by label_smoothing
 
     R is of probabilities, as in the paper and unlike the official code since July 2023. The batch mean is over the
-    targets that are not ignored, on this process. Ties in R are ranked by class index; from 8,192 classes on, ranks
-    beyond the 64th are shared by classes whose R is within 1.6 %. Z weights every class, so a class masked by a logit
-    of -inf makes the loss infinite: leave such classes out of the logits.
+    targets that are not ignored, on this process. Ties in R are ranked by class index. Z weights every class, so a
+    class masked by a logit of -inf makes the loss infinite: leave such classes out of the logits.
 
     For class probabilities V the loss is its expectation over the label: the first term becomes
     ``- alpha * sum_k V_k P_k log S_k`` with ``P_k = S_k^2 + 1 - mean_batch(sum_k V_k S_k^2)``; the second, which needs
     a ranking, takes the two largest labels of a row (of equal ones, either), renormalised to sum to 1; the third is
-    linear in V as it is. For a one-hot row each equals the hard-label term.
+    already linear in V. For a one-hot row each equals the hard-label term.
 
     Args:
         logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
@@ -66,6 +63,7 @@ def uskd_loss(
     Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv 2303.13005.
 
     Example:
+        >>> import torch
         >>> logits, weak_logits = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.5]])
         >>> loss = uskd_loss(logits, weak_logits, torch.tensor([0]))
         >>> print(f"{loss:.4f}")
@@ -77,22 +75,9 @@ def uskd_loss(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     rows = read_target(target, logits, ignore_index)
     strong, weak = as_rows(logits), as_rows(weak_logits)
-
     if isinstance(rows, ClassIndices):
-        loss = uskd_rows(strong, weak, rows.label, rows.kept, alpha, beta, mu, label_smoothing)
-        return reduce(loss, rows, reduction, logits.shape)
-
-    log_probs = centred(strong).log_softmax(1)
-    squared = log_probs.detach().exp().square()
-    mean_squared = (rows.probs * squared).sum(1).mean()
-    target_term = -(rows.probs * (squared + 1 - mean_squared) * log_probs).sum(1)
-    top_probs, top_labels = rows.probs.topk(2, dim=1)
-    top_probs = top_probs / top_probs.sum(1, keepdim=True).clamp(min=torch.finfo(top_probs.dtype).tiny)
-    every = torch.ones_like(top_labels[:, 0], dtype=torch.bool)
-    non_target_term = torch.zeros_like(target_term)
-    for share, label in zip(top_probs.unbind(1), top_labels.unbind(1)):
-        non_target_term = non_target_term + share * uskd_rows(strong, weak, label, every, 0.0, 1.0, 0.0, 0.0)
-    smoothed = (1 - label_smoothing) * rows.probs + label_smoothing / weak.shape[1]  # V~
-    weak_term = cross_entropy(smoothed, centred(weak).to(log_probs.dtype).log_softmax(1))
-    loss = alpha * target_term + beta * non_target_term + mu * weak_term
+        uskd_rows = fused.uskd_rows if fused.can_fuse(strong, weak) else terms.uskd_rows
+        loss = uskd_rows(strong, weak, rows.label, rows.valid, alpha, beta, mu, label_smoothing)
+    else:
+        loss = terms.uskd_rows_soft(strong, weak, rows.probs, alpha, beta, mu, label_smoothing)
     return reduce(loss, rows, reduction, logits.shape)

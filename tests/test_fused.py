@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import kdlite.linear
 from examples.benchmark_losses import nkd_by_masks, peak_bytes, uskd_by_masks
-from kdlite import fused, nkd_linear_loss, nkd_loss, terms, uskd_loss, zipf
+from kdlite import fused, nkd_linear_loss, nkd_loss, terms, uskd_loss
 
 
 @pytest.fixture
@@ -214,52 +214,6 @@ def test_logits_that_are_parameters(loss):
     parameter = torch.nn.Parameter(a)
     loss(parameter, b, target).backward()
     torch.testing.assert_close(parameter.grad, gradients(loss, a, b, target)[1][0])
-
-
-# ---- Zipf weights ----
-
-
-def exact_weights(scores):
-    """1 / rank of each score of each row, by counting the greater ones."""
-    weights = torch.empty_like(scores, dtype=torch.float64)
-    for row, values in zip(weights, scores.double()):
-        ordered = values.sort(descending=True).values
-        row[:] = 1 / (1 + torch.searchsorted(-ordered, -values)).double()
-    return weights
-
-
-@pytest.mark.parametrize("std", [1.0, 2.0, 4.0, 8.0])
-@pytest.mark.parametrize("classes", [8192, 21841])
-def test_counted_weights_are_nearly_the_exact_ones(std, classes):
-    a, b, _ = inputs(4, classes, std=std, dtype=torch.float32)
-    scores = a.softmax(1) + b.softmax(1)
-    exact, counted = exact_weights(scores), zipf.zipf_weights(scores.clone()).double()
-    exact, counted = (x / x.sum(1, keepdim=True) for x in (exact, counted))
-    variation = (exact - counted).abs().sum(1) / 2
-    assert variation.max() < 0.003
-    first = exact.topk(64, dim=1).indices
-    torch.testing.assert_close(counted.gather(1, first), exact.gather(1, first), rtol=1e-3, atol=0)
-    assert zipf.weights_by_sort(scores.clone()).double().div(exact).std() < 1e-3  # below 8,192 classes: exact
-
-
-def test_counted_weights_of_a_target_far_above_the_rest():
-    """The largest score may be infinite odds: the others keep their order, and their ranks from 2 on."""
-    scores = inputs(1, 10000, dtype=torch.float32)[0].softmax(1)
-    expected = exact_weights(scores.index_fill(1, torch.tensor(77), torch.inf))[0]
-    for largest in (1.0, 1e30, torch.inf):
-        scores[0, 77] = largest
-        weights = zipf.zipf_weights(scores.clone())[0].double()
-        assert weights[77] == 1
-        assert ((weights / weights.sum() - expected / expected.sum()).abs().sum() / 2) < 0.003
-
-
-def test_weights_of_scores_below_the_smallest_float_are_shared():
-    scores = torch.zeros(1, 10000)
-    scores[0, :3] = torch.tensor([3.0, 2.0, 1.0])
-    weights = zipf.zipf_weights(scores)[0]
-    assert weights[:3].tolist() == [1.0, 0.5, pytest.approx(1 / 3)]
-    assert weights.isfinite().all()
-    assert weights.unique().numel() <= 65
 
 
 # ---- nkd_linear_loss ----

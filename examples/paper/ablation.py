@@ -13,13 +13,15 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
-from kdlite import nkd_loss, uskd_loss
+from kdlite import uskd_loss
+from kdlite.terms import centred, cross_entropy, log_normalized
 
 
 def nkd_without_target(student: Tensor, teacher: Tensor, target: Tensor, *, gamma: float, temperature: float) -> Tensor:
-    """NKD's non-target term alone (eq. 7 of the paper without its first term)."""
-    whole, first = (nkd_loss(student, teacher, target, gamma=g, temperature=temperature) for g in (gamma, 0.0))
-    return whole - first
+    """NKD's non-target term alone: eq. 7 of the paper without its first term."""
+    student, teacher = (centred(logits) / temperature for logits in (student, teacher.detach()))
+    n_t = log_normalized(teacher, target).exp()
+    return gamma * temperature**2 * cross_entropy(n_t, log_normalized(student, target)).mean()
 
 
 def uskd_ranked_by_log(
