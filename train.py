@@ -75,8 +75,8 @@ class RankError(UserError):
 # behind the paper's tables (arXiv 2303.13005 and its official configs).
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": dict(
-        epochs=15, batch_size=32, opt="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1,
-        step_epochs=[8, 12], step_factor=0.1, img_size=32, crop="pad", hflip=0.0,
+        epochs=10, batch_size=32, opt="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1,
+        step_epochs=[5, 8], step_factor=0.1, img_size=32, crop="pad", hflip=0.0,
     ),
     "cifar": dict(
         epochs=200, batch_size=128, opt="momentum", lr=0.1, weight_decay=5e-4, schedule="step",

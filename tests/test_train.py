@@ -99,7 +99,7 @@ def test_torchrun_as_written_in_an_empty_folder_and_again(tmp_path):
     first = script("--self-kd", "uskd", "--model", "mobilenet_v2", command=TORCHRUN)
     assert first.returncode == 0, first.stderr
     assert "\r" not in first.stdout + first.stderr  # no progress bar where stdout is no terminal
-    assert len(re.findall(r"^epoch \d+/15 ", first.stdout, re.M)) == 15
+    assert len(re.findall(r"^epoch \d+/10 ", first.stdout, re.M)) == 10
     run_dir = tmp_path / "runs/001-mobilenet_v2-uskd"
     assert float(rows(run_dir)[-1]["val_top1"]) >= 90
     again = script("--self-kd", "uskd", "--model", "mobilenet_v2", "--epochs", 1, command=TORCHRUN)
@@ -294,7 +294,7 @@ def test_a_recipe_is_stretched_to_the_epochs():
     assert args.step_epochs == [6, 12, 16]
     args = train.parse_args(["--recipe", "cifar", "--epochs", "20", "--step-epochs", "5"])
     assert args.step_epochs == [5]
-    assert train.parse_args(["--epochs", "3"]).warmup_epochs == pytest.approx(0.2)
+    assert train.parse_args(["--epochs", "3"]).warmup_epochs == pytest.approx(0.3)
 
 
 def test_what_the_recipe_computed_follows_a_later_number_of_epochs():
