@@ -8,8 +8,8 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
     python train.py --output runs/002-mobilenet_v2-uskd --resume              # go on where it stopped
 
-Read it from here down: flags, losses and step, data, models, evaluation, run directory; then build() puts a run
-together, and train() is the loop. Only parse_args, build and train know the flags by name.
+Read it from here down: flags, losses and step, data, evaluation, run directory; then build() puts a run together, and
+train() is the loop. Functions take what they read: only parse_args, build and train know the flags.
 """
 
 from __future__ import annotations
@@ -150,14 +150,14 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "lr": (RECIPE, "peak learning rate", dict(type=WEIGHT)),
         "momentum": (0.9, "momentum of SGD and its relatives", dict(type=SHARE)),
         "weight_decay": (RECIPE, "weight decay", dict(type=WEIGHT)),
-        "schedule": (RECIPE, "of the learning rate", dict(choices=["cosine", "step"])),
+        "schedule": (RECIPE, "schedule of the learning rate", dict(choices=["cosine", "step"])),
         "warmup_epochs": (0.0, "linear warm-up, part of --epochs", dict(type=WEIGHT)),
         "step_epochs": (RECIPE, "step schedule: the epochs at which the rate falls", dict(type=WEIGHT, nargs="+")),
         "step_factor": (RECIPE, "step schedule: what the rate is multiplied by", dict(type=POSITIVE)),
-        "label_smoothing": (0.0, "of the cross-entropy alone", dict(type=SHARE)),
+        "label_smoothing": (0.0, "label smoothing of the cross-entropy alone", dict(type=SHARE)),
         "clip_grad": (None, "largest gradient norm", dict(type=POSITIVE)),
         "ema_decay": (0.0, "average of the weights, evaluated and saved in their place; 0: off", dict(type=SHARE)),
-        "seed": (0, "of weights, order and augmentation", dict(type=number(int, 0, 2**32 - 1))),
+        "seed": (0, "seed of weights, order and augmentation", dict(type=number(int, 0, 2**32 - 1))),
     },
     "machine": {
         "device": ("auto", "where to train; auto: a GPU if there is one", dict(choices=["auto", "cpu", "cuda"])),
@@ -735,14 +735,14 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
         model, mean, std, size = load_teacher(args.teacher, config, local_rank_zero_first)
         teacher = Teacher(model, mean, std, config["mean"], config["std"], size[1:])
     if teacher:
-        teacher.to(device, memory_format=memory_format)
+        teacher.to(device=device).to(memory_format=memory_format)
     net = student
     if args.self_kd:
         try:
             net = WithWeakHead(student, args.tap, num_classes, example_input=torch.zeros(2, *input_size))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--self-kd uskd on {args.model} (--tap names the layer): {error}") from error
-    net.to(device, memory_format=memory_format)
+    net.to(device=device).to(memory_format=memory_format)
 
     view = functools.partial(eval_view, config=config)
     loader = functools.partial(make_loader, workers=args.workers, pin_memory=device.type == "cuda")
@@ -750,7 +750,7 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
     if args.cache == "none":
         augmented = train_view(args.img_size, args.crop, args.hflip, args.interpolation, args.randaugment)
         train_loader = loader(data.train, augmented, micro_batch, True, args.seed)
-        val_loader = loader(data.val, view, 2 * micro_batch, False)
+        val_loader: Any = loader(data.val, view, 2 * micro_batch, False)
     else:
         decoded = loader(data.train, train_view(args.img_size, "none", 0.0, args.interpolation), 256, False)
         train_loader = DeviceLoader(decoded, micro_batch, device, True, args.seed, args.crop, args.hflip)
@@ -818,9 +818,7 @@ def train_epoch(
     parallel.train()
     lr = 0.0
     step = epoch * run.updates_per_epoch
-    for part in (run.train_loader, getattr(run.train_loader, "sampler", None)):
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch)
+    getattr(run.train_loader, "sampler", run.train_loader).set_epoch(epoch)
     batches = itertools.islice(run.train_loader, run.updates_per_epoch * grad_accum)
     for i, (images, labels, unreadable) in enumerate(progress(batches, f"epoch {epoch + 1}", len(run.train_loader))):
         corrupt.add(unreadable)

@@ -26,7 +26,7 @@ def get_parser() -> Parser:
     parser.add_argument(
         "--library", choices=["tensorrt", "tensorrt_rtx"], help="(default: the first that is installed)"
     )
-    parser.add_argument("--min-batch", type=int, default=1, help="of the optimisation profile (default: 1)")
+    parser.add_argument("--min-batch", type=int, default=1, help="the smallest batch the engine will take (default: 1)")
     parser.add_argument("--opt-batch", type=int, default=8, help="the batch to be fastest at (default: 8)")
     parser.add_argument("--max-batch", type=int, default=64, help="the largest the engine will take (default: 64)")
     parser.add_argument("--workspace", type=int, default=1024, help="most scratch memory, in MiB (default: 1024)")

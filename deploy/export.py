@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,11 @@ def export_student(
         expected = torch.cat([reference(image) for image in singly]).numpy()
 
     name = "student" + ("-nchw" if layout == FLOAT else "") + ("-fp16" if precision == "fp16" else "")
-    writers = {"onnx": write_onnx, "torchscript": write_torchscript, "torch.export": write_exported}
+    writers: dict[str, Callable[..., None]] = {
+        "onnx": write_onnx,
+        "torchscript": write_torchscript,
+        "torch.export": write_exported,
+    }
     files = []
     make_folder(output)
     for kind in formats:
@@ -190,12 +195,12 @@ def get_parser() -> Parser:
     parser.add_argument("--format", nargs="+", choices=sorted(FORMATS), default=sorted(FORMATS), metavar="FORMAT",
                         help="onnx, torchscript, torch.export (default: all)")  # fmt: skip
     parser.add_argument(
-        "--precision", choices=["fp32", "fp16"], default="fp32", help="of weights and arithmetic (default: fp32)"
+        "--precision", choices=["fp32", "fp16"], default="fp32", help="precision of weights and arithmetic (default: fp32)"
     )
     parser.add_argument("--input", choices=["uint8", "float"], default="uint8",
                         help="uint8: NHWC, normalised in the graph; float: NCHW, by you (default: uint8)")  # fmt: skip
-    parser.add_argument("--opset", type=int, choices=[18, 20], default=18, help="of ONNX (default: 18)")
-    parser.add_argument("--output", type=Path, help="folder of the files (default: the student's)")
+    parser.add_argument("--opset", type=int, choices=[18, 20], default=18, help="ONNX opset (default: 18)")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: the student's)")
     return parser
 
 

@@ -25,6 +25,9 @@ EPS = 1e-5  # of the batch norm that normalises; ONNX and cuDNN want one
 class ImageClassifier(nn.Module):
     """A student with its normalisation in front: images -> float32 logits, whatever precision lies between."""
 
+    mean: Tensor
+    variance: Tensor
+
     def __init__(
         self,
         model: nn.Module,

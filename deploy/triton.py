@@ -102,7 +102,7 @@ def get_parser() -> Parser:
     parser = make_parser(__doc__, "triton")
     parser.add_argument("artefact", type=Path, help="an .onnx or .engine file that deploy/ made")
     parser.add_argument("--output", type=Path, default=Path("models"), help="the repository (default: models)")
-    parser.add_argument("--name", default="student", help="of the model (default: student)")
+    parser.add_argument("--name", default="student", help="name of the model (default: student)")
     parser.add_argument("--max-batch", type=int, default=8, help="images in one call (default: 8)")
     parser.add_argument("--delay-us", type=int, default=1000, help="microseconds to wait for others (default: 1000)")
     parser.add_argument("--instances", type=int, default=1, help="copies that run side by side (default: 1)")
