@@ -195,7 +195,7 @@ def get_parser() -> Parser:
     parser.add_argument("--format", nargs="+", choices=sorted(FORMATS), default=sorted(FORMATS), metavar="FORMAT",
                         help="onnx, torchscript, torch.export (default: all)")  # fmt: skip
     parser.add_argument(
-        "--precision", choices=["fp32", "fp16"], default="fp32", help="precision of weights and arithmetic (default: fp32)"
+        "--precision", choices=["fp32", "fp16"], default="fp32", help="of arithmetic and weights (default: fp32)"
     )
     parser.add_argument("--input", choices=["uint8", "float"], default="uint8",
                         help="uint8: NHWC, normalised in the graph; float: NCHW, by you (default: uint8)")  # fmt: skip

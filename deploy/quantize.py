@@ -170,7 +170,7 @@ def get_parser() -> Parser:
     parser.add_argument("--onnx", help="the fp32 file to start from (default: student.onnx in the folder)")
     parser.add_argument("--images", type=int, help="training images for calibration, evenly spaced (default: all)")
     add_reference(parser)
-    parser.add_argument("--method", choices=sorted(METHODS), default="minmax", help="calibration method (default: minmax)")
+    parser.add_argument("--method", choices=sorted(METHODS), default="minmax", help="of calibration (default: minmax)")
     parser.add_argument("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")
     parser.add_argument("--reduce-range", action=argparse.BooleanOptionalAction,
                         help="7-bit weights, for x86 CPUs without VNNI, whose 8-bit products saturate (default: with "

@@ -397,7 +397,7 @@ def get_parser() -> Parser:
     default = Limits()
     parser = make_parser(__doc__, "serve")
     parser.add_argument("artefact", type=Path, help="a student/ folder, or a .ts, .pt2, .onnx or .engine file of it")
-    parser.add_argument("--name", default="student", help="name of the model in the protocol's paths (default: student)")
+    parser.add_argument("--name", default="student", help="the model's name in the protocol's paths (default: student)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for every interface (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     parser.add_argument("--max-batch", type=int, default=default.max_batch,

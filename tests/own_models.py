@@ -1,5 +1,6 @@
 """Models as a user would bring them: --model tests/own_models.py:tiny."""
 
+import torchvision
 from torch import nn
 
 
@@ -50,3 +51,10 @@ class Branching(nn.Module):
 
 def branching(num_classes):
     return Branching(num_classes)
+
+
+def small_swin(num_classes):
+    """torchvision's Swin with two stages of two blocks."""
+    return torchvision.models.SwinTransformer(
+        [4, 4], 32, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4], num_classes=num_classes
+    )

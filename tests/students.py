@@ -5,12 +5,12 @@ import torch
 from deploy.student import build_model, find_architecture, save_student
 
 
-def write_student(folder, name, img_size, label_names=10):
+def write_student(folder, name, img_size, label_names=10, arguments=()):
     """A student/ folder of a library's architecture, its batch norms calibrated and its logits well apart."""
     torch.manual_seed(0)
     if isinstance(label_names, int):
         label_names = [f"class {i}" for i in range(label_names)]
-    architecture = find_architecture(str(name))
+    architecture = find_architecture(str(name), arguments)
     model = build_model(architecture, len(label_names), img_size)
     with torch.no_grad():
         for _ in range(10):

@@ -32,14 +32,16 @@ from deploy.student import load_student, save_student
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
 RESNET = ROOT / "examples/paper/cifar_models.py"
-NINE = [
-    "mobilenet_v2", "resnet18", "shufflenet_v2_x1_0", "regnet_x_1_6gf", "swin_t",
-    "mobilenetv1_100", "deit_tiny_patch16_224", "efficientnet_b0", "convnext_atto",
-]  # fmt: skip
+# Architectures with what makes them small: a third block proves no more than a second.
+NINE = {
+    "mobilenet_v2": [], "resnet18": [], "shufflenet_v2_x1_0": [], "regnet_x_1_6gf": [], "mobilenetv1_100": [],
+    "efficientnet_b0": [], "deit_tiny_patch16_224": ["depth=3"], "convnext_atto": ["depths=(1,1,2,1)"],
+    f"{MODELS}:small_swin": [],
+}  # fmt: skip
 
 SATURATES = products_saturate()  # then INT8 files are compared with 7-bit weights
 
-THREE = ["mobilenet_v2", "resnet18", "deit_tiny_patch16_224"]
+IN_FP16 = ["resnet18", "deit_tiny_patch16_224"]
 
 with contextlib.suppress(ImportError):
     import onnxruntime_ep_nv_tensorrt_rtx  # noqa: F401
@@ -99,10 +101,10 @@ def test_every_runtime_sees_the_image_that_training_evaluated(trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NINE)
 def test_architecture_goes_the_whole_way(name, tmp_path):
-    """fp32 and INT8, three of them in fp16 too: exported, checked, and with TensorRT-RTX parsed and built."""
-    student = write_student(tmp_path / "student", name, 32 if name == "swin_t" else 64)
-    deploy(export, student, "--format", "onnx", "torchscript", *["torch.export"] * (name in THREE))
-    if name in THREE:
+    """fp32 and INT8, two of them in fp16 too: exported, checked, and with TensorRT-RTX parsed and built."""
+    student = write_student(tmp_path / "student", name, 64, arguments=NINE[name])
+    deploy(export, student, "--format", "onnx", "torchscript", *["torch.export"] * (name in IN_FP16))
+    if name in IN_FP16:
         deploy(export, student, "--precision", "fp16", "--format", "onnx")
     side = load(student, device="cpu").image_shape[0] // 8
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8).repeat(side, 1).repeat(side, 2)
@@ -118,7 +120,7 @@ def test_architecture_goes_the_whole_way(name, tmp_path):
         _, agreement = quantize.quantize_student(student / "student.onnx", images, target, reduce_range=SATURATES)
         assert agreement >= 85
     if "tensorrt_rtx_bindings" in globals():
-        for end in ("-fp16", "-int8-tensorrt") if name in THREE else ("-int8-tensorrt",):
+        for end in ("-fp16", "-int8-tensorrt") if name in IN_FP16 else ("-int8-tensorrt",):
             file, built = build.build_engine(student / f"student{end}.onnx", library="tensorrt_rtx")
             assert file.stat().st_size > 1e5
             assert built["library"] == "tensorrt_rtx"
@@ -382,7 +384,7 @@ def test_weights_have_7_bits_where_products_of_8_saturate(run, monkeypatch, caps
 
 
 def test_a_transformer_keeps_its_softmax_and_norms_in_float(tmp_path):
-    student = write_student(tmp_path / "student", "deit_tiny_patch16_224", 32)
+    student = write_student(tmp_path / "student", "deit_tiny_patch16_224", 32, arguments=["depth=3"])
     deploy(export, student, "--format", "onnx")
     images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
     with contextlib.suppress(UserError):  # agreement on noise may be low
@@ -392,7 +394,7 @@ def test_a_transformer_keeps_its_softmax_and_norms_in_float(tmp_path):
     for node in graph.node:
         if node.op_type in ("Softmax", "LayerNormalization"):
             assert made_by[node.input[0]].op_type != "DequantizeLinear"
-    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) > 48  # four products a block
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) > 12  # four products a block
 
 
 # ---- build --------------------------------------------------------------------------------------------------------
