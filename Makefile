@@ -15,7 +15,7 @@ runs/demo/nkd/student/student-int8-cpu.onnx:
 	$(MAKE) demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-quick: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"

@@ -2,11 +2,11 @@
 
     torchrun train.py --self-kd uskd --model mobilenet_v2                     # 1,797 digits, nothing to download
     python train.py --model resnet18 --small-stem                             # cross-entropy, the baseline
-    python train.py --kd nkd --teacher runs/001-resnet18-ce/student           # a run's student as the teacher
+    python train.py --kd nkd --teacher runs/002-resnet18-ce/student           # a run's student as the teacher
     python train.py --data photos/ --model mobilenet_v2 --self-kd uskd        # photos/train/CLASS/*.jpg, photos/val/...
     torchrun --nproc-per-node 8 train.py --data /imagenet --model resnet18 --teacher resnet34 --kd nkd
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
-    python train.py --output runs/002-mobilenet_v2-uskd --resume              # go on where it stopped
+    python train.py --output runs/001-mobilenet_v2-uskd --resume              # go on where it stopped
 
 Read it from here down: flags, losses and step, data, evaluation, run directory; then build() puts a run together, and
 train() is the loop. Functions take what they read: only parse_args, build and train know the flags.
@@ -218,8 +218,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         misplaced = typed.keys() & set(names)
         if misplaced and f"--kd {args.kd}" != method and f"--self-kd {args.self_kd}" != method:
             parser.error(f"--{min(misplaced).replace('_', '-')} needs {method}")
-    if Path(args.model).is_dir() and typed.keys() & {"model_args", "small_stem"}:
-        parser.error("--model is a student/ folder, which has its own --model-args and --small-stem")
+    if Path(args.model).is_dir() and typed.keys() & {"model_args", "small_stem", "interpolation", "eval_crop"}:
+        parser.error("--model is a student/ folder, which has its own arguments, stem, interpolation and crop")
     if args.cache == "device" and (args.crop == "resized" or (args.randaugment and args.randaugment[0])):
         parser.error("--cache device cuts and flips whole batches: say --crop pad or none, and --randaugment 0 0")
     if args.batch_size % (WORLD_SIZE * args.grad_accum):
@@ -325,7 +325,10 @@ def make_optimizer(
         near = difflib.get_close_matches(opt, known, n=5)
         raise UserError(f"--opt {opt} is no timm optimizer; near matches: {', '.join(near) or 'momentum, adamw'}")
     decay_all = opt in ("momentum", "sgd")  # as the paper's SGD recipes do
-    optimizer = create_optimizer_v2(net, opt, lr, weight_decay, momentum, filter_bias_and_bn=not decay_all)
+    try:
+        optimizer = create_optimizer_v2(net, opt, lr, weight_decay, momentum, filter_bias_and_bn=not decay_all)
+    except (ValueError, TypeError, AssertionError, ImportError, RuntimeError) as error:
+        raise UserError(f"--opt {opt} cannot be made: {' '.join(str(error).split())[:200]}") from error
     scheduler, _ = create_scheduler_v2(
         optimizer, "multistep" if schedule == "step" else "cosine", num_epochs=epochs, warmup_epochs=warmup_epochs,
         warmup_lr=lr * 1e-3, decay_milestones=step_epochs, decay_rate=step_factor, step_on_epochs=False,
@@ -377,8 +380,7 @@ def local_rank_zero_first() -> Iterator[None]:
 def open_data(name: str, folder: str = "data", download: bool = False) -> Data:
     """The data set that --data names; folder: where cifar is kept."""
     if name == "digits":
-        half = (0.5, 0.5, 0.5)
-        return Data(Digits(train=True), Digits(train=False), [str(i) for i in range(10)], half, half)
+        return Data(Digits(train=True), Digits(train=False), [str(i) for i in range(10)], (0.5,) * 3, (0.5,) * 3)
     if name in ("cifar10", "cifar100"):
         cifar = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
         try:
@@ -624,8 +626,7 @@ class CorruptCount:
                 continue
             self.seen.add(name)
             count = len(self.seen)
-            where = f"{count} so far in {self.what}"
-            print(f"skipped a corrupt image ({where}): {name}: {reason}", file=sys.stderr, flush=True)
+            print(f"skipped a corrupt image ({count} so far in {self.what}): {name}: {reason}", file=sys.stderr)
             if count > max(1, 0.01 * self.total):
                 share = f"{count} of {self.total} {self.what} images cannot be read, more than 1 %"
                 raise RankError(f"{share}: mend or remove them; the last one is {name}")
@@ -748,11 +749,11 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
     loader = functools.partial(make_loader, workers=args.workers, pin_memory=device.type == "cuda")
     train_loader: Any
     if args.cache == "none":
-        augmented = train_view(args.img_size, args.crop, args.hflip, args.interpolation, args.randaugment)
+        augmented = train_view(args.img_size, args.crop, args.hflip, config["interpolation"], args.randaugment)
         train_loader = loader(data.train, augmented, micro_batch, True, args.seed)
         val_loader: Any = loader(data.val, view, 2 * micro_batch, False)
     else:
-        decoded = loader(data.train, train_view(args.img_size, "none", 0.0, args.interpolation), 256, False)
+        decoded = loader(data.train, train_view(args.img_size, "none", 0.0, config["interpolation"]), 256, False)
         train_loader = DeviceLoader(decoded, micro_batch, device, True, args.seed, args.crop, args.hflip)
         val_loader = DeviceLoader(loader(data.val, view, 256, False), 2 * micro_batch, device, False)
     updates_per_epoch = len(train_loader) // args.grad_accum
@@ -780,7 +781,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if torch.cuda.device_count() <= LOCAL_RANK:
-        raise UserError(f"{torch.cuda.device_count()} GPUs, but local rank {LOCAL_RANK}: lower --nproc-per-node")
+        raise RankError(f"{torch.cuda.device_count()} GPUs, but local rank {LOCAL_RANK}: lower --nproc-per-node")
     torch.cuda.set_device(LOCAL_RANK)
     return torch.device("cuda", LOCAL_RANK)
 
@@ -797,8 +798,11 @@ def restore(run: Training, state: dict[str, Any], opt: str, where: str) -> None:
     load_weights(run.net, state["model"], where)
     if state["args"]["opt"] != opt:
         raise UserError(f"{where} was saved with --opt {state['args']['opt']}, not {opt}")
-    for saved, ours in zip(state["optimizer"]["param_groups"], run.optimizer.param_groups):
-        saved.update({name: value for name, value in ours.items() if name != "params"})
+    theirs, ours = state["optimizer"]["param_groups"], run.optimizer.param_groups
+    if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in ours]:
+        raise UserError(f"{where} was saved with other groups of parameters: take the same --weight-decay and --tap")
+    for saved, now in zip(theirs, ours):
+        saved.update({name: value for name, value in now.items() if name != "params"})
     run.optimizer.load_state_dict(state["optimizer"])
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
@@ -897,13 +901,13 @@ def train(args: argparse.Namespace) -> None:
 
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         write_whole(output / "args.json", run_directory.describe(vars(args), gpu, WORLD_SIZE))
-        board = SummaryWriter(str(output), purge_step=first_epoch if state else None)
+        board = SummaryWriter(str(output), purge_step=first_epoch + 1 if state else None)
         say_what_starts(args, run, output)
         if args.resume:
             print(f"going on after epoch {first_epoch}" if state else f"no {last} yet: starting anew", flush=True)
 
     log = LossLog(skips_steps=run.scaler.is_enabled())
-    corrupt = {part: CorruptCount(part, len(source)) for part, source in
+    corrupt = {part: CorruptCount(part, len(source) // WORLD_SIZE) for part, source in
                (("training", run.data.train), ("validation", run.data.val))}  # fmt: skip
     for epoch in range(first_epoch, args.epochs):
         began, executed = time.time(), 0

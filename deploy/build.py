@@ -26,8 +26,7 @@ def get_parser() -> Parser:
     parser.add_argument(
         "--library", choices=["tensorrt", "tensorrt_rtx"], help="(default: the first that is installed)"
     )
-    parser.add_argument("--min-batch", type=int, default=1, help="the smallest batch the engine will take (default: 1)")
-    parser.add_argument("--opt-batch", type=int, default=8, help="the batch to be fastest at (default: 8)")
+    parser.add_argument("--opt-batch", type=int, help="the batch to be fastest at (default: 8, or --max-batch)")
     parser.add_argument("--max-batch", type=int, default=64, help="the largest the engine will take (default: 64)")
     parser.add_argument("--workspace", type=int, default=1024, help="most scratch memory, in MiB (default: 1024)")
     parser.add_argument("--timing-cache", type=Path, help="a file that makes the next build faster; tensorrt only")
@@ -36,9 +35,9 @@ def get_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    batches = (args.min_batch, min(max(args.opt_batch, args.min_batch), args.max_batch), args.max_batch)
-    if not 1 <= batches[0] <= batches[2]:
-        raise UserError(f"--min-batch {batches[0]} and --max-batch {batches[2]} must be 1 <= min <= max")
+    batches = 1, min(8, args.max_batch) if args.opt_batch is None else args.opt_batch, args.max_batch
+    if not 1 <= batches[1] <= batches[2]:
+        raise UserError(f"--opt-batch {batches[1]} and --max-batch {batches[2]} must be 1 <= opt <= max")
     if args.workspace < 1:
         raise UserError(f"--workspace must be at least 1 MiB, got {args.workspace}")
     if args.onnx.suffix != ".onnx":

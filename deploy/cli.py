@@ -97,7 +97,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return text
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
-        return f"cannot write: {text}"
+        return f"cannot read or write: {text}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be installed here
         return (
             f"out of GPU memory: lower --batch-size, split it with --grad-accum, leave out --cache device; {text[:200]}"

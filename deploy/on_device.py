@@ -65,6 +65,8 @@ def main(argv: list[str]) -> int:
             return 2
         parser = module.get_parser()
         parser.prog = archive.name if name == "predict" else f"{archive.name} {name}"
-        flags = [] if "--output" in rest or name not in ("benchmark", "build", "check") else ["--output", "."]
+        flags = (
+            ["--output", "."] if name in ("benchmark", "build", "check") else []
+        )  # what is typed comes later, and wins
         files = [student, artefact.resolve()] if name in ("benchmark", "check") else [artefact]
-        return command(parser, module.run, [*map(str, files), *rest, *flags])
+        return command(parser, module.run, [*map(str, files), *flags, *rest])

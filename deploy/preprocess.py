@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+MAX_PIXELS = 64_000_000  # of an image brought to the student's size: a strip of 94 bytes may ask for gigabytes
 DRAFT_MARGIN = 4  # a reduced JPEG keeps at least this many times the pixels a side that the resize asks for
 
 
@@ -60,9 +61,15 @@ def to_rgb(image: Image.Image, needed: tuple[float, float] | None = None) -> Ima
 
 
 def prepare(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
-    """Decode, resize and centre-crop an opened image as a student's config.json says -> uint8 (H, W, 3)."""
+    """Decode, resize and centre-crop an opened image as a student's config.json says -> uint8 (H, W, 3).
+
+    Raises:
+        UnreadableImage: the file is damaged; ImageTooLarge: a strip so long that the resize would not fit in memory
+    """
     height, width = config["input_size"][1:]
     size = resized_size(image.size, config)
+    if math.prod(size) > max(MAX_PIXELS, 4 * height * width):
+        raise ImageTooLarge(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
     image = to_rgb(image, size).resize(size, RESAMPLING[config["interpolation"]])
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)  # half to even, as torchvision rounds
     return np.asarray(image.crop((left, top, left + width, top + height)))

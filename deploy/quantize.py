@@ -55,9 +55,9 @@ def quantize_student(
     Returns:
         The file, and the share of the images, in percent, to which it gives the same class as the fp32 file.
     """
-    onnx = need("onnx", "pip install '.[deploy]'")
-    quantization = need("onnxruntime.quantization", "pip install '.[deploy]'")
-    need("onnxruntime", "pip install '.[deploy]'").set_default_logger_severity(3)
+    onnx = need("onnx", "pip install onnx")
+    quantization = need("onnxruntime.quantization", "pip install onnxruntime onnx")
+    need("onnxruntime", "pip install onnxruntime").set_default_logger_severity(3)
     runtime = load(onnx_file, device="cpu")
     metadata = runtime.metadata
     if metadata["precision"] != "fp32":
@@ -69,7 +69,8 @@ def quantize_student(
 
     if reduce_range is None:
         reduce_range = target == "cpu" and products_saturate()
-    batches = iter(np.array_split(images, -(-len(images) // 16)))
+    size = max(size for size in range(1, 17) if len(images) % size == 0)  # two methods want batches of one size
+    batches = iter(np.split(images, len(images) // size))
 
     class Images(quantization.CalibrationDataReader):  # type: ignore[name-defined, misc]
         def get_next(self) -> dict[str, np.ndarray] | None:

@@ -92,7 +92,7 @@ def load(
         UserError: no such device, a runtime that is not installed, or a file that is missing, damaged, foreign or for
             another machine
     """
-    kind = "" if path.is_dir() else path.suffix
+    kind = "" if path.is_dir() else path.suffix or "without a suffix"
     if kind not in LOADERS or not path.exists():
         what = "unknown kind of artefact" if path.exists() else "no such file or folder"
         raise UserError(f"{path}: {what}; expected a student/ folder, or a .ts, .pt2, .onnx or .engine file")
@@ -104,7 +104,11 @@ def load(
     started = time.perf_counter()
     module, _, loader = LOADERS[kind].partition(":")
     # auto: an onnxruntime without CUDA on a machine with it
-    loaded = getattr(importlib.import_module(module), loader)(
+    try:
+        load_kind = getattr(importlib.import_module(module), loader)
+    except ImportError as error:  # torchvision or timm is missing, or this is the one file of deploy.pack
+        raise UserError(f"{path} cannot be loaded here: {first_line(error)}") from error
+    loaded = load_kind(
         path, device, threads=threads, allow_fallback=allow_fallback or device == "auto", compile=compile
     )
     missing = [key for key in METADATA if key not in loaded.metadata]

@@ -46,7 +46,7 @@ try:
 except ImportError as missing:
     stop_without(missing, "serve", "pip install starlette uvicorn prometheus-client")
 
-MAX_PIXELS = 64_000_000  # of an image for /predict: 192 MB once decoded
+MAX_PIXELS = 64_000_000  # of an image for /predict: 256 MB once decoded
 
 
 class Limits(NamedTuple):

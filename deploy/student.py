@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -150,6 +151,7 @@ def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(spec.name, module)  # dataclasses look themselves up there
         spec.loader.exec_module(module)
         build = getattr(module, function, None)
         if build is None:

@@ -216,17 +216,19 @@ def read_engine_metadata(path: Path) -> dict[str, Any]:
 def import_tensorrt(library: str | None = None) -> ModuleType:
     """tensorrt, else TensorRT-RTX, whose libraries come with its ONNX Runtime provider; or the one that is named."""
     names = [library] if library else ["tensorrt", "tensorrt_rtx"]
+    reasons = []
     for name in names:
         try:
             if name == "tensorrt":
                 return importlib.import_module(name)
             importlib.import_module("onnxruntime_ep_nv_tensorrt_rtx")  # loads libtensorrt_rtx.so
             return importlib.import_module("tensorrt_rtx_bindings")
-        except ImportError:
-            continue
+        except ImportError as error:
+            reasons.append(first_line(error))
     raise UserError(
-        f"{' and '.join(names)}: not installed. On a Jetson, JetPack has tensorrt: make the environment with "
-        "--system-site-packages. Elsewhere: pip install tensorrt, or pip install '.[rtx]' for TensorRT-RTX"
+        f"{' and '.join(names)}: not installed, or not for this Python ({'; '.join(reasons)}). On a Jetson, JetPack has "
+        "tensorrt: make the environment with --system-site-packages. Elsewhere: pip install tensorrt, or pip install "
+        "'.[rtx]' for TensorRT-RTX"
     )
 
 

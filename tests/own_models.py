@@ -58,3 +58,14 @@ def small_swin(num_classes):
     return torchvision.models.SwinTransformer(
         [4, 4], 32, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4], num_classes=num_classes
     )
+
+
+def small_shufflenet(num_classes):
+    """torchvision's ShuffleNetV2 x1.0 with two units a stage."""
+    return torchvision.models.ShuffleNetV2([2, 2, 2], [24, 116, 232, 464, 1024], num_classes=num_classes)
+
+
+def small_regnet(num_classes):
+    """torchvision's RegNetX with a block or two a stage."""
+    blocks = torchvision.models.regnet.BlockParams.from_init_params(depth=5, w_0=24, w_a=36.0, w_m=2.5, group_width=24)
+    return torchvision.models.RegNet(blocks, num_classes=num_classes)

@@ -110,7 +110,7 @@ def test_what_needs_torch_says_so_in_one_line(device, made):
         (["-m", "deploy.predict", made, made / "photo.jpg"], "needs torch, torchvision and timm"),
         (["-m", "deploy.check", made, "--data", "digits"], "needs torch, torchvision and timm"),
         (["-m", "deploy.quantize", made, "--target", "cpu"], "onnx is not installed"),
-        (["-m", "deploy.build", made / "student/student.onnx"], "not installed. On a Jetson, JetPack has tensorrt"),
+        (["-m", "deploy.build", made / "student/student.onnx"], "On a Jetson, JetPack has tensorrt"),
     ):
         err = on(device, *command, status=2, output="stderr")
         assert said in err

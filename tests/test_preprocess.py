@@ -164,3 +164,12 @@ def test_a_missing_file_and_a_bomb_are_told():
     Image.new("1", (20_000, 20_000)).save(file, "PNG")
     with pytest.raises(ImageTooLarge):
         open_image(file.getvalue())
+
+
+@pytest.mark.parametrize("size", [(65535, 1), (1, 65535)])
+def test_a_strip_is_refused_before_it_is_resized(size):
+    """At 224 px it would take 17 GB."""
+    file = io.BytesIO()
+    Image.new("L", size).save(file, "PNG")
+    with pytest.raises(ImageTooLarge, match="would become"):
+        prepare(open_image(file.getvalue()), config(224, 224))

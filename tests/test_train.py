@@ -304,6 +304,26 @@ def test_what_the_recipe_computed_follows_a_later_number_of_epochs():
     assert args.given == {"device": "cpu", "model": f"{MODELS}:tiny", "img_size": 16, "recipe": "cifar", "epochs": 20}
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--weight-decay", 0], "other groups of parameters"),
+    (["--opt", "momentum"], "saved with --opt adamw, not momentum"),
+])  # fmt: skip
+def test_a_resume_with_another_optimizer_is_refused(flags, message, capsys):
+    run(*TINY, "--output", "out")
+    capsys.readouterr()
+    assert message in refused(capsys, "--output", "out", "--resume", "--epochs", 2, *flags)
+
+
+def test_a_resumed_run_logs_each_epoch_once():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(*TINY, "--epochs", 2, "--output", "out")
+    run("--output", "out", "--resume", "--epochs", 3)
+    board = EventAccumulator("out")
+    board.Reload()
+    assert [event.step for event in board.Scalars("val_top1")] == [1, 2, 3]
+
+
 def test_runs_that_start_at_once_have_numbers_of_their_own():
     with ThreadPoolExecutor(8) as pool:
         claimed = list(pool.map(lambda i: run_directory.claim(None, f"model{i % 4}", "ce"), range(40)))
@@ -678,6 +698,8 @@ def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
         (["--seed", "18446744073709551616"], "--seed: must be between 0 and 4294967295"),
         (["--kd", "nkd", "--teacher", "resnet18", "--kd-weight", "1.0"], "--kd-weight needs --kd kd"),  # its default
         (["--model", "runs", "--no-small-st"], "which has its own"),
+        (["--model", "runs", "--eval-crop", "0.5"], "which has its own"),
+        (["--opt", "sgd", "--momentum", "0"], "--opt sgd cannot be made: Nesterov"),
         (["--hflip", "2"], "--hflip: must be between 0 and 1"),
         (["--grad-accum", "3"], "--batch-size 32 must be a multiple of"),
         (["--batch-size", "5000"], "larger than the 1437 training images"),
