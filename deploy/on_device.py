@@ -65,8 +65,7 @@ def main(argv: list[str]) -> int:
             return 2
         parser = module.get_parser()
         parser.prog = archive.name if name == "predict" else f"{archive.name} {name}"
-        flags = (
-            ["--output", "."] if name in ("benchmark", "build", "check") else []
-        )  # what is typed comes later, and wins
+        # what is typed comes after the default, and wins
+        flags = ["--output", "."] if name in ("benchmark", "build", "check") else []
         files = [student, artefact.resolve()] if name in ("benchmark", "check") else [artefact]
         return command(parser, module.run, [*map(str, files), *flags, *rest])

@@ -226,9 +226,9 @@ def import_tensorrt(library: str | None = None) -> ModuleType:
         except ImportError as error:
             reasons.append(first_line(error))
     raise UserError(
-        f"{' and '.join(names)}: not installed, or not for this Python ({'; '.join(reasons)}). On a Jetson, JetPack has "
-        "tensorrt: make the environment with --system-site-packages. Elsewhere: pip install tensorrt, or pip install "
-        "'.[rtx]' for TensorRT-RTX"
+        f"{' and '.join(names)}: not installed, or not for this Python ({'; '.join(reasons)}). On a Jetson, JetPack "
+        "has tensorrt: make the environment with --system-site-packages. Elsewhere: pip install tensorrt, or "
+        "for TensorRT-RTX pip install '.[rtx]'"
     )
 
 

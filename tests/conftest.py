@@ -17,3 +17,5 @@ def pytest_collection_modifyitems(items):
         if set(SHARED) & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.xdist_group("trained"))
+        if any(mark.kwargs.get("reason") == "needs a CUDA GPU" for mark in item.iter_markers("skipif")):
+            item.add_marker(pytest.mark.gpu)

@@ -208,6 +208,7 @@ def test_export_float_nchw_takes_normalised_images(run):
     assert load(file).metadata["input"] == FLOAT
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_the_same_classifier_gets_no_name(tmp_path, capsys):
     """A branch on the input's values: tracing freezes one side of it."""
     student = write_student(tmp_path / "student", f"{MODELS}:branching", 16)
@@ -384,6 +385,7 @@ def test_weights_have_7_bits_where_products_of_8_saturate(run, monkeypatch, caps
         assert (largest <= 64) == saturates
 
 
+@pytest.mark.slow
 def test_a_transformer_keeps_its_softmax_and_norms_in_float(tmp_path):
     student = write_student(tmp_path / "student", "deit_tiny_patch16_224", 32, arguments=["depth=3"])
     deploy(export, student, "--format", "onnx")

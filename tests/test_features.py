@@ -158,6 +158,7 @@ def test_a_tapped_model_pickles_whole():
     torch.testing.assert_close(loaded(images())[1], student(images())[1])
 
 
+@pytest.mark.slow
 def test_no_memory_grows_over_1000_steps():
     student = WithWeakHead(Net(), "layer1", example_input=images())
     features = []
@@ -214,6 +215,7 @@ def test_reentrant_checkpointing_is_refused_as_it_would_train_nothing():
         student(images())
 
 
+@pytest.mark.slow
 def test_checkpointing_under_compile():
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -255,6 +257,7 @@ def test_under_autocast_the_feature_has_the_lower_precision(dtype):
 # ---- torch.compile ----
 
 
+@pytest.mark.slow
 def test_tapped_then_compiled_runs_whole_and_trains_the_same():
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -290,6 +293,7 @@ def test_tapping_a_compiled_model_is_refused():
     FeatureTap(part, "layer2")  # not compiled: fine
 
 
+@pytest.mark.slow
 def test_a_tap_made_behind_a_compiled_models_back_is_an_error_at_pop():
     torch._dynamo.reset()
     model = Net()
@@ -390,6 +394,7 @@ def _rank(rank, world, path):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_under_ddp_have_equal_gradients(tmp_path):
     mp.spawn(_rank, (2, tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"grads{rank}.pt") for rank in range(2))
@@ -461,6 +466,7 @@ def build(library, name, size):
     return torchvision.models.get_model(name, num_classes=7, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("library", "name", "size", "tap", "channels"), ARCHITECTURES)
 def test_one_uskd_step_of_an_architecture(library, name, size, tap, channels):
     torch.manual_seed(0)

@@ -42,6 +42,7 @@ def test_chunks_of_rows_give_the_plain_loss(loss, temperature, chunk_elements, m
         torch.testing.assert_close(grad, e)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_gives_the_plain_loss(loss, dtype, plain):
@@ -101,6 +102,7 @@ def test_the_benchmark_compares_like_with_like(loss, by_masks):
 # ---- memory ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "compiled", "bound"),
     [(nkd_loss, False, 2.1), (nkd_loss, True, 1.1), (uskd_loss, False, 6.0), (uskd_loss, True, 4.1)],
@@ -192,6 +194,7 @@ def test_a_fake_tensor_has_the_shape_of_the_loss(loss):
     assert rows.shape == (4,)
 
 
+@pytest.mark.slow
 def test_compiled_with_a_teacher_made_under_inference_mode():
     student, teacher, target = inputs(4, 6, dtype=torch.float32)
     expected, (expected_grad,) = gradients(nkd_loss, student, teacher, target)
@@ -316,6 +319,7 @@ def test_linear_loss_with_a_frozen_classifier_or_without_gradients():
         assert nkd_linear_loss(*args, **biases) == nkd_linear_loss(*args, **biases)
 
 
+@pytest.mark.slow
 def test_linear_loss_compiles_whole_and_transforms():
     args, biases = linear_inputs(dtype=torch.float32)
     expected, expected_grads = linear_gradients(nkd_linear_loss, args, biases)

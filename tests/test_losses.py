@@ -522,6 +522,7 @@ def test_no_synchronisation_on_cuda(loss, soft):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("soft", [False, True])
 def test_compiles_whole_with_dynamic_shapes(loss, soft):
@@ -618,6 +619,7 @@ def test_bad_weights_are_refused(loss, options):
         loss(a, b, target, **options)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("bad", [5, -1])
 @pytest.mark.parametrize("compiled", [False, True])

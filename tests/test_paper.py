@@ -21,6 +21,7 @@ import train
 from deploy.student import build_model, find_architecture
 from kdlite import Teacher, nkd_loss, uskd_loss
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "examples/paper"
 

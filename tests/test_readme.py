@@ -43,6 +43,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
         commands[name].get_parser().parse_args(shlex.split(flags.replace("\\", "")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["training_loop.py"])
 def test_an_example_runs(name, tmp_path):
     result = subprocess.run(
@@ -58,6 +59,7 @@ def test_an_example_runs(name, tmp_path):
     assert min(map(float, accuracies.values())) > 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags", "rows"),
     [

@@ -95,6 +95,7 @@ def same_weights(a, b):
 # ---- the commands of the README ----
 
 
+@pytest.mark.slow
 def test_torchrun_as_written_in_an_empty_folder_and_again(tmp_path):
     first = script("--self-kd", "uskd", "--model", "mobilenet_v2", command=TORCHRUN)
     assert first.returncode == 0, first.stderr
@@ -151,12 +152,14 @@ def accuracy(output, photos):
     return 100 * hits / 17, config["metrics"]["val_top1"]
 
 
+@pytest.mark.slow
 def test_a_saved_student_has_the_accuracy_it_was_saved_with(photos):
     run(*TINY, "--data", photos, "--batch-size", 8, "--epochs", 2, "--ema-decay", 0.5, "--output", "out")
     measured, saved = accuracy("out", photos)
     assert measured == pytest.approx(saved)
 
 
+@pytest.mark.slow
 def test_no_data_loading_process_is_a_fork_of_the_training_process(photos):
     forked = Path("forked").absolute()  # a worker inherits locks that threads held, and what its gc then destroys
     os.register_at_fork(after_in_child=forked.touch)
@@ -164,6 +167,7 @@ def test_no_data_loading_process_is_a_fork_of_the_training_process(photos):
     assert not forked.exists()
 
 
+@pytest.mark.slow
 def test_the_prediction_agrees(photos, capsys):
     run(*TINY, "--data", photos, "--batch-size", 8, "--epochs", 2, "--output", "out")
     capsys.readouterr()
@@ -195,6 +199,7 @@ def test_the_losses_are_added_to_the_cross_entropy():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [
@@ -251,6 +256,7 @@ def test_a_teachers_classes_are_compared_before_anything_is_fetched(capsys):
 # ---- everything at once, and one thing at a time ----
 
 
+@pytest.mark.slow
 def test_every_augmentation_schedule_and_precision_together(photos):
     everything = [
         "--data", photos, "--recipe", "imagenet-vit", "--img-size", 32, "--batch-size", 16, "--grad-accum", 2,
@@ -263,6 +269,7 @@ def test_every_augmentation_schedule_and_precision_together(photos):
     assert json.loads(Path("out/student/config.json").read_text())["architecture"]["args"] == {"drop_path_rate": 0.1}
 
 
+@pytest.mark.slow
 def test_compile():
     run(*TINY, "--compile", "--self-kd", "uskd", "--kd", "nkd", "--teacher", f"{MODELS}:tiny", "--output", "out")
     state = torch.load("out/last.pt", weights_only=True)
@@ -280,6 +287,7 @@ def test_fp16_counts_the_steps_its_scaler_skips(monkeypatch, capsys):
     assert f"{skipped} steps skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_step_schedule_and_the_cosine():
     fast = [*TINY, "--batch-size", 256, "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.1]
     run(*fast, "--schedule", "step", "--step-epochs", 1, 3, "--step-factor", 0.1, "--output", "step")
@@ -375,6 +383,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_no_step_waits_for_the_device():
     """Reads of device values on the host, in runs of 5 and of 22 steps: as many."""
     reads = []
@@ -468,6 +477,7 @@ def test_a_cached_epoch_holds_each_image_once_in_an_order_of_its_own(photos):
     assert torch.equal(epochs[0], epochs[2])
 
 
+@pytest.mark.slow
 def test_a_cached_run_trains_resumes_exactly_and_names_corrupt_images(photos, capfd):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
     (photos / "val/flower/2.jpg").write_bytes(b"no image")
@@ -484,6 +494,7 @@ def test_a_cached_run_trains_resumes_exactly_and_names_corrupt_images(photos, ca
     assert all(torch.equal(state["model"][name], again["model"][name]) for name in state["model"])
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_cache(photos):
     flags = ["--device", "cpu", "--data", photos, "--recipe", "cifar", "--model", f"{MODELS}:tiny", "--img-size", 16,
              "--epochs", 2, "--batch-size", 8, "--cache", "device", "--workers", 0, "--output", "two"]  # fmt: skip
@@ -496,6 +507,7 @@ def test_two_ranks_share_the_cache(photos):
 # ---- data ----
 
 
+@pytest.mark.slow
 def test_cifar_with_its_recipe(tmp_path, monkeypatch):
     """Files of CIFAR-10's own format, filled with the digits; only the check of their MD5 sums is switched off."""
     import pickle
@@ -523,6 +535,7 @@ def test_cifar_with_its_recipe(tmp_path, monkeypatch):
     assert student.conv1.kernel_size == (3, 3)
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_is_named_and_skipped(photos, capfd):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
     whole = (photos / "val/flower/2.jpg").read_bytes()
@@ -573,6 +586,7 @@ def test_more_than_one_percent_corrupt_stops_the_run(photos, capsys):
 # ---- resume ----
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
     flags = [
         "--device", "cpu", "--data", photos, "--recipe", "imagenet-vit", "--model", f"{MODELS}:dropout",
@@ -638,6 +652,7 @@ def test_a_failed_save_leaves_a_last_checkpoint_that_knows_the_saved_best(monkey
 # ---- two processes ----
 
 
+@pytest.mark.slow
 def test_two_ranks_train_one_model_and_validate_each_image_once(photos):
     flags = ["--device", "cpu", "--data", photos, "--recipe", "digits", "--model", f"{MODELS}:tiny", "--img-size", 16,
              "--self-kd", "uskd", "--kd", "nkd", "--teacher", f"{MODELS}:tiny", "--epochs", 2, "--batch-size", 8,
@@ -649,6 +664,7 @@ def test_two_ranks_train_one_model_and_validate_each_image_once(photos):
     assert measured == pytest.approx(saved)
 
 
+@pytest.mark.slow
 def test_an_error_that_all_ranks_meet_is_said_once():
     two = script("--data", "nowhere", command=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"],
                  env={"GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
@@ -660,6 +676,7 @@ def test_an_error_that_all_ranks_meet_is_said_once():
 # ---- mistakes: one line, status 2, nothing lost ----
 
 
+@pytest.mark.slow
 def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
     result = script("--data", tmp_path / "nowhere")
     assert result.returncode == 2
@@ -757,6 +774,7 @@ def test_a_directory_that_holds_a_run_is_refused_unless_told(capsys):
     assert len(rows("out")) == 1
 
 
+@pytest.mark.slow
 def test_checkpoints_and_students_that_do_not_fit(capsys):
     run(*TINY, "--output", "out")
     capsys.readouterr()
@@ -776,6 +794,7 @@ def test_checkpoints_and_students_that_do_not_fit(capsys):
     assert "out/last.pt cannot be read as a checkpoint" in refused(capsys, "--output", "out", "--resume")
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes_is_refused(photos, capsys):
     run(*TINY, "--data", photos, "--batch-size", 8, "--output", "teacher")
     capsys.readouterr()
@@ -795,6 +814,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(capsys
     assert Path("out/last.pt").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint():
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
