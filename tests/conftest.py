@@ -5,17 +5,22 @@ import os
 import pytest
 import torch
 
-SHARED = ("trained", "deployed")  # fixtures of minutes: what uses them is slow, and in one group
+# Costly fixtures, and the group of what uses them, which is slow.
+SHARED = {"trained": "run", "deployed": "run", "made": "device"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # more would spin against one another
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_itemcollected(item):
+    for group in {SHARED[name] for name in item.fixturenames if name in SHARED}:
+        item.add_marker(pytest.mark.slow)
+        item.add_marker(pytest.mark.xdist_group(group))
+    if any(mark.kwargs.get("reason") == "needs a CUDA GPU" for mark in item.iter_markers("skipif")):
+        item.add_marker(pytest.mark.gpu)
+
+
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if set(SHARED) & set(item.fixturenames):
-            item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.xdist_group("trained"))
-        if any(mark.kwargs.get("reason") == "needs a CUDA GPU" for mark in item.iter_markers("skipif")):
-            item.add_marker(pytest.mark.gpu)
+    items.sort(
+        key=lambda item: item.get_closest_marker("slow") is None
+    )  # the long ones first: both processes end as one

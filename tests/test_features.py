@@ -270,6 +270,7 @@ def test_tapped_then_compiled_runs_whole_and_trains_the_same():
     torch.testing.assert_close(compiled.eval()(images()), student.eval()(images()))
 
 
+@pytest.mark.slow
 def test_a_bare_tap_works_when_it_was_there_before_the_first_compiled_call():
     torch._dynamo.reset()
     model = Net()
