@@ -186,6 +186,7 @@ def get_parser() -> argparse.ArgumentParser:
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, (default, help, options) in flags.items():
+            default = RECIPE if any(name in values for values in RECIPES.values()) else default
             said = "" if default in (None, False, []) else f" (default: {default})"
             group.add_argument(f"--{name.replace('_', '-')}", help=help + said, **options)
     return parser
@@ -820,8 +821,7 @@ def train_epoch(
 ) -> float:  # fmt: skip
     """One pass over the training images; returns the learning rate of its first step. parallel: run.net, wrapped."""
     parallel.train()
-    lr = 0.0
-    step = epoch * run.updates_per_epoch
+    lr, step = 0.0, epoch * run.updates_per_epoch
     getattr(run.train_loader, "sampler", run.train_loader).set_epoch(epoch)
     batches = itertools.islice(run.train_loader, run.updates_per_epoch * grad_accum)
     for i, (images, labels, unreadable) in enumerate(progress(batches, f"epoch {epoch + 1}", len(run.train_loader))):

@@ -1,6 +1,7 @@
 """A device without torch: an environment of numpy, Pillow, a runtime and the server's three packages, nothing else."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -255,3 +256,15 @@ def test_its_requirements_resolve_for_the_pythons_of_jetpack(device, pyz):
     assert "2.0" not in jetpack6["numpy"]
     assert "2.2" in wanted("3.12", "aarch64")["numpy"]
     assert os.access(pyz, os.X_OK)
+
+
+def test_an_engine_is_built_without_torch(made, tmp_path):
+    for package in ("tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip("TensorRT-RTX is not installed")
+    names = "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"
+    python = make_environment(tmp_path / "env", installed("onnxruntime(-gpu)?"), "numpy", "pillow", *names)
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    out = on(python, "-m", "deploy.build", made / "student/student.onnx", "--output", tmp_path, "--max-batch", "4")
+    assert "built by tensorrt_rtx" in out
+    assert json.loads((tmp_path / "student.engine.json").read_text())["built"]["max_batch"] == 4
