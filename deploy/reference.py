@@ -32,7 +32,7 @@ class Reference(NamedTuple):
 
     @property
     def digest(self) -> str:
-        return str(self.weights_sha256)
+        return str(self.weights_sha256.item())
 
     def some(self, count: int | None) -> Reference:
         """With only `count` of the validation images, evenly spaced; all where there are not more, or for None."""
@@ -70,9 +70,12 @@ def keep_reference(run: Path, val: Any, train: Any, count: int) -> str:
                 image, label = source[index]
                 images.append(prepare(image, student.metadata))
                 labels.append(label)
-        return np.stack(images), np.array(labels)
+        channels, height, width = student.metadata["input_size"]
+        return np.array(images, np.uint8).reshape(-1, height, width, channels), np.array(labels, np.int64)
 
     (images, labels), (train_images, _) = prepared(val), prepared(train)
+    if not len(images):
+        return f"no {NAME}: none of the validation images drawn for it could be read"
     logits = np.concatenate([student.run(images[i : i + 32]) for i in range(0, len(images), 32)])
     digest = np.array(student.metadata["source"]["weights_sha256"])
     write_reference(run / NAME, Reference(images, labels, logits, train_images, digest))
@@ -103,7 +106,7 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
         raise UserError(f"no {NAME} beside {student} (train.py --reference N writes it): {otherwise}")
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            reference = Reference(**{name: arrays[name] for name in Reference._fields})
+            reference = Reference(**{name: np.atleast_1d(arrays[name]) for name in Reference._fields})
     except Exception as error:  # numpy and zipfile have a dozen
         raise UserError(f"{file} cannot be read: {first_line(error)}") from error
     config = read_config(student)

@@ -196,12 +196,20 @@ def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
 
 
 def read_config(student: Path) -> dict[str, Any]:
-    """The config.json of a student/ folder."""
+    """The config.json of a student/ folder, with the fields that its images and labels are read by."""
     file = student / "config.json"
     try:
-        return read_json(file.read_bytes(), file)
+        config = read_json(file.read_bytes(), file)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    size, labels = config.get("input_size"), config.get("label_names")
+    if not (isinstance(size, list) and len(size) == 3 and all(type(side) is int and side > 0 for side in size)):
+        raise UserError(
+            f"{file}: input_size is {str(size)[:80]}; expected three whole numbers: channels, height, width"
+        )
+    if not (isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)):
+        raise UserError(f"{file}: label_names is {str(labels)[:80]}; expected the names of the classes")
+    return config
 
 
 def source_of(student: Path) -> dict[str, str]:

@@ -268,3 +268,14 @@ def test_an_engine_is_built_without_torch(made, tmp_path):
     out = on(python, "-m", "deploy.build", made / "student/student.onnx", "--output", tmp_path, "--max-batch", "4")
     assert "built by tensorrt_rtx" in out
     assert json.loads((tmp_path / "student.engine.json").read_text())["built"]["max_batch"] == 4
+
+
+@pytest.mark.parametrize("changes", [{"input_size": None}, {"input_size": [3, 0, 16]}, {"label_names": "cat"}])
+@pytest.mark.parametrize("command", ["check", "benchmark"])
+def test_a_config_that_lacks_what_is_read_is_one_line(device, made, tmp_path, command, changes):
+    run = shutil.copytree(made, tmp_path / "run")
+    config = json.loads((run / "student/config.json").read_text()) | changes
+    (run / "student/config.json").write_text(json.dumps(config))
+    err = on(device, "-m", f"deploy.{command}", run, status=2, output="stderr")
+    assert f"config.json: {next(iter(changes))} is " in err
+    assert err.count("\n") == 1

@@ -177,6 +177,12 @@ def test_the_prediction_agrees(photos, capsys):
     assert 100 * sum(truth == first for truth, first in answers) / 17 == pytest.approx(accuracy("out", photos)[0])
 
 
+def test_a_reference_of_nothing_readable_does_not_fail_the_run(photos, capfd):
+    (photos / "val/china/0.jpg").write_bytes(b"no image")  # the one image that is drawn
+    run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--reference", 1, "--output", "out")
+    assert "no reference.npz: none of the validation images" in capfd.readouterr().out
+
+
 def test_the_reference_is_as_large_as_wanted():
     run(*TINY, "--reference", 5, "--output", "out")
     assert len(read_reference(Path("out/student"), None, "").train_images) == 5
