@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from deploy import run_directory
 from deploy.cli import Parser, UserError, explain, number, show_error, write_whole
-from deploy.preprocess import RESAMPLING, UnreadableImage, open_image, prepare, to_rgb
+from deploy.preprocess import RESAMPLING, UnreadableImage, open_image, prepare, to_rgb, upright_size
 from deploy.reference import keep_reference
 from deploy.student import check_forward, load_teacher, load_weights, open_student, save_student
 from kdlite import Teacher, WithWeakHead, nkd_loss, uskd_loss
@@ -416,8 +416,9 @@ class RandomResizedCrop(v2.RandomResizedCrop):
     """torchvision's, of an image that is not decoded yet: of a large JPEG no more is decoded than the crop needs."""
 
     def forward(self, image: Image.Image) -> Image.Image:
-        whole_width, whole_height = image.size
-        top, left, height, width = self.make_params([image]).values()
+        whole_width, whole_height = upright_size(image)
+        upright = torch.empty(1, whole_height, whole_width, device="meta")  # the file may lie on its side
+        top, left, height, width = self.make_params([upright]).values()
         image = to_rgb(image, (self.size[1] * whole_width / width, self.size[0] * whole_height / height))
         if image.size == (whole_width, whole_height):
             return v2.functional.resized_crop(image, top, left, height, width, self.size, self.interpolation)

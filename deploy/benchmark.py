@@ -41,12 +41,14 @@ from deploy.cli import (
     first_line,
     make_folder,
     make_parser,
+    runtime_options,
     student_folder,
     version,
     write_whole,
 )
+from deploy.config import read_config
 from deploy.reference import NAME, add_reference, find_reference, read_reference
-from deploy.runtimes import cuda_device_count, has_torch, load, pick_device, read_config
+from deploy.runtimes import cuda_device_count, has_torch, load, pick_device
 
 COLUMNS = {
     "artefact": "", "runtime": "", "provider": "", "precision": "", "batch": "d", "threads": "d", "p50_ms": ".2f",
@@ -389,7 +391,7 @@ def run(args: argparse.Namespace) -> int:
     machine = describe_machine()
     rows = benchmark(
         student, artefacts, batches, validation, args.seconds, args.rounds, eager, args.compile,
-        device=args.device, threads=args.threads, allow_fallback=args.allow_fallback,
+        **runtime_options(args),
     )  # fmt: skip
     machine["load_after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
 

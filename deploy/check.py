@@ -33,6 +33,7 @@ from deploy.cli import (
     make_folder,
     make_parser,
     need,
+    runtime_options,
     student_folder,
     write_whole,
 )
@@ -275,7 +276,7 @@ def run(args: argparse.Namespace) -> int:
     artefacts = find_artefacts(student, args.artefacts)
     output = args.output or student
     make_folder(output)
-    options = dict(device=args.device, threads=args.threads, allow_fallback=args.allow_fallback)
+    options = runtime_options(args)
     torch_student = None
     batches: Iterable[Batch]
     if args.data is None:

@@ -63,6 +63,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-fallback", action="store_true",
                         help="run on the CPU if --device is unavailable, instead of an error")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a runtime; 0: its own choice")
+    add_model_file(parser)
+
+
+def add_model_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-file", metavar="FILE.py:FUNCTION",
+                        help="what builds a student that is a model of your own; runs that file")  # fmt: skip
+
+
+def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What add_device's flags say, as deploy.runtimes.load takes it."""
+    return {name: getattr(args, name) for name in ("device", "threads", "allow_fallback", "model_file")}
 
 
 def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], argv: list[str] | None = None) -> int:

@@ -28,6 +28,7 @@ import numpy as np
 from deploy.cli import (
     Parser,
     UserError,
+    add_model_file,
     command,
     first_line,
     make_folder,
@@ -61,6 +62,7 @@ def export_student(
     layout: str = UINT8,
     opset: int = 18,
     output: Path | None = None,
+    model_file: str | None = None,
 ) -> list[Path]:
     """Export a student/ folder; returns the files, each of them checked against torch.
 
@@ -71,20 +73,18 @@ def export_student(
         layout: "uint8 NHWC", normalisation in the graph, or "float32 NCHW", normalised by the caller
         opset: of ONNX, 18 or 20
         output: folder of the files; default: the student's own
+        model_file: path/to/file.py:function that builds a model of the user's own
 
     Raises:
         UserError: a student that is damaged, or cannot be exported; nothing is left half-written
     """
     student = student_folder(student)
     output = output or student
-    model, config = load_student(student)
+    model, config = load_student(student, [model_file] if model_file else [])
     reference = ImageClassifier(copy.deepcopy(model), config["mean"], config["std"], layout)
     classifier = ImageClassifier(model, config["mean"], config["std"], layout, half=precision == "fp16")
     versions = {"kdlite": version("kdlite"), "torch": torch.__version__}
     metadata = config | {"precision": precision, "input": layout, "source": source_of(student) | versions}
-    if config["architecture"]["library"] == "file":  # a path of this machine, but for the file's name
-        name = os.path.basename(config["architecture"]["name"])
-        metadata["architecture"] = config["architecture"] | {"name": name}
     images = probe_images(config)
     batch = torch.from_numpy(as_input(images[:2], metadata))
     with torch.no_grad():
@@ -201,12 +201,16 @@ def get_parser() -> Parser:
                         help="uint8: NHWC, normalised in the graph; float: NCHW, by you (default: uint8)")  # fmt: skip
     parser.add_argument("--opset", type=int, choices=[18, 20], default=18, help="ONNX opset (default: 18)")
     parser.add_argument("--output", type=Path, help="folder to write to (default: the student's)")
+    add_model_file(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     layout = UINT8 if args.input == "uint8" else FLOAT
-    for file in export_student(args.student, tuple(args.format), args.precision, layout, args.opset, args.output):
+    files = export_student(
+        args.student, tuple(args.format), args.precision, layout, args.opset, args.output, args.model_file
+    )
+    for file in files:
         print(f"{file}  {file.stat().st_size / 1e6:.1f} MB, same answers as torch at batches 1, 2 and 5", flush=True)
 
 

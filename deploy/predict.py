@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from deploy.cli import Parser, UserError, add_device, command, make_parser
+from deploy.cli import Parser, UserError, add_device, command, make_parser, runtime_options
 from deploy.preprocess import UnreadableImage, open_image, prepare
 from deploy.runtimes import Runtime, load, top_labels
 
@@ -32,7 +32,7 @@ def get_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    runtime = load(args.student, args.device, args.threads, args.allow_fallback)
+    runtime = load(args.student, **runtime_options(args))
     for file in args.images:
         print(f"{file}: {', '.join(f'{label} {p:.1%}' for label, p, _ in predict(runtime, file))}")
 

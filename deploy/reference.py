@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deploy.cli import UserError, first_line, write_whole
+from deploy.config import read_config
 from deploy.preprocess import UnreadableImage, prepare
-from deploy.runtimes import load, read_config, source_of
+from deploy.runtimes import load, source_of
 
 NAME = "reference.npz"
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deploy.cli import UserError, first_line, need
+from deploy.config import PREPROCESSING, check_fields
 
 # What every artefact says of itself, beside the metrics and the architecture of config.json.
 METADATA = (
@@ -36,6 +37,11 @@ METADATA = (
     "source",  # sha256 of the weights it was made from
 )  # fmt: skip
 UINT8, FLOAT = "uint8 NHWC", "float32 NCHW"
+ARTEFACT = {
+    "precision": (lambda v: isinstance(v, str), "fp32, fp16, int8-cpu or int8-tensorrt"),
+    "input": (lambda v: v in (UINT8, FLOAT), f"{UINT8} or {FLOAT}"),
+    "source": (lambda v: isinstance(v, dict), "the digest of the weights"),
+}
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 LOADERS = {
@@ -77,7 +83,12 @@ class Runtime:
 
 
 def load(
-    path: Path, device: str = "auto", threads: int = 0, allow_fallback: bool = False, compile: bool = False
+    path: Path,
+    device: str = "auto",
+    threads: int = 0,
+    allow_fallback: bool = False,
+    compile: bool = False,
+    model_file: str | None = None,
 ) -> Runtime:
     """Load a student/ folder or one of its artefacts.
 
@@ -87,6 +98,7 @@ def load(
         threads: CPU threads; 0 leaves it to the runtime
         allow_fallback: run on the CPU if the device asked for is unavailable
         compile: a student/ folder through torch.compile
+        model_file: path/to/file.py:function that builds the model of a student/ folder that is the user's own
 
     Raises:
         UserError: no such device, a runtime that is not installed, or a file that is missing, damaged, foreign or for
@@ -109,11 +121,13 @@ def load(
     except ImportError as error:  # torchvision or timm is missing, or this is the one file of deploy.pack
         raise UserError(f"{path} cannot be loaded here: {first_line(error)}") from error
     loaded = load_kind(
-        path, device, threads=threads, allow_fallback=allow_fallback or device == "auto", compile=compile
-    )
+        path, device, threads=threads, allow_fallback=allow_fallback or device == "auto", compile=compile,
+        model_file=model_file,
+    )  # fmt: skip
     missing = [key for key in METADATA if key not in loaded.metadata]
     if missing:
         raise UserError(f"{path} was not made by deploy/: its metadata has no {', '.join(missing)}")
+    check_fields(loaded.metadata, PREPROCESSING | ARTEFACT, f"the metadata of {path}")
     seconds = time.perf_counter() - started
     return Runtime(loaded.name, loaded.provider, loaded.metadata, loaded.run, seconds, loaded.max_batch)
 
@@ -176,40 +190,13 @@ def onnx_metadata(properties: dict[str, str]) -> dict[str, Any]:
     """What export wrote; a foreign file's properties need not be JSON, and are left out."""
     metadata = {}
     for key, value in properties.items():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             metadata[key] = json.loads(value)
     return metadata
 
 
 def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
-
-
-def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads(text)
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise UserError(f"{path} was not made by deploy/: it has no metadata that can be read")
-    return metadata
-
-
-def read_config(student: Path) -> dict[str, Any]:
-    """The config.json of a student/ folder, with the fields that its images and labels are read by."""
-    file = student / "config.json"
-    try:
-        config = read_json(file.read_bytes(), file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    size, labels = config.get("input_size"), config.get("label_names")
-    if not (isinstance(size, list) and len(size) == 3 and all(type(side) is int and side > 0 for side in size)):
-        raise UserError(
-            f"{file}: input_size is {str(size)[:80]}; expected three whole numbers: channels, height, width"
-        )
-    if not (isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)):
-        raise UserError(f"{file}: label_names is {str(labels)[:80]}; expected the names of the classes")
-    return config
 
 
 def source_of(student: Path) -> dict[str, str]:

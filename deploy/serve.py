@@ -29,7 +29,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy.cli import Parser, UserError, add_device, command, first_line, make_parser, stop_without, version
+from deploy.cli import (
+    Parser,
+    UserError,
+    add_device,
+    command,
+    first_line,
+    make_parser,
+    runtime_options,
+    stop_without,
+    version,
+)
 from deploy.preprocess import ImageTooLarge, UnreadableImage, open_image, prepare
 from deploy.protocol import VERSION, RequestError, bad, pack, parse_infer, too_large, unpack, write_infer
 from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, Runtime, load, top_labels
@@ -264,7 +274,7 @@ def make_app(runtime: Runtime, name: str, limits: Limits) -> Starlette:
 
     def read_photo(body: bytes) -> np.ndarray:
         try:
-            image = open_image(body, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF"))
+            image = open_image(body, accepted=("JPEG", "PNG", "WEBP", "BMP", "GIF"))
             if image.width * image.height > MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels")
             return prepare(image, metadata)[None]
@@ -418,7 +428,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--max-batch must be at least 1, --queue at least that, --max-delay 0, --body-limit above 0")
     if not args.name or "/" in args.name:
         raise UserError(f"--name {args.name!r} must be a part of a path")
-    runtime = load(args.artefact, args.device, args.threads, args.allow_fallback)
+    runtime = load(args.artefact, **runtime_options(args))
     app = make_app(runtime, args.name, limits)
     for size in (1, min(limits.max_batch, runtime.max_batch or limits.max_batch)):  # the first calls are slow
         runtime.run(np.zeros((size, *runtime.image_shape), np.uint8))

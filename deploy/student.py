@@ -9,7 +9,6 @@ size and the preprocessing of an image.
 from __future__ import annotations
 
 import ast
-import copy
 import difflib
 import functools
 import importlib.util
@@ -31,8 +30,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from deploy.cli import UserError, write_whole
+from deploy.cli import UserError, first_line, write_whole
+from deploy.config import check_arguments, read_config
 
 
 def find_architecture(name: str, arguments: Sequence[str] = (), small_stem: bool = False) -> dict[str, Any]:
@@ -43,10 +44,9 @@ def find_architecture(name: str, arguments: Sequence[str] = (), small_stem: bool
         arguments: "KEY=VALUE" each, passed on to the model
         small_stem: see shrink_stem
     """
-    own = re.fullmatch(r"(.+\.py):(\w+)", name)
-    if own:
-        library, name = "file", f"{os.path.abspath(own[1])}:{own[2]}"
-    elif name in torchvision.models.list_models(module=torchvision.models):
+    if is_own(name):
+        library, name = "file", Path(name).name  # where the file lies is this machine's business
+    elif is_torchvisions(name):
         library = "torchvision"
     elif timm.is_model(name):
         library = "timm"
@@ -68,18 +68,51 @@ def find_architecture(name: str, arguments: Sequence[str] = (), small_stem: bool
             raise UserError(f"--model-args takes KEY=VALUE, got {item!r}")
         try:
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             options[key] = value
+    check_arguments(options, "--model-args")
     return {"library": library, "name": name, "args": options, "small_stem": small_stem}
 
 
-def build_model(architecture: dict[str, Any], num_classes: int, img_size: int) -> nn.Module:
-    """The model an architecture says, with random weights."""
+def is_torchvisions(name: str) -> bool:
+    return name in torchvision.models.list_models(module=torchvision.models)
+
+
+def is_own(name: str) -> bool:
+    """Whether the name is path/to/file.py:function."""
+    return re.fullmatch(r".+\.py:\w+", name) is not None
+
+
+def pick_model_file(name: str, model_files: Sequence[str]) -> str:
+    """Of what the command line names, the path/to/file.py:function for an architecture called file.py:function.
+
+    Raises:
+        UserError: there is none; code is run only if the user names its file
+    """
+    for model_file in model_files:
+        if not is_own(model_file):
+            raise UserError(f"--model-file takes path/to/file.py:function, got {model_file}")
+    named = [model_file for model_file in model_files if Path(model_file).name == name] or list(model_files)
+    if len(named) != 1:
+        raise UserError(
+            f"its model is built by code of somebody's own, {name}, which is run only if you name it: "
+            f"--model-file path/to/{name}"
+        )
+    return named[0]
+
+
+def build_model(
+    architecture: dict[str, Any], num_classes: int, img_size: int, model_files: Sequence[str] = ()
+) -> nn.Module:
+    """The model an architecture says, with random weights; model_files: what may be run where it is somebody's own."""
     library, name = architecture["library"], architecture["name"]
     options = dict(architecture["args"])
+    known = {"torchvision": is_torchvisions, "timm": timm.is_model}
+    if library in known and not known[library](name):
+        raise UserError(f"{library} has no model {name!r}")
     try:
         if library == "file":
-            model = build_own_model(name, num_classes, options)
+            model = build_own_model(pick_model_file(name, model_files), num_classes, options)
         elif library == "torchvision":
             if name.startswith("vit_"):
                 options.setdefault("image_size", img_size)
@@ -99,19 +132,27 @@ def build_model(architecture: dict[str, Any], num_classes: int, img_size: int) -
     return model
 
 
+def is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # too long to be a path
+        return False
+
+
 def open_student(
     name: str, label_names: list[str], img_size: int, mean: Sequence[float], std: Sequence[float],
     interpolation: str = "bilinear", crop: float = 1.0, arguments: Sequence[str] = (), small_stem: bool = False,
+    model_files: Sequence[str] = (),
 ) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """A model to train, and the config.json that says all that is needed to use it.
 
     name: as of find_architecture, for random weights; or a student/ folder of these classes and this size, whose
     preprocessing and arguments are its own
     """
-    if Path(name).is_dir():
-        return start_from(name, label_names, img_size)
+    if is_folder(name):
+        return start_from(name, label_names, img_size, model_files)
     architecture = find_architecture(name, arguments, small_stem)
-    model = build_model(architecture, len(label_names), img_size)
+    model = build_model(architecture, len(label_names), img_size, [name])
     config = {"architecture": architecture, "num_classes": len(label_names), "label_names": label_names}
     preprocessing = {"mean": list(mean), "std": list(std), "input_size": [3, img_size, img_size]}
     return model, config | preprocessing | {"interpolation": interpolation, "crop": crop}
@@ -147,6 +188,9 @@ def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.
     if not Path(path).is_file():
         raise UserError(f"no file {path}, which should build the model")
     try:
+        folder = os.path.dirname(os.path.abspath(path))
+        if folder not in sys.path:
+            sys.path.insert(0, folder)  # as Python does for a script: it may import its neighbours
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         assert spec is not None
         assert spec.loader is not None
@@ -183,27 +227,38 @@ def shrink_stem(model: nn.Module) -> None:
             setattr(model, name, nn.Identity())
 
 
-def load_student(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and the config.json of a run's student/ folder, or of the run directory that holds it."""
+def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and the config.json of a run's student/ folder, or of the run directory that holds it.
+
+    Args:
+        folder: which may come from anybody: no code in it is run
+        model_files: path/to/file.py:function of models of one's own, any of which may be asked for
+
+    Raises:
+        UserError: the folder is not whole, or not what it says it is
+    """
     if (folder / "student").is_dir():
         folder = folder / "student"
+    config = read_config(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
-        for key in ("label_names", "mean", "std", "interpolation", "crop"):
-            config[key]  # missing: KeyError
-        model = build_model(config["architecture"], config["num_classes"], config["input_size"][1])
+        model = build_model(config["architecture"], config["num_classes"], config["input_size"][1], model_files)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    try:
         weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is not a whole student/ folder: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/model.safetensors cannot be read: {first_line(error)}") from error
     except SafetensorError as error:
         raise UserError(f"{folder}/model.safetensors is damaged: {error}") from error
     load_weights(model, weights, str(folder))
     return model, config
 
 
-def start_from(folder: str, label_names: list[str], img_size: int) -> tuple[nn.Module, dict[str, Any]]:
+def start_from(
+    folder: str, label_names: list[str], img_size: int, model_files: Sequence[str]
+) -> tuple[nn.Module, dict[str, Any]]:
     """The student in a student/ folder, to be trained further on these classes at this size."""
-    model, config = load_student(Path(folder))
+    model, config = load_student(Path(folder), model_files)
     if config["num_classes"] != len(label_names):
         raise UserError(f"--model {folder} has {config['num_classes']} classes, --data has {len(label_names)}")
     if config["input_size"][1:] != [img_size, img_size]:
@@ -213,7 +268,10 @@ def start_from(folder: str, label_names: list[str], img_size: int) -> tuple[nn.M
 
 
 def load_teacher(
-    name: str, student: dict[str, Any], fetching: Callable[[], AbstractContextManager[None]] = nullcontext
+    name: str,
+    student: dict[str, Any],
+    fetching: Callable[[], AbstractContextManager[None]] = nullcontext,
+    model_files: Sequence[str] = (),
 ) -> tuple[nn.Module, Sequence[float], Sequence[float], Sequence[int]]:
     """A teacher of a student's classes: the model, its own mean and std, and the (3, H, W) it takes.
 
@@ -222,6 +280,7 @@ def load_teacher(
             with weights of its own and, where they are not the student's, attributes mean, std and input_size
         student: the student's config.json
         fetching: what is held during a download
+        model_files: as of load_student
 
     Raises:
         UserError: no such teacher, one of other classes, or weights that cannot be fetched
@@ -234,15 +293,15 @@ def load_teacher(
                 "take a teacher trained on the same classes"
             )
 
-    if Path(name).is_dir():
-        model, config = load_student(Path(name))
+    if is_folder(name):
+        model, config = load_student(Path(name), model_files)
         check_classes(config["num_classes"])
         for theirs, ours in zip(config["label_names"], student["label_names"]):
             if theirs != ours:
                 raise UserError(f"--teacher {name} has other classes than --data: {theirs} and not {ours}")
         mean, std, input_size = (config[key] for key in ("mean", "std", "input_size"))
     elif (architecture := find_architecture(name))["library"] == "file":
-        model = build_model(architecture, student["num_classes"], student["input_size"][1])
+        model = build_model(architecture, student["num_classes"], student["input_size"][1], [name])
         mean, std, input_size = (getattr(model, key, student[key]) for key in ("mean", "std", "input_size"))
     else:
         classes, mean, std, input_size, fetch = find_pretrained(name, architecture["library"])
@@ -282,16 +341,27 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> No
 
 
 def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int, batch: int = 1) -> None:
-    """A blank batch through a copy of the model, in the mode it is in: whether it runs and what it returns."""
+    """A blank batch through the model, in the mode it is in: whether it runs and what it returns.
+
+    Lazy layers get their shapes here; what the batch did to the running statistics is undone.
+    """
+    kept = {key: value.clone() for key, value in model.named_buffers() if not is_lazy(value)}
     try:
         with torch.no_grad():
-            logits = copy.deepcopy(model)(torch.zeros(batch, *input_size))
+            logits = model(torch.zeros(batch, *input_size))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         size = "x".join(map(str, (batch, *input_size)))
         raise UserError(f"{name} does not run on a {size} batch: {' '.join(str(error).split())[:300]}") from error
+    for key, value in model.named_buffers():
+        if key in kept:
+            value.copy_(kept[key])
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != (batch, num_classes):
         raise UserError(f"{name} must return logits of shape (N, {num_classes}), got {shape} for N = {batch}")
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        raise UserError(
+            f"{name} returns probabilities, which add up to 1: take its last softmax out, logits are needed"
+        )
 
 
 def save_student(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:

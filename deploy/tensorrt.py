@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from deploy.cli import UserError, first_line, make_folder, write_whole
+from deploy.config import read_json
 from deploy.runtimes import (
     INPUT_NAME,
     METADATA,
@@ -32,7 +33,6 @@ from deploy.runtimes import (
     cuda_device_count,
     cuda_device_name,
     load,
-    read_json,
 )
 
 # ---- CUDA ---------------------------------------------------------------------------------------------------------
@@ -207,7 +207,8 @@ def read_engine_metadata(path: Path) -> dict[str, Any]:
     metadata = read_json(sidecar.read_bytes(), path)
     missing = [key for key in (*METADATA, "onnx", "built") if key not in metadata]
     built = metadata.get("built")
-    missing += [key for key in ("library", "version", "gpu", "max_batch") if key not in (built or {})]
+    built = built if isinstance(built, dict) else {}
+    missing += [key for key in ("library", "version", "gpu", "max_batch") if key not in built]
     if missing:
         raise UserError(f"{sidecar} was not made by deploy.build: it has no {', '.join(missing)}")
     return metadata

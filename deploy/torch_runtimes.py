@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploy.cli import UserError, first_line
-from deploy.runtimes import UINT8, Loaded, as_input, pick_device, read_json, source_of
+from deploy.config import read_json
+from deploy.runtimes import UINT8, Loaded, as_input, pick_device, source_of
 from deploy.student import load_student
 
 EPS = 1e-5  # of the batch norm that normalises; ONNX and cuDNN want one
@@ -57,18 +58,18 @@ class ImageClassifier(nn.Module):
         return self.model(images.to(self.dtype)).float()
 
 
-def load(path: Path, device: str, threads: int, allow_fallback: bool, compile: bool) -> Loaded:
+def load(path: Path, device: str, threads: int, allow_fallback: bool, compile: bool, model_file: str | None) -> Loaded:
     """A student/ folder, .ts or .pt2; see deploy.runtimes.load."""
     device = pick_device(device, torch.cuda.is_available(), allow_fallback)
     if threads:
         torch.set_num_threads(threads)
     if path.is_dir():
-        return load_torch(path, device, compile)
+        return load_torch(path, device, compile, model_file)
     return {".ts": load_torchscript, ".pt2": load_exported}[path.suffix](path, device)
 
 
-def load_torch(path: Path, device: str, compile: bool) -> Loaded:
-    model, config = load_student(path)
+def load_torch(path: Path, device: str, compile: bool, model_file: str | None) -> Loaded:
+    model, config = load_student(path, [model_file] if model_file else [])
     metadata = config | {"precision": "fp32", "input": UINT8, "source": source_of(path)}
     classifier: Any = ImageClassifier(model, config["mean"], config["std"], channels_last=True).to(device)
     if compile:

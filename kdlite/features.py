@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .taps import default_tap
 
 
 class FeatureTap:
     """Keeps the last output of one layer of a model; changes nothing else about the model.
+
+    The output is kept as the layer returned it, whatever a later layer does to it in place: a layer whose output is
+    changed, as by ``ReLU(inplace=True)`` after it, is found in its first forward and copied; others are not.
 
     Works on any ``nn.Module``, under DistributedDataParallel, autocast, gradient accumulation and (non-reentrant)
     activation checkpointing. Tap first, compile after (with checkpointing inside, without ``fullgraph``). A deepcopy
@@ -57,10 +62,11 @@ class FeatureTap:
 
         Raises:
             RuntimeError: the layer has not run since the last pop, or it ran without gradient in training mode
-                (reentrant checkpointing), where its feature would silently train nothing.
+                (reentrant checkpointing), where its feature would silently train nothing; or a layer that left its
+                output alone so far has let it be changed in place.
         """
         capture = self._capture
-        output, capture.output = capture.output, None
+        output = capture.take()
         if output is None:
             raise RuntimeError(
                 f"layer {self.layer!r} has not run since the last pop(): "
@@ -80,7 +86,7 @@ class FeatureTap:
 
     def forget(self) -> None:
         """Drop the layer's last output, if there is one."""
-        self._capture.output = None
+        self._capture.drop()
 
     def close(self) -> None:
         """Remove the tap from the model. Closing twice is harmless."""
@@ -101,24 +107,69 @@ class FeatureTap:
 
 
 class _Capture:
-    """The forward hook: holds one output. Its copies are dead, unless a FeatureTap was copied with them."""
+    """The forward hook: holds one output. Its copies are dead, unless a FeatureTap was copied with them.
+
+    Whether a later layer changes the output in place shows when it is taken, too late to copy it. So the first output
+    of each mode (training, eval) is copied, and the version counter of the original decides about the next ones.
+    """
 
     def __init__(self) -> None:
         self.live = True
         self.output: Any = None
         self.lost_gradient = False
+        self.original: Any = None  # beside its copy in output, until it is known which of them is needed
+        self.versions: list[int] | None = None  # of the output when it was returned; None: output is a copy
+        self.changes: dict[bool, bool] = {}  # by module.training: whether outputs are changed in place
+        self.mode = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.live:
             return
-        # activation checkpointing runs the layer a second time, inside backward: that output is not wanted
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            # a compiler leaves out a copy that is not needed; inference tensors do not count their changes
+            self.output, self.original, self.versions = _copy(output), None, None
+        elif torch._C._current_graph_task_id() != -1:
+            # activation checkpointing runs the layer a second time, inside backward: that output is not wanted
             return
-        self.output = output
+        else:
+            self.mode = module.training
+            changes = self.changes.get(self.mode)
+            self.output = output if changes is False else _copy(output)
+            self.original = output if changes is None else None
+            self.versions = _versions(output) if not changes else None
         self.lost_gradient = module.training and not torch.is_grad_enabled()
 
+    def take(self) -> Any:
+        output, original = self.output, self.original
+        self.output = self.original = None
+        if original is not None:
+            changed = self.changes[self.mode] = _versions(original) != self.versions
+            return output if changed else original
+        if output is not None and self.versions is not None and _versions(output) != self.versions:
+            self.changes[self.mode] = True
+            raise RuntimeError(
+                "the layer's output was changed in place after the layer had returned it, for the first time in this "
+                "mode: the next forwards copy it; run the model again"
+            )
+        return output
+
+    def drop(self) -> None:
+        """Forget the output, but not what it shows."""
+        if self.original is not None:
+            self.changes[self.mode] = _versions(self.original) != self.versions
+        self.output = self.original = None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"live": False, "output": None, "lost_gradient": False}
+        return _Capture().__dict__ | {"live": False, "changes": self.changes.copy()}
+
+
+def _copy(output: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
+
+
+def _versions(output: Any) -> list[int]:
+    """How often each tensor of an output was changed in place."""
+    return [x._version for x in tree_leaves(output) if isinstance(x, Tensor)]
 
 
 def _refuse_compiled(module: nn.Module, layer: str) -> None:
@@ -141,22 +192,27 @@ class WithWeakHead(nn.Module):
     model are one module, DistributedDataParallel, the optimizer and the checkpoint have both; ``.model`` is the
     plain student, without the head. Wrap before compiling. A deepcopy (EMA) has a tap of its own.
 
-    The head is a linear layer on the pooled feature: global average for (N, C, H, W) and (N, H, W, C), told apart by
-    the input's proportions; of (N, L, C) the class token, if there is one, else the mean over tokens. The channels
-    come from one dry forward, in eval mode and without gradient.
+    The head is a linear layer on the pooled feature: the mean over all positions, or the class token of (N, L, C)
+    where there is one. Which dimension holds the channels is found by one more dry forward, of a larger input: what
+    grows is no channel. Where the model takes one size alone, its shape and the layer's own widths must leave one
+    reading, else ``channels`` is asked for. Dry forwards run in eval mode and without gradient.
 
-    Wrap this module in DistributedDataParallel, not the reverse; DataParallel, whose threads would share one tap, is
-    refused.
+    Optimizers and trainers find the model's own hints here (``no_weight_decay``, ``group_matcher``,
+    ``set_grad_checkpointing`` and the like), with "model." before the parameters' names.
+
+    Wrap this module in DistributedDataParallel or fully_shard, not the reverse: a model that is parallel already is
+    refused, and so is DataParallel, whose threads would share one tap.
 
     Args:
         model: classifier from a batch of images to (N, C) logits.
         tap: dotted path of the layer to read; None takes :func:`default_tap`.
         num_classes: C; None takes it from the dry forward.
         example_input: a batch for the dry forward; None takes zeros of the model's usual input size.
+        channels: the dimension of the feature that holds its channels, 1 or -1; None finds out.
 
     Raises:
-        ValueError: no such layer, no default for this model, a feature or logits of a shape that does not fit, a
-            model that does not take the guessed example, a model inside DistributedDataParallel.
+        ValueError: no such layer, no default for this model, a feature or logits of a shape that does not fit or
+            can be read in two ways, a model that does not take the guessed example, a model that is parallel already.
         RuntimeError: the model was compiled already, or the layer did not run in the dry forward.
         TypeError: in training, when the model returns something else than logits (auxiliary outputs, say).
 
@@ -177,29 +233,38 @@ class WithWeakHead(nn.Module):
         num_classes: int | None = None,
         *,
         example_input: Tensor | None = None,
+        channels: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            raise ValueError(
-                f"the model is inside {type(model).__name__}, where the head's gradients would differ between ranks: "
-                "wrap the plain model in WithWeakHead first, then that in DistributedDataParallel"
-            )
+        _refuse_parallel(model)
+        if channels not in (None, 1, -1):
+            raise ValueError(f"channels must be 1 or -1, a dimension of the feature, or None, got {channels!r}")
         layer = default_tap(model) if tap is None else tap
         self.model = model
         self._tap = FeatureTap(model, layer)
         try:
-            logits, feature, input_shape = _dry_forward(model, self._tap, example_input)
+            example = _example(model) if example_input is None else example_input
+            example = torch.cat([example, example])[:2]
+            try:
+                logits, feature = _dry_forward(model, self._tap, example)
+            except Exception as error:
+                if example_input is not None:
+                    raise
+                raise ValueError(
+                    f"{type(model).__name__} does not take {_describe(example)}, which is a guess: pass "
+                    f"example_input; {error}"
+                ) from error
             if not isinstance(logits, Tensor) or logits.ndim != 2:
                 raise ValueError(f"the model must return (N, C) logits, got {_describe(logits)}")
             if num_classes is not None and logits.shape[1] != num_classes:
                 raise ValueError(f"num_classes={num_classes}, but the model returns logits of {_describe(logits)}")
-            self._pool = _pooling(feature, input_shape, model, layer)
-            pooled = _pool(feature, self._pool)
-            if pooled.shape[0] != logits.shape[0]:
+            if isinstance(feature, Tensor) and feature.ndim and len(feature) != len(logits):
                 raise ValueError(
-                    f"layer {layer!r} returns {_describe(feature)} for a batch of {logits.shape[0]}: its first "
+                    f"layer {layer!r} returns {_describe(feature)} for a batch of {len(logits)}: its first "
                     "dimension is not the batch; name another layer"
                 )
+            self._pool = _pooling(feature, example, model, self._tap, channels)
+            pooled = _pool(feature, self._pool)
         except BaseException:
             self._tap.close()  # a model that was refused is left as it was
             raise
@@ -210,8 +275,8 @@ class WithWeakHead(nn.Module):
         """Dotted path, in ``.model``, of the layer the weak head reads."""
         return self._tap.layer
 
-    def forward(self, x: Tensor) -> Any:
-        logits = self.model(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        logits = self.model(*args, **kwargs)
         if not self.training:
             self._tap.forget()
             return logits
@@ -222,6 +287,17 @@ class WithWeakHead(nn.Module):
             )
         return logits, self.head(_pool(self._tap.pop(), self._pool))
 
+    def __getattr__(self, name: str) -> Any:
+        """The hints of the wrapped model, where it has them."""
+        if name not in _HINTS:
+            return super().__getattr__(name)
+        hint = getattr(super().__getattr__("model"), name)
+        if name == "no_weight_decay":
+            return lambda: {f"model.{parameter}" for parameter in hint()}
+        if name == "group_matcher":
+            return lambda *args, **kwargs: {key: _below_model(spec) for key, spec in hint(*args, **kwargs).items()}
+        return hint
+
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError("DataParallel's threads would share one tap: use DistributedDataParallel")
 
@@ -231,41 +307,113 @@ class WithWeakHead(nn.Module):
         return self.model
 
 
-def _dry_forward(model: nn.Module, tap: FeatureTap, example: Tensor | None) -> tuple[Any, Any, torch.Size]:
-    """Logits and feature of two samples, and the input's shape."""
-    guessed = example is None
-    if example is None:
-        example = next(model.parameters(), torch.empty(0)).new_zeros(1, *_usual_input_size(model))
-    example = torch.cat([example, example])[:2]
-    try:
-        with _eval_mode(model), torch.no_grad():
-            logits = model(example)
-    except Exception as error:
-        if not guessed:
-            raise
+# What optimizers and trainers ask a model for: timm's, and Hugging Face's switch for checkpointing.
+_HINTS = frozenset({
+    "no_weight_decay", "no_weight_decay_keywords", "group_matcher", "set_grad_checkpointing", "get_classifier",
+    "pretrained_cfg", "default_cfg", "num_classes", "num_features",
+    "gradient_checkpointing_enable", "gradient_checkpointing_disable", "supports_gradient_checkpointing",
+})  # fmt: skip
+
+
+def _below_model(spec: Any) -> Any:
+    """A pattern of a group_matcher for names that begin with "model."; beside it there may be an order."""
+    if isinstance(spec, (list, tuple)):
+        return type(spec)(_below_model(part) for part in spec)
+    if not isinstance(spec, str):
+        return spec
+    unanchored = re.sub(r"(?<![\[\\])[\^]", "", spec)  # match() anchors it already; not the ^ of a [^class]
+    return rf"^model\.(?:{unanchored})"
+
+
+# Wrappers by class name, so that none of them need be imported; fully_shard and replicate change the class in place.
+_PARALLEL = {
+    "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "ReplicateModule",
+    "DeepSpeedEngine",
+}  # fmt: skip
+
+
+def _refuse_parallel(model: nn.Module) -> None:
+    """Raise when the model, or a part of it, is split or copied over ranks: the head would not be."""
+    for name, module in model.named_modules():
+        wrapper = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _PARALLEL), None)
+        if wrapper is None and any(type(p).__name__ == "DTensor" for p in module.parameters(recurse=False)):
+            wrapper = "a tensor-parallel wrapper"
+        if wrapper:
+            raise ValueError(
+                f"{f'layer {name!r}' if name else 'the model'} is inside {wrapper} already, and the head's gradients "
+                "would differ between ranks: wrap the plain model in WithWeakHead first, then make that parallel"
+            )
+
+
+def _dry_forward(model: nn.Module, tap: FeatureTap, example: Tensor) -> tuple[Any, Any]:
+    """Logits and feature."""
+    with _eval_mode(model), torch.no_grad():
+        logits = model(example)
+    return logits, tap.pop()
+
+
+def _pooling(feature: Any, example: Tensor, model: nn.Module, tap: FeatureTap, channels: int | None) -> str:
+    """How a feature of this shape becomes (N, C).
+
+    Raises:
+        ValueError: it is no batch of vectors, or can be read in two ways
+    """
+    if not isinstance(feature, Tensor) or feature.ndim < 2:
         raise ValueError(
-            f"{type(model).__name__} does not take {_describe(example)}, which is a guess: pass example_input; {error}"
-        ) from error
-    return logits, tap.pop(), example.shape
+            f"layer {tap.layer!r} must return a feature of a dimension for the batch and one for the channels, got "
+            f"{_describe(feature)}; name another layer"
+        )
+    if feature.ndim == 2:
+        return "none"
+    if channels is None:
+        channels = _channels_dim(feature, example, model, tap)
+    if feature.ndim == 3 and channels == -1 and _has_class_token(model, feature.shape[1]):
+        return "class token"
+    return "channels first" if channels == 1 else "channels last"
 
 
-def _pooling(feature: Any, input_shape: torch.Size, model: nn.Module, layer: str) -> str:
-    """How a feature of this shape becomes (N, C)."""
-    if isinstance(feature, Tensor):
-        if feature.ndim == 2:
-            return "none"
-        if feature.ndim == 3:
-            return "class token" if _has_class_token(model, feature.shape[1]) else "tokens"
-        if feature.ndim == 4:
-            # of the two readings, the one whose height and width are in the input's proportion
-            proportion = input_shape[2] / input_shape[3] if len(input_shape) == 4 else 1.0
-            _, a, b, c = feature.shape
-            nchw, nhwc = (abs(math.log(height / width / proportion)) for height, width in ((b, c), (a, b)))
-            return "NCHW" if nchw <= nhwc else "NHWC"
-    raise ValueError(
-        f"layer {layer!r} must return (N, C), (N, L, C), (N, C, H, W) or (N, H, W, C), "
-        f"got {_describe(feature)}; name another layer"
-    )
+def _channels_dim(feature: Tensor, example: Tensor, model: nn.Module, tap: FeatureTap) -> int:
+    """1 or -1, whichever evidence comes first: what grows with the input, the proportions, the layer's widths."""
+    for larger in _larger(example):
+        try:
+            _, other = _dry_forward(model, tap, larger)
+        except Exception:  # a model of one size says so in its own way
+            continue
+        grown = [isinstance(other, Tensor) and other.ndim == feature.ndim and
+                 other.shape[dim] != feature.shape[dim] for dim in (1, -1)]  # fmt: skip
+        if grown[0] != grown[1]:
+            return -1 if grown[0] else 1
+    patches = {getattr(module, "num_patches", None) for module in model.modules()}
+    if feature.ndim == 3 and (_has_class_token(model, feature.shape[1]) or feature.shape[1] in patches):
+        return -1
+    fits = [False, False]
+    if feature.ndim == example.ndim == 4:
+        height, width = example.shape[2:]
+        fits = [h * width == w * height for h, w in (feature.shape[2:], feature.shape[1:3])]
+    if fits[0] == fits[1]:
+        widths = {p.shape[0] for p in model.get_submodule(tap.layer).parameters() if p.ndim}
+        fits = [feature.shape[dim] in widths for dim in (1, -1)]
+    if fits[0] == fits[1]:
+        raise ValueError(
+            f"the feature of layer {tap.layer!r}, {_describe(feature)}, can be read in two ways: say channels=1 for "
+            "(N, C, ...) or channels=-1 for (N, ..., C)"
+        )
+    return 1 if fits[0] else -1
+
+
+def _larger(example: Tensor) -> list[Tensor]:
+    """Inputs of twice the size, for each way to read it: images, (N, C, L), (N, L, C), or (N, L) of indices."""
+    if example.ndim == 2:
+        ways = [] if example.is_floating_point() else [[1]]
+    else:
+        ways = [list(range(2, example.ndim))] + ([[1]] if example.ndim == 3 else [])
+    larger = []
+    for doubled in ways:
+        x = example
+        for dim in doubled:
+            x = torch.cat([x, x], dim)
+        larger.append(x)
+    return larger
 
 
 def _has_class_token(model: nn.Module, tokens: int) -> bool:
@@ -281,17 +429,16 @@ def _pool(feature: Tensor, how: str) -> Tensor:
         return feature
     if how == "class token":
         return feature[:, 0]
-    if how == "tokens":
-        return feature.mean(1)
-    return feature.mean((2, 3) if how == "NCHW" else (1, 2))
+    positions = range(2, feature.ndim) if how == "channels first" else range(1, feature.ndim - 1)
+    return feature.mean(tuple(positions))
 
 
 def _describe(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _usual_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) a model says it takes, else 224 px and its first layer's channels."""
+def _example(model: nn.Module) -> Tensor:
+    """Zeros of the (channels, height, width) a model says it takes, else 224 px and its first layer's channels."""
     config = getattr(model, "pretrained_cfg", None)
     channels, height, width = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
     size = getattr(model, "image_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -300,7 +447,7 @@ def _usual_input_size(model: nn.Module) -> tuple[int, int, int]:
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
     if isinstance(first, nn.Conv2d):
         channels = first.in_channels
-    return channels, height, width
+    return next(model.parameters(), torch.empty(0)).new_zeros(1, channels, height, width)
 
 
 @contextmanager

@@ -175,10 +175,11 @@ def nkd_backward(
 
 
 def uskd_rows(
-    strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, alpha: float, beta: float, mu: float, smoothing: float
-) -> Tensor:
+    strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor,
+    alpha: float, beta: float, mu: float, smoothing: float, group: Any = None,
+) -> Tensor:  # fmt: skip
     """:func:`kdlite.terms.uskd_rows`; only where :func:`can_fuse`."""
-    loss: Tensor = USKDRows.apply(strong, weak, label, valid, alpha, beta, mu, smoothing)
+    loss: Tensor = USKDRows.apply(strong, weak, label, valid, alpha, beta, mu, smoothing, group)
     return loss
 
 
@@ -201,18 +202,18 @@ class USKDRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor,
-        alpha: float, beta: float, mu: float, smoothing: float,
+        alpha: float, beta: float, mu: float, smoothing: float, group: Any,
     ) -> Tensor:  # fmt: skip
         minus_log_s, non_target, weak_term, *saved = in_chunks(uskd_forward, [strong, weak, label], smoothing)
-        alpha_p = alpha * terms.target_weight(minus_log_s.squeeze(1), valid).unsqueeze(1)
+        alpha_p = alpha * terms.target_weight(minus_log_s.squeeze(1), valid, group).unsqueeze(1)
         ctx.save_for_backward(saveable(strong), saveable(weak), label, valid, alpha_p, *saved)
-        ctx.options = alpha, beta, mu, smoothing
+        ctx.options = alpha, beta, mu, smoothing, group
         return (alpha_p * minus_log_s + beta * non_target + mu * weak_term).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         strong, weak, label, valid, alpha_p, *saved = ctx.saved_tensors
-        _, beta, mu, smoothing = ctx.options
+        _, beta, mu, smoothing, _ = ctx.options
         grads: tuple[Tensor | None, ...]
         if wants_second_gradient():
             loss = terms.uskd_rows(strong, weak, label, valid, *ctx.options)
@@ -223,7 +224,7 @@ class USKDRows(torch.autograd.Function):
             d_loss = d_loss.unsqueeze(1)
             rows = [strong, weak, label, d_loss * alpha_p, d_loss * beta, d_loss * mu, *saved]
             grads = in_chunks(uskd_backward, rows, smoothing)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 def uskd_forward(strong: Tensor, weak: Tensor, label: Tensor, smoothing: float) -> tuple[Tensor, ...]:

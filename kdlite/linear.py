@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .fused import can_fuse, in_chunks, nkd_backward, nkd_forward
-from .targets import ClassIndices, check_options, read_target, reduce
+from .targets import ClassIndices, check_options, check_tensors, read_target, reduce
 from .terms import nkd_rows
 
 # Logits held at a time, of student and teacher each: 88 MiB in float32. Fewer, and going over the weights costs more.
@@ -71,6 +71,7 @@ def nkd_linear_loss(
         >>> print(f"{loss:.4f}")
         1.2379
     """
+    check_tensors(hidden=hidden, weight=weight, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
     check_options(reduction, gamma=gamma, ce_weight=ce_weight)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")

@@ -29,8 +29,22 @@ class ClassProbabilities(NamedTuple):
     probs: Tensor  # (R, C)
 
 
+def check_tensors(**values: object) -> None:
+    """Raise unless each is a tensor; the names are those of the caller's arguments."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            continue
+        hint = "use torch.as_tensor(...)"
+        if hasattr(value, "logits"):
+            hint = f"pass its .logits, not the whole {type(value).__name__}"
+        elif isinstance(value, (dict, tuple)):
+            hint = "pick the tensor of logits out of it"
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: {hint}")
+
+
 def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> None:
-    """Raise unless both are floating point, of one shape, with at least two classes."""
+    """Raise unless both are tensors, floating point, of one shape, with at least two classes."""
+    check_tensors(**{name: logits, other_name: other})
     for tensor, label in ((logits, name), (other, other_name)):
         if not tensor.is_floating_point():
             raise TypeError(f"{label} must be floating point, got {tensor.dtype}")
@@ -70,6 +84,7 @@ def as_rows(logits: Tensor) -> Tensor:
 
 def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndices | ClassProbabilities:
     """Check ``target`` against ``logits`` and bring it to rows; told apart by the number of dimensions."""
+    check_tensors(target=target)
     probs_shape = tuple(logits.shape)
     label_shape = probs_shape[:1] + probs_shape[2:] if logits.ndim > 1 else ()
     as_probs = target.ndim == logits.ndim  # decided without the sizes, which may be symbols under torch.compile

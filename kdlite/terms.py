@@ -10,7 +10,10 @@ over the C - 1 classes other than t. Losses are (R,), float32 at least. Source: 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,29 +80,32 @@ def expected_non_target(student: Tensor, teacher: Tensor, probs: Tensor) -> Tens
 
 
 def uskd_rows(
-    strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, alpha: float, beta: float, mu: float, smoothing: float
-) -> Tensor:
+    strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor,
+    alpha: float, beta: float, mu: float, smoothing: float, group: Any = None,
+) -> Tensor:  # fmt: skip
     """L_uskd = - alpha P_t log S_t  -  beta sum_{i != t} N(Z)_i log N(S)_i  -  mu sum_i V~_i log W_i.
 
-    valid: (R,) bool, the rows that the mean in P_t is over.
+    valid: (R,) bool, the rows that the mean in P_t is over; group: the processes whose rows it is over.
     """
     strong = centred(strong)
     weak = centred(weak).to(strong.dtype)
     minus_log_s = -F.logsigmoid(log_odds(strong, label))
-    target_term = target_weight(minus_log_s, valid) * minus_log_s
+    target_term = target_weight(minus_log_s, valid, group) * minus_log_s
     weak_term = F.cross_entropy(weak, label, label_smoothing=smoothing, reduction="none")
     return alpha * target_term + beta * uskd_non_target(strong, weak, label) + mu * weak_term
 
 
 def uskd_rows_soft(
-    strong: Tensor, weak: Tensor, probs: Tensor, alpha: float, beta: float, mu: float, smoothing: float
-) -> Tensor:
+    strong: Tensor, weak: Tensor, probs: Tensor,
+    alpha: float, beta: float, mu: float, smoothing: float, group: Any = None,
+) -> Tensor:  # fmt: skip
     """The expectation of L_uskd over the label; the non-target term over the two largest labels of a row alone."""
     strong = centred(strong)
     weak = centred(weak).to(strong.dtype)
     log_s = strong.log_softmax(1)
     squared = log_s.detach().exp().square()
-    p = squared + 1 - (probs * squared).sum(1).mean()  # P_k
+    expected = (probs * squared).sum(1)
+    p = squared + 1 - batch_mean(expected, torch.ones_like(expected), group)  # P_k
     target_term = cross_entropy(probs * p, log_s)
 
     shares, labels = probs.topk(2, dim=1)
@@ -122,11 +128,18 @@ def uskd_non_target(strong: Tensor, weak: Tensor, label: Tensor) -> Tensor:
     return cross_entropy(n_z, log_normalized(strong, label))
 
 
-def target_weight(minus_log_s: Tensor, valid: Tensor) -> Tensor:
+def target_weight(minus_log_s: Tensor, valid: Tensor, group: Any = None) -> Tensor:
     """P_t = S_t^2 + V_t - mean(S_t^2) with V_t = 1, (R,), without gradient, the mean over the ``valid`` rows."""
     squared = (-2 * minus_log_s.detach()).exp()
-    # the clamp: with no valid row, 0/0 here would turn the gradient to NaN
-    return squared + 1 - squared.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
+    return squared + 1 - batch_mean(squared.where(valid, 0.0), valid, group)
+
+
+def batch_mean(values: Tensor, counted: Tensor, group: Any) -> Tensor:
+    """Sum of the values by sum of ``counted``, both (R,), over all processes of the group; None: over this one."""
+    totals = torch.stack([values.sum(), counted.sum().to(values.dtype)])
+    if group is not None:
+        dist.all_reduce(totals, group=group)
+    return totals[0] / totals[1].clamp(min=1)  # the clamp: with no row, 0/0 here would turn the gradient to NaN
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------

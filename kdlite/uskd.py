@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import fused, terms
 from .targets import ClassIndices, as_rows, check_logits, check_options, read_target, reduce
@@ -19,6 +20,7 @@ def uskd_loss(
     label_smoothing: float = 0.1,
     ignore_index: int = -100,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Universal self-KD loss; ADD it to the cross-entropy, it does not replace it.
 
@@ -32,8 +34,9 @@ def uskd_loss(
                    - mu * sum_i V~_i log W_i,    V~ the label, smoothed by label_smoothing
 
     R is of probabilities, as in the paper and unlike the official code since July 2023. The batch mean is over the
-    targets that are not ignored, on this process. Ties in R are ranked by class index. Z weights every class, so a
-    class masked by a logit of -inf makes the loss infinite: leave such classes out of the logits.
+    targets that are not ignored; with ``group``, over those of all its processes. Ties in R are ranked by class
+    index. Z weights every class, so a class masked by a logit of -inf makes the loss infinite: leave such classes out
+    of the logits.
 
     For class probabilities V the loss is its expectation over the label: the first term becomes
     ``- alpha * sum_k V_k P_k log S_k`` with ``P_k = S_k^2 + 1 - mean_batch(sum_k V_k S_k^2)``; the second, which needs
@@ -50,6 +53,8 @@ def uskd_loss(
         label_smoothing: of the weak head's target, in [0, 1].
         ignore_index: targets of this class index add nothing and are not counted by "mean".
         reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
+        group: processes that share one batch, such as ``torch.distributed.group.WORLD`` under DDP, whose gradients are
+            then those of the whole batch on one process; one all-reduce of two numbers. None: this process alone.
 
     Returns:
         The loss, float32 (float64 for float64 logits); gradients have the dtypes of ``logits`` and ``weak_logits``.
@@ -77,7 +82,7 @@ def uskd_loss(
     strong, weak = as_rows(logits), as_rows(weak_logits)
     if isinstance(rows, ClassIndices):
         uskd_rows = fused.uskd_rows if fused.can_fuse(strong, weak) else terms.uskd_rows
-        loss = uskd_rows(strong, weak, rows.label, rows.valid, alpha, beta, mu, label_smoothing)
+        loss = uskd_rows(strong, weak, rows.label, rows.valid, alpha, beta, mu, label_smoothing, group)
     else:
-        loss = terms.uskd_rows_soft(strong, weak, rows.probs, alpha, beta, mu, label_smoothing)
+        loss = terms.uskd_rows_soft(strong, weak, rows.probs, alpha, beta, mu, label_smoothing, group)
     return reduce(loss, rows, reduction, logits.shape)

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import itertools
+import math
 import os
 import pickle
 import weakref
@@ -43,6 +44,11 @@ class Transpose(nn.Module):
 
     def forward(self, x):
         return x.transpose(0, 1)
+
+
+class Second(nn.Module):
+    def forward(self, x):
+        return x[0].mean(1)
 
 
 def images(n=2, size=8):
@@ -306,6 +312,190 @@ def test_a_tap_made_behind_a_compiled_models_back_is_an_error_at_pop():
             tap.pop()
 
 
+# ---- the output as the layer returned it ----
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_a_later_layer_does_in_place_does_not_reach_the_tap(mode, context, compiled):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, track_running_stats=False, affine=False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 5)).train(mode)
+    with FeatureTap(net, "1") as tap, context():
+        run = torch.compile(net) if compiled else net
+        for i in range(3):
+            run(images() + i)
+            feature = tap.pop()
+            torch.testing.assert_close(feature, norm(net[0](images() + i)))
+            assert (feature < 0).any()
+
+
+def test_a_layer_whose_output_nothing_changes_is_not_copied_after_its_first_forward():
+    net, outputs = Net(), []
+    net.layer1.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with FeatureTap(net, "layer1") as tap:
+        for _ in range(3):
+            net(images())
+            assert tap.pop() is outputs[-1]  # the first time as well: the copy was for nothing
+
+
+def test_an_output_that_is_changed_only_later_is_an_error_then_a_copy():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Identity())
+    with FeatureTap(net, "0") as tap:
+        net(torch.ones(2, 3))
+        tap.pop()
+        net[1] = nn.ReLU(inplace=True)
+        net(torch.ones(2, 3))
+        with pytest.raises(RuntimeError, match=r"changed in place.*run the model again"):
+            tap.pop()
+        net(torch.ones(2, 3))
+        torch.testing.assert_close(tap.pop(), net[0](torch.ones(2, 3)))
+
+
+def test_gradients_through_a_changed_output_are_those_of_the_layer():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 5))
+    x = torch.randn(6, 3)
+    with FeatureTap(net, "0") as tap:
+        for _ in range(2):
+            net.zero_grad()
+            (net(x).sum() + tap.pop().square().sum()).backward()
+            weight = net[0].weight.detach().requires_grad_()
+            hidden = F.linear(x, weight, net[0].bias)
+            (net[2](hidden.relu()).sum() + hidden.square().sum()).backward()
+            torch.testing.assert_close(net[0].weight.grad, weight.grad)
+
+
+# ---- which dimension holds the channels ----
+
+
+class Permute(nn.Module):
+    def __init__(self, *dims):
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x):
+        return x.permute(self.dims)
+
+
+def classifier(*layers, width):
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, 5))
+
+
+def test_a_sequence_has_its_channels_where_the_layer_puts_them():
+    example = torch.randn(1, 2, 100)
+    conv = classifier(nn.Conv1d(2, 16, 3), nn.ReLU(), width=16)
+    assert WithWeakHead(conv, "0", example_input=example).head.in_features == 16
+    assert WithWeakHead(conv, "1", example_input=example).head.in_features == 16  # a layer that has no width of its own
+    linear = classifier(nn.Linear(6, 16), nn.GELU(), Permute(0, 2, 1), width=16)  # (N, L, C)
+    student = WithWeakHead(linear, "1", example_input=torch.randn(1, 100, 6))
+    assert student.head.in_features == 16
+    _, weak = student(torch.randn(3, 50, 6))
+    assert weak.shape == (3, 5)
+
+
+def test_a_video_is_averaged_over_time_and_place():
+    net = nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 5))
+    assert WithWeakHead(net, "0", example_input=torch.zeros(1, 3, 4, 8, 8)).head.in_features == 8
+
+
+def fixed_size(*shape):
+    """A model of 8 px images alone, whose layer "1" returns (N, *shape)."""
+    size = math.prod(shape)
+    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(192, size)), nn.Unflatten(1, shape), nn.Flatten(),
+                         nn.Linear(size, 5))  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(16, 4, 64), (8, 8, 8), (6, 10)])
+def test_a_shape_with_two_readings_is_asked_for(shape):
+    with pytest.raises(ValueError, match=r"can be read in two ways: say channels=1 for \(N, C, ...\) or channels=-1"):
+        WithWeakHead(fixed_size(*shape), "1", example_input=images())
+    for channels, width in ((1, shape[0]), (-1, shape[-1])):
+        student = WithWeakHead(fixed_size(*shape), "1", example_input=images(), channels=channels)
+        assert student.head.in_features == width
+        assert student(images())[1].shape == (2, 5)
+    with pytest.raises(ValueError, match="channels must be 1 or -1"):
+        WithWeakHead(fixed_size(*shape), "1", example_input=images(), channels=2)
+
+
+# ---- what is parallel already, and the model's own hints ----
+
+
+@pytest.fixture
+def one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("where", ["", "layer1"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fully_shard", "replicate", "tensor parallel", "data parallel"])
+def test_a_model_that_is_parallel_already_is_refused(wrapper, where, one_process):
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = Net()
+    mesh = init_device_mesh("cpu", (1,))
+    wrap = {
+        "ddp": nn.parallel.DistributedDataParallel,
+        "data parallel": nn.DataParallel,
+        "fully_shard": lambda m: fully_shard(m, mesh=mesh),
+        "replicate": lambda m: replicate(m, mesh=mesh),
+        "tensor parallel": lambda m: parallelize_module(m, mesh, {"": ColwiseParallel()}),
+    }[wrapper]
+    if wrapper == "tensor parallel":
+        model.fc = wrap(model.fc)
+    elif where:
+        model.layer1 = wrap(model.layer1)
+    else:
+        model = wrap(model)
+    with pytest.raises(ValueError, match=r"inside .* already.*wrap the plain model in WithWeakHead first"):
+        WithWeakHead(model, "layer1", example_input=images())
+
+
+def test_the_models_hints_reach_the_optimizer_through_the_weak_head():
+    timm = pytest.importorskip("timm")
+    from timm.optim import create_optimizer_v2, param_groups_layer_decay
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5)
+    student = WithWeakHead(model)
+    names = {parameter: name for name, parameter in student.named_parameters()}
+
+    def decay(module, prefix=""):
+        return {
+            names[p].removeprefix(prefix): group["weight_decay"]
+            for group in create_optimizer_v2(module, "adamw", weight_decay=0.05).param_groups
+            for p in group["params"]
+        }
+
+    plain = decay(model, "model.")
+    assert plain["pos_embed"] == 0
+    assert {k: v for k, v in decay(student, "model.").items() if not k.startswith("head.") or k in plain} == plain
+
+    def scales(module):
+        return {
+            names[p]: group["lr_scale"]
+            for group in param_groups_layer_decay(module, 0.05, layer_decay=0.5)
+            for p in group["params"]
+        }
+
+    wrapped = scales(student)
+    assert wrapped.pop("head.weight") == wrapped.pop("head.bias") == 1  # the weak head, like the classifier
+    assert wrapped == scales(model)
+    assert len(set(wrapped.values())) > 6
+    student.set_grad_checkpointing()
+    assert model.grad_checkpointing
+
+
+@pytest.mark.parametrize("name", ["no_weight_decay", "group_matcher", "set_grad_checkpointing", "weights"])
+def test_a_hint_that_the_model_has_not_is_no_attribute(name):
+    assert not hasattr(WithWeakHead(Net(), "layer1", example_input=images()), name)
+
+
 # ---- the weak head ----
 
 
@@ -363,9 +553,9 @@ def test_class_count_and_feature_shape_are_checked():
         ValueError, match=r"'2' returns shape \(4, 2, 48\) for a batch of 2: its first dimension is not"
     ):
         WithWeakHead(transposed, "2", example_input=images())
-    net3d = nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Flatten(), nn.Linear(192, 5))
-    with pytest.raises(ValueError, match=r"layer '0' must return .* got shape \(2, 1, 3, 8, 8\)"):
-        WithWeakHead(net3d, "0", example_input=images())
+    lstm = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 8), Second(), nn.Linear(8, 5))
+    with pytest.raises(ValueError, match=r"layer '1' must return a feature .* for the batch.* got a tuple"):
+        WithWeakHead(lstm, "1", example_input=images())
     with pytest.raises(ValueError, match=r"must return \(N, C\) logits, got shape \(2, 8, 8, 8\)"):
         WithWeakHead(Net().layer1, "0", example_input=images())
 
@@ -387,7 +577,7 @@ def _rank(rank, world, path):
     ddp = nn.parallel.DistributedDataParallel(student)
     train_step(ddp, images(8)[rank * 4 : rank * 4 + 4])
     torch.save([p.grad for p in ddp.parameters()], f"{path}/grads{rank}.pt")
-    with pytest.raises(ValueError, match="first, then that in DistributedDataParallel"):
+    with pytest.raises(ValueError, match=r"inside DistributedDataParallel already.*WithWeakHead first"):
         WithWeakHead(nn.parallel.DistributedDataParallel(Net()), "layer1", example_input=images())
     with FeatureTap(ddp, "model.layer2") as tap:  # a path of the model inside DDP, as its user knows it
         ddp(images())

@@ -6,14 +6,20 @@ logits, or uskd_loss with strong and weak logits.
 
 import functools
 import math
+import os
+from collections import OrderedDict
+from types import SimpleNamespace
 
+import numpy as np
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdlite import nkd_loss, uskd_loss
+from kdlite import nkd_linear_loss, nkd_loss, uskd_loss
 
 BOTH = pytest.mark.parametrize("loss", [nkd_loss, uskd_loss])
 DEVICES = pytest.mark.parametrize(
@@ -631,3 +637,67 @@ def test_a_class_out_of_range_is_an_error(loss, bad, compiled):
         loss = torch.compile(loss)
     with pytest.raises((RuntimeError, IndexError), match=r"out of (bounds|range)"):
         loss(a, b, target)
+
+
+# ---- one batch over two processes ----
+
+
+def _half_of_a_batch(rank, path):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    grads = {}
+    for kind, (x, weight, target) in shared_batch().items():
+        part = slice(0, 4) if rank == 0 else slice(4, 10)  # unequal shares: the mean is over rows, not over ranks
+        weight.requires_grad_()
+        logits = x[part] @ weight
+        uskd_loss(logits, logits * 0.5, target[part], reduction="sum", group=dist.group.WORLD).backward()
+        grads[kind] = weight.grad
+    torch.save(grads, f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def shared_batch():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(10, 8, generator=generator), torch.randn(8, 7, generator=generator)
+    labels = torch.randint(0, 7, (10,), generator=generator)
+    ignored = torch.cat([labels[:8], torch.tensor([-100, -100])])
+    soft = torch.rand(10, 7, generator=generator).softmax(1)
+    return {kind: (x, weight.clone(), t) for kind, t in (("hard", labels), ("ignored", ignored), ("soft", soft))}
+
+
+@pytest.mark.slow
+def test_with_a_group_uskds_batch_is_that_of_all_its_processes(tmp_path):
+    mp.spawn(_half_of_a_batch, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for kind, (x, weight, target) in shared_batch().items():
+        weight.requires_grad_()
+        logits = x @ weight
+        uskd_loss(logits, logits * 0.5, target, reduction="sum").backward()
+        torch.testing.assert_close(first[kind] + second[kind], weight.grad, rtol=1e-5, atol=1e-6)
+
+
+# ---- what is no tensor ----
+
+
+@pytest.mark.parametrize("value", [np.zeros((2, 3)), [[0.0] * 3] * 2, OrderedDict(out=torch.zeros(2, 3)), None, 1.0])
+def test_what_is_no_tensor_is_a_type_error_that_names_the_argument(value):
+    logits, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    kind = type(value).__name__
+    with pytest.raises(TypeError, match=f"student_logits must be a tensor, got {kind}"):
+        nkd_loss(value, logits, target)
+    with pytest.raises(TypeError, match=f"teacher_logits must be a tensor, got {kind}"):
+        nkd_loss(logits, value, target)
+    with pytest.raises(TypeError, match=f"weak_logits must be a tensor, got {kind}"):
+        uskd_loss(logits, value, target)
+    for call in (nkd_loss, uskd_loss):
+        with pytest.raises(TypeError, match=f"target must be a tensor, got {kind}"):
+            call(logits, logits, value)
+    with pytest.raises(TypeError, match=f"teacher_weight must be a tensor, got {kind}"):
+        nkd_linear_loss(logits, torch.zeros(4, 3), logits, value, target)
+
+
+def test_the_output_of_a_hugging_face_model_is_not_its_logits():
+    output = SimpleNamespace(logits=torch.zeros(2, 3))
+    with pytest.raises(TypeError, match=r"teacher_logits must be a tensor, got SimpleNamespace: pass its \.logits"):
+        nkd_loss(torch.zeros(2, 3), output, torch.tensor([0, 1]))

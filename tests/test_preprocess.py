@@ -1,6 +1,7 @@
 """deploy.preprocess: a photograph becomes torchvision's bits, and nearly so where a large JPEG is read small."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torchvision.transforms import functional as TF
 from torchvision.transforms._presets import ImageClassification
 
 import train
-from deploy.preprocess import ImageTooLarge, UnreadableImage, open_image, prepare, to_rgb
+from deploy.preprocess import ImageTooLarge, UnreadableImage, endings, open_image, prepare, to_rgb, upright_size
 
 PHOTOS = load_sample_images().images
 NORMALISATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -147,6 +148,101 @@ def test_a_training_crop_of_a_large_jpeg_reads_no_more_than_it_needs(large):
         assert np.array_equal(ours, np.asarray(theirs(open_image(jpeg(small)))))
 
 
+# ---- what a camera turned -----------------------------------------------------------------------------------------
+
+
+def turned(photo, orientation, kind, **options):
+    """A file of the photo that has to be turned as EXIF's orientation says, to be the photo again."""
+    undo = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # Image.Transpose, the inverse of each
+    for method in undo[orientation]:
+        photo = photo.transpose(Image.Transpose(method))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    photo.save(file, kind, exif=exif, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+def test_an_image_stands_upright(kind, options, orientation):
+    photo = Image.fromarray(PHOTOS[0][:80, :120])
+    file = turned(photo, orientation, kind, **options)
+    assert upright_size(open_image(file)) == (120, 80)
+    assert np.array_equal(np.asarray(to_rgb(open_image(file))), np.asarray(photo))
+    wanted = config(32, 32, 0.875)
+    assert np.array_equal(prepare(open_image(file), wanted), prepare(photo, wanted))
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_large_jpeg_that_lies_on_its_side_is_reduced_and_stands_upright(orientation):
+    photo = Image.fromarray(PHOTOS[1]).resize((1280, 854), Image.Resampling.BICUBIC)
+    image = open_image(turned(photo, orientation, "JPEG", quality=95))
+    wanted = config(24, 24)
+    difference = np.abs(prepare(image, wanted).astype(int) - prepare(photo, wanted))
+    assert difference.mean() < 2
+    assert image.size[0] < 800  # decoded at a reduced scale
+    torch.manual_seed(0)
+    crop = train.RandomResizedCrop(24, scale=(0.9, 1), interpolation=InterpolationMode.BILINEAR)
+    ours = np.asarray(crop(open_image(turned(photo, orientation, "JPEG", quality=95))), dtype=int)
+    torch.manual_seed(0)
+    assert np.abs(ours - np.asarray(crop(photo))).mean() < 4
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_damaged_exif_does_not_lose_the_image(exif):
+    photo = Image.fromarray(PHOTOS[0][:40, :60])
+    assert to_rgb(open_image(jpeg(photo, exif=exif))).size == (60, 40)
+
+
+# ---- more than eight bits -----------------------------------------------------------------------------------------
+
+
+def grey_file(values, kind, **options):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, kind, **options)
+    return file.getvalue()
+
+
+GREY = PHOTOS[0][:64, :64, 0]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        grey_file(GREY.astype(np.uint16) << 8, "PNG"),
+        grey_file(GREY.astype(np.uint16) << 8, "TIFF"),
+        b"P5 64 64 65535\n" + (GREY.astype(np.uint16) << 8).astype(">u2").tobytes(),  # which Pillow opens with 32 bits
+        b"P5 64 64 4095\n" + (GREY.astype(np.uint16) << 4).astype(">u2").tobytes(),  # 12 bits, and says so
+        b"P5 64 64 255\n" + GREY.tobytes(),
+    ],
+    ids=["png", "tiff", "pgm16", "pgm12", "pgm8"],
+)
+def test_deep_greys_are_scaled_by_the_range_of_their_type(file):
+    values = np.asarray(to_rgb(open_image(file)))[..., 0].astype(int)
+    assert np.abs(values - GREY).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (grey_file((GREY / 255).astype(np.float32), "TIFF"), "floating-point numbers of no known range"),
+        (grey_file(GREY.astype(np.float32) * 4, "TIFF"), "floating-point numbers of no known range"),
+        (grey_file(GREY.astype(np.int32) * 1000, "TIFF"), "32-bit integers of no known range"),
+        (grey_file(GREY.astype(np.uint16) << 4, "PNG"), "12 bits or fewer: scale them to 65535, or save 8 bits"),
+        (b"PF 8 8 -1.0\n" + np.zeros((8, 8, 3), np.float32).tobytes(), "floating|identify|PF"),
+    ],
+    ids=["float01", "float1000", "int32", "12in16", "pfm"],
+)
+def test_greys_of_no_known_range_are_refused(file, message):
+    with pytest.raises(UnreadableImage, match=message):
+        to_rgb(open_image(file))
+
+
+def test_a_black_image_of_16_bits_is_black():
+    assert not np.asarray(to_rgb(open_image(grey_file(np.zeros((8, 8), np.uint16), "PNG")))).any()
+
+
 # ---- what cannot be read ------------------------------------------------------------------------------------------
 
 
@@ -155,6 +251,21 @@ def test_a_damaged_file_is_one_kind_of_error(damage):
     whole = jpeg(Image.fromarray(PHOTOS[0]))
     with pytest.raises(UnreadableImage, match=r"\w+Error: "):
         to_rgb(open_image(whole[: len(whole) // 2] if damage == "truncated" else damage))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="not a regular file"):
+        open_image(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="not a regular file"):
+        open_image(str(tmp_path))
+
+
+def test_what_would_run_another_program_is_no_image():
+    assert {".jpg", ".jfif", ".png", ".webp", ".avif", ".gif", ".tif", ".bmp"} <= endings()
+    assert not {".eps", ".ps", ".wmf", ".pdf", ".mpg"} & endings()
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
 
 
 def test_a_missing_file_and_a_bomb_are_told():

@@ -1,0 +1,118 @@
+"""config.json of a student: what is read from it is checked, and nothing in it is run. Needs no torch.
+
+A student/ folder is what people share, so its config.json may be anybody's: it names an architecture of torchvision or
+timm and plain arguments. Code (a model of one's own) and weights from elsewhere are named on the command line alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deploy.cli import UserError
+from deploy.preprocess import RESAMPLING
+
+LIBRARIES = ("torchvision", "timm", "file")
+MAX_SIDE = 16_384  # pixels
+# Arguments of a model that fetch or load something, by the first letters of their names.
+LOADING = re.compile(r"(pretrained|checkpoint|weights|cache_dir|file|url|state_dict|hf_|hub_)")
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_count(value: Any, most: float = math.inf) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a model may be given this as an argument: a number, a text, a truth value, or a flat list of those."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return all(is_number(v) or v is None or isinstance(v, (bool, str)) for v in values)
+
+
+def is_list(value: Any, length: int | None, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) in (length, length or len(value)) and all(map(accepts, value))
+
+
+# Of a student and of every file made of it: what its images and its labels are read by.
+PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "label_names": (
+        lambda v: is_list(v, None, lambda label: isinstance(label, str)) and len(v) > 0,
+        "the names of the classes",
+    ),
+    "mean": (lambda v: is_list(v, 3, is_number), "three numbers"),
+    "std": (lambda v: is_list(v, 3, lambda x: is_number(x) and x > 0), "three numbers above 0"),
+    "input_size": (
+        lambda v: is_list(v, 3, lambda side: is_count(side, MAX_SIDE)) and v[0] == 3,
+        f"three whole numbers: channels, which are 3, height and width, at most {MAX_SIDE}",
+    ),
+    "interpolation": (lambda v: isinstance(v, str) and v in RESAMPLING, f"one of {', '.join(sorted(RESAMPLING))}"),
+    "crop": (lambda v: is_number(v) and 0.01 <= v <= 1, "a share of the side, above 0 and at most 1"),
+}
+STUDENT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **PREPROCESSING,
+    "num_classes": (is_count, "the number of classes"),
+    "architecture": (lambda v: isinstance(v, dict), "library, name, args and small_stem of a model"),
+}
+ARCHITECTURE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "library": (lambda v: isinstance(v, str) and v in LIBRARIES, f"one of {', '.join(LIBRARIES)}"),
+    "name": (lambda v: isinstance(v, str) and 0 < len(v) <= 200, "the name of a model"),
+    "args": (lambda v: isinstance(v, dict), "the model's arguments by name"),
+    "small_stem": (lambda v: isinstance(v, bool), "true or false"),
+}
+
+
+def check_fields(values: dict[str, Any], fields: dict[str, tuple[Callable[[Any], bool], str]], where: str) -> None:
+    """Raise, in one line that names the field, unless each is there and what it should be."""
+    for name, (accepts, expected) in fields.items():
+        if name not in values:
+            raise UserError(f"{where} has no {name}: expected {expected}")
+        if not accepts(values[name]):
+            raise UserError(f"{where}: {name} is {repr(values[name])[:80]}; expected {expected}")
+
+
+def check_arguments(arguments: dict[str, Any], where: str) -> None:
+    """Raise unless a model may be built with these: nothing that loads weights, nothing but plain values."""
+    for name, value in arguments.items():
+        if LOADING.match(name):
+            raise UserError(
+                f"{where}: {name[:80]} would load or fetch weights, which no argument of a model does here; those of "
+                "a student are its model.safetensors"
+            )
+        if not name.isidentifier() or not is_plain(value):
+            raise UserError(f"{where}: {name[:80]} is {repr(value)[:80]}; expected a number, a text or a list of them")
+
+
+def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} was not made by deploy/: it has no metadata that can be read")
+    return metadata
+
+
+def read_config(student: Path) -> dict[str, Any]:
+    """The config.json of a student/ folder.
+
+    Raises:
+        UserError: it cannot be read, or a field is missing, of another type, out of range, or at odds with another
+    """
+    file = student / "config.json"
+    try:
+        config = read_json(file.read_bytes(), file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    check_fields(config, STUDENT, str(file))
+    check_fields(config["architecture"], ARCHITECTURE, f"{file}: architecture")
+    check_arguments(config["architecture"]["args"], f"{file}: architecture: args")
+    if len(config["label_names"]) != config["num_classes"]:
+        raise UserError(f"{file}: {len(config['label_names'])} label_names for {config['num_classes']} classes")
+    return config
