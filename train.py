@@ -7,8 +7,9 @@
     torchrun --nproc-per-node 8 train.py --data /imagenet --model resnet18 --teacher resnet34 --kd nkd
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
     python train.py --output runs/001-mobilenet_v2-uskd --resume              # go on where it stopped
+    torchrun --max-restarts 3 train.py --output runs/mine --resume auto ...   # start or go on: what a job script wants
 
-Read it from here down: flags, losses and step, data, evaluation, run directory; then build() puts a run together, and
+Read it from here down: flags, losses and step, data, evaluation, checkpoints; then build() puts a run together, and
 train() is the loop. Functions take what they read: only parse_args, build and train know the flags.
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-import io
 import itertools
 import math
 import multiprocessing
@@ -28,17 +28,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-import torchvision
 from PIL import Image
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
@@ -52,21 +50,36 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from deploy import run_directory
-from deploy.cli import Parser, UserError, explain, number, show_error, write_whole
-from deploy.preprocess import RESAMPLING, UnreadableImage, open_image, prepare, to_rgb, upright_size
-from deploy.reference import keep_reference
-from deploy.student import check_forward, load_teacher, load_weights, open_student, save_student
+from deploy.checkpoint import Progress, State, load_checkpoint, write_run
+from deploy.cli import Parser, UserError, explain, number, show_error, terminals, write_whole
+from deploy.datasets import Data, Digits, open_data
+from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
+from deploy.ranks import (
+    IS_MAIN,
+    LOCAL_RANK,
+    RANK,
+    WORLD_SIZE,
+    Agreement,
+    Ranks,
+    StopRequest,
+    check_shared_memory,
+    connect,
+    disconnect,
+    from_rank_zero,
+    local_rank_zero_first,
+    stop_signals,
+)  # fmt: skip
+from deploy.reference import evenly, keep_reference
+from deploy.student import (
+    check_forward,
+    is_own,
+    load_teacher,
+    open_student,
+    settle_batch_norm,
+    student_bytes,
+    write_student,
+)
 from kdlite import Teacher, WithWeakHead, nkd_loss, uskd_loss
-
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-IS_MAIN = RANK == 0
-
-
-class RankError(UserError):
-    """An error that may occur on one rank only; that rank prints it."""
-
 
 # ---- flags --------------------------------------------------------------------------------------------------------
 
@@ -103,6 +116,7 @@ OF_METHOD = {
 }
 
 COUNT, WEIGHT, SHARE, POSITIVE = number(int, 1), number(float, 0), number(float, 0, 1), number(float, 0, above=True)
+MIXING = number(float, 0.01, 1000, or_zero=True)
 YES_NO, YES = dict(action=argparse.BooleanOptionalAction), dict(action="store_true")
 RECIPE = "by recipe"  # a default that the recipe gives
 # Every flag: its default, its help, and what argparse is told.
@@ -116,8 +130,8 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "hflip": (RECIPE, "probability of a horizontal flip", dict(type=SHARE)),
         "randaugment": (None, "operations (0: off) and magnitude, to 30", dict(type=number(int, 0, 30), nargs=2)),
         "random_erasing": (0.0, "probability of random erasing", dict(type=SHARE)),
-        "mixup": (0.0, "alpha of mixup; 0: off", dict(type=number(float, 0, 1000))),
-        "cutmix": (0.0, "alpha of cutmix; 0: off", dict(type=number(float, 0, 1000))),
+        "mixup": (0.0, "alpha of mixup; 0: off", dict(type=MIXING)),
+        "cutmix": (0.0, "alpha of cutmix; 0: off", dict(type=MIXING)),
         "eval_crop": (1.0, "share of the resized side kept in evaluation", dict(type=number(float, 0.1, 1))),
         "interpolation": ("bilinear", "filter of every resize", dict(choices=sorted(RESAMPLING))),
         "cache": ("none", "device: decode small images once and keep them there", dict(choices=["none", "device"])),
@@ -126,6 +140,7 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
     "models": {
         "model": ("mobilenet_v2", "torchvision's or timm's name, a student/ folder, or path/to/file.py:build", {}),
         "model_args": ([], "passed on to the model", dict(nargs="+", metavar="KEY=VALUE")),
+        "model_file": ([], "file.py:build of a student/ folder that is a model of your own; runs it", dict(nargs="+")),
         "small_stem": (False, "for images of 64 px and less: 3x3 first convolution, no stride, no max-pool", YES_NO),
         "teacher": (None, "as --model; a library's name means its ImageNet weights (a download)", {}),
     },
@@ -165,10 +180,13 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "compile": (False, "torch.compile student and teacher", YES_NO),
         "channels_last": (True, "memory layout of images and weights", YES_NO),
         "sync_bn": (False, "batch-norm statistics over all GPUs", YES),
+        "timeout": (5.0, "minutes after which a process that does not answer ends the run", dict(type=POSITIVE)),
     },
     "run directory": {
         "output": (None, "where the run is kept; left out: the next number under runs/", {}),
-        "resume": (False, "go on from last.pt in --output, if it is there", YES),
+        "resume": (None, "go on from last.pt in --output, if it is there; auto: from the one before if it is damaged",
+                   dict(nargs="?", const="last", choices=["last", "auto"])),
+        "save_every": (10.0, "minutes between checkpoints within an epoch; 0: after epochs alone", dict(type=WEIGHT)),
         "overwrite": (False, "replace the run that --output holds", YES),
         "reference": (256, "images of each set in reference.npz, for deploy/; 0: none", dict(type=number(int, 0))),
         "log_interval": (50, "optimizer steps between looks at the losses", dict(type=COUNT)),
@@ -192,17 +210,33 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_flags(argv: list[str] | None = None) -> dict[str, Any]:
+    """What is typed, with the paths in it made absolute: --resume may be called from another folder."""
+    typed = vars(get_parser().parse_args(argv))
+    for name in ("data", "data_dir", "model", "teacher"):
+        if name in typed and not (name == "data" and typed[name] in BY_DATA):
+            typed[name] = absolute(typed[name])
+    typed |= {"model_file": list(map(absolute, typed["model_file"]))} if "model_file" in typed else {}
+    if typed.get("resume") and not typed.get("output"):
+        raise UserError("--resume needs --output, the run directory to go on in")
+    if typed.get("resume") and typed.get("overwrite"):
+        raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    return typed
+
+
+def absolute(name: str) -> str:
+    """A path that is there, made absolute, ~ for the home folder; any other name as it is."""
+    path, function = (name.rpartition(":")[0], ":" + name.rpartition(":")[2]) if is_own(name) else (name, "")
+    path = os.path.expanduser(path)
+    return os.path.abspath(path) + function if os.path.lexists(path) else name
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The defaults, then the recipe's, then with --resume what was typed before, then what is typed now."""
-    parser = get_parser()
-    typed = vars(parser.parse_args(argv))
-    if typed.get("resume") and not typed.get("output"):
-        parser.error("--resume needs --output, the run directory to go on in")
-    if typed.get("resume") and typed.get("overwrite"):
-        parser.error("--resume goes on with a run, --overwrite replaces it: give one of them")
-    saved = run_directory.read_given(Path(typed["output"])) if typed.get("resume") else {}
+    typed = read_flags(argv)
+    saved = from_rank_zero(lambda: run_directory.read_given(Path(typed["output"])) if typed.get("resume") else {})
     defaults = {name: default for flags in FLAGS.values() for name, (default, _, _) in flags.items()}
-    given = saved | {name: typed[name] for name in typed if name not in ("resume", "overwrite", "output")}
+    given = saved | {name: typed[name] for name in typed if name not in ("resume", "overwrite", "output", "timeout")}
     recipe = given.get("recipe") or BY_DATA.get(given.get("data", defaults["data"]), "imagenet-cnn")
     args = argparse.Namespace(**defaults | RECIPES[recipe] | given | typed | {"recipe": recipe, "given": given})
     stretch = args.epochs / RECIPES[recipe]["epochs"]  # the recipe's milestones keep their place in a shorter run
@@ -212,20 +246,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.warmup_epochs *= stretch
 
     if args.kd and not args.teacher:
-        parser.error(f"--kd {args.kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
+        raise UserError(f"--kd {args.kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
     if args.teacher and not args.kd:
-        parser.error("--teacher needs --kd nkd or --kd kd")
+        raise UserError("--teacher needs --kd nkd or --kd kd")
     for method, names in OF_METHOD.items():
         misplaced = typed.keys() & set(names)
         if misplaced and f"--kd {args.kd}" != method and f"--self-kd {args.self_kd}" != method:
-            parser.error(f"--{min(misplaced).replace('_', '-')} needs {method}")
-    if Path(args.model).is_dir() and typed.keys() & {"model_args", "small_stem", "interpolation", "eval_crop"}:
-        parser.error("--model is a student/ folder, which has its own arguments, stem, interpolation and crop")
+            raise UserError(f"--{min(misplaced).replace('_', '-')} needs {method}")
+    if os.path.isdir(args.model) and typed.keys() & {"model_args", "small_stem", "interpolation", "eval_crop"}:
+        raise UserError("--model is a student/ folder, which has its own arguments, stem, interpolation and crop")
     if args.cache == "device" and (args.crop == "resized" or (args.randaugment and args.randaugment[0])):
-        parser.error("--cache device cuts and flips whole batches: say --crop pad or none, and --randaugment 0 0")
+        raise UserError("--cache device cuts and flips whole batches: say --crop pad or none, and --randaugment 0 0")
     if args.batch_size % (WORLD_SIZE * args.grad_accum):
         passes = f"processes x --grad-accum = {WORLD_SIZE} x {args.grad_accum}"
-        parser.error(f"--batch-size {args.batch_size} must be a multiple of {passes}")
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {passes}")
     return args
 
 
@@ -236,8 +270,13 @@ def named_losses(
     logits: Tensor, weak_logits: Tensor | None, teacher_logits: Any, target: Tensor, *,
     kd: str | None = None, label_smoothing: float = 0.0, gamma: float = 1.5, temperature: float = 1.0,
     kd_weight: float = 1.0, kd_temperature: float = 4.0, alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005,
+    group: Any = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The terms of the objective by name; their sum is what is minimised. USKD: where there are weak logits."""
+    """The terms of the objective by name; their sum is what is minimised. USKD: where there are weak logits.
+
+    group: the processes that share a batch. USKD's mean over the batch is then over all of it, but for one pass of
+    --grad-accum, whose logits are all that is known before its backward.
+    """
     losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)}
     if kd == "nkd":
         losses["nkd"] = nkd_loss(logits, teacher_logits, target, gamma=gamma, temperature=temperature)
@@ -246,7 +285,7 @@ def named_losses(
         kl = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
         losses["kd"] = kd_weight * kd_temperature**2 * kl
     if weak_logits is not None:
-        losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=beta, mu=mu)
+        losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=beta, mu=mu, group=group)
     return losses
 
 
@@ -280,7 +319,7 @@ class LossLog:
     def __init__(self, skips_steps: bool) -> None:
         self.skips_steps = skips_steps  # fp16: GradScaler skips a step whose gradients are not finite
         self.waiting: list[tuple[int, Tensor]] = []
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, float] = {}  # with count, what a checkpoint keeps
         self.count = self.skipped_in_a_row = 0
 
     def add(self, step: int, losses: dict[str, Tensor]) -> None:
@@ -293,11 +332,11 @@ class LossLog:
         values = torch.stack([value for _, value in self.waiting]).double().cpu() if steps else torch.empty(0, 1)
         self.waiting = []
         finite = values.isfinite().all(1)
-        self.skipped_in_a_row = 0 if finite.any() else self.skipped_in_a_row + len(steps)
+        self.skipped_in_a_row = 0 if finite.any() else self.skipped_in_a_row + len(set(steps))
         if not finite.all() and (not self.skips_steps or self.skipped_in_a_row > 20):
             first = int(finite.int().argmin())
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(self.sums, values[first].tolist()))
-            raise RankError(
+            raise UserError(
                 f"the loss is not finite at step {steps[first]}: {terms}; try a lower --lr, --clip-grad 5, "
                 "longer --warmup-epochs, or --amp off; the last checkpoint is kept"
             )
@@ -339,77 +378,6 @@ def make_optimizer(
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------
-
-
-class Data(NamedTuple):
-    train: Any  # datasets of (PIL image, class index)
-    val: Any
-    label_names: list[str]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, a fifth of each class held out."""
-
-    def __init__(self, train: bool) -> None:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
-        images, self.labels = (split[0], split[2]) if train else (split[1], split[3])
-        self.images = (images * (255 / 16)).astype(np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
-
-
-@contextmanager
-def local_rank_zero_first() -> Iterator[None]:
-    """For what may download: one rank of a machine fetches, then the others find it."""
-    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
-        dist.barrier()
-    yield
-    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
-        dist.barrier()
-
-
-def open_data(name: str, folder: str = "data", download: bool = False) -> Data:
-    """The data set that --data names; folder: where cifar is kept."""
-    if name == "digits":
-        return Data(Digits(train=True), Digits(train=False), [str(i) for i in range(10)], (0.5,) * 3, (0.5,) * 3)
-    if name in ("cifar10", "cifar100"):
-        cifar = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-        try:
-            with local_rank_zero_first():
-                train, val = (cifar(folder, train=train, download=download) for train in (True, False))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{name} in {folder!r}: {error}; --download fetches it") from error
-        return Data(train, val, train.classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-    return open_folder(name)
-
-
-def open_folder(name: str) -> Data:
-    root = Path(name)
-    missing = [str(root / part) for part in ("train", "val") if not (root / part).is_dir()]
-    if missing:
-        expected = "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or one of digits, cifar10, cifar100"
-        raise UserError(f"--data {name}: no folder {' and no folder '.join(missing)}; expected {expected}")
-    try:
-        folders = (str(root / part) for part in ("train", "val"))
-        train, val = (torchvision.datasets.ImageFolder(folder, loader=open_image) for folder in folders)
-    except FileNotFoundError as error:
-        raise UserError(f"--data {name}: {' '.join(str(error).split())}") from error
-    if train.classes != val.classes:
-        difference = sorted(set(train.classes) ^ set(val.classes))
-        raise UserError(f"--data {name}: train/ and val/ hold different classes: {', '.join(difference[:5])}")
-    if len(train.classes) < 2:
-        raise UserError(f"--data {name} has the one class {train.classes[0]}: at least 2 are needed")
-    return Data(train, val, train.classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):
@@ -481,8 +449,14 @@ class Samples(Dataset):
 class EpochSampler(DistributedSampler):
     """DistributedSampler that hands the epoch on with each index, for the seed of the sample's augmentation."""
 
+    start = 0  # samples of this rank that a resumed epoch has had
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        super().set_epoch(epoch)
+        self.start = start
+
     def __iter__(self) -> Any:
-        return ((self.epoch, index) for index in super().__iter__())
+        return ((self.epoch, index) for index in itertools.islice(super().__iter__(), self.start, None))
 
 
 class Batch(NamedTuple):
@@ -547,29 +521,33 @@ class DeviceLoader:
         crop: str = "none", hflip: float = 0.0,
     ) -> None:  # fmt: skip
         self.batch_size, self.train, self.seed, self.crop, self.hflip = batch_size, train, seed, crop, hflip
-        batches = list(progress(decoded, "decode"))
+        batches = list(progress_bar(decoded, "decode"))
         self.corrupt = [unreadable for batch in batches for unreadable in batch.corrupt]
         whole = [batch for batch in batches if batch.images is not None]
         if not whole:
-            raise RankError(f"--cache device: not one image could be read, the first is {self.corrupt[0][0]}")
+            raise UserError(f"--cache device: not one image could be read, the first is {self.corrupt[0][0]}")
         self.images, self.labels = (torch.cat([batch[i] for batch in whole]).to(device) for i in (0, 1))  # type: ignore
-        self.count, self.share, self.epoch = len(self.labels), len(decoded.dataset) // WORLD_SIZE, 0  # type: ignore
+        self.count, self.share = len(self.labels), len(decoded.dataset) // WORLD_SIZE  # type: ignore
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return self.share // self.batch_size if self.train else math.ceil(self.count / self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[Batch]:
-        device = self.images.device
-        generator = torch.Generator(device).manual_seed((self.seed * 1_000_003 + self.epoch) * WORLD_SIZE + RANK)
+        device, seed = self.images.device, (self.seed * 1_000_003 + self.epoch) * WORLD_SIZE + RANK
+        generator = torch.Generator(device).manual_seed(seed)
         order = torch.arange(self.count, device=device)
         if self.train:  # every rank needs as many batches: for unreadable images others come twice
             shuffled = torch.randperm(self.count, generator=generator, device=device)
             order = shuffled[torch.arange(len(self) * self.batch_size, device=device) % self.count]
-        for picked in order.split(self.batch_size):
+        batches = order.split(self.batch_size)
+        for i in range(self.start // self.batch_size, len(batches)):
+            picked = batches[i]
             images = self.images[picked]
+            generator.manual_seed((seed * 1_000_003 + i + 1) % 2**63)
             images = crop_and_flip(images, self.crop, self.hflip, generator) if self.train else images
             yield Batch(images, self.labels[picked], self.corrupt)
 
@@ -631,7 +609,7 @@ class CorruptCount:
             print(f"skipped a corrupt image ({count} so far in {self.what}): {name}: {reason}", file=sys.stderr)
             if count > max(1, 0.01 * self.total):
                 share = f"{count} of {self.total} {self.what} images cannot be read, more than 1 %"
-                raise RankError(f"{share}: mend or remove them; the last one is {name}")
+                raise UserError(f"{share}: mend or remove them; the last one is {name}")
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
@@ -639,14 +617,18 @@ class CorruptCount:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Iterable[Batch], to_device: ToDevice, amp: torch.dtype | None, corrupt: CorruptCount
-) -> dict[str, float]:
-    """Top-1 and top-5 in percent and the cross-entropy, each sample of all ranks counted once."""
+    model: nn.Module, loader: Iterable[Batch], to_device: ToDevice, amp: torch.dtype | None, corrupt: CorruptCount,
+    stop: StopRequest | None = None,
+) -> dict[str, float] | None:  # fmt: skip
+    """Top-1 and top-5 in percent and the cross-entropy, each sample of all ranks counted once; None: asked to stop."""
     model.eval()
     device = to_device.device
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, samples
-    for images, labels, unreadable in progress(loader, "validate"):
+    totals = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, samples, ranks asked to stop
+    for images, labels, unreadable in progress_bar(loader, "validate"):
         corrupt.add(unreadable)
+        if stop and stop.name:
+            totals[4] += 1
+            break
         if images is None:
             continue
         labels = labels.to(device, non_blocking=True)
@@ -654,41 +636,20 @@ def evaluate(
             logits = model(to_device(images)).float()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels)).to(loss)])
+        totals[:4] += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(labels))])
     if WORLD_SIZE > 1:
         dist.all_reduce(totals)
-    loss, top1, top5, count = totals.tolist()
+    loss, top1, top5, count, stopped = totals.tolist()
+    if stopped:
+        return None
     if not count:
         raise UserError("not one validation image could be read")
     return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
 
 
-def progress(loader: Any, what: str, total: int | None = None) -> Any:
-    return tqdm(loader, what, total=total, leave=False, disable=not (IS_MAIN and sys.stdout.isatty()))
-
-
-# ---- run directory ------------------------------------------------------------------------------------------------
-
-
-def make_run_dir(output: str | None, model: str, method: str, resume: bool, overwrite: bool) -> Path:
-    """The run's directory, the same on every rank."""
-    answer: list[Any] = [None]
-    if IS_MAIN:
-        try:
-            answer[0] = run_directory.claim(output, model, method, resume, overwrite)
-        except UserError as error:
-            answer[0] = error
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_whole(path, buffer.getbuffer())
+def progress_bar(loader: Any, what: str, total: int | None = None, first: int = 0) -> Any:
+    shown = IS_MAIN and sys.stdout.isatty()
+    return tqdm(loader, what, total=total, initial=first, leave=False, disable=not shown)
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
@@ -725,7 +686,7 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
     torch.manual_seed(args.seed)
     student, config = open_student(
         args.model, data.label_names, args.img_size, data.mean, data.std, args.interpolation, args.eval_crop,
-        args.model_args, args.small_stem,
+        args.model_args, args.small_stem, args.model_file,
     )  # fmt: skip
     num_classes, input_size = config["num_classes"], config["input_size"]
     micro_batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
@@ -735,7 +696,7 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
             raise UserError("--sync-bn needs CUDA devices")
         student = convert_sync_batchnorm(student)
     if args.teacher and teacher is None:
-        model, mean, std, size = load_teacher(args.teacher, config, local_rank_zero_first)
+        model, mean, std, size = load_teacher(args.teacher, config, local_rank_zero_first, args.model_file)
         teacher = Teacher(model, mean, std, config["mean"], config["std"], size[1:])
     if teacher:
         teacher.to(device=device).to(memory_format=memory_format)
@@ -761,13 +722,19 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
     updates_per_epoch = len(train_loader) // args.grad_accum
     if updates_per_epoch == 0:
         raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data.train)} training images")
+    if getattr(train_loader, "num_workers", 0):
+        check_shared_memory(2 * train_loader.num_workers * 2 * micro_batch * math.prod(input_size))
+    settled = settle_batch_norm(net, args.epochs * updates_per_epoch)
+    if settled and IS_MAIN:
+        print(settled, flush=True)
 
     optimizer, scheduler = make_optimizer(
         net, args.opt, args.lr, args.weight_decay, args.momentum, args.schedule, args.epochs, args.warmup_epochs,
         args.step_epochs, args.step_factor, updates_per_epoch,
     )  # fmt: skip
     weights = ("kd", "label_smoothing", "gamma", "temperature", "kd_weight", "kd_temperature", "alpha", "beta", "mu")
-    objective = functools.partial(named_losses, **{name: getattr(args, name) for name in weights})
+    group = dist.group.WORLD if WORLD_SIZE > 1 else None
+    objective = functools.partial(named_losses, group=group, **{name: getattr(args, name) for name in weights})
     to_device = ToDevice(config["mean"], config["std"], device, memory_format)
     augment = batch_augmentation(args.random_erasing, args.mixup, args.cutmix, num_classes, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -783,7 +750,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if torch.cuda.device_count() <= LOCAL_RANK:
-        raise RankError(f"{torch.cuda.device_count()} GPUs, but local rank {LOCAL_RANK}: lower --nproc-per-node")
+        raise UserError(f"{torch.cuda.device_count()} GPUs, but local rank {LOCAL_RANK}: lower --nproc-per-node")
     torch.cuda.set_device(LOCAL_RANK)
     return torch.device("cuda", LOCAL_RANK)
 
@@ -795,95 +762,88 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
-def restore(run: Training, state: dict[str, Any], opt: str, where: str) -> None:
-    """Take a checkpoint's weights, optimizer, scaler and random states; options such as --weight-decay stay ours."""
-    load_weights(run.net, state["model"], where)
-    if state["args"]["opt"] != opt:
-        raise UserError(f"{where} was saved with --opt {state['args']['opt']}, not {opt}")
-    theirs, ours = state["optimizer"]["param_groups"], run.optimizer.param_groups
-    if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in ours]:
-        raise UserError(f"{where} was saved with other groups of parameters: take the same --weight-decay and --tap")
-    for saved, now in zip(theirs, ours):
-        saved.update({name: value for name, value in now.items() if name != "params"})
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.scaler.is_enabled() and state["scaler"]:
-        run.scaler.load_state_dict(state["scaler"])
-    if len(state["random"]) == WORLD_SIZE:
-        states = state["random"][RANK]
-        torch.set_rng_state(states["torch"])
-        random.setstate(states["python"])
-        if "cuda" in states and run.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], run.device)
-
-
 def train_epoch(
-    parallel: nn.Module, run: Training, epoch: int, corrupt: CorruptCount, log: LossLog, log_interval: int,
-    grad_accum: int, clip_grad: float | None, ema: ModelEmaV3 | None,
-) -> float:  # fmt: skip
-    """One pass over the training images; returns the learning rate of its first step. parallel: run.net, wrapped."""
+    parallel: nn.Module, run: Training, progress: Progress, corrupt: CorruptCount, log: LossLog, log_interval: int,
+    grad_accum: int, clip_grad: float | None, ema: ModelEmaV3 | None, after_step: Callable[[], bool],
+) -> bool:  # fmt: skip
+    """The training images, from where progress says; True once after_step, called after optimizer steps, says stop."""
     parallel.train()
-    lr, step = 0.0, epoch * run.updates_per_epoch
-    getattr(run.train_loader, "sampler", run.train_loader).set_epoch(epoch)
-    batches = itertools.islice(run.train_loader, run.updates_per_epoch * grad_accum)
-    for i, (images, labels, unreadable) in enumerate(progress(batches, f"epoch {epoch + 1}", len(run.train_loader))):
+    began, first = time.time() - progress.seconds, progress.step * grad_accum
+    sampler = getattr(run.train_loader, "sampler", run.train_loader)
+    sampler.set_epoch(progress.epoch, first * run.train_loader.batch_size)
+    batches = itertools.islice(run.train_loader, run.updates_per_epoch * grad_accum - first)
+    shown = progress_bar(batches, f"epoch {progress.epoch + 1}", run.updates_per_epoch * grad_accum, first)
+    for i, (images, labels, unreadable) in enumerate(shown):
         corrupt.add(unreadable)
         if images is None:
-            raise RankError(f"not one image of a training batch could be read, the first is {unreadable[0][0]}")
+            raise UserError(f"not one image of a training batch could be read, the first is {unreadable[0][0]}")
         images, target = run.augment(run.to_device(images), labels.to(run.device, non_blocking=True))
         last_pass = (i + 1) % grad_accum == 0
         if isinstance(parallel, DistributedDataParallel):
             # gradients are exchanged at the last pass alone; DDP.no_sync() sets the same, as a context
             parallel.require_backward_grad_sync = last_pass
         losses = forward_backward(parallel, run.teacher, images, target, run.objective, run.amp, run.scaler, grad_accum)
+        step = progress.epoch * run.updates_per_epoch + progress.step
         log.add(step, losses)
         if not last_pass:
             continue
         run.scheduler.step_update(step)
-        lr = lr or run.optimizer.param_groups[0]["lr"]
+        progress.lr = progress.lr or run.optimizer.param_groups[0]["lr"]
         update(run.net, run.optimizer, run.scaler, clip_grad)
-        step += 1
+        progress.step += 1
+        progress.seconds = time.time() - began
         if ema:
-            ema.update(run.student, step)
-        if step % log_interval == 0:
+            ema.update(run.student, step + 1)
+        if progress.step % log_interval == 0:
             log.read()
+        if after_step():
+            return True
     log.read()
-    return lr
+    return False
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
     started = time.time()
     device = pick_device(args.device)
-    if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     run = build(args)
-    executed = 0  # optimizer steps really taken; GradScaler leaves some out
+    with ExitStack() as at_the_end:
+        method = "-".join(filter(None, [args.kd, args.self_kd])) or "ce"
 
-    def count_step(*_: Any) -> None:
-        nonlocal executed
-        executed += 1
+        def claim() -> Path:
+            folder = run_directory.claim(args.output, args.model, method, bool(args.resume), args.overwrite)
+            at_the_end.enter_context(run_directory.locked(folder))
+            if args.overwrite:
+                run_directory.clear(folder)
+            terminal.log = open(folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            return folder
 
-    run.optimizer.register_step_post_hook(count_step)
+        output = from_rank_zero(claim)
+        disk = at_the_end.enter_context(ThreadPoolExecutor(1))  # writes while training goes on
+        train_in(output, args, run, stop, disk, started)
 
-    # resume, EMA, compile, DDP, in this order
-    method = "-".join(filter(None, [args.kd, args.self_kd])) or "ce"
-    output = make_run_dir(args.output, args.model, method, args.resume, args.overwrite)
+
+def train_in(
+    output: Path, args: argparse.Namespace, run: Training, stop: StopRequest, disk: ThreadPoolExecutor, started: float
+) -> None:
+    """Train in a run directory that is this run's alone: resume, EMA, compile, DDP, in this order, then the epochs."""
+    device = run.device
     torch.manual_seed(args.seed + RANK)
     random.seed(args.seed + RANK)
-    last, first_epoch, best, rows = output / "last.pt", 0, -1.0, []
-    state = None
-    if args.resume and last.exists():
-        try:
-            state = torch.load(last, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-            raise UserError(f"{last} cannot be read as a checkpoint: {type(error).__name__}") from error
-        restore(run, state, args.opt, str(last))
-        first_epoch, best, rows = state["epoch"] + 1, state["best"], state["rows"]
-    ema = ModelEmaV3(run.student, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
-    if ema and state:
-        load_weights(ema.module, state["ema"] or run.student.state_dict(), str(last))
+    try:
+        ema = ModelEmaV3(run.student, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
+    except RuntimeError as error:
+        raise UserError(
+            f"--ema-decay needs a model that can be copied: {' '.join(str(error).split())[:200]}"
+        ) from error
+    averaged = ema.module if ema else None
+    log, progress = LossLog(skips_steps=run.scaler.is_enabled()), Progress()
+    state = State(run.net, averaged, run.optimizer, run.scaler, progress, log)
+    loaded = load_checkpoint(output, args.resume == "auto") if args.resume else None
+    if loaded:
+        state.restore(loaded[1], args.opt, run.data.label_names, loaded[0])
     compiled: Any = torch.compile(run.net) if args.compile else run.net
     if args.compile and run.teacher:
         run.teacher.model = torch.compile(run.teacher.model)  # type: ignore[assignment]
@@ -892,73 +852,119 @@ def train(args: argparse.Namespace) -> None:
         ids = [device.index] if device.type == "cuda" else None
         parallel = DistributedDataParallel(compiled, device_ids=ids, gradient_as_bucket_view=True)
 
-    def peak_memory() -> int:
-        """MiB: of GPU memory on CUDA, else resident memory of this process."""
-        return torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else run_directory.resident_mib()
-
     board: Any = None
     if IS_MAIN:
         from torch.utils.tensorboard import SummaryWriter
 
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         write_whole(output / "args.json", run_directory.describe(vars(args), gpu, WORLD_SIZE))
-        board = SummaryWriter(str(output), purge_step=first_epoch + 1 if state else None)
+        board = SummaryWriter(str(output), purge_step=progress.epoch + 1 if loaded else None)
         say_what_starts(args, run, output)
         if args.resume:
-            print(f"going on after epoch {first_epoch}" if state else f"no {last} yet: starting anew", flush=True)
+            within = f", at step {progress.step} of the next" if progress.step else ""
+            going_on = f"going on from {loaded[0]}, after epoch {progress.epoch}{within}" if loaded else ""
+            print(going_on or f"no {output}/last.pt yet: starting anew", flush=True)
 
-    log = LossLog(skips_steps=run.scaler.is_enabled())
     corrupt = {part: CorruptCount(part, len(source) // WORLD_SIZE) for part, source in
                (("training", run.data.train), ("validation", run.data.val))}  # fmt: skip
-    for epoch in range(first_epoch, args.epochs):
-        began, executed = time.time(), 0
-        lr = train_epoch(
-            parallel, run, epoch, corrupt["training"], log, args.log_interval, args.grad_accum, args.clip_grad, ema
-        )
-        images_per_s = run.updates_per_epoch * args.batch_size / (time.time() - began)
-        if WORLD_SIZE > 1:  # each rank has batch-norm statistics of its own: all must evaluate the same model
-            for model in filter(None, (run.student, ema and ema.module)):
-                distribute_bn(model, WORLD_SIZE, reduce=True)
-        evaluated = ema.module if ema else compiled
-        metrics = evaluate(evaluated, run.val_loader, run.to_device, run.amp, corrupt["validation"])
-        rows.append({
-            "epoch": epoch + 1, **log.means(device), **metrics,
-            "lr": lr,  # of the epoch's first step
-            "skipped_steps": run.updates_per_epoch - executed, "images_per_s": images_per_s,
-            "seconds": time.time() - began, "memory_mib": peak_memory(),
+    known = {}
+    if run.teacher:
+        known["teacher_top1"] = check_teacher(run, args.teacher, args.workers, corrupt["validation"])
+    agreement, saved_at, waiting = Agreement(), time.time(), Future[None]()
+    waiting.set_result(None)
+
+    def count_step(*_: Any) -> None:
+        progress.executed += 1
+
+    def save(*others: Callable[[], Any], best: bool = False) -> None:
+        """Copy the state; a thread writes it, after the other files."""
+        nonlocal saved_at, waiting
+        saved_at = time.time()
+        content = state.copy(vars(args), run.config)
+        if IS_MAIN:
+            waiting.result()  # of the last save, which raises what went wrong there
+            waiting = disk.submit(write_run, output, content, others, best)
+
+    def after_step() -> bool:
+        due = IS_MAIN and 0 < args.save_every * 60 < time.time() - saved_at
+        stopping, saving = agreement.ask(stop.name is not None, due)
+        if saving or stopping:
+            log.read()
+            save()
+        return stopping
+
+    run.optimizer.register_step_post_hook(count_step)
+    while progress.epoch < args.epochs:
+        stopped = train_epoch(parallel, run, progress, corrupt["training"], log, args.log_interval, args.grad_accum,
+                              args.clip_grad, ema, after_step)  # fmt: skip
+        began = time.time()
+        metrics = None
+        if not stopped:
+            if WORLD_SIZE > 1:  # each rank has batch-norm statistics of its own: all must evaluate the same model
+                for model in filter(None, (run.student, averaged)):
+                    distribute_bn(model, WORLD_SIZE, reduce=True)
+            metrics = evaluate(
+                averaged or compiled, run.val_loader, run.to_device, run.amp, corrupt["validation"], stop
+            )
+            if metrics is None:
+                save()
+        if metrics is None:
+            waiting.result()
+            if IS_MAIN:
+                print(f"stopped by {stop.name or 'a signal'} at step {progress.step} of epoch {progress.epoch + 1}: "
+                      f"{output}/last.pt is saved, --resume goes on", flush=True)  # fmt: skip
+            break
+        progress.rows.append({
+            "epoch": progress.epoch + 1, **log.means(device), **metrics, **known, "lr": progress.lr,
+            "skipped_steps": run.updates_per_epoch - progress.executed,
+            "images_per_s": run.updates_per_epoch * args.batch_size / progress.seconds,
+            "seconds": progress.seconds + time.time() - began, "memory_mib": peak_memory(device),
         })  # fmt: skip
-        random_state = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        if device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(device)
-        rank_random = [random_state] * WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_gather_object(rank_random, random_state)
-        improved = metrics["val_top1"] >= best
-        best = max(best, metrics["val_top1"])
-        if not IS_MAIN:
-            continue
-        print(run_directory.epoch_line(rows[-1], args.epochs), flush=True)
-        for name, value in rows[-1].items():
-            board.add_scalar(name, value, epoch + 1)
-        checkpoint = {
-            "model": run.net.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-            "ema": ema.module.state_dict() if ema else None, "epoch": epoch, "best": best, "rows": rows,
-            "random": rank_random, "args": vars(args), "config": run.config,
-        }  # fmt: skip
-        if improved:
-            plain = ema.module if ema else run.student
-            save_student(output / "student", plain, run.config | {"metrics": {"epoch": epoch + 1} | metrics})
-            save_checkpoint(output / "best.pt", checkpoint)
-        run_directory.write_metrics(output / "metrics.csv", rows)
-        save_checkpoint(last, checkpoint)  # the last: what a resume starts from knows of the rest
+        improved = math.isfinite(metrics["val_loss"]) and metrics["val_top1"] >= progress.best
+        progress.next_epoch(best=metrics["val_top1"] if improved else progress.best)
+        if IS_MAIN:
+            print(run_directory.epoch_line(progress.rows[-1], args.epochs), flush=True)
+            for name, value in progress.rows[-1].items():
+                board.add_scalar(name, value, progress.epoch)
+        others = [functools.partial(run_directory.write_metrics, output / "metrics.csv", list(progress.rows))]
+        if improved and IS_MAIN:
+            config = run.config | {"metrics": {"epoch": progress.epoch} | metrics}
+            weights = student_bytes(averaged or run.student)
+            others.append(functools.partial(write_student, output / "student", weights, config))
+        save(*others, best=improved)
 
     if IS_MAIN:
+        waiting.result()
         board.close()
-        run_directory.plot_curves(output / "curves.png", rows)
+    if IS_MAIN and progress.epoch == args.epochs:
+        run_directory.plot_curves(output / "curves.png", progress.rows)
         if args.reference:
-            print(keep_reference(output, run.data.val, run.data.train, args.reference), flush=True)
-        print(f"last top-1 {rows[-1]['val_top1']:.2f} %, best {best:.2f} % -> {output}/student; "
-              f"{time.time() - started:.0f} s, {peak_memory()} MiB at most", flush=True)  # fmt: skip
+            own = [args.model] if is_own(args.model) else args.model_file
+            print(keep_reference(output, run.data.val, run.data.train, args.reference, own), flush=True)
+        print(f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {output}/student; "
+              f"{time.time() - started:.0f} s, {peak_memory(device)} MiB at most", flush=True)  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> int:
+    """MiB: of GPU memory on CUDA, else resident memory of this process."""
+    return torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else run_directory.resident_mib()
+
+
+def check_teacher(run: Training, name: str, workers: int | None, corrupt: CorruptCount) -> float:
+    """The teacher's own top-1 on up to 2,000 validation images, said before the first epoch."""
+    view = functools.partial(eval_view, config=run.config)
+    loader = make_loader(run.data.val, view, 64, False, workers=workers, indices=evenly(len(run.data.val), 2000))
+    assert run.teacher
+    metrics = evaluate(run.teacher, loader, run.to_device, run.amp, corrupt)
+    assert metrics
+    chance = 100 / len(run.data.label_names)
+    if IS_MAIN:
+        print(f"teacher {name}: top-1 {metrics['val_top1']:.2f} % on {min(2000, len(run.data.val))} validation images",
+              flush=True)  # fmt: skip
+        if metrics["val_top1"] < 2 * chance:
+            print(f"warning: that is below twice chance ({chance:.2g} %): are its classes in another order, is it "
+                  "untrained, are its mean and std not its own?", file=sys.stderr, flush=True)  # fmt: skip
+    return metrics["val_top1"]
 
 
 def say_what_starts(args: argparse.Namespace, run: Training, output: Path) -> None:
@@ -973,28 +979,37 @@ def say_what_starts(args: argparse.Namespace, run: Training, output: Path) -> No
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; a mistake of the user's is one line on stderr and status 2."""
-    try:
-        train(parse_args(argv))
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return 0
-    except KeyboardInterrupt:
-        if IS_MAIN:
-            print("\ninterrupted: --output RUN --resume goes on after the last whole epoch", file=sys.stderr)
-        return 130
-    except Exception as error:
-        message = explain(error)
-        if WORLD_SIZE > 1 and re.search("closed by peer|reset by peer|NCCL", message or str(error)):
-            message = "lost another rank, which says why"
-        if message is None:
-            raise
-        everywhere = isinstance(error, UserError) and not isinstance(error, RankError)
-        if not everywhere or IS_MAIN:
-            show_error("train.py", ("" if everywhere or WORLD_SIZE == 1 else f"rank {RANK}: ") + message)
-        else:
-            time.sleep(2)  # rank 0 says it; torchrun would stop it as soon as this rank has ended
-    return 2
+    """Run; a mistake of the user's is one line on stderr and status 2. What asks for a stop gets a checkpoint and 0."""
+    with terminals() as (stdout, stderr), stop_signals() as stop:
+        try:
+            connect(read_flags(argv).get("timeout", 5.0))
+            train(parse_args(argv), stop, stdout)
+            return 0
+        except KeyboardInterrupt:
+            if IS_MAIN:
+                print("\ninterrupted: --output RUN --resume goes on after the last checkpoint", file=sys.stderr)
+            return 130
+        except Exception as error:
+            message = explain(error)
+            stderr.log, stdout.log = stdout.log, None
+            if Ranks.here and re.search(
+                "(?i)closed by peer|reset by peer|NCCL|gloo|timed out|timeout", message or str(error)
+            ):
+                lost = Ranks.here.silent()
+                if lost is None:
+                    return 2  # another has failed, and says why
+                message = f"lost rank {lost[0]}: it has ended or hangs" if lost else f"a rank does not answer: {error}"
+            if message is None:
+                raise
+            if Ranks.here is None and not IS_MAIN:
+                time.sleep(2)  # rank 0 says it; torchrun would stop it as soon as this one has ended
+            elif Ranks.here is None or Ranks.here.first_to_say(message):
+                show_error("train.py", f"rank {RANK}: {message}" if RANK else message)
+            else:
+                time.sleep(1)
+            return 2
+        finally:
+            disconnect()
 
 
 if __name__ == "__main__":

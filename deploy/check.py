@@ -192,7 +192,8 @@ def validation_batches(
     student: Path, limit: int | None, data: str, data_dir: str | None, workers: int | None, torch_student: Runtime
 ) -> Iterator[Batch]:
     """The run's whole validation set, or an evenly spaced part; data: as of --data, "" for what args.json says."""
-    import train  # the one place in deploy/ that knows data sets, for a workstation
+    import train  # the one place in deploy/ that knows it, for a workstation
+    from deploy.datasets import open_data
 
     file, config = student.resolve().parent / "args.json", torch_student.metadata
     try:
@@ -201,7 +202,7 @@ def validation_batches(
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "does not say" if file.is_file() else "is not there to say"
         raise UserError(f"{file} {what} where the run's images are: --data DATA does") from error
-    source = train.open_data(name, folder)
+    source = open_data(name, folder)
     if [str(label) for label in source.label_names] != config["label_names"]:
         raise UserError(
             f"--data {name} has other classes than {student}: {', '.join(map(str, source.label_names[:3]))}, ... "
@@ -211,7 +212,7 @@ def validation_batches(
     view = functools.partial(train.eval_view, config=config)
     corrupt = train.CorruptCount("validation", len(source.val))
     loader = train.make_loader(source.val, view, max(BATCHES), False, workers=workers, indices=picked)
-    for images, labels, unreadable in train.progress(loader, "validation images"):
+    for images, labels, unreadable in train.progress_bar(loader, "validation images"):
         corrupt.add(unreadable)
         if images is not None:
             pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())

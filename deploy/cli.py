@@ -6,6 +6,7 @@ Imports nothing but the standard library, so that a command which fails fails at
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import importlib.metadata
@@ -13,7 +14,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -40,16 +41,21 @@ def make_parser(doc: str | None, name: str) -> Parser:
     )
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
-    """The type of a flag: a finite number from low to high, or above low."""
+def number(
+    kind: type, low: float, high: float = math.inf, above: bool = False, or_zero: bool = False
+) -> Callable[[str], Any]:
+    """The type of a flag: a finite number from low to high, or above low, or 0."""
 
     def read(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
+        if or_zero and value == 0:
+            return value
         if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
             span = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+            span = f"0, or {span}" if or_zero else span
             raise argparse.ArgumentTypeError(f"must be {f'greater than {low}' if above else span}, got {text}")
         return value
 
@@ -73,11 +79,13 @@ def add_model_file(parser: argparse.ArgumentParser) -> None:
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     """What add_device's flags say, as deploy.runtimes.load takes it."""
-    return {name: getattr(args, name) for name in ("device", "threads", "allow_fallback", "model_file")}
+    options = {name: getattr(args, name) for name in ("device", "threads", "allow_fallback")}
+    return options | {"model_files": [args.model_file] if args.model_file else []}
 
 
 def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], argv: list[str] | None = None) -> int:
     """Parse and run. 0, or what run returns; 2 after one line on stderr for a user's mistake."""
+    escape_what_the_terminal_lacks()
     try:
         args = parser.parse_intermixed_args(argv)  # files may come after flags
         for name in ("threads", "workers"):
@@ -93,6 +101,66 @@ def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], arg
             raise
         show_error(parser.prog, message)
         return 2
+
+
+def escape_what_the_terminal_lacks() -> None:
+    """A label with an accent is no reason to fail where the locale is not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class Terminal:
+    """stdout or stderr that may die (a closed pipe, a terminal that is gone) while the program goes on.
+
+    log: a file that gets the same lines
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.dead = stream, False
+        self.log: Any = None
+
+    def write(self, text: str) -> int:
+        if self.log and "\r" not in text:  # a progress bar
+            with contextlib.suppress(OSError):
+                self.log.write(text)
+        self.tell(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        if self.log:
+            with contextlib.suppress(OSError):
+                self.log.flush()
+        self.tell(self.stream.flush)
+
+    def tell(self, what: Callable[[], Any]) -> None:
+        if self.dead:
+            return
+        try:
+            what()
+        except (OSError, ValueError):  # ValueError: the stream was closed
+            self.dead = True
+            with contextlib.suppress(Exception):  # else the interpreter fails when it flushes at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def terminals() -> Iterator[list[Terminal]]:
+    """stdout and stderr as Terminals."""
+    escape_what_the_terminal_lacks()
+    before = sys.stdout, sys.stderr
+    both = [Terminal(stream) for stream in before]
+    sys.stdout, sys.stderr = both  # type: ignore[assignment]
+    try:
+        yield both
+    finally:
+        sys.stdout, sys.stderr = before
+        for terminal in both:
+            if terminal.log:
+                terminal.log.close()
 
 
 def show_error(program: str, message: str) -> None:
@@ -113,6 +181,8 @@ def explain(error: Exception) -> str | None:
         return (
             f"out of GPU memory: lower --batch-size, split it with --grad-accum, leave out --cache device; {text[:200]}"
         )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
+        return f"out of memory: lower --batch-size, fewer --workers, leave out --cache device; {text[:200]}"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return f"a data loading process died, perhaps for lack of memory: fewer --workers; {text[:200]}"
     return None
@@ -161,8 +231,11 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}; --output names another folder") from error
 
 
-def write_whole(path: Path, content: Any) -> None:
-    """Write text or bytes beside, then rename: the file is the old one or the new one, never half of it."""
+def write_whole(path: Path, content: Any, keep: Path | None = None) -> None:
+    """Write text or bytes beside, then rename: the file is the old one or the new one, never half of it.
+
+    keep: the name under which the old one stays
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -170,6 +243,8 @@ def write_whole(path: Path, content: Any) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def write_reference(file: Path, reference: Reference) -> None:
     write_whole(file, buffer.getbuffer())
 
 
-def keep_reference(run: Path, val: Any, train: Any, count: int) -> str:
+def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Sequence[str] = ()) -> str:
     """Write a run's reference.npz: count images of each set and the answers of its student/, computed by torch.
 
     val, train: sequences of (PIL image, class index); what cannot be read is left out.
@@ -62,7 +63,7 @@ def keep_reference(run: Path, val: Any, train: Any, count: int) -> str:
     Returns:
         What was written, for the user to read.
     """
-    student = load(run / "student", device="cpu")
+    student = load(run / "student", device="cpu", model_files=model_files)
 
     def prepared(source: Any) -> tuple[np.ndarray, np.ndarray]:
         images, labels = [], []

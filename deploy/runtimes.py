@@ -19,7 +19,7 @@ import importlib.util
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ def load(
     threads: int = 0,
     allow_fallback: bool = False,
     compile: bool = False,
-    model_file: str | None = None,
+    model_files: Sequence[str] = (),
 ) -> Runtime:
     """Load a student/ folder or one of its artefacts.
 
@@ -98,7 +98,7 @@ def load(
         threads: CPU threads; 0 leaves it to the runtime
         allow_fallback: run on the CPU if the device asked for is unavailable
         compile: a student/ folder through torch.compile
-        model_file: path/to/file.py:function that builds the model of a student/ folder that is the user's own
+        model_files: path/to/file.py:function of models of the user's own, for a student/ folder that asks for one
 
     Raises:
         UserError: no such device, a runtime that is not installed, or a file that is missing, damaged, foreign or for
@@ -122,7 +122,7 @@ def load(
         raise UserError(f"{path} cannot be loaded here: {first_line(error)}") from error
     loaded = load_kind(
         path, device, threads=threads, allow_fallback=allow_fallback or device == "auto", compile=compile,
-        model_file=model_file,
+        model_files=model_files,
     )  # fmt: skip
     missing = [key for key in METADATA if key not in loaded.metadata]
     if missing:

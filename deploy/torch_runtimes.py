@@ -6,7 +6,7 @@ deploy.runtimes.load imports this module when it is asked for one of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +58,20 @@ class ImageClassifier(nn.Module):
         return self.model(images.to(self.dtype)).float()
 
 
-def load(path: Path, device: str, threads: int, allow_fallback: bool, compile: bool, model_file: str | None) -> Loaded:
+def load(
+    path: Path, device: str, threads: int, allow_fallback: bool, compile: bool, model_files: Sequence[str]
+) -> Loaded:
     """A student/ folder, .ts or .pt2; see deploy.runtimes.load."""
     device = pick_device(device, torch.cuda.is_available(), allow_fallback)
     if threads:
         torch.set_num_threads(threads)
     if path.is_dir():
-        return load_torch(path, device, compile, model_file)
+        return load_torch(path, device, compile, model_files)
     return {".ts": load_torchscript, ".pt2": load_exported}[path.suffix](path, device)
 
 
-def load_torch(path: Path, device: str, compile: bool, model_file: str | None) -> Loaded:
-    model, config = load_student(path, [model_file] if model_file else [])
+def load_torch(path: Path, device: str, compile: bool, model_files: Sequence[str]) -> Loaded:
+    model, config = load_student(path, model_files)
     metadata = config | {"precision": "fp32", "input": UINT8, "source": source_of(path)}
     classifier: Any = ImageClassifier(model, config["mean"], config["std"], channels_last=True).to(device)
     if compile:

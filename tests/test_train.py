@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 import train
 from deploy import predict, run_directory
-from deploy.cli import command
+from deploy.cli import UserError, command
 from deploy.preprocess import open_image, prepare, to_rgb
 from deploy.reference import read_reference
 from deploy.student import build_model, find_architecture, load_student
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--epochs", "1", "--img-size", "16"]
+OWN = ["--model-file", f"{MODELS}:tiny"]  # for a student/ folder of that model
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,10 @@ def test_torchrun_as_written_in_an_empty_folder_and_again(tmp_path):
 def test_a_run_directory_holds_all_that_was_promised():
     run(*TINY, "--self-kd", "uskd", "--epochs", 2, "--output", "out")
     names = {p.name for p in Path("out").iterdir() if not p.name.startswith("events.out")}
-    assert names == {"args.json", "metrics.csv", "curves.png", "last.pt", "best.pt", "reference.npz", "student"}
+    assert names == {
+        "args.json", "metrics.csv", "curves.png", "log.txt", "last.pt", "previous.pt", "best.pt", "reference.npz",
+        "student", ".lock",
+    }  # fmt: skip
     assert list(Path("out").glob("events.out.tfevents.*"))
     assert {p.name for p in Path("out/student").iterdir()} == {"model.safetensors", "config.json"}
 
@@ -133,13 +137,13 @@ def test_a_run_directory_holds_all_that_was_promised():
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["label_names"] == [str(i) for i in range(10)]
     assert config["input_size"] == [3, 16, 16]
-    student, _ = load_student(Path("out/student"))
+    student, _ = load_student(Path("out/student"), OWN[1:])
     assert not any("head" in name for name in student.state_dict())
 
 
 def accuracy(output, photos):
     """Top-1 on photos/val of a saved student, image by image, and what its config.json says of it."""
-    student, config = load_student(Path(output) / "student")
+    student, config = load_student(Path(output) / "student", OWN[1:])
     mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ("mean", "std"))
     files = sorted((photos / "val").glob("*/*.jpg"))
     assert len(files) == 17
@@ -172,7 +176,7 @@ def test_the_prediction_agrees(photos, capsys):
     run(*TINY, "--data", photos, "--batch-size", 8, "--epochs", 2, "--output", "out")
     capsys.readouterr()
     files = sorted(map(str, (photos / "val").glob("*/*.jpg")))
-    assert command(predict.get_parser(), predict.run, ["out/student", *files]) == 0
+    assert command(predict.get_parser(), predict.run, ["out/student", *files, *OWN]) == 0
     answers = re.findall(r"/val/(\w+)/\d+.jpg: (\w+) [\d.]+%, \w+ [\d.]+%$", capsys.readouterr().out, re.M)
     assert 100 * sum(truth == first for truth, first in answers) / 17 == pytest.approx(accuracy("out", photos)[0])
 
@@ -197,7 +201,7 @@ def test_the_reference_is_as_large_as_wanted():
 
 def test_the_losses_are_added_to_the_cross_entropy():
     run(*TINY, "--output", "teacher")
-    args = ["--kd", "nkd", "--teacher", "teacher/student", "--self-kd", "uskd"]
+    args = ["--kd", "nkd", "--teacher", "teacher/student", *OWN, "--self-kd", "uskd"]
     run(*TINY, *args, "--output", "out")
     row = rows("out")[0]
     assert float(row["train_loss"]) == pytest.approx(
@@ -487,8 +491,8 @@ def test_a_cached_epoch_holds_each_image_once_in_an_order_of_its_own(photos):
 def test_a_cached_run_trains_resumes_exactly_and_names_corrupt_images(photos, capfd):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
     (photos / "val/flower/2.jpg").write_bytes(b"no image")
-    flags = [*TINY, "--data", photos, "--cache", "device", "--batch-size", 8, "--recipe", "cifar",
-             "--step-epochs", 9]  # fmt: skip
+    flags = [*TINY, "--model", f"{MODELS}:dropout", "--data", photos, "--cache", "device", "--batch-size", 8, "--recipe",
+             "cifar", "--step-epochs", 9]  # fmt: skip
     run(*flags, "--epochs", 2, "--output", "whole")
     assert capfd.readouterr().err.count("skipped a corrupt image") == 2
     top1 = float(rows("whole")[-1]["val_top1"]) / 100
@@ -537,7 +541,7 @@ def test_cifar_with_its_recipe(tmp_path, monkeypatch):
     assert (flags["recipe"], flags["opt"], flags["small_stem"], flags["alpha"]) == ("cifar", "momentum", True, 0.1)
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["label_names"] == list("abcdefghij")
-    student, _ = load_student(Path("out/student"))
+    student, _ = load_student(Path("out/student"), OWN[1:])
     assert student.conv1.kernel_size == (3, 3)
 
 
@@ -616,7 +620,10 @@ def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
     assert 3 <= done < 6
     resumed = script("--output", "killed", "--resume")  # the flags are those of the run
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on after epoch {done}" in resumed.stdout or f"going on after epoch {done + 1}" in resumed.stdout
+    assert (
+        f"going on from killed/last.pt, after epoch {done}" in resumed.stdout
+        or f"after epoch {done + 1}" in resumed.stdout
+    )
     a, b = (torch.load(f"{out}/last.pt", weights_only=True) for out in ("whole", "killed"))
     for part in ("model", "ema"):
         for name in a[part]:
@@ -643,16 +650,17 @@ def test_flags_given_with_resume_are_those_that_count():
 def test_a_failed_save_leaves_a_last_checkpoint_that_knows_the_saved_best(monkeypatch):
     """The disk fills while best.pt is written: last.pt is still the epoch before, and a resume repeats the epoch."""
     run(*TINY, "--output", "out")
-    save = train.save_checkpoint
+    kept = Path("out/last.pt").read_bytes()
+    write = run_directory.write_whole
 
-    def full(path, state):
+    def full(path, content, keep=None):
         if path.name == "best.pt":
-            raise train.UserError("full")
-        save(path, state)
+            raise UserError("full")
+        write(path, content, keep)
 
-    monkeypatch.setattr(train, "save_checkpoint", full)
+    monkeypatch.setattr(run_directory, "write_whole", full)
     run("--output", "out", "--resume", "--epochs", 2, check=2)
-    assert torch.load("out/last.pt", weights_only=True)["epoch"] == 0
+    assert Path("out/last.pt").read_bytes() == kept
 
 
 # ---- two processes ----
@@ -699,7 +707,7 @@ def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
         (["--reference", "-1"], "--reference: must be at least 0"),
         (["--model", "resnet81"], "unknown model 'resnet81'.*near matches: .*resnet18"),
         (["--model", "zzz"], "unknown model 'zzz'"),
-        (["--model", "nowhere.py:build"], "no file .*/nowhere.py"),
+        (["--model", "nowhere.py:build"], "no file nowhere.py"),
         (["--model", f"{MODELS}:raises"], r"failed: KeyError: 'nothing' \(.*/own_models.py:\d+\)"),
         (["--model", "resnet18.nonsense"], "unknown model 'resnet18.nonsense'"),
         (["--batch-size", "1"], "does not run on a 1x3x32x32 batch: Expected more than 1 value per channel"),
@@ -712,7 +720,7 @@ def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
         (["--kd", "nkd"], "--kd nkd needs --teacher"),
         (["--teacher", "resnet34"], "--teacher needs --kd"),
         (["--kd", "nkd", "--teacher", "resnet43"], "unknown model 'resnet43'"),
-        (["--kd", "nkd", "--teacher", "."], "not a whole student/ folder"),
+        (["--kd", "nkd", "--teacher", "."], "config.json cannot be read: No such file"),
         (["--self-kd", "uskd", "--tap", "features.71"], "--tap names the layer.*near matches: features.7"),
         (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
         (["--lr", "nan"], "--lr: must be at least 0, got nan"),
@@ -788,23 +796,25 @@ def test_checkpoints_and_students_that_do_not_fit(capsys):
     assert "out/last.pt holds the weights of another architecture than ShuffleNetV2" in line
     line = refused(capsys, "--output", "out", "--resume", "--opt", "momentum")
     assert "saved with --opt adamw, not momentum" in line
-    run(*TINY, "--kd", "nkd", "--teacher", "out", "--output", "kd")  # a run directory stands for its student/
+    run(*TINY, *OWN, "--kd", "nkd", "--teacher", "out", "--output", "kd")  # a run directory stands for its student/
     capsys.readouterr()
     config = json.loads(Path("out/student/config.json").read_text())
-    Path("out/student/config.json").write_text(json.dumps(config | {"num_classes": 11}))
-    assert "another architecture" in refused(capsys, *TINY, "--kd", "nkd", "--teacher", "out/student")
+    eleven = {"num_classes": 11, "label_names": [*config["label_names"], "eleven"]}
+    Path("out/student/config.json").write_text(json.dumps(config | eleven))
+    assert "another architecture" in refused(capsys, *TINY, *OWN, "--kd", "nkd", "--teacher", "out/student")
     Path("out/student/config.json").write_text(json.dumps(config))
     Path("out/student/model.safetensors").write_bytes(b"damaged")
-    assert "damaged" in refused(capsys, *TINY, "--kd", "nkd", "--teacher", "out/student")
+    assert "damaged" in refused(capsys, *TINY, *OWN, "--kd", "nkd", "--teacher", "out/student")
     Path("out/last.pt").write_bytes(b"damaged")
-    assert "out/last.pt cannot be read as a checkpoint" in refused(capsys, "--output", "out", "--resume")
+    Path("out/previous.pt").unlink(missing_ok=True)
+    assert "out/last.pt: damaged, or no checkpoint of train.py" in refused(capsys, "--output", "out", "--resume")
 
 
 @pytest.mark.slow
 def test_a_teacher_of_other_classes_is_refused(photos, capsys):
     run(*TINY, "--data", photos, "--batch-size", 8, "--output", "teacher")
     capsys.readouterr()
-    kd = ["--kd", "nkd", "--teacher", "teacher/student"]
+    kd = ["--kd", "nkd", "--teacher", "teacher/student", *OWN]
     assert "has 2 classes, --data has 10" in refused(capsys, *TINY, *kd)
     for part in ("train", "val"):  # as many classes, in another order
         (photos / part / "china").rename(photos / part / "zebra")

@@ -1,0 +1,157 @@
+"""Kill a training run at random moments, resume it, and compare its weights with those of a run that nobody killed.
+
+    python tests/random_kills.py --rounds 20                 # a table: kind of kill, rounds, equal to the bit
+    python tests/random_kills.py --rounds 2 --kinds rank
+
+Two processes under torchrun (workers: one, with two data loading processes), mid-epoch checkpoints at nearly every step.
+A round kills the run up to three times and then lets it end; each start says --resume auto, as a job script does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("rank", "launcher", "worker", "save", "signal")
+FLAGS = [
+    "--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:dropout", "--img-size", "16", "--self-kd", "uskd", "--tap",
+    "1", "--epochs", "4", "--ema-decay", "0.9", "--mixup", "0.2", "--save-every", "0.0001", "--reference", "0",
+]  # fmt: skip
+
+
+def make_photos(folder: Path) -> Path:
+    for name, photo in zip(("china", "flower"), load_sample_images().images):
+        for part, count in (("train", 256), ("val", 16)):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                top, left = random.Random(i).randrange(360), random.Random(-i).randrange(560)
+                Image.fromarray(photo[top : top + 64, left : left + 80]).save(folder / part / name / f"{i}.jpg")
+    return folder
+
+
+def start(output: Path, kind: str, photos: Path) -> subprocess.Popen:
+    two = kind in ("rank", "launcher", "signal")
+    data = ["--batch-size", "32"] if two else ["--data", str(photos), "--batch-size", "8", "--workers", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if two else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *FLAGS, *data, "--output", str(output), "--resume", "auto"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+
+
+def processes(run: subprocess.Popen) -> dict[int, str]:
+    """Process id -> command line, of all that the run has started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+            if session == run.pid:
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def ranks(run: subprocess.Popen) -> list[int]:
+    return [pid for pid, line in processes(run).items() if "train.py" in line and "distributed.run" not in line]
+
+
+def kill(run: subprocess.Popen, kind: str, output: Path) -> None:
+    """Once the run trains, wait for a random moment, and kill what the kind says."""
+    deadline = time.time() + 60
+    while run.poll() is None and not (output / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 1.0 if kind in ("rank", "launcher", "signal") else 3.0))
+    if kind == "save":
+        while run.poll() is None and not list(output.glob("*.partial")):
+            time.sleep(0.0002)
+    if run.poll() is not None:
+        return
+    if kind == "launcher":
+        victim = run.pid
+    elif kind == "worker":
+        victim = random.choice([pid for pid, line in processes(run).items() if "forkserver" in line] or [run.pid])
+    else:
+        victim = random.choice(ranks(run) or [run.pid])
+    try:
+        os.kill(victim, signal.SIGUSR1 if kind == "signal" else signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def finish(run: subprocess.Popen, seconds: float) -> str:
+    """Its output, once every one of its processes has ended; they are given so many seconds."""
+    began, text = time.time(), ""
+    try:
+        text, _ = run.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        os.killpg(run.pid, signal.SIGKILL)
+        raise AssertionError(f"still there after {seconds} s: {processes(run)}") from error
+    while processes(run):
+        if time.time() - began > seconds:
+            raise AssertionError(f"left behind: {processes(run)}")
+        time.sleep(0.1)
+    return text
+
+
+def round_of(kind: str, folder: Path, photos: Path, whole: dict) -> int:
+    """Kills of one run; raises unless it ends with the weights of the whole one."""
+    output, kills = folder / f"{kind}-{time.time()}", 0
+    for _ in range(3):
+        run = start(output, kind, photos)
+        kill(run, kind, output)
+        text = finish(run, 60)
+        if "last top-1" in text:
+            break
+        kills += 1
+        assert 'Traceback (most recent call last):\n  File "/' not in text or kind in ("rank", "launcher"), text
+    else:
+        run = start(output, kind, photos)
+        text = finish(run, 120)
+    assert run.returncode == 0, text
+    state = torch.load(output / "last.pt", weights_only=True)
+    for part in ("model", "ema"):
+        for name in state[part]:
+            assert torch.equal(state[part][name], whole[part][name]), f"{kind}: {name} differs"
+    return kills
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="of each kind, counted in kills (default: 20)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    random.seed(args.seed)
+    with TemporaryDirectory() as name:
+        photos, wholes = make_photos(Path(name) / "photos"), {}
+        print("| killed | kills | runs | equal to the bit |\n|---|---|---|---|")
+        for kind in args.kinds:
+            one = kind in ("worker", "save")
+            if one not in wholes:
+                output = Path(name) / f"whole-{one}"
+                finish(start(output, kind, photos), 300)
+                wholes[one] = torch.load(output / "last.pt", weights_only=True)
+            kills = runs = 0
+            while kills < args.rounds:
+                kills += round_of(kind, Path(name), photos, wholes[one])
+                runs += 1
+            print(f"| {kind} | {kills} | {runs} | {runs} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
