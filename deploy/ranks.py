@@ -43,24 +43,24 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Catch the signals with which schedulers and terminals say goodbye; those that are ignored (nohup) stay so."""
+    """Catch the signals with which schedulers and terminals say goodbye; a SIGHUP that is ignored (nohup) stays so."""
     request = StopRequest()
     numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
 
     def receive(number: int, _frame: Any) -> None:
         request.name = signal.Signals(number).name
-        signal.signal(number, before[number])
+        signal.signal(number, signal.SIG_DFL)
 
-    for number, handler in before.items():
-        if handler == signal.SIG_DFL:
-            signal.signal(number, receive)
+    if before.get(signal.SIGHUP) == signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, receive)
     try:
         yield request
     finally:
         for number, handler in before.items():
-            if handler == signal.SIG_DFL:
-                signal.signal(number, handler)
+            signal.signal(number, handler)
 
 
 class Ranks:

@@ -3,13 +3,14 @@
     python tests/random_kills.py --rounds 20                 # a table: kind of kill, rounds, equal to the bit
     python tests/random_kills.py --rounds 2 --kinds rank
 
-Two processes under torchrun (workers: one, with two data loading processes), mid-epoch checkpoints at nearly every step.
+Two processes under torchrun (worker, save: one, with two data loading processes); a checkpoint at nearly every step.
 A round kills the run up to three times and then lets it end; each start says --resume auto, as a job script does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -26,8 +27,8 @@ from sklearn.datasets import load_sample_images
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("rank", "launcher", "worker", "save", "signal")
 FLAGS = [
-    "--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:dropout", "--img-size", "16", "--self-kd", "uskd", "--tap",
-    "1", "--epochs", "4", "--ema-decay", "0.9", "--mixup", "0.2", "--save-every", "0.0001", "--reference", "0",
+    "--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:dropout", "--img-size", "16", "--self-kd", "uskd",
+    "--tap", "1", "--epochs", "4", "--ema-decay", "0.9", "--mixup", "0.2", "--save-every", "0.0001", "--reference", "0",
 ]  # fmt: skip
 
 
@@ -86,10 +87,8 @@ def kill(run: subprocess.Popen, kind: str, output: Path) -> None:
         victim = random.choice([pid for pid, line in processes(run).items() if "forkserver" in line] or [run.pid])
     else:
         victim = random.choice(ranks(run) or [run.pid])
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(victim, signal.SIGUSR1 if kind == "signal" else signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def finish(run: subprocess.Popen, seconds: float) -> str:

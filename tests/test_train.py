@@ -491,8 +491,8 @@ def test_a_cached_epoch_holds_each_image_once_in_an_order_of_its_own(photos):
 def test_a_cached_run_trains_resumes_exactly_and_names_corrupt_images(photos, capfd):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
     (photos / "val/flower/2.jpg").write_bytes(b"no image")
-    flags = [*TINY, "--model", f"{MODELS}:dropout", "--data", photos, "--cache", "device", "--batch-size", 8, "--recipe",
-             "cifar", "--step-epochs", 9]  # fmt: skip
+    flags = [*TINY, "--model", f"{MODELS}:dropout", "--data", photos, "--cache", "device", "--batch-size", 8,
+             "--recipe", "cifar", "--step-epochs", 9]  # fmt: skip
     run(*flags, "--epochs", 2, "--output", "whole")
     assert capfd.readouterr().err.count("skipped a corrupt image") == 2
     top1 = float(rows("whole")[-1]["val_top1"]) / 100
