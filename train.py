@@ -861,8 +861,7 @@ def train_in(
         board = SummaryWriter(str(output), purge_step=progress.epoch + 1 if loaded else None)
         say_what_starts(args, run, output)
         if args.resume:
-            within = f", at step {progress.step} of the next" if progress.step else ""
-            going_on = f"going on from {loaded[0]}, after epoch {progress.epoch}{within}" if loaded else ""
+            going_on = f"going on from {loaded[0]}, {progress}" if loaded else ""
             print(going_on or f"no {output}/last.pt yet: starting anew", flush=True)
 
     corrupt = {part: CorruptCount(part, len(source) // WORLD_SIZE) for part, source in
@@ -911,8 +910,8 @@ def train_in(
         if metrics is None:
             waiting.result()
             if IS_MAIN:
-                print(f"stopped by {stop.name or 'a signal'} at step {progress.step} of epoch {progress.epoch + 1}: "
-                      f"{output}/last.pt is saved, --resume goes on", flush=True)  # fmt: skip
+                name = stop.name or "a signal to another rank"
+                print(f"stopped by {name} {progress}: {output}/last.pt is saved, --resume goes on", flush=True)
             break
         progress.rows.append({
             "epoch": progress.epoch + 1, **log.means(device), **metrics, **known, "lr": progress.lr,

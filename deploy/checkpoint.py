@@ -32,6 +32,9 @@ class Progress:
     best: float = -1.0  # top-1
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
 
+    def __str__(self) -> str:
+        return f"at step {self.step} of epoch {self.epoch + 1}" if self.step else f"after epoch {self.epoch}"
+
     def next_epoch(self, best: float) -> None:
         self.epoch, self.step, self.executed, self.seconds, self.lr, self.best = self.epoch + 1, 0, 0, 0.0, 0.0, best
 
@@ -57,7 +60,7 @@ class State:
             values = [x for x in model.state_dict().values() if x.is_floating_point()] if model else []
             if values and not torch.stack([x.isfinite().all() for x in values]).all():
                 raise UserError(
-                    f"the {name} are not finite in epoch {self.progress.epoch + 1}: try a lower --lr or --clip-grad 5; "
+                    f"the {name} are not finite {self.progress}: try a lower --lr or --clip-grad 5; "
                     "the last checkpoint is kept"
                 )
         own: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "sums": self.log.sums}

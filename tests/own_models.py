@@ -1,5 +1,8 @@
 """Models as a user would bring them: --model tests/own_models.py:tiny."""
 
+import warnings
+
+import torch
 import torchvision
 from torch import nn
 
@@ -69,3 +72,53 @@ def small_regnet(num_classes):
     """torchvision's RegNetX with a block or two a stage."""
     blocks = torchvision.models.regnet.BlockParams.from_init_params(depth=5, w_0=24, w_a=36.0, w_m=2.5, group_width=24)
     return torchvision.models.RegNet(blocks, num_classes=num_classes)
+
+
+def plain(num_classes):
+    """No batch norm, no dropout: its gradient is the mean over the images, however they are shared out."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))  # fmt: skip
+
+
+def softmax(num_classes):
+    return nn.Sequential(plain(num_classes), nn.Softmax(1))
+
+
+def weight_normed(num_classes):
+    """The old weight_norm keeps a tensor that cannot be deep-copied."""
+    model = plain(num_classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(model[0])
+    return model
+
+
+def lazy(num_classes):
+    return nn.Sequential(nn.LazyConv2d(8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.LazyLinear(num_classes))  # fmt: skip
+
+
+class NaNAfter(nn.Module):
+    """Trains well, and answers NaN in evaluation from its second epoch on."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.model = plain(num_classes)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.steps += 1
+            return self.model(x)
+        return self.model(x) + torch.where(self.steps > 60, torch.nan, 0.0)
+
+
+def nan_after(num_classes):
+    return NaNAfter(num_classes)
+
+
+def infinite_gradient(num_classes):
+    """The loss is finite, its gradient is not."""
+    model = plain(num_classes)
+    model[0].weight.register_hook(lambda grad: grad * torch.inf)
+    return model

@@ -48,26 +48,28 @@ def start(output: Path, kind: str, photos: Path) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if two else []
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "train.py"), *FLAGS, *data, "--output", str(output), "--resume", "auto"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(output),
     )  # fmt: skip
 
 
-def processes(run: subprocess.Popen) -> dict[int, str]:
-    """Process id -> command line, of all that the run has started."""
+def environment(output: Path) -> dict[str, str]:
+    """With a mark by which every process of a run is found, whatever its parent and its session are."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "RANDOM_KILLS": str(output.absolute())}
+
+
+def processes(output: Path) -> dict[int, str]:
+    """Process id -> command line, of all that belong to a run."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
-            if session == run.pid:
+        with contextlib.suppress(OSError):  # it has ended
+            if f"RANDOM_KILLS={output.absolute()}\0".encode() in (folder / "environ").read_bytes():
                 found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            continue  # it has ended
-    return found
+    return {pid: line for pid, line in found.items() if line}  # without those that are only waited for
 
 
-def ranks(run: subprocess.Popen) -> list[int]:
-    return [pid for pid, line in processes(run).items() if "train.py" in line and "distributed.run" not in line]
+def ranks(output: Path) -> list[int]:
+    lines = processes(output).items()
+    return sorted(pid for pid, line in lines if "train.py" in line and "distributed.run" not in line)
 
 
 def kill(run: subprocess.Popen, kind: str, output: Path) -> None:
@@ -79,31 +81,39 @@ def kill(run: subprocess.Popen, kind: str, output: Path) -> None:
     if kind == "save":
         while run.poll() is None and not list(output.glob("*.partial")):
             time.sleep(0.0002)
-    if run.poll() is not None:
+    if run.poll() is not None or not processes(output):
         return
-    if kind == "launcher":
-        victim = run.pid
-    elif kind == "worker":
-        victim = random.choice([pid for pid, line in processes(run).items() if "forkserver" in line] or [run.pid])
-    else:
-        victim = random.choice(ranks(run) or [run.pid])
+    victims = [run.pid] if kind == "launcher" else ranks(output)
+    if kind == "worker":
+        victims = [pid for pid, line in processes(output).items() if "forkserver" in line]
+    if not victims:
+        return
+    victim = random.choice(victims)
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim, signal.SIGUSR1 if kind == "signal" else signal.SIGKILL)
 
 
-def finish(run: subprocess.Popen, seconds: float) -> str:
+def finish(run: subprocess.Popen, output: Path, seconds: float) -> str:
     """Its output, once every one of its processes has ended; they are given so many seconds."""
     began, text = time.time(), ""
     try:
         text, _ = run.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as error:
-        os.killpg(run.pid, signal.SIGKILL)
-        raise AssertionError(f"still there after {seconds} s: {processes(run)}") from error
-    while processes(run):
+        left = kill_all(output)
+        raise AssertionError(f"still there after {seconds} s: {left}") from error
+    while processes(output):
         if time.time() - began > seconds:
-            raise AssertionError(f"left behind: {processes(run)}")
+            raise AssertionError(f"left behind: {kill_all(output)}")
         time.sleep(0.1)
     return text
+
+
+def kill_all(output: Path) -> dict[int, str]:
+    left = processes(output)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left
 
 
 def round_of(kind: str, folder: Path, photos: Path, whole: dict) -> int:
@@ -112,14 +122,14 @@ def round_of(kind: str, folder: Path, photos: Path, whole: dict) -> int:
     for _ in range(3):
         run = start(output, kind, photos)
         kill(run, kind, output)
-        text = finish(run, 60)
+        text = finish(run, output, 90)
         if "last top-1" in text:
             break
         kills += 1
         assert 'Traceback (most recent call last):\n  File "/' not in text or kind in ("rank", "launcher"), text
     else:
         run = start(output, kind, photos)
-        text = finish(run, 120)
+        text = finish(run, output, 120)
     assert run.returncode == 0, text
     state = torch.load(output / "last.pt", weights_only=True)
     for part in ("model", "ema"):
@@ -142,7 +152,7 @@ def main() -> int:
             one = kind in ("worker", "save")
             if one not in wholes:
                 output = Path(name) / f"whole-{one}"
-                finish(start(output, kind, photos), 300)
+                finish(start(output, kind, photos), output, 300)
                 wholes[one] = torch.load(output / "last.pt", weights_only=True)
             kills = runs = 0
             while kills < args.rounds:

@@ -435,6 +435,135 @@ def test_ranks_share_a_shuffle_that_changes_with_epoch_and_seed():
     assert indices(0, 0) != indices(0, 0, seed=1)
 
 
+def test_hidden_files_are_no_data_and_what_is_left_out_is_counted(photos, capsys):
+    jpeg = (photos / "train/china/0.jpg").read_bytes()
+    for part in ("train", "val"):
+        for name in (
+            ".ipynb_checkpoints/0.jpg",
+            "china/.ipynb_checkpoints/0.jpg",
+            "china/._0.jpg",
+            "flower/.hidden.jpg",
+        ):
+            (photos / part / name).parent.mkdir(exist_ok=True)
+            (photos / part / name).write_bytes(jpeg)
+    for name in ("a.txt", "b.TXT", "c", "d.heic"):
+        (photos / "train/flower" / name).write_bytes(b"")
+    data = train.open_data(str(photos))
+    assert data.label_names == ["china", "flower"]
+    assert (len(data.train), len(data.val)) == (48, 17)
+    said = capsys.readouterr().out
+    assert f"{photos}/train: 4 files are no images by their names: 2 .txt" in said
+    assert "1 without ending" in said
+    assert "1 .heic" in said
+    assert "/val" not in said
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("jfif", "JPEG"), ("gif", "GIF"), ("avif", "AVIF"), ("JPG", "JPEG")])
+def test_images_of_every_ending_are_read(photos, ending, kind):
+    Image.open(photos / "train/china/0.jpg").save(photos / f"train/china/new.{ending}", kind)
+    data = train.open_data(str(photos)).train
+    assert len(data) == 49
+    (index,) = (i for i, (path, _) in enumerate(data.samples) if "new" in path)
+    assert to_rgb(data[index][0]).size == (80, 64)
+
+
+def test_a_pipe_among_the_images_is_skipped_by_name(photos, capfd):
+    os.mkfifo(photos / "train/china/pipe.jpg")
+    run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--output", "out")
+    assert re.search(r"skipped a corrupt image .*china/pipe.jpg: .*not a regular file", capfd.readouterr().err)
+
+
+def test_the_home_folder_is_found_behind_an_equals_sign(photos, monkeypatch):
+    monkeypatch.setenv("HOME", str(photos.parent))
+    assert train.parse_args(["--data=~/photos"]).data == str(photos)
+    (photos.parent / "mine.py").write_text("def build(num_classes): ...")
+    assert train.parse_args(["--model=~/mine.py:build"]).model == f"{photos.parent}/mine.py:build"
+
+
+def test_a_class_name_with_an_accent_is_utf8_whatever_the_locale(photos):
+    for part in ("train", "val"):
+        (photos / part / "china").rename(photos / part / "chiné")
+    result = script(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--output", "out",
+                    env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(Path("out/student/config.json").read_text())["label_names"] == ["chiné", "flower"]
+
+
+# ---- models of one's own ----
+
+
+@pytest.mark.parametrize("name", ["weight_normed", "lazy"])
+def test_a_model_that_cannot_be_copied_or_has_no_shapes_yet_is_trained(name, capsys):
+    run(*TINY, "--model", f"{MODELS}:{name}", "--output", "out")
+    student, _ = load_student(Path("out/student"), [f"{MODELS}:{name}"])
+    assert sum(p.numel() for p in student.parameters()) > 100
+    if name == "weight_normed":
+        flags = [*TINY, "--model", f"{MODELS}:{name}", "--ema-decay", 0.9, "--output", "ema"]
+        assert "--ema-decay needs a model that can be copied" in refused(capsys, *flags)
+
+
+def test_a_model_in_several_files_with_a_dataclass_is_built(tmp_path):
+    (tmp_path / "pieces_of_mine.py").write_text("width = 8\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
+        "from pieces_of_mine import width\n\n@dataclass\nclass Config:\n    width: int = width\n\n"
+        "def build(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(768, Config().width),"
+        " nn.Linear(8, num_classes))\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    os.chdir(tmp_path / "elsewhere")
+    run(*TINY, "--model", tmp_path / "mine.py:build", "--output", "out")
+
+
+def test_a_student_never_runs_the_code_that_its_config_names(tmp_path, capsys):
+    run(*TINY, "--output", "out")
+    evil = tmp_path / "out/student/own_models.py"
+    evil.write_text("from pathlib import Path\nPath('ran').touch()\ndef tiny(num_classes): ...\n")
+    config = json.loads(Path("out/student/config.json").read_text())
+    assert config["architecture"]["name"] == "own_models.py:tiny"  # no path of this machine
+    for name in ("own_models.py:tiny", str(evil) + ":tiny"):
+        config["architecture"]["name"] = name
+        Path("out/student/config.json").write_text(json.dumps(config))
+        for flags in (["--model", "out/student"], ["--kd", "nkd", "--teacher", "out/student"]):
+            line = refused(capsys, "--device", "cpu", "--img-size", 16, *flags)
+            assert "which is run only if you name it: --model-file path/to/" in line
+    run("--device", "cpu", "--img-size", 16, "--epochs", 1, "--model", "out/student", *OWN, "--output", "again")
+    assert not Path("ran").exists()
+
+
+def test_slow_batch_norms_are_raised_so_that_a_short_run_can_be_evaluated(capsys):
+    model = train.settle_batch_norm
+    net = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.01), torch.nn.BatchNorm2d(3))
+    assert "momentum 0.01 is too slow for 90 steps: raised to 0.05" in model(net, 90)
+    assert (1 - net[0].momentum) ** 90 == pytest.approx(0.01)
+    assert net[1].momentum == 0.1
+    assert model(net, 90) is None
+
+
+# ---- the teacher's own accuracy ----
+
+
+def test_the_teachers_accuracy_is_said_first_and_a_poor_one_warned_of(capsys):
+    run(*TINY, "--epochs", 6, "--batch-size", 16, "--output", "teacher")
+    best = json.loads(Path("teacher/student/config.json").read_text())["metrics"]["val_top1"]
+    capsys.readouterr()
+    run(*TINY, *OWN, "--kd", "nkd", "--teacher", "teacher/student", "--output", "out")
+    captured = capsys.readouterr()
+    assert re.search(rf"teacher .*: top-1 {best:.2f} % on 360 validation images\n.*epoch 1/1", captured.out, re.S)
+    assert float(rows("out")[0]["teacher_top1"]) == pytest.approx(best, abs=1e-3)
+    assert "warning" not in captured.err
+    run(*TINY, "--kd", "nkd", "--teacher", f"{MODELS}:plain", "--output", "untrained")
+    assert re.search(
+        r"warning: that is below twice chance \(10 %\): are its classes in another order", capsys.readouterr().err
+    )
+
+
+def test_a_softmax_at_the_end_is_found_before_training(capsys):
+    flags = [*TINY, "--kd", "nkd", "--teacher", f"{MODELS}:softmax"]
+    assert "returns probabilities, which add up to 1: leave out its last softmax" in refused(capsys, *flags)
+    assert "returns probabilities" in refused(capsys, *TINY, "--model", f"{MODELS}:softmax")
+
+
 # ---- the cache on the device ----
 
 
@@ -620,10 +749,10 @@ def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
     assert 3 <= done < 6
     resumed = script("--output", "killed", "--resume")  # the flags are those of the run
     assert resumed.returncode == 0, resumed.stderr
-    assert (
-        f"going on from killed/last.pt, after epoch {done}" in resumed.stdout
-        or f"after epoch {done + 1}" in resumed.stdout
+    going_on = (
+        rf"going on from killed/last.pt, (after epoch {done}|at step \d+ of epoch {done + 1}|after epoch {done + 1})"
     )
+    assert re.search(going_on, resumed.stdout)
     a, b = (torch.load(f"{out}/last.pt", weights_only=True) for out in ("whole", "killed"))
     for part in ("model", "ema"):
         for name in a[part]:
@@ -743,6 +872,19 @@ def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
         (["--randaugment", "2", "99"], "--randaugment: must be between 0 and 30, got 99"),
         (["--eval-crop", "5"], "--eval-crop: must be between 0.1 and 1"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--mixup", "1e-300"], "--mixup: must be 0, or between 0.01 and 1000"),
+        (["--model", "x" * 5000], "unknown model 'xxx"),
+        (["--data", "x" * 5000], "no folder xxx"),
+        (["--kd", "nkd", "--teacher", "x" * 5000], "unknown model 'xxx"),
+        (["--output", "x" * 5000], "cannot make the run directory.*File name too long"),
+        (["--model", "resnet18", "--model-args", "pretrained=True"], "pretrained would load or fetch weights"),
+        (["--model", "resnet18", "--model-args", "checkpoint_path=x.pth"], "checkpoint_path would load or fetch"),
+        (
+            ["--model", "resnet18.tv_in1k", "--model-args", "pretrained_cfg_overlay={'file': 'x'}"],
+            "would load or fetch",
+        ),
+        (["--model", "hf-hub:timm/resnet18"], "unknown model"),
+        (["--timeout", "0"], "--timeout: must be greater than 0"),
         (["--kd", "mse"], "invalid choice: 'mse'"),
         (["--opt", "adamz"], "--opt adamz is no timm optimizer; near matches: .*adamw"),
     ],
