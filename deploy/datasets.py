@@ -99,5 +99,6 @@ class Photos(torchvision.datasets.ImageFolder):
         if os.sep + "." in path[len(self.root) :]:
             return False
         ending = os.path.splitext(path)[1].lower()
-        self.left_out[ending] += ending not in endings()
+        if ending not in endings():
+            self.left_out[ending] += 1
         return ending in endings()

@@ -1,0 +1,279 @@
+"""Search, guided by coverage, for bytes that make deploy/ raise anything but the error it promises. Needs atheris.
+
+    python tests/fuzz.py config --seconds 600         # config.json of a student, then a small image prepared with it
+    python tests/fuzz.py checkpoint --seconds 600     # a run directory's last.pt, sealed and unsealed
+    python tests/fuzz.py image --seconds 600          # a picture, opened and prepared at 32 px
+
+Starts from tests/corpus/TARGET. A finding is an exception that is not promised, a hang or a crash of the interpreter;
+each is kept, once per place it came from, under --output, and the search goes on. Exit status 1 if there was one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+CORPUS = ROOT / "tests" / "corpus"
+LARGEST = {"config": 4096, "checkpoint": 4096, "image": 8192}  # bytes of an input
+SECONDS_A_RUN = 10
+GIB_ADDRESSABLE = 8  # a bound on what one input may ask for; torch maps some of it by itself
+MAX_PIXELS = 2_000_000  # in place of Pillow's 89 million: larger ones would only be slow
+MAX_SIDE = 256  # of a config's input_size that is tried on an image
+
+
+# ---- targets: bytes -> nothing, or an exception that is a finding -------------------------------------------------
+
+
+def config_target(folder: Path) -> Callable[[bytes], None]:
+    from PIL import Image
+
+    from deploy.cli import UserError
+    from deploy.config import read_config
+    from deploy.preprocess import prepare
+
+    photo = Image.new("RGB", (40, 30))
+
+    def run(data: bytes) -> None:
+        (folder / "config.json").write_bytes(data)
+        try:
+            config = read_config(folder)
+        except UserError as error:
+            check_line(error)
+            return
+        _, height, width = config["input_size"]
+        if max(height, width) <= MAX_SIDE and min(height, width) / config["crop"] <= MAX_SIDE:
+            array = prepare(photo, config)
+            assert array.shape == (height, width, 3), f"{array.shape} for input_size {config['input_size']}"
+
+    return run
+
+
+def checkpoint_target(folder: Path) -> Callable[[bytes], None]:
+    import atheris
+    from torch import _weights_only_unpickler as unpickler
+
+    from deploy.checkpoint import load_checkpoint
+    from deploy.cli import UserError
+    from deploy.run_directory import LAST, PREVIOUS, is_whole, read_checkpoint, seal
+
+    unpickler.Unpickler.load = atheris.instrument_func(unpickler.Unpickler.load)
+
+    def run(data: bytes) -> None:
+        """The first byte: as it is, or sealed, or sealed as the pickle in an archive of torch's."""
+        kind, content = data[:1], data[1:]
+        if kind in (b"s", b"z"):
+            sealed = bytes(seal(bytearray(archive(content) if kind == b"z" else content)))
+            assert is_whole(sealed), "what seal() made is not whole"
+            (folder / LAST).write_bytes(sealed)
+            (folder / PREVIOUS).unlink(missing_ok=True)
+            with promised(UserError):
+                load_checkpoint(folder, older=False)
+        else:
+            is_whole(content)
+            (folder / LAST).write_bytes(content)
+            (folder / PREVIOUS).write_bytes(content[1:])
+            for older in (False, True):
+                with promised(UserError):
+                    found = read_checkpoint(folder, older)
+                    assert is_whole(found[1]), "a checkpoint that is not whole was read"
+
+    return run
+
+
+def image_target(folder: Path) -> Callable[[bytes], None]:
+    from PIL import Image
+
+    from deploy.preprocess import UnreadableImage, open_image, prepare
+
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    configs = [
+        {"input_size": [3, 32, width], "crop": crop, "interpolation": how}
+        for width, crop, how in ((32, 0.875, "bilinear"), (48, 1.0, "bicubic"))
+    ]
+
+    def run(data: bytes) -> None:
+        for config in configs:
+            try:
+                array = prepare(open_image(data), config)
+            except UnreadableImage as error:  # ImageTooLarge is one
+                check_line(error)
+            else:
+                assert array.shape == (*config["input_size"][1:], 3), str(array.shape)
+                assert array.dtype == "uint8", str(array.dtype)
+
+    return run
+
+
+TARGETS = {"config": config_target, "checkpoint": checkpoint_target, "image": image_target}
+
+
+@contextlib.contextmanager
+def promised(kind: type[Exception]):
+    try:
+        yield
+    except kind as error:
+        check_line(error)
+
+
+def check_line(error: Exception) -> None:
+    text = str(error)
+    assert len(text.splitlines()) == 1, f"{type(error).__name__} is not one line: {text[:200]!r}"
+
+
+VALUES = (None, True, False, 0, 1, 3, -1, 0.01, 1e-320, 1e308, 2**70, float("nan"), float("-inf"), "", "a", "bicubic",
+          "timm", "file", "\ud800", "weights\n", "\u2028", [], [[]], [3, 8, 8], [3, 1, 16_384], {}, {"a": 1},
+          {"a\n": []}, {"": {}})  # fmt: skip
+
+
+def mutate_config(data: bytes, largest: int, seed: int) -> bytes:
+    """Half of the time put another value in one place of the JSON; bytes alone seldom stay JSON."""
+    import atheris
+
+    random = Random(seed)
+    try:
+        whole = json.loads(data)
+        if random.random() < 0.5 or not isinstance(whole, dict):
+            raise ValueError
+        node = whole
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key = random.choice(keys)
+            if not isinstance(node[key], (dict, list)) or not node[key] or random.random() < 0.3:
+                break
+            node = node[key]
+        if isinstance(node, dict) and random.random() < 0.2:
+            node[random.choice(["file", "a\x00", "pretrained_x", "\ud800", "\x85", "b"])] = random.choice(VALUES)
+        elif isinstance(key, str) and random.random() < 0.1:
+            del node[key]
+        else:
+            node[key] = random.choice(VALUES)
+        text = json.dumps(whole).encode()
+        return text if len(text) <= largest else data
+    except (ValueError, RecursionError, IndexError):
+        return atheris.Mutate(data, largest)
+
+
+def archive(pickle: bytes) -> bytes:
+    """What torch.save writes, with these bytes as its pickle and one storage."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as whole:
+        for name, content in (("data.pkl", pickle), ("byteorder", b"little"), ("data/0", bytes(16)), ("version", b"3")):
+            whole.writestr(f"archive/{name}", content)
+    return file.getvalue()
+
+
+# ---- the search ---------------------------------------------------------------------------------------------------
+
+
+def search(target: str, found: Path, new: Path, seconds: int, seed: int) -> None:
+    """In a process of its own, which libFuzzer ends."""
+    import atheris
+    import torch  # not instrumented: most of it would only cost time
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with atheris.instrument_imports(include=["deploy", "PIL"]):
+        import deploy.checkpoint
+        import deploy.config
+        import deploy.preprocess
+
+        deploy.preprocess.formats()  # imports Pillow's readers
+    limit = GIB_ADDRESSABLE * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    folder = new.parent / "work"
+    folder.mkdir(exist_ok=True)
+    run, places = TARGETS[target](folder), set()
+
+    def one_input(data: bytes) -> None:
+        try:
+            run(data)
+        except Exception as error:
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+            where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(error)[:60]
+            place = hashlib.sha256(f"{type(error).__name__} {where}".encode()).hexdigest()[:12]
+            kept = found / f"{place}.input"
+            if place not in places or len(data) < kept.stat().st_size:
+                kept.write_bytes(data)
+                (found / f"{place}.txt").write_text("".join(traceback.format_exception(error)))
+            places.add(place)
+
+    flags = [f"-max_total_time={seconds}", f"-timeout={SECONDS_A_RUN}", f"-max_len={LARGEST[target]}", f"-seed={seed}",
+             "-rss_limit_mb=3000", "-print_final_stats=1", f"-artifact_prefix={found}/"]  # fmt: skip
+    mutator = {"custom_mutator": mutate_config} if target == "config" else {}
+    atheris.Setup([sys.argv[0], *flags, str(new), str(CORPUS / target)], one_input, **mutator)
+    atheris.Fuzz()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=sorted(TARGETS))
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="where findings are kept (default: a new folder in /tmp)")
+    parser.add_argument("--inner", nargs=2, type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inner:
+        sys.path.insert(0, str(ROOT))
+        search(args.target, *args.inner, args.seconds, args.seed)
+        return 0
+    with TemporaryDirectory() as scratch:
+        found = args.output or Path(f"/tmp/fuzz-{args.target}-{os.getpid()}")
+        found.mkdir(parents=True, exist_ok=True)
+        new = Path(scratch) / "new"  # inputs that reached something new; a second start goes on from them
+        new.mkdir()
+        return repeat(args, found, new)
+
+
+def repeat(args: argparse.Namespace, found: Path, new: Path) -> int:
+    """Start the search again whenever an input ends it, until the time is up; tell what came of it."""
+    began, executions, ends, coverage = time.monotonic(), 0, 0, 0
+    while (left := round(args.seconds - (time.monotonic() - began))) > 0:
+        command = [sys.executable, __file__, args.target, "--seconds", str(left), "--seed", str(args.seed + ends)]
+        run = subprocess.run(
+            [*command, "--inner", found, new],
+            capture_output=True, text=True, errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        counts = [int(n) for n in re.findall(r"^(?:stat::number_of_executed_units:\s+|#)(\d+)", run.stderr, re.M)]
+        executions += max(counts, default=0)
+        coverage = max([coverage, *map(int, re.findall(r"cov: (\d+)", run.stderr))])
+        if run.returncode == 0:
+            break
+        ends += 1
+        (found / f"end-{ends}.txt").write_text(run.stderr[-20_000:])
+        if not counts:
+            print(run.stderr, file=sys.stderr)
+            return 2
+    findings = sorted(path for path in found.iterdir() if path.suffix != ".txt")
+    seconds = round(time.monotonic() - began)
+    report = {
+        "target": args.target,
+        "seconds": seconds,
+        "executions": executions,
+        "coverage": coverage,
+        "inputs kept": len(list(new.iterdir())),
+        "processes that ended early": ends,
+        "findings": [f"{path} ({path.stat().st_size} bytes)" for path in findings],
+    }
+    print(json.dumps(report, indent=2))
+    return 1 if findings or ends else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
