@@ -183,7 +183,9 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
         return f"out of memory: lower --batch-size, fewer --workers, leave out --cache device; {text[:200]}"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+    frames = traceback.extract_tb(error.__traceback__)
+    cut_off = isinstance(error, (EOFError, ConnectionError)) and any("dataloader" in f.filename for f in frames)
+    if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker" in text):
         return f"a data loading process died, perhaps for lack of memory: fewer --workers; {text[:200]}"
     return None
 

@@ -82,11 +82,13 @@ def check_arguments(arguments: dict[str, Any], where: str) -> None:
     for name, value in arguments.items():
         if LOADING.match(name):
             raise UserError(
-                f"{where}: {name[:80]} would load or fetch weights, which no argument of a model does here; those of "
+                f"{where}: {name[:80]!r} would load or fetch weights, which no argument of a model does here; those of "
                 "a student are its model.safetensors"
             )
         if not name.isidentifier() or not is_plain(value):
-            raise UserError(f"{where}: {name[:80]} is {repr(value)[:80]}; expected a number, a text or a list of them")
+            raise UserError(
+                f"{where}: {name[:80]!r} is {repr(value)[:80]}; expected a number, a text or a list of them"
+            )
 
 
 def read_json(text: str | bytes, path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import torch
 import uvicorn
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from students import write_student
+from students import model_files, write_student
 
 from deploy.export import export_student
 from deploy.preprocess import open_image, prepare
@@ -44,7 +44,7 @@ def artefact(tmp_path_factory):
     names = ["a cat", "a dog", "<b>café</b>", "d", "e", "f", "g"]
     folder = tmp_path_factory.mktemp("serve") / "student"
     write_student(folder, f"{MODELS}:tiny", 16, names)
-    return export_student(folder, formats=("onnx",))[0]
+    return export_student(folder, formats=("onnx",), model_file=model_files(folder)[0])[0]
 
 
 @contextlib.contextmanager
