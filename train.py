@@ -49,36 +49,14 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from deploy import run_directory
+from deploy import ranks, run_directory
 from deploy.checkpoint import Progress, State, load_checkpoint, write_run
 from deploy.cli import Parser, UserError, explain, number, show_error, terminals, write_whole
 from deploy.datasets import Data, Digits, open_data
 from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
-from deploy.ranks import (
-    IS_MAIN,
-    LOCAL_RANK,
-    RANK,
-    WORLD_SIZE,
-    Agreement,
-    Ranks,
-    StopRequest,
-    check_shared_memory,
-    connect,
-    disconnect,
-    from_rank_zero,
-    local_rank_zero_first,
-    stop_signals,
-)  # fmt: skip
+from deploy.ranks import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero
 from deploy.reference import evenly, keep_reference
-from deploy.student import (
-    check_forward,
-    is_own,
-    load_teacher,
-    open_student,
-    settle_batch_norm,
-    student_bytes,
-    write_student,
-)
+from deploy.student import check_forward, is_own, load_teacher, open_student, save_student, settle_batch_norm
 from kdlite import Teacher, WithWeakHead, nkd_loss, uskd_loss
 
 # ---- flags --------------------------------------------------------------------------------------------------------
@@ -696,7 +674,7 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
             raise UserError("--sync-bn needs CUDA devices")
         student = convert_sync_batchnorm(student)
     if args.teacher and teacher is None:
-        model, mean, std, size = load_teacher(args.teacher, config, local_rank_zero_first, args.model_file)
+        model, mean, std, size = load_teacher(args.teacher, config, ranks.local_rank_zero_first, args.model_file)
         teacher = Teacher(model, mean, std, config["mean"], config["std"], size[1:])
     if teacher:
         teacher.to(device=device).to(memory_format=memory_format)
@@ -723,7 +701,7 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
     if updates_per_epoch == 0:
         raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data.train)} training images")
     if getattr(train_loader, "num_workers", 0):
-        check_shared_memory(2 * train_loader.num_workers * 2 * micro_batch * math.prod(input_size))
+        ranks.check_shared_memory(2 * train_loader.num_workers * 2 * micro_batch * math.prod(input_size))
     settled = settle_batch_norm(net, args.epochs * updates_per_epoch)
     if settled and IS_MAIN:
         print(settled, flush=True)
@@ -869,7 +847,7 @@ def train_in(
     known = {}
     if run.teacher:
         known["teacher_top1"] = check_teacher(run, args.teacher, args.workers, corrupt["validation"])
-    agreement, saved_at, waiting = Agreement(), time.time(), Future[None]()
+    agreement, saved_at, waiting = ranks.Agreement(), time.time(), Future[None]()
     waiting.set_result(None)
 
     def count_step(*_: Any) -> None:
@@ -928,8 +906,7 @@ def train_in(
         others = [functools.partial(run_directory.write_metrics, output / "metrics.csv", list(progress.rows))]
         if improved and IS_MAIN:
             config = run.config | {"metrics": {"epoch": progress.epoch} | metrics}
-            weights = student_bytes(averaged or run.student)
-            others.append(functools.partial(write_student, output / "student", weights, config))
+            others.append(save_student(output / "student", averaged or run.student, config, later=True))
         save(*others, best=improved)
 
     if IS_MAIN:
@@ -979,9 +956,9 @@ def say_what_starts(args: argparse.Namespace, run: Training, output: Path) -> No
 
 def main(argv: list[str] | None = None) -> int:
     """Run; a mistake of the user's is one line on stderr and status 2. What asks for a stop gets a checkpoint and 0."""
-    with terminals() as (stdout, stderr), stop_signals() as stop:
+    with terminals() as (stdout, stderr), ranks.stop_signals() as stop:
         try:
-            connect(read_flags(argv).get("timeout", 5.0))
+            ranks.connect(read_flags(argv).get("timeout", 5.0))
             train(parse_args(argv), stop, stdout)
             return 0
         except KeyboardInterrupt:
@@ -1008,7 +985,7 @@ def main(argv: list[str] | None = None) -> int:
                 time.sleep(1)
             return 2
         finally:
-            disconnect()
+            ranks.disconnect()
 
 
 if __name__ == "__main__":

@@ -30,10 +30,11 @@ def is_count(value: Any, most: float = math.inf) -> bool:
     return type(value) is int and 0 < value <= most
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a model may be given this as an argument: a number, a text, a truth value, or a flat list of those."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return all(is_number(v) or v is None or isinstance(v, (bool, str)) for v in values)
+def is_plain(value: Any, depth: int = 4) -> bool:
+    """Whether a model may be given this as an argument: a number, a text, a truth value, or a list of such."""
+    if isinstance(value, (list, tuple)):
+        return depth > 0 and all(is_plain(v, depth - 1) for v in value)
+    return value is None or isinstance(value, (bool, str)) or is_number(value)
 
 
 def is_list(value: Any, length: int | None, accepts: Callable[[Any], bool]) -> bool:

@@ -379,16 +379,18 @@ def settle_batch_norm(net: nn.Module, steps: int) -> str | None:
     return said or None
 
 
-def save_student(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """What deploy/ needs and people share: the plain student, no weak head, no optimizer."""
-    write_student(folder, student_bytes(model), config)
+def save_student(folder: Path, model: nn.Module, config: dict[str, Any], later: bool = False) -> Callable[[], None]:
+    """Write what deploy/ needs and people share: the plain student, no weak head, no optimizer.
 
+    later: write when what is returned is called; the weights are copied now
+    """
+    values = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = safetensors_bytes(values)
 
-def student_bytes(model: nn.Module) -> bytes:
-    """A copy of the weights, as model.safetensors holds them."""
-    return safetensors_bytes({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()})
+    def write() -> None:
+        write_whole(folder / "model.safetensors", weights)
+        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-
-def write_student(folder: Path, weights: bytes, config: dict[str, Any]) -> None:
-    write_whole(folder / "model.safetensors", weights)
-    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    if not later:
+        write()
+    return write

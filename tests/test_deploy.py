@@ -288,8 +288,9 @@ def damage_reference(run, how):
     elif how == "truncated":
         file.write_bytes(file.read_bytes()[:5000])
     elif how == "of other weights":
-        save_student(run / "student", load_student(run, model_files(run))[0].apply(lambda m: m.reset_parameters() if hasattr(
-            m, "reset_parameters") else None), load_student(run, model_files(run))[1])  # fmt: skip
+        model, config = load_student(run, model_files(run))
+        model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+        save_student(run / "student", model, config)
     else:
         arrays = dict(np.load(file))
         np.savez(file, **arrays | {"logits": arrays["logits"][:, :7]})

@@ -15,7 +15,7 @@ import random_kills
 import torch
 
 import train
-from deploy import run_directory
+from deploy import ranks, run_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
@@ -119,9 +119,9 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(kind, tmp_path):
 def test_a_lost_process_ends_the_others_soon_with_its_name(victim):
     two = start(*TINY, "--epochs", 500, "--output", "out", ranks=2)
     when(lambda: Path("out/last.pt").exists())
-    ranks = random_kills.ranks(Path("out"))
-    assert len(ranks) == 2
-    os.kill(two.pid if victim == "launcher" else max(ranks), signal.SIGKILL)
+    found = random_kills.ranks(Path("out"))
+    assert len(found) == 2
+    os.kill(two.pid if victim == "launcher" else max(found), signal.SIGKILL)
     text = random_kills.finish(two, Path("out"), 30)
     expected = r"rank \d: the launcher has ended" if victim == "launcher" else r"error: (rank \d: )?lost rank \d"
     assert re.search(expected, text), text
@@ -293,10 +293,10 @@ METHODS = {
 
 if __name__ == "__main__":  # one of the two ranks of the test below
     torch.set_num_threads(1)
-    train.connect(1)
+    ranks.connect(1)
     found = {name: gradients(2, 1, flags) for name, flags in METHODS.items()}
-    torch.save(found, f"{sys.argv[1]}/{train.RANK}.pt")
-    train.disconnect()
+    torch.save(found, f"{sys.argv[1]}/{ranks.RANK}.pt")
+    ranks.disconnect()
     sys.exit(0)
 
 
