@@ -903,7 +903,9 @@ def train_in(
             print(run_directory.epoch_line(progress.rows[-1], args.epochs), flush=True)
             for name, value in progress.rows[-1].items():
                 board.add_scalar(name, value, progress.epoch)
-        others = [functools.partial(run_directory.write_metrics, output / "metrics.csv", list(progress.rows))]
+        others: list[Callable[[], Any]] = [
+            functools.partial(run_directory.write_metrics, output / "metrics.csv", list(progress.rows))
+        ]
         if improved and IS_MAIN:
             config = run.config | {"metrics": {"epoch": progress.epoch} | metrics}
             others.append(save_student(output / "student", averaged or run.student, config, later=True))

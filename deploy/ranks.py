@@ -145,6 +145,8 @@ class Ranks:
 def connect(minutes: float) -> None:
     """Meet the other processes; none that is lost keeps the rest waiting for longer than this."""
     if WORLD_SIZE == 1:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         return
     patience = timedelta(minutes=minutes)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -155,6 +157,14 @@ def connect(minutes: float) -> None:
         host, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False
     )
     Ranks.here = Ranks(store, patience.total_seconds())
+
+
+def end_with(launcher: int) -> None:
+    """Of a single process: without its launcher nobody would know that it still runs."""
+    while os.getppid() == launcher:
+        time.sleep(BEAT)
+    show_error("train.py", "the launcher has ended")
+    os._exit(2)
 
 
 def disconnect() -> None:
