@@ -89,7 +89,7 @@ def test_a_row_builds_its_networks_layers_and_schedule_and_takes_a_step(name, mo
             theirs = train.parse_args(rows()[Path(args.teacher).parts[2]])
             name_of_teacher = theirs.model
         architecture = find_architecture(name_of_teacher, theirs.model_args, theirs.small_stem)
-        teacher = Teacher(build_model(architecture, classes, size))
+        teacher = Teacher(build_model(architecture, classes, size, [name_of_teacher]))
     run = train.build(args, data, teacher)
     if args.self_kd:
         assert (run.net.tap, run.net.head.in_features) == TAPS[name]

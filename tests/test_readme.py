@@ -33,7 +33,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     commands = {name: importlib.import_module(f"deploy.{name}") for name in COMMANDS}
     parsers = [module.get_parser() for module in (train, *commands.values())]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    theirs = {"--nproc-per-node", "--logdir"}  # of torchrun and TensorBoard
+    theirs = {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and TensorBoard
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
     theirs |= {"--requirements"}  # of student.pyz, which knows two flags

@@ -75,7 +75,8 @@ SETTINGS = {
     "full": Setting(200, 64, train=500, held_out=0, common=[], teacher=[*LARGE, "--model", "resnet34"], student=[]),
 }  # fmt: skip
 
-KD, NKD = (["--kd", method, "--teacher", "{teacher}"] for method in ("kd", "nkd"))
+OWN = ["--model-file", f"{MODELS}:resnet20"]  # the teacher's
+KD, NKD = (["--kd", method, "--teacher", "{teacher}", *OWN] for method in ("kd", "nkd"))
 USKD = ["--self-kd", "uskd"]
 METHODS = {
     "cross-entropy": [],
