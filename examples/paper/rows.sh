@@ -61,7 +61,7 @@ cifar uskd-cifar-resnet18 --model resnet18 --self-kd uskd                       
 for teacher in wrn_40_2 resnet56 resnet110 resnet32x4 vgg13; do
 	crd "teacher-$teacher" $teacher
 done
-pair() { crd "nkd-$1-$2" "$2" --kd nkd --teacher "runs/paper/teacher-$1/student" "${@:3}"; }
+pair() { crd "nkd-$1-$2" "$2" --kd nkd --teacher "runs/paper/teacher-$1/student" --model-file "examples/paper/cifar_models.py:$1" "${@:3}"; }
 pair wrn_40_2 wrn_16_2
 pair wrn_40_2 wrn_40_1
 pair resnet56 resnet20
