@@ -822,6 +822,11 @@ def train_in(
     loaded = load_checkpoint(output, args.resume == "auto") if args.resume else None
     if loaded:
         state.restore(loaded[1], args.opt, run.data.label_names, loaded[0])
+        same = loaded[1]["args"]["batch_size"] == args.batch_size and progress.step <= run.updates_per_epoch
+        if progress.step and not same:
+            raise UserError(
+                f"{loaded[0]} is {progress}: take the same --batch-size and images, or resume after an epoch"
+            )
     compiled: Any = torch.compile(run.net) if args.compile else run.net
     if args.compile and run.teacher:
         run.teacher.model = torch.compile(run.teacher.model)  # type: ignore[assignment]

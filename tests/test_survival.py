@@ -103,6 +103,21 @@ def test_a_stop_during_evaluation_leaves_it_for_the_resume(monkeypatch, capsys):
     assert same_weights("whole", "out")
 
 
+@pytest.mark.parametrize("batch_size", [16, 1024])
+def test_within_an_epoch_the_batches_cannot_change(batch_size, monkeypatch, capsys):
+    evaluate = train.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", interrupted)
+        run(*TINY, "--output", "out")
+    line = refused(capsys, "--output", "out", "--resume", "--batch-size", batch_size)
+    assert "out/last.pt is at step 44 of epoch 1: take the same --batch-size and images" in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["signal", "save"])
 def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(kind, tmp_path):
