@@ -197,7 +197,7 @@ def validation_batches(
 
     file, config = student.resolve().parent / "args.json", torch_student.metadata
     try:
-        flags = json.loads(file.read_text())["flags"] if file.is_file() else {}
+        flags = json.loads(file.read_bytes())["flags"] if file.is_file() else {}
         name, folder = data or flags["data"], data_dir or flags.get("data_dir") or "data"
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "does not say" if file.is_file() else "is not there to say"
