@@ -346,7 +346,7 @@ def test_check_prints_what_a_plain_loop_counts(deployed, flags, capsys):
     picked = range(len(digits)) if flags else np.linspace(0, len(digits) - 1, 256).astype(int)
     config = json.loads((run / "student/config.json").read_text())
     images = np.stack([prepare(digits[i][0], config) for i in picked])
-    labels = np.array(digits.labels)[picked]
+    labels = np.array(digits.targets)[picked]
     expected = load(run / "student", device="cpu").run(images)
     for name, row in rows.items():
         logits = load(run / "student" / name.replace("student/", ""), device="cpu").run(images)
