@@ -48,7 +48,7 @@ from torchvision.transforms import v2
 from deploy import ranks, run_directory
 from deploy.checkpoint import Progress, State, load_checkpoint, write_run
 from deploy.cli import Parser, UserError, explain, number, show_error, terminals, write_whole
-from deploy.datasets import Data, open_data
+from deploy.datasets import SPLIT, Data, class_counts, class_weights, open_data, read_split, say, write_split
 from deploy.loading import (
     Batch,
     CorruptCount,
@@ -105,9 +105,11 @@ RECIPE = "by recipe"  # a default that the recipe gives
 # Every flag: its default, its help, and what argparse is told.
 FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
     "data": {
-        "data": ("digits", "digits (embedded), cifar10, cifar100, or a folder with train/ and val/", {}),
+        "data": ("digits", "digits (embedded), cifar10, cifar100, or a folder with train/ and val/, or of classes", {}),
         "data_dir": ("data", "where cifar is kept", {}),
         "download": (False, "fetch cifar if it is not there yet", YES),
+        "val_split": (None, "share of each class to validate on, of a folder without val/",
+                      dict(type=number(float, 0, 1, above=True))),
         "img_size": (RECIPE, "pixels a side that the student sees, or height and width", dict(type=COUNT, nargs="+")),
         "in_chans": (3, "channels that the student sees; 1: images are made grey", dict(type=int, choices=[1, 3])),
         "crop": (RECIPE, "random crop: resized, or padded by 1/8, or none", dict(choices=["resized", "pad", "none"])),
@@ -160,6 +162,7 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "step_epochs": (RECIPE, "step schedule: the epochs at which the rate falls", dict(type=WEIGHT, nargs="+")),
         "step_factor": (RECIPE, "step schedule: what the rate is multiplied by", dict(type=POSITIVE)),
         "label_smoothing": (0.0, "label smoothing of the cross-entropy alone", dict(type=SHARE)),
+        "class_weights": (None, "weight every loss by class: balanced, or a CSV file of name,weight", {}),
         "clip_grad": (None, "largest gradient norm", dict(type=POSITIVE)),
         "ema_decay": (0.0, "average of the weights, evaluated and saved in their place; 0: off", dict(type=SHARE)),
         "seed": (0, "seed of weights, order and augmentation", dict(type=number(int, 0, 2**32 - 1))),
@@ -203,7 +206,7 @@ def get_parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None = None) -> dict[str, Any]:
     """What is typed, with the paths in it made absolute: --resume may be called from another folder."""
     typed = vars(get_parser().parse_args(argv))
-    for name in ("data", "data_dir", "model", "init", "teacher", "teacher_classes"):
+    for name in ("data", "data_dir", "model", "init", "teacher", "teacher_classes", "class_weights"):
         if name in typed and not (name == "data" and typed[name] in BY_DATA):
             typed[name] = absolute(typed[name])
     typed |= {"model_file": list(map(absolute, typed["model_file"]))} if "model_file" in typed else {}
@@ -248,14 +251,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{min(misplaced).replace('_', '-')} needs {method}")
     if os.path.isdir(args.model) and typed.keys() & {"model_args", "small_stem", "interpolation", "eval_crop"}:
         raise UserError("--model is a student/ folder, which has its own arguments, stem, interpolation and crop")
-    starts = [
-        ("--pretrained", args.pretrained),
-        ("--init", args.init),
-        ("a student/ folder", os.path.isdir(args.model)),
-    ]
-    said = [flag for flag, given in starts if given]
-    if len(said) > 1:
-        raise UserError(f"{' and '.join(said)}: a student starts from one of them")
+    named = [flag for flag, given in (("--pretrained", args.pretrained), ("--init", args.init)) if given]
+    named += ["a folder as --model"] * os.path.isdir(args.model)
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)}: a student starts from one of them")
     if args.teacher_classes and not args.teacher:
         raise UserError("--teacher-classes needs --teacher")
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
@@ -277,23 +276,28 @@ def named_losses(
     logits: Tensor, weak_logits: Tensor | None, teacher_logits: Any, target: Tensor, *,
     kd: str | None = None, label_smoothing: float = 0.0, gamma: float = 1.5, temperature: float = 1.0,
     kd_weight: float = 1.0, kd_temperature: float = 4.0, alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005,
-    group: Any = None,
+    class_weights: Tensor | None = None, group: Any = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The terms of the objective by name; their sum is what is minimised. USKD: where there are weak logits.
 
+    class_weights: of each image's losses, by its class; for mixed labels the mean of theirs
     group: the processes that share a batch. USKD's mean over the batch is then over all of it, but for one pass of
-    --grad-accum, whose logits are all that is known before its backward.
+        --grad-accum, whose logits are all that is known before its backward
     """
-    losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)}
+    each: Any = {"reduction": "none"}
+    losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing, **each)}
     if kd == "nkd":
-        losses["nkd"] = nkd_loss(logits, teacher_logits, target, gamma=gamma, temperature=temperature)
+        losses["nkd"] = nkd_loss(logits, teacher_logits, target, gamma=gamma, temperature=temperature, **each)
     elif kd == "kd":  # Hinton et al. 2015, arXiv 1503.02531
         student, teacher = ((x.float() / kd_temperature).log_softmax(1) for x in (logits, teacher_logits))
-        kl = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        kl = F.kl_div(student, teacher, log_target=True, **each).sum(1)
         losses["kd"] = kd_weight * kd_temperature**2 * kl
     if weak_logits is not None:
-        losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=beta, mu=mu, group=group)
-    return losses
+        losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=beta, mu=mu, group=group, **each)
+    if class_weights is not None:
+        weights = class_weights[target] if target.ndim == 1 else target @ class_weights
+        losses = {name: weights * loss for name, loss in losses.items()}
+    return {name: loss.mean() for name, loss in losses.items()}
 
 
 def forward_backward(
@@ -511,16 +515,17 @@ class Training(NamedTuple):
 
 def build(
     args: argparse.Namespace, data: Data | None = None, teacher: Teacher | None = None,
-    known: dict[str, Any] | None = None,
+    known: dict[str, Any] | None = None, sides: dict[str, str] | None = None,
 ) -> Training:  # fmt: skip
     """Put a run together as the flags say; data and teacher may be given in place of those they name.
 
     known: the student's config.json in the checkpoint that the run goes on from, which brings the weights
+    sides: of a run that goes on, which image of --val-split was for what
     """
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    data = data or open_data(args.data, args.data_dir, args.download)
+    data = data or open_data(args.data, args.data_dir, args.download, args.val_split, args.seed, sides)
 
     torch.manual_seed(args.seed)
     weights_decide = (args.pretrained or args.init) and not known
@@ -538,7 +543,7 @@ def build(
     config["training"] = {
         "data": os.path.basename(args.data), "train_images": len(data.train), "val_images": len(data.val),
         "method": describe_method(args.kd, args.self_kd), "teacher": args.teacher and os.path.basename(args.teacher),
-        "began": os.path.basename(args.init or "") or ("ImageNet weights of the library" if args.pretrained else "noise"),
+        "began": os.path.basename(args.init or "") or ("ImageNet weights" if args.pretrained else "noise"),
         "epochs": args.epochs,
     }  # fmt: skip
     num_classes = config["num_classes"]
@@ -563,8 +568,8 @@ def build(
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--self-kd uskd on {args.model} (--tap names the layer): {error}") from error
     net.to(device=device).to(memory_format=memory_format)
-    if said and IS_MAIN:
-        print(said, flush=True)
+    if said:
+        say(said)
 
     view = functools.partial(eval_view, config=config)
     loader = functools.partial(make_loader, workers=args.workers, pin_memory=device.type == "cuda")
@@ -583,8 +588,8 @@ def build(
     if getattr(train_loader, "num_workers", 0):
         ranks.check_shared_memory(2 * train_loader.num_workers * 2 * micro_batch * math.prod(input_size))
     settled = settle_batch_norm(net, args.epochs * updates_per_epoch)
-    if settled and IS_MAIN:
-        print(settled, flush=True)
+    if settled:
+        say(settled)
 
     optimizer, scheduler = make_optimizer(
         net, args.opt, args.lr, args.weight_decay, args.layer_decay, args.momentum, args.schedule, args.epochs,
@@ -592,7 +597,13 @@ def build(
     )  # fmt: skip
     weights = ("kd", "label_smoothing", "gamma", "temperature", "kd_weight", "kd_temperature", "alpha", "beta", "mu")
     group = dist.group.WORLD if WORLD_SIZE > 1 else None
-    objective = functools.partial(named_losses, group=group, **{name: getattr(args, name) for name in weights})
+    by_class = None
+    if args.class_weights:
+        values = class_weights(args.class_weights, data.label_names, class_counts(data.train))
+        by_class = torch.tensor(values, device=device)
+        say(f"class weights, {args.class_weights}: {by_class.min():.3g} to {by_class.max():.3g}")
+    options = {name: getattr(args, name) for name in weights}
+    objective = functools.partial(named_losses, class_weights=by_class, group=group, **options)
     to_device = ToDevice(config["mean"], config["std"], device, memory_format)
     augment = batch_augmentation(args.random_erasing, args.mixup, args.cutmix, num_classes, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -667,7 +678,8 @@ def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     loaded = load_checkpoint(Path(args.output), args.resume == "auto") if args.resume else None
-    run = build(args, known=loaded and loaded[1]["config"])
+    sides = from_rank_zero(lambda: read_split(Path(args.output) / SPLIT)) if args.resume else None
+    run = build(args, known=loaded and loaded[1]["config"], sides=sides)
     with ExitStack() as at_the_end:
         method = "-".join(filter(None, [args.kd, args.self_kd])) or "ce"
 
@@ -676,6 +688,8 @@ def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
             at_the_end.enter_context(run_directory.locked(folder))
             if args.overwrite:
                 run_directory.clear(folder)
+            if run.data.split:
+                write_split(folder / SPLIT, run.data.split)
             terminal.log = open(folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             return folder
 

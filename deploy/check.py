@@ -192,7 +192,7 @@ def validation_batches(
     student: Path, limit: int | None, data: str, data_dir: str | None, workers: int | None, torch_student: Runtime
 ) -> Iterator[Batch]:
     """The run's whole validation set, or an evenly spaced part; data: as of --data, "" for what args.json says."""
-    from deploy.datasets import open_data  # torchvision's, on a workstation
+    from deploy.datasets import SPLIT, open_data, read_split  # torchvision's, on a workstation
     from deploy.loading import CorruptCount, eval_view, make_loader, progress_bar
 
     file, config = student.resolve().parent / "args.json", torch_student.metadata
@@ -202,7 +202,7 @@ def validation_batches(
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "does not say" if file.is_file() else "is not there to say"
         raise UserError(f"{file} {what} where the run's images are: --data DATA does") from error
-    source = open_data(name, folder)
+    source = open_data(name, folder, sides=read_split(student.resolve().parent / SPLIT))
     if [str(label) for label in source.label_names] != config["label_names"]:
         raise UserError(
             f"--data {name} has other classes than {student}: {', '.join(map(str, source.label_names[:3]))}, ... "
