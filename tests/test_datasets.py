@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from students import load, write_student
 
+from deploy.check import validation_batches
 from deploy.cli import UserError
 from deploy.datasets import Digits, class_counts, class_weights, median_size, open_data, read_split, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
+MODELS = Path(__file__).with_name("own_models.py")
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
 
@@ -172,6 +175,17 @@ def test_a_run_goes_on_only_where_each_class_can_still_be_validated(tmp_path):
     sides = dict(open_data(str(folder), val_split=0.25).split)
     make(folder, {"eel": 3})
     assert "no image of eel for validation" in refusal(folder, sides=sides)
+
+
+def test_check_takes_the_validation_images_that_a_run_split_off(tmp_path):
+    folder = make(tmp_path / "photos", {"cat": 12, "dog": 8})
+    student = write_student(tmp_path / "run/student", f"{MODELS}:tiny", 16, ["cat", "dog"])
+    (tmp_path / "run/args.json").write_text(json.dumps({"flags": {"data": str(folder)}}))
+    write_split(tmp_path / "run/split.csv", open_data(str(folder), val_split=0.5, seed=3).split)
+    network = load(student, device="cpu")
+    batches = list(validation_batches(student, None, "", None, 0, network))
+    assert np.concatenate([labels for _, labels, _ in batches]).tolist() == [0] * 6 + [1] * 4
+    assert batches[0][0].shape == (10, 16, 16, 3)
 
 
 @pytest.mark.parametrize(("content", "said"), [

@@ -1,6 +1,7 @@
 """A device without torch: an environment of numpy, Pillow, a runtime and the server's three packages, nothing else."""
 
 import contextlib
+import csv
 import importlib.util
 import json
 import os
@@ -98,6 +99,10 @@ def test_check_and_benchmark_give_their_tables(device, made, tmp_path):
     assert rows["student/"]["top1"] == 100
     assert rows["student.onnx"]["verdict"] == "pass"
     assert rows["student.onnx"]["images"] == 40
+    assert "no confusion.png: matplotlib is not installed" in out
+    classes = list(csv.DictReader((run / "student/per_class.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["label"] for row in classes] == ["cat", "dog", "café", "d", "e", "f"]
+    assert sum(int(row["n"]) for row in classes) == 40
     flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "3", "--device", "cpu"]
     assert "no row of torch eager" in on(device, "-m", "deploy.benchmark", run, *flags)
     rows = json.loads((run / "student/benchmark.json").read_text())["rows"]
