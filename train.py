@@ -57,6 +57,8 @@ from deploy.loading import (
     make_loader,
     progress_bar,
 )
+from deploy.per_class import write_per_class
+from deploy.pictures import batch_picture
 from deploy.preprocess import RESAMPLING, to_rgb, upright_size
 from deploy.ranks import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero
 from deploy.reference import evenly, keep_reference
@@ -453,6 +455,11 @@ class ToDevice:
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         return (images.float() - self.mean) / self.std
 
+    def undo(self, images: Tensor) -> Any:
+        """Normalised (B, C, H, W) -> a uint8 array (B, H, W, C), to look at."""
+        pixels = (images * self.std + self.mean).round().clamp(0, 255)
+        return pixels.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -460,11 +467,14 @@ class ToDevice:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, loader: Iterable[Batch], to_device: ToDevice, amp: torch.dtype | None, corrupt: CorruptCount,
-    stop: StopRequest | None = None,
+    stop: StopRequest | None = None, answers: list[Tensor] | None = None,
 ) -> dict[str, float] | None:  # fmt: skip
-    """Top-1 and top-5 in percent and the cross-entropy, each sample of all ranks counted once; None: asked to stop."""
+    """Top-1 and top-5 in percent and the cross-entropy, each sample of all ranks counted once; None: asked to stop.
+
+    answers: gets the labels and what was answered of this rank's samples, (2, N)
+    """
     model.eval()
-    device = to_device.device
+    device, pairs = to_device.device, []
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, samples, ranks asked to stop
     for images, labels, unreadable in progress_bar(loader, "validate"):
         corrupt.add(unreadable)
@@ -476,7 +486,9 @@ def evaluate(
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = model(to_device(images)).float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == labels.unsqueeze(1)
+        pairs.append(torch.stack([labels, best[:, 0]]))
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals[:4] += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(labels))])
     if WORLD_SIZE > 1:
@@ -486,6 +498,8 @@ def evaluate(
         return None
     if not count:
         raise UserError("not one validation image could be read")
+    if answers is not None:
+        answers += [pair.int().cpu() for pair in pairs]
     return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
 
 
@@ -634,8 +648,12 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 def train_epoch(
     parallel: nn.Module, run: Training, progress: Progress, corrupt: CorruptCount, log: LossLog, log_interval: int,
     grad_accum: int, clip_grad: float | None, ema: ModelEmaV3 | None, after_step: Callable[[], bool],
+    look: Callable[[Tensor, Tensor], Any],
 ) -> bool:  # fmt: skip
-    """The training images, from where progress says; True once after_step, called after optimizer steps, says stop."""
+    """The training images, from where progress says; True once after_step, called after optimizer steps, says stop.
+
+    look: is shown the first batch of all as the network sees it
+    """
     parallel.train()
     began, first = time.time() - progress.seconds, progress.step * grad_accum
     sampler = getattr(run.train_loader, "sampler", run.train_loader)
@@ -647,6 +665,8 @@ def train_epoch(
         if images is None:
             raise UserError(f"not one image of a training batch could be read, the first is {unreadable[0][0]}")
         images, target = run.augment(run.to_device(images), labels.to(run.device, non_blocking=True))
+        if i == progress.epoch == progress.step == 0:
+            look(images, target)
         last_pass = (i + 1) % grad_accum == 0
         if isinstance(parallel, DistributedDataParallel):
             # gradients are exchanged at the last pass alone; DDP.no_sync() sets the same, as a context
@@ -750,6 +770,11 @@ def train_in(
     agreement, saved_at, waiting = ranks.Agreement(), time.time(), Future[None]()
     waiting.set_result(None)
 
+    def look(images: Tensor, target: Tensor) -> None:
+        if IS_MAIN:
+            pixels = run.to_device.undo(images[:32])
+            disk.submit(batch_picture, output / "batch.png", pixels, target[:32].cpu().numpy(), run.data.label_names)
+
     def count_step(*_: Any) -> None:
         progress.executed += 1
 
@@ -773,15 +798,15 @@ def train_in(
     run.optimizer.register_step_post_hook(count_step)
     while progress.epoch < args.epochs:
         stopped = train_epoch(parallel, run, progress, corrupt["training"], log, args.log_interval, args.grad_accum,
-                              args.clip_grad, ema, after_step)  # fmt: skip
-        began = time.time()
+                              args.clip_grad, ema, after_step, look)  # fmt: skip
+        began, answers = time.time(), list[Tensor]()
         metrics = None
         if not stopped:
             if WORLD_SIZE > 1:  # each rank has batch-norm statistics of its own: all must evaluate the same model
                 for model in filter(None, (run.student, averaged)):
                     distribute_bn(model, WORLD_SIZE, reduce=True)
             metrics = evaluate(
-                averaged or compiled, run.val_loader, run.to_device, run.amp, corrupt["validation"], stop
+                averaged or compiled, run.val_loader, run.to_device, run.amp, corrupt["validation"], stop, answers
             )
             if metrics is None:
                 save()
@@ -799,6 +824,8 @@ def train_in(
         })  # fmt: skip
         improved = math.isfinite(metrics["val_loss"]) and metrics["val_top1"] >= progress.best
         progress.next_epoch(best=metrics["val_top1"] if improved else progress.best)
+        if improved:
+            progress.answers = ranks.gather(torch.cat(answers, 1))
         if IS_MAIN:
             print(run_directory.epoch_line(progress.rows[-1], args.epochs), flush=True)
             for name, value in progress.rows[-1].items():
@@ -816,6 +843,9 @@ def train_in(
         board.close()
     if IS_MAIN and progress.epoch == args.epochs:
         run_directory.plot_curves(output / "curves.png", progress.rows)
+        if progress.answers is not None:
+            labels, predictions = progress.answers.numpy()
+            print(*write_per_class(output, labels, predictions, run.data.label_names), sep="\n")
         if args.reference:
             own = [args.model] if is_own(args.model) else args.model_file
             print(keep_reference(output, run.data.val, run.data.train, args.reference, own), flush=True)
