@@ -198,8 +198,8 @@ def validation_batches(
 
     What the run split off for validation is what its split.csv says.
     """
-    import train  # the one place in deploy/ that knows it, for a workstation
-    from deploy.datasets import open_data, read_split
+    from deploy.datasets import SPLIT, open_data, read_split  # torchvision's, on a workstation
+    from deploy.loading import CorruptCount, eval_view, make_loader, progress_bar
 
     file, config = student.resolve().parent / "args.json", torch_student.metadata
     try:
@@ -208,17 +208,17 @@ def validation_batches(
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "does not say" if file.is_file() else "is not there to say"
         raise UserError(f"{file} {what} where the run's images are: --data DATA does") from error
-    source = open_data(name, folder, sides=read_split(file.with_name("split.csv")))
+    source = open_data(name, folder, sides=read_split(file.with_name(SPLIT)))
     if [str(label) for label in source.label_names] != config["label_names"]:
         raise UserError(
             f"--data {name} has other classes than {student}: {', '.join(map(str, source.label_names[:3]))}, ... "
             f"and not {', '.join(config['label_names'][:3])}, ..."
         )
     picked = None if limit is None else evenly(len(source.val), limit)
-    view = functools.partial(train.eval_view, config=config)
-    corrupt = train.CorruptCount("validation", len(source.val))
-    loader = train.make_loader(source.val, view, max(BATCHES), False, workers=workers, indices=picked)
-    for images, labels, unreadable in train.progress_bar(loader, "validation images"):
+    view = functools.partial(eval_view, config=config)
+    corrupt = CorruptCount("validation", len(source.val))
+    loader = make_loader(source.val, view, max(BATCHES), False, workers=workers, indices=picked)
+    for images, labels, unreadable in progress_bar(loader, "validation images"):
         corrupt.add(unreadable)
         if images is not None:
             pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())

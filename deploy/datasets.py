@@ -27,6 +27,7 @@ from deploy.ranks import IS_MAIN, local_rank_zero_first
 from deploy.reference import evenly
 
 EXPECTED = "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or one of digits, cifar10, cifar100"
+SPLIT = "split.csv"  # of a run directory: see write_split
 # Folders of these names that hold folders are sets of images, and no classes.
 SETS = ("train", "training", "val", "valid", "validation", "test", "testing")
 

@@ -111,7 +111,7 @@ def export_student(
             except (UserError, OSError):
                 raise
             except Exception as error:  # the exporters have dozens
-                what = config["architecture"]["name"]
+                what = config["architecture"]
                 raise UserError(f"{what} cannot be exported to {kind}: {first_line(error)}") from error
             compare(file, images, expected, TOLERANCE[precision])
             os.replace(file, output / file.name)

@@ -29,7 +29,7 @@ from deploy.cli import UserError, version, write_whole
 
 WRITTEN = ("args.json", "split.csv", "batch.png", "metrics.csv", "curves.png", "per_class.csv", "confusion.png",
            "log.txt", "last.pt", "previous.pt", "best.pt", "reference.npz",
-           "student/model.safetensors", "student/config.json")  # fmt: skip
+           "student/model.safetensors", "student/config.json", "student/README.md")  # fmt: skip
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the two newest checkpoints
 MARK = b"kdlite sha256 "  # and 64 digits, which end a checkpoint
 PACKAGES = ("torch", "torchvision", "timm", "numpy")

@@ -57,6 +57,8 @@ def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> N
         raise ValueError(
             f"{name} and {other_name} must have one shape, got {tuple(logits.shape)} and {tuple(other.shape)}"
         )
+    if logits.device != other.device:
+        raise ValueError(f"{name} and {other_name} must be on one device, got {logits.device} and {other.device}")
     classes = logits.shape[class_dim(logits)]
     if classes < 2:
         raise ValueError(

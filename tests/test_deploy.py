@@ -146,8 +146,7 @@ def test_export_writes_the_student_alone_in_one_file_each(trained):
     said = {p.key: json.loads(p.value) for p in graph.metadata_props}
     for key in ("label_names", "mean", "std", "input_size", "metrics"):
         assert said[key] == config[key]
-    assert said["architecture"] == config["architecture"]
-    assert said["architecture"]["name"] == "cifar_models.py:resnet8"
+    assert said["architecture"] == config["architecture"] == "cifar_models.py:resnet8"
     assert said["input"] == "uint8 NHWC"
     (image,) = graph.graph.input
     assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8

@@ -1,6 +1,7 @@
 """deploy/recipes.py: defaults that fit a folder."""
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -24,9 +25,10 @@ def test_a_picked_recipe_makes_a_run(images, classes, size, pretrained):
     assert recipe["img_size"] % 32 == 0
     assert "\n" not in line
     assert f"{images} images of {classes} classes" in line
-    names = ("opt", "lr", "weight_decay", "schedule", "epochs", "step_epochs", "step_factor")
-    taken = {"warmup_epochs": 0.0} | {name: recipe[name] for name in (*names, "warmup_epochs") if name in recipe}
-    _, scheduler = train.make_optimizer(torch.nn.Linear(2, 2), momentum=0.9, updates_per_epoch=10, **taken)
+    defaults = {name: default for flags in train.FLAGS.values() for name, (default, *_) in flags.items()}
+    flags = defaults | recipe | {"net": torch.nn.Linear(2, 2), "updates_per_epoch": 10}
+    taken = {name: flags[name] for name in inspect.signature(train.make_optimizer).parameters}
+    _, scheduler = train.make_optimizer(**taken)
     assert scheduler.optimizer.param_groups[0]["lr"] <= recipe["lr"]
 
 
