@@ -30,17 +30,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BY_DATA = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}  # a folder: pick_recipe
 LARGE = 100_000  # training images
-STEPS, FINE_TUNING_STEPS = (
-    8000,
-    1500,
-)  # optimizer steps of a run on a small folder: from random, from pretrained weights
+STEPS = 8000  # optimizer steps of a run on a smaller folder, from random weights
+FINE_TUNING_STEPS = 1500  # and from pretrained ones
 
 
 def pick_recipe(images: int, classes: int, size: tuple[int, int], pretrained: bool) -> tuple[dict[str, Any], str]:
     """Defaults that fit a folder of photographs, as one of RECIPES, and a line that says what was picked and why.
 
     From random weights, 100,000 images and more of at least 100 px get imagenet-cnn. Any other folder gets AdamW with
-    a cosine, a batch that gives some fifty steps an epoch, and as many epochs as make a number of steps.
+    a cosine, a batch of about half the root of the number of images, and as many epochs as make a number of steps.
 
     Args:
         images: training images
@@ -49,18 +47,18 @@ def pick_recipe(images: int, classes: int, size: tuple[int, int], pretrained: bo
         pretrained: whether the student starts from weights of other images; their own mean, std, interpolation and
             crop are not picked here
 
-    Source:
-        of the rates and budgets: trials on two CPU cores, see the README; those of fine-tuning are customary
+    Returns:
+        The recipe, with the keys of RECIPES, and the line.
     """
     short = min(size)
-    seen = f"{images} images of {classes} classes, {size[1]}x{size[0]} pixels"
+    seen = f"defaults for {images} images of {classes} classes, {size[1]}x{size[0]} pixels"
     if images >= LARGE and short >= 100 and not pretrained:
         return RECIPES["imagenet-cnn"], f"{seen}: as imagenet-cnn"
     # pretrained weights know objects of 100 pixels and more: small photographs are enlarged for them
     wanted = max(128.0, 2.5 * short) if pretrained else short
     img_size = min(max(32, 32 * round(wanted / 32)), 224)
-    batch_size = 2 ** round(math.log2(min(max(images / 50, 16), 128)))
-    batch_size = min(batch_size, 2 ** int(math.log2(max(images, 1))))
+    batch_size = 2 ** round(math.log2(min(max(math.sqrt(images) / 2, 16), 128)))
+    batch_size = min(batch_size, 2 ** int(math.log2(images)))
     steps, fewest, most = (FINE_TUNING_STEPS, 10, 50) if pretrained else (STEPS, 30, 200)
     epochs = min(max(round(steps / (images // batch_size)), fewest), most)
     lr = (2e-4 if pretrained else 2e-3) * math.sqrt(batch_size / 64)
