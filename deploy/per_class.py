@@ -33,13 +33,9 @@ def write_per_class(folder: Path, labels: np.ndarray, predictions: np.ndarray, l
     Raises:
         UserError: an index is of no class, or a file cannot be written
     """
-    for indices in (labels, predictions):
-        if indices.shape != labels.shape or (
-            indices.size and not 0 <= indices.min() <= indices.max() < len(label_names)
-        ):
-            raise UserError(
-                f"labels or answers do not fit the {len(label_names)} classes {', '.join(label_names[:3])}, ..."
-            )
+    known = set(range(len(label_names)))
+    if labels.shape != predictions.shape or not {*labels.tolist(), *predictions.tolist()} <= known:
+        raise UserError(f"labels or answers do not fit the {len(known)} classes {', '.join(label_names[:3])}, ...")
     write_whole(folder / "per_class.csv", per_class_table(labels, predictions, label_names))
     lines = worst_confusions(labels, predictions, label_names)
     lines = ["most often taken for another class:", *(f"  {line}" for line in lines)] if lines else [

@@ -233,6 +233,20 @@ def test_what_has_validation_images_is_not_split():
             open_data(name, val_split=0.1)
 
 
+def test_the_pictures_of_earlier_runs_are_no_class(tmp_path):
+    make(tmp_path, {"cat": 2, "dog": 2, "runs/001-resnet18-ce": 2})
+    (tmp_path / "runs/001-resnet18-ce/args.json").touch()
+    assert "runs would be a class, but holds runs of train.py" in refusal(tmp_path, val_split=0.5)
+
+
+def test_validation_images_that_have_come_are_taken_and_said(tmp_path, capsys):
+    make(tmp_path / "train", {"cat": 4, "dog": 4})
+    sides = dict(open_data(str(tmp_path), val_split=0.25).split)
+    make(tmp_path / "val", {"cat": 3, "dog": 3})
+    assert len(open_data(str(tmp_path), sides=sides).val) == 6
+    assert "val is there, and is taken in place of the images that the run split off" in capsys.readouterr().out
+
+
 def test_a_class_may_be_called_train(tmp_path):
     data = open_data(str(make(tmp_path, {"car": 4, "plane": 4, "train": 4})), val_split=0.25)
     assert data.label_names == ["car", "plane", "train"]
