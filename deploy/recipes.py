@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BY_DATA = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}  # a folder: pick_recipe
 LARGE = 100_000  # training images
-STEPS = 8000  # optimizer steps of a run on a smaller folder, from random weights
+STEPS = 12_000  # optimizer steps of a run on a smaller folder, from random weights
 FINE_TUNING_STEPS = 1500  # and from pretrained ones
 
 
@@ -38,7 +38,7 @@ def pick_recipe(images: int, classes: int, size: tuple[int, int], pretrained: bo
     """Defaults that fit a folder of photographs, as one of RECIPES, and a line that says what was picked and why.
 
     From random weights, 100,000 images and more of at least 100 px get imagenet-cnn. Any other folder gets AdamW with
-    a cosine, a batch of about half the root of the number of images, and as many epochs as make a number of steps.
+    a cosine, batches of 16 to 64 (32 for some thousand images) and as many epochs as make a number of steps.
 
     Args:
         images: training images
@@ -57,19 +57,18 @@ def pick_recipe(images: int, classes: int, size: tuple[int, int], pretrained: bo
     # pretrained weights know objects of 100 pixels and more: small photographs are enlarged for them
     wanted = max(128.0, 2.5 * short) if pretrained else short
     img_size = min(max(32, 32 * round(wanted / 32)), 224)
-    batch_size = 2 ** round(math.log2(min(max(math.sqrt(images) / 2, 16), 128)))
-    batch_size = min(batch_size, 2 ** int(math.log2(images)))
+    batch_size = 2 ** min(max(round(math.log2(3.2 * images**0.25)), 4), 6, int(math.log2(images)))
     steps, fewest, most = (FINE_TUNING_STEPS, 10, 50) if pretrained else (STEPS, 30, 200)
     epochs = min(max(round(steps / (images // batch_size)), fewest), most)
-    lr = (2e-4 if pretrained else 2e-3) * math.sqrt(batch_size / 64)
+    lr = 5e-4 if pretrained else 2e-3
     small_stem = img_size <= 64 and not pretrained
     large_view = img_size > 64
     recipe: dict[str, Any] = dict(
-        epochs=epochs, batch_size=batch_size, opt="adamw", lr=float(f"{lr:.2g}"), weight_decay=0.05, schedule="cosine",
+        epochs=epochs, batch_size=batch_size, opt="adamw", lr=lr, weight_decay=0.05, schedule="cosine",
         warmup_epochs=epochs / 20, step_epochs=[epochs / 2, epochs * 3 / 4], step_factor=0.1, img_size=img_size,
         crop="resized" if large_view else "pad", hflip=0.5, eval_crop=0.875 if large_view else 1.0,
         small_stem=small_stem, label_smoothing=0.1,
     )  # fmt: skip
     start = "pretrained weights" if pretrained else "a 3x3 stem" if small_stem else "random weights"
-    return recipe, (f"{seen}: {start} at {img_size} px, AdamW {recipe['lr']:g}, cosine, {epochs} epochs of "
+    return recipe, (f"{seen}: {start} at {img_size} px, AdamW {lr:g}, cosine, {epochs} epochs of "
                     f"{images // batch_size} steps of {batch_size} images")  # fmt: skip

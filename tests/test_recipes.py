@@ -49,6 +49,6 @@ def test_pretrained_weights_keep_their_stem_and_are_tuned_gently():
     pick = functools.partial(pick_recipe, 3000, 10, (64, 64))
     tuned, new = pick(True)[0], pick(False)[0]
     assert not tuned["small_stem"]
-    assert tuned["lr"] < new["lr"] / 5
+    assert tuned["lr"] < new["lr"] / 2
     assert tuned["epochs"] < new["epochs"] / 2
     assert tuned["img_size"] > new["img_size"]
