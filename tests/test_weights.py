@@ -435,9 +435,9 @@ def test_a_folder_gets_defaults_that_fit_and_a_resume_keeps_them(photos, capsys)
 
 
 def test_a_student_folder_brings_its_own_size(photos):
-    write_student(Path("before"), f"{MODELS}:tiny", (1, 16, 24), ["dark", "bright"])
+    write_student(Path("before"), "test_efficientnet", (1, 32, 64), ["dark", "bright"])
     args = train.parse_args(["--model", "before", "--data", str(photos), "--val-split", "0.25"])
-    assert (args.in_chans, args.img_size) == (1, [16, 24])
+    assert (args.in_chans, args.img_size) == (1, [32, 64])
 
 
 def test_data_without_a_val_folder_wants_to_be_told(photos, capsys):
