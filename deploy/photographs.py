@@ -1,0 +1,89 @@
+"""What is posted to /predict: an image file as it is, or as the one file of a form; its cost before its pixels."""
+
+from __future__ import annotations
+
+import math
+from email.message import Message
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from python_multipart import FormParser
+from python_multipart.exceptions import FormParserError
+
+from deploy.preprocess import (
+    MAX_PIXELS,
+    ImageTooLarge,
+    UnreadableImage,
+    formats,
+    open_image,
+    prepare,
+    resized_size,
+    upright_size,
+)
+from deploy.protocol import PIECE, RequestError, bad, show
+
+ACCEPTED = {"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"}
+FIELDS = 100  # of a form, beside its file
+SCANS = 20  # of a progressive JPEG of MAX_PIXELS: each is a pass over the whole image; cameras and editors make 10
+
+
+def file_in(body: bytes, content_type: str) -> bytes:
+    """The one file of a form; a body that is no form as it is. Raises RequestError 400."""
+    header = Message()
+    header["Content-Type"] = content_type
+    if header.get_content_maintype() != "multipart":
+        return body
+    boundary = header.get_param("boundary")
+    if header.get_content_subtype() != "form-data" or not isinstance(boundary, str):
+        raise bad(f"Content-Type is {show(content_type)}; expected multipart/form-data with a boundary")
+    files: list[Any] = []
+    fields: list[Any] = []
+
+    def add(kept: list[Any], most: int, part: Any) -> None:
+        kept.append(part)
+        if len(kept) > most:
+            raise bad("the form has more than one file; send one image at a time")
+
+    try:
+        parser = FormParser(
+            "multipart/form-data", lambda field: add(fields, FIELDS, field), lambda file: add(files, 1, file),
+            boundary=boundary.encode(), config={"MAX_MEMORY_FILE_SIZE": len(body) + 1},
+        )  # fmt: skip
+        for start in range(0, len(body), PIECE):
+            parser.write(body[start : start + PIECE])
+        parser.finalize()
+    except (FormParserError, UnicodeError) as error:
+        raise bad(f"not a form that can be read: {show(str(error))}") from error
+    if not files:
+        raise bad("the form has no file: curl -F image=@photo.jpg")
+    return files[0].file_object.getvalue()
+
+
+def open_photograph(body: bytes, config: dict[str, Any]) -> tuple[Image.Image, int]:
+    """An image that is not decoded yet, and how many pixels it asks for; RequestError 400 or 413."""
+    try:
+        image = open_image(body, accepted=tuple(ACCEPTED.intersection(formats())))
+        pixels = image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise ImageTooLarge(f"{image.width}x{image.height} pixels")
+        scans = body.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+        if pixels * scans > SCANS * MAX_PIXELS:
+            raise ImageTooLarge(f"{image.width}x{image.height} pixels in {scans} scans")
+        return image, max(pixels, math.prod(resized_size(upright_size(image), config)))
+    except UnreadableImage as error:
+        raise unreadable(error) from error
+
+
+def decode(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
+    """uint8 (1, H, W, 3), prepared as in training; RequestError 400 or 413."""
+    try:
+        return prepare(image, config)[None]
+    except UnreadableImage as error:
+        raise unreadable(error) from error
+
+
+def unreadable(error: Exception) -> RequestError:
+    if isinstance(error, ImageTooLarge):
+        return RequestError(413, f"the image is too large: {error}; {MAX_PIXELS} pixels are the limit")
+    return bad(f"not an image that can be read ({error}); send the file as it is: curl --data-binary @photo.jpg")
