@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from email.message import Message
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from python_multipart import FormParser
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 
 from deploy.preprocess import (
     MAX_PIXELS,
@@ -23,6 +24,7 @@ from deploy.preprocess import (
 )
 from deploy.protocol import PIECE, RequestError, bad, show
 
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of each form that is none
 ACCEPTED = {"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"}
 FIELDS = 100  # of a form, beside its file
 SCANS = 20  # of a progressive JPEG of MAX_PIXELS: each is a pass over the whole image; cameras and editors make 10
@@ -30,12 +32,11 @@ SCANS = 20  # of a progressive JPEG of MAX_PIXELS: each is a pass over the whole
 
 def file_in(body: bytes, content_type: str) -> bytes:
     """The one file of a form; a body that is no form as it is. Raises RequestError 400."""
-    header = Message()
-    header["Content-Type"] = content_type
-    if header.get_content_maintype() != "multipart":
+    kind, options = parse_options_header(content_type)
+    if not kind.startswith(b"multipart/"):
         return body
-    boundary = header.get_param("boundary")
-    if header.get_content_subtype() != "form-data" or not isinstance(boundary, str):
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
         raise bad(f"Content-Type is {show(content_type)}; expected multipart/form-data with a boundary")
     files: list[Any] = []
     fields: list[Any] = []
@@ -48,7 +49,7 @@ def file_in(body: bytes, content_type: str) -> bytes:
     try:
         parser = FormParser(
             "multipart/form-data", lambda field: add(fields, FIELDS, field), lambda file: add(files, 1, file),
-            boundary=boundary.encode(), config={"MAX_MEMORY_FILE_SIZE": len(body) + 1},
+            boundary=boundary, config={"MAX_MEMORY_FILE_SIZE": len(body) + 1},
         )  # fmt: skip
         for start in range(0, len(body), PIECE):
             parser.write(body[start : start + PIECE])
@@ -70,7 +71,10 @@ def open_photograph(body: bytes, config: dict[str, Any]) -> tuple[Image.Image, i
         scans = body.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
         if pixels * scans > SCANS * MAX_PIXELS:
             raise ImageTooLarge(f"{image.width}x{image.height} pixels in {scans} scans")
-        return image, max(pixels, math.prod(resized_size(upright_size(image), config)))
+        size = resized_size(upright_size(image), config)
+        if math.prod(size) > MAX_PIXELS:
+            raise ImageTooLarge(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
+        return image, max(pixels, math.prod(size))
     except UnreadableImage as error:
         raise unreadable(error) from error
 
@@ -81,6 +85,8 @@ def decode(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
         return prepare(image, config)[None]
     except UnreadableImage as error:
         raise unreadable(error) from error
+    finally:
+        image.close()  # its pixels, before the next one's
 
 
 def unreadable(error: Exception) -> RequestError:

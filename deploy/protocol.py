@@ -248,23 +248,28 @@ def unpack(body: bytes, encoding: str, limit: int) -> bytes:
         return body
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise RequestError(415, f"Content-Encoding {show(encoding)}; expected gzip, deflate or none")
-    rest, size = body, 0
     unpacked: list[bytes] = []
+    position = size = members = 0
     try:
-        while rest:  # a gzip file is one member, or several
-            unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
-            unpacked.append(unpacker.decompress(rest, limit + 1 - size))
-            size += len(unpacked[-1])
-            if size > limit:
-                raise too_large(limit)
-            if not unpacker.eof:
-                raise zlib.error("it ends too early")
-            if len(unpacked) == GZIP_MEMBERS:
+        while position < len(body):  # a gzip file is one member, or several, and perhaps zeros
+            if members and not body[position] and body.count(b"\0", position) == len(body) - position:
+                break
+            members += 1
+            if members > GZIP_MEMBERS:
                 raise zlib.error(f"more than {GZIP_MEMBERS} members")
-            rest = unpacker.unused_data.lstrip(b"\0")
+            unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
+            while not unpacker.eof:
+                piece = body[position : position + PIECE]
+                if not piece:
+                    raise zlib.error("it ends too early")
+                unpacked.append(unpacker.decompress(piece, limit + 1 - size))
+                position += len(piece) - len(unpacker.unused_data) - len(unpacker.unconsumed_tail)
+                size += len(unpacked[-1])
+                if size > limit:
+                    raise too_large(limit)
     except zlib.error as error:
         raise bad(f"the body is no {encoding}: {error}") from error
-    if not unpacked:
+    if not members:
         raise bad(f"the body is no {encoding}: it is empty")
     return b"".join(unpacked)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import functools
 import hmac
 import importlib.resources
@@ -53,7 +54,7 @@ from deploy.cli import (
     version,
 )
 from deploy.limits import Budget, Limits
-from deploy.preprocess import MAX_PIXELS
+from deploy.preprocess import MAX_PIXELS, formats
 from deploy.protocol import (
     JSON_LIMIT,
     VERSION,
@@ -99,6 +100,7 @@ LARGE_ANSWER = 20_000  # logits that are not written in the event loop
 OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # without the token: probes have none
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 TOKEN = "KDLITE_TOKEN"
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class Model(NamedTuple):
@@ -427,9 +429,18 @@ def reload_in_background(app: Starlette, load_again: Callable[[], Runtime], said
     threading.Thread(target=work, name="reload", daemon=True).start()
 
 
+def map_large_memory() -> None:
+    """Have glibc map large blocks, always: Pillow asks for zeros, which takes 100 ms for a large image and holds the
+    interpreter where they must be written; and what is freed goes back to the system.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**22)
+
+
 def serve(app: Starlette, listener: socket.socket, limits: Limits, reload: Callable[[], None]) -> None:
     """Until SIGTERM or Ctrl-C; what was begun is answered first."""
     sys.setswitchinterval(5e-4)  # the runtime's thread gets the interpreter back sooner when its batch is done
+    map_large_memory()
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, then hands the signal on: to this
     protocol: Any = functools.partial(Connection, limits, app.state.metrics, memoryview(bytearray(LARGE_READ)))
     config = uvicorn.Config(
@@ -514,6 +525,7 @@ def run(args: argparse.Namespace) -> None:
         args.max_batch, args.max_delay, args.queue, args.body_limit, connections=bounded_by_files(args.connections),
         drain_s=args.drain,
     )  # fmt: skip
+    formats()  # imports Pillow's readers, which the first request would wait for
     load_again = functools.partial(load_and_try, args.artefact, limits, **runtime_options(args))
     runtime = load_again()
     listener = listen_unix(args.unix_socket) if args.unix_socket else listen(args.host, args.port)
