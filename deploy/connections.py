@@ -140,12 +140,15 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 class Server(uvicorn.Server):
     """uvicorn's, which drains before it shuts down.
 
+    began: is called once requests and signals are taken
     drain: tells the application, whose readiness is 503 from then on and whose answers close their connections
     """
 
-    def __init__(self, config: uvicorn.Config, drain_s: float, drain: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, drain_s: float, began: Callable[[], None], drain: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self.drain_s, self.drain = drain_s, drain
+        self.drain_s, self.began, self.drain = drain_s, began, drain
         self.told_of_files = -60.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -153,6 +156,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or []:
             listener.listen(BACKLOG)  # asyncio takes the backlog for the number that it accepts at once
+        self.began()
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -170,8 +174,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.drain()
-        began = time.monotonic()
-        while not self.force_exit and (waited := time.monotonic() - began) < DRAIN_S:
+        signalled = time.monotonic()
+        while not self.force_exit and (waited := time.monotonic() - signalled) < DRAIN_S:
             if waited >= self.drain_s and not self.server_state.tasks:
                 break
             await asyncio.sleep(0.05)

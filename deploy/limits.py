@@ -18,7 +18,7 @@ class Limits(NamedTuple):
     queue: int = 256  # images waiting; more are refused
     body_mib: float = 16.0  # of a request, unpacked
     bodies: int = 16  # of the largest that are held at once
-    pixels: int = 8 * MAX_PIXELS  # of photographs that wait to be decoded or are
+    pixels: int = 4 * MAX_PIXELS  # of photographs that wait to be decoded or are
     connections: int = 1024
     headers_s: float = 10.0  # from a request's first byte to the end of its headers
     body_s: float = 30.0  # from there to the end of its body

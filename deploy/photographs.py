@@ -20,7 +20,6 @@ from deploy.preprocess import (
     open_image,
     prepare,
     resized_size,
-    upright_size,
 )
 from deploy.protocol import PIECE, RequestError, bad, show
 
@@ -71,7 +70,7 @@ def open_photograph(body: bytes, config: dict[str, Any]) -> tuple[Image.Image, i
         scans = body.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
         if pixels * scans > SCANS * MAX_PIXELS:
             raise ImageTooLarge(f"{image.width}x{image.height} pixels in {scans} scans")
-        size = resized_size(upright_size(image), config)
+        size = resized_size(image.size, config)  # upright or not; to read EXIF may be to decode
         if math.prod(size) > MAX_PIXELS:
             raise ImageTooLarge(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
         return image, max(pixels, math.prod(size))

@@ -437,8 +437,13 @@ def map_large_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**22)
 
 
-def serve(app: Starlette, listener: socket.socket, limits: Limits, reload: Callable[[], None]) -> None:
-    """Until SIGTERM or Ctrl-C; what was begun is answered first."""
+def serve(
+    app: Starlette, listener: socket.socket, limits: Limits, began: Callable[[], None], reload: Callable[[], None]
+) -> None:
+    """Until SIGTERM or Ctrl-C; what was begun is answered first.
+
+    began: is called once requests and signals are taken; reload: at each SIGHUP
+    """
     sys.setswitchinterval(5e-4)  # the runtime's thread gets the interpreter back sooner when its batch is done
     map_large_memory()
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, then hands the signal on: to this
@@ -447,7 +452,7 @@ def serve(app: Starlette, listener: socket.socket, limits: Limits, reload: Calla
         app, loop="asyncio", http=protocol, ws="none", log_level="error", access_log=False, backlog=ACCEPTED_AT_ONCE,
         timeout_keep_alive=int(limits.idle_s), timeout_graceful_shutdown=3,
     )  # fmt: skip
-    server = Server(config, limits.drain_s, app.state.drain)
+    server = Server(config, limits.drain_s, began, app.state.drain)
 
     async def run() -> None:
         if hasattr(signal, "SIGHUP"):
@@ -531,12 +536,15 @@ def run(args: argparse.Namespace) -> None:
     listener = listen_unix(args.unix_socket) if args.unix_socket else listen(args.host, args.port)
     host, port = (args.unix_socket, 0) if args.unix_socket else listener.getsockname()[:2]
     address = f"unix:{host}" if args.unix_socket else f"http://{host}:{port}"
-    print(f"{args.name}: {args.artefact} by {runtime.name}, {runtime.provider}, on {address}", flush=True)
+    said = f"{args.name}: {args.artefact}"
     log = AccessLog(sys.stdout) if args.log else None
     app = make_app(runtime, args.name, limits, token, log)
-    said = f"{args.name}: {args.artefact}"
     try:
-        serve(app, listener, limits, lambda: reload_in_background(app, load_again, said))
+        serve(
+            app, listener, limits,
+            began=lambda: print(f"{said} by {runtime.name}, {runtime.provider}, on {address}", flush=True),
+            reload=lambda: reload_in_background(app, load_again, said),
+        )  # fmt: skip
     finally:
         if log:
             log.close()

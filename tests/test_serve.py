@@ -7,7 +7,6 @@ import dataclasses
 import gzip
 import io
 import json
-import os
 import shutil
 import signal
 import socket
@@ -16,51 +15,18 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import uvicorn
 from PIL import Image
+from serving import INFER, ONE, ROOT, SHAPE, ask, binary, of, server, tensor
 from sklearn.datasets import load_sample_images
-from students import model_files, write_student
 
-from deploy.export import export_student
 from deploy.preprocess import open_image, prepare
 from deploy.runtimes import load
 from deploy.serve import Limits, make_app
-
-ROOT = Path(__file__).resolve().parents[1]
-MODELS = Path(__file__).with_name("own_models.py")
-SHAPE = (16, 16, 3)
-
-
-@pytest.fixture(scope="module")
-def artefact(tmp_path_factory):
-    """A small student that tells photographs apart, exported."""
-    names = ["a cat", "a dog", "<b>café</b>", "d", "e", "f", "g"]
-    folder = tmp_path_factory.mktemp("serve") / "student"
-    write_student(folder, f"{MODELS}:tiny", 16, names)
-    return export_student(folder, formats=("onnx",), model_file=model_files(folder)[0])[0]
-
-
-@contextlib.contextmanager
-def server(artefact, *flags):
-    """python -m deploy.serve; gives its process and port."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deploy.serve", artefact, "--port", "0", "--device", "cpu", *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        line = process.stdout.readline()
-        assert "CPUExecutionProvider" in line, process.stderr.read()
-        yield process, int(line.rpartition(":")[2])
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +38,6 @@ def port(artefact):
 @pytest.fixture(scope="module")
 def images():
     return np.random.default_rng(0).integers(0, 256, (3, *SHAPE), dtype=np.uint8)
-
-
-def ask(port, path, body=None, headers=(), method=None):
-    """(status, headers, body) of a request."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, dict(headers), method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status, response.headers, response.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read()
-
-
-def tensor(shape=(1, *SHAPE), **changes):
-    return {"name": "images", "datatype": "UINT8", "shape": list(shape)} | changes
-
-
-INFER = "/v2/models/student/infer"
 
 
 # ---- the protocol, by Triton's own client -------------------------------------------------------------------------
@@ -196,17 +145,6 @@ def test_json_data_may_be_flat_or_nested(port, artefact, images):
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------------
-
-ONE = 16 * 16 * 3
-
-
-def binary(request, raw):
-    head = json.dumps(request).encode()
-    return head + raw, {"Inference-Header-Content-Length": str(len(head))}
-
-
-def of(shape=(1, *SHAPE), size=ONE, **changes):
-    return {"inputs": [tensor(shape, parameters={"binary_data_size": size}) | changes]}
 
 
 @pytest.mark.parametrize(("body", "headers", "said"), [
