@@ -10,6 +10,7 @@ thread gets the interpreter in between.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -104,10 +105,8 @@ def parse_infer(body: bytes, header_length: str | None, shape: tuple[int, int, i
         raise bad(f"{show(given[0])} images in a request; expected {expected}")
     if any(output != OUTPUT_NAME for output, _ in wanted):
         raise bad(f"unknown output {show([output for output, _ in wanted])}; expected {OUTPUT_NAME!r}")
-    if len(wanted) > 1:
-        raise bad(f"output {OUTPUT_NAME!r} is asked for {len(wanted)} times; expected once")
-    output = wanted[0][1] if wanted else {}
-    for parameters in (details, output):
+    output = wanted[0][1] if wanted else {}  # asked for again, it is not sent again, as in Triton
+    for parameters in (details, *(parameters for _, parameters in wanted)):
         if any(key.startswith("shared_memory") for key in parameters):
             raise bad("shared memory is not served: send and receive tensors in the body")
     binary = parameter(output, "binary_data", bool, parameter(options, "binary_data_output", bool, False))
@@ -125,7 +124,7 @@ def parse_infer(body: bytes, header_length: str | None, shape: tuple[int, int, i
         images = from_json(numbers, given)
     else:
         if type(size) is not int or size != count or len(body) - split != count:
-            said = show(size).strip("'")
+            said = show(size).strip("'") + " as text" * isinstance(size, str)
             raise bad(f"shape {given} needs {count} bytes; binary_data_size is {said}, {len(body) - split} came")
         images = np.frombuffer(body, np.uint8, count, split).reshape(given)
     return InferRequest(request.get("id"), images, binary, classes)
@@ -163,7 +162,7 @@ def cut_numbers(text: bytes) -> tuple[bytes, bytes | None]:
 
 
 def from_json(text: bytes, shape: list[int]) -> np.ndarray:
-    """The numbers of a JSON tensor -> uint8 of that shape. They may be flat, or nested to any depth of the shape."""
+    """The numbers of a JSON tensor -> uint8 of that shape. They may be flat, or nested."""
     count = math.prod(shape)
     try:
         brackets = b"".join(
@@ -190,10 +189,13 @@ def from_json(text: bytes, shape: list[int]) -> np.ndarray:
 
 
 def nestings(shape: list[int]) -> Iterator[bytes]:
-    """The brackets and commas of a JSON tensor: flat, a list for each image, for each row, for each pixel."""
-    for depth in range(len(shape)):
-        text = b"[" + b"," * (math.prod(shape[depth:]) - 1) + b"]"
-        for side in reversed(shape[:depth]):
+    """The brackets and commas of a JSON tensor: flat, or nested as the shape says, some neighbouring sides as one."""
+    for apart in itertools.product((False, True), repeat=len(shape) - 1):
+        sides = shape[:1]
+        for side, is_apart in zip(shape[1:], apart):
+            sides = [*sides, side] if is_apart else [*sides[:-1], sides[-1] * side]
+        text = b"[" + b"," * (sides[-1] - 1) + b"]"
+        for side in reversed(sides[:-1]):
             text = b"[" + b",".join([text] * side) + b"]"
         yield text
 
