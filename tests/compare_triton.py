@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from deploy.cli import UserError, command, make_parser
+from deploy.runtimes import load
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from deploy.cli import UserError, command, make_parser  # noqa: E402
-from deploy.runtimes import load  # noqa: E402
 
 TRITON = """
 import sys, numpy as np, onnxruntime

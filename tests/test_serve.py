@@ -7,7 +7,6 @@ import dataclasses
 import gzip
 import io
 import json
-import shutil
 import signal
 import socket
 import struct
@@ -353,44 +352,3 @@ def test_an_image_of_too_many_pixels_is_413(port, side):
     status, _, body = ask(port, "/predict", file.getvalue())
     assert status == 413
     assert "too large" in json.loads(body)["error"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if not program:
-        pytest.skip("no Chromium here")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.mark.parametrize("how", ["choose", "drop"])
-def test_the_page_shows_the_five_best_of_an_image(browser, port, tmp_path, how):
-    photo = tmp_path / "photo.jpg"
-    Image.fromarray(load_sample_images().images[0]).save(photo)
-    page = browser.new_page()
-    problems = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(f"http://127.0.0.1:{port}/")
-    if how == "choose":
-        page.set_input_files("#file", photo)
-    else:
-        dropped = page.evaluate_handle(
-            """bytes => { const data = new DataTransfer()
-                data.items.add(new File([new Uint8Array(bytes)], "photo.jpg", {type: "image/jpeg"})); return data }""",
-            list(photo.read_bytes()),
-        )
-        page.dispatch_event("#drop", "drop", {"dataTransfer": dropped})
-    page.wait_for_selector("#answers li:nth-child(5)")
-    shown = [line.inner_text().split("\n") for line in page.query_selector_all("#answers li")]
-    predictions = json.loads(ask(port, "/predict", photo.read_bytes())[2])["predictions"]
-    assert shown == [[p["label"], f"{100 * p['probability']:.1f} %"] for p in predictions]
-    assert page.is_visible("#image")
-    page.set_input_files("#file", {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": b"no image"})
-    page.wait_for_selector("#error:not(:empty)")
-    assert "not an image" in page.inner_text("#error")
-    assert problems == []
-    page.close()
