@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from python_multipart import FormParser
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import parse_options_header
 
 from deploy.preprocess import (
     MAX_PIXELS,
@@ -30,10 +27,16 @@ SCANS = 20  # of a progressive JPEG of MAX_PIXELS: each is a pass over the whole
 
 
 def file_in(body: bytes, content_type: str) -> bytes:
-    """The one file of a form; a body that is no form as it is. Raises RequestError 400."""
+    """The one file of a form. Raises RequestError 400 for what is none, 415 where python-multipart is not installed."""
+    try:
+        from python_multipart import FormParser
+        from python_multipart.exceptions import FormParserError
+        from python_multipart.multipart import parse_options_header
+    except ImportError as error:
+        raise RequestError(
+            415, "forms are not read here (pip install python-multipart); send the file as it is"
+        ) from error
     kind, options = parse_options_header(content_type)
-    if not kind.startswith(b"multipart/"):
-        return body
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise bad(f"Content-Type is {show(content_type)}; expected multipart/form-data with a boundary")

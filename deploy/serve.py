@@ -93,7 +93,7 @@ try:
     from deploy.metrics import AccessLog, Metrics
     from deploy.photographs import decode, file_in, open_photograph
 except ImportError as missing:
-    stop_without(missing, "serve", "pip install starlette uvicorn prometheus-client python-multipart")
+    stop_without(missing, "serve", "pip install starlette uvicorn prometheus-client")
 
 LARGE_IMAGE = MAX_PIXELS // 4  # larger ones are decoded one at a time
 LARGE_ANSWER = 20_000  # logits that are not written in the event loop
@@ -272,7 +272,9 @@ def make_app(
             raise bad(f"top is {show(asked)}; expected how many labels")
         now = model
         with bodies.lent() as take, pixels.lent() as take_pixels:
-            body = await in_pool("parse", file_in, await read(request, take), request.headers.get("content-type", ""))
+            body, content_type = await read(request, take), request.headers.get("content-type", "").lstrip()
+            if content_type[:10].lower() == "multipart/":
+                body = await in_pool("parse", file_in, body, content_type)
             image, cost = await in_pool("decode", open_photograph, body, now.runtime.metadata)
             take_pixels(cost)
             pool = "decode large" if cost > LARGE_IMAGE else "decode"
@@ -497,7 +499,7 @@ def get_parser() -> Parser:
     parser.add_argument("artefact", type=Path, help="a student/ folder, or a .ts, .pt2, .onnx or .engine file of it")
     parser.add_argument("--name", default="student", help="the model's name in the protocol's paths (default: student)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for every interface (default: 127.0.0.1)")
-    parser.add_argument("--port", type=number(int, 0, 65535), default=8000, help="0: any that is free (default: 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     parser.add_argument("--unix-socket", type=Path, metavar="PATH", help="listen there, and on no port")
     parser.add_argument("--token-file", type=Path, metavar="FILE",
                         help=f"the token that clients must send; the variable {TOKEN} may hold it instead")  # fmt: skip

@@ -15,6 +15,7 @@ import asyncio
 import base64
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -84,7 +85,8 @@ def start_litserve(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[su
     with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as script:  # its processes import it again
         script.write(LITSERVE)
     given = [args.artefact.resolve(), port, args.max_batch, args.max_delay, args.threads, *shape]
-    server = subprocess.Popen([args.litserve, script.name, *map(str, given)], stdout=subprocess.DEVNULL)
+    server = subprocess.Popen([args.litserve, script.name, *map(str, given)], stdout=subprocess.DEVNULL,
+                              start_new_session=True)  # fmt: skip
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with socket.socket() as probe:
@@ -92,7 +94,7 @@ def start_litserve(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[su
                 time.sleep(2)  # its worker loads the file
                 return server, port
         time.sleep(0.2)
-    server.terminate()
+    os.killpg(server.pid, signal.SIGKILL)
     raise UserError(f"LitServe did not start by {args.litserve}")
 
 
@@ -165,9 +167,10 @@ def run(args: argparse.Namespace) -> None:
                 spent = 1000 * (cpu_s(process.pid) - before) / len(seconds)
                 rows[name].append((len(seconds) / args.seconds, *(1e3 * np.percentile(seconds, (50, 99))), spent))
     finally:
-        for process in (server, *(process for process, _ in others.values())):
-            process.terminate()
-            process.wait()
+        server.terminate()
+        server.wait()
+        for process, _ in others.values():
+            os.killpg(process.pid, signal.SIGKILL)  # its processes too, which outlive it
         worker.close()
     print(f"{args.artefact.name}, {worker.name}, {worker.provider}, {args.threads or 'all'} threads, "
           f"{os.cpu_count()} cores; {args.rounds} rounds of {args.seconds:g} s each, medians")  # fmt: skip
