@@ -10,7 +10,7 @@ On the device, with Python 3.10 or later:
     python3 student.pyz photo.jpg
     python3 student.pyz benchmark --threads 1
     python3 student.pyz check --reference reference.npz        # copied from the run: still the same classifier?
-    python3 student.pyz serve --host 0.0.0.0
+    python3 student.pyz serve --host 0.0.0.0 --token-file token
     python3 student.pyz build --max-batch 8                    # by TensorRT, for this device: ./student.engine
     python3 student.pyz --file student.engine serve
 
