@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,16 @@ from deploy.preprocess import (
 )
 from deploy.protocol import PIECE, RequestError, bad, show
 
-logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of each form that is none
 ACCEPTED = {"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"}
 FIELDS = 100  # of a form, beside its file
 SCANS = 20  # of a progressive JPEG of MAX_PIXELS: each is a pass over the whole image; cameras and editors make 10
+
+
+def silence_readers() -> None:
+    """What Pillow and python-multipart warn of is a client's, once a request; the answer says what matters."""
+    warnings.simplefilter("ignore")  # each new text would be kept, too
+    for name in ("PIL", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def file_in(body: bytes, content_type: str) -> bytes:

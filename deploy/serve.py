@@ -91,7 +91,7 @@ try:
         listen_unix,
     )
     from deploy.metrics import AccessLog, Metrics
-    from deploy.photographs import decode, file_in, open_photograph
+    from deploy.photographs import decode, file_in, open_photograph, silence_readers
 except ImportError as missing:
     stop_without(missing, "serve", "pip install starlette uvicorn prometheus-client")
 
@@ -532,6 +532,7 @@ def run(args: argparse.Namespace) -> None:
         args.max_batch, args.max_delay, args.queue, args.body_limit, connections=bounded_by_files(args.connections),
         drain_s=args.drain,
     )  # fmt: skip
+    silence_readers()
     formats()  # imports Pillow's readers, which the first request would wait for
     load_again = functools.partial(load_and_try, args.artefact, limits, **runtime_options(args))
     runtime = load_again()

@@ -181,6 +181,19 @@ def test_a_client_that_breaks_off_its_upload_is_no_error_of_the_server(artefact)
         assert process.communicate(timeout=30)[1] == ""
 
 
+def test_what_the_readers_of_images_and_forms_warn_of_is_not_logged(artefact):
+    exif = b"\xff\xe1\x00\x18Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x09\0"  # it breaks off
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG", exif=exif[4:])
+    with server(artefact) as (process, port):
+        for side in (9_500, 9_600, 9_700):  # Pillow warns above 89 million pixels
+            assert ask(port, "/predict", png(side, side))[0] == 413
+        assert ask(port, "/predict", file.getvalue())[0] == 200
+        assert ask(port, "/predict", b"nonsense", FORM)[0] == 400
+        process.terminate()
+        assert process.communicate(timeout=30)[1] == ""
+
+
 # ---- slow clients -------------------------------------------------------------------------------------------------
 
 SHORT = {"headers_s": 1.0, "body_s": 1.0, "idle_s": 1.0}
