@@ -38,6 +38,9 @@ class RequestError(Exception):
         super().__init__(message)
         self.status, self.message = status, message
 
+    def __reduce__(self) -> Any:  # from one process to another
+        return type(self), (self.status, self.message)
+
 
 def bad(message: str) -> RequestError:
     return RequestError(400, message)

@@ -25,6 +25,7 @@ import functools
 import hmac
 import importlib.resources
 import ipaddress
+import multiprocessing
 import os
 import re
 import secrets
@@ -34,7 +35,8 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,11 +93,11 @@ try:
         listen_unix,
     )
     from deploy.metrics import AccessLog, Metrics
-    from deploy.photographs import decode, file_in, open_photograph, silence_readers
+    from deploy.photographs import decode, decode_apart, file_in, open_photograph, prepare_process, silence_readers
 except ImportError as missing:
     stop_without(missing, "serve", "pip install starlette uvicorn prometheus-client")
 
-LARGE_IMAGE = MAX_PIXELS // 4  # larger ones are decoded one at a time
+LARGE_IMAGE = MAX_PIXELS // 16  # larger ones are decoded one at a time, in a process of their own
 LARGE_ANSWER = 20_000  # logits that are not written in the event loop
 OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # without the token: probes have none
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -159,7 +161,7 @@ def load_and_try(path: Path, limits: Limits, **options: Any) -> Runtime:
 async def read_body(request: Request, limit: int, take: Callable[[int], None]) -> bytes:
     """The request's body as it came; 413 as soon as it is too large."""
     declared = request.headers.get("content-length", "0")
-    if (whole_number(declared) or 0) > limit:
+    if (declared.isdigit() and len(declared) > 18) or (whole_number(declared) or 0) > limit:
         raise too_large(limit)
     parts, size = [], 0
     async for part in request.stream():
@@ -182,9 +184,10 @@ def make_app(
     metrics = Metrics(name)
     page = importlib.resources.files("deploy").joinpath("page.html").read_text(encoding="utf-8")
     bodies, pixels = Budget("bytes of requests", limits.bodies * body_limit), Budget("pixels", limits.pixels)
-    # What holds the interpreter does so in one thread; what lets it go, in some; what is large, one at a time.
-    threads = {"parse": 1, "decode": min(4, os.cpu_count() or 1), "decode large": 1}
+    # What holds the interpreter does so in one thread; what mostly lets it go, in some.
+    threads = {"parse": 1, "decode": min(4, os.cpu_count() or 1)}
     pools: dict[str, ThreadPoolExecutor] = {}
+    decoder: ProcessPoolExecutor | None = None  # from the first large image on
     batcher: Batcher
     model = describe(runtime, name, limits)
     draining = False
@@ -197,11 +200,24 @@ def make_app(
         pools.update({pool: ThreadPoolExecutor(count, pool) for pool, count in threads.items()})
         yield
         batcher.close()
-        for pool in pools.values():
+        for pool in (*pools.values(), *([decoder] if decoder else [])):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def in_pool(pool: str, work: Callable[..., Any], *given: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pools[pool], work, *given)
+
+    async def decode_large(body: bytes, config: dict[str, Any]) -> np.ndarray:
+        nonlocal decoder
+        if decoder is None:
+            decoder = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process)
+        mine = decoder
+        config = {name: config[name] for name in ("input_size", "crop", "interpolation")}
+        try:
+            return await asyncio.get_running_loop().run_in_executor(mine, decode_apart, body, config)
+        except BrokenProcessPool as error:
+            if decoder is mine:
+                decoder = None
+            raise RequestError(503, "the process that decodes large images has ended; another is started") from error
 
     def use(runtime: Runtime) -> None:
         nonlocal model
@@ -277,8 +293,10 @@ def make_app(
                 body = await in_pool("parse", file_in, body, content_type)
             image, cost = await in_pool("decode", open_photograph, body, now.runtime.metadata)
             take_pixels(cost)
-            pool = "decode large" if cost > LARGE_IMAGE else "decode"
-            images = await in_pool(pool, decode, image, now.runtime.metadata)
+            if cost > LARGE_IMAGE:
+                images = await decode_large(body, now.runtime.metadata)
+            else:
+                images = await in_pool("decode", decode, image, now.runtime.metadata)
             del body, image
         request.scope["images"] = 1
         logits = await batcher.infer(now.runtime, images)

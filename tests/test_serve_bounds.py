@@ -5,7 +5,9 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import re
+import signal
 import socket
 import struct
 import time
@@ -58,9 +60,15 @@ def jpeg_of_scans(count, side=4000):
     return data[:last] + data[last:-2] * count + data[-2:]
 
 
-def memory_mib(process):
+def webp(width, height):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "WEBP", method=0, lossless=True, quality=0)
+    return file.getvalue()
+
+
+def memory_mib(pid):
     """The most that it ever held."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
 ONES = b"1," * (ONE - 1)  # and one number more
@@ -70,6 +78,7 @@ HOSTILE = {
     "a strip that the resize would make 128 million pixels": ("/predict", png(500_000, 1), {}, 413),
     "a column of the same": ("/predict", png(1, 500_000), {}, 413),
     "64 million pixels in 8 kB": ("/predict", png(8_000, 7_999), {}, 200),
+    "48 million pixels of WebP": ("/predict", webp(8_000, 6_000), {}, 200),
     "a JPEG of 600 scans": ("/predict", jpeg_of_scans(600), {}, 413),
     "a number of 400 digits": (INFER, HEAD + b"[1" + b"0" * 400 + b"]}]}", {}, 400),
     "5,000 digits among the right numbers": (INFER, HEAD + b"[" + ONES + b"9" * 5000 + b"]}]}", {}, 400),
@@ -148,7 +157,20 @@ def test_photographs_decode_within_a_budget_of_pixels(artefact):
         assert {headers["Retry-After"] for status, headers, _ in answers if status == 503} == {"1"}
         assert "pixels" in next(json.loads(body)["error"] for status, _, body in answers if status == 503)
         assert ask(port, "/predict", large)[0] == 200  # what was lent came back
-        assert memory_mib(process) < 600  # one at a time: 64 MiB of greys, 256 of colours
+        decoders = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        # one at a time: 64 MiB of greys, 256 of colours
+        assert memory_mib(process.pid) + sum(map(memory_mib, decoders)) < 800
+
+
+def test_an_image_that_ends_the_decoder_is_refused_and_the_next_is_decoded(artefact):
+    large = png(3_000, 3_000)
+    with server(artefact) as (process, port):
+        assert ask(port, "/predict", large)[0] == 200
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for child in children:  # as an image would that finds a fault in Pillow
+            os.kill(int(child), signal.SIGKILL)
+        wait_until(lambda: ask(port, "/predict", large)[0] == 200)
+        assert ask(port, "/v2/health/ready")[0] == 200
 
 
 def test_bodies_are_held_within_a_budget(artefact):
