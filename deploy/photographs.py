@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from typing import Any
 
@@ -108,8 +111,17 @@ def decode_apart(body: bytes, config: dict[str, Any]) -> np.ndarray:
 
 
 def prepare_process() -> None:
+    """What such a process does first: it ends with the server, whatever ends that, and not before."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's
     silence_readers()
+    server = multiprocessing.parent_process()
+    assert server is not None
+
+    def end_with_it() -> None:
+        server.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
 
 
 def unreadable(error: Exception) -> RequestError:

@@ -171,6 +171,9 @@ def test_an_image_that_ends_the_decoder_is_refused_and_the_next_is_decoded(artef
             os.kill(int(child), signal.SIGKILL)
         wait_until(lambda: ask(port, "/predict", large)[0] == 200)
         assert ask(port, "/v2/health/ready")[0] == 200
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
 
 
 def test_bodies_are_held_within_a_budget(artefact):
