@@ -108,7 +108,7 @@ HOSTILE = {
 def test_a_hostile_request_is_refused_and_the_health_probe_answers_within_50_ms(port, kind):
     path, body, headers, expected = HOSTILE[kind]
     slowest = []
-    while len(slowest) < 3:  # what else runs on this machine may delay a probe; what is wrong delays each time
+    while len(slowest) < 10:  # what else runs on this machine may delay a probe; what is wrong delays each time
         probes = []
         with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.closing(keep_alive(port)) as health:
             request = pool.submit(ask, port, path, body, headers)
@@ -124,7 +124,8 @@ def test_a_hostile_request_is_refused_and_the_health_probe_answers_within_50_ms(
         slowest.append(max(probes))
         if slowest[-1] < 0.05:
             return
-    pytest.fail(f"the slowest probe of each of three tries took {slowest} s")
+        time.sleep(0.3)
+    pytest.fail(f"the slowest probe of each try took {slowest} s")
 
 
 def test_the_largest_tensor_in_json_is_read_beside_the_event_loop(port):
