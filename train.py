@@ -20,14 +20,12 @@ import difflib
 import functools
 import itertools
 import math
-import multiprocessing
 import os
 import random
 import re
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,47 +43,44 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from deploy import ranks, run_directory
 from deploy.checkpoint import Progress, State, load_checkpoint, write_run
-from deploy.cli import Parser, UserError, explain, number, show_error, terminals, write_whole
-from deploy.datasets import Data, Digits, open_data
-from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
+from deploy.cli import Parser, UserError, explain, number, show_error, student_folder, terminals, write_whole
+from deploy.config import read_config
+from deploy.datasets import (
+    SPLIT,
+    Data,
+    class_counts,
+    class_weights,
+    median_size,
+    open_data,
+    read_split,
+    say,
+    write_split,
+)
+from deploy.loading import (
+    Batch,
+    CorruptCount,
+    DeviceLoader,
+    eval_view,
+    make_loader,
+    progress_bar,
+)
+from deploy.per_class import write_per_class
+from deploy.pictures import batch_picture
+from deploy.preprocess import RESAMPLING, to_rgb, upright_size
 from deploy.ranks import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero
+from deploy.recipes import BY_DATA, RECIPES, pick_recipe
 from deploy.reference import evenly, keep_reference
-from deploy.student import check_forward, is_own, load_teacher, open_student, save_student, settle_batch_norm
+from deploy.student import check_forward, is_own, save_student, settle_batch_norm
+from deploy.weights import load_teacher, open_student
 from kdlite import Teacher, WithWeakHead, nkd_loss, uskd_loss
 
 # ---- flags --------------------------------------------------------------------------------------------------------
 
 
-# Groups of defaults; any flag overrides. cifar, imagenet-cnn and imagenet-vit: the schedules and hyperparameters
-# behind the paper's tables (arXiv 2303.13005 and its official configs).
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": dict(
-        epochs=10, batch_size=32, opt="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1,
-        step_epochs=[5, 8], step_factor=0.1, img_size=32, crop="pad", hflip=0.0,
-    ),
-    "cifar": dict(
-        epochs=200, batch_size=128, opt="momentum", lr=0.1, weight_decay=5e-4, schedule="step",
-        step_epochs=[60, 120, 160], step_factor=0.2, img_size=32, crop="pad", hflip=0.5, small_stem=True,
-        gamma=3.5, temperature=3.0, alpha=0.1, mu=0.1,
-    ),
-    "imagenet-cnn": dict(
-        epochs=100, batch_size=256, opt="momentum", lr=0.1, weight_decay=1e-4, schedule="step",
-        step_epochs=[30, 60, 90], step_factor=0.1, img_size=224, crop="resized", hflip=0.5, eval_crop=0.875,
-    ),
-    "imagenet-vit": dict(
-        epochs=300, batch_size=1024, opt="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=5,
-        step_epochs=[150, 225], step_factor=0.1, img_size=224, crop="resized", hflip=0.5, eval_crop=0.9,
-        interpolation="bicubic", mixup=0.8, cutmix=1.0, label_smoothing=0.1, randaugment=[2, 9], random_erasing=0.25,
-        gamma=1.0,
-    ),
-}  # fmt: skip
-BY_DATA = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}  # of a folder: imagenet-cnn
 # Flags that belong to a method: without it they would be ignored, so they are refused.
 OF_METHOD = {
     "--kd nkd": ("gamma", "temperature"),
@@ -100,10 +95,13 @@ RECIPE = "by recipe"  # a default that the recipe gives
 # Every flag: its default, its help, and what argparse is told.
 FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
     "data": {
-        "data": ("digits", "digits (embedded), cifar10, cifar100, or a folder with train/ and val/", {}),
+        "data": ("digits", "digits (embedded), cifar10, cifar100, or a folder with train/ and val/, or of classes", {}),
         "data_dir": ("data", "where cifar is kept", {}),
         "download": (False, "fetch cifar if it is not there yet", YES),
-        "img_size": (RECIPE, "height and width the student sees, in pixels", dict(type=COUNT)),
+        "val_split": (None, "share of each class to validate on, of a folder without val/",
+                      dict(type=number(float, 0, 1, above=True))),
+        "img_size": (RECIPE, "pixels a side that the student sees, or height and width", dict(type=COUNT, nargs="+")),
+        "in_chans": (3, "channels that the student sees; 1: images are made grey", dict(type=int, choices=[1, 3])),
         "crop": (RECIPE, "random crop: resized, or padded by 1/8, or none", dict(choices=["resized", "pad", "none"])),
         "hflip": (RECIPE, "probability of a horizontal flip", dict(type=SHARE)),
         "randaugment": (None, "operations (0: off) and magnitude, to 30", dict(type=number(int, 0, 30), nargs=2)),
@@ -120,7 +118,11 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "model_args": ([], "passed on to the model", dict(nargs="+", metavar="KEY=VALUE")),
         "model_file": ([], "file.py:build of a student/ folder that is a model of your own; runs it", dict(nargs="+")),
         "small_stem": (False, "for images of 64 px and less: 3x3 first convolution, no stride, no max-pool", YES_NO),
-        "teacher": (None, "as --model; a library's name means its ImageNet weights (a download)", {}),
+        "pretrained": (False, "start from the library's ImageNet weights (a download), with a new classifier", YES),
+        "init": (None, "start from what fits of a student/ folder, a .safetensors or a .pth of weights", {}),
+        "teacher": (None, "as --model; a library's name means its ImageNet weights (a download), NAME:FILE those in a "
+                    "file", {}),
+        "teacher_classes": (None, "file of lines CLASS,WHAT THE TEACHER CALLS IT; left out: matched by name", {}),
     },
     "distillation, added to the cross-entropy": {
         "kd": (None, "with --teacher: NKD, or classic temperature KD", dict(choices=["nkd", "kd"])),
@@ -135,7 +137,8 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "mu": (0.005, "USKD: weight of the weak head's cross-entropy", dict(type=WEIGHT)),
     },
     "training": {
-        "recipe": (None, "a group of defaults, see below; left out: by --data", dict(choices=sorted(RECIPES))),
+        "recipe": (None, "a group of defaults, see below; left out: by --data, of a folder by its images",
+                   dict(choices=sorted(RECIPES))),
         "epochs": (RECIPE, "the recipe's warm-up and step epochs are stretched to fit", dict(type=COUNT)),
         "batch_size": (RECIPE, "images per optimizer step, over all processes", dict(type=COUNT)),
         "grad_accum": (1, "split each optimizer step into this many passes", dict(type=COUNT)),
@@ -143,11 +146,14 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "lr": (RECIPE, "peak learning rate", dict(type=WEIGHT)),
         "momentum": (0.9, "momentum of SGD and its relatives", dict(type=SHARE)),
         "weight_decay": (RECIPE, "weight decay", dict(type=WEIGHT)),
+        "layer_decay": (None, "fine-tuning: factor of the learning rate from each layer to the one before it",
+                        dict(type=number(float, 0, 1, above=True))),
         "schedule": (RECIPE, "schedule of the learning rate", dict(choices=["cosine", "step"])),
         "warmup_epochs": (0.0, "linear warm-up, part of --epochs", dict(type=WEIGHT)),
         "step_epochs": (RECIPE, "step schedule: the epochs at which the rate falls", dict(type=WEIGHT, nargs="+")),
         "step_factor": (RECIPE, "step schedule: what the rate is multiplied by", dict(type=POSITIVE)),
         "label_smoothing": (0.0, "label smoothing of the cross-entropy alone", dict(type=SHARE)),
+        "class_weights": (None, "weight every loss by class: balanced, or a CSV file of name,weight", {}),
         "clip_grad": (None, "largest gradient norm", dict(type=POSITIVE)),
         "ema_decay": (0.0, "average of the weights, evaluated and saved in their place; 0: off", dict(type=SHARE)),
         "seed": (0, "seed of weights, order and augmentation", dict(type=number(int, 0, 2**32 - 1))),
@@ -191,7 +197,7 @@ def get_parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None = None) -> dict[str, Any]:
     """What is typed, with the paths in it made absolute: --resume may be called from another folder."""
     typed = vars(get_parser().parse_args(argv))
-    for name in ("data", "data_dir", "model", "teacher"):
+    for name in ("data", "data_dir", "model", "init", "teacher", "teacher_classes", "class_weights"):
         if name in typed and not (name == "data" and typed[name] in BY_DATA):
             typed[name] = absolute(typed[name])
     typed |= {"model_file": list(map(absolute, typed["model_file"]))} if "model_file" in typed else {}
@@ -206,7 +212,10 @@ def absolute(name: str) -> str:
     """A path that is there, made absolute, ~ for the home folder; any other name as it is."""
     path, function = (name.rpartition(":")[0], ":" + name.rpartition(":")[2]) if is_own(name) else (name, "")
     path = os.path.expanduser(path)
-    return os.path.abspath(path) + function if os.path.lexists(path) else name
+    if os.path.lexists(path):
+        return os.path.abspath(path) + function
+    model, _, file = name.partition(":")  # of --teacher
+    return f"{model}:{absolute(file)}" if file and not function else name
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -215,9 +224,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     saved = from_rank_zero(lambda: run_directory.read_given(Path(typed["output"])) if typed.get("resume") else {})
     defaults = {name: default for flags in FLAGS.values() for name, (default, _, _) in flags.items()}
     given = saved | {name: typed[name] for name in typed if name not in ("resume", "overwrite", "output", "timeout")}
-    recipe = given.get("recipe") or BY_DATA.get(given.get("data", defaults["data"]), "imagenet-cnn")
-    args = argparse.Namespace(**defaults | RECIPES[recipe] | given | typed | {"recipe": recipe, "given": given})
-    stretch = args.epochs / RECIPES[recipe]["epochs"]  # the recipe's milestones keep their place in a shorter run
+    args = argparse.Namespace(**defaults | given | typed | {"given": given, "opened": None})
+    if args.recipe is None and args.data not in BY_DATA:
+        args.opened = open_data(args.data, val_split=args.val_split, seed=args.seed) if "fitted" not in given else None
+        given["fitted"] = given.get("fitted") or from_rank_zero(functools.partial(fit_recipe, args))
+    args.recipe = args.recipe or BY_DATA.get(args.data, "fitted")
+    recipe = given["fitted"] if args.recipe == "fitted" else RECIPES[args.recipe]
+    args.__dict__ |= {name: value for name, value in recipe.items() if name not in given}
+    if os.path.isdir(args.model) and "img_size" not in given:
+        args.in_chans, *args.img_size = read_config(student_folder(Path(args.model)))["input_size"]
+    stretch = args.epochs / recipe["epochs"]  # the recipe's milestones keep their place in a shorter run
     if "step_epochs" not in given:
         args.step_epochs = [epoch * stretch for epoch in args.step_epochs]
     if "warmup_epochs" not in given:
@@ -233,12 +249,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{min(misplaced).replace('_', '-')} needs {method}")
     if os.path.isdir(args.model) and typed.keys() & {"model_args", "small_stem", "interpolation", "eval_crop"}:
         raise UserError("--model is a student/ folder, which has its own arguments, stem, interpolation and crop")
+    named = [flag for flag, given in (("--pretrained", args.pretrained), ("--init", args.init)) if given]
+    named += ["a folder as --model"] * os.path.isdir(args.model)
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)}: a student starts from one of them")
+    if args.teacher_classes and not args.teacher:
+        raise UserError("--teacher-classes needs --teacher")
+    args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
+    if len(args.img_size) not in (2, 4):
+        raise UserError("--img-size takes one number, or height and width")
+    args.img_size = args.img_size[:2]
     if args.cache == "device" and (args.crop == "resized" or (args.randaugment and args.randaugment[0])):
         raise UserError("--cache device cuts and flips whole batches: say --crop pad or none, and --randaugment 0 0")
     if args.batch_size % (WORLD_SIZE * args.grad_accum):
         passes = f"processes x --grad-accum = {WORLD_SIZE} x {args.grad_accum}"
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of {passes}")
     return args
+
+
+def fit_recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """Defaults for a folder of photographs, by what it holds; said in the run's first line."""
+    own, started = is_own(args.model), bool(args.pretrained or args.init or os.path.isdir(args.model))
+    photos, classes = args.opened.train, len(args.opened.label_names)
+    recipe, why = pick_recipe(len(photos), classes, median_size(photos), started)
+    say(why + " (--recipe or any flag overrides)")
+    return recipe | {"small_stem": recipe.get("small_stem", False) and not own}
 
 
 # ---- losses and step ----------------------------------------------------------------------------------------------
@@ -248,23 +283,28 @@ def named_losses(
     logits: Tensor, weak_logits: Tensor | None, teacher_logits: Any, target: Tensor, *,
     kd: str | None = None, label_smoothing: float = 0.0, gamma: float = 1.5, temperature: float = 1.0,
     kd_weight: float = 1.0, kd_temperature: float = 4.0, alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005,
-    group: Any = None,
+    class_weights: Tensor | None = None, group: Any = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The terms of the objective by name; their sum is what is minimised. USKD: where there are weak logits.
 
+    class_weights: of each image's losses, by its class; for mixed labels the mean of theirs
     group: the processes that share a batch. USKD's mean over the batch is then over all of it, but for one pass of
-    --grad-accum, whose logits are all that is known before its backward.
+        --grad-accum, whose logits are all that is known before its backward
     """
-    losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)}
+    each: Any = {"reduction": "none"}
+    losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing, **each)}
     if kd == "nkd":
-        losses["nkd"] = nkd_loss(logits, teacher_logits, target, gamma=gamma, temperature=temperature)
+        losses["nkd"] = nkd_loss(logits, teacher_logits, target, gamma=gamma, temperature=temperature, **each)
     elif kd == "kd":  # Hinton et al. 2015, arXiv 1503.02531
         student, teacher = ((x.float() / kd_temperature).log_softmax(1) for x in (logits, teacher_logits))
-        kl = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        kl = F.kl_div(student, teacher, log_target=True, **each).sum(1)
         losses["kd"] = kd_weight * kd_temperature**2 * kl
     if weak_logits is not None:
-        losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=beta, mu=mu, group=group)
-    return losses
+        losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=beta, mu=mu, group=group, **each)
+    if class_weights is not None:
+        weights = class_weights[target] if target.ndim == 1 else target @ class_weights
+        losses = {name: weights * loss for name, loss in losses.items()}
+    return {name: loss.mean() for name, loss in losses.items()}
 
 
 def forward_backward(
@@ -334,8 +374,8 @@ class LossLog:
 
 
 def make_optimizer(
-    net: nn.Module, opt: str, lr: float, weight_decay: float, momentum: float, schedule: str, epochs: int,
-    warmup_epochs: float, step_epochs: Sequence[float], step_factor: float, updates_per_epoch: int,
+    net: nn.Module, opt: str, lr: float, weight_decay: float, layer_decay: float | None, momentum: float, schedule: str,
+    epochs: int, warmup_epochs: float, step_epochs: Sequence[float], step_factor: float, updates_per_epoch: int,
 ) -> tuple[torch.optim.Optimizer, Any]:  # fmt: skip
     """A timm optimizer and schedule; the schedule is a function of the step, so a resume needs no state of it."""
     known = timm.optim.list_optimizers()
@@ -344,7 +384,9 @@ def make_optimizer(
         raise UserError(f"--opt {opt} is no timm optimizer; near matches: {', '.join(near) or 'momentum, adamw'}")
     decay_all = opt in ("momentum", "sgd")  # as the paper's SGD recipes do
     try:
-        optimizer = create_optimizer_v2(net, opt, lr, weight_decay, momentum, filter_bias_and_bn=not decay_all)
+        optimizer = create_optimizer_v2(
+            net, opt, lr, weight_decay, momentum, filter_bias_and_bn=not decay_all, layer_decay=layer_decay
+        )
     except (ValueError, TypeError, AssertionError, ImportError, RuntimeError) as error:
         raise UserError(f"--opt {opt} cannot be made: {' '.join(str(error).split())[:200]}") from error
     scheduler, _ = create_scheduler_v2(
@@ -373,176 +415,23 @@ class RandomResizedCrop(v2.RandomResizedCrop):
         return image.resize((self.size[1], self.size[0]), RESAMPLING[self.interpolation.value], box)
 
 
-def train_view(size: int, crop: str, hflip: float, interpolation: str, randaugment: Any = None) -> v2.Transform:
-    """Opened PIL image -> augmented uint8 (3, H, W). What can be done to whole batches is done on the device."""
+def train_view(
+    input_size: Sequence[int], crop: str, hflip: float, interpolation: str, randaugment: Any = None
+) -> v2.Transform:
+    """Opened PIL image -> augmented uint8 (C, H, W). What can be done to whole batches is done on the device."""
     mode = v2.InterpolationMode(interpolation)
+    channels, height, width = input_size
     if crop == "resized":
-        steps: list[Any] = [RandomResizedCrop(size, interpolation=mode)]
+        steps: list[Any] = [RandomResizedCrop((height, width), interpolation=mode)]
     else:
-        steps = [functools.partial(to_rgb, needed=(size, size)), v2.Resize((size, size), interpolation=mode)]
+        steps = [functools.partial(to_rgb, needed=(width, height)), v2.Resize((height, width), interpolation=mode)]
     if crop == "pad":
-        steps += [v2.RandomCrop(size, padding=size // 8)]
+        steps += [v2.RandomCrop((height, width), padding=(width // 8, height // 8))]
     if hflip:
         steps += [v2.RandomHorizontalFlip(hflip)]
     if randaugment and randaugment[0]:
         steps += [v2.RandAugment(*randaugment, interpolation=mode)]
-    return v2.Compose([*steps, v2.PILToTensor()])
-
-
-def eval_view(image: Image.Image, config: dict[str, Any]) -> Tensor:
-    """Opened PIL image -> uint8 (3, H, W) as a student's config.json says; normalisation comes after, on the device."""
-    return torch.from_numpy(prepare(image, config).copy()).permute(2, 0, 1)
-
-
-Corrupt = tuple[str, str]  # the name of an image that cannot be read, and why
-
-
-class Samples(Dataset):
-    """(epoch, index) -> (uint8 (3, H, W), class index, None), or (None, -1, Corrupt).
-
-    Each sample's augmentation has a seed of its own, so it depends neither on the worker nor on the rank, and a resumed
-    run sees the same images.
-    """
-
-    def __init__(self, source: Any, view: Callable[[Image.Image], Tensor], seed: int = 0) -> None:
-        self.source, self.view, self.seed = source, view, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, Corrupt | None]:
-        epoch, index = key
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * len(self) + index) % 2**63)
-        try:
-            image, label = self.source[index]
-            return self.view(image), label, None
-        except UnreadableImage as error:
-            samples = getattr(self.source, "samples", None)
-            return None, -1, (str(samples[index][0]) if samples else f"sample {index}", str(error))
-        finally:
-            torch.set_rng_state(state)
-
-
-class EpochSampler(DistributedSampler):
-    """DistributedSampler that hands the epoch on with each index, for the seed of the sample's augmentation."""
-
-    start = 0  # samples of this rank that a resumed epoch has had
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        super().set_epoch(epoch)
-        self.start = start
-
-    def __iter__(self) -> Any:
-        return ((self.epoch, index) for index in itertools.islice(super().__iter__(), self.start, None))
-
-
-class Batch(NamedTuple):
-    images: Tensor | None  # uint8 (B, 3, H, W); None when not one of the batch could be read
-    labels: Tensor | None
-    corrupt: list[Corrupt]
-
-
-def collate(samples: list[tuple[Tensor | None, int, Corrupt | None]]) -> Batch:
-    corrupt = [unreadable for _, _, unreadable in samples if unreadable]
-    images = [image for image, _, _ in samples if image is not None]
-    labels = torch.tensor([label for image, label, _ in samples if image is not None])
-    return Batch(torch.stack(images), labels, corrupt) if images else Batch(None, None, corrupt)
-
-
-def make_loader(
-    source: Any, view: Callable[[Image.Image], Tensor], batch_size: int, train: bool, seed: int = 0,
-    workers: int | None = None, pin_memory: bool = False, indices: Sequence[int] | None = None,
-) -> DataLoader:  # fmt: skip
-    """Training: each rank a part of the shuffle, whole batches only. Evaluation: each sample on exactly one rank.
-
-    indices: evaluate on these alone
-    """
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if isinstance(source, Digits) else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    dataset = Samples(source, view, seed)
-    sampler: Any = [(0, index) for index in (indices or range(len(dataset)))[RANK::WORLD_SIZE]]
-    if train:
-        sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=seed, drop_last=True)
-    context = None
-    if workers:  # processes that come from a clean one: forks of this one may hang on the locks its threads held
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["timm", "torchvision"])
-    return DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=train,
-        pin_memory=pin_memory, persistent_workers=workers > 0, multiprocessing_context=context,
-        worker_init_fn=end_with_the_training_process,
-        generator=torch.Generator(),  # else starting workers would draw from the state that --resume restores
-    )  # fmt: skip
-
-
-def end_with_the_training_process(_worker: int) -> None:
-    """Workers watch their parent, here the fork server, which waits for them: without this a killed run's stay."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-class DeviceLoader:
-    """Batches of images that were decoded once and are kept in the device's memory (--cache device).
-
-    Each process has its share of the data set, every WORLD_SIZE-th image. In training the share is shuffled, and each
-    image cropped and flipped by itself; what is drawn depends on seed, epoch and rank alone, so that a resume agrees.
-    """
-
-    def __init__(
-        self, decoded: DataLoader, batch_size: int, device: torch.device, train: bool, seed: int = 0,
-        crop: str = "none", hflip: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.batch_size, self.train, self.seed, self.crop, self.hflip = batch_size, train, seed, crop, hflip
-        batches = list(progress_bar(decoded, "decode"))
-        self.corrupt = [unreadable for batch in batches for unreadable in batch.corrupt]
-        whole = [batch for batch in batches if batch.images is not None]
-        if not whole:
-            raise UserError(f"--cache device: not one image could be read, the first is {self.corrupt[0][0]}")
-        self.images, self.labels = (torch.cat([batch[i] for batch in whole]).to(device) for i in (0, 1))  # type: ignore
-        self.count, self.share = len(self.labels), len(decoded.dataset) // WORLD_SIZE  # type: ignore
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.share // self.batch_size if self.train else math.ceil(self.count / self.batch_size)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        self.epoch, self.start = epoch, start
-
-    def __iter__(self) -> Iterator[Batch]:
-        device, seed = self.images.device, (self.seed * 1_000_003 + self.epoch) * WORLD_SIZE + RANK
-        generator = torch.Generator(device).manual_seed(seed)
-        order = torch.arange(self.count, device=device)
-        if self.train:  # every rank needs as many batches: for unreadable images others come twice
-            shuffled = torch.randperm(self.count, generator=generator, device=device)
-            order = shuffled[torch.arange(len(self) * self.batch_size, device=device) % self.count]
-        batches = order.split(self.batch_size)
-        for i in range(self.start // self.batch_size, len(batches)):
-            picked = batches[i]
-            images = self.images[picked]
-            generator.manual_seed((seed * 1_000_003 + i + 1) % 2**63)
-            images = crop_and_flip(images, self.crop, self.hflip, generator) if self.train else images
-            yield Batch(images, self.labels[picked], self.corrupt)
-
-
-def crop_and_flip(images: Tensor, crop: str, hflip: float, generator: torch.Generator) -> Tensor:
-    """--crop pad or none and --hflip of a uint8 (B, 3, S, S) batch on its device, drawn for each image by itself."""
-    n, _, size, _ = images.shape
-    draws = (torch.rand(n, 1, generator=generator, device=images.device) for _ in range(3))
-    flip = next(draws) < hflip
-    column = row = torch.arange(size, device=images.device).expand(n, size)
-    column = torch.where(flip, size - 1 - column, column)
-    if crop == "pad":
-        pad = size // 8
-        images = F.pad(images, [pad] * 4)
-        row, column = (side + ((2 * pad + 1) * draw).long() for side, draw in zip((row, column), draws))
-    sample = torch.arange(n, device=images.device).view(n, 1, 1)
-    return images[sample, :, row.unsqueeze(2), column.unsqueeze(1)].permute(0, 3, 1, 2)
+    return v2.Compose([*steps, *[v2.Grayscale()] * (channels == 1), v2.PILToTensor()])
 
 
 def batch_augmentation(
@@ -571,23 +460,10 @@ class ToDevice:
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         return (images.float() - self.mean) / self.std
 
-
-class CorruptCount:
-    """Names each image that could not be read once, and stops the run when they are more than one in a hundred."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.seen = what, total, set[str]()
-
-    def add(self, corrupt: list[Corrupt]) -> None:
-        for name, reason in corrupt:
-            if name in self.seen:
-                continue
-            self.seen.add(name)
-            count = len(self.seen)
-            print(f"skipped a corrupt image ({count} so far in {self.what}): {name}: {reason}", file=sys.stderr)
-            if count > max(1, 0.01 * self.total):
-                share = f"{count} of {self.total} {self.what} images cannot be read, more than 1 %"
-                raise UserError(f"{share}: mend or remove them; the last one is {name}")
+    def undo(self, images: Tensor) -> Any:
+        """Normalised (B, C, H, W) -> a uint8 array (B, H, W, C), to look at."""
+        pixels = (images * self.std + self.mean).round().clamp(0, 255)
+        return pixels.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
@@ -596,11 +472,14 @@ class CorruptCount:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, loader: Iterable[Batch], to_device: ToDevice, amp: torch.dtype | None, corrupt: CorruptCount,
-    stop: StopRequest | None = None,
+    stop: StopRequest | None = None, answers: list[Tensor] | None = None,
 ) -> dict[str, float] | None:  # fmt: skip
-    """Top-1 and top-5 in percent and the cross-entropy, each sample of all ranks counted once; None: asked to stop."""
+    """Top-1 and top-5 in percent and the cross-entropy, each sample of all ranks counted once; None: asked to stop.
+
+    answers: gets the labels and what was answered of this rank's samples, (2, N)
+    """
     model.eval()
-    device = to_device.device
+    device, pairs = to_device.device, []
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, samples, ranks asked to stop
     for images, labels, unreadable in progress_bar(loader, "validate"):
         corrupt.add(unreadable)
@@ -612,7 +491,9 @@ def evaluate(
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = model(to_device(images)).float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == labels.unsqueeze(1)
+        pairs.append(torch.stack([labels, best[:, 0]]))
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals[:4] += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(labels))])
     if WORLD_SIZE > 1:
@@ -622,12 +503,9 @@ def evaluate(
         return None
     if not count:
         raise UserError("not one validation image could be read")
+    if answers is not None:
+        answers += [pair.int().cpu() for pair in pairs]
     return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
-
-
-def progress_bar(loader: Any, what: str, total: int | None = None, first: int = 0) -> Any:
-    shown = IS_MAIN and sys.stdout.isatty()
-    return tqdm(loader, what, total=total, initial=first, leave=False, disable=not shown)
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
@@ -654,19 +532,40 @@ class Training(NamedTuple):
     amp: torch.dtype | None
 
 
-def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher | None = None) -> Training:
-    """Put a run together as the flags say; data and teacher may be given in place of those they name."""
+def build(
+    args: argparse.Namespace, data: Data | None = None, teacher: Teacher | None = None,
+    known: dict[str, Any] | None = None, sides: dict[str, str] | None = None,
+) -> Training:  # fmt: skip
+    """Put a run together as the flags say; data and teacher may be given in place of those they name.
+
+    known: the student's config.json in the checkpoint that the run goes on from, which brings the weights
+    sides: of a run that goes on, which image of --val-split was for what
+    """
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    data = data or open_data(args.data, args.data_dir, args.download)
+    data = data or args.opened or open_data(args.data, args.data_dir, args.download, args.val_split, args.seed, sides)
 
     torch.manual_seed(args.seed)
-    student, config = open_student(
-        args.model, data.label_names, args.img_size, data.mean, data.std, args.interpolation, args.eval_crop,
-        args.model_args, args.small_stem, args.model_file,
+    weights_decide = (args.pretrained or args.init) and not known
+    interpolation, crop = (
+        None if weights_decide and name not in args.given else getattr(args, name)
+        for name in ("interpolation", "eval_crop")
+    )
+    input_size = [args.in_chans, *args.img_size]
+    mean, std = ([sum(x) / 3] if args.in_chans == 1 else x for x in (data.mean, data.std))
+    student, config, said = open_student(
+        args.model, data.label_names, input_size, mean, std, interpolation, crop, args.model_args, args.small_stem,
+        args.model_file, args.pretrained and not known, None if known else args.init, ranks.local_rank_zero_first,
     )  # fmt: skip
-    num_classes, input_size = config["num_classes"], config["input_size"]
+    config |= {name: known[name] for name in ("mean", "std", "interpolation", "crop")} if known else {}
+    config["training"] = {
+        "data": os.path.basename(args.data), "train_images": len(data.train), "val_images": len(data.val),
+        "method": describe_method(args.kd, args.self_kd), "teacher": args.teacher and os.path.basename(args.teacher),
+        "began": os.path.basename(args.init or "") or ("ImageNet weights" if args.pretrained else "noise"),
+        "epochs": args.epochs,
+    }  # fmt: skip
+    num_classes = config["num_classes"]
     micro_batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
     check_forward(student, f"--model {args.model}", input_size, num_classes, min(micro_batch, 2))
     if args.sync_bn and WORLD_SIZE > 1:
@@ -674,8 +573,11 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
             raise UserError("--sync-bn needs CUDA devices")
         student = convert_sync_batchnorm(student)
     if args.teacher and teacher is None:
-        model, mean, std, size = load_teacher(args.teacher, config, ranks.local_rank_zero_first, args.model_file)
-        teacher = Teacher(model, mean, std, config["mean"], config["std"], size[1:])
+        loaded = load_teacher(args.teacher, config, ranks.local_rank_zero_first, args.model_file, args.teacher_classes)
+        teacher = Teacher(
+            loaded.model, loaded.mean, loaded.std, config["mean"], config["std"], loaded.input_size[1:], loaded.columns
+        )
+        said = "\n".join(filter(None, [said, loaded.said]))
     if teacher:
         teacher.to(device=device).to(memory_format=memory_format)
     net = student
@@ -685,16 +587,18 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--self-kd uskd on {args.model} (--tap names the layer): {error}") from error
     net.to(device=device).to(memory_format=memory_format)
+    if said:
+        say(said)
 
     view = functools.partial(eval_view, config=config)
     loader = functools.partial(make_loader, workers=args.workers, pin_memory=device.type == "cuda")
     train_loader: Any
     if args.cache == "none":
-        augmented = train_view(args.img_size, args.crop, args.hflip, config["interpolation"], args.randaugment)
+        augmented = train_view(input_size, args.crop, args.hflip, config["interpolation"], args.randaugment)
         train_loader = loader(data.train, augmented, micro_batch, True, args.seed)
         val_loader: Any = loader(data.val, view, 2 * micro_batch, False)
     else:
-        decoded = loader(data.train, train_view(args.img_size, "none", 0.0, config["interpolation"]), 256, False)
+        decoded = loader(data.train, train_view(input_size, "none", 0.0, config["interpolation"]), 256, False)
         train_loader = DeviceLoader(decoded, micro_batch, device, True, args.seed, args.crop, args.hflip)
         val_loader = DeviceLoader(loader(data.val, view, 256, False), 2 * micro_batch, device, False)
     updates_per_epoch = len(train_loader) // args.grad_accum
@@ -703,16 +607,22 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
     if getattr(train_loader, "num_workers", 0):
         ranks.check_shared_memory(2 * train_loader.num_workers * 2 * micro_batch * math.prod(input_size))
     settled = settle_batch_norm(net, args.epochs * updates_per_epoch)
-    if settled and IS_MAIN:
-        print(settled, flush=True)
+    if settled:
+        say(settled)
 
     optimizer, scheduler = make_optimizer(
-        net, args.opt, args.lr, args.weight_decay, args.momentum, args.schedule, args.epochs, args.warmup_epochs,
-        args.step_epochs, args.step_factor, updates_per_epoch,
+        net, args.opt, args.lr, args.weight_decay, args.layer_decay, args.momentum, args.schedule, args.epochs,
+        args.warmup_epochs, args.step_epochs, args.step_factor, updates_per_epoch,
     )  # fmt: skip
     weights = ("kd", "label_smoothing", "gamma", "temperature", "kd_weight", "kd_temperature", "alpha", "beta", "mu")
     group = dist.group.WORLD if WORLD_SIZE > 1 else None
-    objective = functools.partial(named_losses, group=group, **{name: getattr(args, name) for name in weights})
+    by_class = None
+    if args.class_weights:
+        values = class_weights(args.class_weights, data.label_names, class_counts(data.train))
+        by_class = torch.tensor(values, device=device)
+        say(f"class weights, {args.class_weights}: {by_class.min():.3g} to {by_class.max():.3g}")
+    options = {name: getattr(args, name) for name in weights}
+    objective = functools.partial(named_losses, class_weights=by_class, group=group, **options)
     to_device = ToDevice(config["mean"], config["std"], device, memory_format)
     augment = batch_augmentation(args.random_erasing, args.mixup, args.cutmix, num_classes, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -743,8 +653,12 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 def train_epoch(
     parallel: nn.Module, run: Training, progress: Progress, corrupt: CorruptCount, log: LossLog, log_interval: int,
     grad_accum: int, clip_grad: float | None, ema: ModelEmaV3 | None, after_step: Callable[[], bool],
+    look: Callable[[Tensor, Tensor], Any],
 ) -> bool:  # fmt: skip
-    """The training images, from where progress says; True once after_step, called after optimizer steps, says stop."""
+    """The training images, from where progress says; True once after_step, called after optimizer steps, says stop.
+
+    look: is shown the first batch of all as the network sees it
+    """
     parallel.train()
     began, first = time.time() - progress.seconds, progress.step * grad_accum
     sampler = getattr(run.train_loader, "sampler", run.train_loader)
@@ -756,6 +670,8 @@ def train_epoch(
         if images is None:
             raise UserError(f"not one image of a training batch could be read, the first is {unreadable[0][0]}")
         images, target = run.augment(run.to_device(images), labels.to(run.device, non_blocking=True))
+        if i == progress.epoch == progress.step == 0:
+            look(images, target)
         last_pass = (i + 1) % grad_accum == 0
         if isinstance(parallel, DistributedDataParallel):
             # gradients are exchanged at the last pass alone; DDP.no_sync() sets the same, as a context
@@ -786,7 +702,9 @@ def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    run = build(args)
+    loaded = load_checkpoint(Path(args.output), args.resume == "auto") if args.resume else None
+    sides = from_rank_zero(lambda: read_split(Path(args.output) / SPLIT)) if args.resume else None
+    run = build(args, known=loaded and loaded[1]["config"], sides=sides)
     with ExitStack() as at_the_end:
         method = "-".join(filter(None, [args.kd, args.self_kd])) or "ce"
 
@@ -795,17 +713,20 @@ def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
             at_the_end.enter_context(run_directory.locked(folder))
             if args.overwrite:
                 run_directory.clear(folder)
+            if run.data.split:
+                write_split(folder / SPLIT, run.data.split)
             terminal.log = open(folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             return folder
 
         output = from_rank_zero(claim)
         disk = at_the_end.enter_context(ThreadPoolExecutor(1))  # writes while training goes on
-        train_in(output, args, run, stop, disk, started)
+        train_in(output, args, run, loaded, stop, disk, started)
 
 
 def train_in(
-    output: Path, args: argparse.Namespace, run: Training, stop: StopRequest, disk: ThreadPoolExecutor, started: float
-) -> None:
+    output: Path, args: argparse.Namespace, run: Training, loaded: tuple[str, dict[str, Any]] | None, stop: StopRequest,
+    disk: ThreadPoolExecutor, started: float,
+) -> None:  # fmt: skip
     """Train in a run directory that is this run's alone: resume, EMA, compile, DDP, in this order, then the epochs."""
     device = run.device
     torch.manual_seed(args.seed + RANK)
@@ -819,7 +740,6 @@ def train_in(
     averaged = ema.module if ema else None
     log, progress = LossLog(skips_steps=run.scaler.is_enabled()), Progress()
     state = State(run.net, averaged, run.optimizer, run.scaler, progress, log)
-    loaded = load_checkpoint(output, args.resume == "auto") if args.resume else None
     if loaded:
         state.restore(loaded[1], args.opt, run.data.label_names, loaded[0])
         same = loaded[1]["args"]["batch_size"] == args.batch_size and progress.step <= run.updates_per_epoch
@@ -840,7 +760,7 @@ def train_in(
         from torch.utils.tensorboard import SummaryWriter
 
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        write_whole(output / "args.json", run_directory.describe(vars(args), gpu, WORLD_SIZE))
+        write_whole(output / "args.json", run_directory.describe(flags_of(args), gpu, WORLD_SIZE))
         board = SummaryWriter(str(output), purge_step=progress.epoch + 1 if loaded else None)
         say_what_starts(args, run, output)
         if args.resume:
@@ -855,6 +775,11 @@ def train_in(
     agreement, saved_at, waiting = ranks.Agreement(), time.time(), Future[None]()
     waiting.set_result(None)
 
+    def look(images: Tensor, target: Tensor) -> None:
+        if IS_MAIN:
+            pixels = run.to_device.undo(images[:32])
+            disk.submit(batch_picture, output / "batch.png", pixels, target[:32].cpu().numpy(), run.data.label_names)
+
     def count_step(*_: Any) -> None:
         progress.executed += 1
 
@@ -862,7 +787,7 @@ def train_in(
         """Copy the state; a thread writes it, after the other files."""
         nonlocal saved_at, waiting
         saved_at = time.time()
-        content = state.copy(vars(args), run.config)
+        content = state.copy(flags_of(args), run.config)
         if IS_MAIN:
             waiting.result()  # of the last save, which raises what went wrong there
             waiting = disk.submit(write_run, output, content, others, best)
@@ -878,15 +803,15 @@ def train_in(
     run.optimizer.register_step_post_hook(count_step)
     while progress.epoch < args.epochs:
         stopped = train_epoch(parallel, run, progress, corrupt["training"], log, args.log_interval, args.grad_accum,
-                              args.clip_grad, ema, after_step)  # fmt: skip
-        began = time.time()
+                              args.clip_grad, ema, after_step, look)  # fmt: skip
+        began, answers = time.time(), list[Tensor]()
         metrics = None
         if not stopped:
             if WORLD_SIZE > 1:  # each rank has batch-norm statistics of its own: all must evaluate the same model
                 for model in filter(None, (run.student, averaged)):
                     distribute_bn(model, WORLD_SIZE, reduce=True)
             metrics = evaluate(
-                averaged or compiled, run.val_loader, run.to_device, run.amp, corrupt["validation"], stop
+                averaged or compiled, run.val_loader, run.to_device, run.amp, corrupt["validation"], stop, answers
             )
             if metrics is None:
                 save()
@@ -904,6 +829,8 @@ def train_in(
         })  # fmt: skip
         improved = math.isfinite(metrics["val_loss"]) and metrics["val_top1"] >= progress.best
         progress.next_epoch(best=metrics["val_top1"] if improved else progress.best)
+        if improved:
+            progress.answers = ranks.gather(torch.cat(answers, 1))
         if IS_MAIN:
             print(run_directory.epoch_line(progress.rows[-1], args.epochs), flush=True)
             for name, value in progress.rows[-1].items():
@@ -921,11 +848,19 @@ def train_in(
         board.close()
     if IS_MAIN and progress.epoch == args.epochs:
         run_directory.plot_curves(output / "curves.png", progress.rows)
+        if progress.answers is not None:
+            labels, predictions = progress.answers.numpy()
+            print(*write_per_class(output, labels, predictions, run.data.label_names), sep="\n")
         if args.reference:
             own = [args.model] if is_own(args.model) else args.model_file
             print(keep_reference(output, run.data.val, run.data.train, args.reference, own), flush=True)
         print(f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {output}/student; "
               f"{time.time() - started:.0f} s, {peak_memory(device)} MiB at most", flush=True)  # fmt: skip
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run keeps of its flags."""
+    return {name: value for name, value in vars(args).items() if name != "opened"}
 
 
 def peak_memory(device: torch.device) -> int:
@@ -950,9 +885,13 @@ def check_teacher(run: Training, name: str, workers: int | None, corrupt: Corrup
     return metrics["val_top1"]
 
 
+def describe_method(kd: str | None, self_kd: str | None) -> str:
+    return " + ".join(filter(None, ["cross-entropy", kd, self_kd]))
+
+
 def say_what_starts(args: argparse.Namespace, run: Training, output: Path) -> None:
     millions = sum(p.numel() for p in run.student.parameters()) / 1e6
-    method = " + ".join(filter(None, ["cross-entropy", args.kd, args.self_kd]))
+    method = describe_method(args.kd, args.self_kd)
     teacher = f" with {args.teacher}" if run.teacher else ""
     tap = f" at {run.net.tap}" if isinstance(run.net, WithWeakHead) else ""
     sizes = f"{len(run.data.train)} training and {len(run.data.val)} validation images"
