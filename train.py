@@ -47,8 +47,19 @@ from torchvision.transforms import v2
 
 from deploy import ranks, run_directory
 from deploy.checkpoint import Progress, State, load_checkpoint, write_run
-from deploy.cli import Parser, UserError, explain, number, show_error, terminals, write_whole
-from deploy.datasets import SPLIT, Data, class_counts, class_weights, open_data, read_split, say, write_split
+from deploy.cli import Parser, UserError, explain, number, show_error, student_folder, terminals, write_whole
+from deploy.config import read_config
+from deploy.datasets import (
+    SPLIT,
+    Data,
+    class_counts,
+    class_weights,
+    median_size,
+    open_data,
+    read_split,
+    say,
+    write_split,
+)
 from deploy.loading import (
     Batch,
     CorruptCount,
@@ -61,6 +72,7 @@ from deploy.per_class import write_per_class
 from deploy.pictures import batch_picture
 from deploy.preprocess import RESAMPLING, to_rgb, upright_size
 from deploy.ranks import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero
+from deploy.recipes import BY_DATA, RECIPES, pick_recipe
 from deploy.reference import evenly, keep_reference
 from deploy.student import check_forward, is_own, save_student, settle_batch_norm
 from deploy.weights import load_teacher, open_student
@@ -69,30 +81,6 @@ from kdlite import Teacher, WithWeakHead, nkd_loss, uskd_loss
 # ---- flags --------------------------------------------------------------------------------------------------------
 
 
-# Groups of defaults; any flag overrides. cifar, imagenet-cnn and imagenet-vit: the schedules and hyperparameters
-# behind the paper's tables (arXiv 2303.13005 and its official configs).
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": dict(
-        epochs=10, batch_size=32, opt="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1,
-        step_epochs=[5, 8], step_factor=0.1, img_size=32, crop="pad", hflip=0.0,
-    ),
-    "cifar": dict(
-        epochs=200, batch_size=128, opt="momentum", lr=0.1, weight_decay=5e-4, schedule="step",
-        step_epochs=[60, 120, 160], step_factor=0.2, img_size=32, crop="pad", hflip=0.5, small_stem=True,
-        gamma=3.5, temperature=3.0, alpha=0.1, mu=0.1,
-    ),
-    "imagenet-cnn": dict(
-        epochs=100, batch_size=256, opt="momentum", lr=0.1, weight_decay=1e-4, schedule="step",
-        step_epochs=[30, 60, 90], step_factor=0.1, img_size=224, crop="resized", hflip=0.5, eval_crop=0.875,
-    ),
-    "imagenet-vit": dict(
-        epochs=300, batch_size=1024, opt="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=5,
-        step_epochs=[150, 225], step_factor=0.1, img_size=224, crop="resized", hflip=0.5, eval_crop=0.9,
-        interpolation="bicubic", mixup=0.8, cutmix=1.0, label_smoothing=0.1, randaugment=[2, 9], random_erasing=0.25,
-        gamma=1.0,
-    ),
-}  # fmt: skip
-BY_DATA = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}  # of a folder: imagenet-cnn
 # Flags that belong to a method: without it they would be ignored, so they are refused.
 OF_METHOD = {
     "--kd nkd": ("gamma", "temperature"),
@@ -149,7 +137,8 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "mu": (0.005, "USKD: weight of the weak head's cross-entropy", dict(type=WEIGHT)),
     },
     "training": {
-        "recipe": (None, "a group of defaults, see below; left out: by --data", dict(choices=sorted(RECIPES))),
+        "recipe": (None, "a group of defaults, see below; left out: by --data, of a folder by its images",
+                   dict(choices=sorted(RECIPES))),
         "epochs": (RECIPE, "the recipe's warm-up and step epochs are stretched to fit", dict(type=COUNT)),
         "batch_size": (RECIPE, "images per optimizer step, over all processes", dict(type=COUNT)),
         "grad_accum": (1, "split each optimizer step into this many passes", dict(type=COUNT)),
@@ -235,9 +224,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     saved = from_rank_zero(lambda: run_directory.read_given(Path(typed["output"])) if typed.get("resume") else {})
     defaults = {name: default for flags in FLAGS.values() for name, (default, _, _) in flags.items()}
     given = saved | {name: typed[name] for name in typed if name not in ("resume", "overwrite", "output", "timeout")}
-    recipe = given.get("recipe") or BY_DATA.get(given.get("data", defaults["data"]), "imagenet-cnn")
-    args = argparse.Namespace(**defaults | RECIPES[recipe] | given | typed | {"recipe": recipe, "given": given})
-    stretch = args.epochs / RECIPES[recipe]["epochs"]  # the recipe's milestones keep their place in a shorter run
+    args = argparse.Namespace(**defaults | given | typed | {"given": given, "opened": None})
+    if args.recipe is None and args.data not in BY_DATA:
+        args.opened = open_data(args.data, val_split=args.val_split, seed=args.seed) if "fitted" not in given else None
+        given["fitted"] = given.get("fitted") or from_rank_zero(functools.partial(fit_recipe, args))
+    args.recipe = args.recipe or BY_DATA.get(args.data, "fitted")
+    recipe = given["fitted"] if args.recipe == "fitted" else RECIPES[args.recipe]
+    args.__dict__ |= {name: value for name, value in recipe.items() if name not in given}
+    if os.path.isdir(args.model) and "img_size" not in given:
+        args.in_chans, *args.img_size = read_config(student_folder(Path(args.model)))["input_size"]
+    stretch = args.epochs / recipe["epochs"]  # the recipe's milestones keep their place in a shorter run
     if "step_epochs" not in given:
         args.step_epochs = [epoch * stretch for epoch in args.step_epochs]
     if "warmup_epochs" not in given:
@@ -269,6 +265,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         passes = f"processes x --grad-accum = {WORLD_SIZE} x {args.grad_accum}"
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of {passes}")
     return args
+
+
+def fit_recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """Defaults for a folder of photographs, by what it holds; said in the run's first line."""
+    own, started = is_own(args.model), bool(args.pretrained or args.init or os.path.isdir(args.model))
+    photos, classes = args.opened.train, len(args.opened.label_names)
+    recipe, why = pick_recipe(len(photos), classes, median_size(photos), started)
+    say(why + " (--recipe or any flag overrides)")
+    return recipe | {"small_stem": recipe.get("small_stem", False) and not own}
 
 
 # ---- losses and step ----------------------------------------------------------------------------------------------
@@ -539,7 +544,7 @@ def build(
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    data = data or open_data(args.data, args.data_dir, args.download, args.val_split, args.seed, sides)
+    data = data or args.opened or open_data(args.data, args.data_dir, args.download, args.val_split, args.seed, sides)
 
     torch.manual_seed(args.seed)
     weights_decide = (args.pretrained or args.init) and not known
@@ -755,7 +760,7 @@ def train_in(
         from torch.utils.tensorboard import SummaryWriter
 
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        write_whole(output / "args.json", run_directory.describe(vars(args), gpu, WORLD_SIZE))
+        write_whole(output / "args.json", run_directory.describe(flags_of(args), gpu, WORLD_SIZE))
         board = SummaryWriter(str(output), purge_step=progress.epoch + 1 if loaded else None)
         say_what_starts(args, run, output)
         if args.resume:
@@ -782,7 +787,7 @@ def train_in(
         """Copy the state; a thread writes it, after the other files."""
         nonlocal saved_at, waiting
         saved_at = time.time()
-        content = state.copy(vars(args), run.config)
+        content = state.copy(flags_of(args), run.config)
         if IS_MAIN:
             waiting.result()  # of the last save, which raises what went wrong there
             waiting = disk.submit(write_run, output, content, others, best)
@@ -851,6 +856,11 @@ def train_in(
             print(keep_reference(output, run.data.val, run.data.train, args.reference, own), flush=True)
         print(f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {output}/student; "
               f"{time.time() - started:.0f} s, {peak_memory(device)} MiB at most", flush=True)  # fmt: skip
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run keeps of its flags."""
+    return {name: value for name, value in vars(args).items() if name != "opened"}
 
 
 def peak_memory(device: torch.device) -> int:

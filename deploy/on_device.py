@@ -30,6 +30,7 @@ SERVING = """\
 starlette>=0.40
 uvicorn>=0.30
 prometheus-client>=0.20
+python-multipart>=0.0.18
 """
 
 

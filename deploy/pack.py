@@ -10,7 +10,7 @@ On the device, with Python 3.10 or later:
     python3 student.pyz photo.jpg
     python3 student.pyz benchmark --threads 1
     python3 student.pyz check --reference reference.npz        # copied from the run: still the same classifier?
-    python3 student.pyz serve --host 0.0.0.0
+    python3 student.pyz serve --host 0.0.0.0 --token-file token
     python3 student.pyz build --max-batch 8                    # by TensorRT, for this device: ./student.engine
     python3 student.pyz --file student.engine serve
 
@@ -35,8 +35,8 @@ from deploy.tensorrt import read_engine_metadata
 
 PARTS = (
     "__init__.py", "cli.py", "config.py", "preprocess.py", "reference.py", "runtimes.py", "tensorrt.py", "predict.py",
-    "check.py", "per_class.py", "pictures.py", "benchmark.py", "build.py", "serve.py", "protocol.py", "page.html",
-    "on_device.py",
+    "check.py", "per_class.py", "pictures.py", "benchmark.py", "build.py", "serve.py", "protocol.py", "limits.py",
+    "batching.py", "metrics.py", "connections.py", "photographs.py", "page.html", "on_device.py",
 )  # fmt: skip
 MAIN = "import sys\n\nfrom deploy.on_device import main\n\nsys.exit(main(sys.argv[1:]))\n"
 

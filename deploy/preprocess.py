@@ -124,6 +124,13 @@ def to_rgb(image: Image.Image, needed: tuple[float, float] | None = None) -> Ima
         raise unreadable(error) from error
 
 
+def jpeg_scale(size: tuple[int, int], needed: tuple[float, float]) -> int:
+    """By which a JPEG's sides are divided while it is decoded, as Image.draft picks it."""
+    asked = [math.ceil(DRAFT_MARGIN * side) for side in needed]
+    scale = min(side // most for side, most in zip(size, asked))
+    return max((step for step in (8, 4, 2) if step <= scale), default=1)
+
+
 def to_8_bits(image: Image.Image) -> Image.Image:
     """Greys of more than 8 bits, which Pillow would clip to white, scaled by the range of their type."""
     image.load()

@@ -157,7 +157,7 @@ def read_checkpoint(folder: Path, older: bool = False) -> tuple[Path, bytes] | N
 def describe(flags: dict[str, Any], gpu: str | None, processes: int) -> str:
     """args.json: what came of the flags and, under flags["given"], what was typed; versions and hardware."""
     about = {
-        "flags": {name: value for name, value in flags.items() if name != "given"},
+        "flags": {name: value for name, value in flags.items() if name not in ("given", "fitted")},
         "given": flags["given"],
         "command": shlex.join(sys.argv),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},

@@ -4,15 +4,23 @@ The runtime alone: a process that calls it in a loop at the server's largest bat
 counts. The server: deploy.serve in a process of its own, and here as many clients as --concurrency says, each sending
 its next image (binary tensor) when the last is answered. Client and server share this machine's cores, so leave one to
 them: --threads should be the cores less one.
+
+--litserve PYTHON measures LitServe beside it, in the same turns: that Python has litserve and the onnxruntime of this
+one. Each server gets the image the shortest way that it knows: a binary tensor here, base64 in JSON there. CPU seconds
+are those of all the processes of a server.
 """
 
 import argparse
 import asyncio
+import base64
 import json
 import os
+import signal
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deploy.benchmark import Entry, Worker
-from deploy.cli import add_device, command, make_parser
+from deploy.cli import UserError, add_device, command, make_parser
 from deploy.runtimes import INPUT_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +42,79 @@ def request_of(image: np.ndarray) -> bytes:
         f"POST /v2/models/student/infer HTTP/1.1\r\nHost: localhost\r\nInference-Header-Content-Length: {len(head)}\r\n"
         f"Content-Length: {len(head) + image.size}\r\n\r\n"
     ).encode() + head + image.tobytes()  # fmt: skip
+
+
+LITSERVE = """
+import base64, sys
+import litserve, numpy, onnxruntime
+path, port, max_batch, delay, threads, *shape = sys.argv[1:]
+shape = tuple(map(int, shape))
+class Classifier(litserve.LitAPI):
+    def setup(self, device):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(threads)
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    def decode_request(self, request):
+        return numpy.frombuffer(base64.b64decode(request["image"]), numpy.uint8).reshape(shape)
+    def batch(self, images):
+        return numpy.stack(images)
+    def predict(self, images):
+        return self.session.run(["logits"], {"images": images})[0]
+    def unbatch(self, logits):
+        return list(logits)
+    def encode_response(self, logits):
+        return {"logits": logits.tolist()}
+if __name__ == "__main__":
+    api = Classifier(max_batch_size=int(max_batch), batch_timeout=float(delay) / 1000)
+    server = litserve.LitServer(api, accelerator="cpu")
+    server.run(port=int(port), host="127.0.0.1", log_level="error", generate_client_file=False)
+"""
+
+
+def litserve_request(image: np.ndarray) -> bytes:
+    body = json.dumps({"image": base64.b64encode(image.tobytes()).decode()}).encode()
+    return (
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+        b"%d\r\n\r\n" % len(body) + body
+    )
+
+
+def start_litserve(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[subprocess.Popen, int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as script:  # its processes import it again
+        script.write(LITSERVE)
+    given = [args.artefact.resolve(), port, args.max_batch, args.max_delay, args.threads, *shape]
+    server = subprocess.Popen([args.litserve, script.name, *map(str, given)], stdout=subprocess.DEVNULL,
+                              start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                time.sleep(2)  # its worker loads the file
+                return server, port
+        time.sleep(0.2)
+    os.killpg(server.pid, signal.SIGKILL)
+    raise UserError(f"LitServe did not start by {args.litserve}")
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process and all that it started."""
+    total, left = 0.0, [pid]
+    children: dict[int, list[int]] = {}
+    fields = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+    for child, values in fields.items():
+        children.setdefault(int(values[1]), []).append(child)
+    while left:
+        one = left.pop()
+        total += (int(fields[one][11]) + int(fields[one][12])) / os.sysconf("SC_CLK_TCK")
+        left += children.get(one, [])
+    return total
 
 
 async def client(port: int, request: bytes, until: float, seconds: list[float]) -> None:
@@ -64,32 +145,47 @@ def run(args: argparse.Namespace) -> None:
     flags += ["--max-delay", str(args.max_delay)] + ["--allow-fallback"] * args.allow_fallback
     server = subprocess.Popen([sys.executable, "-m", "deploy.serve", str(args.artefact), *flags],
                               cwd=ROOT, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    others = {}
     try:
         assert server.stdout is not None
         said = server.stdout.readline()
-        port = int(said.rpartition(":")[2])
-        rounds = []
+        servers = {"deploy.serve": (server, int(said.rpartition(":")[2]), request_of(images[0]))}
+        if args.litserve:
+            others["LitServe"] = start_litserve(args, images[0].shape)
+            servers["LitServe"] = (*others["LitServe"], litserve_request(images[0]))
+        for _, port, request in servers.values():
+            asyncio.run(load_server(port, request, args.concurrency, 1.0))  # warm
+        own: dict[int, list[float]] = {1: [], args.max_batch: []}
+        rows: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in servers}
         for _ in range(args.rounds):
-            own = {}
-            for batch in (1, args.max_batch):
+            for batch in own:
                 part = worker.ask(images[:batch], args.seconds)
-                own[batch] = batch * len(part.latencies) / part.wall_s
-            seconds = asyncio.run(load_server(port, request_of(images[0]), args.concurrency, args.seconds))
-            rounds.append((own, len(seconds) / args.seconds, 1e3 * np.percentile(seconds, (50, 99))))
+                own[batch].append(batch * len(part.latencies) / part.wall_s)
+            for name, (process, port, request) in servers.items():
+                before = cpu_s(process.pid)
+                seconds = asyncio.run(load_server(port, request, args.concurrency, args.seconds))
+                spent = 1000 * (cpu_s(process.pid) - before) / len(seconds)
+                rows[name].append((len(seconds) / args.seconds, *(1e3 * np.percentile(seconds, (50, 99))), spent))
     finally:
         server.terminate()
         server.wait()
+        for process, _ in others.values():
+            os.killpg(process.pid, signal.SIGKILL)  # its processes too, which outlive it
         worker.close()
     print(f"{args.artefact.name}, {worker.name}, {worker.provider}, {args.threads or 'all'} threads, "
-          f"{os.cpu_count()} cores; {args.rounds} rounds of {args.seconds:g} s each")  # fmt: skip
-    for batch in sorted({1, args.max_batch}):
-        print(f"the runtime alone, batch {batch}: {statistics.median(own[batch] for own, _, _ in rounds):.1f} images/s")
-    p50, p99 = np.median([latency for _, _, latency in rounds], axis=0)
-    print(f"deploy.serve, {args.concurrency} clients: {statistics.median(rate for _, rate, _ in rounds):.1f} images/s, "
-          f"p50 {p50:.1f} ms, p99 {p99:.1f} ms")  # fmt: skip
-    best = max((1, args.max_batch), key=lambda batch: statistics.median(own[batch] for own, _, _ in rounds))
-    ratios = [rate / own[best] for own, rate, _ in rounds]
-    print(f"server / runtime: {statistics.median(ratios):.3f} (median; {min(ratios):.3f} to {max(ratios):.3f})")
+          f"{os.cpu_count()} cores; {args.rounds} rounds of {args.seconds:g} s each, medians")  # fmt: skip
+    for batch, rates in own.items():
+        print(f"the runtime alone, batch {batch}: {statistics.median(rates):.1f} images/s")
+    best = max(own, key=lambda batch: statistics.median(own[batch]))
+    for name, row in rows.items():
+        rate, p50, p99, spent = np.median(row, axis=0)
+        ratios = [values[0] / alone for values, alone in zip(row, own[best])]
+        print(f"{name}, {args.concurrency} clients: {rate:.1f} images/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms, "
+              f"{spent:.2f} s of CPU for 1,000 images; of the runtime's rate: {statistics.median(ratios):.3f} "
+              f"({min(ratios):.3f} to {max(ratios):.3f})")  # fmt: skip
+    if args.litserve:
+        spent = [[values[3] for values in row] for row in rows.values()]
+        print(f"CPU for an image, of LitServe's: {statistics.median(a / b for a, b in zip(*spent)):.2f}")
 
 
 parser = make_parser(__doc__, "benchmark_serve.py")
@@ -99,6 +195,7 @@ parser.add_argument("--max-batch", type=int, default=8)
 parser.add_argument("--max-delay", type=float, default=1.0, help="milliseconds")
 parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
 parser.add_argument("--rounds", type=int, default=10)
+parser.add_argument("--litserve", metavar="PYTHON", help="measure LitServe too, run by this Python")
 add_device(parser)
 
 if __name__ == "__main__":

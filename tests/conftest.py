@@ -24,3 +24,11 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: item.get_closest_marker("slow") is None
     )  # the long ones first: both processes end as one
+
+
+@pytest.fixture(scope="session")
+def artefact(tmp_path_factory):
+    """student.onnx, for the tests of the server."""
+    from serving import write_artefact
+
+    return write_artefact(tmp_path_factory.mktemp("serve"))

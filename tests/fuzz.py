@@ -3,6 +3,8 @@
     python tests/fuzz.py config --seconds 600         # config.json of a student, then a small image prepared with it
     python tests/fuzz.py checkpoint --seconds 600     # a run directory's last.pt, sealed and unsealed
     python tests/fuzz.py image --seconds 600          # a picture, opened and prepared at 32 px
+    python tests/fuzz.py request --seconds 600        # a request of the server's protocol, packed or not
+    python tests/fuzz.py photograph --seconds 600     # what is posted to /predict, as a file or as a form
 
 Starts from tests/corpus/TARGET. A finding is an exception that is not promised, a hang or a crash of the interpreter;
 each is kept, once per place it came from, under --output, and the search goes on. Exit status 1 if there was one.
@@ -28,10 +30,12 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "tests" / "corpus"
-LARGEST = {"config": 4096, "checkpoint": 4096, "image": 8192}  # bytes of an input
+SEEDS = {"photograph": "image"}  # of tests/corpus/, where it is not named like the target
+LARGEST = {"config": 4096, "checkpoint": 4096, "image": 8192, "request": 2048, "photograph": 8192}  # bytes of an input
 SECONDS_A_RUN = 10
 GIB_ADDRESSABLE = 8  # a bound on what one input may ask for; torch maps some of it by itself
 MAX_PIXELS = 2_000_000  # in place of Pillow's 89 million: larger ones would only be slow
@@ -121,7 +125,72 @@ def image_target(folder: Path) -> Callable[[bytes], None]:
     return run
 
 
-TARGETS = {"config": config_target, "checkpoint": checkpoint_target, "image": image_target}
+def request_target(folder: Path) -> Callable[[bytes], None]:
+    import numpy as np
+
+    from deploy.protocol import RequestError, pack, parse_infer, unpack, write_infer
+
+    shape, classes, limit = (2, 2, 3), 5, 2**16
+    logits = np.linspace(-1, 1, 8 * classes, dtype=np.float32).reshape(8, classes)
+
+    def run(data: bytes) -> None:
+        """Two lines of headers (encoding;accepted, then the JSON's length) and the body."""
+        first, _, rest = data.partition(b"\n")
+        length, _, body = rest.partition(b"\n")
+        encoding, _, accepted = first.decode("latin-1").partition("|")
+        try:
+            body = unpack(body, encoding.strip().lower() or "identity", limit)
+            assert len(body) <= limit, f"{len(body)} bytes were unpacked"
+            asked = parse_infer(body, length.decode("latin-1") or None, shape, 8)
+        except RequestError as error:
+            check_refusal(error)
+            return
+        assert asked.images.shape[1:] == shape, str(asked.images.shape)
+        assert 1 <= len(asked.images) <= 8, f"{len(asked.images)} images"
+        assert asked.images.dtype == "uint8", str(asked.images.dtype)
+        answer, headers = write_infer(asked, logits[: len(asked.images)], "student", list("abcde"))
+        split = int(headers.get("Inference-Header-Content-Length", len(answer)))
+        output = json.loads(answer[:split])["outputs"][0]
+        assert output["shape"][0] == len(asked.images), str(output["shape"])
+        packed, headers = pack(answer, headers, accepted)
+        assert unpack(packed, headers.get("Content-Encoding", "identity"), 2**20) == answer, "packed wrongly"
+
+    return run
+
+
+def photograph_target(folder: Path) -> Callable[[bytes], None]:
+    from PIL import Image
+
+    from deploy.photographs import decode, file_in, open_photograph
+    from deploy.protocol import RequestError
+
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    config = {"input_size": [3, 32, 32], "crop": 0.875, "interpolation": "bilinear"}
+
+    def run(data: bytes) -> None:
+        """As it is; where it begins with a line of its Content-Type, as a form."""
+        kind, _, body = data.partition(b"\n") if data.startswith(b"multipart/") else (b"", b"", data)
+        try:
+            image, cost = open_photograph(file_in(body, kind.decode("latin-1")), config)
+            if cost > MAX_PIXELS:
+                return
+            array = decode(image, config)
+        except RequestError as error:
+            check_refusal(error)
+            return
+        assert array.shape == (1, 32, 32, 3), str(array.shape)
+        assert array.dtype == "uint8", str(array.dtype)
+
+    return run
+
+
+TARGETS = {
+    "config": config_target,
+    "checkpoint": checkpoint_target,
+    "image": image_target,
+    "request": request_target,
+    "photograph": photograph_target,
+}
 
 
 @contextlib.contextmanager
@@ -135,6 +204,12 @@ def promised(kind: type[Exception]):
 def check_line(error: Exception) -> None:
     text = str(error)
     assert len(text.splitlines()) == 1, f"{type(error).__name__} is not one line: {text[:200]!r}"
+
+
+def check_refusal(error: Any) -> None:
+    check_line(error)
+    assert error.status in (400, 413, 415), f"status {error.status}"
+    assert len(error.message.encode()) < 1000, "an error repeats too much"
 
 
 VALUES = (None, True, False, 0, 1, 3, -1, 0.01, 1e-320, 1e308, 2**70, float("nan"), float("-inf"), "", "a", "bicubic",
@@ -170,6 +245,16 @@ def mutate_config(data: bytes, largest: int, seed: int) -> bytes:
         return atheris.Mutate(data, largest)
 
 
+def mutate_request(data: bytes, largest: int, seed: int) -> bytes:
+    """The same with a request's body, where it is not packed."""
+    import atheris
+
+    plain = b"|\n\n"
+    if data.startswith(plain):
+        return plain + mutate_config(data.removeprefix(plain), largest - len(plain), seed)
+    return atheris.Mutate(data, largest)
+
+
 def archive(pickle: bytes) -> bytes:
     """What torch.save writes, with these bytes as its pickle and one storage."""
     file = io.BytesIO()
@@ -189,10 +274,12 @@ def search(target: str, found: Path, new: Path, seconds: int, seed: int) -> None
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    with atheris.instrument_imports(include=["deploy", "PIL"]):
+    with atheris.instrument_imports(include=["deploy", "PIL", "python_multipart"]):
         import deploy.checkpoint
         import deploy.config
+        import deploy.photographs
         import deploy.preprocess
+        import deploy.protocol
 
         deploy.preprocess.formats()  # imports Pillow's readers
     limit = GIB_ADDRESSABLE * 2**30
@@ -216,8 +303,9 @@ def search(target: str, found: Path, new: Path, seconds: int, seed: int) -> None
 
     flags = [f"-max_total_time={seconds}", f"-timeout={SECONDS_A_RUN}", f"-max_len={LARGEST[target]}", f"-seed={seed}",
              "-rss_limit_mb=3000", "-print_final_stats=1", f"-artifact_prefix={found}/"]  # fmt: skip
-    mutator = {"custom_mutator": mutate_config} if target == "config" else {}
-    atheris.Setup([sys.argv[0], *flags, str(new), str(CORPUS / target)], one_input, **mutator)
+    mutators = {"config": mutate_config, "request": mutate_request}
+    mutator = {"custom_mutator": mutators[target]} if target in mutators else {}
+    atheris.Setup([sys.argv[0], *flags, str(new), str(CORPUS / SEEDS.get(target, target))], one_input, **mutator)
     atheris.Fuzz()
 
 

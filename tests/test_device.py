@@ -1,4 +1,4 @@
-"""A device without torch: an environment of numpy, Pillow, a runtime and the server's three packages, nothing else."""
+"""A device without torch: an environment of numpy, Pillow, a runtime and the server's packages, nothing else."""
 
 import contextlib
 import csv
@@ -28,6 +28,7 @@ from deploy.runtimes import source_of, top_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
+SERVER = ("starlette", "uvicorn", "prometheus-client", "python-multipart")
 FOREIGN = ("torch", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "safetensors", "onnx", "kdlite", "train")
 
 
@@ -37,7 +38,7 @@ def device(tmp_path_factory):
     folder = tmp_path_factory.mktemp("device")
     shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
     runtime = installed("onnxruntime(-gpu)?")
-    return make_environment(folder / "env", runtime, "numpy", "pillow", "starlette", "uvicorn", "prometheus-client")
+    return make_environment(folder / "env", runtime, "numpy", "pillow", *SERVER)
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def test_its_requirements_resolve_for_the_pythons_of_jetpack(device, pyz):
         return names
 
     jetpack6 = wanted("3.10", "aarch64")
-    assert jetpack6.keys() == {"numpy", "pillow", "onnxruntime", "starlette", "uvicorn", "prometheus-client"}
+    assert jetpack6.keys() == {"numpy", "pillow", "onnxruntime", *SERVER}
     assert "1.23.2" in jetpack6["onnxruntime"]
     assert "1.24.0" not in jetpack6["onnxruntime"]  # the last for that Python on aarch64 is 1.23.2
     assert "2.0" not in jetpack6["numpy"]

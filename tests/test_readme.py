@@ -42,6 +42,8 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
     theirs |= {"--requirements"}  # of student.pyz, which knows two flags
     theirs |= {"--jobs"}  # of examples/paper/tiny_imagenet.py
+    theirs |= {"--litserve"}  # of examples/benchmark_serve.py
+    theirs |= {"--minutes", "--share", "--triton"}  # of tests/soak.py and tests/compare_triton.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs
     for name, flags in re.findall(r"^(?:    )?python -m deploy\.(\w+) ([^#\n]*)", text, re.M):
         commands[name].get_parser().parse_args(shlex.split(flags.replace("\\", "")))

@@ -7,8 +7,6 @@ import dataclasses
 import gzip
 import io
 import json
-import os
-import shutil
 import signal
 import socket
 import struct
@@ -16,51 +14,18 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import uvicorn
 from PIL import Image
+from serving import INFER, ONE, ROOT, SHAPE, ask, binary, of, server, tensor
 from sklearn.datasets import load_sample_images
-from students import model_files, write_student
 
-from deploy.export import export_student
 from deploy.preprocess import open_image, prepare
 from deploy.runtimes import load
 from deploy.serve import Limits, make_app
-
-ROOT = Path(__file__).resolve().parents[1]
-MODELS = Path(__file__).with_name("own_models.py")
-SHAPE = (16, 16, 3)
-
-
-@pytest.fixture(scope="module")
-def artefact(tmp_path_factory):
-    """A small student that tells photographs apart, exported."""
-    names = ["a cat", "a dog", "<b>café</b>", "d", "e", "f", "g"]
-    folder = tmp_path_factory.mktemp("serve") / "student"
-    write_student(folder, f"{MODELS}:tiny", 16, names)
-    return export_student(folder, formats=("onnx",), model_file=model_files(folder)[0])[0]
-
-
-@contextlib.contextmanager
-def server(artefact, *flags):
-    """python -m deploy.serve; gives its process and port."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deploy.serve", artefact, "--port", "0", "--device", "cpu", *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        line = process.stdout.readline()
-        assert "CPUExecutionProvider" in line, process.stderr.read()
-        yield process, int(line.rpartition(":")[2])
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +37,6 @@ def port(artefact):
 @pytest.fixture(scope="module")
 def images():
     return np.random.default_rng(0).integers(0, 256, (3, *SHAPE), dtype=np.uint8)
-
-
-def ask(port, path, body=None, headers=(), method=None):
-    """(status, headers, body) of a request."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, dict(headers), method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status, response.headers, response.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read()
-
-
-def tensor(shape=(1, *SHAPE), **changes):
-    return {"name": "images", "datatype": "UINT8", "shape": list(shape)} | changes
-
-
-INFER = "/v2/models/student/infer"
 
 
 # ---- the protocol, by Triton's own client -------------------------------------------------------------------------
@@ -196,17 +144,6 @@ def test_json_data_may_be_flat_or_nested(port, artefact, images):
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------------
-
-ONE = 16 * 16 * 3
-
-
-def binary(request, raw):
-    head = json.dumps(request).encode()
-    return head + raw, {"Inference-Header-Content-Length": str(len(head))}
-
-
-def of(shape=(1, *SHAPE), size=ONE, **changes):
-    return {"inputs": [tensor(shape, parameters={"binary_data_size": size}) | changes]}
 
 
 @pytest.mark.parametrize(("body", "headers", "said"), [
@@ -415,44 +352,3 @@ def test_an_image_of_too_many_pixels_is_413(port, side):
     status, _, body = ask(port, "/predict", file.getvalue())
     assert status == 413
     assert "too large" in json.loads(body)["error"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if not program:
-        pytest.skip("no Chromium here")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.mark.parametrize("how", ["choose", "drop"])
-def test_the_page_shows_the_five_best_of_an_image(browser, port, tmp_path, how):
-    photo = tmp_path / "photo.jpg"
-    Image.fromarray(load_sample_images().images[0]).save(photo)
-    page = browser.new_page()
-    problems = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(f"http://127.0.0.1:{port}/")
-    if how == "choose":
-        page.set_input_files("#file", photo)
-    else:
-        dropped = page.evaluate_handle(
-            """bytes => { const data = new DataTransfer()
-                data.items.add(new File([new Uint8Array(bytes)], "photo.jpg", {type: "image/jpeg"})); return data }""",
-            list(photo.read_bytes()),
-        )
-        page.dispatch_event("#drop", "drop", {"dataTransfer": dropped})
-    page.wait_for_selector("#answers li:nth-child(5)")
-    shown = [line.inner_text().split("\n") for line in page.query_selector_all("#answers li")]
-    predictions = json.loads(ask(port, "/predict", photo.read_bytes())[2])["predictions"]
-    assert shown == [[p["label"], f"{100 * p['probability']:.1f} %"] for p in predictions]
-    assert page.is_visible("#image")
-    page.set_input_files("#file", {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": b"no image"})
-    page.wait_for_selector("#error:not(:empty)")
-    assert "not an image" in page.inner_text("#error")
-    assert problems == []
-    page.close()

@@ -421,6 +421,25 @@ def test_half_precision_weights_of_a_model_of_ones_own_are_cast(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_a_folder_gets_defaults_that_fit_and_a_resume_keeps_them(photos, capsys):
+    flags = ["--device", "cpu", "--data", photos, "--val-split", 0.25, "--model", f"{MODELS}:tiny", "--reference", 0]
+    run(*flags, "--epochs", 1, "--workers", 0, "--output", "out")
+    first, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("defaults for")]
+    assert "defaults for 24 images of 2 classes, 40x24 pixels" in first
+    before = train.parse_args(["--output", "out", "--resume"])
+    assert (before.recipe, before.img_size, before.opt) == ("fitted", [32, 32], "adamw")
+    for i in range(100):
+        shutil.copy(photos / "dark/00.png", photos / f"dark/new{i}.png")
+    assert train.parse_args(["--output", "out", "--resume"]).batch_size == before.batch_size
+    assert train.parse_args(["--output", "out", "--resume", "--batch-size", "4"]).batch_size == 4
+
+
+def test_a_student_folder_brings_its_own_size(photos):
+    write_student(Path("before"), "test_efficientnet", (1, 32, 64), ["dark", "bright"])
+    args = train.parse_args(["--model", "before", "--data", str(photos), "--val-split", "0.25"])
+    assert (args.in_chans, args.img_size) == (1, [32, 64])
+
+
 def test_data_without_a_val_folder_wants_to_be_told(photos, capsys):
     run("--device", "cpu", "--data", photos, check=2)
     assert "--val-split 0.1" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""The page of deploy.serve in Chromium; `apt-get install chromium` where it is skipped."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+from PIL import Image
+from serving import ask, server
+from sklearn.datasets import load_sample_images
+
+sync_api = pytest.importorskip("playwright.sync_api")
+
+
+@pytest.fixture(scope="module")
+def port(artefact):
+    with server(artefact) as (_, port):
+        yield port
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("no Chromium here")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize("how", ["choose", "drop"])
+def test_the_page_shows_the_five_best_of_an_image(browser, port, tmp_path, how):
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(load_sample_images().images[0]).save(photo)
+    page = browser.new_page()
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"http://127.0.0.1:{port}/")
+    if how == "choose":
+        page.set_input_files("#file", photo)
+    else:
+        dropped = page.evaluate_handle(
+            """bytes => { const data = new DataTransfer()
+                data.items.add(new File([new Uint8Array(bytes)], "photo.jpg", {type: "image/jpeg"})); return data }""",
+            list(photo.read_bytes()),
+        )
+        page.dispatch_event("#drop", "drop", {"dataTransfer": dropped})
+    page.wait_for_selector("#answers li:nth-child(5)")
+    shown = [line.inner_text().split("\n") for line in page.query_selector_all("#answers li")]
+    predictions = json.loads(ask(port, "/predict", photo.read_bytes())[2])["predictions"]
+    assert shown == [[p["label"], f"{100 * p['probability']:.1f} %"] for p in predictions]
+    assert page.is_visible("#image")
+    page.set_input_files("#file", {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": b"no image"})
+    page.wait_for_selector("#error:not(:empty)")
+    assert "not an image" in page.inner_text("#error")
+    assert problems == []
+    page.close()
+
+
+def upload(page, name, colour):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(file, "PNG")
+    page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": file.getvalue()})
+
+
+def predictions(label):
+    return json.dumps({"predictions": [{"label": label, "probability": 0.5, "index": 0}]})
+
+
+def test_of_two_quick_pictures_the_later_is_answered_and_the_page_says_that_it_is_busy(browser, port):
+    page = browser.new_page()
+    held = []
+    page.route("**/predict*", lambda route: held.append(route))  # a slow server, which answers the first picture last
+    page.goto(f"http://127.0.0.1:{port}/")
+    upload(page, "first.png", "red")
+    page.wait_for_function("() => document.getElementById('busy').textContent !== ''")
+    upload(page, "second.png", "blue")
+    while len(held) < 2:
+        page.wait_for_timeout(20)
+    held[1].fulfill(body=predictions("the second"), content_type="application/json")
+    page.wait_for_selector("#answers li")
+    with contextlib.suppress(sync_api.Error):  # the page has given it up
+        held[0].fulfill(body=predictions("the first"), content_type="application/json")
+    page.wait_for_timeout(200)
+    assert page.inner_text("#answers").startswith("the second")
+    assert page.locator("#answers li").count() == 1
+    assert page.get_attribute("#image", "alt") == "second.png"
+    assert page.inner_text("#busy") == ""
+    page.close()
+
+
+@pytest.mark.parametrize(("status", "body", "said"), [
+    (502, "<html><title>502 Bad Gateway</title><h1>nginx</h1></html>", "answered 502"),
+    (200, "<!doctype html><title>Log in to the network</title>", "Log in to the network"),
+    (503, '{"error": "the queue is full"}', "the queue is full"),
+])  # fmt: skip
+def test_an_error_is_shown_as_whose_it_is(browser, port, status, body, said):
+    page = browser.new_page()
+    page.route("**/predict*", lambda route: route.fulfill(status=status, body=body))
+    page.goto(f"http://127.0.0.1:{port}/")
+    upload(page, "a.png", "red")
+    page.wait_for_selector("#error:not(:empty)")
+    assert said in page.inner_text("#error")
+    assert "JSON" not in page.inner_text("#error")
+    assert page.inner_text("#busy") == ""
+    page.close()
+
+
+def test_a_server_that_is_gone_is_said_so(browser, port):
+    page = browser.new_page()
+    page.route("**/predict*", lambda route: route.abort())
+    page.goto(f"http://127.0.0.1:{port}/")
+    upload(page, "a.png", "red")
+    page.wait_for_selector("#error:not(:empty)")
+    assert page.inner_text("#error") == "The server cannot be reached."
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_whatever_the_labels(browser, port, scheme):
+    page = browser.new_page(viewport={"width": 360, "height": 640}, color_scheme=scheme)
+    page.route("**/predict*", lambda route: route.fulfill(body=predictions("an_endless_label_" * 20)))
+    page.goto(f"http://127.0.0.1:{port}/")
+    upload(page, "a" * 200 + ".png", "red")
+    page.wait_for_selector("#answers li")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.locator("#drop").bounding_box()["height"] >= 44  # what a finger hits
+    page.close()
+
+
+def test_the_page_asks_for_a_token_and_goes_on_with_it(browser, artefact):
+    with server(artefact, environment={"KDLITE_TOKEN": "s3cret"}) as (_, port):
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{port}/")
+        assert not page.is_visible("#token")
+        upload(page, "a.png", "red")
+        page.wait_for_selector("#token", state="visible")
+        page.fill("#token", "s3cret")
+        page.press("#token", "Enter")
+        page.wait_for_selector("#answers li:nth-child(5)")
+        assert not page.is_visible("#token")
+        assert page.inner_text("#error") == ""
+        page.close()
