@@ -223,12 +223,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     typed = read_flags(argv)
     saved = from_rank_zero(lambda: run_directory.read_given(Path(typed["output"])) if typed.get("resume") else {})
     defaults = {name: default for flags in FLAGS.values() for name, (default, _, _) in flags.items()}
+    before = saved.get("val_split")
+    if saved and typed.get("val_split", before) != before:
+        raise UserError(
+            f"--val-split was {before} when this run began, and stays so: split.csv says which file is where"
+        )
     given = saved | {name: typed[name] for name in typed if name not in ("resume", "overwrite", "output", "timeout")}
     args = argparse.Namespace(**defaults | given | typed | {"given": given, "opened": None})
-    if args.recipe is None and args.data not in BY_DATA:
-        args.opened = open_data(args.data, val_split=args.val_split, seed=args.seed) if "fitted" not in given else None
-        given["fitted"] = given.get("fitted") or from_rank_zero(functools.partial(fit_recipe, args))
-    args.recipe = args.recipe or BY_DATA.get(args.data, "fitted")
+    if args.recipe is None and args.data not in BY_DATA and not saved:
+        args.opened = data = open_data(args.data, val_split=args.val_split)
+        started, size = bool(args.pretrained or args.init or os.path.isdir(args.model)), given.get("img_size")
+        given["fitted"] = from_rank_zero(lambda: fit_recipe(data, started, is_own(args.model), size))
+    # a run on a folder from before there were fitted defaults had imagenet-cnn
+    args.recipe = args.recipe or BY_DATA.get(args.data, "fitted" if "fitted" in given else "imagenet-cnn")
     recipe = given["fitted"] if args.recipe == "fitted" else RECIPES[args.recipe]
     args.__dict__ |= {name: value for name, value in recipe.items() if name not in given}
     if os.path.isdir(args.model) and "img_size" not in given:
@@ -267,11 +274,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def fit_recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """Defaults for a folder of photographs, by what it holds; said in the run's first line."""
-    own, started = is_own(args.model), bool(args.pretrained or args.init or os.path.isdir(args.model))
-    photos, classes = args.opened.train, len(args.opened.label_names)
-    recipe, why = pick_recipe(len(photos), classes, median_size(photos), started)
+def fit_recipe(data: Data, started: bool, own: bool, img_size: Sequence[int] | None) -> dict[str, Any]:
+    """Defaults for a folder of photographs, by what it holds; said in the run's first line.
+
+    started: from weights; own: the model is the user's, whose stem stays as it is; img_size: as typed
+    """
+    photos = data.train
+    recipe, why = pick_recipe(len(photos), len(data.label_names), median_size(photos), started, img_size)
     say(why + " (--recipe or any flag overrides)")
     return recipe | {"small_stem": recipe.get("small_stem", False) and not own}
 
@@ -544,7 +553,7 @@ def build(
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    data = data or args.opened or open_data(args.data, args.data_dir, args.download, args.val_split, args.seed, sides)
+    data = data or args.opened or open_data(args.data, args.data_dir, args.download, args.val_split, sides=sides)
 
     torch.manual_seed(args.seed)
     weights_decide = (args.pretrained or args.init) and not known
@@ -776,9 +785,10 @@ def train_in(
     waiting.set_result(None)
 
     def look(images: Tensor, target: Tensor) -> None:
+        nonlocal waiting
         if IS_MAIN:
-            pixels = run.to_device.undo(images[:32])
-            disk.submit(batch_picture, output / "batch.png", pixels, target[:32].cpu().numpy(), run.data.label_names)
+            pixels, labels = run.to_device.undo(images[:32]), target[:32].cpu().numpy()
+            waiting = disk.submit(batch_picture, output / "batch.png", pixels, labels, run.data.label_names)
 
     def count_step(*_: Any) -> None:
         progress.executed += 1

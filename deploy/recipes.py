@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 # Groups of defaults; any flag overrides. cifar, imagenet-cnn and imagenet-vit: the schedules and hyperparameters
@@ -34,7 +35,9 @@ STEPS = 12_000  # optimizer steps of a run on a smaller folder, from random weig
 FINE_TUNING_STEPS = 1500  # and from pretrained ones
 
 
-def pick_recipe(images: int, classes: int, size: tuple[int, int], pretrained: bool) -> tuple[dict[str, Any], str]:
+def pick_recipe(
+    images: int, classes: int, size: tuple[int, int], pretrained: bool, img_size: Sequence[int] | None = None
+) -> tuple[dict[str, Any], str]:
     """Defaults that fit a folder of photographs, as one of RECIPES, and a line that says what was picked and why.
 
     From random weights, 100,000 images and more of at least 100 px get imagenet-cnn. Any other folder gets AdamW with
@@ -46,6 +49,7 @@ def pick_recipe(images: int, classes: int, size: tuple[int, int], pretrained: bo
         size: (height, width) of a typical one, in pixels
         pretrained: whether the student starts from weights of other images; their own mean, std, interpolation and
             crop are not picked here
+        img_size: a side, or height and width, that the student is to see; None: what fits
 
     Returns:
         The recipe, with the keys of RECIPES, and the line.
@@ -56,19 +60,19 @@ def pick_recipe(images: int, classes: int, size: tuple[int, int], pretrained: bo
         return RECIPES["imagenet-cnn"], f"{seen}: as imagenet-cnn"
     # pretrained weights know objects of 100 pixels and more: small photographs are enlarged for them
     wanted = max(128.0, 2.5 * short) if pretrained else short
-    img_size = min(max(32, 32 * round(wanted / 32)), 224)
+    side = min(img_size) if img_size else min(max(32, 32 * round(wanted / 32)), 224)
     batch_size = 2 ** min(max(round(math.log2(3.2 * images**0.25)), 4), 6, int(math.log2(images)))
     steps, fewest, most = (FINE_TUNING_STEPS, 10, 50) if pretrained else (STEPS, 30, 200)
     epochs = min(max(round(steps / (images // batch_size)), fewest), most)
     lr = 5e-4 if pretrained else 2e-3
-    small_stem = img_size <= 64 and not pretrained
-    large_view = img_size > 64
+    small_stem = side <= 64 and not pretrained
+    large_view = side > 64
     recipe: dict[str, Any] = dict(
         epochs=epochs, batch_size=batch_size, opt="adamw", lr=lr, weight_decay=0.05, schedule="cosine",
-        warmup_epochs=epochs / 20, step_epochs=[epochs / 2, epochs * 3 / 4], step_factor=0.1, img_size=img_size,
+        warmup_epochs=epochs / 20, step_epochs=[epochs / 2, epochs * 3 / 4], step_factor=0.1, img_size=side,
         crop="resized" if large_view else "pad", hflip=0.5, eval_crop=0.875 if large_view else 1.0,
         small_stem=small_stem, label_smoothing=0.1,
     )  # fmt: skip
     start = "pretrained weights" if pretrained else "a 3x3 stem" if small_stem else "random weights"
-    return recipe, (f"{seen}: {start} at {img_size} px, AdamW {lr:g}, cosine, {epochs} epochs of "
+    return recipe, (f"{seen}: {start} at {side} px, AdamW {lr:g}, cosine, {epochs} epochs of "
                     f"{images // batch_size} steps of {batch_size} images")  # fmt: skip

@@ -6,8 +6,10 @@ more classes than the data, or has them in another order, the columns of its log
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import math
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -69,7 +71,7 @@ def find_pretrained(name: str, library: str) -> Pretrained:
         return Pretrained(
             ImageNetInfo().label_names(), len(weights.meta["categories"]), list(preset.mean), list(preset.std),
             [3, side, side], preset.interpolation.value, round(side / whole, 4),
-            f"put {weights.url} into {folder}, or {{}}",
+            f"put {weights.url} into {folder}",
             functools.partial(torchvision.models.get_model, name, weights=weights),
         )  # fmt: skip
     config = timm.get_pretrained_cfg(name)
@@ -82,7 +84,7 @@ def find_pretrained(name: str, library: str) -> Pretrained:
     return Pretrained(
         names if names and len(names) == config.num_classes else None, config.num_classes, list(config.mean),
         list(config.std), list(config.input_size), interpolation, config.crop_pct,
-        f"fetch its model.safetensors, from {url}, by hand: {{}}",
+        f"fetch its model.safetensors from {url}",
         functools.partial(timm.create_model, name, pretrained=True),
     )  # fmt: skip
 
@@ -95,7 +97,7 @@ def fetch(pretrained: Pretrained, flag: str, by_hand: str, fetching: Fetching) -
     except Exception as error:  # each source has errors of its own
         raise UserError(
             f"{flag}: its ImageNet weights are not here and could not be fetched ({type(error).__name__}: "
-            f"{first_line(error)[:100]}); {pretrained.where.format(by_hand)}"
+            f"{first_line(error)[:100]}); {pretrained.where}; {by_hand}"
         ) from error
 
 
@@ -139,8 +141,8 @@ def open_student(
     elif init:
         weights, theirs = read_weights(init)
         if theirs is None and architecture["library"] != "file":
-            found = find_pretrained(name, architecture["library"])
-            theirs = preprocessing_of(found)
+            with contextlib.suppress(UserError):  # the library has no weights of it: the data's own numbers
+                theirs = preprocessing_of(find_pretrained(name, architecture["library"]))
         own = theirs or own
         said = adopt(model, weights, init)
     if said:
@@ -247,9 +249,10 @@ def fit(model: nn.Module, name: str, theirs: Tensor, ours: Tensor) -> Tensor | N
         return theirs
     if "pos_embed" in name and theirs.ndim == 3 and theirs.shape[2] == ours.shape[2]:
         tokens = ours.shape[1]
-        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or [int(tokens**0.5)] * 2
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or [math.isqrt(tokens)] * 2
         prefix = tokens - grid[0] * grid[1]  # class and register tokens
-        if int((theirs.shape[1] - prefix) ** 0.5) ** 2 == theirs.shape[1] - prefix:
+        patches = max(theirs.shape[1] - prefix, 0)
+        if patches and math.isqrt(patches) ** 2 == patches:
             return resample_abs_pos_embed(theirs.float(), list(grid), num_prefix_tokens=prefix)
     if theirs.ndim == 4 and theirs.shape[1] == 3 and theirs[:, :1].shape == ours.shape:
         return adapt_input_conv(1, theirs)
@@ -303,13 +306,8 @@ def load_teacher(
     else:
         library = find_architecture(model_name)["library"]
         found = find_pretrained(model_name, library)
-        mean, std, input_size, names, theirs = (
-            found.mean,
-            found.std,
-            found.input_size,
-            found.label_names,
-            found.num_classes,
-        )
+        mean, std, input_size = found.mean, found.std, found.input_size
+        names, theirs = found.label_names, found.num_classes
         if file:
             model, theirs = load_from_file(model_name, file, input_size)
             names = names if names and theirs == len(names) else None
@@ -328,7 +326,8 @@ def load_from_file(name: str, file: str, input_size: Sequence[int]) -> tuple[nn.
     weights, _ = read_weights(file)
     architecture = find_architecture(name, (), False, input_size)
     model = build_model(architecture, 2, input_size)
-    weights = {k.removeprefix(common_prefix(model.state_dict(), weights)): v for k, v in weights.items()}
+    prefix = common_prefix(model.state_dict(), weights)
+    weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     heads = [key for key, value in model.state_dict().items() if value.ndim >= 1 and value.shape[0] == 2]
     counts = Counter(weights[key].shape[0] for key in heads if key in weights)
     if not counts:
@@ -348,9 +347,16 @@ def pick_columns(
     """
     if classes_file:
         told = read_classes(classes_file, data)
-        columns = [int(told[x]) if told[x].isdecimal() else match([told[x]], teacher or [], name)[0] for x in data]
+        named = [label for label in told if not label.isdecimal()]
+        if named and teacher is None:
+            unknown = f"the names of --teacher {name}'s classes are not known, so neither is {named[0]}"
+            raise UserError(f"{classes_file}: {unknown}; give columns, from 0 to {count - 1}")
+        by_name = dict(zip(named, match(named, teacher or [], name)))
+        columns = [by_name[label] if label in by_name else int(label) for label in told]
         if max(columns) >= count:
             raise UserError(f"{classes_file}: column {max(columns)}, but --teacher {name} has {count}, from 0")
+        if twice := [label for label, column in zip(data, columns) if columns.count(column) > 1]:
+            raise UserError(f"{classes_file} gives {' and '.join(twice[:3])} one class of --teacher {name}")
         return columns, f"teacher {name}: {len(data)} of its {count} classes, as {classes_file} says"
     if teacher is None or teacher == data:
         if count != len(data):
@@ -375,11 +381,12 @@ def match(data: list[str], teacher: list[str], name: str) -> list[int]:
         exact[plain(label)].add(index)
         for other in also_called(label):
             loose[other].add(index)
-    columns, lacking = [], []
+    columns: list[int] = []
+    lacking = []
     for label in data:
         found = exact[plain(label)] or set().union(*(loose[x] | exact[x] for x in (plain(label), *also_called(label))))
         if len(found) == 1:
-            columns.append(found.pop())
+            columns += found
         elif found:
             several = ", ".join(f"{teacher[i]} ({i})" for i in sorted(found)[:3])
             raise UserError(f"--teacher {name} has several classes called {label}: {several}; --teacher-classes FILE")
@@ -411,8 +418,8 @@ def imagenet_names() -> dict[str, list[str]]:
     return {label: [plain(x) for x in info.label_name_to_description(label).split(",")] for label in info.label_names()}
 
 
-def read_classes(file: str, data: list[str]) -> dict[str, str]:
-    """What --teacher-classes says: a class of the data -> the teacher's name for it, or its column."""
+def read_classes(file: str, data: list[str]) -> list[str]:
+    """What --teacher-classes says of each class of the data: the teacher's name for it, or its column."""
     rows = [[cell.strip() for cell in row] for row in read_csv(Path(file), "the teacher's classes")]
     wrong = next((row for row in rows if len(row) != 2), None)
     if wrong:
@@ -421,4 +428,4 @@ def read_classes(file: str, data: list[str]) -> dict[str, str]:
     missing = [label for label in data if label not in told]
     if missing:
         raise UserError(f"{file} lacks {len(missing)} classes of --data: {', '.join(missing[:5])}")
-    return told
+    return [told[label] for label in data]

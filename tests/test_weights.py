@@ -29,6 +29,7 @@ from kdlite import Teacher, WithWeakHead, nkd_loss
 MODELS = Path(__file__).with_name("own_models.py")
 TEN = [f"class {i}" for i in range(10)]
 SMALL = ["--device", "cpu", "--epochs", "1", "--batch-size", "8", "--workers", "0", "--crop", "none", "--lr", "0.01"]
+PHOTOS = ["--data", "photos", "--val-split", "0.25"]  # the fixture's
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +89,7 @@ def test_pretrained_keeps_the_body_and_its_preprocessing_and_makes_a_new_head(im
 
 @pytest.mark.parametrize(("name", "said"), [
     ("resnet18", "put https://download.pytorch.org/models/resnet18-f37072fd.pth into {}/torch/hub/checkpoints"),
-    ("fastvit_t8", "fetch its model.safetensors, from https://huggingface.co/timm/fastvit_t8.apple_in1k"),
+    ("fastvit_t8", "fetch its model.safetensors from https://huggingface.co/timm/fastvit_t8.apple_in1k"),
 ])  # fmt: skip
 def test_weights_that_cannot_be_had_are_named_with_their_place(name, said, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -146,6 +147,14 @@ def test_a_librarys_weights_in_a_file_bring_the_librarys_preprocessing():
     assert "images as these weights know them: mean [0.5, 0.5, 0.5]" in said
 
 
+def test_a_file_for_a_model_without_weights_of_the_library_keeps_the_datas_numbers():
+    assert not timm.get_pretrained_cfg("mobilenetv2_035").has_weights
+    donor = write_student(Path("donor"), "mobilenetv2_035", 32)
+    _, config, said = start("mobilenetv2_035", init=str(donor / "model.safetensors"))
+    assert (config["mean"], config["interpolation"]) == ([0.5] * 3, "bilinear")
+    assert "new: classifier.weight" in said
+
+
 def test_a_file_of_nothing_that_fits_or_of_code_is_refused():
     torch.save({"other.weight": torch.zeros(3)}, "other.pth")
     with pytest.raises(UserError, match=r"not one tensor that fits .*: it has other.weight, ..., the model lay"):
@@ -196,6 +205,8 @@ def test_a_resume_needs_neither_the_file_nor_the_network_again(photos, capsys):
     run(*SMALL, *flags, "--output", "out")
     first = Path("out/split.csv").read_text()
     shutil.rmtree(donor)
+    run("--resume", "--output", "out", "--val-split", 0.5, check=2)
+    assert "--val-split was 0.25 when this run began" in capsys.readouterr().err
     run("--resume", "--output", "out", "--epochs", 2)
     assert "going on from out/last.pt" in capsys.readouterr().out
     assert json.loads(Path("out/student/config.json").read_text())["mean"] == [0.485, 0.456, 0.406]
@@ -242,6 +253,7 @@ def test_nkd_renormalises_over_the_columns():
     (["tench", "unicorn"], "lacks 1 of --data's 2 classes: unicorn; --teacher-classes FILE"),
     (["tench", "crane"], r"several classes called crane: n02012849 \(134\), n03126707 \(517\)"),
     (["tench", "Tinca tinca"], "has one class for tench and Tinca tinca"),
+    (["Tench", "tench"], "has one class for Tench and tench"),
 ])  # fmt: skip
 def test_a_class_that_is_not_there_or_not_one_is_refused_by_name(labels, said):
     with pytest.raises(UserError, match=said):
@@ -275,6 +287,8 @@ def test_a_teachers_weights_may_be_in_a_file_with_its_classes_told(tmp_path):
         ("a,1\n", "lacks 1 classes of --data: b"),
         ("a,1\nb,12\n", "column 12"),
         ("a\nb,1\n", "'a'; exp"),
+        ("a,1\nb,cat\n", "names of --teacher .* are not known, so neither is cat; give columns, from 0 to 11"),
+        ("a,1\nb,1\n", "gives a and b one class"),
     ):
         Path("classes.csv").write_text(text)
         with pytest.raises(UserError, match=said):
@@ -285,23 +299,11 @@ def test_a_teachers_weights_may_be_in_a_file_with_its_classes_told(tmp_path):
 
 
 def test_grey_and_oblong_images_go_the_whole_way(photos):
-    flags = [
-        "--data",
-        photos,
-        "--val-split",
-        0.25,
-        "--model",
-        "test_efficientnet",
-        "--in-chans",
-        1,
-        "--img-size",
-        32,
-        64,
-    ]
-    run(*SMALL, *flags, "--img-size", 32, 64, "--output", "out")
+    model = ["--model", "test_efficientnet", "--in-chans", 1, "--img-size", 32, 64]
+    run(*SMALL, *PHOTOS, *model, "--output", "out")
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["input_size"] == [1, 32, 64]
-    for module, flags in ((export, ["out", "--format", "onnx"]), (check, ["out"]), (check, ["out", "--data"]),
+    for module, flags in ((export, ["out", "--format", "onnx"]), (check, ["out"]), (check, ["out", "--data", "--workers", "0"]),
                           (triton, ["out/student/student.onnx"])):  # fmt: skip
         assert command(module.get_parser(), module.run, flags) == 0
     (image,) = onnx.load("out/student/student.onnx").graph.input
@@ -345,19 +347,7 @@ def test_class_weights_weigh_each_images_losses(soft):
 def test_class_weights_are_said_and_used(photos, capsys):
     for file in sorted((photos / "dark").iterdir())[:8]:
         file.unlink()
-    flags = [
-        *SMALL,
-        "--data",
-        photos,
-        "--val-split",
-        0.25,
-        "--model",
-        f"{MODELS}:tiny",
-        "--img-size",
-        16,
-        "--reference",
-        0,
-    ]
+    flags = [*SMALL, *PHOTOS, "--model", f"{MODELS}:tiny", "--img-size", 16, "--reference", 0]
     run(*flags, "--class-weights", "balanced", "--output", "out")
     assert "class weights, balanced: 0.75 to 1.5" in capsys.readouterr().out
     run(*flags, "--class-weights", "nothing.csv", "--output", "other", check=2)
@@ -384,9 +374,9 @@ def test_other_tools_open_a_student_by_the_lines_of_its_card(name, arguments, si
         torch.testing.assert_close(theirs["model"](images), ours.eval()(images))
 
 
-@pytest.mark.parametrize(("name", "size"), [("mobilenet_v2", (1, 32, 32))])
-def test_a_card_promises_no_lines_that_would_fail(name, size):
-    student = write_student(Path("student"), name, size, arguments=["width_mult=0.25"])
+def test_a_card_promises_no_lines_that_would_fail():
+    """torchvision has no argument for grey images."""
+    student = write_student(Path("student"), "mobilenet_v2", (1, 32, 32), arguments=["width_mult=0.25"])
     assert "```" not in (student / "README.md").read_text()
 
 
@@ -432,6 +422,20 @@ def test_a_folder_gets_defaults_that_fit_and_a_resume_keeps_them(photos, capsys)
         shutil.copy(photos / "dark/00.png", photos / f"dark/new{i}.png")
     assert train.parse_args(["--output", "out", "--resume"]).batch_size == before.batch_size
     assert train.parse_args(["--output", "out", "--resume", "--batch-size", "4"]).batch_size == 4
+
+
+def test_the_split_is_the_same_for_every_seed(photos):
+    """So that a teacher of one seed has not trained on what a student of another is judged by."""
+    splits = [train.build(train.parse_args([*SMALL, *PHOTOS, "--model", f"{MODELS}:tiny", "--seed", seed])).data.split
+              for seed in ("0", "1")]  # fmt: skip
+    assert splits[0] == splits[1]
+
+
+def test_a_size_that_is_typed_decides_the_stem(photos):
+    flags = ["--device", "cpu", *PHOTOS, "--model", "resnet18"]
+    assert train.parse_args(flags).small_stem
+    large = train.parse_args([*flags, "--img-size", "224"])
+    assert (large.small_stem, large.crop, large.eval_crop) == (False, "resized", 0.875)
 
 
 def test_a_student_folder_brings_its_own_size(photos):
