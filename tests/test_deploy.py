@@ -25,6 +25,7 @@ from students import load, model_files, write_student
 import train
 from deploy import benchmark, build, check, export, predict, quantize, triton
 from deploy.cli import UserError
+from deploy.datasets import Digits
 from deploy.preprocess import open_image, prepare
 from deploy.reference import read_reference
 from deploy.runtimes import FLOAT, products_saturate
@@ -136,7 +137,9 @@ def test_architecture_goes_the_whole_way(name, tmp_path):
 
 def test_export_writes_the_student_alone_in_one_file_each(trained):
     student = trained / "student"
-    assert files_of(student) == ["config.json", "model.safetensors", "student.onnx", "student.pt2", "student.ts"]
+    assert files_of(student) == [
+        "README.md", "config.json", "model.safetensors", "student.onnx", "student.pt2", "student.ts",
+    ]  # fmt: skip
     model, config = load_student(trained, model_files(trained))
     graph = onnx.load(student / "student.onnx")
     weights = sum(int(np.prod(tensor.dims)) for tensor in graph.graph.initializer if tensor.name.startswith("model."))
@@ -342,7 +345,7 @@ def test_check_prints_what_a_plain_loop_counts(deployed, flags, capsys):
         "student-fp16.onnx": "pass", "student-int8-cpu.onnx": "pass", "student-int8-tensorrt.onnx": "pass",
     }  # fmt: skip
 
-    digits = train.Digits(train=False)
+    digits = Digits(train=False)
     picked = range(len(digits)) if flags else np.linspace(0, len(digits) - 1, 256).astype(int)
     config = json.loads((run / "student/config.json").read_text())
     images = np.stack([prepare(digits[i][0], config) for i in picked])
@@ -371,7 +374,7 @@ def test_the_reference_holds_the_students_own_answers(trained):
     """Prepared validation and training images, labels, and fp32 logits of the saved weights."""
     reference = read_reference(trained / "student", None, "")
     config = json.loads((trained / "student/config.json").read_text())
-    digits = train.Digits(train=True), train.Digits(train=False)
+    digits = Digits(train=True), Digits(train=False)
     known = [{prepare(part[i][0], config).tobytes(): part[i][1] for i in range(len(part))} for part in digits]
     assert (trained / "reference.npz").stat().st_size < 2.5e6
     assert reference.train_images.shape == reference.images.shape == (256, 32, 32, 3)

@@ -303,7 +303,8 @@ def test_grey_and_oblong_images_go_the_whole_way(photos):
     run(*SMALL, *PHOTOS, *model, "--output", "out")
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["input_size"] == [1, 32, 64]
-    for module, flags in ((export, ["out", "--format", "onnx"]), (check, ["out"]), (check, ["out", "--data", "--workers", "0"]),
+    of_data = ["out", "--data", "--workers", "0"]
+    for module, flags in ((export, ["out", "--format", "onnx"]), (check, ["out"]), (check, of_data),
                           (triton, ["out/student/student.onnx"])):  # fmt: skip
         assert command(module.get_parser(), module.run, flags) == 0
     (image,) = onnx.load("out/student/student.onnx").graph.input
