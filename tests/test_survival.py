@@ -297,7 +297,7 @@ def gradients(world_size, grad_accum, method, rank=0):
         return len(steps) == 3
 
     corrupt = train.CorruptCount("training", 1)
-    train.train_epoch(net, run, train.Progress(), corrupt, log, 1, grad_accum, None, None, after_step)
+    train.train_epoch(net, run, train.Progress(), corrupt, log, 1, grad_accum, None, None, after_step, lambda *_: None)
     return torch.cat([p.detach().flatten() for p in run.net.parameters()])
 
 

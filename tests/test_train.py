@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 import train
 from deploy import loading, predict, run_directory
 from deploy.cli import UserError, command
+from deploy.datasets import Digits
 from deploy.preprocess import open_image, prepare, to_rgb
 from deploy.reference import read_reference
 from deploy.student import build_model, find_architecture, load_student, settle_batch_norm
@@ -654,7 +655,7 @@ def test_cifar_with_its_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
     folder = tmp_path / "data/cifar-10-batches-py"
     folder.mkdir(parents=True)
-    digits = train.Digits(train=True)
+    digits = Digits(train=True)
     for part in range(6):
         pairs = [digits[40 * part + i] for i in range(40)]
         pixels = np.stack([np.asarray(image.convert("RGB").resize((32, 32))) for image, _ in pairs])
