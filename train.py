@@ -383,8 +383,9 @@ class LossLog:
 
 
 def make_optimizer(
-    net: nn.Module, opt: str, lr: float, weight_decay: float, layer_decay: float | None, momentum: float, schedule: str,
-    epochs: int, warmup_epochs: float, step_epochs: Sequence[float], step_factor: float, updates_per_epoch: int,
+    net: nn.Module, opt: str, lr: float, weight_decay: float, momentum: float, schedule: str, epochs: int,
+    warmup_epochs: float, step_epochs: Sequence[float], step_factor: float, updates_per_epoch: int,
+    layer_decay: float | None = None,
 ) -> tuple[torch.optim.Optimizer, Any]:  # fmt: skip
     """A timm optimizer and schedule; the schedule is a function of the step, so a resume needs no state of it."""
     known = timm.optim.list_optimizers()
@@ -620,8 +621,8 @@ def build(
         say(settled)
 
     optimizer, scheduler = make_optimizer(
-        net, args.opt, args.lr, args.weight_decay, args.layer_decay, args.momentum, args.schedule, args.epochs,
-        args.warmup_epochs, args.step_epochs, args.step_factor, updates_per_epoch,
+        net, args.opt, args.lr, args.weight_decay, args.momentum, args.schedule, args.epochs, args.warmup_epochs,
+        args.step_epochs, args.step_factor, updates_per_epoch, args.layer_decay,
     )  # fmt: skip
     weights = ("kd", "label_smoothing", "gamma", "temperature", "kd_weight", "kd_temperature", "alpha", "beta", "mu")
     group = dist.group.WORLD if WORLD_SIZE > 1 else None

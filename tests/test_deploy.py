@@ -304,7 +304,7 @@ def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):
     ({"input": "uint8 NHWC"}, "tensor(uint8) of [N, 32, 32, 3]; the graph has [('tensor(float)', ['N', 3, 32, 32])]"),
     ({"input_size": [3, 64, 64]}, "of [N, 3, 64, 64]; the graph has"),
     ({"label_names": ["a", "b"]}, "has 2 label_names; the graph answers ['N', 10]"),
-    ({"std": [0, 1, 1]}, "std is [0, 1, 1]; expected three numbers above 0"),
+    ({"std": [0, 1, 1]}, "std is [0, 1, 1]; expected a number above 0 per channel"),
     (None, "a theirs.onnx.json beside it, with mean, std, label_names"),
 ])  # fmt: skip
 def test_what_is_said_of_a_file_from_elsewhere_must_fit(foreign, change, said):

@@ -297,7 +297,7 @@ def test_a_teacher_normalises_and_resizes_on_the_device(cuda):
     out = teacher(torch.rand(4, 3, 16, 16, device=CUDA))
     assert on_gpu(out)
     assert out.shape == (4, 10)
-    with pytest.raises(RuntimeError, match="same device"):
+    with pytest.raises(ValueError, match="the teacher is on cpu, the images are on cuda:0"):
         Teacher(own_models.tiny(10), size=(24, 24))(torch.rand(4, 3, 16, 16, device=CUDA))
 
 

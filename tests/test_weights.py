@@ -320,7 +320,7 @@ def test_layer_decay_is_right_under_the_weak_head_too(wrapped):
     """The first layer learns least, the head at the full rate; what the weak head adds learns at the full rate."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
     net = WithWeakHead(model, "norm", 5, example_input=torch.zeros(2, 3, 32, 32)) if wrapped else model
-    optimizer, _ = train.make_optimizer(net, "adamw", 1e-3, 0.05, 0.5, 0.9, "cosine", 1, 0, [], 0.1, 10)
+    optimizer, _ = train.make_optimizer(net, "adamw", 1e-3, 0.05, 0.9, "cosine", 1, 0, [], 0.1, 10, layer_decay=0.5)
     names = {parameter: name for name, parameter in net.named_parameters()}
     scales = {
         names[p].removeprefix("model."): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]
