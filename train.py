@@ -238,8 +238,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.recipe = args.recipe or BY_DATA.get(args.data, "fitted" if "fitted" in given else "imagenet-cnn")
     recipe = given["fitted"] if args.recipe == "fitted" else RECIPES[args.recipe]
     args.__dict__ |= {name: value for name, value in recipe.items() if name not in given}
-    if os.path.isdir(args.model) and "img_size" not in given:
-        args.in_chans, *args.img_size = read_config(student_folder(Path(args.model)))["input_size"]
     stretch = args.epochs / recipe["epochs"]  # the recipe's milestones keep their place in a shorter run
     if "step_epochs" not in given:
         args.step_epochs = [epoch * stretch for epoch in args.step_epochs]
@@ -262,6 +260,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"{' and '.join(named)}: a student starts from one of them")
     if args.teacher_classes and not args.teacher:
         raise UserError("--teacher-classes needs --teacher")
+    if os.path.isdir(args.model) and "img_size" not in given:
+        args.in_chans, *args.img_size = read_config(student_folder(Path(args.model)))["input_size"]
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
     if len(args.img_size) not in (2, 4):
         raise UserError("--img-size takes one number, or height and width")
