@@ -116,10 +116,10 @@ def kill_all(output: Path) -> dict[int, str]:
     return left
 
 
-def round_of(kind: str, folder: Path, photos: Path, whole: dict) -> int:
-    """Kills of one run; raises unless it ends with the weights of the whole one."""
+def round_of(kind: str, folder: Path, photos: Path, whole: dict, most: int = 3) -> int:
+    """Kills of one run, at most so many; raises unless it ends with the weights of the whole one."""
     output, kills = folder / f"{kind}-{time.time()}", 0
-    for _ in range(3):
+    for _ in range(most):
         run = start(output, kind, photos)
         kill(run, kind, output)
         text = finish(run, output, 300)

@@ -66,7 +66,7 @@ def same_weights(a, b):
 
 @pytest.mark.slow
 def test_a_signal_saves_and_ends_with_0_and_the_resumed_run_is_the_same_to_the_bit():
-    flags = [*TINY, "--epochs", 12, "--mixup", 0.2, "--ema-decay", 0.9]
+    flags = [*TINY, "--epochs", 6, "--mixup", 0.2, "--ema-decay", 0.9]
     assert start(*flags, "--output", "whole").wait() == 0
     for i, name in enumerate(("SIGTERM", "SIGUSR1", "SIGHUP")):
         stopped = start(*(flags if i == 0 else ["--resume"]), "--output", "out")
@@ -122,12 +122,12 @@ def test_within_an_epoch_the_batches_cannot_change(batch_size, monkeypatch, caps
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["signal", "save"])
 def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(kind, tmp_path):
-    """One round of tests/random_kills.py: a signal to one of two ranks; kill -9 in the middle of a save."""
+    """One kill of tests/random_kills.py: a signal to one of two ranks; kill -9 in the middle of a save."""
     photos = random_kills.make_photos(tmp_path / "photos")
     whole = random_kills.start(tmp_path / "whole", kind, photos)
     random_kills.finish(whole, tmp_path / "whole", 200)
     state = torch.load(tmp_path / "whole/last.pt", weights_only=True)
-    assert random_kills.round_of(kind, tmp_path, photos, state) >= 1
+    assert random_kills.round_of(kind, tmp_path, photos, state, most=1) == 1
 
 
 @pytest.mark.slow
