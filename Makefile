@@ -1,9 +1,9 @@
-# make demo, make serve-demo, make test, make test-quick and make bench: each makes .venv once, and does its job.
+# make demo, make serve-demo, make test, test-all, test-quick and make bench: each makes .venv once, and does its job.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo serve-demo test test-quick bench lint
+.PHONY: demo serve-demo test test-all test-quick bench lint
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -15,10 +15,13 @@ runs/demo/nkd/student/student-int8-cpu.onnx:
 	$(MAKE) demo
 
 test: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not trial" $(ARGS)
+
+test-all: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-quick: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not trial and not gpu"
 
 bench: .venv/installed
 	$(BIN)/python examples/benchmark_losses.py

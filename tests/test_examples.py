@@ -115,7 +115,7 @@ def test_scripts_have_no_findings(script):
     assert found.stdout == ""
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_two_hosts_without_a_shared_disk_train_what_one_host_does():
     done = subprocess.run([EXAMPLES / "two_hosts.sh"], capture_output=True, text=True)
     if done.returncode == 77:
@@ -167,7 +167,7 @@ def test_slurm_does_not_requeue_what_has_failed(slurm):
     assert slurm.requeues() == []
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_slurm_stops_the_real_torchrun_and_goes_on_with_it(slurm):
     flags = [*TINY, "--self-kd", "uskd", "--epochs"]
     job = slurm.start(*flags, "500")

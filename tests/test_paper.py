@@ -205,6 +205,7 @@ def test_every_measured_run_says_its_command_versions_hardware_and_seed():
                 assert row["hardware"]
 
 
+@pytest.mark.trial
 def test_a_whole_table_at_small_scale(tmp_path):
     for c, photo in enumerate(load_sample_images().images):
         for part, count in (("train", 100), ("val", 10)):

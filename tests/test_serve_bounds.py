@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 from serving import INFER, ONE, SHAPE, ask, binary, keep_alive, metric, of, server, tensor, wait_until
 
+pytestmark = pytest.mark.slow  # each starts servers
+
 MIB = 2**20
 GZIP = {"Content-Encoding": "gzip"}
 FORM = {"Content-Type": "multipart/form-data; boundary=aaaa"}

@@ -34,6 +34,8 @@ from serving import (
 from deploy.cli import command
 from deploy.serve import get_parser, is_loopback, run
 
+pytestmark = pytest.mark.slow  # each starts servers
+
 BODY = json.dumps({"inputs": [tensor(data=[0] * ONE)]}).encode()
 RAW = {"Inference-Header-Content-Length": "0"}
 

@@ -10,6 +10,8 @@ from PIL import Image
 from serving import ask, server
 from sklearn.datasets import load_sample_images
 
+pytestmark = pytest.mark.slow  # each starts servers
+
 sync_api = pytest.importorskip("playwright.sync_api")
 
 

@@ -88,6 +88,7 @@ def log(output):
     return file.read_text() if file.exists() else ""
 
 
+@pytest.mark.slow
 def test_a_stop_during_evaluation_leaves_it_for_the_resume(monkeypatch, capsys):
     evaluate = train.evaluate
 
@@ -119,7 +120,7 @@ def test_within_an_epoch_the_batches_cannot_change(batch_size, monkeypatch, caps
     assert "out/last.pt is at step 44 of epoch 1: take the same --batch-size and images" in line
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.parametrize("kind", ["signal", "save"])
 def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(kind, tmp_path):
     """One kill of tests/random_kills.py: a signal to one of two ranks; kill -9 in the middle of a save."""
@@ -170,6 +171,7 @@ def test_a_lock_does_not_outlive_a_killed_run():
 # ---- checkpoints ----
 
 
+@pytest.mark.slow
 def test_the_last_two_checkpoints_are_kept_and_any_flipped_bit_is_seen(capsys):
     run(*TINY, "--epochs", 3, "--output", "out")
     last, previous = Path("out/last.pt"), Path("out/previous.pt")
@@ -194,6 +196,7 @@ def test_the_last_two_checkpoints_are_kept_and_any_flipped_bit_is_seen(capsys):
     assert "last.pt and out/previous.pt: damaged" in refused(capsys, "--output", "out", "--resume", "auto")
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_two_renames_still_has_its_checkpoint(capsys):
     run(*TINY, "--epochs", 2, "--output", "out")
     Path("out/last.pt").unlink()  # previous.pt was renamed, last.pt was not yet
@@ -340,6 +343,7 @@ def test_a_step_is_the_same_on_one_process_on_two_and_in_two_passes(tmp_path):
 # ---- too little memory ----
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
                     reason="needs the right to mount a /dev/shm of its own")  # fmt: skip
 def test_a_small_dev_shm_is_said_before_the_first_batch():

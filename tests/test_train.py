@@ -484,6 +484,7 @@ def test_the_home_folder_is_found_behind_an_equals_sign(photos, monkeypatch):
     assert train.parse_args(["--model=~/mine.py:build"]).model == f"{photos.parent}/mine.py:build"
 
 
+@pytest.mark.slow
 def test_a_class_name_with_an_accent_is_utf8_whatever_the_locale(photos):
     for part in ("train", "val"):
         (photos / part / "china").rename(photos / part / "chiné")
@@ -517,6 +518,7 @@ def test_a_model_in_several_files_with_a_dataclass_is_built(tmp_path):
     run(*TINY, "--model", tmp_path / "mine.py:build", "--output", "out")
 
 
+@pytest.mark.slow
 def test_a_student_never_runs_the_code_that_its_config_names(tmp_path, capsys):
     run(*TINY, "--output", "out")
     evil = tmp_path / "out/student/own_models.py"
@@ -544,6 +546,7 @@ def test_slow_batch_norms_are_raised_so_that_a_short_run_can_be_evaluated(capsys
 # ---- the teacher's own accuracy ----
 
 
+@pytest.mark.slow
 def test_the_teachers_accuracy_is_said_first_and_a_poor_one_warned_of(capsys):
     run(*TINY, "--epochs", 6, "--batch-size", 16, "--output", "teacher")
     best = json.loads(Path("teacher/student/config.json").read_text())["metrics"]["val_top1"]

@@ -298,6 +298,7 @@ def test_a_teachers_weights_may_be_in_a_file_with_its_classes_told(tmp_path):
 # ---- grey, oblong ----
 
 
+@pytest.mark.slow
 def test_grey_and_oblong_images_go_the_whole_way(photos):
     model = ["--model", "test_efficientnet", "--in-chans", 1, "--img-size", 32, 64]
     run(*SMALL, *PHOTOS, *model, "--output", "out")
