@@ -553,9 +553,9 @@ def test_class_count_and_feature_shape_are_checked():
         ValueError, match=r"'2' returns shape \(4, 2, 48\) for a batch of 2: its first dimension is not"
     ):
         WithWeakHead(transposed, "2", example_input=images())
-    lstm = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 8), Second(), nn.Linear(8, 5))
-    with pytest.raises(ValueError, match=r"layer '1' must return a feature .* for the batch.* got a tuple"):
-        WithWeakHead(lstm, "1", example_input=images())
+    grouped = nn.Sequential(nn.Flatten(), InADict(), nn.Linear(192, 5))
+    with pytest.raises(ValueError, match=r"layer '1.0' must return a feature .* for the batch.* got a dict of 'x'"):
+        WithWeakHead(grouped, "1.0", example_input=images())
     with pytest.raises(ValueError, match=r"must return \(N, C\) logits, got shape \(2, 8, 8, 8\)"):
         WithWeakHead(Net().layer1, "0", example_input=images())
 

@@ -44,7 +44,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["training_loop.py"])
+@pytest.mark.parametrize("name", ["loops/plain.py"])
 def test_an_example_runs(name, tmp_path):
     result = subprocess.run(
         [sys.executable, ROOT / "examples" / name],
