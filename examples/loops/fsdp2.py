@@ -58,7 +58,7 @@ if __name__ == "__main__":
     fully_shard(student, mesh=dist.init_device_mesh("cpu", (world,)))
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
 
-    for batch in torch.randperm(1400).split(64)[:-1] * 4:
+    for batch in torch.randperm(1400).split(64)[:-1] * 2:
         x, y = (data[batch].chunk(world)[rank] for data in (images, labels))
         logits, weak_logits = student(x)
         loss = F.cross_entropy(logits, y) + uskd_loss(logits, weak_logits, y, group=dist.group.WORLD)

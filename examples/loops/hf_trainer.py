@@ -64,8 +64,8 @@ def fit(trainer_class, model, args: TrainingArguments) -> None:
 if __name__ == "__main__":
     parser = HfArgumentParser(TrainingArguments)
     parser.set_defaults(
-        num_train_epochs=2, per_device_train_batch_size=64, learning_rate=3e-3, report_to="none", use_cpu=True,
-        disable_tqdm=True, logging_strategy="no", save_strategy="no",
+        num_train_epochs=2, per_device_train_batch_size=64, per_device_eval_batch_size=128, learning_rate=3e-3,
+        report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy="no", save_strategy="no",
         remove_unused_columns=False, label_names=["labels"],  # both are guessed from a forward that names its arguments
     )  # fmt: skip
     (args,) = parser.parse_args_into_dataclasses()

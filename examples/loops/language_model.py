@@ -59,7 +59,7 @@ def from_top_k(tokens: Tensor, labels: Tensor, k: int = 20) -> Tensor:
     return F.cross_entropy(logits, labels[:, 1:]) + nkd_loss(logits, teacher_logits, labels[:, 1:])
 
 
-def fit(model: nn.Module, loss_of, steps: int = 40) -> None:
+def fit(model: nn.Module, loss_of, steps: int = 30) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(steps):
         loss = loss_of(*batch())
@@ -71,7 +71,7 @@ def fit(model: nn.Module, loss_of, steps: int = 40) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     teacher = llama(64, VOCABULARY + 16).eval()  # padded, as vocabularies often are
-    fit(teacher, lambda tokens, labels: teacher(tokens, labels=tokens).loss, steps=120)
+    fit(teacher, lambda tokens, labels: teacher(tokens, labels=tokens).loss, steps=80)
     for loss_of in (cross_entropy, from_logits, from_hidden, from_top_k):
         torch.manual_seed(0)
         student = llama(32, VOCABULARY)

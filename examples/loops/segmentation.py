@@ -42,7 +42,7 @@ def network() -> nn.Module:
     return lraspp_mobilenet_v3_large(num_classes=CLASSES, weights_backbone=None)
 
 
-def fit(model: nn.Module, loss_of, steps: int = 10) -> None:
+def fit(model: nn.Module, loss_of, steps: int = 6) -> None:
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(steps):
