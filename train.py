@@ -20,14 +20,12 @@ import difflib
 import functools
 import itertools
 import math
-import multiprocessing
 import os
 import random
 import re
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,18 +43,25 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from deploy import ranks, run_directory
 from deploy.checkpoint import Progress, State, load_checkpoint, write_run
 from deploy.cli import Parser, UserError, explain, number, show_error, terminals, write_whole
-from deploy.datasets import Data, Digits, open_data
-from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
+from deploy.datasets import Data, open_data
+from deploy.loading import (
+    Batch,
+    CorruptCount,
+    DeviceLoader,
+    eval_view,
+    make_loader,
+    progress_bar,
+)
+from deploy.preprocess import RESAMPLING, to_rgb, upright_size
 from deploy.ranks import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero
 from deploy.reference import evenly, keep_reference
-from deploy.student import check_forward, is_own, load_teacher, open_student, save_student, settle_batch_norm
+from deploy.student import check_forward, is_own, save_student, settle_batch_norm
+from deploy.weights import load_teacher, open_student
 from kdlite import Teacher, WithWeakHead, nkd_loss, uskd_loss
 
 # ---- flags --------------------------------------------------------------------------------------------------------
@@ -103,7 +108,8 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "data": ("digits", "digits (embedded), cifar10, cifar100, or a folder with train/ and val/", {}),
         "data_dir": ("data", "where cifar is kept", {}),
         "download": (False, "fetch cifar if it is not there yet", YES),
-        "img_size": (RECIPE, "height and width the student sees, in pixels", dict(type=COUNT)),
+        "img_size": (RECIPE, "pixels a side that the student sees, or height and width", dict(type=COUNT, nargs="+")),
+        "in_chans": (3, "channels that the student sees; 1: images are made grey", dict(type=int, choices=[1, 3])),
         "crop": (RECIPE, "random crop: resized, or padded by 1/8, or none", dict(choices=["resized", "pad", "none"])),
         "hflip": (RECIPE, "probability of a horizontal flip", dict(type=SHARE)),
         "randaugment": (None, "operations (0: off) and magnitude, to 30", dict(type=number(int, 0, 30), nargs=2)),
@@ -120,7 +126,11 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "model_args": ([], "passed on to the model", dict(nargs="+", metavar="KEY=VALUE")),
         "model_file": ([], "file.py:build of a student/ folder that is a model of your own; runs it", dict(nargs="+")),
         "small_stem": (False, "for images of 64 px and less: 3x3 first convolution, no stride, no max-pool", YES_NO),
-        "teacher": (None, "as --model; a library's name means its ImageNet weights (a download)", {}),
+        "pretrained": (False, "start from the library's ImageNet weights (a download), with a new classifier", YES),
+        "init": (None, "start from what fits of a student/ folder, a .safetensors or a .pth of weights", {}),
+        "teacher": (None, "as --model; a library's name means its ImageNet weights (a download), NAME:FILE those in a "
+                    "file", {}),
+        "teacher_classes": (None, "file of lines CLASS,WHAT THE TEACHER CALLS IT; left out: matched by name", {}),
     },
     "distillation, added to the cross-entropy": {
         "kd": (None, "with --teacher: NKD, or classic temperature KD", dict(choices=["nkd", "kd"])),
@@ -143,6 +153,8 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "lr": (RECIPE, "peak learning rate", dict(type=WEIGHT)),
         "momentum": (0.9, "momentum of SGD and its relatives", dict(type=SHARE)),
         "weight_decay": (RECIPE, "weight decay", dict(type=WEIGHT)),
+        "layer_decay": (None, "fine-tuning: factor of the learning rate from each layer to the one before it",
+                        dict(type=number(float, 0, 1, above=True))),
         "schedule": (RECIPE, "schedule of the learning rate", dict(choices=["cosine", "step"])),
         "warmup_epochs": (0.0, "linear warm-up, part of --epochs", dict(type=WEIGHT)),
         "step_epochs": (RECIPE, "step schedule: the epochs at which the rate falls", dict(type=WEIGHT, nargs="+")),
@@ -191,7 +203,7 @@ def get_parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None = None) -> dict[str, Any]:
     """What is typed, with the paths in it made absolute: --resume may be called from another folder."""
     typed = vars(get_parser().parse_args(argv))
-    for name in ("data", "data_dir", "model", "teacher"):
+    for name in ("data", "data_dir", "model", "init", "teacher", "teacher_classes"):
         if name in typed and not (name == "data" and typed[name] in BY_DATA):
             typed[name] = absolute(typed[name])
     typed |= {"model_file": list(map(absolute, typed["model_file"]))} if "model_file" in typed else {}
@@ -206,7 +218,10 @@ def absolute(name: str) -> str:
     """A path that is there, made absolute, ~ for the home folder; any other name as it is."""
     path, function = (name.rpartition(":")[0], ":" + name.rpartition(":")[2]) if is_own(name) else (name, "")
     path = os.path.expanduser(path)
-    return os.path.abspath(path) + function if os.path.lexists(path) else name
+    if os.path.lexists(path):
+        return os.path.abspath(path) + function
+    model, _, file = name.partition(":")  # of --teacher
+    return f"{model}:{absolute(file)}" if file and not function else name
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -233,6 +248,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{min(misplaced).replace('_', '-')} needs {method}")
     if os.path.isdir(args.model) and typed.keys() & {"model_args", "small_stem", "interpolation", "eval_crop"}:
         raise UserError("--model is a student/ folder, which has its own arguments, stem, interpolation and crop")
+    starts = [
+        ("--pretrained", args.pretrained),
+        ("--init", args.init),
+        ("a student/ folder", os.path.isdir(args.model)),
+    ]
+    said = [flag for flag, given in starts if given]
+    if len(said) > 1:
+        raise UserError(f"{' and '.join(said)}: a student starts from one of them")
+    if args.teacher_classes and not args.teacher:
+        raise UserError("--teacher-classes needs --teacher")
+    args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
+    if len(args.img_size) not in (2, 4):
+        raise UserError("--img-size takes one number, or height and width")
+    args.img_size = args.img_size[:2]
     if args.cache == "device" and (args.crop == "resized" or (args.randaugment and args.randaugment[0])):
         raise UserError("--cache device cuts and flips whole batches: say --crop pad or none, and --randaugment 0 0")
     if args.batch_size % (WORLD_SIZE * args.grad_accum):
@@ -334,8 +363,8 @@ class LossLog:
 
 
 def make_optimizer(
-    net: nn.Module, opt: str, lr: float, weight_decay: float, momentum: float, schedule: str, epochs: int,
-    warmup_epochs: float, step_epochs: Sequence[float], step_factor: float, updates_per_epoch: int,
+    net: nn.Module, opt: str, lr: float, weight_decay: float, layer_decay: float | None, momentum: float, schedule: str,
+    epochs: int, warmup_epochs: float, step_epochs: Sequence[float], step_factor: float, updates_per_epoch: int,
 ) -> tuple[torch.optim.Optimizer, Any]:  # fmt: skip
     """A timm optimizer and schedule; the schedule is a function of the step, so a resume needs no state of it."""
     known = timm.optim.list_optimizers()
@@ -344,7 +373,9 @@ def make_optimizer(
         raise UserError(f"--opt {opt} is no timm optimizer; near matches: {', '.join(near) or 'momentum, adamw'}")
     decay_all = opt in ("momentum", "sgd")  # as the paper's SGD recipes do
     try:
-        optimizer = create_optimizer_v2(net, opt, lr, weight_decay, momentum, filter_bias_and_bn=not decay_all)
+        optimizer = create_optimizer_v2(
+            net, opt, lr, weight_decay, momentum, filter_bias_and_bn=not decay_all, layer_decay=layer_decay
+        )
     except (ValueError, TypeError, AssertionError, ImportError, RuntimeError) as error:
         raise UserError(f"--opt {opt} cannot be made: {' '.join(str(error).split())[:200]}") from error
     scheduler, _ = create_scheduler_v2(
@@ -373,176 +404,23 @@ class RandomResizedCrop(v2.RandomResizedCrop):
         return image.resize((self.size[1], self.size[0]), RESAMPLING[self.interpolation.value], box)
 
 
-def train_view(size: int, crop: str, hflip: float, interpolation: str, randaugment: Any = None) -> v2.Transform:
-    """Opened PIL image -> augmented uint8 (3, H, W). What can be done to whole batches is done on the device."""
+def train_view(
+    input_size: Sequence[int], crop: str, hflip: float, interpolation: str, randaugment: Any = None
+) -> v2.Transform:
+    """Opened PIL image -> augmented uint8 (C, H, W). What can be done to whole batches is done on the device."""
     mode = v2.InterpolationMode(interpolation)
+    channels, height, width = input_size
     if crop == "resized":
-        steps: list[Any] = [RandomResizedCrop(size, interpolation=mode)]
+        steps: list[Any] = [RandomResizedCrop((height, width), interpolation=mode)]
     else:
-        steps = [functools.partial(to_rgb, needed=(size, size)), v2.Resize((size, size), interpolation=mode)]
+        steps = [functools.partial(to_rgb, needed=(width, height)), v2.Resize((height, width), interpolation=mode)]
     if crop == "pad":
-        steps += [v2.RandomCrop(size, padding=size // 8)]
+        steps += [v2.RandomCrop((height, width), padding=(width // 8, height // 8))]
     if hflip:
         steps += [v2.RandomHorizontalFlip(hflip)]
     if randaugment and randaugment[0]:
         steps += [v2.RandAugment(*randaugment, interpolation=mode)]
-    return v2.Compose([*steps, v2.PILToTensor()])
-
-
-def eval_view(image: Image.Image, config: dict[str, Any]) -> Tensor:
-    """Opened PIL image -> uint8 (3, H, W) as a student's config.json says; normalisation comes after, on the device."""
-    return torch.from_numpy(prepare(image, config).copy()).permute(2, 0, 1)
-
-
-Corrupt = tuple[str, str]  # the name of an image that cannot be read, and why
-
-
-class Samples(Dataset):
-    """(epoch, index) -> (uint8 (3, H, W), class index, None), or (None, -1, Corrupt).
-
-    Each sample's augmentation has a seed of its own, so it depends neither on the worker nor on the rank, and a resumed
-    run sees the same images.
-    """
-
-    def __init__(self, source: Any, view: Callable[[Image.Image], Tensor], seed: int = 0) -> None:
-        self.source, self.view, self.seed = source, view, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, Corrupt | None]:
-        epoch, index = key
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * len(self) + index) % 2**63)
-        try:
-            image, label = self.source[index]
-            return self.view(image), label, None
-        except UnreadableImage as error:
-            samples = getattr(self.source, "samples", None)
-            return None, -1, (str(samples[index][0]) if samples else f"sample {index}", str(error))
-        finally:
-            torch.set_rng_state(state)
-
-
-class EpochSampler(DistributedSampler):
-    """DistributedSampler that hands the epoch on with each index, for the seed of the sample's augmentation."""
-
-    start = 0  # samples of this rank that a resumed epoch has had
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        super().set_epoch(epoch)
-        self.start = start
-
-    def __iter__(self) -> Any:
-        return ((self.epoch, index) for index in itertools.islice(super().__iter__(), self.start, None))
-
-
-class Batch(NamedTuple):
-    images: Tensor | None  # uint8 (B, 3, H, W); None when not one of the batch could be read
-    labels: Tensor | None
-    corrupt: list[Corrupt]
-
-
-def collate(samples: list[tuple[Tensor | None, int, Corrupt | None]]) -> Batch:
-    corrupt = [unreadable for _, _, unreadable in samples if unreadable]
-    images = [image for image, _, _ in samples if image is not None]
-    labels = torch.tensor([label for image, label, _ in samples if image is not None])
-    return Batch(torch.stack(images), labels, corrupt) if images else Batch(None, None, corrupt)
-
-
-def make_loader(
-    source: Any, view: Callable[[Image.Image], Tensor], batch_size: int, train: bool, seed: int = 0,
-    workers: int | None = None, pin_memory: bool = False, indices: Sequence[int] | None = None,
-) -> DataLoader:  # fmt: skip
-    """Training: each rank a part of the shuffle, whole batches only. Evaluation: each sample on exactly one rank.
-
-    indices: evaluate on these alone
-    """
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if isinstance(source, Digits) else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    dataset = Samples(source, view, seed)
-    sampler: Any = [(0, index) for index in (indices or range(len(dataset)))[RANK::WORLD_SIZE]]
-    if train:
-        sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=seed, drop_last=True)
-    context = None
-    if workers:  # processes that come from a clean one: forks of this one may hang on the locks its threads held
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["timm", "torchvision"])
-    return DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=train,
-        pin_memory=pin_memory, persistent_workers=workers > 0, multiprocessing_context=context,
-        worker_init_fn=end_with_the_training_process,
-        generator=torch.Generator(),  # else starting workers would draw from the state that --resume restores
-    )  # fmt: skip
-
-
-def end_with_the_training_process(_worker: int) -> None:
-    """Workers watch their parent, here the fork server, which waits for them: without this a killed run's stay."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-class DeviceLoader:
-    """Batches of images that were decoded once and are kept in the device's memory (--cache device).
-
-    Each process has its share of the data set, every WORLD_SIZE-th image. In training the share is shuffled, and each
-    image cropped and flipped by itself; what is drawn depends on seed, epoch and rank alone, so that a resume agrees.
-    """
-
-    def __init__(
-        self, decoded: DataLoader, batch_size: int, device: torch.device, train: bool, seed: int = 0,
-        crop: str = "none", hflip: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.batch_size, self.train, self.seed, self.crop, self.hflip = batch_size, train, seed, crop, hflip
-        batches = list(progress_bar(decoded, "decode"))
-        self.corrupt = [unreadable for batch in batches for unreadable in batch.corrupt]
-        whole = [batch for batch in batches if batch.images is not None]
-        if not whole:
-            raise UserError(f"--cache device: not one image could be read, the first is {self.corrupt[0][0]}")
-        self.images, self.labels = (torch.cat([batch[i] for batch in whole]).to(device) for i in (0, 1))  # type: ignore
-        self.count, self.share = len(self.labels), len(decoded.dataset) // WORLD_SIZE  # type: ignore
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.share // self.batch_size if self.train else math.ceil(self.count / self.batch_size)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        self.epoch, self.start = epoch, start
-
-    def __iter__(self) -> Iterator[Batch]:
-        device, seed = self.images.device, (self.seed * 1_000_003 + self.epoch) * WORLD_SIZE + RANK
-        generator = torch.Generator(device).manual_seed(seed)
-        order = torch.arange(self.count, device=device)
-        if self.train:  # every rank needs as many batches: for unreadable images others come twice
-            shuffled = torch.randperm(self.count, generator=generator, device=device)
-            order = shuffled[torch.arange(len(self) * self.batch_size, device=device) % self.count]
-        batches = order.split(self.batch_size)
-        for i in range(self.start // self.batch_size, len(batches)):
-            picked = batches[i]
-            images = self.images[picked]
-            generator.manual_seed((seed * 1_000_003 + i + 1) % 2**63)
-            images = crop_and_flip(images, self.crop, self.hflip, generator) if self.train else images
-            yield Batch(images, self.labels[picked], self.corrupt)
-
-
-def crop_and_flip(images: Tensor, crop: str, hflip: float, generator: torch.Generator) -> Tensor:
-    """--crop pad or none and --hflip of a uint8 (B, 3, S, S) batch on its device, drawn for each image by itself."""
-    n, _, size, _ = images.shape
-    draws = (torch.rand(n, 1, generator=generator, device=images.device) for _ in range(3))
-    flip = next(draws) < hflip
-    column = row = torch.arange(size, device=images.device).expand(n, size)
-    column = torch.where(flip, size - 1 - column, column)
-    if crop == "pad":
-        pad = size // 8
-        images = F.pad(images, [pad] * 4)
-        row, column = (side + ((2 * pad + 1) * draw).long() for side, draw in zip((row, column), draws))
-    sample = torch.arange(n, device=images.device).view(n, 1, 1)
-    return images[sample, :, row.unsqueeze(2), column.unsqueeze(1)].permute(0, 3, 1, 2)
+    return v2.Compose([*steps, *[v2.Grayscale()] * (channels == 1), v2.PILToTensor()])
 
 
 def batch_augmentation(
@@ -570,24 +448,6 @@ class ToDevice:
     def __call__(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         return (images.float() - self.mean) / self.std
-
-
-class CorruptCount:
-    """Names each image that could not be read once, and stops the run when they are more than one in a hundred."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.seen = what, total, set[str]()
-
-    def add(self, corrupt: list[Corrupt]) -> None:
-        for name, reason in corrupt:
-            if name in self.seen:
-                continue
-            self.seen.add(name)
-            count = len(self.seen)
-            print(f"skipped a corrupt image ({count} so far in {self.what}): {name}: {reason}", file=sys.stderr)
-            if count > max(1, 0.01 * self.total):
-                share = f"{count} of {self.total} {self.what} images cannot be read, more than 1 %"
-                raise UserError(f"{share}: mend or remove them; the last one is {name}")
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
@@ -625,11 +485,6 @@ def evaluate(
     return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
 
 
-def progress_bar(loader: Any, what: str, total: int | None = None, first: int = 0) -> Any:
-    shown = IS_MAIN and sys.stdout.isatty()
-    return tqdm(loader, what, total=total, initial=first, leave=False, disable=not shown)
-
-
 # ---- a run --------------------------------------------------------------------------------------------------------
 
 
@@ -654,19 +509,39 @@ class Training(NamedTuple):
     amp: torch.dtype | None
 
 
-def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher | None = None) -> Training:
-    """Put a run together as the flags say; data and teacher may be given in place of those they name."""
+def build(
+    args: argparse.Namespace, data: Data | None = None, teacher: Teacher | None = None,
+    known: dict[str, Any] | None = None,
+) -> Training:  # fmt: skip
+    """Put a run together as the flags say; data and teacher may be given in place of those they name.
+
+    known: the student's config.json in the checkpoint that the run goes on from, which brings the weights
+    """
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     data = data or open_data(args.data, args.data_dir, args.download)
 
     torch.manual_seed(args.seed)
-    student, config = open_student(
-        args.model, data.label_names, args.img_size, data.mean, data.std, args.interpolation, args.eval_crop,
-        args.model_args, args.small_stem, args.model_file,
+    weights_decide = (args.pretrained or args.init) and not known
+    interpolation, crop = (
+        None if weights_decide and name not in args.given else getattr(args, name)
+        for name in ("interpolation", "eval_crop")
+    )
+    input_size = [args.in_chans, *args.img_size]
+    mean, std = ([sum(x) / 3] if args.in_chans == 1 else x for x in (data.mean, data.std))
+    student, config, said = open_student(
+        args.model, data.label_names, input_size, mean, std, interpolation, crop, args.model_args, args.small_stem,
+        args.model_file, args.pretrained and not known, None if known else args.init, ranks.local_rank_zero_first,
     )  # fmt: skip
-    num_classes, input_size = config["num_classes"], config["input_size"]
+    config |= {name: known[name] for name in ("mean", "std", "interpolation", "crop")} if known else {}
+    config["training"] = {
+        "data": os.path.basename(args.data), "train_images": len(data.train), "val_images": len(data.val),
+        "method": describe_method(args.kd, args.self_kd), "teacher": args.teacher and os.path.basename(args.teacher),
+        "began": os.path.basename(args.init or "") or ("ImageNet weights of the library" if args.pretrained else "noise"),
+        "epochs": args.epochs,
+    }  # fmt: skip
+    num_classes = config["num_classes"]
     micro_batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
     check_forward(student, f"--model {args.model}", input_size, num_classes, min(micro_batch, 2))
     if args.sync_bn and WORLD_SIZE > 1:
@@ -674,8 +549,11 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
             raise UserError("--sync-bn needs CUDA devices")
         student = convert_sync_batchnorm(student)
     if args.teacher and teacher is None:
-        model, mean, std, size = load_teacher(args.teacher, config, ranks.local_rank_zero_first, args.model_file)
-        teacher = Teacher(model, mean, std, config["mean"], config["std"], size[1:])
+        loaded = load_teacher(args.teacher, config, ranks.local_rank_zero_first, args.model_file, args.teacher_classes)
+        teacher = Teacher(
+            loaded.model, loaded.mean, loaded.std, config["mean"], config["std"], loaded.input_size[1:], loaded.columns
+        )
+        said = "\n".join(filter(None, [said, loaded.said]))
     if teacher:
         teacher.to(device=device).to(memory_format=memory_format)
     net = student
@@ -685,16 +563,18 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--self-kd uskd on {args.model} (--tap names the layer): {error}") from error
     net.to(device=device).to(memory_format=memory_format)
+    if said and IS_MAIN:
+        print(said, flush=True)
 
     view = functools.partial(eval_view, config=config)
     loader = functools.partial(make_loader, workers=args.workers, pin_memory=device.type == "cuda")
     train_loader: Any
     if args.cache == "none":
-        augmented = train_view(args.img_size, args.crop, args.hflip, config["interpolation"], args.randaugment)
+        augmented = train_view(input_size, args.crop, args.hflip, config["interpolation"], args.randaugment)
         train_loader = loader(data.train, augmented, micro_batch, True, args.seed)
         val_loader: Any = loader(data.val, view, 2 * micro_batch, False)
     else:
-        decoded = loader(data.train, train_view(args.img_size, "none", 0.0, config["interpolation"]), 256, False)
+        decoded = loader(data.train, train_view(input_size, "none", 0.0, config["interpolation"]), 256, False)
         train_loader = DeviceLoader(decoded, micro_batch, device, True, args.seed, args.crop, args.hflip)
         val_loader = DeviceLoader(loader(data.val, view, 256, False), 2 * micro_batch, device, False)
     updates_per_epoch = len(train_loader) // args.grad_accum
@@ -707,8 +587,8 @@ def build(args: argparse.Namespace, data: Data | None = None, teacher: Teacher |
         print(settled, flush=True)
 
     optimizer, scheduler = make_optimizer(
-        net, args.opt, args.lr, args.weight_decay, args.momentum, args.schedule, args.epochs, args.warmup_epochs,
-        args.step_epochs, args.step_factor, updates_per_epoch,
+        net, args.opt, args.lr, args.weight_decay, args.layer_decay, args.momentum, args.schedule, args.epochs,
+        args.warmup_epochs, args.step_epochs, args.step_factor, updates_per_epoch,
     )  # fmt: skip
     weights = ("kd", "label_smoothing", "gamma", "temperature", "kd_weight", "kd_temperature", "alpha", "beta", "mu")
     group = dist.group.WORLD if WORLD_SIZE > 1 else None
@@ -786,7 +666,8 @@ def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    run = build(args)
+    loaded = load_checkpoint(Path(args.output), args.resume == "auto") if args.resume else None
+    run = build(args, known=loaded and loaded[1]["config"])
     with ExitStack() as at_the_end:
         method = "-".join(filter(None, [args.kd, args.self_kd])) or "ce"
 
@@ -800,12 +681,13 @@ def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
 
         output = from_rank_zero(claim)
         disk = at_the_end.enter_context(ThreadPoolExecutor(1))  # writes while training goes on
-        train_in(output, args, run, stop, disk, started)
+        train_in(output, args, run, loaded, stop, disk, started)
 
 
 def train_in(
-    output: Path, args: argparse.Namespace, run: Training, stop: StopRequest, disk: ThreadPoolExecutor, started: float
-) -> None:
+    output: Path, args: argparse.Namespace, run: Training, loaded: tuple[str, dict[str, Any]] | None, stop: StopRequest,
+    disk: ThreadPoolExecutor, started: float,
+) -> None:  # fmt: skip
     """Train in a run directory that is this run's alone: resume, EMA, compile, DDP, in this order, then the epochs."""
     device = run.device
     torch.manual_seed(args.seed + RANK)
@@ -819,7 +701,6 @@ def train_in(
     averaged = ema.module if ema else None
     log, progress = LossLog(skips_steps=run.scaler.is_enabled()), Progress()
     state = State(run.net, averaged, run.optimizer, run.scaler, progress, log)
-    loaded = load_checkpoint(output, args.resume == "auto") if args.resume else None
     if loaded:
         state.restore(loaded[1], args.opt, run.data.label_names, loaded[0])
         same = loaded[1]["args"]["batch_size"] == args.batch_size and progress.step <= run.updates_per_epoch
@@ -950,9 +831,13 @@ def check_teacher(run: Training, name: str, workers: int | None, corrupt: Corrup
     return metrics["val_top1"]
 
 
+def describe_method(kd: str | None, self_kd: str | None) -> str:
+    return " + ".join(filter(None, ["cross-entropy", kd, self_kd]))
+
+
 def say_what_starts(args: argparse.Namespace, run: Training, output: Path) -> None:
     millions = sum(p.numel() for p in run.student.parameters()) / 1e6
-    method = " + ".join(filter(None, ["cross-entropy", args.kd, args.self_kd]))
+    method = describe_method(args.kd, args.self_kd)
     teacher = f" with {args.teacher}" if run.teacher else ""
     tap = f" at {run.net.tap}" if isinstance(run.net, WithWeakHead) else ""
     sizes = f"{len(run.data.train)} training and {len(run.data.val)} validation images"

@@ -395,13 +395,12 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     machine["load_after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
 
-    architecture = config.get("architecture")
-    print(f"{architecture.get('name') if isinstance(architecture, dict) else architecture} at {height}x{width}")
+    print(f"{config['architecture']} at {height}x{width}")
     for key, value in machine.items():
         print(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
     empty = {name for name in COLUMNS if all(row.get(name) is None for row in rows)}
     print("\n" + table(rows, {name: form for name, form in COLUMNS.items() if name not in empty}))
-    result = {"machine": machine, "model": architecture, "input_size": config["input_size"], "rows": rows}
+    result = {"machine": machine, "model": config["architecture"], "input_size": config["input_size"], "rows": rows}
     write_whole(output / "benchmark.json", json.dumps(result, indent=2) + "\n")
     shown = [row for row in rows if "failed" not in row and "top1" in row]
     if shown and importlib.util.find_spec("matplotlib"):

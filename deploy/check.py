@@ -192,12 +192,12 @@ def validation_batches(
     student: Path, limit: int | None, data: str, data_dir: str | None, workers: int | None, torch_student: Runtime
 ) -> Iterator[Batch]:
     """The run's whole validation set, or an evenly spaced part; data: as of --data, "" for what args.json says."""
-    import train  # the one place in deploy/ that knows it, for a workstation
-    from deploy.datasets import open_data
+    from deploy.datasets import open_data  # torchvision's, on a workstation
+    from deploy.loading import CorruptCount, eval_view, make_loader, progress_bar
 
     file, config = student.resolve().parent / "args.json", torch_student.metadata
     try:
-        flags = json.loads(file.read_text())["flags"] if file.is_file() else {}
+        flags = json.loads(file.read_bytes())["flags"] if file.is_file() else {}
         name, folder = data or flags["data"], data_dir or flags.get("data_dir") or "data"
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "does not say" if file.is_file() else "is not there to say"
@@ -209,10 +209,10 @@ def validation_batches(
             f"and not {', '.join(config['label_names'][:3])}, ..."
         )
     picked = None if limit is None else evenly(len(source.val), limit)
-    view = functools.partial(train.eval_view, config=config)
-    corrupt = train.CorruptCount("validation", len(source.val))
-    loader = train.make_loader(source.val, view, max(BATCHES), False, workers=workers, indices=picked)
-    for images, labels, unreadable in train.progress_bar(loader, "validation images"):
+    view = functools.partial(eval_view, config=config)
+    corrupt = CorruptCount("validation", len(source.val))
+    loader = make_loader(source.val, view, max(BATCHES), False, workers=workers, indices=picked)
+    for images, labels, unreadable in progress_bar(loader, "validation images"):
         corrupt.add(unreadable)
         if images is not None:
             pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())

@@ -1,5 +1,8 @@
 """config.json of a student: what is read from it is checked, and nothing in it is run. Needs no torch.
 
+The keys are timm's where it has one (architecture, model_args, num_classes, label_names), so that timm opens the folder
+of a timm student; pretrained_cfg is for timm alone, and not read here.
+
 A student/ folder is what people share, so its config.json may be anybody's: it names an architecture of torchvision or
 timm and plain arguments. Code (a model of one's own) and weights from elsewhere are named on the command line alone.
 """
@@ -47,26 +50,24 @@ PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: is_list(v, None, lambda label: isinstance(label, str)) and len(v) > 0,
         "the names of the classes",
     ),
-    "mean": (lambda v: is_list(v, 3, is_number), "three numbers"),
-    "std": (lambda v: is_list(v, 3, lambda x: is_number(x) and x > 0), "three numbers above 0"),
     "input_size": (
-        lambda v: is_list(v, 3, lambda side: is_count(side, MAX_SIDE)) and v[0] == 3,
-        f"three whole numbers: channels, which are 3, height and width, at most {MAX_SIDE}",
+        lambda v: is_list(v, 3, lambda side: is_count(side, MAX_SIDE)) and v[0] in (1, 3),
+        f"three whole numbers: channels, which are 3 or 1, height and width, at most {MAX_SIDE}",
     ),
+    "mean": (lambda v: is_list(v, None, is_number), "a number per channel"),
+    "std": (lambda v: is_list(v, None, lambda x: is_number(x) and x > 0), "a number above 0 per channel"),
     "interpolation": (lambda v: isinstance(v, str) and v in RESAMPLING, f"one of {', '.join(sorted(RESAMPLING))}"),
     "crop": (lambda v: is_number(v) and 0.01 <= v <= 1, "a share of the side, above 0 and at most 1"),
 }
 STUDENT: dict[str, tuple[Callable[[Any], bool], str]] = {
     **PREPROCESSING,
     "num_classes": (is_count, "the number of classes"),
-    "architecture": (lambda v: isinstance(v, dict), "library, name, args and small_stem of a model"),
-}
-ARCHITECTURE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "library": (lambda v: isinstance(v, str) and v in LIBRARIES, f"one of {', '.join(LIBRARIES)}"),
-    "name": (lambda v: isinstance(v, str) and 0 < len(v) <= 200, "the name of a model"),
-    "args": (lambda v: isinstance(v, dict), "the model's arguments by name"),
+    "architecture": (lambda v: isinstance(v, str) and 0 < len(v) <= 200, "the name of a model"),
+    "model_args": (lambda v: isinstance(v, dict), "the model's arguments by name"),
     "small_stem": (lambda v: isinstance(v, bool), "true or false"),
 }
+FORMER = {"library": "library", "architecture": "name", "model_args": "args", "small_stem": "small_stem"}
 
 
 def check_fields(values: dict[str, Any], fields: dict[str, tuple[Callable[[Any], bool], str]], where: str) -> None:
@@ -76,6 +77,9 @@ def check_fields(values: dict[str, Any], fields: dict[str, tuple[Callable[[Any],
             raise UserError(f"{where} has no {name}: expected {expected}")
         if not accepts(values[name]):
             raise UserError(f"{where}: {name} is {repr(values[name])[:80]}; expected {expected}")
+    for name in {"mean", "std"} & fields.keys():
+        if len(values[name]) != values["input_size"][0]:
+            raise UserError(f"{where}: {name} has {len(values[name])} numbers for {values['input_size'][0]} channels")
 
 
 def check_arguments(arguments: dict[str, Any], where: str) -> None:
@@ -113,9 +117,11 @@ def read_config(student: Path) -> dict[str, Any]:
         config = read_json(file.read_bytes(), file)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    former = config.get("architecture")
+    if isinstance(former, dict):  # of kdlite 0.1
+        config |= {ours: former[theirs] for ours, theirs in FORMER.items() if theirs in former}
     check_fields(config, STUDENT, str(file))
-    check_fields(config["architecture"], ARCHITECTURE, f"{file}: architecture")
-    check_arguments(config["architecture"]["args"], f"{file}: architecture: args")
+    check_arguments(config["model_args"], f"{file}: model_args")
     if len(config["label_names"]) != config["num_classes"]:
         raise UserError(f"{file}: {len(config['label_names'])} label_names for {config['num_classes']} classes")
     return config

@@ -11,7 +11,6 @@ The student alone: no weak head, no teacher, no hooks.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 import os
@@ -43,6 +42,10 @@ from deploy.runtimes import FLOAT, INPUT_NAME, OUTPUT_NAME, UINT8, as_input, loa
 
 try:
     import torch
+    from timm.utils import reparameterize_model
+    from torch.nn.utils import remove_weight_norm
+    from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+    from torch.nn.utils.weight_norm import WeightNorm
 
     from deploy.student import load_student
     from deploy.torch_runtimes import ImageClassifier
@@ -81,15 +84,15 @@ def export_student(
     student = student_folder(student)
     output = output or student
     model, config = load_student(student, [model_file] if model_file else [])
-    reference = ImageClassifier(copy.deepcopy(model), config["mean"], config["std"], layout)
-    classifier = ImageClassifier(model, config["mean"], config["std"], layout, half=precision == "fp16")
     versions = {"kdlite": version("kdlite"), "torch": torch.__version__}
     metadata = config | {"precision": precision, "input": layout, "source": source_of(student) | versions}
     images = probe_images(config)
     batch = torch.from_numpy(as_input(images[:2], metadata))
+    reference = ImageClassifier(model, config["mean"], config["std"], layout)
     with torch.no_grad():
         singly = torch.from_numpy(as_input(images, metadata)).split(1)  # what a batch mixes up would show
         expected = torch.cat([reference(image) for image in singly]).numpy()
+    classifier = ImageClassifier(fuse(model), config["mean"], config["std"], layout, half=precision == "fp16")
 
     name = "student" + ("-nchw" if layout == FLOAT else "") + ("-fp16" if precision == "fp16" else "")
     writers: dict[str, Callable[..., None]] = {
@@ -108,12 +111,28 @@ def export_student(
             except (UserError, OSError):
                 raise
             except Exception as error:  # the exporters have dozens
-                what = config["architecture"]["name"]
+                what = config["architecture"]
                 raise UserError(f"{what} cannot be exported to {kind}: {first_line(error)}") from error
             compare(file, images, expected, TOLERANCE[precision])
             os.replace(file, output / file.name)
             files.append(output / file.name)
     return files
+
+
+def fuse(model: torch.nn.Module) -> torch.nn.Module:
+    """The same function with what only training needs folded into the weights; changes the model.
+
+    The branches of RepVGG, MobileOne and FastViT become one convolution each, as timm does it, and a weight norm
+    becomes the weight it stands for. What comes out is compared with what went in, as every file is.
+    """
+    for module in model.modules():
+        if is_parametrized(module):
+            for name in dict(module.parametrizations):  # type: ignore[arg-type, call-overload]
+                remove_parametrizations(module, name)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+    return reparameterize_model(model, inplace=True)
 
 
 def probe_images(config: dict[str, Any]) -> np.ndarray:

@@ -146,19 +146,20 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def prepare(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
-    """Decode, resize and centre-crop an opened image as a student's config.json says -> uint8 (H, W, 3).
+    """Decode, resize and centre-crop an opened image as a student's config.json says -> uint8 (H, W, channels).
 
     Raises:
         UnreadableImage: the file is damaged; ImageTooLarge: a strip so long that the resize would not fit in memory
     """
-    height, width = config["input_size"][1:]
+    channels, height, width = config["input_size"]
     width_now, height_now = upright_size(image)
     size = resized_size((width_now, height_now), config)
     if math.prod(size) > max(MAX_PIXELS, 4 * height * width):
         raise ImageTooLarge(f"{width_now}x{height_now} pixels would become {size[0]}x{size[1]}")
     image = to_rgb(image, size).resize(size, RESAMPLING[config["interpolation"]])
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)  # half to even, as torchvision rounds
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+    image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
 
 
 def resized_size(size: tuple[int, int], config: dict[str, Any]) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from typing import Any
 from deploy.cli import UserError, version, write_whole
 
 WRITTEN = ("args.json", "metrics.csv", "curves.png", "log.txt", "last.pt", "previous.pt", "best.pt", "reference.npz",
-           "student/model.safetensors", "student/config.json")  # fmt: skip
+           "student/model.safetensors", "student/config.json", "student/README.md")  # fmt: skip
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the two newest checkpoints
 MARK = b"kdlite sha256 "  # and 64 digits, which end a checkpoint
 PACKAGES = ("torch", "torchvision", "timm", "numpy")

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deploy.cli import UserError, first_line, need
-from deploy.config import PREPROCESSING, check_fields
+from deploy.config import PREPROCESSING, check_fields, read_json
 
 # What every artefact says of itself, beside the metrics and the architecture of config.json.
 METADATA = (
@@ -43,6 +43,10 @@ ARTEFACT = {
     "source": (lambda v: isinstance(v, dict), "the digest of the weights"),
 }
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
+SIDECAR = (  # what may stand beside an ONNX file from elsewhere
+    "an ONNX file from elsewhere takes a {}.json beside it, with mean, std, label_names, input_size [3, height, "
+    f'width], interpolation, crop and input, which is "{UINT8}", or "{FLOAT}" for images normalised by mean and std'
+)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 LOADERS = {
     ".onnx": "deploy.runtimes:load_onnx",
@@ -126,7 +130,8 @@ def load(
     )  # fmt: skip
     missing = [key for key in METADATA if key not in loaded.metadata]
     if missing:
-        raise UserError(f"{path} was not made by deploy/: its metadata has no {', '.join(missing)}")
+        foreign = f"; {SIDECAR.format(path.name)}" if kind == ".onnx" else ""
+        raise UserError(f"{path} was not made by deploy/: its metadata has no {', '.join(missing)}{foreign}")
     check_fields(loaded.metadata, PREPROCESSING | ARTEFACT, f"the metadata of {path}")
     seconds = time.perf_counter() - started
     return Runtime(loaded.name, loaded.provider, loaded.metadata, loaded.run, seconds, loaded.max_batch)
@@ -179,9 +184,13 @@ def load_onnx(path: Path, device: str, threads: int, allow_fallback: bool, **_: 
             "TensorRT libraries of another version?); --allow-fallback accepts that"
         )
     metadata = onnx_metadata(session.get_modelmeta().custom_metadata_map)
+    sidecar = path.with_name(path.name + ".json")
+    if "mean" not in metadata and sidecar.is_file():
+        metadata = foreign_metadata(session, read_json(sidecar.read_bytes(), sidecar), sidecar)
+    inputs, outputs = tensor_names(metadata)
 
     def run(images: np.ndarray) -> np.ndarray:
-        return session.run([OUTPUT_NAME], {INPUT_NAME: as_input(images, metadata)})[0]
+        return session.run([outputs], {inputs: as_input(images, metadata)})[0]
 
     return Loaded("onnxruntime", provider, metadata, run)
 
@@ -193,6 +202,30 @@ def onnx_metadata(properties: dict[str, str]) -> dict[str, Any]:
         with contextlib.suppress(ValueError, RecursionError):
             metadata[key] = json.loads(value)
     return metadata
+
+
+def foreign_metadata(session: Any, said: dict[str, Any], sidecar: Path) -> dict[str, Any]:
+    """Of an ONNX file that another exporter made: what the file beside it says, which must fit the graph."""
+    metadata = {"precision": "foreign", "source": {}} | said
+    check_fields(metadata, PREPROCESSING | ARTEFACT, str(sidecar))
+    images, logits = session.get_inputs(), session.get_outputs()[0]
+    (channels, height, width), uint8 = metadata["input_size"], metadata["input"] == UINT8
+    shape = [height, width, channels] if uint8 else [channels, height, width]
+    wanted = f"tensor({'uint8' if uint8 else 'float'})"
+    has = [(one.type, list(one.shape)) for one in images]
+    fits = len(images) == 1 and images[0].type == wanted and len(images[0].shape) == 4
+    if not fits or any(isinstance(side, int) and side != s for side, s in zip(images[0].shape[1:], shape)):
+        raise UserError(f"{sidecar} says one input, {wanted} of [N, {', '.join(map(str, shape))}]; the graph has {has}")
+    classes = len(metadata["label_names"])
+    if len(logits.shape) != 2 or (isinstance(logits.shape[1], int) and logits.shape[1] != classes):
+        raise UserError(f"{sidecar} has {classes} label_names; the graph answers {list(logits.shape)}")
+    return metadata | {"tensors": [images[0].name, logits.name]}
+
+
+def tensor_names(metadata: dict[str, Any]) -> tuple[str, str]:
+    """What an ONNX file's input and output are called: ours, but for a file from elsewhere."""
+    inputs, outputs = metadata.get("tensors", (INPUT_NAME, OUTPUT_NAME))
+    return inputs, outputs
 
 
 def has_torch() -> bool:

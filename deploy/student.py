@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import functools
 import importlib.util
 import json
 import os
@@ -19,9 +18,8 @@ import sys
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -35,15 +33,19 @@ from torch.nn.parameter import is_lazy
 
 from deploy.cli import UserError, first_line, write_whole
 from deploy.config import check_arguments, read_config
+from deploy.model_card import MARK, model_card
 
 
-def find_architecture(name: str, arguments: Sequence[str] = (), small_stem: bool = False) -> dict[str, Any]:
-    """What config.json stores of a model, enough to build it again: library, name, arguments, stem.
+def find_architecture(
+    name: str, arguments: Sequence[str] = (), small_stem: bool = False, input_size: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """What config.json stores of a model, enough to build it again: library, architecture, model_args, small_stem.
 
     Args:
         name: torchvision's or timm's, or path/to/file.py:function
         arguments: "KEY=VALUE" each, passed on to the model
         small_stem: see shrink_stem
+        input_size: (channels, H, W), for those that are told it when they are built
     """
     if is_own(name):
         library, name = "file", Path(name).name  # where the file lies is this machine's business
@@ -72,7 +74,29 @@ def find_architecture(name: str, arguments: Sequence[str] = (), small_stem: bool
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             options[key] = value
     check_arguments(options, "--model-args")
-    return {"library": library, "name": name, "args": options, "small_stem": small_stem}
+    architecture = {"library": library, "architecture": name, "model_args": options, "small_stem": small_stem}
+    return architecture | {"model_args": size_arguments(architecture, input_size)} if input_size else architecture
+
+
+def size_arguments(architecture: dict[str, Any], input_size: Sequence[int]) -> dict[str, Any]:
+    """The model's arguments, with the size of its images for those that need it, and what makes its answer a tensor."""
+    library, name = architecture["library"], architecture["architecture"]
+    channels, height, width = input_size
+    side = height if height == width else [height, width]
+    options: dict[str, Any] = {}
+    if library == "torchvision":
+        if name.startswith("vit_"):
+            options = {"image_size": side}
+        elif name.startswith("maxvit"):
+            options = {"input_size": [height, width]}
+        elif name in ("googlenet", "inception_v3"):  # their extra classifiers would return a tuple
+            options = {"aux_logits": False, "init_weights": True}
+    elif library == "timm":
+        if timm.get_pretrained_cfg(name).fixed_input_size:
+            options = {"img_size": side}
+        if channels != 3:
+            options["in_chans"] = channels
+    return options | architecture["model_args"]
 
 
 def is_torchvisions(name: str) -> bool:
@@ -103,34 +127,43 @@ def pick_model_file(name: str, model_files: Sequence[str]) -> str:
 
 
 def build_model(
-    architecture: dict[str, Any], num_classes: int, img_size: int, model_files: Sequence[str] = ()
+    architecture: dict[str, Any], num_classes: int, input_size: int | Sequence[int], model_files: Sequence[str] = ()
 ) -> nn.Module:
-    """The model an architecture says, with random weights; model_files: what may be run where it is somebody's own."""
-    library, name = architecture["library"], architecture["name"]
-    options = dict(architecture["args"])
+    """The model that find_architecture or a config.json describes, with random weights.
+
+    input_size: (channels, H, W), or the side of square colour images
+    model_files: what may be run where the model is somebody's own
+    """
+    library, name = architecture["library"], architecture["architecture"]
     known = {"torchvision": is_torchvisions, "timm": timm.is_model}
     if library in known and not known[library](name):
         raise UserError(f"{library} has no model {name!r}")
+    channels, height, width = (3, input_size, input_size) if isinstance(input_size, int) else input_size
+    options = size_arguments(architecture, (channels, height, width))
     try:
         if library == "file":
             model = build_own_model(pick_model_file(name, model_files), num_classes, options)
         elif library == "torchvision":
-            if name.startswith("vit_"):
-                options.setdefault("image_size", img_size)
-            elif name.startswith("maxvit"):
-                options.setdefault("input_size", (img_size, img_size))
-            elif name in ("googlenet", "inception_v3"):  # their extra classifiers would return a tuple
-                options = {"aux_logits": False, "init_weights": True} | options
             model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+            if channels != 3:
+                take_channels(model, channels)
         else:
-            if timm.get_pretrained_cfg(name).fixed_input_size:
-                options.setdefault("img_size", img_size)
             model = timm.create_model(name, num_classes=num_classes, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"cannot build {name} for {num_classes} classes at {img_size} px: {error}") from error
+        size = f"{height} px" if height == width else f"{height}x{width} px"
+        raise UserError(f"cannot build {name} for {num_classes} classes at {size}: {error}") from error
     if architecture["small_stem"]:
         shrink_stem(model)
-    return model
+    return model.float()  # whatever precision the user's own comes in
+
+
+def take_channels(model: nn.Module, channels: int) -> None:
+    """Let the first convolution read so many channels."""
+    name, conv = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    parent, _, child = name.rpartition(".")
+    options: Any = {key: getattr(conv, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+    ours = nn.Conv2d(channels, conv.out_channels, bias=conv.bias is not None, **options)
+    setattr(model.get_submodule(parent), child, ours)
 
 
 def is_folder(name: str) -> bool:
@@ -138,49 +171,6 @@ def is_folder(name: str) -> bool:
         return Path(name).is_dir()
     except OSError:  # too long to be a path
         return False
-
-
-def open_student(
-    name: str, label_names: list[str], img_size: int, mean: Sequence[float], std: Sequence[float],
-    interpolation: str = "bilinear", crop: float = 1.0, arguments: Sequence[str] = (), small_stem: bool = False,
-    model_files: Sequence[str] = (),
-) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
-    """A model to train, and the config.json that says all that is needed to use it.
-
-    name: as of find_architecture, for random weights; or a student/ folder of these classes and this size, whose
-    preprocessing and arguments are its own
-    """
-    if is_folder(name):
-        return start_from(name, label_names, img_size, model_files)
-    architecture = find_architecture(name, arguments, small_stem)
-    model = build_model(architecture, len(label_names), img_size, [name])
-    config = {"architecture": architecture, "num_classes": len(label_names), "label_names": label_names}
-    preprocessing = {"mean": list(mean), "std": list(std), "input_size": [3, img_size, img_size]}
-    return model, config | preprocessing | {"interpolation": interpolation, "crop": crop}
-
-
-class Pretrained(NamedTuple):
-    """A library's ImageNet weights, before they are fetched."""
-
-    num_classes: int
-    mean: Sequence[float]
-    std: Sequence[float]
-    input_size: Sequence[int]  # (3, H, W)
-    fetch: Callable[[], nn.Module]  # may download
-
-
-def find_pretrained(name: str, library: str) -> Pretrained:
-    """torchvision's first weights, which are those of the paper's teachers, or timm's own choice."""
-    if library == "torchvision":
-        choices = torchvision.models.get_model_weights(name)
-        weights = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
-        preset = weights.transforms()
-        fetch = functools.partial(torchvision.models.get_model, name, weights=weights)
-        size = (3, preset.crop_size[0], preset.crop_size[0])
-        return Pretrained(len(weights.meta["categories"]), preset.mean, preset.std, size, fetch)
-    config = timm.get_pretrained_cfg(name)
-    fetch = functools.partial(timm.create_model, name, pretrained=True)
-    return Pretrained(config.num_classes, config.mean, config.std, config.input_size, fetch)
 
 
 def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
@@ -242,7 +232,7 @@ def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Modu
         folder = folder / "student"
     config = read_config(folder)
     try:
-        model = build_model(config["architecture"], config["num_classes"], config["input_size"][1], model_files)
+        model = build_model(config, config["num_classes"], config["input_size"], model_files)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     try:
@@ -253,70 +243,6 @@ def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Modu
         raise UserError(f"{folder}/model.safetensors is damaged: {error}") from error
     load_weights(model, weights, str(folder))
     return model, config
-
-
-def start_from(
-    folder: str, label_names: list[str], img_size: int, model_files: Sequence[str]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The student in a student/ folder, to be trained further on these classes at this size."""
-    model, config = load_student(Path(folder), model_files)
-    if config["num_classes"] != len(label_names):
-        raise UserError(f"--model {folder} has {config['num_classes']} classes, --data has {len(label_names)}")
-    if config["input_size"][1:] != [img_size, img_size]:
-        height, width = config["input_size"][1:]
-        raise UserError(f"--model {folder} takes {height}x{width} pixels, --img-size is {img_size}")
-    return model, config | {"label_names": label_names}
-
-
-def load_teacher(
-    name: str,
-    student: dict[str, Any],
-    fetching: Callable[[], AbstractContextManager[None]] = nullcontext,
-    model_files: Sequence[str] = (),
-) -> tuple[nn.Module, Sequence[float], Sequence[float], Sequence[int]]:
-    """A teacher of a student's classes: the model, its own mean and std, and the (3, H, W) it takes.
-
-    Args:
-        name: a student/ folder, a library's model, which comes with its ImageNet weights, or path/to/file.py:function,
-            with weights of its own and, where they are not the student's, attributes mean, std and input_size
-        student: the student's config.json
-        fetching: what is held during a download
-        model_files: as of load_student
-
-    Raises:
-        UserError: no such teacher, one of other classes, or weights that cannot be fetched
-    """
-
-    def check_classes(classes: int) -> None:
-        if classes != student["num_classes"]:
-            raise UserError(
-                f"--teacher {name} has {classes} classes, --data has {student['num_classes']}: "
-                "take a teacher trained on the same classes"
-            )
-
-    if is_folder(name):
-        model, config = load_student(Path(name), model_files)
-        check_classes(config["num_classes"])
-        for theirs, ours in zip(config["label_names"], student["label_names"]):
-            if theirs != ours:
-                raise UserError(f"--teacher {name} has other classes than --data: {theirs} and not {ours}")
-        mean, std, input_size = (config[key] for key in ("mean", "std", "input_size"))
-    elif (architecture := find_architecture(name))["library"] == "file":
-        model = build_model(architecture, student["num_classes"], student["input_size"][1], [name])
-        mean, std, input_size = (getattr(model, key, student[key]) for key in ("mean", "std", "input_size"))
-    else:
-        classes, mean, std, input_size, fetch = find_pretrained(name, architecture["library"])
-        check_classes(classes)  # before a download
-        try:
-            with fetching():
-                model = fetch()
-        except Exception as error:  # each source has errors of its own
-            raise UserError(
-                f"--teacher {name}: its ImageNet weights could not be fetched ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}); give a run's student/ folder or file.py:build instead"
-            ) from error
-    check_forward(model.eval(), f"--teacher {name}", input_size, student["num_classes"])
-    return model, mean, std, input_size
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
@@ -379,6 +305,14 @@ def settle_batch_norm(net: nn.Module, steps: int) -> str | None:
     return said or None
 
 
+def timm_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The block of config.json by which timm makes a model's images, and finds its first and last layers."""
+    known = timm.get_pretrained_cfg(config["architecture"]).to_dict()
+    kept = {key: known[key] for key in ("first_conv", "classifier", "fixed_input_size", "pool_size") if key in known}
+    ours = {key: config[key] for key in ("input_size", "num_classes", "mean", "std", "interpolation", "label_names")}
+    return kept | ours | {"crop_pct": config["crop"]}
+
+
 def save_student(folder: Path, model: nn.Module, config: dict[str, Any], later: bool = False) -> Callable[[], None]:
     """Write what deploy/ needs and people share: the plain student, no weak head, no optimizer.
 
@@ -386,10 +320,14 @@ def save_student(folder: Path, model: nn.Module, config: dict[str, Any], later: 
     """
     values = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     weights = safetensors_bytes(values)
+    whole = {"format": 2} | config | ({"pretrained_cfg": timm_config(config)} if config["library"] == "timm" else {})
 
     def write() -> None:
         write_whole(folder / "model.safetensors", weights)
-        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_whole(folder / "config.json", json.dumps(whole, indent=2) + "\n")
+        card = folder / "README.md"
+        if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
+            write_whole(card, model_card(config))
 
     if not later:
         write()

@@ -24,15 +24,14 @@ import numpy as np
 from deploy.cli import UserError, first_line, make_folder, write_whole
 from deploy.config import read_json
 from deploy.runtimes import (
-    INPUT_NAME,
     METADATA,
-    OUTPUT_NAME,
     UINT8,
     Loaded,
     as_input,
     cuda_device_count,
     cuda_device_name,
     load,
+    tensor_names,
 )
 
 # ---- CUDA ---------------------------------------------------------------------------------------------------------
@@ -149,8 +148,9 @@ class Engine:
             self.images = Buffer(cuda, (max_batch, *image), np.uint8 if uint8 else np.float32, mapped, taken)
             self.logits = Buffer(cuda, (max_batch, len(metadata["label_names"])), np.float32, mapped, taken)
             taken.callback(cuda.call, "cudaStreamSynchronize", self.stream)  # the first of all, as taken last
-            self.context.set_tensor_address(INPUT_NAME, self.images.device)
-            self.context.set_tensor_address(OUTPUT_NAME, self.logits.device)
+            self.input_name, output_name = tensor_names(metadata)
+            self.context.set_tensor_address(self.input_name, self.images.device)
+            self.context.set_tensor_address(output_name, self.logits.device)
             self.close = weakref.finalize(self, taken.pop_all().close)
 
     def run(self, images: np.ndarray) -> np.ndarray:
@@ -161,7 +161,7 @@ class Engine:
         if not 1 <= count <= self.max_batch:
             raise ValueError(f"a batch of {count}, but the engine takes 1 to {self.max_batch} images")
         self.images.array[:count] = as_input(images, self.metadata)
-        if not self.context.set_input_shape(INPUT_NAME, (count, *self.images.array.shape[1:])):
+        if not self.context.set_input_shape(self.input_name, (count, *self.images.array.shape[1:])):
             raise RuntimeError(f"the engine does not take a batch of {count}")
         self.images.copy(TO_DEVICE, count, self.stream)
         if not self.context.execute_async_v3(self.stream):
@@ -264,7 +264,7 @@ def build_engine(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
         profile = network.builder.create_optimization_profile()
         image = tuple(network.definition.get_input(0).shape)[1:]
-        profile.set_shape(INPUT_NAME, *((size, *image) for size in batches))
+        profile.set_shape(tensor_names(metadata)[0], *((size, *image) for size in batches))
         config.add_optimization_profile(profile)
         cache = None
         if timing_cache and name == "tensorrt":

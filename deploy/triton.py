@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cli import Parser, UserError, command, make_folder, make_parser
-from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, UINT8, load
+from deploy.runtimes import UINT8, load, tensor_names
 from deploy.tensorrt import read_engine_metadata
 
 BACKENDS = {".onnx": ("onnxruntime", "model.onnx"), ".engine": ("tensorrt", "model.plan")}
@@ -72,8 +72,10 @@ def write_repository(
         whole = Path(partial) / name
         (whole / "1").mkdir(parents=True)
         shutil.copyfile(artefact, whole / "1" / file)
-        (whole / "labels.txt").write_text("".join(f"{' '.join(x.split())}\n" for x in metadata["label_names"]))
-        (whole / "config.pbtxt").write_text(config_text(metadata, name, backend, max_batch, delay_us, instances, gpu))
+        labels = "".join(f"{' '.join(x.split())}\n" for x in metadata["label_names"])
+        config = config_text(metadata, name, backend, max_batch, delay_us, instances, gpu)
+        (whole / "labels.txt").write_text(labels, encoding="utf-8")
+        (whole / "config.pbtxt").write_text(config, encoding="utf-8")
         os.replace(whole, folder)
     return folder
 
@@ -86,12 +88,13 @@ def config_text(
     uint8 = metadata["input"] == UINT8
     dims = [height, width, channels] if uint8 else [channels, height, width]
     classes = len(metadata["label_names"])
+    inputs, outputs = tensor_names(metadata)
     return f"""name: {json.dumps(name)}
 backend: "{backend}"
 max_batch_size: {max_batch}
-input [ {{ name: "{INPUT_NAME}", data_type: {"TYPE_UINT8" if uint8 else "TYPE_FP32"}, dims: {dims} }} ]
+input [ {{ name: "{inputs}", data_type: {"TYPE_UINT8" if uint8 else "TYPE_FP32"}, dims: {dims} }} ]
 output [
-  {{ name: "{OUTPUT_NAME}", data_type: TYPE_FP32, dims: [{classes}], label_filename: "labels.txt" }}
+  {{ name: "{outputs}", data_type: TYPE_FP32, dims: [{classes}], label_filename: "labels.txt" }}
 ]
 dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}
 instance_group [ {{ count: {instances}, kind: {"KIND_GPU" if gpu else "KIND_CPU"} }} ]

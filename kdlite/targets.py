@@ -34,6 +34,9 @@ def check_tensors(**values: object) -> None:
     """Raise unless each is a tensor; the names are those of the caller's arguments."""
     for name, value in values.items():
         if isinstance(value, Tensor):
+            if value.is_nested or value.layout != torch.strided:
+                kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+                raise TypeError(f"{name} must be a dense tensor, got a {kind} one: pad it, or use .to_dense()")
             continue
         hint = "use torch.as_tensor(...)"
         if hasattr(value, "logits"):
@@ -49,8 +52,8 @@ def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> N
     """Raise unless both are tensors, floating point, of one shape, with at least two classes."""
     check_tensors(**{name: logits, other_name: other})
     for tensor, label in ((logits, name), (other, other_name)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{label} must be floating point, got {tensor.dtype}")
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise TypeError(f"{label} must be floating point of 16 bits or more, got {tensor.dtype}")
     if logits.ndim == 0:
         raise ValueError(f"{name} must be (N, C), (N, C, d1, ...) or (C,), got a scalar")
     if logits.shape != other.shape:
@@ -58,6 +61,8 @@ def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> N
             f"{name} and {other_name} must have one shape, got {tuple(logits.shape)} and {tuple(other.shape)}"
             + _how_to_match(logits, other, name, other_name)
         )
+    if logits.device != other.device:
+        raise ValueError(f"{name} and {other_name} must be on one device, got {logits.device} and {other.device}")
     classes = logits.shape[class_dim(logits)]
     if classes < 2:
         raise ValueError(
@@ -106,6 +111,8 @@ def as_rows(logits: Tensor) -> Tensor:
 def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndices | ClassProbabilities:
     """Check ``target`` against ``logits`` and bring it to rows; told apart by the number of dimensions."""
     check_tensors(target=target)
+    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+        raise TypeError(f"ignore_index must be an integer of 64 bits, got {ignore_index!r}")
     probs_shape = tuple(logits.shape)
     label_shape = probs_shape[:1] + probs_shape[2:] if logits.ndim > 1 else ()
     as_probs = target.ndim == logits.ndim  # decided without the sizes, which may be symbols under torch.compile

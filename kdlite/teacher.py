@@ -22,9 +22,11 @@ class Teacher(nn.Module):
         student_mean: of the normalisation that the batch comes with.
         student_std: likewise. Without these four the batch is passed on as it comes.
         size: (H, W) in pixels that the teacher takes; None: as they come.
+        columns: which of the teacher's classes each of the student's is, where it knows more or another order; the
+            softmax of the loss then renormalises over these. None: all, in their order.
 
     Raises:
-        ValueError: some of the four are given and not all.
+        ValueError: some of the four are given and not all; the batch is on another device than the teacher.
 
     Example:
         >>> teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), size=(2, 2)).train()
@@ -41,6 +43,7 @@ class Teacher(nn.Module):
         student_mean: Sequence[float] | None = None,
         student_std: Sequence[float] | None = None,
         size: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
@@ -56,6 +59,8 @@ class Teacher(nn.Module):
             scale, shift = (student_s / s).float(), ((student_m - m) / s).float()
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
+        self.columns: Tensor | None
+        self.register_buffer("columns", None if columns is None else torch.as_tensor(columns))
         self.train()
 
     def train(self, mode: bool = True) -> Teacher:
@@ -64,9 +69,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        here = next(self.model.parameters(), images).device
+        if images.device != here:
+            raise ValueError(f"the teacher is on {here}, the images are on {images.device}: move it with .to(...)")
         if self.scale is not None and self.shift is not None:
             images = images * self.scale + self.shift
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         logits: Tensor = self.model(images)
-        return logits
+        return logits if self.columns is None else logits.index_select(1, self.columns)

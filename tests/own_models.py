@@ -4,6 +4,7 @@ import warnings
 
 import torch
 import torchvision
+from timm.models.byobnet import RepVggBlock
 from torch import nn
 
 
@@ -122,3 +123,17 @@ def infinite_gradient(num_classes):
     model = plain(num_classes)
     model[0].weight.register_hook(lambda grad: grad * torch.inf)
     return model
+
+
+def parametrized(num_classes):
+    """The new weight_norm and a spectral norm: weights that are computed at every call."""
+    model = plain(num_classes)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    torch.nn.utils.parametrizations.spectral_norm(model[2])
+    return model
+
+
+def branched(num_classes):
+    """Blocks of RepVGG: three branches in training, one convolution once they are fused."""
+    return nn.Sequential(RepVggBlock(3, 8, stride=2), RepVggBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, num_classes))  # fmt: skip

@@ -14,20 +14,21 @@ def write_student(folder, name, img_size, label_names=10, arguments=()):
     torch.manual_seed(0)
     if isinstance(label_names, int):
         label_names = [f"class {i}" for i in range(label_names)]
-    architecture = find_architecture(str(name), arguments)
-    model = build_model(architecture, len(label_names), img_size, [str(name)])
+    input_size = [3, img_size, img_size] if isinstance(img_size, int) else list(img_size)
+    architecture = find_architecture(str(name), arguments, input_size=input_size)
+    model = build_model(architecture, len(label_names), input_size, [str(name)])
     with torch.no_grad():
         for _ in range(10):
-            model(torch.randn(16, 3, img_size, img_size))
+            model(torch.randn(16, *input_size))
         *_, classifier = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
         classifier.weight.normal_(0, 0.1)  # else the logits of some are 1e-9 and all agree for nothing
     config = {
-        "architecture": architecture,
+        **architecture,
         "num_classes": len(label_names),
         "label_names": label_names,
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-        "input_size": [3, img_size, img_size],
+        "mean": [0.485, 0.456, 0.406][: input_size[0]],
+        "std": [0.229, 0.224, 0.225][: input_size[0]],
+        "input_size": input_size,
         "interpolation": "bilinear",
         "crop": 1.0,
     }
@@ -45,7 +46,7 @@ def model_files(path):
     """What a user says as --model-file of a run directory or a student/ folder, if its model is one of ours."""
     folder = path / "student" if (path / "student").is_dir() else path
     try:
-        name = json.loads((folder / "config.json").read_text())["architecture"]["name"]
+        name = json.loads((folder / "config.json").read_text())["architecture"]
     except (OSError, ValueError, KeyError, TypeError):  # a test has spoilt it
         return []
     file, _, function = name.partition(":")

@@ -5,6 +5,7 @@ import csv
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -145,8 +146,7 @@ def test_export_writes_the_student_alone_in_one_file_each(trained):
     said = {p.key: json.loads(p.value) for p in graph.metadata_props}
     for key in ("label_names", "mean", "std", "input_size", "metrics"):
         assert said[key] == config[key]
-    assert said["architecture"] == config["architecture"]
-    assert said["architecture"]["name"] == "cifar_models.py:resnet8"
+    assert said["architecture"] == config["architecture"] == "cifar_models.py:resnet8"
     assert said["input"] == "uint8 NHWC"
     (image,) = graph.graph.input
     assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -236,6 +236,101 @@ def deployed(trained, tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize("name", ["branched", "weight_normed", "parametrized"])
+def test_what_only_training_needs_is_folded_into_the_weights(name, tmp_path):
+    """A RepVGG's branches and a norm of the weights, old or new: plain convolutions, and the same answers."""
+    student = write_student(tmp_path / "student", f"{MODELS}:{name}", 32)
+    deploy(export, student, "--format", "onnx")
+    graph = onnx.load(student / "student.onnx").graph
+    assert sum(node.op_type == "Conv" for node in graph.node) == 2
+    images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    expected = load(student, device="cpu").run(images)
+    np.testing.assert_allclose(load(student / "student.onnx").run(images), expected, atol=1e-5 * np.abs(expected).max())
+
+
+# ---- files from elsewhere ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """An ONNX file as another exporter writes it: float NCHW, names of its own, no metadata."""
+    make, numpy = onnx.helper, onnx.numpy_helper
+    weight = np.random.default_rng(0).normal(size=(3, 10)).astype(np.float32)
+    nodes = [
+        make.make_node("GlobalAveragePool", ["pixel_values"], ["pooled"]),
+        make.make_node("Flatten", ["pooled"], ["flat"]),
+        make.make_node("MatMul", ["flat", "weight"], ["scores"]),
+    ]
+    ports = [make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+             for name, shape in (("pixel_values", ["N", 3, 32, 32]), ("scores", ["N", 10]))]  # fmt: skip
+    graph = make.make_graph(nodes, "elsewhere", ports[:1], ports[1:], [numpy.from_array(weight, "weight")])
+    file = tmp_path / "theirs.onnx"
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), file)
+    said = {
+        "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "input": FLOAT, "label_names": list("abcdefghij"),
+        "input_size": [3, 32, 32], "interpolation": "bilinear", "crop": 1.0,
+    }  # fmt: skip
+    (tmp_path / "theirs.onnx.json").write_text(json.dumps(said))
+    return file, weight, said
+
+
+def test_a_file_beside_it_makes_an_onnx_file_from_elsewhere_usable(foreign, run, capsys):
+    """Normalised by its mean and std, read by its own names; benchmark and Triton take it as ours."""
+    file, weight, said = foreign
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    expected = ((images / 255).mean((1, 2)) - said["mean"]) / said["std"] @ weight
+    np.testing.assert_allclose(load(file).run(images), expected, rtol=1e-4, atol=1e-5)
+    flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "--images", "20", "--threads", "1"]
+    deploy(benchmark, run, file, *flags)
+    assert re.search(r"theirs.onnx +onnxruntime +CPUExecutionProvider +foreign", capsys.readouterr().out)
+    deploy(triton, file, "--output", run / "models")
+    config = (run / "models/student/config.pbtxt").read_text()
+    assert 'name: "pixel_values", data_type: TYPE_FP32, dims: [3, 32, 32]' in config
+    assert 'name: "scores"' in config
+
+
+@needs_rtx
+@needs_no_gpu
+def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):
+    deploy(build, foreign[0], "--report")
+    deploy(build, foreign[0])
+    assert "parsed whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"input": "uint8 NHWC"}, "tensor(uint8) of [N, 32, 32, 3]; the graph has [('tensor(float)', ['N', 3, 32, 32])]"),
+    ({"input_size": [3, 64, 64]}, "of [N, 3, 64, 64]; the graph has"),
+    ({"label_names": ["a", "b"]}, "has 2 label_names; the graph answers ['N', 10]"),
+    ({"std": [0, 1, 1]}, "std is [0, 1, 1]; expected three numbers above 0"),
+    (None, "a theirs.onnx.json beside it, with mean, std, label_names"),
+])  # fmt: skip
+def test_what_is_said_of_a_file_from_elsewhere_must_fit(foreign, change, said):
+    file, _, told = foreign
+    sidecar = file.with_name("theirs.onnx.json")
+    sidecar.write_text(json.dumps(told | change)) if change else sidecar.unlink()
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(file)
+
+
+def test_labels_with_accents_whatever_the_locale(tmp_path):
+    """Under an ASCII locale files are UTF-8 all the same, and the terminal gets escapes."""
+    labels = ["chêne", "\u6a58"]
+    student = write_student(tmp_path / "student", f"{MODELS}:tiny", 16, labels)
+    deploy(export, student, "--format", "onnx")
+    Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    commands = [
+        ["predict", student / "student.onnx", tmp_path / "photo.png"],
+        ["triton", student / "student.onnx", "--output", tmp_path / "models"],
+    ]
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", f"deploy.{command[0]}", *map(str, command[1:])], cwd=ROOT,
+                              env=env, capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "predict" not in command or "ch\\xeane" in done.stdout
+    assert (tmp_path / "models/student/labels.txt").read_text(encoding="utf-8").split() == labels
+
+
 @pytest.mark.parametrize("flags", [[], ["--data"]])
 def test_check_prints_what_a_plain_loop_counts(deployed, flags, capsys):
     """On the 256 images of reference.npz, and on the whole validation set."""
@@ -251,7 +346,7 @@ def test_check_prints_what_a_plain_loop_counts(deployed, flags, capsys):
     picked = range(len(digits)) if flags else np.linspace(0, len(digits) - 1, 256).astype(int)
     config = json.loads((run / "student/config.json").read_text())
     images = np.stack([prepare(digits[i][0], config) for i in picked])
-    labels = np.array(digits.labels)[picked]
+    labels = np.array(digits.targets)[picked]
     expected = load(run / "student", device="cpu").run(images)
     for name, row in rows.items():
         logits = load(run / "student" / name.replace("student/", ""), device="cpu").run(images)

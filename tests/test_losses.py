@@ -584,7 +584,7 @@ def test_functional_transforms(loss):
         (dict(b=torch.zeros(4, 6)), ValueError, r"\(4, 5\) and \(4, 6\)"),
         (dict(b=torch.zeros(3, 5)), ValueError, r"\(4, 5\) and \(3, 5\)"),
         (dict(a=torch.zeros(4, 1), b=torch.zeros(4, 1)), ValueError, "at least 2 classes"),
-        (dict(a=torch.zeros(4, 5).long()), TypeError, "floating point, got torch.int64"),
+        (dict(a=torch.zeros(4, 5).long()), TypeError, "16 bits or more, got torch.int64"),
         (dict(a=torch.tensor(1.0), b=torch.tensor(1.0)), ValueError, "scalar"),
         (dict(target=torch.zeros(4)), TypeError, r"integers of shape \(4,\).* got torch.float32 of shape \(4,\)"),
         (dict(target=torch.zeros(4, dtype=torch.bool)), TypeError, "got torch.bool"),
@@ -594,6 +594,15 @@ def test_functional_transforms(loss):
         (dict(target=torch.zeros(4, 4)), ValueError, r"shape \(4, 5\); got torch.float32 of shape \(4, 4\)"),
         (dict(target=torch.full((4, 5), 0.2), ignore_index=1), ValueError, "ignore_index=1 needs class indices"),
         (dict(reduction="average"), ValueError, "none, mean, sum, got 'average'"),
+        (dict(b=torch.zeros(4, 5).to_sparse()), TypeError, "must be a dense tensor, got a sparse_coo one"),
+        (
+            dict(b=torch.nested.nested_tensor([torch.zeros(5)] * 4, layout=torch.jagged)),
+            TypeError,
+            "dense tensor, got a nested one",
+        ),
+        (dict(a=torch.zeros(4, 5).to(torch.float8_e4m3fn)), TypeError, "16 bits or more, got torch.float8_e4m3fn"),
+        (dict(ignore_index=2**70), TypeError, "ignore_index must be an integer of 64 bits, got 1180591620717411303424"),
+        (dict(ignore_index=1.5), TypeError, "ignore_index must be an integer of 64 bits, got 1.5"),
     ],
 )
 @BOTH

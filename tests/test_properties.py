@@ -218,7 +218,10 @@ VALID = {
     "input_size": [3, 8, 12],
     "interpolation": "bilinear",
     "crop": 0.875,
-    "architecture": {"library": "timm", "name": "resnet18", "args": {"width": [1, 2]}, "small_stem": False},
+    "library": "timm",
+    "architecture": "resnet18",
+    "model_args": {"width": [1, 2]},
+    "small_stem": False,
 }
 SCALARS = st.one_of(
     st.none(),
@@ -276,9 +279,9 @@ def check_config(folder, text):
         return False
     assert all(map(math.isfinite, config["mean"] + config["std"]))
     assert min(config["std"]) > 0
-    _, height, width = config["input_size"]
+    channels, height, width = config["input_size"]
     if max(height, width) / config["crop"] <= LARGEST:
-        assert prepare(Image.new("RGB", (20, 10)), config).shape == (height, width, 3)
+        assert prepare(Image.new("RGB", (20, 10)), config).shape == (height, width, channels)
     return True
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -334,3 +335,34 @@ def test_a_step_is_the_same_on_one_process_on_two_and_in_two_passes(tmp_path):
         torch.testing.assert_close(first[name], whole, rtol=1e-4, atol=1e-5)
         if name != "uskd":  # a pass of --grad-accum knows its own logits alone: said in named_losses
             torch.testing.assert_close(gradients(1, 2, flags), whole, rtol=1e-4, atol=1e-5)
+
+
+# ---- too little memory ----
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
+                    reason="needs the right to mount a /dev/shm of its own")  # fmt: skip
+def test_a_small_dev_shm_is_said_before_the_first_batch():
+    """64 MiB is what a container has; without the check the workers would stand still."""
+    flags = [*TINY, "--workers", 2, "--batch-size", 128, "--img-size", 224, "--output", "out"]
+    mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", mount, "-", sys.executable, ROOT / "train.py", *flags]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("train.py: error: /dev/shm has 64 MiB free, and the workers hold up to 147 MiB")
+    assert "--shm-size" in line
+    assert "--workers 0" in line
+    assert not Path("out").exists()
+
+
+def test_images_that_memory_cannot_keep_are_said(capsys):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (600 << 20), before[1]))
+    try:
+        line = refused(capsys, *TINY, "--cache", "device", "--img-size", 512, "--output", "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert line.startswith("train.py: error: out of memory: ")
+    assert "leave out --cache device" in line
