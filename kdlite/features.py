@@ -265,7 +265,7 @@ class WithWeakHead(nn.Module):
                     f"{type(model).__name__} does not take {_describe(example)}, which is a guess: pass "
                     f"example_input; {error}"
                 ) from error
-            class_logits = _find_logits(output, logits)
+            class_logits = find_logits(output, logits)
             if class_logits.ndim != 2:
                 raise ValueError(
                     f"the model must return (N, C) logits, got {_describe(class_logits)}: a dense or a language model "
@@ -298,7 +298,7 @@ class WithWeakHead(nn.Module):
         if not self.training:
             self._tap.forget()
             return output
-        return _find_logits(output, self._logits), self.head(_pool(_first(self._tap.pop()), self._pool))
+        return find_logits(output, self._logits), self.head(_pool(_first(self._tap.pop()), self._pool))
 
     def extra_repr(self) -> str:
         return f"tap={self.tap!r}, the head reads {self._pool}"
@@ -332,7 +332,7 @@ _HINTS = frozenset({
 })  # fmt: skip
 
 
-def _find_logits(output: Any, where: str | int | None) -> Tensor:
+def find_logits(output: Any, where: str | int | None) -> Tensor:
     """The logits in what a model returned."""
     if isinstance(output, Tensor):
         return output

@@ -50,9 +50,6 @@ def _child(environment, log, function, args):
         raise
     finally:
         log.write_text(text.getvalue())
-        import time
-
-        open("/tmp/lo/cpu", "a").write(f"{time.process_time():.1f} {function.__name__} {args[:1]}\n")
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +248,52 @@ def test_the_trainer_under_accumulation_and_checkpointing_equals_one_pass(traine
     # USKD's batch mean is each pass's own
     assert_equal(weights(tmp_path / "nkd" / "model.safetensors"), weights(trained / "nkd" / "model.safetensors"),
                  rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+TAPS = {
+    "ViT": ("vit.layers.1", 32), "DeiT": ("deit.layers.1", 32), "Dinov2": ("dinov2.encoder.layer.1", 32),
+    "ResNet": ("resnet.encoder.stages.2", 48), "ConvNext": ("convnext.encoder.stages.2", 48),
+    "MobileNetV1": ("mobilenet_v1.layer.21", 128), "MobileNetV2": ("mobilenet_v2.layer.15", 112),
+    "Swin": ("swin.encoder.layers.2.blocks.1", 64),
+}  # fmt: skip
+
+
+def test_hugging_faces_classifiers_have_a_default_tap_and_can_be_checkpointed(run):
+    run(assert_taps)
+
+
+def assert_taps():
+    import transformers
+
+    from kdlite import WithWeakHead
+
+    stages = dict(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1])
+    blocks = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8)
+    options = {
+        "ViT": blocks, "DeiT": blocks, "Dinov2": blocks,
+        "ResNet": dict(embedding_size=16, **stages), "ConvNext": stages,
+        "MobileNetV1": dict(depth_multiplier=0.25), "MobileNetV2": dict(depth_multiplier=0.35),
+        "Swin": dict(image_size=64, embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=2),
+    }  # fmt: skip
+    for name, (tap, channels) in TAPS.items():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(num_labels=5, **options[name])
+        model = getattr(transformers, f"{name}ForImageClassification")(config)
+        size = getattr(config, "image_size", 224)
+        example = torch.zeros(1, 3, 64, 64) if size == 224 else None  # else what its config says
+        student = WithWeakHead(model, example_input=example)
+        assert (student.tap, student.head.in_features) == (tap, channels)
+        x = torch.randn(2, 3, min(size, 64), min(size, 64))
+        logits, weak_logits = student(pixel_values=x)
+        assert logits.shape == weak_logits.shape == (2, 5)
+        if name == "ViT":
+            weak_logits.sum().backward()
+            plain = {key: p.grad.clone() for key, p in student.named_parameters() if p.grad is not None}
+            student.zero_grad()
+            student.activation_checkpointing_enable()
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+            student(pixel_values=x)[1].sum().backward()
+            assert_equal({key: p.grad for key, p in student.named_parameters() if p.grad is not None}, plain)
 
 
 def test_a_step_of_the_trainer_follows_the_gradient_of_the_paper(run, tmp_path):
