@@ -243,7 +243,7 @@ def test_the_trainer_on_two_processes_equals_one(trained, run, tmp_path):
 
 
 def test_the_trainer_under_accumulation_and_checkpointing_equals_one_pass(trained, run, tmp_path):
-    flags = ["--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 2, "--activation_checkpointing"]
+    flags = ["--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"]
     run(loop, "hf_trainer.py", "--output_dir", tmp_path, *flags, *FAST)
     # USKD's batch mean is each pass's own
     assert_equal(weights(tmp_path / "nkd" / "model.safetensors"), weights(trained / "nkd" / "model.safetensors"),
@@ -290,7 +290,7 @@ def assert_taps():
             weak_logits.sum().backward()
             plain = {key: p.grad.clone() for key, p in student.named_parameters() if p.grad is not None}
             student.zero_grad()
-            student.activation_checkpointing_enable()
+            student.gradient_checkpointing_enable()
             assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
             student(pixel_values=x)[1].sum().backward()
             assert_equal({key: p.grad for key, p in student.named_parameters() if p.grad is not None}, plain)

@@ -26,7 +26,8 @@ def test_the_python_in_the_readme_runs():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "deploy/README.md", "examples/triton/README.md", "examples/paper/README.md"]
+    "page",
+    ["README.md", "deploy/README.md", "examples/README.md", "examples/triton/README.md", "examples/paper/README.md"],
 )
 def test_every_flag_and_command_on_a_page_exists(page):
     text = (ROOT / page).read_text()
@@ -38,6 +39,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
     theirs |= {"--requirements"}  # of student.pyz, which knows two flags
     theirs |= {"--jobs"}  # of examples/paper/tiny_imagenet.py
+    theirs |= {"--torchcompile", "--clip-mode"}  # of timm's train.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs
     for name, flags in re.findall(r"^(?:    )?python -m deploy\.(\w+) ([^#\n]*)", text, re.M):
         commands[name].get_parser().parse_args(shlex.split(flags.replace("\\", "")))
