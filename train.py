@@ -47,8 +47,19 @@ from torchvision.transforms import v2
 
 from deploy import ranks, run_directory
 from deploy.checkpoint import Progress, State, load_checkpoint, write_run
-from deploy.cli import Parser, UserError, explain, number, show_error, terminals, write_whole
-from deploy.datasets import Data, open_data
+from deploy.cli import Parser, UserError, explain, number, show_error, student_folder, terminals, write_whole
+from deploy.config import read_config
+from deploy.datasets import (
+    SPLIT,
+    Data,
+    class_counts,
+    class_weights,
+    median_size,
+    open_data,
+    read_split,
+    say,
+    write_split,
+)
 from deploy.loading import (
     Batch,
     CorruptCount,
@@ -57,8 +68,11 @@ from deploy.loading import (
     make_loader,
     progress_bar,
 )
+from deploy.per_class import write_per_class
+from deploy.pictures import batch_picture
 from deploy.preprocess import RESAMPLING, to_rgb, upright_size
 from deploy.ranks import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero
+from deploy.recipes import BY_DATA, RECIPES, pick_recipe
 from deploy.reference import evenly, keep_reference
 from deploy.student import check_forward, is_own, save_student, settle_batch_norm
 from deploy.weights import load_teacher, open_student
@@ -67,30 +81,6 @@ from kdlite import Teacher, WithWeakHead, nkd_loss, uskd_loss
 # ---- flags --------------------------------------------------------------------------------------------------------
 
 
-# Groups of defaults; any flag overrides. cifar, imagenet-cnn and imagenet-vit: the schedules and hyperparameters
-# behind the paper's tables (arXiv 2303.13005 and its official configs).
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": dict(
-        epochs=10, batch_size=32, opt="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1,
-        step_epochs=[5, 8], step_factor=0.1, img_size=32, crop="pad", hflip=0.0,
-    ),
-    "cifar": dict(
-        epochs=200, batch_size=128, opt="momentum", lr=0.1, weight_decay=5e-4, schedule="step",
-        step_epochs=[60, 120, 160], step_factor=0.2, img_size=32, crop="pad", hflip=0.5, small_stem=True,
-        gamma=3.5, temperature=3.0, alpha=0.1, mu=0.1,
-    ),
-    "imagenet-cnn": dict(
-        epochs=100, batch_size=256, opt="momentum", lr=0.1, weight_decay=1e-4, schedule="step",
-        step_epochs=[30, 60, 90], step_factor=0.1, img_size=224, crop="resized", hflip=0.5, eval_crop=0.875,
-    ),
-    "imagenet-vit": dict(
-        epochs=300, batch_size=1024, opt="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=5,
-        step_epochs=[150, 225], step_factor=0.1, img_size=224, crop="resized", hflip=0.5, eval_crop=0.9,
-        interpolation="bicubic", mixup=0.8, cutmix=1.0, label_smoothing=0.1, randaugment=[2, 9], random_erasing=0.25,
-        gamma=1.0,
-    ),
-}  # fmt: skip
-BY_DATA = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}  # of a folder: imagenet-cnn
 # Flags that belong to a method: without it they would be ignored, so they are refused.
 OF_METHOD = {
     "--kd nkd": ("gamma", "temperature"),
@@ -105,9 +95,11 @@ RECIPE = "by recipe"  # a default that the recipe gives
 # Every flag: its default, its help, and what argparse is told.
 FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
     "data": {
-        "data": ("digits", "digits (embedded), cifar10, cifar100, or a folder with train/ and val/", {}),
+        "data": ("digits", "digits (embedded), cifar10, cifar100, or a folder with train/ and val/, or of classes", {}),
         "data_dir": ("data", "where cifar is kept", {}),
         "download": (False, "fetch cifar if it is not there yet", YES),
+        "val_split": (None, "share of each class to validate on, of a folder without val/",
+                      dict(type=number(float, 0, 1, above=True))),
         "img_size": (RECIPE, "pixels a side that the student sees, or height and width", dict(type=COUNT, nargs="+")),
         "in_chans": (3, "channels that the student sees; 1: images are made grey", dict(type=int, choices=[1, 3])),
         "crop": (RECIPE, "random crop: resized, or padded by 1/8, or none", dict(choices=["resized", "pad", "none"])),
@@ -145,7 +137,8 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "mu": (0.005, "USKD: weight of the weak head's cross-entropy", dict(type=WEIGHT)),
     },
     "training": {
-        "recipe": (None, "a group of defaults, see below; left out: by --data", dict(choices=sorted(RECIPES))),
+        "recipe": (None, "a group of defaults, see below; left out: by --data, of a folder by its images",
+                   dict(choices=sorted(RECIPES))),
         "epochs": (RECIPE, "the recipe's warm-up and step epochs are stretched to fit", dict(type=COUNT)),
         "batch_size": (RECIPE, "images per optimizer step, over all processes", dict(type=COUNT)),
         "grad_accum": (1, "split each optimizer step into this many passes", dict(type=COUNT)),
@@ -160,6 +153,7 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "step_epochs": (RECIPE, "step schedule: the epochs at which the rate falls", dict(type=WEIGHT, nargs="+")),
         "step_factor": (RECIPE, "step schedule: what the rate is multiplied by", dict(type=POSITIVE)),
         "label_smoothing": (0.0, "label smoothing of the cross-entropy alone", dict(type=SHARE)),
+        "class_weights": (None, "weight every loss by class: balanced, or a CSV file of name,weight", {}),
         "clip_grad": (None, "largest gradient norm", dict(type=POSITIVE)),
         "ema_decay": (0.0, "average of the weights, evaluated and saved in their place; 0: off", dict(type=SHARE)),
         "seed": (0, "seed of weights, order and augmentation", dict(type=number(int, 0, 2**32 - 1))),
@@ -203,7 +197,7 @@ def get_parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None = None) -> dict[str, Any]:
     """What is typed, with the paths in it made absolute: --resume may be called from another folder."""
     typed = vars(get_parser().parse_args(argv))
-    for name in ("data", "data_dir", "model", "init", "teacher", "teacher_classes"):
+    for name in ("data", "data_dir", "model", "init", "teacher", "teacher_classes", "class_weights"):
         if name in typed and not (name == "data" and typed[name] in BY_DATA):
             typed[name] = absolute(typed[name])
     typed |= {"model_file": list(map(absolute, typed["model_file"]))} if "model_file" in typed else {}
@@ -230,9 +224,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     saved = from_rank_zero(lambda: run_directory.read_given(Path(typed["output"])) if typed.get("resume") else {})
     defaults = {name: default for flags in FLAGS.values() for name, (default, _, _) in flags.items()}
     given = saved | {name: typed[name] for name in typed if name not in ("resume", "overwrite", "output", "timeout")}
-    recipe = given.get("recipe") or BY_DATA.get(given.get("data", defaults["data"]), "imagenet-cnn")
-    args = argparse.Namespace(**defaults | RECIPES[recipe] | given | typed | {"recipe": recipe, "given": given})
-    stretch = args.epochs / RECIPES[recipe]["epochs"]  # the recipe's milestones keep their place in a shorter run
+    args = argparse.Namespace(**defaults | given | typed | {"given": given, "opened": None})
+    if args.recipe is None and args.data not in BY_DATA:
+        args.opened = open_data(args.data, val_split=args.val_split, seed=args.seed) if "fitted" not in given else None
+        given["fitted"] = given.get("fitted") or from_rank_zero(functools.partial(fit_recipe, args))
+    args.recipe = args.recipe or BY_DATA.get(args.data, "fitted")
+    recipe = given["fitted"] if args.recipe == "fitted" else RECIPES[args.recipe]
+    args.__dict__ |= {name: value for name, value in recipe.items() if name not in given}
+    if os.path.isdir(args.model) and "img_size" not in given:
+        args.in_chans, *args.img_size = read_config(student_folder(Path(args.model)))["input_size"]
+    stretch = args.epochs / recipe["epochs"]  # the recipe's milestones keep their place in a shorter run
     if "step_epochs" not in given:
         args.step_epochs = [epoch * stretch for epoch in args.step_epochs]
     if "warmup_epochs" not in given:
@@ -248,14 +249,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{min(misplaced).replace('_', '-')} needs {method}")
     if os.path.isdir(args.model) and typed.keys() & {"model_args", "small_stem", "interpolation", "eval_crop"}:
         raise UserError("--model is a student/ folder, which has its own arguments, stem, interpolation and crop")
-    starts = [
-        ("--pretrained", args.pretrained),
-        ("--init", args.init),
-        ("a student/ folder", os.path.isdir(args.model)),
-    ]
-    said = [flag for flag, given in starts if given]
-    if len(said) > 1:
-        raise UserError(f"{' and '.join(said)}: a student starts from one of them")
+    named = [flag for flag, given in (("--pretrained", args.pretrained), ("--init", args.init)) if given]
+    named += ["a folder as --model"] * os.path.isdir(args.model)
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)}: a student starts from one of them")
     if args.teacher_classes and not args.teacher:
         raise UserError("--teacher-classes needs --teacher")
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
@@ -270,6 +267,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def fit_recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """Defaults for a folder of photographs, by what it holds; said in the run's first line."""
+    own, started = is_own(args.model), bool(args.pretrained or args.init or os.path.isdir(args.model))
+    photos, classes = args.opened.train, len(args.opened.label_names)
+    recipe, why = pick_recipe(len(photos), classes, median_size(photos), started)
+    say(why + " (--recipe or any flag overrides)")
+    return recipe | {"small_stem": recipe.get("small_stem", False) and not own}
+
+
 # ---- losses and step ----------------------------------------------------------------------------------------------
 
 
@@ -277,23 +283,28 @@ def named_losses(
     logits: Tensor, weak_logits: Tensor | None, teacher_logits: Any, target: Tensor, *,
     kd: str | None = None, label_smoothing: float = 0.0, gamma: float = 1.5, temperature: float = 1.0,
     kd_weight: float = 1.0, kd_temperature: float = 4.0, alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005,
-    group: Any = None,
+    class_weights: Tensor | None = None, group: Any = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The terms of the objective by name; their sum is what is minimised. USKD: where there are weak logits.
 
+    class_weights: of each image's losses, by its class; for mixed labels the mean of theirs
     group: the processes that share a batch. USKD's mean over the batch is then over all of it, but for one pass of
-    --grad-accum, whose logits are all that is known before its backward.
+        --grad-accum, whose logits are all that is known before its backward
     """
-    losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)}
+    each: Any = {"reduction": "none"}
+    losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing, **each)}
     if kd == "nkd":
-        losses["nkd"] = nkd_loss(logits, teacher_logits, target, gamma=gamma, temperature=temperature)
+        losses["nkd"] = nkd_loss(logits, teacher_logits, target, gamma=gamma, temperature=temperature, **each)
     elif kd == "kd":  # Hinton et al. 2015, arXiv 1503.02531
         student, teacher = ((x.float() / kd_temperature).log_softmax(1) for x in (logits, teacher_logits))
-        kl = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        kl = F.kl_div(student, teacher, log_target=True, **each).sum(1)
         losses["kd"] = kd_weight * kd_temperature**2 * kl
     if weak_logits is not None:
-        losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=beta, mu=mu, group=group)
-    return losses
+        losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=beta, mu=mu, group=group, **each)
+    if class_weights is not None:
+        weights = class_weights[target] if target.ndim == 1 else target @ class_weights
+        losses = {name: weights * loss for name, loss in losses.items()}
+    return {name: loss.mean() for name, loss in losses.items()}
 
 
 def forward_backward(
@@ -449,6 +460,11 @@ class ToDevice:
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         return (images.float() - self.mean) / self.std
 
+    def undo(self, images: Tensor) -> Any:
+        """Normalised (B, C, H, W) -> a uint8 array (B, H, W, C), to look at."""
+        pixels = (images * self.std + self.mean).round().clamp(0, 255)
+        return pixels.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -456,11 +472,14 @@ class ToDevice:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, loader: Iterable[Batch], to_device: ToDevice, amp: torch.dtype | None, corrupt: CorruptCount,
-    stop: StopRequest | None = None,
+    stop: StopRequest | None = None, answers: list[Tensor] | None = None,
 ) -> dict[str, float] | None:  # fmt: skip
-    """Top-1 and top-5 in percent and the cross-entropy, each sample of all ranks counted once; None: asked to stop."""
+    """Top-1 and top-5 in percent and the cross-entropy, each sample of all ranks counted once; None: asked to stop.
+
+    answers: gets the labels and what was answered of this rank's samples, (2, N)
+    """
     model.eval()
-    device = to_device.device
+    device, pairs = to_device.device, []
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, samples, ranks asked to stop
     for images, labels, unreadable in progress_bar(loader, "validate"):
         corrupt.add(unreadable)
@@ -472,7 +491,9 @@ def evaluate(
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = model(to_device(images)).float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == labels.unsqueeze(1)
+        pairs.append(torch.stack([labels, best[:, 0]]))
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals[:4] += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(labels))])
     if WORLD_SIZE > 1:
@@ -482,6 +503,8 @@ def evaluate(
         return None
     if not count:
         raise UserError("not one validation image could be read")
+    if answers is not None:
+        answers += [pair.int().cpu() for pair in pairs]
     return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
 
 
@@ -511,16 +534,17 @@ class Training(NamedTuple):
 
 def build(
     args: argparse.Namespace, data: Data | None = None, teacher: Teacher | None = None,
-    known: dict[str, Any] | None = None,
+    known: dict[str, Any] | None = None, sides: dict[str, str] | None = None,
 ) -> Training:  # fmt: skip
     """Put a run together as the flags say; data and teacher may be given in place of those they name.
 
     known: the student's config.json in the checkpoint that the run goes on from, which brings the weights
+    sides: of a run that goes on, which image of --val-split was for what
     """
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    data = data or open_data(args.data, args.data_dir, args.download)
+    data = data or args.opened or open_data(args.data, args.data_dir, args.download, args.val_split, args.seed, sides)
 
     torch.manual_seed(args.seed)
     weights_decide = (args.pretrained or args.init) and not known
@@ -538,7 +562,7 @@ def build(
     config["training"] = {
         "data": os.path.basename(args.data), "train_images": len(data.train), "val_images": len(data.val),
         "method": describe_method(args.kd, args.self_kd), "teacher": args.teacher and os.path.basename(args.teacher),
-        "began": os.path.basename(args.init or "") or ("ImageNet weights of the library" if args.pretrained else "noise"),
+        "began": os.path.basename(args.init or "") or ("ImageNet weights" if args.pretrained else "noise"),
         "epochs": args.epochs,
     }  # fmt: skip
     num_classes = config["num_classes"]
@@ -563,8 +587,8 @@ def build(
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--self-kd uskd on {args.model} (--tap names the layer): {error}") from error
     net.to(device=device).to(memory_format=memory_format)
-    if said and IS_MAIN:
-        print(said, flush=True)
+    if said:
+        say(said)
 
     view = functools.partial(eval_view, config=config)
     loader = functools.partial(make_loader, workers=args.workers, pin_memory=device.type == "cuda")
@@ -583,8 +607,8 @@ def build(
     if getattr(train_loader, "num_workers", 0):
         ranks.check_shared_memory(2 * train_loader.num_workers * 2 * micro_batch * math.prod(input_size))
     settled = settle_batch_norm(net, args.epochs * updates_per_epoch)
-    if settled and IS_MAIN:
-        print(settled, flush=True)
+    if settled:
+        say(settled)
 
     optimizer, scheduler = make_optimizer(
         net, args.opt, args.lr, args.weight_decay, args.layer_decay, args.momentum, args.schedule, args.epochs,
@@ -592,7 +616,13 @@ def build(
     )  # fmt: skip
     weights = ("kd", "label_smoothing", "gamma", "temperature", "kd_weight", "kd_temperature", "alpha", "beta", "mu")
     group = dist.group.WORLD if WORLD_SIZE > 1 else None
-    objective = functools.partial(named_losses, group=group, **{name: getattr(args, name) for name in weights})
+    by_class = None
+    if args.class_weights:
+        values = class_weights(args.class_weights, data.label_names, class_counts(data.train))
+        by_class = torch.tensor(values, device=device)
+        say(f"class weights, {args.class_weights}: {by_class.min():.3g} to {by_class.max():.3g}")
+    options = {name: getattr(args, name) for name in weights}
+    objective = functools.partial(named_losses, class_weights=by_class, group=group, **options)
     to_device = ToDevice(config["mean"], config["std"], device, memory_format)
     augment = batch_augmentation(args.random_erasing, args.mixup, args.cutmix, num_classes, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -623,8 +653,12 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 def train_epoch(
     parallel: nn.Module, run: Training, progress: Progress, corrupt: CorruptCount, log: LossLog, log_interval: int,
     grad_accum: int, clip_grad: float | None, ema: ModelEmaV3 | None, after_step: Callable[[], bool],
+    look: Callable[[Tensor, Tensor], Any],
 ) -> bool:  # fmt: skip
-    """The training images, from where progress says; True once after_step, called after optimizer steps, says stop."""
+    """The training images, from where progress says; True once after_step, called after optimizer steps, says stop.
+
+    look: is shown the first batch of all as the network sees it
+    """
     parallel.train()
     began, first = time.time() - progress.seconds, progress.step * grad_accum
     sampler = getattr(run.train_loader, "sampler", run.train_loader)
@@ -636,6 +670,8 @@ def train_epoch(
         if images is None:
             raise UserError(f"not one image of a training batch could be read, the first is {unreadable[0][0]}")
         images, target = run.augment(run.to_device(images), labels.to(run.device, non_blocking=True))
+        if i == progress.epoch == progress.step == 0:
+            look(images, target)
         last_pass = (i + 1) % grad_accum == 0
         if isinstance(parallel, DistributedDataParallel):
             # gradients are exchanged at the last pass alone; DDP.no_sync() sets the same, as a context
@@ -667,7 +703,8 @@ def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     loaded = load_checkpoint(Path(args.output), args.resume == "auto") if args.resume else None
-    run = build(args, known=loaded and loaded[1]["config"])
+    sides = from_rank_zero(lambda: read_split(Path(args.output) / SPLIT)) if args.resume else None
+    run = build(args, known=loaded and loaded[1]["config"], sides=sides)
     with ExitStack() as at_the_end:
         method = "-".join(filter(None, [args.kd, args.self_kd])) or "ce"
 
@@ -676,6 +713,8 @@ def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
             at_the_end.enter_context(run_directory.locked(folder))
             if args.overwrite:
                 run_directory.clear(folder)
+            if run.data.split:
+                write_split(folder / SPLIT, run.data.split)
             terminal.log = open(folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             return folder
 
@@ -721,7 +760,7 @@ def train_in(
         from torch.utils.tensorboard import SummaryWriter
 
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        write_whole(output / "args.json", run_directory.describe(vars(args), gpu, WORLD_SIZE))
+        write_whole(output / "args.json", run_directory.describe(flags_of(args), gpu, WORLD_SIZE))
         board = SummaryWriter(str(output), purge_step=progress.epoch + 1 if loaded else None)
         say_what_starts(args, run, output)
         if args.resume:
@@ -736,6 +775,11 @@ def train_in(
     agreement, saved_at, waiting = ranks.Agreement(), time.time(), Future[None]()
     waiting.set_result(None)
 
+    def look(images: Tensor, target: Tensor) -> None:
+        if IS_MAIN:
+            pixels = run.to_device.undo(images[:32])
+            disk.submit(batch_picture, output / "batch.png", pixels, target[:32].cpu().numpy(), run.data.label_names)
+
     def count_step(*_: Any) -> None:
         progress.executed += 1
 
@@ -743,7 +787,7 @@ def train_in(
         """Copy the state; a thread writes it, after the other files."""
         nonlocal saved_at, waiting
         saved_at = time.time()
-        content = state.copy(vars(args), run.config)
+        content = state.copy(flags_of(args), run.config)
         if IS_MAIN:
             waiting.result()  # of the last save, which raises what went wrong there
             waiting = disk.submit(write_run, output, content, others, best)
@@ -759,15 +803,15 @@ def train_in(
     run.optimizer.register_step_post_hook(count_step)
     while progress.epoch < args.epochs:
         stopped = train_epoch(parallel, run, progress, corrupt["training"], log, args.log_interval, args.grad_accum,
-                              args.clip_grad, ema, after_step)  # fmt: skip
-        began = time.time()
+                              args.clip_grad, ema, after_step, look)  # fmt: skip
+        began, answers = time.time(), list[Tensor]()
         metrics = None
         if not stopped:
             if WORLD_SIZE > 1:  # each rank has batch-norm statistics of its own: all must evaluate the same model
                 for model in filter(None, (run.student, averaged)):
                     distribute_bn(model, WORLD_SIZE, reduce=True)
             metrics = evaluate(
-                averaged or compiled, run.val_loader, run.to_device, run.amp, corrupt["validation"], stop
+                averaged or compiled, run.val_loader, run.to_device, run.amp, corrupt["validation"], stop, answers
             )
             if metrics is None:
                 save()
@@ -785,6 +829,8 @@ def train_in(
         })  # fmt: skip
         improved = math.isfinite(metrics["val_loss"]) and metrics["val_top1"] >= progress.best
         progress.next_epoch(best=metrics["val_top1"] if improved else progress.best)
+        if improved:
+            progress.answers = ranks.gather(torch.cat(answers, 1))
         if IS_MAIN:
             print(run_directory.epoch_line(progress.rows[-1], args.epochs), flush=True)
             for name, value in progress.rows[-1].items():
@@ -802,11 +848,19 @@ def train_in(
         board.close()
     if IS_MAIN and progress.epoch == args.epochs:
         run_directory.plot_curves(output / "curves.png", progress.rows)
+        if progress.answers is not None:
+            labels, predictions = progress.answers.numpy()
+            print(*write_per_class(output, labels, predictions, run.data.label_names), sep="\n")
         if args.reference:
             own = [args.model] if is_own(args.model) else args.model_file
             print(keep_reference(output, run.data.val, run.data.train, args.reference, own), flush=True)
         print(f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {output}/student; "
               f"{time.time() - started:.0f} s, {peak_memory(device)} MiB at most", flush=True)  # fmt: skip
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run keeps of its flags."""
+    return {name: value for name, value in vars(args).items() if name != "opened"}
 
 
 def peak_memory(device: torch.device) -> int:

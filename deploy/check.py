@@ -9,7 +9,8 @@ so that the device that will serve can ask. --data takes the whole validation se
 
 Top-1 and top-5, the difference to torch's fp32 answers, how often the two agree on the class, the largest error of a
 logit and the smallest cosine between two rows of logits, at batches of 1, 2, 5 and 64. Exit status 1 when an artefact
-is outside the tolerance of its precision, cannot be run here, or was made from other weights. Written to check.json.
+is outside the tolerance of its precision, cannot be run here, or was made from other weights. Written to check.json;
+beside it, of torch's own answers, per_class.csv and confusion.png.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from deploy.cli import (
     student_folder,
     write_whole,
 )
+from deploy.config import read_config
+from deploy.per_class import write_per_class
 from deploy.reference import NAME, Reference, add_reference, evenly, read_reference
 from deploy.runtimes import LOADERS, TORCH_KINDS, Runtime, has_torch, load, products_saturate, source_of
 
@@ -191,8 +194,11 @@ def reference_batches(reference: Reference) -> Iterator[Batch]:
 def validation_batches(
     student: Path, limit: int | None, data: str, data_dir: str | None, workers: int | None, torch_student: Runtime
 ) -> Iterator[Batch]:
-    """The run's whole validation set, or an evenly spaced part; data: as of --data, "" for what args.json says."""
-    from deploy.datasets import open_data  # torchvision's, on a workstation
+    """The run's whole validation set, or an evenly spaced part; data: as of --data, "" for what args.json says.
+
+    What the run split off for validation is what its split.csv says.
+    """
+    from deploy.datasets import SPLIT, open_data, read_split  # torchvision's, on a workstation
     from deploy.loading import CorruptCount, eval_view, make_loader, progress_bar
 
     file, config = student.resolve().parent / "args.json", torch_student.metadata
@@ -202,7 +208,7 @@ def validation_batches(
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "does not say" if file.is_file() else "is not there to say"
         raise UserError(f"{file} {what} where the run's images are: --data DATA does") from error
-    source = open_data(name, folder)
+    source = open_data(name, folder, sides=read_split(file.with_name(SPLIT)))
     if [str(label) for label in source.label_names] != config["label_names"]:
         raise UserError(
             f"--data {name} has other classes than {student}: {', '.join(map(str, source.label_names[:3]))}, ... "
@@ -289,10 +295,19 @@ def run(args: argparse.Namespace) -> int:
         need("torch", "").backends.cudnn.allow_tf32 = False  # the reference is fp32
         digest, what = source_of(student)["weights_sha256"], args.data or f"the data of {student}"
         batches = validation_batches(student, args.images, args.data, args.data_dir, args.workers, torch_student)
-    rows = check_artefacts(artefacts, batches, digest, torch_student, **options)
+    answers: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def noted() -> Iterator[Batch]:
+        for images, labels, logits in batches:
+            answers.append((labels, logits.argmax(1)))
+            yield images, labels, logits
+
+    rows = check_artefacts(artefacts, noted(), digest, torch_student, **options)
     print(f"{rows[0]['images']} validation images of {what}; percent, against torch's fp32 logits\n")
     print(table(rows, COLUMNS))
     write_whole(output / "check.json", json.dumps(rows, indent=2) + "\n")
+    labels, predictions = map(np.concatenate, zip(*answers))
+    print("", *write_per_class(output, labels, predictions, read_config(student)["label_names"]), sep="\n")
     return int(any(row["verdict"] != "pass" for row in rows[1:]))
 
 

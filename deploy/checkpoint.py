@@ -31,6 +31,7 @@ class Progress:
     lr: float = 0.0  # of the first
     best: float = -1.0  # top-1
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
+    answers: torch.Tensor | None = None  # labels and answers on the validation images, (2, N), at the best
 
     def __str__(self) -> str:
         return f"at step {self.step} of epoch {self.epoch + 1}" if self.step else f"after epoch {self.epoch}"

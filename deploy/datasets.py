@@ -27,6 +27,7 @@ from deploy.ranks import IS_MAIN, local_rank_zero_first
 from deploy.reference import evenly
 
 EXPECTED = "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or one of digits, cifar10, cifar100"
+SPLIT = "split.csv"  # of a run directory: see write_split
 # Folders of these names that hold folders are sets of images, and no classes.
 SETS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
@@ -146,18 +147,23 @@ def open_folder(name: str, val_split: float | None, seed: int, sides: Mapping[st
     if all(os.path.isdir(root / part) for part in ("train", "val")):
         if val_split is not None:
             raise UserError(f"--val-split {val_split:g}: --data {name} has a val/ of its own; leave the flag out")
+        if sides is not None:
+            say(f"{root / 'val'} is there, and is taken in place of the images that the run split off")
         train, val = (read_photos(name, root / part) for part in ("train", "val"))
         compare_classes(name, train, val)
     else:
-        source = find_classes_to_split(root, val_split is None and sides is None)
+        source = find_classes_to_split(root, unsaid=val_split is None and sides is None)
         photos = read_photos(name, source)
         files = photos.files()
-        split = draw_split(files, photos.targets, val_split or 0, seed) if sides is None else keep_split(files, sides)
+        if sides is not None:
+            split, how = keep_split(files, sides), "as the run was split"
+        else:
+            assert val_split is not None
+            split, how = draw_split(files, photos.targets, val_split, seed), f"{val_split:g} of each class"
         train, val = (photos.part(i for i, file in enumerate(files) if split[file] == s) for s in ("train", "val"))
         for part, purpose in ((train, "training"), (val, "validation")):
             if lacking := [label for label, count in zip(part.classes, class_counts(part)) if not count]:
                 raise UserError(f"--data {name}: no image of {some(lacking)} for {purpose}: a class needs at least 2")
-        how = f"{val_split:g} of each class" if sides is None else "as in split.csv"
         say(f"{source}: classes {some(train.classes)}; {len(train)} images to train, {len(val)} to validate, {how}")
     if len(train.classes) < 2:
         raise UserError(f"--data {name} has the one class {train.classes[0]}: at least 2 are needed")
@@ -204,6 +210,8 @@ def find_classes_to_split(root: Path, unsaid: bool) -> Path:
     if sets or not folders or "val" in folders:
         held = f"; it holds {some(folders)}" if folders else ""
         raise UserError(f"--data {root}: {missing}; expected {EXPECTED}{held}")
+    if runs := [folder for folder in folders if any((root / folder).glob("[0-9]*/args.json"))]:
+        raise UserError(f"--data {root}: {some(runs)} would be a class, but holds runs of train.py: move it elsewhere")
     if unsaid:
         raise UserError(f"--data {root}: {missing}; if its folders are the classes ({some(folders)}), {ask}")
     return root

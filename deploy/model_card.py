@@ -57,9 +57,10 @@ def model_card(config: dict[str, Any]) -> str:
     lines += [f"- {name}: {value}" for name, value in facts.items() if value]
     lines += ["- licence of the weights: *to be filled in, here and in the header*"]
     lines += ["- licence of the data: *to be filled in*", "", "## Use", ""]
-    usable = config["library"] == "file" or not config["small_stem"]
+    plain = not config["small_stem"] and not (library == "torchvision" and config["input_size"][0] != 3)
+    usable = config["library"] == "file" or plain
     lines += [LOADING[config["library"]].replace("{architecture}", config["architecture"])] if usable else [
-        "Its first layers are those for small images: `deploy.student.load_student` of kdlite loads it.\n"
+        "Its first layers are not the library's own: `deploy.student.load_student` of kdlite loads it.\n"
     ]  # fmt: skip
     names = ", ".join(map(quoted, config["label_names"][:20]))
     more = f" and {config['num_classes'] - 20} more, in config.json" if config["num_classes"] > 20 else ""

@@ -35,7 +35,8 @@ from deploy.tensorrt import read_engine_metadata
 
 PARTS = (
     "__init__.py", "cli.py", "config.py", "preprocess.py", "reference.py", "runtimes.py", "tensorrt.py", "predict.py",
-    "check.py", "benchmark.py", "build.py", "serve.py", "protocol.py", "page.html", "on_device.py",
+    "check.py", "per_class.py", "pictures.py", "benchmark.py", "build.py", "serve.py", "protocol.py", "page.html",
+    "on_device.py",
 )  # fmt: skip
 MAIN = "import sys\n\nfrom deploy.on_device import main\n\nsys.exit(main(sys.argv[1:]))\n"
 

@@ -220,6 +220,15 @@ class Agreement:
         return [bool(x) for x in self.wanted.tolist()]
 
 
+def gather(columns: Any) -> Any:
+    """The tensors (2, N) of all ranks beside one another."""
+    if WORLD_SIZE == 1:
+        return columns
+    parts: list[Any] = [None] * WORLD_SIZE
+    dist.all_gather_object(parts, columns, group=Ranks.control)
+    return torch.cat(parts, 1)
+
+
 def check_shared_memory(needed: int) -> None:
     """Raise if /dev/shm, through which workers hand over their batches, is too small: 64 MiB in a container."""
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -27,7 +27,8 @@ from typing import Any
 
 from deploy.cli import UserError, version, write_whole
 
-WRITTEN = ("args.json", "metrics.csv", "curves.png", "log.txt", "last.pt", "previous.pt", "best.pt", "reference.npz",
+WRITTEN = ("args.json", "split.csv", "batch.png", "metrics.csv", "curves.png", "per_class.csv", "confusion.png",
+           "log.txt", "last.pt", "previous.pt", "best.pt", "reference.npz",
            "student/model.safetensors", "student/config.json", "student/README.md")  # fmt: skip
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the two newest checkpoints
 MARK = b"kdlite sha256 "  # and 64 digits, which end a checkpoint
@@ -156,7 +157,7 @@ def read_checkpoint(folder: Path, older: bool = False) -> tuple[Path, bytes] | N
 def describe(flags: dict[str, Any], gpu: str | None, processes: int) -> str:
     """args.json: what came of the flags and, under flags["given"], what was typed; versions and hardware."""
     about = {
-        "flags": {name: value for name, value in flags.items() if name != "given"},
+        "flags": {name: value for name, value in flags.items() if name not in ("given", "fitted")},
         "given": flags["given"],
         "command": shlex.join(sys.argv),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},

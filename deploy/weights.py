@@ -6,9 +6,8 @@ more classes than the data, or has them in another order, the columns of its log
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
+import logging
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from deploy.cli import UserError, first_line
 from deploy.config import read_config
+from deploy.datasets import read_csv
 from deploy.student import (
     build_model,
     check_forward,
@@ -69,7 +69,8 @@ def find_pretrained(name: str, library: str) -> Pretrained:
         return Pretrained(
             ImageNetInfo().label_names(), len(weights.meta["categories"]), list(preset.mean), list(preset.std),
             [3, side, side], preset.interpolation.value, round(side / whole, 4),
-            f"put {weights.url} into {folder}", functools.partial(torchvision.models.get_model, name, weights=weights),
+            f"put {weights.url} into {folder}, or {{}}",
+            functools.partial(torchvision.models.get_model, name, weights=weights),
         )  # fmt: skip
     config = timm.get_pretrained_cfg(name)
     if not config.has_weights:
@@ -81,19 +82,20 @@ def find_pretrained(name: str, library: str) -> Pretrained:
     return Pretrained(
         names if names and len(names) == config.num_classes else None, config.num_classes, list(config.mean),
         list(config.std), list(config.input_size), interpolation, config.crop_pct,
-        f"fetch model.safetensors from {url} and name the file",
+        f"fetch its model.safetensors, from {url}, by hand: {{}}",
         functools.partial(timm.create_model, name, pretrained=True),
     )  # fmt: skip
 
 
-def fetch(pretrained: Pretrained, flag: str, fetching: Fetching) -> nn.Module:
+def fetch(pretrained: Pretrained, flag: str, by_hand: str, fetching: Fetching) -> nn.Module:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it tries again, ten times
     try:
         with fetching():
             return pretrained.fetch()
     except Exception as error:  # each source has errors of its own
         raise UserError(
             f"{flag}: its ImageNet weights are not here and could not be fetched ({type(error).__name__}: "
-            f"{first_line(error)[:150]}); {pretrained.where}"
+            f"{first_line(error)[:100]}); {pretrained.where.format(by_hand)}"
         ) from error
 
 
@@ -131,7 +133,7 @@ def open_student(
         if architecture["library"] == "file":
             raise UserError("--pretrained is for torchvision's and timm's models: --init takes a file for your own")
         found = find_pretrained(name, architecture["library"])
-        weights = fetch(found, f"--pretrained {name}", fetching).state_dict()
+        weights = fetch(found, f"--pretrained {name}", "--init FILE takes it", fetching).state_dict()
         own = preprocessing_of(found)
         said = adopt(model, weights, f"the ImageNet weights of {name}")
     elif init:
@@ -313,7 +315,7 @@ def load_teacher(
             names = names if names and theirs == len(names) else None
         else:
             pick_columns(name, names, theirs, label_names, classes_file)  # before a download
-            model = fetch(found, f"--teacher {name}", fetching).float()
+            model = fetch(found, f"--teacher {name}", f"--teacher {name}:FILE takes it", fetching).float()
     if input_size[0] < student["input_size"][0]:
         raise UserError(f"--teacher {name} takes grey images, the student colour: --in-chans 1 makes both grey")
     check_forward(model.eval(), f"--teacher {name}", input_size, theirs)
@@ -411,11 +413,7 @@ def imagenet_names() -> dict[str, list[str]]:
 
 def read_classes(file: str, data: list[str]) -> dict[str, str]:
     """What --teacher-classes says: a class of the data -> the teacher's name for it, or its column."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--teacher-classes {file} cannot be read: {first_line(error)}") from error
-    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if row]
+    rows = [[cell.strip() for cell in row] for row in read_csv(Path(file), "the teacher's classes")]
     wrong = next((row for row in rows if len(row) != 2), None)
     if wrong:
         raise UserError(f"{file}: {','.join(wrong)!r}; expected a class of --data, a comma, what the teacher calls it")

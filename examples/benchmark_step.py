@@ -55,7 +55,7 @@ def compiled(net: nn.Module, flags: argparse.Namespace) -> nn.Module:
 
 def make_teacher(name: str, flags: argparse.Namespace) -> Teacher:
     """A network of random weights with the student's own preprocessing."""
-    teacher = Teacher(build_model(find_architecture(name), CLASSES, flags.img_size)).to(
+    teacher = Teacher(build_model(find_architecture(name), CLASSES, [3, *flags.img_size])).to(
         flags.device, memory_format=torch.channels_last
     )
     teacher.model = compiled(teacher.model, flags)
@@ -80,7 +80,7 @@ def step_of_train(batch: Batch, teacher: Teacher | None, flags: argparse.Namespa
 def minimal_step(model: str, batch: Batch, flags: argparse.Namespace) -> Callable[[], None]:
     """What anyone would write for the same model, optimizer and precision."""
     images, target = batch
-    net = build_model(find_architecture(model), CLASSES, flags.img_size)
+    net = build_model(find_architecture(model), CLASSES, [3, *flags.img_size])
     net = net.to(images.device, memory_format=torch.channels_last).train()
     amp = train.pick_amp(flags.amp, images.device)
     choice = torch.optim.AdamW if flags.opt == "adamw" else torch.optim.SGD

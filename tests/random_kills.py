@@ -122,14 +122,14 @@ def round_of(kind: str, folder: Path, photos: Path, whole: dict) -> int:
     for _ in range(3):
         run = start(output, kind, photos)
         kill(run, kind, output)
-        text = finish(run, output, 90)
+        text = finish(run, output, 300)
         if "last top-1" in text:
             break
         kills += 1
         assert 'Traceback (most recent call last):\n  File "/' not in text or kind in ("rank", "launcher"), text
     else:
         run = start(output, kind, photos)
-        text = finish(run, output, 120)
+        text = finish(run, output, 300)
     assert run.returncode == 0, text
     state = torch.load(output / "last.pt", weights_only=True)
     for part in ("model", "ema"):

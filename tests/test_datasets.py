@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from students import load, write_student
 
+from deploy.check import validation_batches
 from deploy.cli import UserError
 from deploy.datasets import Digits, class_counts, class_weights, median_size, open_data, read_split, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
+MODELS = Path(__file__).with_name("own_models.py")
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
 
@@ -174,6 +177,17 @@ def test_a_run_goes_on_only_where_each_class_can_still_be_validated(tmp_path):
     assert "no image of eel for validation" in refusal(folder, sides=sides)
 
 
+def test_check_takes_the_validation_images_that_a_run_split_off(tmp_path):
+    folder = make(tmp_path / "photos", {"cat": 12, "dog": 8})
+    student = write_student(tmp_path / "run/student", f"{MODELS}:tiny", 16, ["cat", "dog"])
+    (tmp_path / "run/args.json").write_text(json.dumps({"flags": {"data": str(folder)}}))
+    write_split(tmp_path / "run/split.csv", open_data(str(folder), val_split=0.5, seed=3).split)
+    network = load(student, device="cpu")
+    batches = list(validation_batches(student, None, "", None, 0, network))
+    assert np.concatenate([labels for _, labels, _ in batches]).tolist() == [0] * 6 + [1] * 4
+    assert batches[0][0].shape == (10, 16, 16, 3)
+
+
 @pytest.mark.parametrize(("content", "said"), [
     (b"", "is not a run's split"), (b"file,side\n", "is not a run's split"),
     (b"file,side\ncat/0.jpg,test\n", "cat/0.jpg"), (b"file,side\ncat/0.jpg\n", "cat/0.jpg"),
@@ -217,6 +231,20 @@ def test_what_has_validation_images_is_not_split():
     for name in ("digits", "cifar10"):
         with pytest.raises(UserError, match=f"{name} has validation images of its own"):
             open_data(name, val_split=0.1)
+
+
+def test_the_pictures_of_earlier_runs_are_no_class(tmp_path):
+    make(tmp_path, {"cat": 2, "dog": 2, "runs/001-resnet18-ce": 2})
+    (tmp_path / "runs/001-resnet18-ce/args.json").touch()
+    assert "runs would be a class, but holds runs of train.py" in refusal(tmp_path, val_split=0.5)
+
+
+def test_validation_images_that_have_come_are_taken_and_said(tmp_path, capsys):
+    make(tmp_path / "train", {"cat": 4, "dog": 4})
+    sides = dict(open_data(str(tmp_path), val_split=0.25).split)
+    make(tmp_path / "val", {"cat": 3, "dog": 3})
+    assert len(open_data(str(tmp_path), sides=sides).val) == 6
+    assert "val is there, and is taken in place of the images that the run split off" in capsys.readouterr().out
 
 
 def test_a_class_may_be_called_train(tmp_path):

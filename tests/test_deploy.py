@@ -358,7 +358,13 @@ def test_check_prints_what_a_plain_loop_counts(deployed, flags, capsys):
         with open(run / "metrics.csv") as file:
             best = max(float(row["val_top1"]) for row in csv.DictReader(file))
         assert rows["student/"]["top1"] == pytest.approx(best)
-    assert "1 2 5 64" in capsys.readouterr().out
+    with open(run / "student/per_class.csv", encoding="utf-8") as file:
+        hits = sum(float(row["recall"]) * int(row["n"]) for row in csv.DictReader(file))
+    assert hits == pytest.approx((expected.argmax(1) == labels).sum(), abs=0.1)  # recalls have four digits
+    assert (run / "student/confusion.png").stat().st_size > 1000
+    said = capsys.readouterr().out
+    assert "1 2 5 64" in said
+    assert "taken for" in said
 
 
 def test_the_reference_holds_the_students_own_answers(trained):

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 import train
+from deploy import loading
 from kdlite import Teacher, WithWeakHead, fused, linear, nkd_linear_loss, nkd_loss, terms, uskd_loss
 
 CUDA = torch.device("cuda", 0)
@@ -437,7 +438,7 @@ def test_images_are_normalised_on_the_device(cuda, layout):
 def test_a_batch_is_cropped_and_flipped_on_the_device(cuda, crop):
     """generator=None, the default generator of the device: one of its own needs a driver."""
     images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8, device=CUDA)
-    cropped = train.crop_and_flip(images, crop, 0.5, generator=None)
+    cropped = loading.crop_and_flip(images, crop, 0.5, generator=None)
     assert on_gpu(cropped, torch.uint8)
     assert cropped.shape == images.shape
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from students import write_student
 
 import train
 
@@ -15,14 +16,17 @@ COMMANDS = ["export", "quantize", "build", "check", "benchmark", "serve", "trito
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_python_in_the_readme_runs():
+def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_student(Path("RUN/student"), "mobilenet_v2", 32, arguments=["width_mult=0.25"])
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert len(blocks) >= 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(block, names)
     assert names["loss"].isfinite()
     assert type(names["plain"]).__name__ == "ResNet"
+    assert type(names["model"]).__name__ == "MobileNetV2"
 
 
 @pytest.mark.parametrize(

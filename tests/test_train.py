@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import train
-from deploy import predict, run_directory
+from deploy import loading, predict, run_directory
 from deploy.cli import UserError, command
 from deploy.preprocess import open_image, prepare, to_rgb
 from deploy.reference import read_reference
@@ -117,10 +117,10 @@ def test_a_run_directory_holds_all_that_was_promised():
     names = {p.name for p in Path("out").iterdir() if not p.name.startswith("events.out")}
     assert names == {
         "args.json", "metrics.csv", "curves.png", "log.txt", "last.pt", "previous.pt", "best.pt", "reference.npz",
-        "student", ".lock",
+        "batch.png", "per_class.csv", "confusion.png", "student", ".lock",
     }  # fmt: skip
     assert list(Path("out").glob("events.out.tfevents.*"))
-    assert {p.name for p in Path("out/student").iterdir()} == {"model.safetensors", "config.json"}
+    assert {p.name for p in Path("out/student").iterdir()} == {"model.safetensors", "config.json", "README.md"}
 
     assert [row["epoch"] for row in rows("out")] == ["1", "2"]
     assert list(rows("out")[0]) == [
@@ -260,7 +260,7 @@ def test_the_teacher_is_frozen_in_eval_mode_and_sees_its_own_normalisation_and_s
 def test_a_teachers_classes_are_compared_before_anything_is_fetched(capsys):
     for name in ("resnet34", "deit3_small_patch16_224.fb_in1k"):
         line = refused(capsys, *TINY, "--kd", "nkd", "--teacher", name)
-        assert f"--teacher {name} has 1000 classes, --data has 10" in line
+        assert f"--teacher {name} lacks 10 of --data's 10 classes: 0, 1, 2" in line
 
 
 # ---- everything at once, and one thing at a time ----
@@ -276,7 +276,10 @@ def test_every_augmentation_schedule_and_precision_together(photos):
     ]  # fmt: skip
     run(*everything, "--output", "out")
     assert [row["skipped_steps"] for row in rows("out")] == ["0"] * 3
-    assert json.loads(Path("out/student/config.json").read_text())["model_args"] == {"drop_path_rate": 0.1}
+    assert json.loads(Path("out/student/config.json").read_text())["model_args"] == {
+        "img_size": 32,
+        "drop_path_rate": 0.1,
+    }
 
 
 @pytest.mark.slow
@@ -318,8 +321,8 @@ def test_a_recipe_is_stretched_to_the_epochs():
 def test_what_the_recipe_computed_follows_a_later_number_of_epochs():
     run(*TINY, "--recipe", "cifar", "--epochs", 1, "--output", "out")
     args = train.parse_args(["--output", "out", "--resume", "--epochs", "20"])
-    assert (args.step_epochs, args.lr, args.img_size) == ([6, 12, 16], 0.1, 16)
-    assert args.given == {"device": "cpu", "model": f"{MODELS}:tiny", "img_size": 16, "recipe": "cifar", "epochs": 20}
+    assert (args.step_epochs, args.lr, args.img_size) == ([6, 12, 16], 0.1, [16, 16])
+    assert args.given == {"device": "cpu", "model": f"{MODELS}:tiny", "img_size": [16], "recipe": "cifar", "epochs": 20}
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -410,8 +413,8 @@ def test_no_step_waits_for_the_device():
 
 def test_an_augmentation_depends_on_seed_epoch_and_sample_only(photos):
     source = train.open_data(str(photos)).train
-    view = train.train_view(32, "resized", 0.5, "bilinear")
-    samples = train.Samples(source, view, seed=1)
+    view = train.train_view((3, 32, 32), "resized", 0.5, "bilinear")
+    samples = loading.Samples(source, view, seed=1)
     torch.manual_seed(123)
     before = torch.get_rng_state()
     first = samples[0, 5][0]
@@ -419,12 +422,12 @@ def test_an_augmentation_depends_on_seed_epoch_and_sample_only(photos):
     samples[0, 6]
     assert torch.equal(samples[0, 5][0], first)
     assert not torch.equal(samples[1, 5][0], first)
-    assert not torch.equal(train.Samples(source, view, seed=2)[0, 5][0], first)
+    assert not torch.equal(loading.Samples(source, view, seed=2)[0, 5][0], first)
 
 
 def test_ranks_share_a_shuffle_that_changes_with_epoch_and_seed():
     def indices(rank, epoch, seed=0):
-        sampler = train.EpochSampler(range(10), 2, rank, seed=seed, drop_last=True)
+        sampler = loading.EpochSampler(range(10), 2, rank, seed=seed, drop_last=True)
         sampler.set_epoch(epoch)
         pairs = list(sampler)
         assert {e for e, _ in pairs} == {epoch}
@@ -566,7 +569,7 @@ def test_a_softmax_at_the_end_is_found_before_training(capsys):
 
 def crops(images, seed=0, crop="none", hflip=0.0):
     """train.py's; torchvision's functional transforms are the oracle below."""
-    return train.crop_and_flip(images, crop, hflip, torch.Generator().manual_seed(seed))
+    return loading.crop_and_flip(images, crop, hflip, torch.Generator().manual_seed(seed))
 
 
 def test_the_devices_padded_crop_and_flip_are_those_of_torchvision_drawn_for_each_image():
@@ -688,7 +691,7 @@ def test_a_corrupt_image_is_named_and_skipped(photos, capfd):
 
 def test_a_training_batch_is_short_of_a_corrupt_image(photos):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
-    view = train.train_view(16, "resized", 0.5, "bilinear")
+    view = train.train_view((3, 16, 16), "resized", 0.5, "bilinear")
     batches = list(train.make_loader(train.open_data(str(photos)).train, view, 8, True, workers=0))
     assert sorted(len(batch.images) for batch in batches) == [7, 8, 8, 8, 8, 8]
     assert [len(batch.images) + len(batch.corrupt) for batch in batches] == [8] * 6
