@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ class _Capture:
 
 
 def _copy(output: Any) -> Any:
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
+    return _each_tensor(Tensor.clone, output)
 
 
 def _versions(output: Any) -> list[int]:
@@ -188,33 +189,38 @@ def _refuse_compiled(module: nn.Module, layer: str) -> None:
 class WithWeakHead(nn.Module):
     """A model and the weak classifier that USKD needs, as one module.
 
-    In training mode the forward returns ``(logits, weak_logits)``, in eval mode ``logits`` alone. Because head and
-    model are one module, DistributedDataParallel, the optimizer and the checkpoint have both; ``.model`` is the
-    plain student, without the head. Wrap before compiling. A deepcopy (EMA) has a tap of its own.
+    In training mode the forward returns ``(logits, weak_logits)``, in eval mode what the model itself returns. It takes
+    the model's own arguments. Because head and model are one module, DistributedDataParallel, the optimizer and the
+    checkpoint have both; ``.model`` is the plain student, without the head. Wrap before compiling. A deepcopy (EMA)
+    has a tap of its own.
 
     The head is a linear layer on the pooled feature: the mean over all positions, or the class token of (N, L, C)
-    where there is one. Which dimension holds the channels is found by one more dry forward, of a larger input: what
-    grows is no channel. Where the model takes one size alone, its shape and the layer's own widths must leave one
-    reading, else ``channels`` is asked for. Dry forwards run in eval mode and without gradient.
+    where there is one; of a layer that returns a tuple, on its first entry. Which dimension holds the channels is found
+    by one more dry forward, of a larger input: what grows is no channel. Where the model takes one size alone, its
+    shape and the layer's own widths must leave one reading, else ``channels`` is asked for. Dry forwards run in eval
+    mode and without gradient. ``print`` tells which layer is read, and how.
 
-    Optimizers and trainers find the model's own hints here (``no_weight_decay``, ``group_matcher``,
+    Optimizers and trainers find the model's own hints here (``no_weight_decay``, ``group_matcher``, ``config``,
     ``set_grad_checkpointing`` and the like), with "model." before the parameters' names.
 
     Wrap this module in DistributedDataParallel or fully_shard, not the reverse: a model that is parallel already is
     refused, and so is DataParallel, whose threads would share one tap.
 
     Args:
-        model: classifier from a batch of images to (N, C) logits.
+        model: classifier whose output is, or holds, (N, C) logits.
         tap: dotted path of the layer to read; None takes :func:`default_tap`.
         num_classes: C; None takes it from the dry forward.
-        example_input: a batch for the dry forward; None takes zeros of the model's usual input size.
+        logits: where the logits are in an output that is no tensor: a key, an attribute, or an index of a tuple. None
+            takes "logits", as a ModelOutput of Hugging Face has them, or the only entry of a dict.
+        example_input: a batch for the dry forward, a tuple of arguments or a dict of keyword arguments; None takes
+            zeros of the model's usual input size.
         channels: the dimension of the feature that holds its channels, 1 or -1; None finds out.
 
     Raises:
         ValueError: no such layer, no default for this model, a feature or logits of a shape that does not fit or
             can be read in two ways, a model that does not take the guessed example, a model that is parallel already.
         RuntimeError: the model was compiled already, or the layer did not run in the dry forward.
-        TypeError: in training, when the model returns something else than logits (auxiliary outputs, say).
+        TypeError: an output in which the logits are not found (auxiliary outputs in training, say).
 
     Source: Yang et al., ICCV 2023, arXiv 2303.13005, section 3.3 (weak logits).
 
@@ -224,6 +230,8 @@ class WithWeakHead(nn.Module):
         >>> logits, weak_logits = student(torch.zeros(2, 4))
         >>> student.head
         Linear(in_features=8, out_features=3, bias=True)
+        >>> student.extra_repr()
+        "tap='1', the head reads (N, C) as it is"
     """
 
     def __init__(
@@ -232,7 +240,8 @@ class WithWeakHead(nn.Module):
         tap: str | None = None,
         num_classes: int | None = None,
         *,
-        example_input: Tensor | None = None,
+        logits: str | int | None = None,
+        example_input: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
         channels: int | None = None,
     ) -> None:
         super().__init__()
@@ -241,12 +250,14 @@ class WithWeakHead(nn.Module):
             raise ValueError(f"channels must be 1 or -1, a dimension of the feature, or None, got {channels!r}")
         layer = default_tap(model) if tap is None else tap
         self.model = model
+        self._logits = logits
         self._tap = FeatureTap(model, layer)
         try:
-            example = _example(model) if example_input is None else example_input
-            example = torch.cat([example, example])[:2]
+            example: Any = _example(model) if example_input is None else example_input
+            example = dict(example) if isinstance(example, Mapping) else example
+            example = _each_tensor(lambda x: torch.cat([x, x])[:2] if x.ndim else x, example)
             try:
-                logits, feature = _dry_forward(model, self._tap, example)
+                output, feature = _dry_forward(model, self._tap, example)
             except Exception as error:
                 if example_input is not None:
                     raise
@@ -254,13 +265,20 @@ class WithWeakHead(nn.Module):
                     f"{type(model).__name__} does not take {_describe(example)}, which is a guess: pass "
                     f"example_input; {error}"
                 ) from error
-            if not isinstance(logits, Tensor) or logits.ndim != 2:
-                raise ValueError(f"the model must return (N, C) logits, got {_describe(logits)}")
-            if num_classes is not None and logits.shape[1] != num_classes:
-                raise ValueError(f"num_classes={num_classes}, but the model returns logits of {_describe(logits)}")
-            if isinstance(feature, Tensor) and feature.ndim and len(feature) != len(logits):
+            class_logits = find_logits(output, logits)
+            if class_logits.ndim != 2:
                 raise ValueError(
-                    f"layer {layer!r} returns {_describe(feature)} for a batch of {len(logits)}: its first "
+                    f"the model must return (N, C) logits, got {_describe(class_logits)}: a dense or a language model "
+                    "needs weak logits at every position, which FeatureTap and a classifier of your own give "
+                    "(examples/loops/segmentation.py)"
+                )
+            if num_classes is not None and class_logits.shape[1] != num_classes:
+                raise ValueError(
+                    f"num_classes={num_classes}, but the model returns logits of {_describe(class_logits)}"
+                )
+            if isinstance(feature, Tensor) and feature.ndim and len(feature) != len(class_logits):
+                raise ValueError(
+                    f"layer {layer!r} returns {_describe(feature)} for a batch of {len(class_logits)}: its first "
                     "dimension is not the batch; name another layer"
                 )
             self._pool = _pooling(feature, example, model, self._tap, channels)
@@ -268,7 +286,7 @@ class WithWeakHead(nn.Module):
         except BaseException:
             self._tap.close()  # a model that was refused is left as it was
             raise
-        self.head = nn.Linear(pooled.shape[1], logits.shape[1], device=pooled.device, dtype=pooled.dtype)
+        self.head = nn.Linear(pooled.shape[1], class_logits.shape[1], device=pooled.device, dtype=pooled.dtype)
 
     @property
     def tap(self) -> str:
@@ -276,16 +294,14 @@ class WithWeakHead(nn.Module):
         return self._tap.layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        logits = self.model(*args, **kwargs)
+        output = self.model(*args, **kwargs)
         if not self.training:
             self._tap.forget()
-            return logits
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"the model must return logits alone in training, got a {type(logits).__name__}: "
-                "switch its auxiliary outputs off (aux_logits=False in torchvision)"
-            )
-        return logits, self.head(_pool(self._tap.pop(), self._pool))
+            return output
+        return find_logits(output, self._logits), self.head(_pool(_first(self._tap.pop()), self._pool))
+
+    def extra_repr(self) -> str:
+        return f"tap={self.tap!r}, the head reads {self._pool}"
 
     def __getattr__(self, name: str) -> Any:
         """The hints of the wrapped model, where it has them."""
@@ -307,12 +323,34 @@ class WithWeakHead(nn.Module):
         return self.model
 
 
-# What optimizers and trainers ask a model for: timm's, and Hugging Face's switch for checkpointing.
+# What optimizers and trainers ask a model for: timm's, then Hugging Face's.
 _HINTS = frozenset({
     "no_weight_decay", "no_weight_decay_keywords", "group_matcher", "set_grad_checkpointing", "get_classifier",
-    "pretrained_cfg", "default_cfg", "num_classes", "num_features",
-    "gradient_checkpointing_enable", "gradient_checkpointing_disable", "supports_gradient_checkpointing",
+    "pretrained_cfg", "default_cfg", "num_classes", "num_features", "in_chans",
+    "config", "gradient_checkpointing_enable", "gradient_checkpointing_disable", "supports_gradient_checkpointing",
+    "activation_checkpointing_enable", "activation_checkpointing_disable",
 })  # fmt: skip
+
+
+def find_logits(output: Any, where: str | int | None) -> Tensor:
+    """The logits in what a model returned."""
+    if isinstance(output, Tensor):
+        return output
+    found = None
+    if isinstance(output, Mapping):
+        key = next(iter(output), None) if where is None and len(output) == 1 else where
+        found = output.get("logits" if key is None else key)
+    elif isinstance(where, int):
+        found = output[where] if isinstance(output, (tuple, list)) and len(output) > where else None
+    elif where or not isinstance(output, tuple):  # a tuple of logits and auxiliary ones is the user's to decide
+        found = getattr(output, where or "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    raise TypeError(
+        f"the model must return logits, got {_describe(output)}: switch its auxiliary outputs off (aux_logits=False in "
+        "torchvision), or say which entry holds the logits, as logits="
+        + (repr(next(iter(output), "logits")) if isinstance(output, Mapping) else "0")
+    )
 
 
 def _below_model(spec: Any) -> Any:
@@ -345,14 +383,24 @@ def _refuse_parallel(model: nn.Module) -> None:
             )
 
 
-def _dry_forward(model: nn.Module, tap: FeatureTap, example: Tensor) -> tuple[Any, Any]:
-    """Logits and feature."""
+def _dry_forward(model: nn.Module, tap: FeatureTap, example: Any) -> tuple[Any, Any]:
+    """Output and feature."""
     with _eval_mode(model), torch.no_grad():
-        logits = model(example)
-    return logits, tap.pop()
+        if isinstance(example, dict):
+            output = model(**example)
+        else:
+            output = model(*example) if isinstance(example, tuple) else model(example)
+    return output, _first(tap.pop())
 
 
-def _pooling(feature: Any, example: Tensor, model: nn.Module, tap: FeatureTap, channels: int | None) -> str:
+def _first(output: Any) -> Any:
+    """What a layer returns, without the attention weights, sizes or states that may come after it."""
+    while isinstance(output, tuple) and output:
+        output = output[0]
+    return output
+
+
+def _pooling(feature: Any, example: Any, model: nn.Module, tap: FeatureTap, channels: int | None) -> str:
     """How a feature of this shape becomes (N, C).
 
     Raises:
@@ -364,15 +412,15 @@ def _pooling(feature: Any, example: Tensor, model: nn.Module, tap: FeatureTap, c
             f"{_describe(feature)}; name another layer"
         )
     if feature.ndim == 2:
-        return "none"
+        return "(N, C) as it is"
     if channels is None:
         channels = _channels_dim(feature, example, model, tap)
     if feature.ndim == 3 and channels == -1 and _has_class_token(model, feature.shape[1]):
-        return "class token"
-    return "channels first" if channels == 1 else "channels last"
+        return "the class token, [:, 0] of (N, L, C)"
+    return "the mean of (N, C, ...) over positions" if channels == 1 else "the mean of (N, ..., C) over positions"
 
 
-def _channels_dim(feature: Tensor, example: Tensor, model: nn.Module, tap: FeatureTap) -> int:
+def _channels_dim(feature: Tensor, example: Any, model: nn.Module, tap: FeatureTap) -> int:
     """1 or -1, whichever evidence comes first: what grows with the input, the proportions, the layer's widths."""
     for larger in _larger(example):
         try:
@@ -387,8 +435,9 @@ def _channels_dim(feature: Tensor, example: Tensor, model: nn.Module, tap: Featu
     if feature.ndim == 3 and (_has_class_token(model, feature.shape[1]) or feature.shape[1] in patches):
         return -1
     fits = [False, False]
-    if feature.ndim == example.ndim == 4:
-        height, width = example.shape[2:]
+    inputs = next(x for x in tree_leaves(example) if isinstance(x, Tensor))
+    if feature.ndim == inputs.ndim == 4:
+        height, width = inputs.shape[2:]
         fits = [h * width == w * height for h, w in (feature.shape[2:], feature.shape[1:3])]
     if fits[0] == fits[1]:
         widths = {p.shape[0] for p in model.get_submodule(tap.layer).parameters() if p.ndim}
@@ -401,19 +450,24 @@ def _channels_dim(feature: Tensor, example: Tensor, model: nn.Module, tap: Featu
     return 1 if fits[0] else -1
 
 
-def _larger(example: Tensor) -> list[Tensor]:
+def _larger(example: Any) -> list[Any]:
     """Inputs of twice the size, for each way to read it: images, (N, C, L), (N, L, C), or (N, L) of indices."""
-    if example.ndim == 2:
-        ways = [] if example.is_floating_point() else [[1]]
+    inputs = next(x for x in tree_leaves(example) if isinstance(x, Tensor))
+    if inputs.ndim == 2:
+        ways = [] if inputs.is_floating_point() else [[1]]
     else:
-        ways = [list(range(2, example.ndim))] + ([[1]] if example.ndim == 3 else [])
-    larger = []
-    for doubled in ways:
-        x = example
-        for dim in doubled:
+        ways = [list(range(2, inputs.ndim))] + ([[1]] if inputs.ndim == 3 else [])
+
+    def double(x: Tensor, dims: list[int]) -> Tensor:
+        for dim in dims if x.ndim == inputs.ndim else []:  # a mask grows with its tokens
             x = torch.cat([x, x], dim)
-        larger.append(x)
-    return larger
+        return x
+
+    return [_each_tensor(partial(double, dims=dims), example) for dims in ways]
+
+
+def _each_tensor(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, inputs)
 
 
 def _has_class_token(model: nn.Module, tokens: int) -> bool:
@@ -421,27 +475,33 @@ def _has_class_token(model: nn.Module, tokens: int) -> bool:
     names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     only_patches = tokens == patches or math.isqrt(tokens) ** 2 == tokens
-    return bool(names & {"cls_token", "class_token"}) and not only_patches
+    return bool(names & {"cls_token", "class_token", "class_embedding"}) and not only_patches
 
 
 def _pool(feature: Tensor, how: str) -> Tensor:
-    if how == "none":
+    if how == "(N, C) as it is":
         return feature
-    if how == "class token":
+    if how.startswith("the class token"):
         return feature[:, 0]
-    positions = range(2, feature.ndim) if how == "channels first" else range(1, feature.ndim - 1)
+    positions = range(2, feature.ndim) if "(N, C, ...)" in how else range(1, feature.ndim - 1)
     return feature.mean(tuple(positions))
 
 
 def _describe(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    entries = f" of {', '.join(map(repr, value))}" if isinstance(value, Mapping) else ""
+    return f"a {type(value).__name__}{entries}"
 
 
 def _example(model: nn.Module) -> Tensor:
     """Zeros of the (channels, height, width) a model says it takes, else 224 px and its first layer's channels."""
     config = getattr(model, "pretrained_cfg", None)
     channels, height, width = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
-    size = getattr(model, "image_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    hugging_face = getattr(model, "config", None)
+    owners = (model, getattr(model, "patch_embed", None), hugging_face, getattr(hugging_face, "vision_config", None))
+    sizes = (getattr(owner, name, None) for owner in owners for name in ("image_size", "img_size"))
+    size = next((size for size in sizes if size), None)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size[-2:]
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)

@@ -81,11 +81,16 @@ def nkd_linear_loss(
         )
     student = check_linear(hidden, weight, bias, target, "")
     teacher = check_linear(teacher_hidden, teacher_weight, teacher_bias, target, "teacher_")
-    if len(weight) != len(teacher_weight) or len(weight) < 2:
-        raise ValueError(
+    classes, teacher_classes = len(weight), len(teacher_weight)
+    if classes != teacher_classes or classes < 2:
+        fault = (
             f"weight and teacher_weight must have one number of classes, at least 2; got {tuple(weight.shape)} and "
             f"{tuple(teacher_weight.shape)}"
         )
+        if classes != teacher_classes:
+            longer = "weight" if classes > teacher_classes else "teacher_weight"
+            fault += f": if the classes beyond are padding, pass {longer}[:{min(classes, teacher_classes)}]"
+        raise ValueError(fault)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

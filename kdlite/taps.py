@@ -7,7 +7,8 @@ import re
 from torch import nn
 
 # Layers that the structure alone does not give, by class name; -k counts children from the end. The paper's
-# layers (official configs, checked by channel count) come first, then "the last stage but one" of the others.
+# layers (official configs, checked by channel count) come first, then "the last stage but one" of the others,
+# then the same layers where Hugging Face has them.
 _DEFAULT_TAPS = {
     "MobileNetV2": "features.-2",  # features.17, 320 channels
     "ShuffleNetV2": "stage4",  # 464 channels
@@ -20,6 +21,11 @@ _DEFAULT_TAPS = {
     "Inception3": "Mixed_6e",
     "AlexNet": "features.-2",
     "SqueezeNet": "features.-2",
+    "MobileNetV1Model": "layer.-5",
+    "MobileNetV2Model": "layer.-1",
+    "EfficientNetModel": "encoder.blocks.-1",
+    "SwinModel": "encoder.layers.-2.blocks.-1",  # before the layer's own downsampling
+    "Swinv2Model": "encoder.layers.-2.blocks.-1",
 }
 
 
@@ -27,7 +33,8 @@ def default_tap(model: nn.Module) -> str:
     """The layer USKD reads when none is named: the last stage but one, or block L/2 of a plain transformer.
 
     Args:
-        model: a torchvision or timm classifier, or one whose stages follow their naming.
+        model: a classifier of torchvision, timm or Hugging Face, or one whose stages follow their naming; also one
+            that holds such a model as its backbone.
 
     Returns:
         Its dotted path, as :class:`FeatureTap` takes it.
@@ -42,21 +49,37 @@ def default_tap(model: nn.Module) -> str:
         >>> default_tap(nn.ModuleDict(stages))
         'layer3'
     """
+    layer = _find(model)
+    if layer is None:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"no default tap for {type(model).__name__}: name a layer, one of its children or below: {children}"
+        )
+    return layer
+
+
+def _find(model: nn.Module) -> str | None:
     return (
         _from_feature_info(model)
         or _from_table(model)
         or _middle_block(model)
         or _last_stage_but_one(model)
         or _before_last_pool_but_one(model)
-        or _no_default(model)
+        or _in_backbone(model)
     )
 
 
-def _no_default(model: nn.Module) -> str:
-    children = ", ".join(name for name, _ in model.named_children())
-    raise ValueError(
-        f"no default tap for {type(model).__name__}: name a layer, one of its children or below: {children}"
-    )
+def _in_backbone(model: nn.Module) -> str | None:
+    """A classifier around a backbone: what Hugging Face says is one, or the first child where it outweighs the rest."""
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    first = next((name for name, size in sizes.items() if size), "")
+    backbone = getattr(model, "base_model_prefix", "")
+    if backbone not in sizes:
+        backbone = first
+        if not first or 2 * sizes[first] <= sum(sizes.values()):
+            return None
+    layer = _find(model.get_submodule(backbone))
+    return layer and f"{backbone}.{layer}"
 
 
 def _from_feature_info(model: nn.Module) -> str | None:
@@ -75,28 +98,29 @@ def _from_feature_info(model: nn.Module) -> str | None:
 
 
 def _from_table(model: nn.Module) -> str | None:
-    path = next((_DEFAULT_TAPS[c.__name__] for c in type(model).__mro__ if c.__name__ in _DEFAULT_TAPS), "")
-    container, _, child = path.rpartition(".")
-    module = getattr(model, container or path, None) if path else None
-    if not isinstance(module, nn.Module):
-        return None
-    if not container:
-        return path
-    children = [name for name, _ in module.named_children()]
-    return f"{container}.{children[int(child)]}" if len(children) >= -int(child) else None
+    path = next((_DEFAULT_TAPS[c.__name__] for c in type(model).__mro__ if c.__name__ in _DEFAULT_TAPS), None)
+    module, names = model, []
+    for part in path.split(".") if path else []:
+        children = dict(module.named_children())
+        if part.startswith("-"):
+            part = list(children)[int(part)] if len(children) >= -int(part) else part
+        if part not in children:
+            return None
+        module = children[part]
+        names.append(part)
+    return ".".join(names) or None
 
 
 def _middle_block(model: nn.Module) -> str | None:
     """Block L/2 of the one container of L >= 4 blocks of one kind."""
     for container in ("blocks", "encoder.layers", "layers", "encoder.layer"):
-        for prefix in ("", "vit.", "model."):
-            try:
-                blocks = list(model.get_submodule(prefix + container).named_children())
-            except AttributeError:
-                continue
-            kinds = {type(block) for _, block in blocks}
-            if len(blocks) >= 4 and len(kinds) == 1 and nn.Sequential not in kinds and _keeps_width(blocks):
-                return f"{prefix}{container}.{blocks[len(blocks) // 2 - 1][0]}"
+        try:
+            blocks = list(model.get_submodule(container).named_children())
+        except AttributeError:
+            continue
+        kinds = {type(block) for _, block in blocks}
+        if len(blocks) >= 4 and len(kinds) == 1 and nn.Sequential not in kinds and _keeps_width(blocks):
+            return f"{container}.{blocks[len(blocks) // 2 - 1][0]}"
     return None
 
 
@@ -115,8 +139,11 @@ def _last_stage_but_one(model: nn.Module) -> str | None:
         numbered = [name for name in numbered if name.rstrip("0123456789") == numbered[-1].rstrip("0123456789")]
         if len(numbered) >= 2:
             return f"{container}.{numbered[-2]}".lstrip(".")
-    for container in ("stages", "layers", "blocks", "levels"):
-        module = getattr(model, container, None)
+    for container in ("stages", "layers", "blocks", "levels", "encoder.stages", "encoder.layers", "encoder.layer"):
+        try:
+            module = model.get_submodule(container)
+        except AttributeError:
+            continue
         if isinstance(module, (nn.Sequential, nn.ModuleList)) and 2 <= len(module) <= 6:  # more are blocks, not stages
             return f"{container}.{len(module) - 2}"
     return None

@@ -8,6 +8,7 @@ of trailing dimensions. Inside, everything is rows: ``(R, C)`` logits, one row p
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,9 @@ def check_tensors(**values: object) -> None:
         hint = "use torch.as_tensor(...)"
         if hasattr(value, "logits"):
             hint = f"pass its .logits, not the whole {type(value).__name__}"
-        elif isinstance(value, (dict, tuple)):
+        elif isinstance(value, Mapping):
+            hint = f"pick one of its entries, as {name}[{next(iter(value), 'out')!r}]"
+        elif isinstance(value, tuple):
             hint = "pick the tensor of logits out of it"
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: {hint}")
 
@@ -56,6 +59,7 @@ def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> N
     if logits.shape != other.shape:
         raise ValueError(
             f"{name} and {other_name} must have one shape, got {tuple(logits.shape)} and {tuple(other.shape)}"
+            + _how_to_match(logits, other, name, other_name)
         )
     if logits.device != other.device:
         raise ValueError(f"{name} and {other_name} must be on one device, got {logits.device} and {other.device}")
@@ -65,6 +69,23 @@ def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> N
             f"{name} must have at least 2 classes in dimension {class_dim(logits)}, got shape {tuple(logits.shape)}: "
             "with one class nothing is left once the target is taken out"
         )
+
+
+def _how_to_match(logits: Tensor, other: Tensor, name: str, other_name: str) -> str:
+    """What to pass where one of two logits has more classes, as the padded vocabulary of a language model."""
+    different = [d for d in range(logits.ndim) if logits.ndim == other.ndim and logits.shape[d] != other.shape[d]]
+    if different not in ([1], [logits.ndim - 1]):
+        return ""
+    (dim,) = different
+    wide = other_name if other.shape[dim] > logits.shape[dim] else name
+    kept = f"[{':, ' if dim == 1 else '..., '}:{min(logits.shape[dim], other.shape[dim])}]"
+    hint = f": if the classes beyond are padding, pass {wide}{kept}"
+    return hint if dim == 1 else f"{hint}, and both with their classes in dimension 1, {_move_classes(logits)}"
+
+
+def _move_classes(logits: Tensor) -> str:
+    """How logits with their classes last are passed."""
+    return "as logits.transpose(1, 2)" if logits.ndim == 3 else "as logits.movedim(-1, 1)"
 
 
 def check_options(reduction: str, **non_negative: float) -> None:
@@ -102,6 +123,11 @@ def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndic
         raise (TypeError if fits else ValueError)(
             f"target must be class indices, integers of shape {label_shape}, or class probabilities, floating point "
             f"of shape {probs_shape}; got {target.dtype} of shape {tuple(target.shape)}"
+            + (
+                f": the classes must be in dimension 1, pass them {_move_classes(logits)}"
+                if logits.ndim > 2 and tuple(target.shape) == probs_shape[:-1]
+                else ""
+            )
         )
     if as_probs:
         if ignore_index >= 0:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .features import find_logits
+
 
 class Teacher(nn.Module):
     """A frozen classifier for :func:`kdlite.nkd_loss`, called with the student's own batch.
@@ -16,7 +18,8 @@ class Teacher(nn.Module):
     images to the normalisation and the size that it was trained with.
 
     Args:
-        model: images (N, channels, H, W) -> logits (N, C); taken as it is, with its weights.
+        model: images (N, channels, H, W) -> logits (N, C), or an output that has them as ``.logits``; taken as it is,
+            with its weights.
         mean: of the teacher's normalisation, a value per channel, for pixels from 0 to 1.
         std: likewise.
         student_mean: of the normalisation that the batch comes with.
@@ -76,5 +79,5 @@ class Teacher(nn.Module):
             images = images * self.scale + self.shift
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        logits: Tensor = self.model(images)
+        logits = find_logits(self.model(images), None)
         return logits if self.columns is None else logits.index_select(1, self.columns)

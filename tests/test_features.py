@@ -8,6 +8,8 @@ import math
 import os
 import pickle
 import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,11 +41,38 @@ class Net(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Entry(nn.Module):
+    def __init__(self, key):
+        super().__init__()
+        self.key = key
+
+    def forward(self, output):
+        return output[self.key]
+
+
 class Transpose(nn.Module):
     """(N, L, C) -> (L, N, C) and, called again, back: tokens first, as nn.TransformerEncoder has them."""
 
     def forward(self, x):
         return x.transpose(0, 1)
+
+
+class Returning(nn.Module):
+    """A model whose output is what ``pack`` makes of its logits."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.net, self.pack = Net(), pack
+
+    def forward(self, x):
+        return self.pack(self.net(x))
+
+
+class TwoInputs(Net):
+    """Logits of images of which a mask, as large as they are, hides a part."""
+
+    def forward(self, x, mask, *, scale):
+        return super().forward(x * mask) * scale
 
 
 class Second(nn.Module):
@@ -553,11 +582,122 @@ def test_class_count_and_feature_shape_are_checked():
         ValueError, match=r"'2' returns shape \(4, 2, 48\) for a batch of 2: its first dimension is not"
     ):
         WithWeakHead(transposed, "2", example_input=images())
-    lstm = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 8), Second(), nn.Linear(8, 5))
-    with pytest.raises(ValueError, match=r"layer '1' must return a feature .* for the batch.* got a tuple"):
-        WithWeakHead(lstm, "1", example_input=images())
+    grouped = nn.Sequential(Returning(lambda x: {"x": x}), Returning(lambda x: x))
+    grouped[1].net = Entry("x")
+    with pytest.raises(ValueError, match=r"layer '0' must return a feature .* for the batch.* got a dict of 'x'"):
+        WithWeakHead(grouped, "0", example_input=images())
     with pytest.raises(ValueError, match=r"must return \(N, C\) logits, got shape \(2, 8, 8, 8\)"):
         WithWeakHead(Net().layer1, "0", example_input=images())
+
+
+# ---- outputs that hold the logits, and inputs that are not one tensor ----
+
+
+@pytest.mark.parametrize(
+    ("pack", "where"),
+    [
+        (lambda x: {"logits": x, "hidden_states": x.T}, None),
+        (lambda x: SimpleNamespace(logits=x), None),
+        (lambda x: {"out": x}, None),  # the only entry
+        (lambda x: {"aux": 2 * x, "out": x}, "out"),
+        (lambda x: SimpleNamespace(scores=x), "scores"),
+        (lambda x: (x, 2 * x), 0),
+        (lambda x: [2 * x, x], 1),
+    ],
+)
+def test_the_logits_are_found_in_the_models_output(pack, where):
+    model = Returning(pack)
+    student = WithWeakHead(model, "net.layer1", logits=where, example_input=images())
+    logits, weak_logits = student(images())
+    torch.testing.assert_close(logits, model.net(images()))
+    assert weak_logits.shape == (2, 5)
+    output = student.eval()(images())
+    assert type(output) is type(pack(logits))  # what the model's user reads, as it was
+
+
+@pytest.mark.parametrize(
+    ("pack", "where", "message"),
+    [
+        (lambda x: {"aux": x, "out": x}, None, "got a dict of 'aux', 'out'.*say which .* as logits='aux'"),
+        (lambda x: {"out": x}, "logits", "got a dict of 'out'"),
+        (lambda x: {"logits": None, "loss": x}, None, "got a dict of 'logits', 'loss'"),
+        (lambda x: (x, x), None, "got a tuple: .* as logits=0"),
+        (lambda x: (x, x), 2, "got a tuple"),
+        (lambda x: x.tolist(), None, "got a list"),
+    ],
+)
+def test_an_output_without_the_logits_says_what_to_pass(pack, where, message):
+    with pytest.raises(TypeError, match=f"the model must return logits, {message}"):
+        WithWeakHead(Returning(pack), "net.layer1", logits=where, example_input=images())
+
+
+def test_a_dense_model_is_told_the_way():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1))
+    with pytest.raises(ValueError, match=r"got shape \(2, 5, 6, 6\): .*FeatureTap .*examples/loops/segmentation\.py"):
+        WithWeakHead(model, "0", example_input=images())
+    assert (Path(__file__).parents[1] / "examples/loops/segmentation.py").exists()
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_a_model_of_several_inputs_takes_an_example_of_them(as_dict):
+    class Positional(TwoInputs):
+        def forward(self, x, mask):
+            return super().forward(x, mask, scale=2.0)
+
+    x, mask = images(), images() > 0
+    if as_dict:
+        student = WithWeakHead(TwoInputs(), "layer1", example_input={"x": x, "mask": mask, "scale": 2.0})
+        logits, weak_logits = student(x, mask=mask, scale=2.0)
+    else:
+        student = WithWeakHead(Positional(), "layer1", example_input=(x, mask))
+        logits, weak_logits = student(x, mask)
+    torch.testing.assert_close(
+        logits, 2 * student.model.fc(student.model.layer2(student.model.layer1(x * mask)).mean((2, 3)))
+    )
+    assert weak_logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize("config", [{"image_size": 12}, {"image_size": [9, 12]}, {"vision_config": {"image_size": 12}}])
+def test_the_image_size_of_a_config_is_taken(config):
+    def namespace(value):
+        return SimpleNamespace(**{k: namespace(v) for k, v in value.items()}) if isinstance(value, dict) else value
+
+    sizes = []
+    model = Net()
+    model.config = namespace(config)
+    model.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[2:])))
+    student = WithWeakHead(model, "layer1")
+    assert sizes[0] == ((9, 12) if config.get("image_size") == [9, 12] else (12, 12))
+    assert student.config is model.config
+
+
+def test_of_a_layer_that_returns_a_tuple_the_first_entry_is_read():
+    model = Returning(lambda x: x)
+    model.net = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 8, batch_first=True), Second(), nn.Linear(8, 5))
+    student = WithWeakHead(model, "net.1", example_input=images(), channels=-1)
+    with FeatureTap(model, "net.1") as tap:
+        _, weak_logits = student(images())
+        hidden, _states = tap.pop()
+    torch.testing.assert_close(weak_logits, student.head(hidden.mean(1)))
+
+
+def test_print_tells_what_is_read():
+    assert "tap='layer1', the head reads the mean of (N, C, ...) over positions" in repr(
+        WithWeakHead(Net(), "layer1", example_input=images())
+    )
+    assert "'1', the head reads the mean of (N, ..., C)" in repr(
+        WithWeakHead(fixed_size(6, 10), "1", example_input=images(), channels=-1)
+    )
+
+
+def test_a_backbone_is_looked_into():
+    torchvision = pytest.importorskip("torchvision")
+    backbone = torchvision.models.resnet18()
+    assert default_tap(nn.Sequential(backbone, nn.Linear(1000, 5))) == "0.layer3"
+    assert default_tap(nn.ModuleDict({"model": nn.ModuleDict({"backbone": backbone})})) == "model.backbone.layer3"
+    unknown = nn.Sequential(nn.Linear(4, 8), nn.ModuleDict({f"layer{i}": nn.Linear(64, 64) for i in (1, 2, 3)}))
+    with pytest.raises(ValueError, match="no default tap for Sequential"):  # the large part comes last: a stage, say
+        default_tap(unknown)
 
 
 def test_an_unknown_structure_asks_for_the_layer():

@@ -1,6 +1,6 @@
 """kdlite in a training loop of your own: what to add, and where. On the embedded digits, under a minute on a laptop.
 
-python examples/training_loop.py
+python examples/loops/plain.py
 """
 
 import torch

@@ -1,0 +1,80 @@
+"""A language model of Hugging Face: NKD from whole logits, without the logits, and from a teacher's served top-k.
+
+python examples/loops/language_model.py
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kdlite import nkd_linear_loss, nkd_loss
+
+text = Path(__file__).read_bytes()  # tokens are bytes
+VOCABULARY = 128
+
+
+def llama(width: int, vocabulary: int) -> nn.Module:
+    sizes = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes))
+
+
+def batch(n: int = 8, length: int = 64) -> tuple[Tensor, Tensor]:
+    """Tokens (N, L), and labels that are -100 where nothing is to be learnt, here in the first half."""
+    start = torch.randint(len(text) - length, (n,)).tolist()
+    tokens = torch.tensor([list(text[i : i + length]) for i in start])
+    return tokens, torch.where(torch.arange(length) < length // 2, -100, tokens)
+
+
+def cross_entropy(tokens: Tensor, labels: Tensor) -> Tensor:
+    return student(tokens, labels=labels).loss
+
+
+def from_logits(tokens: Tensor, labels: Tensor) -> Tensor:
+    """What is predicted at a position is the next token; classes go to dimension 1, and padding tokens go."""
+    with torch.no_grad():
+        teacher_logits = teacher(tokens).logits[:, :-1, :VOCABULARY].transpose(1, 2)
+    logits = student(tokens).logits[:, :-1].transpose(1, 2)  # (N, V, L - 1)
+    return F.cross_entropy(logits, labels[:, 1:]) + nkd_loss(logits, teacher_logits, labels[:, 1:])
+
+
+def from_hidden(tokens: Tensor, labels: Tensor) -> Tensor:
+    """The same, and the logits, the largest tensors of all, are never held whole."""
+    with torch.no_grad():
+        teacher_hidden = teacher.model(tokens).last_hidden_state[:, :-1]
+    hidden = student.model(tokens).last_hidden_state[:, :-1]
+    weight, teacher_weight = student.lm_head.weight, teacher.lm_head.weight[:VOCABULARY]
+    return nkd_linear_loss(hidden, weight, teacher_hidden, teacher_weight, labels[:, 1:], ce_weight=1.0)
+
+
+def from_top_k(tokens: Tensor, labels: Tensor, k: int = 20) -> Tensor:
+    """The teacher's k best log-probabilities, as servers hand them out; the rest have the probability 0."""
+    with torch.no_grad():
+        served, index = teacher(tokens).logits[..., :VOCABULARY].log_softmax(-1).topk(k)
+    logits = student(tokens).logits
+    teacher_logits = torch.full_like(logits, -torch.inf).scatter(-1, index, served)[:, :-1].transpose(1, 2)
+    logits = logits[:, :-1].transpose(1, 2)
+    return F.cross_entropy(logits, labels[:, 1:]) + nkd_loss(logits, teacher_logits, labels[:, 1:])
+
+
+def fit(model: nn.Module, loss_of, steps: int = 30) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        loss = loss_of(*batch())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    teacher = llama(64, VOCABULARY + 16).eval()  # padded, as vocabularies often are
+    fit(teacher, lambda tokens, labels: teacher(tokens, labels=tokens).loss, steps=80)
+    for loss_of in (cross_entropy, from_logits, from_hidden, from_top_k):
+        torch.manual_seed(0)
+        student = llama(32, VOCABULARY)
+        fit(student, loss_of)
+        with torch.no_grad():
+            print(f"{loss_of.__name__:<14} cross-entropy {cross_entropy(*batch(64)):.2f}")
