@@ -301,7 +301,7 @@ class WithWeakHead(nn.Module):
         return find_logits(output, self._logits), self.head(_pool(_first(self._tap.pop()), self._pool))
 
     def extra_repr(self) -> str:
-        return f"tap={self.tap!r}, the head reads {self._pool}"
+        return f"tap={self.tap!r}, the head reads {_POOLINGS[self._pool]}"
 
     def __getattr__(self, name: str) -> Any:
         """The hints of the wrapped model, where it has them."""
@@ -333,7 +333,11 @@ _HINTS = frozenset({
 
 
 def find_logits(output: Any, where: str | int | None) -> Tensor:
-    """The logits in what a model returned."""
+    """The logits in what a model returned: ``where``, or where there is one place for them.
+
+    Raises:
+        TypeError: they are not there
+    """
     if isinstance(output, Tensor):
         return output
     found = None
@@ -401,7 +405,7 @@ def _first(output: Any) -> Any:
 
 
 def _pooling(feature: Any, example: Any, model: nn.Module, tap: FeatureTap, channels: int | None) -> str:
-    """How a feature of this shape becomes (N, C).
+    """How a feature of this shape becomes (N, C), as a key of _POOLINGS.
 
     Raises:
         ValueError: it is no batch of vectors, or can be read in two ways
@@ -412,12 +416,12 @@ def _pooling(feature: Any, example: Any, model: nn.Module, tap: FeatureTap, chan
             f"{_describe(feature)}; name another layer"
         )
     if feature.ndim == 2:
-        return "(N, C) as it is"
+        return "none"
     if channels is None:
         channels = _channels_dim(feature, example, model, tap)
     if feature.ndim == 3 and channels == -1 and _has_class_token(model, feature.shape[1]):
-        return "the class token, [:, 0] of (N, L, C)"
-    return "the mean of (N, C, ...) over positions" if channels == 1 else "the mean of (N, ..., C) over positions"
+        return "class token"
+    return "channels first" if channels == 1 else "channels last"
 
 
 def _channels_dim(feature: Tensor, example: Any, model: nn.Module, tap: FeatureTap) -> int:
@@ -478,12 +482,21 @@ def _has_class_token(model: nn.Module, tokens: int) -> bool:
     return bool(names & {"cls_token", "class_token", "class_embedding"}) and not only_patches
 
 
-def _pool(feature: Tensor, how: str) -> Tensor:
-    if how == "(N, C) as it is":
+# How a feature becomes (N, C), and how that is told.
+_POOLINGS = {
+    "none": "(N, C) as it is",
+    "class token": "the class token, [:, 0] of (N, L, C)",
+    "channels first": "the mean of (N, C, ...) over positions",
+    "channels last": "the mean of (N, ..., C) over positions",
+}
+
+
+def _pool(feature: Tensor, pooling: str) -> Tensor:
+    if pooling == "none":
         return feature
-    if how.startswith("the class token"):
+    if pooling == "class token":
         return feature[:, 0]
-    positions = range(2, feature.ndim) if "(N, C, ...)" in how else range(1, feature.ndim - 1)
+    positions = range(2, feature.ndim) if pooling == "channels first" else range(1, feature.ndim - 1)
     return feature.mean(tuple(positions))
 
 

@@ -18,8 +18,8 @@ class Teacher(nn.Module):
     images to the normalisation and the size that it was trained with.
 
     Args:
-        model: images (N, channels, H, W) -> logits (N, C), or an output that has them as ``.logits``; taken as it is,
-            with its weights.
+        model: from images (N, channels, H, W) to an output that is, or holds, logits (N, C); taken as it is, with its
+            weights.
         mean: of the teacher's normalisation, a value per channel, for pixels from 0 to 1.
         std: likewise.
         student_mean: of the normalisation that the batch comes with.
@@ -27,9 +27,11 @@ class Teacher(nn.Module):
         size: (H, W) in pixels that the teacher takes; None: as they come.
         columns: which of the teacher's classes each of the student's is, where it knows more or another order; the
             softmax of the loss then renormalises over these. None: all, in their order.
+        logits: where they are in an output that is no tensor, as in :class:`WithWeakHead`.
 
     Raises:
         ValueError: some of the four are given and not all; the batch is on another device than the teacher.
+        TypeError: an output in which the logits are not found.
 
     Example:
         >>> teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), size=(2, 2)).train()
@@ -47,9 +49,11 @@ class Teacher(nn.Module):
         student_std: Sequence[float] | None = None,
         size: Sequence[int] | None = None,
         columns: Sequence[int] | None = None,
+        logits: str | int | None = None,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
+        self.logits = logits
         self.size = None if size is None else tuple(size)
         given = [x for x in (mean, std, student_mean, student_std) if x is not None]
         if len(given) not in (0, 4):
@@ -79,5 +83,5 @@ class Teacher(nn.Module):
             images = images * self.scale + self.shift
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        logits = find_logits(self.model(images), None)
+        logits = find_logits(self.model(images), self.logits)
         return logits if self.columns is None else logits.index_select(1, self.columns)

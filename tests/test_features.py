@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kdlite import FeatureTap, WithWeakHead, default_tap, uskd_loss
+from kdlite import FeatureTap, Teacher, WithWeakHead, default_tap, uskd_loss
 
 
 class Net(nn.Module):
@@ -613,6 +613,7 @@ def test_the_logits_are_found_in_the_models_output(pack, where):
     assert weak_logits.shape == (2, 5)
     output = student.eval()(images())
     assert type(output) is type(pack(logits))  # what the model's user reads, as it was
+    torch.testing.assert_close(Teacher(model, logits=where)(images()), model.net(images()))
 
 
 @pytest.mark.parametrize(
@@ -629,6 +630,8 @@ def test_the_logits_are_found_in_the_models_output(pack, where):
 def test_an_output_without_the_logits_says_what_to_pass(pack, where, message):
     with pytest.raises(TypeError, match=f"the model must return logits, {message}"):
         WithWeakHead(Returning(pack), "net.layer1", logits=where, example_input=images())
+    with pytest.raises(TypeError, match=f"the model must return logits, {message}"):
+        Teacher(Returning(pack), logits=where)(images())
 
 
 def test_a_dense_model_is_told_the_way():

@@ -38,6 +38,12 @@ def loop(name, *argv):
     runpy.run_path(str(ROOT / "examples" / "loops" / name), run_name="__main__")
 
 
+def loop_under_sgd(name, *argv):
+    """The same run with SGD for AdamW, which takes the same step whatever the gradient is multiplied with."""
+    torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
+    loop(name, *argv)
+
+
 def _child(environment, log, function, args):
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -361,8 +367,8 @@ def test_the_language_model_loop_learns_from_twenty_served_tokens(run):
 
 
 def test_accelerate_on_two_processes_equals_one(run, tmp_path):
-    printed = [run(loop, "accelerate_loop.py", tmp_path / str(n), processes=n) for n in (1, 2)]
-    assert float(re.search(r"USKD ([\d.]+)%", printed[0])[1]) > 70
+    printed = [run(loop_under_sgd, "accelerate_loop.py", tmp_path / str(n), processes=n) for n in (1, 2)]
+    assert float(re.search(r"USKD ([\d.]+)%", printed[0])[1]) > 30  # 10 by chance
     one, two = (weights(tmp_path / n / "model.safetensors") for n in "12")
     assert_equal(one, two, rtol=1e-4, atol=1e-5)
     load("accelerate_loop.py")["cnn"]().load_state_dict(one)  # the plain student
@@ -398,12 +404,13 @@ def test_lightning_on_two_devices_equals_one(run, tmp_path):
 def fit_whole_batches(output, devices):
     """Whatever their order, since Lightning gives several devices an order of its own."""
     its = load("lightning_module.py")
+    torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
     its["L"].seed_everything(0)
     its["fit"](its["Classifier"](8, its["cnn"](8)), output, devices, batch_size=1400)
 
 
 def test_fsdp2_on_two_processes_equals_one(run, tmp_path):
-    printed = [run(loop, "fsdp2.py", tmp_path / str(n), processes=n) for n in (1, 2)]
+    printed = [run(loop_under_sgd, "fsdp2.py", tmp_path / str(n), processes=n) for n in (1, 2)]
     assert float(re.search(r"USKD ([\d.]+)%", printed[0])[1]) > 80
     one, two = (weights(tmp_path / n / "student.pt") for n in "12")
     assert_equal(one, two, rtol=1e-4, atol=1e-5)
