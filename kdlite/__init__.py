@@ -3,9 +3,21 @@
 from .features import FeatureTap, WithWeakHead
 from .linear import nkd_linear_loss
 from .nkd import nkd_loss
+from .sparse import nkd_from_logprobs, nkd_sparse_loss, top_k_logprobs
 from .taps import default_tap
 from .teacher import Teacher
 from .uskd import uskd_loss
 
 __version__ = "0.1.0"
-__all__ = ["FeatureTap", "Teacher", "WithWeakHead", "default_tap", "nkd_linear_loss", "nkd_loss", "uskd_loss"]
+__all__ = [
+    "FeatureTap",
+    "Teacher",
+    "WithWeakHead",
+    "default_tap",
+    "nkd_from_logprobs",
+    "nkd_linear_loss",
+    "nkd_loss",
+    "nkd_sparse_loss",
+    "top_k_logprobs",
+    "uskd_loss",
+]

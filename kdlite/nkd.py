@@ -7,13 +7,13 @@ import math
 from torch import Tensor
 
 from . import fused, terms
-from .targets import ClassIndices, as_rows, check_logits, check_options, read_target, reduce
+from .targets import ClassIndices, as_rows, check_logits, check_options, class_dim, read_target, reduce
 
 
 def nkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     *,
     gamma: float = 1.5,
     temperature: float = 1.0,
@@ -34,7 +34,8 @@ def nkd_loss(
     Args:
         student_logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
         teacher_logits: the same shape, of any floating dtype; no gradient flows into it.
-        target: class indices, (N,), (N, d1, ...) or (), or class probabilities of the logits' shape, constant.
+        target: class indices, (N,), (N, d1, ...) or (), or class probabilities of the logits' shape, constant;
+            None takes the teacher's largest class, for who has no labels.
         gamma: weight of the non-target term. The paper's: 1.5 for ImageNet CNNs, 1.0 for ViTs, 3.5 for CIFAR-100.
         temperature: of the non-target term. The paper's: 1.0 on ImageNet, 3.0 on CIFAR-100.
         ignore_index: targets of this class index add nothing and are not counted by "mean".
@@ -61,6 +62,8 @@ def nkd_loss(
     check_options(reduction, gamma=gamma)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+    if target is None:
+        target = teacher_logits.argmax(class_dim(teacher_logits))
     rows = read_target(target, student_logits, ignore_index)
     student, teacher = as_rows(student_logits), as_rows(teacher_logits)
     if isinstance(rows, ClassIndices):

@@ -182,5 +182,5 @@ def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def cross_entropy(weights: Tensor, log_probs: Tensor) -> Tensor:
-    """- sum_i weights_i log_probs_i, (R,), where a weight of 0 takes its class out, even if its log is -inf."""
-    return -(weights * log_probs.masked_fill(weights == 0, 0.0)).sum(1)
+    """- sum_i weights_i log_probs_i over the last dimension; a weight of 0 takes its class out, whatever its log is."""
+    return -(weights * log_probs.masked_fill(weights == 0, 0.0)).sum(-1)

@@ -42,6 +42,22 @@ def nkd_row_gradient(student, teacher, t, gamma, temperature):
     ]
 
 
+def nkd_sparse_row(student, t, teacher_target, teacher_top, gamma):
+    """NKD where of the teacher log T_t and log T_i of some classes are known, ``teacher_top`` a dict by class.
+
+    What is left of either side is one class.
+    """
+    log_n, n = log_softmax(student, leave_out=t), softmax(student, leave_out=t)
+    not_t = -math.expm1(teacher_target)  # 1 - T_t
+    loss = -math.exp(teacher_target) * log_softmax(student)[t]
+    rest = not_t
+    for i, log_t in teacher_top.items():
+        loss -= gamma * math.exp(log_t) / not_t * log_n[i]
+        rest -= math.exp(log_t)
+    n_rest = math.fsum(n[i] for i in range(len(n)) if i != t and i not in teacher_top)
+    return loss - (gamma * rest / not_t * math.log(n_rest) if n_rest else 0.0)
+
+
 def zipf_weights(strong, weak, t):
     """N(Z): reciprocal ranks by descending R, the target dropped, the rest renormalised; 0 for the target."""
     s, w = softmax(strong), softmax(weak)
