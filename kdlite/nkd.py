@@ -63,7 +63,7 @@ def nkd_loss(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if target is None:
-        target = teacher_logits.argmax(class_dim(teacher_logits))
+        target, ignore_index = teacher_logits.argmax(class_dim(teacher_logits)), -100
     rows = read_target(target, student_logits, ignore_index)
     student, teacher = as_rows(student_logits), as_rows(teacher_logits)
     if isinstance(rows, ClassIndices):

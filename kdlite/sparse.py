@@ -72,9 +72,9 @@ def nkd_sparse_loss(
     dim = class_dim(student_logits)
     label_shape = student_logits.shape[:dim] + student_logits.shape[dim + 1 :]
     check_top_k(teacher_target_logprob, teacher_logprobs, teacher_indices, target, label_shape, dim)
-    if target is None:
+    if teacher_target_logprob is None or target is None:
         teacher_target_logprob, target = largest(teacher_logprobs, teacher_indices, dim)
-    assert teacher_target_logprob is not None
+        ignore_index = -100
     rows = read_target(target, student_logits, ignore_index)
     if not isinstance(rows, ClassIndices):
         raise ValueError("target must be class indices: a top-k does not say what another target's share would be")

@@ -30,7 +30,18 @@ from torch.utils._pytree import tree_map
 
 import train
 from deploy import loading
-from kdlite import Teacher, WithWeakHead, fused, linear, nkd_linear_loss, nkd_loss, terms, uskd_loss
+from kdlite import (
+    Teacher,
+    WithWeakHead,
+    fused,
+    linear,
+    nkd_linear_loss,
+    nkd_loss,
+    nkd_sparse_loss,
+    terms,
+    top_k_logprobs,
+    uskd_loss,
+)
 
 CUDA = torch.device("cuda", 0)
 BOTH = pytest.mark.parametrize("loss", [nkd_loss, uskd_loss])
@@ -259,6 +270,29 @@ def test_nkd_linear_loss_stays_on_the_device(cuda, choose, monkeypatch, way, dty
     assert on_gpu(value)
     value.backward()
     assert all(on_gpu(x.grad, dtype) for x in (hidden, weight, b) if x is not None)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(4, 10), (4, 10, 3, 2), (10,)])
+def test_nkd_sparse_loss_stays_on_the_device(cuda, dtype, shape):
+    student, teacher = logits(*shape, dtype=dtype), logits(*shape, dtype=dtype)
+    target = labels(*shape[:1], *shape[2:]) if len(shape) > 1 else labels()
+    top_k = top_k_logprobs(teacher, target, 3)
+    assert all(x.device == CUDA for x in top_k)
+    value = nkd_sparse_loss(student, *top_k, target, ignore_index=3)
+    assert on_gpu(value)
+    value.backward()
+    assert on_gpu(student.grad, dtype)
+
+
+def test_nkd_linear_loss_of_a_top_k_stays_on_the_device(cuda, choose):
+    choose("terms")  # the fused way calls autograd's engine in its forward, which needs a driver
+    hidden, weight = logits(5, 6), logits(10, 6)
+    top_k = top_k_logprobs(logits(5, 10), labels(5), 3)
+    value = nkd_linear_loss(hidden, weight, None, None, labels(5), teacher_top_k=top_k, softcap=30.0, ce_weight=1.0)
+    assert on_gpu(value)
+    value.backward()
+    assert all(on_gpu(x.grad) for x in (hidden, weight))
 
 
 def test_each_way_is_the_one_that_runs(cuda, choose, monkeypatch):

@@ -5,6 +5,8 @@ agrees with plain autograd in chunks and compiled, how exact its gradients are, 
 plain autograd instead.
 """
 
+import math
+
 import pytest
 import torch
 from test_losses import BOTH, gradients, inputs, relative_l2
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 import kdlite.linear
 from examples.benchmark_losses import nkd_by_masks, peak_bytes, uskd_by_masks
-from kdlite import fused, nkd_linear_loss, nkd_loss, terms, uskd_loss
+from kdlite import fused, nkd_linear_loss, nkd_loss, nkd_sparse_loss, terms, top_k_logprobs, uskd_loss
 
 
 @pytest.fixture
@@ -332,6 +334,108 @@ def test_linear_loss_compiles_whole_and_transforms():
     torch.testing.assert_close(by_func, expected_grads[0])
 
 
+CAPS = dict(logit_scale=1.5, softcap=2.0, teacher_logit_scale=0.5, teacher_softcap=3.0)
+
+
+def unfused_capped(hidden, weight, teacher_hidden, teacher_weight, target, *, bias, teacher_bias, **options):
+    logits = 2.0 * (1.5 * F.linear(hidden, weight, bias) / 2.0).tanh()
+    teacher_logits = 3.0 * (0.5 * F.linear(teacher_hidden, teacher_weight, teacher_bias) / 3.0).tanh()
+    return nkd_loss(logits, teacher_logits, target, **options) + F.cross_entropy(logits, target)
+
+
+@pytest.mark.parametrize("logits_at_a_time", [100, 10**6])
+def test_linear_loss_caps_the_logits(logits_at_a_time, monkeypatch):
+    monkeypatch.setattr(kdlite.linear, "LOGITS_AT_A_TIME", logits_at_a_time)
+    args, biases = linear_inputs()
+    actual = linear_gradients(nkd_linear_loss, args, biases, **CAPS, ce_weight=1.0)
+    torch.testing.assert_close(actual, linear_gradients(unfused_capped, args, biases))
+    by_func = torch.func.grad(lambda hidden: nkd_linear_loss(hidden, *args[1:], **biases, **CAPS, ce_weight=1.0))
+    torch.testing.assert_close(by_func(args[0]), actual[1][0])  # which holds the logits whole
+
+
+def top_k_of(args, biases):
+    teacher_logits = F.linear(args[2], args[3], biases["teacher_bias"])
+    return top_k_logprobs(teacher_logits, args[4], 4)
+
+
+@pytest.mark.parametrize("logits_at_a_time", [1, 100, 10**6])
+@pytest.mark.parametrize("options", [{}, dict(ce_weight=1.0), dict(reduction="sum", gamma=0.5), dict(softcap=2.0)])
+def test_linear_loss_takes_a_teachers_top_k(options, logits_at_a_time, monkeypatch):
+    monkeypatch.setattr(kdlite.linear, "LOGITS_AT_A_TIME", logits_at_a_time)
+    args, biases = linear_inputs()
+    top_k, target = top_k_of(args, biases), args[4]
+
+    def whole(hidden, weight, *, bias, ce_weight=0.0, softcap=None, **options):
+        logits = F.linear(hidden, weight, bias)
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+        return nkd_sparse_loss(logits, *top_k, target, **options) + ce_weight * F.cross_entropy(logits, target)
+
+    def gradients(loss, *more, **options):
+        inputs = [x.clone().requires_grad_() for x in (args[0], args[1], biases["bias"])]
+        value = loss(inputs[0], inputs[1], *more, bias=inputs[2], **options)
+        return value.detach(), torch.autograd.grad(value, inputs)
+
+    expected = gradients(whole, **options)
+    actual = gradients(nkd_linear_loss, None, None, target, teacher_top_k=top_k, **options)
+    torch.testing.assert_close(actual, expected)
+    served = top_k[0].view(3, 7), *(x.view(3, 7, 4) for x in top_k[1:])  # k stands last, as in hidden states
+    folded = nkd_linear_loss(args[0].view(3, 7, -1), args[1], None, None, target.view(3, 7), bias=biases["bias"],
+                             teacher_top_k=served, **options)  # fmt: skip
+    torch.testing.assert_close(folded, expected[0])
+
+
+@pytest.mark.parametrize("logits_at_a_time", [100, 10**6])
+def test_linear_loss_takes_the_teachers_largest_class_where_there_is_no_target(logits_at_a_time, monkeypatch):
+    monkeypatch.setattr(kdlite.linear, "LOGITS_AT_A_TIME", logits_at_a_time)
+    args, biases = linear_inputs()
+    teacher_logits = F.linear(args[2], args[3], biases["teacher_bias"])
+    args[4] = teacher_logits.argmax(1)
+    expected = linear_gradients(nkd_linear_loss, args, biases)
+    torch.testing.assert_close(linear_gradients(nkd_linear_loss, [*args[:4], None], biases), expected)
+    served, index = teacher_logits.log_softmax(1).topk(20)
+    value = nkd_linear_loss(*args[:2], None, None, None, bias=biases["bias"], teacher_top_k=(None, served, index))
+    torch.testing.assert_close(value, expected[0])
+
+
+@pytest.mark.slow
+def test_linear_loss_of_a_top_k_compiles_whole():
+    args, biases = linear_inputs(dtype=torch.float32)
+    top_k = top_k_of(args, biases)
+
+    def loss(hidden, weight, *_, bias, teacher_bias):
+        return nkd_linear_loss(hidden, weight, None, None, args[4], bias=bias, teacher_top_k=top_k, ce_weight=1.0)
+
+    torch._dynamo.reset()
+    actual = linear_gradients(torch.compile(loss, fullgraph=True), args, biases)
+    torch.testing.assert_close(actual, linear_gradients(loss, args, biases))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(teacher_top_k=None), "a teacher is missing"),
+        (dict(teacher_hidden=torch.zeros(4, 2)), "takes the place of the teacher's other arguments"),
+        (dict(teacher_softcap=30.0), "takes the place"),
+        (dict(temperature=2.0), "of temperature 1"),
+        (dict(teacher_logit_scale=2.0), "of temperature 1"),
+        (dict(softcap=0.0), "softcap must be > 0 and finite, got 0"),
+        (dict(logit_scale=math.inf), "logit_scale must be > 0 and finite, got inf"),
+        (dict(weight=torch.zeros(1, 3)), "at least 2"),
+        (
+            dict(teacher_top_k=(torch.zeros(4), torch.zeros(4, 2), torch.zeros(4, 3).long())),
+            r"must be \(4, k\) with k >= 1, got \(4, 2\) and \(4, 3\)",
+        ),
+    ],
+)
+def test_linear_loss_refuses_a_top_k_that_does_not_fit(change, message):
+    call = dict(
+        hidden=torch.zeros(4, 3), weight=torch.zeros(5, 3), teacher_hidden=None, teacher_weight=None,
+        target=torch.zeros(4).long(), teacher_top_k=(torch.zeros(4), torch.zeros(4, 2), torch.ones(4, 2).long()),
+    ) | change  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        nkd_linear_loss(**call)
+
+
 def test_linear_loss_refuses_what_it_cannot_do():
     args, biases = linear_inputs()
     args[0].requires_grad_()
@@ -349,6 +453,12 @@ def test_linear_loss_never_holds_the_logits(monkeypatch):
     args, _ = linear_inputs(n=400, classes=2000, dtype=torch.float32)
     args[0].requires_grad_(), args[1].requires_grad_()
     assert peak_bytes(nkd_linear_loss, tuple(args)) < 400 * 2000 * 4 / 2
+    top_k = torch.full((400,), -1.0), torch.full((400, 3), -3.0), torch.arange(3).expand(400, 3)
+
+    def loss(hidden, weight):
+        return nkd_linear_loss(hidden, weight, None, None, args[4], teacher_top_k=top_k)
+
+    assert peak_bytes(loss, tuple(args[:2])) < 400 * 2000 * 4 / 2
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,11 @@ def test_the_public_names():
         "Teacher",
         "WithWeakHead",
         "default_tap",
+        "nkd_from_logprobs",
         "nkd_linear_loss",
         "nkd_loss",
+        "nkd_sparse_loss",
+        "top_k_logprobs",
         "uskd_loss",
     ]
     for name in kdlite.__all__:

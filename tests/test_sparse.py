@@ -52,18 +52,18 @@ def test_with_every_class_it_is_nkd(shape, reduction):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-# Power laws of rank, so that the k largest hold as much of the non-target mass as in two kinds of real teachers.
-TEACHERS = {
-    "C 1,000, flat, k 10": (1000, 0.56, 1.08, 10, 0.46, 0.996),
-    "C 1,000, peaked, k 10": (1000, 0.84, 1.67, 10, 0.86, 0.999),
-    "C 1,000, flat, k 50": (1000, 0.56, 1.12, 50, 0.70, 0.9994),
-    "C 32,000, flat, k 50": (32000, 0.51, 1.135, 50, 0.59, 0.9996),
+# The table of kdlite/README.md: teachers whose non-target probabilities are power laws of rank.
+TEACHERS = {  # classes, T_t, exponent, k, what the k hold; cosines of the two ways
+    "C 1,000, flat, k 10": (1000, 0.56, 1.08, 10, 0.46, 0.929, 0.996),
+    "C 1,000, peaked, k 10": (1000, 0.84, 1.67, 10, 0.86, 0.997, 0.9997),
+    "C 1,000, flat, k 50": (1000, 0.56, 1.12, 50, 0.70, 0.986, 0.9996),
+    "C 32,000, flat, k 50": (32000, 0.51, 1.135, 50, 0.59, 0.968, 0.9996),
 }
 
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_the_gradient_is_near_the_whole_teachers_and_that_of_a_renormalised_top_k_is_not(name):
-    classes, t_t, exponent, k, kept, cosine = TEACHERS[name]
+    classes, t_t, exponent, k, kept, renormalised_cosine, cosine = TEACHERS[name]
     g = torch.Generator().manual_seed(0)
     others = torch.arange(1, classes, dtype=torch.float64) ** -exponent
     others /= others.sum()
@@ -84,7 +84,7 @@ def test_the_gradient_is_near_the_whole_teachers_and_that_of_a_renormalised_top_
     theirs = gradient(nkd_loss, student, renormalised, target)
     ours, theirs = (F.cosine_similarity(x, whole, dim=0).item() for x in (ours, theirs))
     assert ours == pytest.approx(cosine, abs=0.002)
-    assert 1 - theirs > 8 * (1 - ours)
+    assert theirs == pytest.approx(renormalised_cosine, abs=0.002)
 
 
 def test_the_largest_class_is_the_target_where_there_is_no_label():

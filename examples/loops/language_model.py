@@ -50,13 +50,12 @@ def from_hidden(tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def from_top_k(tokens: Tensor, labels: Tensor, k: int = 20) -> Tensor:
-    """The teacher's k best log-probabilities, as servers hand them out; the rest have the probability 0."""
+    """From what servers hand out: log-probabilities of the text's own tokens, and of the k best at each position."""
     with torch.no_grad():
-        served, index = teacher(tokens).logits[..., :VOCABULARY].log_softmax(-1).topk(k)
-    logits = student(tokens).logits
-    teacher_logits = torch.full_like(logits, -torch.inf).scatter(-1, index, served)[:, :-1].transpose(1, 2)
-    logits = logits[:, :-1].transpose(1, 2)
-    return F.cross_entropy(logits, labels[:, 1:]) + nkd_loss(logits, teacher_logits, labels[:, 1:])
+        logprobs = teacher(tokens).logits[:, :-1, :VOCABULARY].log_softmax(-1)
+        own, (served, index) = logprobs.gather(2, tokens[:, 1:, None]).squeeze(2), logprobs.topk(k)
+    hidden, weight = student.model(tokens).last_hidden_state[:, :-1], student.lm_head.weight
+    return nkd_linear_loss(hidden, weight, None, None, labels[:, 1:], teacher_top_k=(own, served, index), ce_weight=1.0)
 
 
 def fit(model: nn.Module, loss_of, steps: int = 30) -> None:
