@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.distributed as dist
-from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
@@ -64,21 +63,30 @@ from deploy.loading import (
     Batch,
     CorruptCount,
     DeviceLoader,
+    describe_view,
     eval_view,
     make_loader,
     progress_bar,
+    train_view,
 )
 from deploy.per_class import write_per_class
 from deploy.pictures import batch_picture
-from deploy.preprocess import RESAMPLING, to_rgb, upright_size
-from deploy.ranks import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero
+from deploy.preprocess import RESAMPLING
+from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero, pick_device
 from deploy.recipes import BY_DATA, RECIPES, pick_recipe
 from deploy.reference import evenly, keep_reference
-from deploy.student import check_forward, is_own, save_student, settle_batch_norm
+from deploy.student import call_own, check_forward, is_own, own_function, save_student, settle_batch_norm
+from deploy.teacher_labels import StoredLabels, begin_labels, describe_images, digest_of, write_labels
 from deploy.weights import load_teacher, open_student
-from kdlite import Teacher, WithWeakHead, nkd_loss, uskd_loss
+from kdlite import Teacher, WithWeakHead, nkd_loss, nkd_sparse_loss, top_k_logprobs, uskd_loss
 
 # ---- flags --------------------------------------------------------------------------------------------------------
+
+
+def distillation(name: str) -> str:
+    if name not in ("nkd", "kd") and not is_own(name):
+        raise argparse.ArgumentTypeError(f"{name!r} is none of nkd, kd and path/to/file.py:function")
+    return name
 
 
 # Flags that belong to a method: without it they would be ignored, so they are refused.
@@ -86,6 +94,7 @@ OF_METHOD = {
     "--kd nkd": ("gamma", "temperature"),
     "--kd kd": ("kd_weight", "kd_temperature"),
     "--self-kd uskd": ("tap", "alpha", "beta", "mu"),
+    "--write-labels": ("views", "top_k"),
 }
 
 COUNT, WEIGHT, SHARE, POSITIVE = number(int, 1), number(float, 0), number(float, 0, 1), number(float, 0, above=True)
@@ -122,10 +131,15 @@ FLAGS: dict[str, dict[str, tuple[Any, str, dict[str, Any]]]] = {
         "init": (None, "start from what fits of a student/ folder, a .safetensors or a .pth of weights", {}),
         "teacher": (None, "as --model; a library's name means its ImageNet weights (a download), NAME:FILE those in a "
                     "file", {}),
+        "write_labels": (None, "keep what --teacher says of every training image in this folder, and end", {}),
+        "views": (10, "--write-labels: how many epochs' crops and flips of each image", dict(type=COUNT)),
+        "top_k": (None, "--write-labels: classes kept of each answer (default: 10)", dict(type=COUNT)),
+        "teacher_labels": (None, "such a folder, in place of --teacher", {}),
         "teacher_classes": (None, "file of lines CLASS,WHAT THE TEACHER CALLS IT; left out: matched by name", {}),
     },
     "distillation, added to the cross-entropy": {
-        "kd": (None, "with --teacher: NKD, or classic temperature KD", dict(choices=["nkd", "kd"])),
+        "kd": (None, "with --teacher: nkd; kd, classic temperature KD; or path/to/file.py:function of (student_logits, "
+               "teacher_logits, target)", dict(type=distillation)),
         "self_kd": (None, "without a teacher: USKD", dict(choices=["uskd"])),
         "tap": (None, "layer whose feature feeds USKD's weak head; left out: by architecture", {}),
         "gamma": (1.5, "NKD: weight of the non-target term", dict(type=WEIGHT)),
@@ -197,7 +211,9 @@ def get_parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None = None) -> dict[str, Any]:
     """What is typed, with the paths in it made absolute: --resume may be called from another folder."""
     typed = vars(get_parser().parse_args(argv))
-    for name in ("data", "data_dir", "model", "init", "teacher", "teacher_classes", "class_weights"):
+    paths = ("data", "data_dir", "model", "init", "teacher", "teacher_classes", "write_labels", "teacher_labels", "kd",
+             "class_weights")  # fmt: skip
+    for name in paths:
         if name in typed and not (name == "data" and typed[name] in BY_DATA):
             typed[name] = absolute(typed[name])
     typed |= {"model_file": list(map(absolute, typed["model_file"]))} if "model_file" in typed else {}
@@ -244,13 +260,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "warmup_epochs" not in given:
         args.warmup_epochs *= stretch
 
-    if args.kd and not args.teacher:
-        raise UserError(f"--kd {args.kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
-    if args.teacher and not args.kd:
-        raise UserError("--teacher needs --kd nkd or --kd kd")
+    check_methods(args.kd, args.teacher, args.write_labels, args.teacher_labels, args.temperature)
+    chosen = {f"--kd {args.kd}", f"--self-kd {args.self_kd}", "--write-labels" if args.write_labels else ""}
     for method, names in OF_METHOD.items():
         misplaced = typed.keys() & set(names)
-        if misplaced and f"--kd {args.kd}" != method and f"--self-kd {args.self_kd}" != method:
+        if misplaced and method not in chosen:
             raise UserError(f"--{min(misplaced).replace('_', '-')} needs {method}")
     if os.path.isdir(args.model) and typed.keys() & {"model_args", "small_stem", "interpolation", "eval_crop"}:
         raise UserError("--model is a student/ folder, which has its own arguments, stem, interpolation and crop")
@@ -266,12 +280,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if len(args.img_size) not in (2, 4):
         raise UserError("--img-size takes one number, or height and width")
     args.img_size = args.img_size[:2]
+    if args.write_labels or args.teacher_labels:
+        mixing = [name for name in ("mixup", "cutmix", "random_erasing") if getattr(args, name)]
+        if mixing or args.cache == "device":
+            off = [f"--{name.replace('_', '-')} 0" for name in mixing] + ["--cache none"] * (args.cache == "device")
+            raise UserError(f"stored labels are of single images, as each is cropped by itself: say {' '.join(off)}")
     if args.cache == "device" and (args.crop == "resized" or (args.randaugment and args.randaugment[0])):
         raise UserError("--cache device cuts and flips whole batches: say --crop pad or none, and --randaugment 0 0")
     if args.batch_size % (WORLD_SIZE * args.grad_accum):
         passes = f"processes x --grad-accum = {WORLD_SIZE} x {args.grad_accum}"
         raise UserError(f"--batch-size {args.batch_size} must be a multiple of {passes}")
     return args
+
+
+def check_methods(
+    kd: str | None, teacher: str | None, write_labels: str | None, teacher_labels: str | None, temperature: float
+) -> None:
+    """Raise unless the flags about a teacher go together."""
+    if write_labels and (kd or teacher_labels or not teacher):
+        raise UserError("--write-labels needs --teacher, and neither --kd nor --teacher-labels: nothing is trained")
+    if teacher_labels and (kd != "nkd" or teacher):
+        raise UserError("--teacher-labels needs --kd nkd, and no --teacher: other losses want all of its logits")
+    if teacher_labels and temperature != 1:
+        raise UserError("--teacher-labels are of temperature 1: what is not in the top-k is not known at another")
+    if kd in ("nkd", "kd") and not (teacher or teacher_labels):
+        raise UserError(f"--kd {kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
+    if teacher and not (kd or write_labels):
+        raise UserError("--teacher needs --kd: nkd, kd or file.py:function")
 
 
 def fit_recipe(data: Data, started: bool, own: bool, img_size: Sequence[int] | None) -> dict[str, Any]:
@@ -289,25 +324,36 @@ def fit_recipe(data: Data, started: bool, own: bool, img_size: Sequence[int] | N
 
 
 def named_losses(
-    logits: Tensor, weak_logits: Tensor | None, teacher_logits: Any, target: Tensor, *,
-    kd: str | None = None, label_smoothing: float = 0.0, gamma: float = 1.5, temperature: float = 1.0,
-    kd_weight: float = 1.0, kd_temperature: float = 4.0, alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005,
-    class_weights: Tensor | None = None, group: Any = None,
+    logits: Tensor, weak_logits: Tensor | None, teacher: Any, target: Tensor, *,
+    kd: str | Callable[..., Tensor] | None = None, label_smoothing: float = 0.0, gamma: float = 1.5,
+    temperature: float = 1.0, kd_weight: float = 1.0, kd_temperature: float = 4.0, alpha: float = 1.0,
+    beta: float = 0.1, mu: float = 0.005, class_weights: Tensor | None = None, group: Any = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The terms of the objective by name; their sum is what is minimised. USKD: where there are weak logits.
 
+    teacher: its logits, or of NKD a tuple of log T_t, log T_i and indices, the top-k of nkd_sparse_loss
+    kd: nkd, kd, or a loss of one's own of (student_logits, teacher_logits, target), one value or one a row
     class_weights: of each image's losses, by its class; for mixed labels the mean of theirs
     group: the processes that share a batch. USKD's mean over the batch is then over all of it, but for one pass of
         --grad-accum, whose logits are all that is known before its backward
     """
     each: Any = {"reduction": "none"}
     losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing, **each)}
-    if kd == "nkd":
-        losses["nkd"] = nkd_loss(logits, teacher_logits, target, gamma=gamma, temperature=temperature, **each)
+    if kd == "nkd" and isinstance(teacher, tuple):
+        log_t, top, index = teacher
+        losses["nkd"] = nkd_sparse_loss(logits, log_t, top, index, target, gamma=gamma, **each)
+    elif kd == "nkd":
+        losses["nkd"] = nkd_loss(logits, teacher, target, gamma=gamma, temperature=temperature, **each)
     elif kd == "kd":  # Hinton et al. 2015, arXiv 1503.02531
-        student, teacher = ((x.float() / kd_temperature).log_softmax(1) for x in (logits, teacher_logits))
+        student, teacher = ((x.float() / kd_temperature).log_softmax(1) for x in (logits, teacher))
         kl = F.kl_div(student, teacher, log_target=True, **each).sum(1)
         losses["kd"] = kd_weight * kd_temperature**2 * kl
+    elif callable(kd):
+        losses["own"] = loss = kd(logits.float(), None if teacher is None else teacher.float(), target)
+        if loss.shape != logits.shape[:1] and (loss.ndim or class_weights is not None):
+            raise UserError(
+                f"--kd must return a loss for each row, or one where no --class-weights are given: {loss.shape}"
+            )
     if weak_logits is not None:
         losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=beta, mu=mu, group=group, **each)
     if class_weights is not None:
@@ -317,12 +363,15 @@ def named_losses(
 
 
 def forward_backward(
-    net: nn.Module, teacher: nn.Module | None, images: Tensor, target: Tensor, objective: Callable[..., Any],
+    net: nn.Module, teacher: Any, images: Tensor, target: Tensor, objective: Callable[..., Any],
     amp: torch.dtype | None, scaler: torch.amp.GradScaler, grad_accum: int = 1,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The named losses of a batch, their gradients added to the parameters'; nothing waits for the device."""
+    """The named losses of a batch, their gradients added to the parameters'; nothing waits for the device.
+
+    teacher: gives logits of the images; or what it said of them already, the top-k of named_losses
+    """
     with torch.autocast(images.device.type, amp, enabled=amp is not None):
-        teacher_logits = teacher(images) if teacher else None
+        teacher_logits = teacher(images) if callable(teacher) else teacher
         out = net(images)
     logits, weak_logits = out if isinstance(out, tuple) else (out, None)
     losses = objective(logits, weak_logits, teacher_logits, target)
@@ -410,40 +459,6 @@ def make_optimizer(
 # ---- data ---------------------------------------------------------------------------------------------------------
 
 
-class RandomResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, of an image that is not decoded yet: of a large JPEG no more is decoded than the crop needs."""
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        whole_width, whole_height = upright_size(image)
-        upright = torch.empty(1, whole_height, whole_width, device="meta")  # the file may lie on its side
-        top, left, height, width = self.make_params([upright]).values()
-        image = to_rgb(image, (self.size[1] * whole_width / width, self.size[0] * whole_height / height))
-        if image.size == (whole_width, whole_height):
-            return v2.functional.resized_crop(image, top, left, height, width, self.size, self.interpolation)
-        x, y = image.width / whole_width, image.height / whole_height
-        box = left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
-        return image.resize((self.size[1], self.size[0]), RESAMPLING[self.interpolation.value], box)
-
-
-def train_view(
-    input_size: Sequence[int], crop: str, hflip: float, interpolation: str, randaugment: Any = None
-) -> v2.Transform:
-    """Opened PIL image -> augmented uint8 (C, H, W). What can be done to whole batches is done on the device."""
-    mode = v2.InterpolationMode(interpolation)
-    channels, height, width = input_size
-    if crop == "resized":
-        steps: list[Any] = [RandomResizedCrop((height, width), interpolation=mode)]
-    else:
-        steps = [functools.partial(to_rgb, needed=(width, height)), v2.Resize((height, width), interpolation=mode)]
-    if crop == "pad":
-        steps += [v2.RandomCrop((height, width), padding=(width // 8, height // 8))]
-    if hflip:
-        steps += [v2.RandomHorizontalFlip(hflip)]
-    if randaugment and randaugment[0]:
-        steps += [v2.RandAugment(*randaugment, interpolation=mode)]
-    return v2.Compose([*steps, *[v2.Grayscale()] * (channels == 1), v2.PILToTensor()])
-
-
 def batch_augmentation(
     random_erasing: float, mixup: float, cutmix: float, num_classes: int, device: torch.device
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -491,7 +506,7 @@ def evaluate(
     model.eval()
     device, pairs = to_device.device, []
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, samples, ranks asked to stop
-    for images, labels, unreadable in progress_bar(loader, "validate"):
+    for images, labels, unreadable, _ in progress_bar(loader, "validate"):
         corrupt.add(unreadable)
         if stop and stop.name:
             totals[4] += 1
@@ -529,6 +544,8 @@ class Training(NamedTuple):
     student: nn.Module  # what is saved
     net: nn.Module  # what is optimised: the student, with USKD's weak head where there is one
     teacher: Teacher | None
+    stored: StoredLabels | None  # what a teacher said, in its place
+    view: tuple[Any, ...]  # what train_view and describe_view are told
     objective: Callable[..., dict[str, Tensor]]  # named_losses with its weights
     to_device: ToDevice
     augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -603,9 +620,16 @@ def build(
     view = functools.partial(eval_view, config=config)
     loader = functools.partial(make_loader, workers=args.workers, pin_memory=device.type == "cuda")
     train_loader: Any
+    augmented = input_size, args.crop, args.hflip, config["interpolation"], args.randaugment
+    stored = None
+    if args.teacher_labels:
+        ours = describe_images(data.train, data.label_names, describe_view(*augmented))
+        stored = StoredLabels(Path(args.teacher_labels), ours)
+        if known and known["training"].get("teacher") not in (None, str(stored)):
+            raise UserError(f"this run began with labels of {known['training']['teacher']}; now they are of {stored}")
+        config["training"]["teacher"] = str(stored)
     if args.cache == "none":
-        augmented = train_view(input_size, args.crop, args.hflip, config["interpolation"], args.randaugment)
-        train_loader = loader(data.train, augmented, micro_batch, True, args.seed)
+        train_loader = loader(data.train, train_view(*augmented), micro_batch, True, args.seed, stored=stored)
         val_loader: Any = loader(data.val, view, 2 * micro_batch, False)
     else:
         decoded = loader(data.train, train_view(input_size, "none", 0.0, config["interpolation"]), 256, False)
@@ -632,25 +656,16 @@ def build(
         by_class = torch.tensor(values, device=device)
         say(f"class weights, {args.class_weights}: {by_class.min():.3g} to {by_class.max():.3g}")
     options = {name: getattr(args, name) for name in weights}
+    if args.kd and is_own(args.kd):
+        options["kd"] = functools.partial(call_own, own_function(args.kd), args.kd)
     objective = functools.partial(named_losses, class_weights=by_class, group=group, **options)
     to_device = ToDevice(config["mean"], config["std"], device, memory_format)
     augment = batch_augmentation(args.random_erasing, args.mixup, args.cutmix, num_classes, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     return Training(
-        data, config, student, net, teacher, objective, to_device, augment, train_loader, val_loader, updates_per_epoch,
-        optimizer, scheduler, scaler, device, amp,
+        data, config, student, net, teacher, stored, augmented, objective, to_device, augment, train_loader, val_loader,
+        updates_per_epoch, optimizer, scheduler, scaler, device, amp,
     )  # fmt: skip
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; leave it out to train on the CPU")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if torch.cuda.device_count() <= LOCAL_RANK:
-        raise UserError(f"{torch.cuda.device_count()} GPUs, but local rank {LOCAL_RANK}: lower --nproc-per-node")
-    torch.cuda.set_device(LOCAL_RANK)
-    return torch.device("cuda", LOCAL_RANK)
 
 
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
@@ -675,18 +690,19 @@ def train_epoch(
     sampler.set_epoch(progress.epoch, first * run.train_loader.batch_size)
     batches = itertools.islice(run.train_loader, run.updates_per_epoch * grad_accum - first)
     shown = progress_bar(batches, f"epoch {progress.epoch + 1}", run.updates_per_epoch * grad_accum, first)
-    for i, (images, labels, unreadable) in enumerate(shown):
-        corrupt.add(unreadable)
-        if images is None:
-            raise UserError(f"not one image of a training batch could be read, the first is {unreadable[0][0]}")
-        images, target = run.augment(run.to_device(images), labels.to(run.device, non_blocking=True))
+    for i, batch in enumerate(shown):
+        corrupt.add(batch.corrupt)
+        if batch.images is None:
+            raise UserError(f"not one image of a training batch could be read, the first is {batch.corrupt[0][0]}")
+        images, target = run.augment(run.to_device(batch.images), batch.labels.to(run.device, non_blocking=True))
+        teacher = run.teacher or tuple(x.to(run.device, non_blocking=True) for x in batch.beside) or None
         if i == progress.epoch == progress.step == 0:
             look(images, target)
         last_pass = (i + 1) % grad_accum == 0
         if isinstance(parallel, DistributedDataParallel):
             # gradients are exchanged at the last pass alone; DDP.no_sync() sets the same, as a context
             parallel.require_backward_grad_sync = last_pass
-        losses = forward_backward(parallel, run.teacher, images, target, run.objective, run.amp, run.scaler, grad_accum)
+        losses = forward_backward(parallel, teacher, images, target, run.objective, run.amp, run.scaler, grad_accum)
         step = progress.epoch * run.updates_per_epoch + progress.step
         log.add(step, losses)
         if not last_pass:
@@ -715,8 +731,11 @@ def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
     loaded = load_checkpoint(Path(args.output), args.resume == "auto") if args.resume else None
     sides = from_rank_zero(lambda: read_split(Path(args.output) / SPLIT)) if args.resume else None
     run = build(args, known=loaded and loaded[1]["config"], sides=sides)
+    if args.write_labels:
+        write_answers(run, Path(args.write_labels), args.teacher, args.seed, args.views, args.top_k, args.workers, stop)
+        return
     with ExitStack() as at_the_end:
-        method = "-".join(filter(None, [args.kd, args.self_kd])) or "ce"
+        method = "-".join(filter(None, [args.kd and args.kd.rpartition(":")[2], args.self_kd])) or "ce"
 
         def claim() -> Path:
             folder = run_directory.claim(args.output, args.model, method, bool(args.resume), args.overwrite)
@@ -731,6 +750,37 @@ def train(args: argparse.Namespace, stop: StopRequest, terminal: Any) -> None:
         output = from_rank_zero(claim)
         disk = at_the_end.enter_context(ThreadPoolExecutor(1))  # writes while training goes on
         train_in(output, args, run, loaded, stop, disk, started)
+
+
+def write_answers(
+    run: Training, folder: Path, name: str, seed: int, views: int, k: int | None, workers: int | None, stop: StopRequest
+) -> None:
+    """--write-labels: the teacher's top-k of every view of the training images."""
+    assert run.teacher
+    classes = len(run.data.label_names)
+    k = min(10, classes - 1) if k is None else k
+    if k >= classes:
+        raise UserError(f"--top-k {k}: of {classes} classes {classes - 1} are left beside the label")
+    header = describe_images(run.data.train, run.data.label_names, describe_view(*run.view))
+    teacher = {"name": os.path.basename(name), "digest": digest_of(run.teacher), "size": list(run.teacher.size or ()),
+               "seen_at": run.config["input_size"]}  # fmt: skip
+    header |= {"teacher": teacher, "seed": seed, "views": views, "k": k}
+    begin_labels(folder, header)
+    began = time.time()
+    check_teacher(run, name, workers, CorruptCount("validation", len(run.data.val)))
+    images_per_s = min(2000, len(run.data.val)) / (time.time() - began)
+
+    @torch.inference_mode()
+    def ask(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
+            logits = run.teacher(run.to_device(images))  # type: ignore[misc]
+        return top_k_logprobs(logits, labels.to(run.device), k)
+
+    whole = write_labels(folder, header, run.data.train, train_view(*run.view), ask, 64, workers,
+                         run.device.type == "cuda", images_per_s, stop)  # fmt: skip
+    if IS_MAIN:
+        stopped = f"stopped by {stop.name}: what is whole in {folder} is kept, the same command goes on"
+        print(f"--kd nkd --teacher-labels {folder} trains from them" if whole else stopped, flush=True)
 
 
 def train_in(
@@ -897,13 +947,13 @@ def check_teacher(run: Training, name: str, workers: int | None, corrupt: Corrup
 
 
 def describe_method(kd: str | None, self_kd: str | None) -> str:
-    return " + ".join(filter(None, ["cross-entropy", kd, self_kd]))
+    return " + ".join(filter(None, ["cross-entropy", kd and kd.rpartition(":")[2], self_kd]))
 
 
 def say_what_starts(args: argparse.Namespace, run: Training, output: Path) -> None:
     millions = sum(p.numel() for p in run.student.parameters()) / 1e6
     method = describe_method(args.kd, args.self_kd)
-    teacher = f" with {args.teacher}" if run.teacher else ""
+    teacher = f" with {args.teacher or run.stored}" if run.teacher or run.stored else ""
     tap = f" at {run.net.tap}" if isinstance(run.net, WithWeakHead) else ""
     sizes = f"{len(run.data.train)} training and {len(run.data.val)} validation images"
     machine = f"{WORLD_SIZE} x {run.device}, {str(run.amp or torch.float32).removeprefix('torch.')}"

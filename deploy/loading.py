@@ -6,6 +6,7 @@ workers nor on where a resume began.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import multiprocessing
@@ -20,11 +21,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from deploy.cli import UserError
 from deploy.datasets import Digits
-from deploy.preprocess import UnreadableImage, prepare
+from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
 from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE
 
 
@@ -33,32 +35,84 @@ def eval_view(image: Image.Image, config: dict[str, Any]) -> Tensor:
     return torch.from_numpy(prepare(image, config).copy()).permute(2, 0, 1)
 
 
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, of an image that is not decoded yet: of a large JPEG no more is decoded than the crop needs."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        whole_width, whole_height = upright_size(image)
+        upright = torch.empty(1, whole_height, whole_width, device="meta")  # the file may lie on its side
+        top, left, height, width = self.make_params([upright]).values()
+        image = to_rgb(image, (self.size[1] * whole_width / width, self.size[0] * whole_height / height))
+        if image.size == (whole_width, whole_height):
+            return v2.functional.resized_crop(image, top, left, height, width, self.size, self.interpolation)
+        x, y = image.width / whole_width, image.height / whole_height
+        box = left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
+        return image.resize((self.size[1], self.size[0]), RESAMPLING[self.interpolation.value], box)
+
+
+def train_view(
+    input_size: Sequence[int], crop: str, hflip: float, interpolation: str, randaugment: Any = None
+) -> v2.Transform:
+    """Opened PIL image -> augmented uint8 (C, H, W). What can be done to whole batches is done on the device."""
+    mode = v2.InterpolationMode(interpolation)
+    channels, height, width = input_size
+    if crop == "resized":
+        steps: list[Any] = [RandomResizedCrop((height, width), interpolation=mode)]
+    else:
+        steps = [functools.partial(to_rgb, needed=(width, height)), v2.Resize((height, width), interpolation=mode)]
+    if crop == "pad":
+        steps += [v2.RandomCrop((height, width), padding=(width // 8, height // 8))]
+    if hflip:
+        steps += [v2.RandomHorizontalFlip(hflip)]
+    if randaugment and randaugment[0]:
+        steps += [v2.RandAugment(*randaugment, interpolation=mode)]
+    return v2.Compose([*steps, *[v2.Grayscale()] * (channels == 1), v2.PILToTensor()])
+
+
+def describe_view(
+    input_size: Sequence[int], crop: str, hflip: float, interpolation: str, randaugment: Any = None
+) -> dict[str, Any]:
+    """What decides which view of an image train_view draws: not its size, unless the size decides what is cropped."""
+    size = list(input_size) if crop == "pad" else input_size[:1]
+    return {"crop": crop, "hflip": hflip, "randaugment": randaugment or [0, 0], "interpolation": interpolation,
+            "size": list(size)}  # fmt: skip
+
+
 Corrupt = tuple[str, str]  # the name of an image that cannot be read, and why
 
 
+class Sample(NamedTuple):
+    image: Tensor | None  # uint8 (C, H, W); None where it cannot be read
+    label: int
+    corrupt: Corrupt | None
+    beside: tuple[Tensor, ...] = ()  # what a teacher's stored labels say of it
+
+
 class Samples(Dataset):
-    """(epoch, index) -> (uint8 (C, H, W), class index, None), or (None, -1, Corrupt).
+    """(epoch, index) -> Sample.
 
     Each sample's augmentation has a seed of its own, so it depends neither on the worker nor on the rank, and a resumed
-    run sees the same images.
+    run sees the same images. With stored labels (teacher_labels.py) the seed and the views are theirs, again and again.
     """
 
-    def __init__(self, source: Any, view: Callable[[Image.Image], Tensor], seed: int = 0) -> None:
-        self.source, self.view, self.seed = source, view, seed
+    def __init__(self, source: Any, view: Callable[[Image.Image], Tensor], seed: int = 0, stored: Any = None) -> None:
+        self.source, self.view, self.stored = source, view, stored
+        self.seed = stored.seed if stored else seed
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, Corrupt | None]:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
+        epoch = epoch % self.stored.views if self.stored else epoch
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * len(self) + index) % 2**63)
         try:
             image, label = self.source[index]
-            return self.view(image), label, None
+            return Sample(self.view(image), label, None, self.stored(epoch, index) if self.stored else ())
         except UnreadableImage as error:
             samples = getattr(self.source, "samples", None)
-            return None, -1, (str(samples[index][0]) if samples else f"sample {index}", str(error))
+            return Sample(None, -1, (str(samples[index][0]) if samples else f"sample {index}", str(error)))
         finally:
             torch.set_rng_state(state)
 
@@ -80,36 +134,49 @@ class Batch(NamedTuple):
     images: Tensor | None  # uint8 (B, C, H, W); None when not one of the batch could be read
     labels: Tensor | None
     corrupt: list[Corrupt]
+    beside: tuple[Tensor, ...] = ()
 
 
-def collate(samples: list[tuple[Tensor | None, int, Corrupt | None]]) -> Batch:
-    corrupt = [unreadable for _, _, unreadable in samples if unreadable]
-    images = [image for image, _, _ in samples if image is not None]
-    labels = torch.tensor([label for image, label, _ in samples if image is not None])
-    return Batch(torch.stack(images), labels, corrupt) if images else Batch(None, None, corrupt)
+def collate(samples: list[Sample]) -> Batch:
+    corrupt = [sample.corrupt for sample in samples if sample.corrupt]
+    whole = [sample for sample in samples if sample.image is not None]
+    if not whole:
+        return Batch(None, None, corrupt)
+    beside = tuple(torch.stack(values) for values in zip(*(sample.beside for sample in whole)))
+    images = torch.stack([sample.image for sample in whole if sample.image is not None])
+    return Batch(images, torch.tensor([sample.label for sample in whole]), corrupt, beside)
 
 
 def make_loader(
     source: Any, view: Callable[[Image.Image], Tensor], batch_size: int, train: bool, seed: int = 0,
-    workers: int | None = None, pin_memory: bool = False, indices: Sequence[int] | None = None,
+    workers: int | None = None, pin_memory: bool = False, indices: Sequence[int] | None = None, stored: Any = None,
 ) -> DataLoader:  # fmt: skip
     """Training: each rank a part of the shuffle, whole batches only. Evaluation: each sample on exactly one rank.
 
     indices: evaluate on these alone
+    stored: a teacher's labels, of Samples
     """
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if isinstance(source, Digits) else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    dataset = Samples(source, view, seed)
+    dataset = Samples(source, view, seed, stored)
     sampler: Any = [(0, index) for index in (indices or range(len(dataset)))[RANK::WORLD_SIZE]]
     if train:
         sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=seed, drop_last=True)
+    return data_loader(dataset, sampler, batch_size, workers, pin_memory, drop_last=train)
+
+
+def data_loader(
+    dataset: Samples, sampler: Any, batch_size: int, workers: int | None, pin_memory: bool, drop_last: bool = False
+) -> DataLoader:
+    """Batches of what the sampler names; where ``workers`` is None, by as many processes as this one has cores."""
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        own = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = 0 if isinstance(dataset.source, Digits) else own
     context = None
     if workers:  # processes that come from a clean one: forks of this one may hang on the locks its threads held
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["timm", "torchvision"])
     return DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=train,
+        dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=drop_last,
         pin_memory=pin_memory, persistent_workers=workers > 0, multiprocessing_context=context,
         worker_init_fn=end_with_the_training_process,
         generator=torch.Generator(),  # else starting workers would draw from the state that --resume restores

@@ -238,3 +238,14 @@ def check_shared_memory(needed: int) -> None:
             f"/dev/shm has {free >> 20} MiB free, and the workers hold up to {needed >> 20} MiB of images in it: "
             "docker run --shm-size 8g, or --workers 0, or fewer"
         )
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device; leave it out to train on the CPU")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= LOCAL_RANK:
+        raise UserError(f"{torch.cuda.device_count()} GPUs, but local rank {LOCAL_RANK}: lower --nproc-per-node")
+    torch.cuda.set_device(LOCAL_RANK)
+    return torch.device("cuda", LOCAL_RANK)

@@ -175,32 +175,42 @@ def is_folder(name: str) -> bool:
 
 def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     """The user's file.py:function; whatever goes wrong in there is told with its line."""
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"no file {path}, which should build the model")
-    try:
-        folder = os.path.dirname(os.path.abspath(path))
-        if folder not in sys.path:
-            sys.path.insert(0, folder)  # as Python does for a script: it may import its neighbours
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(spec.name, module)  # dataclasses look themselves up there
-        spec.loader.exec_module(module)
-        build = getattr(module, function, None)
-        if build is None:
-            raise UserError(f"{path} has no function {function!r}")
-        model = build(num_classes=num_classes, **options)
-    except UserError:
-        raise
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"{path}:{lines[-1]}" if lines else path
-        raise UserError(f"{name} failed: {type(error).__name__}: {error} ({where})") from error
+    model = call_own(own_function(name), name, num_classes=num_classes, **options)
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} must return an nn.Module, got {type(model).__name__}")
     return model
+
+
+def own_function(name: str) -> Callable[..., Any]:
+    """The function of the user's file.py:function, which is run."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}, which should have {function}")
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as Python does for a script: it may import its neighbours
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # dataclasses look themselves up there
+    call_own(spec.loader.exec_module, name, module)
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"{path} has no function {function!r}")
+    return getattr(module, function)  # type: ignore[no-any-return]
+
+
+def call_own(function: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
+    """Call what comes from the user's file; an error is told with its line."""
+    try:
+        return function(*args, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        path = name.rpartition(":")[0]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise UserError(f"{name} failed: {type(error).__name__}: {error} ({where})") from error
 
 
 def shrink_stem(model: nn.Module) -> None:

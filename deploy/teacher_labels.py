@@ -1,0 +1,232 @@
+"""A teacher's answers, stored once and trained from many times: train.py --write-labels and --teacher-labels.
+
+A view is a training image as one epoch crops and flips it. What is drawn for it depends on a seed, the view's number
+and the image's alone, so that a student sees the images again that the teacher saw. A folder of labels holds
+
+    labels.json          what the answers are of: files, transform, seed, teacher, k, views
+    000-00000000.npy     view 0, from image 0 on, up to 16,384 rows: log T_t of the label, float32; the k largest of
+    000-00016384.npy     the other classes, uint16 or int32; their log T_i, float16 (fields target, indices, logprobs)
+
+A log-probability of -inf, or a whole row of them, says that nothing is known. Needs torch; knows no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deploy.cli import UserError, write_whole
+from deploy.config import read_json
+from deploy.loading import CorruptCount, Samples, data_loader, progress_bar
+from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE, StopRequest, from_rank_zero
+
+HEADER = "labels.json"
+ROWS = 2**14  # of a file: what a writer that is stopped loses at most
+
+# What must agree where a student trains from labels, and what labels.json calls it.
+OF_IMAGES = {"images": "number of training images", "files": "digest of their names and classes", "classes": "classes",
+             "view": "transform", "draws": "how a view is drawn from its seed"}  # fmt: skip
+OF_TEACHER = {"teacher": "teacher", "seed": "seed of the views", "views": "number of views", "k": "k"}
+DRAWS = "((seed * 1000003 + view) * images + index) % 2**63, torch.manual_seed"
+
+
+def row_type(k: int, classes: int) -> np.dtype[Any]:
+    index = "<u2" if classes <= 2**16 else "<i4"
+    return np.dtype([("target", "<f4"), ("logprobs", "<f2", (k,)), ("indices", index, (k,))])
+
+
+def describe_images(source: Any, label_names: list[str], view: dict[str, Any]) -> dict[str, Any]:
+    """The fields of labels.json that the images and their transform give."""
+    names = source.files() if hasattr(source, "files") else map(str, range(len(source)))
+    digest = hashlib.sha256()
+    for name, target in zip(names, source.targets):
+        digest.update(f"{name}\0{label_names[int(target)]}\n".encode())
+    return {"images": len(source), "files": digest.hexdigest(), "classes": len(label_names), "view": view,
+            "draws": DRAWS}  # fmt: skip
+
+
+def digest_of(model: nn.Module) -> str:
+    """Of the weights and buffers, whatever device they are on."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    file = folder / HEADER
+    try:
+        header = read_json(file.read_bytes(), file)
+    except OSError as error:
+        reason = f"{error.strerror}: {HEADER}"
+        raise UserError(f"no teacher's labels in {folder}: {reason}; --write-labels makes them") from error
+    missing = [name for name in (*OF_IMAGES, *OF_TEACHER) if name not in header]
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(missing)}: it is no file of --write-labels")
+    return header
+
+
+def compare(folder: Path, header: dict[str, Any], ours: dict[str, Any], fields: dict[str, str]) -> None:
+    """Raise at the first field that differs from what this run has."""
+    for name, words in fields.items():
+        theirs, mine = header[name], ours[name]
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            words += "".join(f", {key}" for key in differing)
+            theirs, mine = ({key: values.get(key) for key in differing} for values in (theirs, mine))
+        if theirs != mine:
+            raise UserError(f"the labels in {folder} are of another {words}: {theirs} there, {mine} here")
+
+
+class StoredLabels:
+    """(view, index) -> log T_t, log T_i (k,) and indices (k,), read from the files as they are asked for."""
+
+    def __init__(self, folder: Path, ours: dict[str, Any]) -> None:
+        """ours: what describe_images says of this run's images.
+
+        Raises:
+            UserError: no labels, of other images or another transform, or not all of them
+        """
+        self.folder, self.header = folder, read_header(folder)
+        compare(folder, self.header, ours, OF_IMAGES)
+        self.seed, self.views = self.header["seed"], self.header["views"]
+        self.dtype = row_type(self.header["k"], self.header["classes"])
+        self.files: dict[str, np.ndarray] = {}
+        missing = [name for name, _, rows in parts(self.header) if not self.whole(name, rows)]
+        if missing:
+            raise UserError(
+                f"{len(missing)} files of labels are missing or not whole in {folder}, the first is {missing[0]}: "
+                "the same --write-labels goes on"
+            )
+
+    def whole(self, name: str, rows: int) -> bool:
+        return is_whole(self.folder / name, self.dtype, rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"files": {}}  # each process opens its own
+
+    def __call__(self, view: int, index: int) -> tuple[Tensor, ...]:
+        start = index // ROWS * ROWS
+        name = file_name(view, start)
+        if name not in self.files:
+            self.files[name] = np.load(self.folder / name, mmap_mode="r")
+        row = self.files[name][index - start]
+        return (
+            torch.tensor(float(row["target"])),
+            torch.from_numpy(row["logprobs"].astype(np.float32)),
+            torch.from_numpy(row["indices"].astype(np.int64)),
+        )
+
+    def __str__(self) -> str:
+        k, views, teacher = (self.header[name] for name in ("k", "views", "teacher"))
+        return f"{teacher['name']} ({teacher['digest'][:8]}), top-{k} of {views} views drawn from seed {self.seed}"
+
+
+def file_name(view: int, start: int) -> str:
+    return f"{view:03}-{start:08}.npy"
+
+
+def parts(header: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int], int]]:
+    """Each file, its view and first image, and its rows."""
+    for view in range(header["views"]):
+        for start in range(0, header["images"], ROWS):
+            yield file_name(view, start), (view, start), min(ROWS, header["images"] - start)
+
+
+def is_whole(file: Path, dtype: np.dtype[Any], rows: int) -> bool:
+    try:
+        array = np.load(file, mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    return array.dtype == dtype and array.shape == (rows,)
+
+
+class Position:
+    """In place of stored labels where they are written: which view and image a sample is."""
+
+    def __init__(self, seed: int, views: int) -> None:
+        self.seed, self.views = seed, views
+
+    def __call__(self, view: int, index: int) -> tuple[Tensor, ...]:
+        return (torch.tensor([view, index]),)
+
+
+def begin_labels(folder: Path, header: dict[str, Any]) -> None:
+    """Make the folder, or raise where it holds labels of something else."""
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / HEADER).exists():
+            compare(folder, read_header(folder), header, OF_IMAGES | OF_TEACHER)
+        else:
+            write_whole(folder / HEADER, json.dumps(header, indent=1))
+
+    from_rank_zero(begin)
+
+
+def write_labels(
+    folder: Path, header: dict[str, Any], source: Any, view: Callable[..., Tensor],
+    ask: Callable[[Tensor, Tensor], tuple[Tensor, ...]], batch_size: int, workers: int | None, pin_memory: bool,
+    images_per_s: float, stop: StopRequest,
+) -> bool:  # fmt: skip
+    """Ask the teacher about every view of every image, a share of the files each rank; False: asked to stop.
+
+    Files that are there and whole stay as they are: so a writer goes on that was stopped.
+
+    Args:
+        view: opened PIL image -> uint8 (C, H, W), with what is drawn for it
+        ask: (images uint8 (B, C, H, W), labels (B,)) -> log T_t (B,), log T_i (B, k), indices (B, k)
+        images_per_s: what a process of this run was seen to do, for the time that is said
+    """
+    dtype = row_type(header["k"], header["classes"])
+    todo = [part for part in parts(header) if not is_whole(folder / part[0], dtype, part[2])]
+    rows, rows_in_all = sum(part[2] for part in todo), header["images"] * header["views"]
+    if IS_MAIN:
+        minutes = rows / WORLD_SIZE / images_per_s / 60
+        done = f", {rows_in_all - rows} there already" if rows < rows_in_all else ""
+        print(f"labels of {rows_in_all} views ({header['images']} images x {header['views']}){done}: "
+              f"{rows_in_all * dtype.itemsize / 1e6:.1f} MB, about {minutes:.0f} min", flush=True)  # fmt: skip
+    mine = todo[RANK::WORLD_SIZE]
+    dataset = Samples(source, view, stored=Position(header["seed"], header["views"]))
+    keys = [(number, start + i) for _, (number, start), count in mine for i in range(count)]
+    corrupt, seen = CorruptCount("training", header["images"]), 0
+    files = {(number, start): (name, nothing_known(count, dtype)) for name, (number, start), count in mine}
+    ends = list(itertools.accumulate(count for *_, count in mine))
+    for batch in progress_bar(data_loader(dataset, keys, batch_size, workers, pin_memory), "ask the teacher"):
+        corrupt.add(batch.corrupt)
+        seen += len(batch.corrupt)
+        if batch.images is not None:
+            positions = batch.beside[0].numpy()
+            seen += len(positions)
+            target, logprobs, indices = (x.cpu().numpy() for x in ask(batch.images, batch.labels))
+            for (number, index), *row in zip(positions.tolist(), target, logprobs, indices):
+                files[number, index // ROWS * ROWS][1][index % ROWS] = tuple(row)
+        while ends and seen >= ends[0]:
+            del ends[0]
+            name, rows_of = files.pop(next(iter(files)))
+            content = io.BytesIO()
+            np.save(content, rows_of)
+            write_whole(folder / name, content.getvalue())
+        if stop.name:
+            break
+    if WORLD_SIZE > 1:
+        dist.barrier()
+    return not ends
+
+
+def nothing_known(rows: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Of images that cannot be read: a target of probability 0 and no class, which the loss makes 0 of."""
+    file = np.zeros(rows, dtype)
+    file["target"] = file["logprobs"] = -np.inf
+    return file

@@ -1,0 +1,361 @@
+"""A teacher's answers, stored by train.py --write-labels and trained from by --teacher-labels; losses of one's own."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import train
+from deploy import loading, teacher_labels
+from deploy.datasets import open_data
+from deploy.student import load_student
+from deploy.teacher_labels import StoredLabels, describe_images
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = Path(__file__).with_name("own_models.py")
+TINY = [
+    "--device",
+    "cpu",
+    "--model",
+    f"{MODELS}:tiny",
+    "--epochs",
+    1,
+    "--img-size",
+    16,
+    "--reference",
+    0,
+    "--workers",
+    0,
+]
+TEACHER = ["--teacher", "t/student", "--model-file", f"{MODELS}:tiny"]
+PHOTOS = ["--data", "photos", "--recipe", "digits", "--batch-size", 8, "--crop", "resized", "--hflip", 0.5,
+          "--randaugment", 2, 9]  # fmt: skip
+
+
+def run(*flags, check=0):
+    assert train.main([str(flag) for flag in flags]) == check
+
+
+def refused(capsys, *flags):
+    """The one line a mistake is answered with."""
+    capsys.readouterr()
+    run(*flags, check=2)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def rows(output):
+    with open(Path(output) / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A teacher of the digits in t/, a folder of photographs and a teacher of its two classes in p/t/."""
+    root = tmp_path_factory.mktemp("teachers")
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        run(*TINY, "--epochs", 2, "--lr", 0.02, "--output", "t")
+        for name, photo in zip(("china", "flower"), load_sample_images().images):
+            for part, count in (("train", 12), ("val", 3)):
+                folder = root / "p/photos" / part / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    Image.fromarray(photo[15 * i : 15 * i + 64, 20 * i : 20 * i + 80]).save(folder / f"{i}.png")
+        os.chdir(root / "p")
+        run(*TINY, *PHOTOS, "--output", "t")
+    finally:
+        os.chdir(before)
+    return root
+
+
+@pytest.fixture
+def digits(teachers, tmp_path, monkeypatch):
+    shutil.copytree(teachers / "t", tmp_path / "t")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def photos(teachers, tmp_path, monkeypatch):
+    shutil.copytree(teachers / "p", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+def stored(data, input_size=(3, 16, 16), folder="L"):
+    view = loading.describe_view(input_size, "resized", 0.5, "bilinear", [2, 9])
+    return StoredLabels(Path(folder), describe_images(data.train, data.label_names, view))
+
+
+# ---- the student sees what the teacher saw, and learns what it would have said ----
+
+
+def test_from_labels_of_every_class_a_student_learns_as_from_the_teacher(digits):
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 2, "--top-k", 9)
+    run(*TINY, "--epochs", 2, "--kd", "nkd", "--teacher-labels", "L", "--output", "stored")
+    run(*TINY, "--epochs", 2, "--kd", "nkd", *TEACHER, "--output", "online")
+    for ours, theirs in zip(rows("stored"), rows("online")):
+        assert float(ours["loss_ce"]) == pytest.approx(float(theirs["loss_ce"]), rel=1e-3)
+        assert float(ours["loss_nkd"]) == pytest.approx(float(theirs["loss_nkd"]), rel=1e-3)  # log T_i are float16
+    config = json.loads(Path("stored/student/config.json").read_text())
+    assert config["training"]["teacher"].startswith("student (")
+    assert config["training"]["teacher"].endswith("), top-9 of 2 views drawn from seed 0")
+
+
+def test_a_stored_answer_is_the_teachers_of_the_view_that_is_drawn_again(photos):
+    run(*TINY, *PHOTOS, *TEACHER, "--write-labels", "L", "--views", 2, "--seed", 3)
+    data = open_data("photos")
+    teacher, config = load_student(Path("t"), [f"{MODELS}:tiny"])
+    teacher.eval()
+    labels = stored(data)
+    assert (labels.views, labels.header["k"]) == (2, 1)
+    samples = loading.Samples(
+        data.train, loading.train_view((3, 16, 16), "resized", 0.5, "bilinear", [2, 9]), 7, labels
+    )
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    seen = []
+    for epoch, index in ((0, 0), (0, 23), (1, 0), (2, 0), (3, 23)):
+        image, label, _, (log_t, top, classes) = samples[epoch, index]
+        with torch.no_grad():
+            expected = teacher((image[None] / 255 - mean) / std).log_softmax(1)[0]
+        assert log_t.item() == pytest.approx(expected[label].item(), abs=1e-5)
+        assert top.item() == pytest.approx(expected[1 - label].item(), abs=1e-3)
+        assert classes.tolist() == [1 - label]
+        seen.append(image)
+    assert torch.equal(seen[0], seen[3])  # two views: epoch 2 is epoch 0 again
+    assert not torch.equal(seen[0], seen[2])
+
+
+def test_labels_of_large_crops_teach_a_student_of_small_ones(photos):
+    """Where the size does not decide what is cropped: the teacher may see more pixels than the student."""
+    run(*TINY, *PHOTOS, *TEACHER, "--img-size", 32, "--write-labels", "L", "--views", 1)
+    run(*TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
+    assert math.isfinite(float(rows("out")[0]["loss_nkd"]))
+
+
+@pytest.mark.slow
+def test_workers_and_ranks_write_the_same_labels(photos, monkeypatch):
+    flags = [*TINY, *PHOTOS, *TEACHER, "--views", 3, "--write-labels"]
+    run(*flags, "L")
+    run(*flags, "M", "--workers", 2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, str(ROOT / "train.py"), *map(str, flags), "N"], check=True, timeout=200,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    for name in ("labels.json", "000-00000000.npy", "001-00000000.npy", "002-00000000.npy"):
+        for other in "MN":
+            assert Path("L", name).read_bytes() == Path(other, name).read_bytes()
+
+
+def test_a_run_from_labels_that_is_stopped_goes_on_to_the_same_weights(digits, monkeypatch):
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    flags = [*TINY, "--epochs", 2, "--kd", "nkd", "--self-kd", "uskd", "--teacher-labels", "L"]
+    run(*flags, "--output", "whole")
+    with monkeypatch.context() as m:
+        evaluate = train.evaluate
+        m.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), 15) or evaluate(*args))
+        run(*flags, "--output", "parts")
+    assert not Path("parts/metrics.csv").exists()
+    run("--output", "parts", "--resume")
+    whole, parts = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+# ---- writing ----
+
+
+def test_what_is_whole_is_kept_and_what_is_not_is_written_again(digits, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_labels, "ROWS", 500)
+    flags = [*TINY, *TEACHER, "--views", 2, "--write-labels"]
+    run(*flags, "L")
+    run(*flags, "M")
+    assert sorted(path.name for path in Path("L").glob("*.npy")) == [
+        f"{view:03}-{start:08}.npy" for view in (0, 1) for start in (0, 500, 1000)
+    ]
+    Path("L/001-00000500.npy").write_bytes(Path("L/001-00000500.npy").read_bytes()[:-1])
+    kept = {path: path.stat().st_mtime_ns for path in Path("L").glob("*.npy") if path.name != "001-00000500.npy"}
+    line = refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
+    assert "1 files of labels are missing or not whole" in line
+    assert "001-00000500.npy" in line
+    run(*flags, "L")
+    assert "2874 views (1437 images x 2), 2374 there already: 0.1 MB" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    for path in Path("M").iterdir():
+        assert (Path("L") / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_stop_keeps_what_is_whole(digits, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_labels, "ROWS", 500)
+    flags = [*TINY, *TEACHER, "--views", 1, "--write-labels", "L"]
+    with monkeypatch.context() as m:
+        write = teacher_labels.write_whole
+
+        def write_and_stop(path, content):
+            write(path, content)
+            if path.suffix == ".npy":
+                os.kill(os.getpid(), 15)
+
+        m.setattr(teacher_labels, "write_whole", write_and_stop)
+        run(*flags)
+    assert "stopped by SIGTERM: what is whole in" in capsys.readouterr().out
+    assert [path.name for path in Path("L").glob("*.npy")] == ["000-00000000.npy"]
+    run(*flags)
+    assert len(list(Path("L").glob("*.npy"))) == 3
+
+
+def test_of_an_image_that_cannot_be_read_nothing_is_known(photos, capsys):
+    Path("photos/train/china/3.png").write_bytes(b"no image")
+    run(*TINY, *PHOTOS, *TEACHER, "--write-labels", "L", "--views", 1)
+    assert (
+        f"skipped a corrupt image (1 so far in training): {Path('photos').absolute()}/train/china/3.png"
+        in capsys.readouterr().err
+    )
+    data = open_data("photos")
+    index = data.train.files().index("china/3.png")
+    log_t, top, _ = stored(data)(0, index)
+    assert log_t == top == -torch.inf
+    assert torch.isfinite(stored(data)(0, index + 1)[0])
+    logits = torch.zeros(1, 2, requires_grad=True)
+    loss = train.named_losses(logits, None, tuple(x[None] for x in stored(data)(0, index)), torch.tensor([0]), kd="nkd")
+    loss["nkd"].backward()
+    assert loss["nkd"] == 0
+    assert (logits.grad == 0).all()
+
+
+# ---- what is refused ----
+
+
+def test_labels_of_something_else_are_refused_with_the_field_that_differs(photos, capsys):
+    write = [*TINY, *PHOTOS, *TEACHER, "--views", 2, "--write-labels", "L"]
+    run(*write)
+    learn = [*TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out"]
+
+    def said(*flags):
+        return refused(capsys, *flags).partition("are of another ")[2]
+
+    assert said(*learn, "--crop", "none") == "transform, crop: {'crop': 'resized'} there, {'crop': 'none'} here"
+    assert said(*learn, "--randaugment", 1, 9) == (
+        "transform, randaugment: {'randaugment': [2, 9]} there, {'randaugment': [1, 9]} here"
+    )
+    assert said(*write, "--views", 3) == "number of views: 2 there, 3 here"
+    assert said(*write, "--seed", 1) == "seed of the views: 0 there, 1 here"
+    shutil.copytree("t", "other")
+    run(*TINY, *PHOTOS, "--seed", 1, "--output", "other", "--overwrite")
+    assert said(*write, "--teacher", "other/student").startswith("teacher, digest: ")
+    Path("photos/train/china/0.png").rename("photos/train/flower/99.png")
+    assert said(*learn).startswith("digest of their names and classes: ")
+    Path("photos/train/flower/99.png").unlink()
+    assert said(*learn) == "number of training images: 24 there, 23 here"
+    assert not Path("out").exists()
+
+
+def test_a_run_that_goes_on_wants_the_same_labels(digits, capsys):
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    run(*TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
+    shutil.rmtree("L")
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1, "--top-k", 3)
+    line = refused(capsys, "--output", "out", "--resume", "--epochs", 2)
+    assert "this run began with labels of student (" in line
+    assert "top-9 of 1 views" in line
+    assert "top-3 of 1 views" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--write-labels", "L"], "--write-labels needs --teacher"),
+        (["--write-labels", "L", *TEACHER, "--kd", "nkd"], "nothing is trained"),
+        (["--write-labels", "L", *TEACHER, "--top-k", 10], "--top-k 10: of 10 classes 9 are left"),
+        (
+            ["--write-labels", "L", *TEACHER, "--mixup", 0.2, "--random-erasing", 0.1],
+            "say --mixup 0 --random-erasing 0",
+        ),
+        (["--write-labels", "L", *TEACHER, "--cache", "device"], "say --cache none"),
+        (["--views", 3], "--views needs --write-labels"),
+        (["--teacher-labels", "L"], "--teacher-labels needs --kd nkd"),
+        (["--teacher-labels", "L", "--kd", "kd"], "--teacher-labels needs --kd nkd"),
+        (["--teacher-labels", "L", "--kd", "nkd", *TEACHER], "no --teacher"),
+        (["--teacher-labels", "L", "--kd", "nkd", "--temperature", 2], "of temperature 1"),
+        (["--teacher-labels", "L", "--kd", "nkd"], "no teacher's labels in L: No such file or directory: labels.json"),
+        (["--kd", "dkd"], "'dkd' is none of nkd, kd and path/to/file.py:function"),
+    ],
+)
+def test_flags_that_do_not_go_together(digits, capsys, flags, message):
+    assert message in refused(capsys, *TINY, *flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "labels.json"), ("[]", "labels.json"), ('{"images": 3}', "labels.json lacks files, classes, view")],
+)
+def test_a_damaged_header(digits, capsys, content, message):
+    Path("L").mkdir()
+    Path("L/labels.json").write_text(content)
+    assert message in refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L")
+
+
+# ---- losses of one's own ----
+
+
+@pytest.fixture
+def own(digits):
+    Path("own.py").write_text("""
+import torch
+from torch.nn import functional as F
+
+def rows(student_logits, teacher_logits, target):
+    return F.mse_loss(student_logits, teacher_logits, reduction="none").mean(1)
+
+def one(student_logits, teacher_logits, target):
+    return rows(student_logits, teacher_logits, target).mean()
+
+def alone(student_logits, teacher_logits, target):
+    assert teacher_logits is None
+    return student_logits.square().mean(1)
+
+def wrong(student_logits, teacher_logits, target):
+    return student_logits
+
+def raises(student_logits, teacher_logits, target):
+    return student_logits.nothing
+""")
+
+
+def test_a_loss_of_ones_own_is_added(own):
+    run(*TINY, "--kd", "own.py:rows", *TEACHER, "--output", "rows")
+    run(*TINY, "--kd", "own.py:one", *TEACHER, "--output", "one")
+    assert float(rows("rows")[0]["loss_own"]) == pytest.approx(float(rows("one")[0]["loss_own"]), rel=1e-5)
+    run(*TINY, "--kd", "own.py:alone")  # without a teacher
+    assert Path("runs/001-own_models-alone").is_dir()
+    config = json.loads(Path("rows/student/config.json").read_text())
+    assert config["training"]["method"] == "cross-entropy + rows"
+
+
+@pytest.mark.parametrize("name", ["dkd", "standardised_kd", "wttm", "dist", "tf_kd"])
+def test_the_losses_of_the_examples_train(digits, name):
+    run(*TINY, "--kd", f"{ROOT}/examples/losses.py:{name}", *TEACHER, "--output", "out")
+    assert np.isfinite(float(rows("out")[0]["loss_own"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["own.py:wrong"], "--kd must return a loss for each row, or one where no --class-weights are given"),
+        (["own.py:one", "--class-weights", "balanced"], "--kd must return a loss for each row"),
+        (["own.py:raises"], "own.py:raises failed: AttributeError: 'Tensor' object has no attribute 'nothing' ("),
+        (["own.py:missing"], "has no function 'missing'"),
+        (["nowhere.py:loss"], "no file nowhere.py"),
+    ],
+)
+def test_a_loss_that_is_none(own, capsys, flags, message):
+    assert message in refused(capsys, *TINY, *TEACHER, "--kd", *flags)
