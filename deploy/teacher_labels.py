@@ -178,7 +178,7 @@ def begin_labels(folder: Path, header: dict[str, Any]) -> None:
 def write_labels(
     folder: Path, header: dict[str, Any], source: Any, view: Callable[..., Tensor],
     ask: Callable[[Tensor, Tensor], tuple[Tensor, ...]], batch_size: int, workers: int | None, pin_memory: bool,
-    images_per_s: float, stop: StopRequest,
+    images_per_s: float | None, stop: StopRequest,
 ) -> bool:  # fmt: skip
     """Ask the teacher about every view of every image, a share of the files each rank; False: asked to stop.
 
@@ -187,16 +187,16 @@ def write_labels(
     Args:
         view: opened PIL image -> uint8 (C, H, W), with what is drawn for it
         ask: (images uint8 (B, C, H, W), labels (B,)) -> log T_t (B,), log T_i (B, k), indices (B, k)
-        images_per_s: what a process of this run was seen to do, for the time that is said
+        images_per_s: what the processes of this run were seen to do, for the time that is said
     """
     dtype = row_type(header["k"], header["classes"])
     todo = [part for part in parts(header) if not is_whole(folder / part[0], dtype, part[2])]
     rows, rows_in_all = sum(part[2] for part in todo), header["images"] * header["views"]
     if IS_MAIN:
-        minutes = rows / WORLD_SIZE / images_per_s / 60
+        minutes = f", about {rows / images_per_s / 60:.0f} min" if images_per_s else ""
         done = f", {rows_in_all - rows} there already" if rows < rows_in_all else ""
         print(f"labels of {rows_in_all} views ({header['images']} images x {header['views']}){done}: "
-              f"{rows_in_all * dtype.itemsize / 1e6:.1f} MB, about {minutes:.0f} min", flush=True)  # fmt: skip
+              f"{rows_in_all * dtype.itemsize / 1e6:.1f} MB{minutes}", flush=True)  # fmt: skip
     mine = todo[RANK::WORLD_SIZE]
     dataset = Samples(source, view, stored=Position(header["seed"], header["views"]))
     keys = [(number, start + i) for _, (number, start), count in mine for i in range(count)]

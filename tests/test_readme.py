@@ -75,7 +75,7 @@ def test_an_example_runs(name, tmp_path):
         (
             "benchmark_step.py",
             "--models resnet18 --img-size 32 --batch-size 2 --rounds 2 --seconds 0.1 --device cpu --workers 0",
-            5,
+            6,
         ),
     ],
 )

@@ -14,12 +14,14 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.nn import functional as F
 
 import train
 from deploy import loading, teacher_labels
 from deploy.datasets import open_data
 from deploy.student import load_student
 from deploy.teacher_labels import StoredLabels, describe_images
+from kdlite import nkd_sparse_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
@@ -169,6 +171,47 @@ def test_a_run_from_labels_that_is_stopped_goes_on_to_the_same_weights(digits, m
     whole, parts = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    for command in (
+        ["-m", "deploy.export", "t/student", "--model-file", f"{MODELS}:tiny"],
+        [
+            "examples/teacher_labels.py",
+            Path("t/student/student.onnx").absolute(),
+            Path("M").absolute(),
+            "--views",
+            1,
+            *TINY,
+        ],
+    ):
+        folder, env = Path.cwd() if command[0] == "-m" else ROOT, os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, *map(str, command)], check=True, timeout=200, cwd=folder, env=env)
+    ours, theirs = (np.load(f"{name}/000-00000000.npy") for name in "ML")
+    np.testing.assert_allclose(ours["target"], theirs["target"], atol=1e-4)
+    assert (ours["indices"] == theirs["indices"]).mean() > 0.99  # but for ties
+    run(*TINY, "--kd", "nkd", "--teacher-labels", "M", "--output", "out")
+
+
+def test_answers_of_a_server_are_a_top_k():
+    """As vLLM's prompt_logprobs: of each token a dict, which has the token's own beside the k largest."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from teacher_labels import from_answers
+
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 30, generator=g, dtype=torch.float64)
+    labels = torch.randint(30, (6,), generator=g)
+    log_t = teacher.log_softmax(1)
+    answers = [
+        {int(i): float(row[i]) for i in {*row.topk(5).indices.tolist(), int(t)}} for row, t in zip(log_t, labels)
+    ]
+    found = nkd_sparse_loss(student, *from_answers(answers, labels.tolist(), 5), labels)
+    masked = log_t.masked_fill(F.one_hot(labels, 30).bool(), -torch.inf).topk(5)
+    masked_values = masked.values.where(masked.values >= log_t.topk(5).values[:, -1:], -torch.inf)
+    expected = nkd_sparse_loss(student, log_t.gather(1, labels[:, None])[:, 0], masked_values, masked.indices, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 # ---- writing ----

@@ -1,0 +1,74 @@
+"""Labels for train.py --teacher-labels from a teacher that is no torch module: an ONNX file, or anything that answers.
+
+    python examples/teacher_labels.py teacher.onnx labels/ --data photos/ --views 4     # the other flags are train.py's
+    python train.py --kd nkd --teacher-labels labels/ --data photos/ --model mobilenet_v2
+
+The ONNX file is one of deploy/'s (or another with a FILE.onnx.json beside it, see deploy/README.md) of the data's own
+classes in their order, for images of the student's size.
+"""
+
+import argparse
+import hashlib
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
+from deploy.cli import UserError
+from deploy.ranks import stop_signals
+from deploy.runtimes import load
+from deploy.teacher_labels import begin_labels, describe_images, write_labels
+from kdlite import top_k_logprobs
+
+
+def from_answers(answers: list[dict[int, float]], labels: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What nkd_sparse_loss takes, of answers as servers of language models give them, vLLM's prompt_logprobs for one.
+
+    answers: of each prediction the log-probabilities by class or token, the label's own among them
+    """
+    log_t = torch.tensor([answer[label] for answer, label in zip(answers, labels)])
+    others = [sorted(((p, i) for i, p in a.items() if i != t), reverse=True)[:k] for a, t in zip(answers, labels)]
+    padded = [row + [(-math.inf, 0)] * (k - len(row)) for row in others]
+    top, index = torch.tensor(padded, dtype=torch.float64).unbind(-1)
+    return log_t, top.float(), index.long()
+
+
+def write(file: Path, folder: Path, views: int, k: int, flags: list[str]) -> None:
+    run = train.build(train.parse_args(flags))
+    teacher, k = load(file), min(k, len(run.data.label_names) - 1)
+    if teacher.metadata["label_names"] != run.data.label_names:
+        raise UserError(f"{file} knows other classes than --data, or in another order")
+
+    def ask(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = teacher.run(images.permute(0, 2, 3, 1).numpy())  # uint8, as every artefact of deploy/ takes them
+        return top_k_logprobs(torch.from_numpy(logits), labels, k)
+
+    header = describe_images(run.data.train, run.data.label_names, train.describe_view(*run.view))
+    source = {"name": file.name, "digest": hashlib.sha256(file.read_bytes()).hexdigest()}
+    header |= {"teacher": source, "seed": 0, "views": views, "k": k}
+    begin_labels(folder, header)
+    with stop_signals() as stop:
+        write_labels(folder, header, run.data.train, train.train_view(*run.view), ask, 64, None, False, None, stop)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--views", type=int, default=10)
+    parser.add_argument("--top-k", type=int, default=10)
+    args, flags = parser.parse_known_args()
+    try:
+        write(args.teacher, args.folder, args.views, args.top_k, flags)
+    except UserError as error:
+        print(f"teacher_labels.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
