@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
 from deploy import ranks, run_directory
-from deploy.checkpoint import Progress, State, load_checkpoint, write_run
+from deploy.checkpoint import LossLog, Progress, State, load_checkpoint, write_run
 from deploy.cli import Parser, UserError, explain, number, show_error, student_folder, terminals, write_whole
 from deploy.config import read_config
 from deploy.datasets import (
@@ -274,6 +274,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"{' and '.join(named)}: a student starts from one of them")
     if args.teacher_classes and not args.teacher:
         raise UserError("--teacher-classes needs --teacher")
+    if 0 < args.epochs <= args.warmup_epochs:
+        raise UserError(
+            f"--warmup-epochs {args.warmup_epochs:g} is all of --epochs {args.epochs}: it is a part of them"
+        )
     if os.path.isdir(args.model) and "img_size" not in given:
         args.in_chans, *args.img_size = read_config(student_folder(Path(args.model)))["input_size"]
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
@@ -387,48 +391,6 @@ def update(net: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler, clip_gr
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-
-
-class LossLog:
-    """Keeps each step's losses on the device and reads them at intervals, so that no step waits for the device."""
-
-    def __init__(self, skips_steps: bool) -> None:
-        self.skips_steps = skips_steps  # fp16: GradScaler skips a step whose gradients are not finite
-        self.waiting: list[tuple[int, Tensor]] = []
-        self.sums: dict[str, float] = {}  # with count, what a checkpoint keeps
-        self.count = self.skipped_in_a_row = 0
-
-    def add(self, step: int, losses: dict[str, Tensor]) -> None:
-        self.sums = self.sums or dict.fromkeys(losses, 0.0)
-        self.waiting.append((step, torch.stack([loss.detach() for loss in losses.values()])))
-
-    def read(self) -> None:
-        """Take in the steps since the last call; stop the run at the first whose loss is not finite."""
-        steps = [step for step, _ in self.waiting]
-        values = torch.stack([value for _, value in self.waiting]).double().cpu() if steps else torch.empty(0, 1)
-        self.waiting = []
-        finite = values.isfinite().all(1)
-        self.skipped_in_a_row = 0 if finite.any() else self.skipped_in_a_row + len(set(steps))
-        if not finite.all() and (not self.skips_steps or self.skipped_in_a_row > 20):
-            first = int(finite.int().argmin())
-            terms = ", ".join(f"{name} {value:g}" for name, value in zip(self.sums, values[first].tolist()))
-            raise UserError(
-                f"the loss is not finite at step {steps[first]}: {terms}; try a lower --lr, --clip-grad 5, "
-                "longer --warmup-epochs, or --amp off; the last checkpoint is kept"
-            )
-        for name, value in zip(self.sums, values[finite].sum(0).tolist()):
-            self.sums[name] += value
-        self.count += int(finite.sum())
-
-    def means(self, device: torch.device) -> dict[str, float]:
-        """Mean of each term over all ranks since the last call, and of their sum."""
-        totals = torch.tensor([*self.sums.values(), self.count], dtype=torch.float64, device=device)
-        if WORLD_SIZE > 1:
-            dist.all_reduce(totals)
-        *sums, count = totals.tolist()
-        means = {f"loss_{name}": value / max(count, 1) for name, value in zip(self.sums, sums)}
-        self.sums, self.count = {}, 0
-        return {"train_loss": sum(means.values())} | means
 
 
 def make_optimizer(

@@ -77,9 +77,9 @@ class Slice(NamedTuple):
 
 def work(pipe: Connection, entry: Entry) -> None:
     """A worker's life: load, then answer what it is asked, until None comes."""
+    meter = EnergyMeter()
     try:
         runtime = load(entry.path, compile=entry.compile, **entry.options)
-        meter = EnergyMeter()
         pipe.send((runtime.name, runtime.provider, runtime.metadata, runtime.load_s, runtime.max_batch))
         while (task := pipe.recv()) is not None:
             images, seconds = task
@@ -100,6 +100,8 @@ def work(pipe: Connection, entry: Entry) -> None:
             pipe.send(Slice(latencies, wall, time.process_time() - cpu, meter.stop()))
     except (Exception, KeyboardInterrupt) as error:
         pipe.send(UserError(first_line(error) if isinstance(error, Exception) else "interrupted"))
+    finally:
+        meter.close()
 
 
 class Worker:
@@ -245,6 +247,7 @@ class EnergyMeter:
 
     def __init__(self) -> None:
         self.gpu: Any = None
+        self.process: subprocess.Popen[str] | None = None
         self.tegrastats = shutil.which("tegrastats")
         try:
             import pynvml
@@ -266,17 +269,24 @@ class EnergyMeter:
             threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
-        assert self.process.stdout is not None
+        assert self.process
+        assert self.process.stdout
         self.watts.extend(filter(None, map(board_watts, self.process.stdout)))
 
     def stop(self) -> float | None:
         if self.gpu:
             return self.counter() - self.before
         if self.tegrastats:
-            self.process.terminate()
-            self.process.wait()
+            self.close()
             return float(np.mean(self.watts)) * (time.perf_counter() - self.started) if self.watts else None
         return None
+
+    def close(self) -> None:
+        """End tegrastats, where it runs."""
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+            self.process = None
 
 
 def board_watts(line: str) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from deploy import run_directory
 from deploy.cli import UserError
@@ -40,6 +40,48 @@ class Progress:
         self.epoch, self.step, self.executed, self.seconds, self.lr, self.best = self.epoch + 1, 0, 0, 0.0, 0.0, best
 
 
+class LossLog:
+    """Keeps each step's losses on the device and reads them at intervals, so that no step waits for the device."""
+
+    def __init__(self, skips_steps: bool) -> None:
+        self.skips_steps = skips_steps  # fp16: GradScaler skips a step whose gradients are not finite
+        self.waiting: list[tuple[int, Tensor]] = []
+        self.sums: dict[str, float] = {}  # with count, what a checkpoint keeps
+        self.count = self.skipped_in_a_row = 0
+
+    def add(self, step: int, losses: dict[str, Tensor]) -> None:
+        self.sums = self.sums or dict.fromkeys(losses, 0.0)
+        self.waiting.append((step, torch.stack([loss.detach() for loss in losses.values()])))
+
+    def read(self) -> None:
+        """Take in the steps since the last call; stop the run at the first whose loss is not finite."""
+        steps = [step for step, _ in self.waiting]
+        values = torch.stack([value for _, value in self.waiting]).double().cpu() if steps else torch.empty(0, 1)
+        self.waiting = []
+        finite = values.isfinite().all(1)
+        self.skipped_in_a_row = 0 if finite.any() else self.skipped_in_a_row + len(set(steps))
+        if not finite.all() and (not self.skips_steps or self.skipped_in_a_row > 20):
+            first = int(finite.int().argmin())
+            terms = ", ".join(f"{name} {value:g}" for name, value in zip(self.sums, values[first].tolist()))
+            raise UserError(
+                f"the loss is not finite at step {steps[first]}: {terms}; try a lower --lr, --clip-grad 5, "
+                "longer --warmup-epochs, or --amp off; the last checkpoint is kept"
+            )
+        for name, value in zip(self.sums, values[finite].sum(0).tolist()):
+            self.sums[name] += value
+        self.count += int(finite.sum())
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Mean of each term over all ranks since the last call, and of their sum."""
+        totals = torch.tensor([*self.sums.values(), self.count], dtype=torch.float64, device=device)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(totals)
+        *sums, count = totals.tolist()
+        means = {f"loss_{name}": value / max(count, 1) for name, value in zip(self.sums, sums)}
+        self.sums, self.count = {}, 0
+        return {"train_loss": sum(means.values())} | means
+
+
 @dataclass
 class State:
     """The parts of a run that change while it trains."""
@@ -49,7 +91,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    log: Any  # with sums and count, of the losses of this epoch on this rank
+    log: LossLog  # of the losses of this epoch on this rank
 
     def copy(self, flags: dict[str, Any], config: dict[str, Any]) -> bytearray:
         """All of it, for a thread to write. Called on every rank, whose own part is gathered; empty but on rank 0.

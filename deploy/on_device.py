@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
                 packed.extract(entry, folder)
         student = Path(folder) / "student"
         artefact = next(file for file in student.iterdir() if file.suffix in KINDS)
+        if argv and argv[0].startswith("--file="):
+            argv = ["--file", argv[0].partition("=")[2], *argv[1:]]
         if argv[:1] == ["--file"] and len(argv) > 1:
             artefact, argv = Path(argv[1]), argv[2:]
         if argv == ["--requirements"]:

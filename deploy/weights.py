@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from deploy.cli import UserError, first_line
 from deploy.config import read_config
-from deploy.datasets import read_csv
+from deploy.datasets import read_csv, say
 from deploy.student import (
     build_model,
     check_forward,
@@ -194,10 +194,12 @@ def read_weights(name: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has a dozen
         raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
-    for key in ("model_ema", "state_dict_ema", "ema", "state_dict", "model"):  # as training scripts nest them
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-            break
+    nested = ("model_ema", "state_dict_ema", "ema", "state_dict", "model")  # as training scripts nest them
+    sets = [key for key in nested if isinstance(found, dict) and isinstance(found.get(key), dict)]
+    if sets:
+        found = found[sets[0]]
+    if len(sets) > 1:
+        say(f"{path} holds {' and '.join(sets)}: {sets[0]} was taken")
     tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
     if not tensors:
         raise UserError(f"{path} holds no weights: expected a dictionary of tensors by their names")

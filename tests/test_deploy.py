@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -713,6 +714,24 @@ def test_the_board_power_of_a_jetson_is_read_from_tegrastats():
     assert benchmark.board_watts(nano) == pytest.approx(4.543)
     assert benchmark.board_watts(agx) == pytest.approx(6.122)
     assert benchmark.board_watts("RAM 1/2MB") is None
+
+
+def test_tegrastats_ends_with_what_it_measured(tmp_path, monkeypatch):
+    """Where what is measured fails, too."""
+    (tmp_path / "tegrastats").write_text("#!/bin/sh\nwhile true; do echo VDD_IN 4543mW/4600mW; sleep 0.01; done\n")
+    (tmp_path / "tegrastats").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    meter = benchmark.EnergyMeter()
+    meter.gpu = None  # of this machine
+    meter.start()
+    running = meter.process
+    time.sleep(0.2)
+    assert meter.stop() > 0
+    assert running.returncode is not None
+    meter.start()
+    running = meter.process
+    meter.close()
+    assert running.returncode is not None
 
 
 # ---- triton -------------------------------------------------------------------------------------------------------

@@ -215,6 +215,7 @@ def test_its_mistakes_are_one_line(device, pyz, tmp_path):
         (["serve", "--port", "-1"], "student.pyz serve: error: cannot listen"),
         (["benchmark", "--nonsense"], "student.pyz benchmark: error: unrecognized arguments"),
         (["--file", "nothing.engine", "photo.jpg"], "nothing.engine: no such file"),
+        (["--file=nothing.engine", "photo.jpg"], "nothing.engine: no such file"),
         (["build"], "student.pyz build: error: tensorrt"),
     ):
         err = on(device, pyz, *command, cwd=tmp_path, status=2, output="stderr")

@@ -889,7 +889,8 @@ def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
         ),
         (["--model", "hf-hub:timm/resnet18"], "unknown model"),
         (["--timeout", "0"], "--timeout: must be greater than 0"),
-        (["--kd", "mse"], "invalid choice: 'mse'"),
+        (["--epochs", "5", "--warmup-epochs", "5"], "--warmup-epochs 5 is all of --epochs 5: it is a part of them"),
+        (["--kd", "mse"], "'mse' is none of nkd, kd and path/to/file.py:function"),
         (["--opt", "adamz"], "--opt adamz is no timm optimizer; near matches: .*adamw"),
     ],
 )

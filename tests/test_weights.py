@@ -23,7 +23,7 @@ from deploy import check, export, triton
 from deploy.cli import UserError, command
 from deploy.datasets import Data
 from deploy.student import build_model, find_architecture, load_student, save_student
-from deploy.weights import adopt, load_teacher, match, open_student
+from deploy.weights import adopt, load_teacher, match, open_student, read_weights
 from kdlite import Teacher, WithWeakHead, nkd_loss
 
 MODELS = Path(__file__).with_name("own_models.py")
@@ -116,6 +116,15 @@ def test_a_mistake_is_one_line(flags, said, capsys):
 
 
 # ---- a file of weights ----
+
+
+def test_of_two_sets_of_weights_in_a_file_the_averaged_are_taken_and_said(capsys):
+    model = torch.nn.Linear(2, 2)
+    averaged = {name: value + 1 for name, value in model.state_dict().items()}
+    torch.save({"state_dict": model.state_dict(), "state_dict_ema": averaged}, "both.pth")
+    found, _ = read_weights("both.pth")
+    torch.testing.assert_close(found, averaged)
+    assert "both.pth holds state_dict_ema and state_dict: state_dict_ema was taken" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["folder", "run", "safetensors", "pth", "wrapped", "half"])
