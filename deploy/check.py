@@ -218,11 +218,11 @@ def validation_batches(
     view = functools.partial(eval_view, config=config)
     corrupt = CorruptCount("validation", len(source.val))
     loader = make_loader(source.val, view, max(BATCHES), False, workers=workers, indices=picked)
-    for images, labels, unreadable in progress_bar(loader, "validation images"):
-        corrupt.add(unreadable)
-        if images is not None:
-            pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
-            yield pixels, labels.numpy(), torch_student.run(pixels)
+    for batch in progress_bar(loader, "validation images"):
+        corrupt.add(batch.corrupt)
+        if batch.images is not None:
+            pixels = np.ascontiguousarray(batch.images.permute(0, 2, 3, 1).numpy())
+            yield pixels, batch.labels.numpy(), torch_student.run(pixels)
 
 
 def find_artefacts(student: Path, names: list[str]) -> list[Path]:

@@ -240,6 +240,7 @@ def deployed(trained, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["branched", "weight_normed", "parametrized"])
 def test_what_only_training_needs_is_folded_into_the_weights(name, tmp_path):
     """A RepVGG's branches and a norm of the weights, old or new: plain convolutions, and the same answers."""
@@ -293,6 +294,7 @@ def test_a_file_beside_it_makes_an_onnx_file_from_elsewhere_usable(foreign, run,
     assert 'name: "scores"' in config
 
 
+@pytest.mark.slow
 @needs_rtx
 @needs_no_gpu
 def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):
@@ -316,6 +318,7 @@ def test_what_is_said_of_a_file_from_elsewhere_must_fit(foreign, change, said):
         load(file)
 
 
+@pytest.mark.slow
 def test_labels_with_accents_whatever_the_locale(tmp_path):
     """Under an ASCII locale files are UTF-8 all the same, and the terminal gets escapes."""
     labels = ["chêne", "\u6a58"]

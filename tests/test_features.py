@@ -135,6 +135,7 @@ def test_after_close_nothing_is_left():
     torch.testing.assert_close(copy.deepcopy(model)(images()), model(images()))
 
 
+@pytest.mark.slow
 def test_after_close_the_model_exports_to_onnx():
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
@@ -822,6 +823,7 @@ def test_one_uskd_step_of_an_architecture(library, name, size, tap, channels):
     assert any(g is not None and g.abs().sum() > 0 for g in weak_only)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "read"),
     [
@@ -841,6 +843,7 @@ def test_what_the_head_reads(name, size, read):
         torch.testing.assert_close(weak_logits, student.head(read(tap.pop())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(224, 448), (448, 224)])
 def test_channels_are_told_from_the_inputs_proportions(height, width):
     torchvision = pytest.importorskip("torchvision")
@@ -884,6 +887,7 @@ def test_an_input_that_was_guessed_wrong_asks_for_an_example():
     assert WithWeakHead(model, "0", example_input=images()).head.in_features == 4
 
 
+@pytest.mark.slow
 def test_auxiliary_outputs_are_refused_in_training():
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.googlenet(num_classes=5, init_weights=False)
@@ -900,6 +904,7 @@ def test_data_parallel_and_ddp_on_the_inside_are_refused():
         WithWeakHead(Net(), "layer1", example_input=images())._replicate_for_data_parallel()
 
 
+@pytest.mark.slow
 def test_usual_input_sizes_are_found_without_an_example():
     timm = pytest.importorskip("timm")
     for model, channels in (

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as TF
 from torchvision.transforms._presets import ImageClassification
 
-import train
+from deploy import loading
 from deploy.preprocess import ImageTooLarge, UnreadableImage, endings, open_image, prepare, to_rgb, upright_size
 
 PHOTOS = load_sample_images().images
@@ -64,7 +64,7 @@ def test_training_evaluates_on_torchvisions_and_timms_own_presets(photo, upright
     image = Image.fromarray(PHOTOS[photo])
     if upright:
         image = image.transpose(Image.Transpose.ROTATE_90)
-    ours = TF.normalize(train.eval_view(image, config(size, size, crop, interpolation)).float() / 255, *NORMALISATION)
+    ours = TF.normalize(loading.eval_view(image, config(size, size, crop, interpolation)).float() / 255, *NORMALISATION)
     mean, std = NORMALISATION
     preset = ImageClassification(
         crop_size=size, resize_size=int(size / crop), interpolation=InterpolationMode(interpolation)
@@ -132,7 +132,7 @@ def test_a_large_jpeg_is_decoded_at_no_less_than_four_times_what_is_asked(large,
 
 def test_a_training_crop_of_a_large_jpeg_reads_no_more_than_it_needs(large):
     """The same box as torchvision's, drawn from the same state; all of the image where the box is small."""
-    crop = train.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)
+    crop = loading.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)
     theirs = v2.Compose([v2.RGB(), v2.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)])
     for seed in range(5):
         torch.manual_seed(seed)
@@ -183,7 +183,7 @@ def test_a_large_jpeg_that_lies_on_its_side_is_reduced_and_stands_upright(orient
     assert difference.mean() < 2
     assert image.size[0] < 800  # decoded at a reduced scale
     torch.manual_seed(0)
-    crop = train.RandomResizedCrop(24, scale=(0.9, 1), interpolation=InterpolationMode.BILINEAR)
+    crop = loading.RandomResizedCrop(24, scale=(0.9, 1), interpolation=InterpolationMode.BILINEAR)
     ours = np.asarray(crop(open_image(turned(photo, orientation, "JPEG", quality=95))), dtype=int)
     torch.manual_seed(0)
     assert np.abs(ours - np.asarray(crop(photo))).mean() < 4

@@ -18,6 +18,7 @@ import torch
 import train
 from deploy import ranks, run_directory
 
+pytestmark = pytest.mark.slow  # they train
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
 TINY = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--epochs", "1", "--img-size", "16", "--reference", "0"]
@@ -64,7 +65,6 @@ def same_weights(a, b):
 # ---- signals ----
 
 
-@pytest.mark.slow
 def test_a_signal_saves_and_ends_with_0_and_the_resumed_run_is_the_same_to_the_bit():
     flags = [*TINY, "--epochs", 6, "--mixup", 0.2, "--ema-decay", 0.9]
     assert start(*flags, "--output", "whole").wait() == 0
@@ -88,7 +88,6 @@ def log(output):
     return file.read_text() if file.exists() else ""
 
 
-@pytest.mark.slow
 def test_a_stop_during_evaluation_leaves_it_for_the_resume(monkeypatch, capsys):
     evaluate = train.evaluate
 
@@ -131,7 +130,6 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(kind, tmp_path):
     assert random_kills.round_of(kind, tmp_path, photos, state, most=1) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank", "launcher"])
 def test_a_lost_process_ends_the_others_soon_with_its_name(victim):
     two = start(*TINY, "--epochs", 500, "--output", "out", ranks=2)
@@ -171,7 +169,6 @@ def test_a_lock_does_not_outlive_a_killed_run():
 # ---- checkpoints ----
 
 
-@pytest.mark.slow
 def test_the_last_two_checkpoints_are_kept_and_any_flipped_bit_is_seen(capsys):
     run(*TINY, "--epochs", 3, "--output", "out")
     last, previous = Path("out/last.pt"), Path("out/previous.pt")
@@ -196,7 +193,6 @@ def test_the_last_two_checkpoints_are_kept_and_any_flipped_bit_is_seen(capsys):
     assert "last.pt and out/previous.pt: damaged" in refused(capsys, "--output", "out", "--resume", "auto")
 
 
-@pytest.mark.slow
 def test_a_run_killed_between_two_renames_still_has_its_checkpoint(capsys):
     run(*TINY, "--epochs", 2, "--output", "out")
     Path("out/last.pt").unlink()  # previous.pt was renamed, last.pt was not yet
@@ -271,7 +267,6 @@ def test_weights_that_are_not_finite_are_not_saved(capsys):
 # ---- a terminal that is gone ----
 
 
-@pytest.mark.slow
 def test_a_dead_stdout_does_not_end_the_run():
     read, write = os.pipe()
     process = start(*TINY, "--epochs", 4, "--output", "out", stdout=write, stderr=write)
@@ -319,7 +314,6 @@ if __name__ == "__main__":  # one of the two ranks of the test below
     sys.exit(0)
 
 
-@pytest.mark.slow
 def test_a_step_is_the_same_on_one_process_on_two_and_in_two_passes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -343,7 +337,6 @@ def test_a_step_is_the_same_on_one_process_on_two_and_in_two_passes(tmp_path):
 # ---- too little memory ----
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
                     reason="needs the right to mount a /dev/shm of its own")  # fmt: skip
 def test_a_small_dev_shm_is_said_before_the_first_batch():

@@ -23,6 +23,7 @@ from deploy.student import load_student
 from deploy.teacher_labels import StoredLabels, describe_images
 from kdlite import nkd_sparse_loss
 
+pytestmark = pytest.mark.slow  # they train
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
 TINY = [
@@ -145,7 +146,6 @@ def test_labels_of_large_crops_teach_a_student_of_small_ones(photos):
     assert math.isfinite(float(rows("out")[0]["loss_nkd"]))
 
 
-@pytest.mark.slow
 def test_workers_and_ranks_write_the_same_labels(photos, monkeypatch):
     flags = [*TINY, *PHOTOS, *TEACHER, "--views", 3, "--write-labels"]
     run(*flags, "L")
@@ -173,7 +173,6 @@ def test_a_run_from_labels_that_is_stopped_goes_on_to_the_same_weights(digits, m
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-@pytest.mark.slow
 def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
     run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
     for command in (

@@ -113,6 +113,7 @@ def test_torchrun_as_written_in_an_empty_folder_and_again(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_directory_holds_all_that_was_promised():
     run(*TINY, "--self-kd", "uskd", "--epochs", 2, "--output", "out")
     names = {p.name for p in Path("out").iterdir() if not p.name.startswith("events.out")}
@@ -188,6 +189,7 @@ def test_a_reference_of_nothing_readable_does_not_fail_the_run(photos, capfd):
     assert "no reference.npz: none of the validation images" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_reference_is_as_large_as_wanted():
     run(*TINY, "--reference", 5, "--output", "out")
     assert len(read_reference(Path("out/student"), None, "").train_images) == 5
@@ -200,6 +202,7 @@ def test_the_reference_is_as_large_as_wanted():
 # ---- distillation ----
 
 
+@pytest.mark.slow
 def test_the_losses_are_added_to_the_cross_entropy():
     run(*TINY, "--output", "teacher")
     args = ["--kd", "nkd", "--teacher", "teacher/student", *OWN, "--self-kd", "uskd"]
@@ -290,6 +293,7 @@ def test_compile():
     assert not any("_orig_mod" in name for name in state["model"])
 
 
+@pytest.mark.slow
 def test_fp16_counts_the_steps_its_scaler_skips(monkeypatch, capsys):
     """A scale that starts at 2^40 overflows fp16 gradients, and is halved at each skip until they fit."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
@@ -319,6 +323,7 @@ def test_a_recipe_is_stretched_to_the_epochs():
     assert train.parse_args(["--epochs", "3"]).warmup_epochs == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_what_the_recipe_computed_follows_a_later_number_of_epochs():
     run(*TINY, "--recipe", "cifar", "--epochs", 1, "--output", "out")
     args = train.parse_args(["--output", "out", "--resume", "--epochs", "20"])
@@ -326,6 +331,7 @@ def test_what_the_recipe_computed_follows_a_later_number_of_epochs():
     assert args.given == {"device": "cpu", "model": f"{MODELS}:tiny", "img_size": [16], "recipe": "cifar", "epochs": 20}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "message"), [
     (["--weight-decay", 0], "other groups of parameters"),
     (["--opt", "momentum"], "saved with --opt adamw, not momentum"),
@@ -336,6 +342,7 @@ def test_a_resume_with_another_optimizer_is_refused(flags, message, capsys):
     assert message in refused(capsys, "--output", "out", "--resume", "--epochs", 2, *flags)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_each_epoch_once():
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -353,6 +360,7 @@ def test_runs_that_start_at_once_have_numbers_of_their_own():
     assert {folder.name for folder in claimed} == {folder.name for folder in Path("runs").iterdir()}
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_takes_the_same_steps():
     same = [
         *TINY[:2],
@@ -497,6 +505,7 @@ def test_a_class_name_with_an_accent_is_utf8_whatever_the_locale(photos):
 # ---- models of one's own ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weight_normed", "lazy"])
 def test_a_model_that_cannot_be_copied_or_has_no_shapes_yet_is_trained(name, capsys):
     run(*TINY, "--model", f"{MODELS}:{name}", "--output", "out")
@@ -765,6 +774,7 @@ def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
     assert [row["train_loss"] for row in rows("whole")] == [row["train_loss"] for row in rows("killed")]
 
 
+@pytest.mark.slow
 def test_resume_before_the_first_checkpoint_starts_anew_with_the_runs_own_flags(capsys):
     run(*TINY, "--output", "out", "--resume")  # as a launcher that always says --resume
     assert "no out/last.pt yet: starting anew" in capsys.readouterr().out
@@ -773,6 +783,7 @@ def test_resume_before_the_first_checkpoint_starts_anew_with_the_runs_own_flags(
     assert "own_models.py:tiny" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_flags_given_with_resume_are_those_that_count():
     run(*TINY, "--output", "out")
     run("--output", "out", "--resume", "--epochs", 2, "--weight-decay", 0.5, "--amp", "fp16")
@@ -780,6 +791,7 @@ def test_flags_given_with_resume_are_those_that_count():
     assert max(group["weight_decay"] for group in groups) == 0.5
 
 
+@pytest.mark.slow
 def test_a_failed_save_leaves_a_last_checkpoint_that_knows_the_saved_best(monkeypatch):
     """The disk fills while best.pt is written: last.pt is still the epoch before, and a resume repeats the epoch."""
     run(*TINY, "--output", "out")
@@ -926,6 +938,7 @@ def test_classes_that_differ_between_train_and_val(photos, capsys):
     assert "train/ has flower and val/ has not; val/ has flowers and train/ has not" in line
 
 
+@pytest.mark.slow
 def test_a_directory_that_holds_a_run_is_refused_unless_told(capsys):
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
@@ -970,6 +983,7 @@ def test_a_teacher_of_other_classes_is_refused(photos, capsys):
     assert "teacher/student lacks 1 of --data's 2 classes: zebra" in line
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(capsys):
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()

@@ -276,6 +276,7 @@ def test_a_students_folder_may_hold_the_classes_in_another_order(photos, capsys)
     assert "2 of its 3 classes are --data's, matched by name" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_teachers_weights_may_be_in_a_file_with_its_classes_told(tmp_path):
     model = torchvision.models.resnet18(num_classes=12).half()
     torch.save(model.state_dict(), "resnet.pth")
