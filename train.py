@@ -260,7 +260,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "warmup_epochs" not in given:
         args.warmup_epochs *= stretch
 
-    check_methods(args.kd, args.teacher, args.write_labels, args.teacher_labels, args.temperature)
+    check_methods(args.kd, args.teacher, args.write_labels, args.teacher_labels)
     chosen = {f"--kd {args.kd}", f"--self-kd {args.self_kd}", "--write-labels" if args.write_labels else ""}
     for method, names in OF_METHOD.items():
         misplaced = typed.keys() & set(names)
@@ -297,16 +297,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_methods(
-    kd: str | None, teacher: str | None, write_labels: str | None, teacher_labels: str | None, temperature: float
-) -> None:
+def check_methods(kd: str | None, teacher: str | None, write_labels: str | None, teacher_labels: str | None) -> None:
     """Raise unless the flags about a teacher go together."""
     if write_labels and (kd or teacher_labels or not teacher):
         raise UserError("--write-labels needs --teacher, and neither --kd nor --teacher-labels: nothing is trained")
-    if teacher_labels and (kd != "nkd" or teacher):
-        raise UserError("--teacher-labels needs --kd nkd, and no --teacher: other losses want all of its logits")
-    if teacher_labels and temperature != 1:
-        raise UserError("--teacher-labels are of temperature 1: what is not in the top-k is not known at another")
+    if teacher_labels and (not kd or teacher):
+        raise UserError("--teacher-labels needs --kd, and no --teacher")
     if kd in ("nkd", "kd") and not (teacher or teacher_labels):
         raise UserError(f"--kd {kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
     if teacher and not (kd or write_labels):
@@ -343,9 +339,12 @@ def named_losses(
     """
     each: Any = {"reduction": "none"}
     losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing, **each)}
+    if isinstance(teacher, tuple) and (kd != "nkd" or temperature != 1):
+        log_t, top, index = teacher  # of every class: parse_args and build see to it
+        every = torch.full_like(logits, -torch.inf, dtype=torch.float32)
+        teacher = every.scatter(1, index, top).scatter(1, target.unsqueeze(1), log_t.unsqueeze(1))
     if kd == "nkd" and isinstance(teacher, tuple):
-        log_t, top, index = teacher
-        losses["nkd"] = nkd_sparse_loss(logits, log_t, top, index, target, gamma=gamma, **each)
+        losses["nkd"] = nkd_sparse_loss(logits, teacher[0], teacher[1], teacher[2], target, gamma=gamma, **each)
     elif kd == "nkd":
         losses["nkd"] = nkd_loss(logits, teacher, target, gamma=gamma, temperature=temperature, **each)
     elif kd == "kd":  # Hinton et al. 2015, arXiv 1503.02531
@@ -587,6 +586,10 @@ def build(
     if args.teacher_labels:
         ours = describe_images(data.train, data.label_names, describe_view(*augmented))
         stored = StoredLabels(Path(args.teacher_labels), ours)
+        if (args.kd != "nkd" or args.temperature != 1) and stored.header["k"] < num_classes - 1:
+            other = "--kd nkd at another temperature than 1" if args.kd == "nkd" else f"--kd {args.kd}"
+            raise UserError(f"{other} wants all of a teacher's answer, of which {args.teacher_labels} has the "
+                            f"top-{stored.header['k']}: write labels with --top-k {num_classes - 1}")  # fmt: skip
         if known and known["training"].get("teacher") not in (None, str(stored)):
             raise UserError(f"this run began with labels of {known['training']['teacher']}; now they are of {stored}")
         config["training"]["teacher"] = str(stored)

@@ -274,6 +274,21 @@ def test_of_an_image_that_cannot_be_read_nothing_is_known(photos, capsys):
     assert (logits.grad == 0).all()
 
 
+@pytest.mark.parametrize("flags", [["--kd", "kd"], ["--kd", "nkd", "--temperature", 2], ["--kd", "own.py:rows"]])
+def test_other_losses_want_labels_of_every_class(own, capsys, flags):
+    learn = [*TINY, *flags, "--output", "stored", "--teacher-labels"]
+    run(*TINY, *TEACHER, "--write-labels", "few", "--views", 1, "--top-k", 8)
+    assert "wants all of a teacher's answer, of which few has the top-8: write labels with --top-k 9" in (
+        refused(capsys, *learn, "few").replace(f"{Path.cwd()}/", "")
+    )
+    run(*TINY, *TEACHER, "--write-labels", "all", "--views", 1, "--top-k", 9)
+    run(*learn, "all")
+    run(*TINY, *flags, *TEACHER, "--output", "online")
+    (name,) = [name for name in rows("online")[0] if name.startswith("loss_") and name != "loss_ce"]
+    if flags[1] != "own.py:rows":  # which sees logits that are shifted by a constant
+        assert float(rows("stored")[0][name]) == pytest.approx(float(rows("online")[0][name]), rel=1e-3)
+
+
 # ---- what is refused ----
 
 
@@ -324,10 +339,8 @@ def test_a_run_that_goes_on_wants_the_same_labels(digits, capsys):
         ),
         (["--write-labels", "L", *TEACHER, "--cache", "device"], "say --cache none"),
         (["--views", 3], "--views needs --write-labels"),
-        (["--teacher-labels", "L"], "--teacher-labels needs --kd nkd"),
-        (["--teacher-labels", "L", "--kd", "kd"], "--teacher-labels needs --kd nkd"),
+        (["--teacher-labels", "L"], "--teacher-labels needs --kd"),
         (["--teacher-labels", "L", "--kd", "nkd", *TEACHER], "no --teacher"),
-        (["--teacher-labels", "L", "--kd", "nkd", "--temperature", 2], "of temperature 1"),
         (["--teacher-labels", "L", "--kd", "nkd"], "no teacher's labels in L: No such file or directory: labels.json"),
         (["--kd", "dkd"], "'dkd' is none of nkd, kd and path/to/file.py:function"),
     ],
