@@ -66,9 +66,9 @@ def same_weights(a, b):
 
 
 def test_a_signal_saves_and_ends_with_0_and_the_resumed_run_is_the_same_to_the_bit():
-    flags = [*TINY, "--epochs", 6, "--mixup", 0.2, "--ema-decay", 0.9]
+    flags = [*TINY, "--epochs", 4, "--mixup", 0.2, "--ema-decay", 0.9]
     assert start(*flags, "--output", "whole").wait() == 0
-    for i, name in enumerate(("SIGTERM", "SIGUSR1", "SIGHUP")):
+    for i, name in enumerate(("SIGTERM", "SIGHUP")):  # SIGUSR1: tests/random_kills.py
         stopped = start(*(flags if i == 0 else ["--resume"]), "--output", "out")
         when(lambda i=i: log("out").count("going on") == i and Path("out/last.pt").exists())
         sent = time.time()
