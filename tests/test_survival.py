@@ -130,7 +130,7 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(kind, tmp_path):
     assert random_kills.round_of(kind, tmp_path, photos, state, most=1) == 1
 
 
-@pytest.mark.parametrize("victim", ["rank", "launcher"])
+@pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.trial)])
 def test_a_lost_process_ends_the_others_soon_with_its_name(victim):
     two = start(*TINY, "--epochs", 500, "--output", "out", ranks=2)
     when(lambda: Path("out/last.pt").exists())

@@ -650,7 +650,7 @@ def test_a_cached_run_trains_resumes_exactly_and_names_corrupt_images(photos, ca
     assert all(torch.equal(state["model"][name], again["model"][name]) for name in state["model"])
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_two_ranks_share_the_cache(photos):
     flags = ["--device", "cpu", "--data", photos, "--recipe", "cifar", "--model", f"{MODELS}:tiny", "--img-size", 16,
              "--epochs", 2, "--batch-size", 8, "--cache", "device", "--workers", 0, "--output", "two"]  # fmt: skip
@@ -673,15 +673,15 @@ def test_cifar_with_its_recipe(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     digits = Digits(train=True)
     for part in range(6):
-        pairs = [digits[40 * part + i] for i in range(40)]
+        pairs = [digits[20 * part + i] for i in range(20)]
         pixels = np.stack([np.asarray(image.convert("RGB").resize((32, 32))) for image, _ in pairs])
-        batch = {"data": pixels.transpose(0, 3, 1, 2).reshape(40, -1), "labels": [label for _, label in pairs]}
+        batch = {"data": pixels.transpose(0, 3, 1, 2).reshape(20, -1), "labels": [label for _, label in pairs]}
         name = f"data_batch_{part + 1}" if part < 5 else "test_batch"
         (folder / name).write_bytes(pickle.dumps(batch))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a: True)
 
-    run("--device", "cpu", "--data", "cifar10", "--model", "resnet18", "--epochs", 1, "--batch-size", 40,
+    run("--device", "cpu", "--data", "cifar10", "--model", "resnet18", "--epochs", 1, "--batch-size", 20,
         "--workers", 0, "--self-kd", "uskd", "--output", "out")  # fmt: skip
     flags = json.loads(Path("out/args.json").read_text())["flags"]
     assert (flags["recipe"], flags["opt"], flags["small_stem"], flags["alpha"]) == ("cifar", "momentum", True, 0.1)
@@ -742,7 +742,7 @@ def test_more_than_one_percent_corrupt_stops_the_run(photos, capsys):
 # ---- resume ----
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
     flags = [
         "--device", "cpu", "--data", photos, "--recipe", "imagenet-vit", "--model", f"{MODELS}:dropout",
