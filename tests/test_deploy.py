@@ -162,6 +162,7 @@ def test_export_writes_the_student_alone_in_one_file_each(trained):
     assert graph.opset_import[0].version == 18
 
 
+@pytest.mark.trial
 def test_the_same_weights_give_the_same_bytes_and_no_path_of_the_machine(trained, tmp_path):
     """Exported from two folders in two processes, the network from two copies of its file."""
     program = "import sys; from deploy.export import *; export_student(Path(sys.argv[1]), model_file=sys.argv[2])"

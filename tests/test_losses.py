@@ -675,7 +675,7 @@ def shared_batch():
     return {kind: (x, weight.clone(), t) for kind, t in (("hard", labels), ("ignored", ignored), ("soft", soft))}
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_with_a_group_uskds_batch_is_that_of_all_its_processes(tmp_path):
     mp.spawn(_half_of_a_batch, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

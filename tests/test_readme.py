@@ -51,7 +51,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
         commands[name].get_parser().parse_args(shlex.split(flags.replace("\\", "")))
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.parametrize("name", ["loops/plain.py"])
 def test_an_example_runs(name, tmp_path):
     result = subprocess.run(

@@ -147,6 +147,7 @@ def test_labels_of_large_crops_teach_a_student_of_small_ones(photos):
     assert math.isfinite(float(rows("out")[0]["loss_nkd"]))
 
 
+@pytest.mark.trial
 def test_workers_and_ranks_write_the_same_labels(photos, monkeypatch):
     flags = [*TINY, *PHOTOS, *TEACHER, "--views", 3, "--write-labels"]
     run(*flags, "L")
