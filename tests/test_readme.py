@@ -42,7 +42,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
     theirs |= {"--requirements"}  # of student.pyz, which knows two flags
-    theirs |= {"--jobs"}  # of examples/paper/tiny_imagenet.py
+    theirs |= {"--jobs", "--seeds"}  # of examples/paper/tiny_imagenet.py and examples/finetune.py
     theirs |= {"--litserve"}  # of examples/benchmark_serve.py
     theirs |= {"--minutes", "--share", "--triton"}  # of tests/soak.py and tests/compare_triton.py
     theirs |= {"--torchcompile", "--clip-mode"}  # of timm's train.py
