@@ -16,9 +16,9 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deploy.cli import UserError, write_whole
-from deploy.config import read_json
+from deploy.config import check_fields, is_count, read_json
 from deploy.loading import CorruptCount, Samples, data_loader, progress_bar
 from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE, StopRequest, from_rank_zero
 
@@ -37,6 +37,17 @@ ROWS = 2**14  # of a file: what a writer that is stopped loses at most
 OF_IMAGES = {"images": "number of training images", "files": "digest of their names and classes", "classes": "classes",
              "view": "transform", "draws": "how a view is drawn from its seed"}  # fmt: skip
 OF_TEACHER = {"teacher": "teacher", "seed": "seed of the views", "views": "number of views", "k": "k"}
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "images": (lambda x: is_count(x, 10**10), "a number from 1 on"),
+    "files": (lambda x: isinstance(x, str), "a digest"),
+    "classes": (lambda x: is_count(x, 2**31 - 1) and x > 1, "a number from 2 on"),
+    "view": (lambda x: isinstance(x, dict), "a dictionary"),
+    "draws": (lambda x: isinstance(x, str), "a formula"),
+    "teacher": (lambda x: isinstance(x, dict) and {"name", "digest"} <= x.keys(), "a dictionary with name and digest"),
+    "seed": (lambda x: is_count(x) or x == 0, "a number from 0 on"),
+    "views": (lambda x: is_count(x, 10**5), "a number from 1 to 100,000"),
+    "k": (lambda x: is_count(x, 10**5), "a number from 1 on"),
+}
 DRAWS = "((seed * 1000003 + view) * images + index) % 2**63, torch.manual_seed"
 
 
@@ -71,9 +82,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     except OSError as error:
         reason = f"{error.strerror}: {HEADER}"
         raise UserError(f"no teacher's labels in {folder}: {reason}; --write-labels makes them") from error
-    missing = [name for name in (*OF_IMAGES, *OF_TEACHER) if name not in header]
-    if missing:
-        raise UserError(f"{file} lacks {', '.join(missing)}: it is no file of --write-labels")
+    check_fields(header, FIELDS, str(file))
     return header
 
 
@@ -103,15 +112,12 @@ class StoredLabels:
         self.seed, self.views = self.header["seed"], self.header["views"]
         self.dtype = row_type(self.header["k"], self.header["classes"])
         self.files: dict[str, np.ndarray] = {}
-        missing = [name for name, _, rows in parts(self.header) if not self.whole(name, rows)]
+        missing = [p.name for p in parts(self.header) if not is_whole(folder / p.name, self.dtype, p.rows)]
         if missing:
             raise UserError(
                 f"{len(missing)} files of labels are missing or not whole in {folder}, the first is {missing[0]}: "
                 "the same --write-labels goes on"
             )
-
-    def whole(self, name: str, rows: int) -> bool:
-        return is_whole(self.folder / name, self.dtype, rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"files": {}}  # each process opens its own
@@ -137,11 +143,35 @@ def file_name(view: int, start: int) -> str:
     return f"{view:03}-{start:08}.npy"
 
 
-def parts(header: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int], int]]:
-    """Each file, its view and first image, and its rows."""
+class Part(NamedTuple):
+    """A file, and what its rows are of."""
+
+    view: int
+    start: int  # its first image
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return file_name(self.view, self.start)
+
+
+def parts(header: dict[str, Any]) -> Iterator[Part]:
     for view in range(header["views"]):
         for start in range(0, header["images"], ROWS):
-            yield file_name(view, start), (view, start), min(ROWS, header["images"] - start)
+            yield Part(view, start, min(ROWS, header["images"] - start))
+
+
+class Keys:
+    """(view, index) of each row of some files: what a DataLoader samples."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((part.view, part.start + i) for part in self.parts for i in range(part.rows))
 
 
 def is_whole(file: Path, dtype: np.dtype[Any], rows: int) -> bool:
@@ -190,39 +220,41 @@ def write_labels(
         images_per_s: what the processes of this run were seen to do, for the time that is said
     """
     dtype = row_type(header["k"], header["classes"])
-    todo = [part for part in parts(header) if not is_whole(folder / part[0], dtype, part[2])]
-    rows, rows_in_all = sum(part[2] for part in todo), header["images"] * header["views"]
+    # asked of one process alone: the others may write already
+    todo = from_rank_zero(lambda: [p for p in parts(header) if not is_whole(folder / p.name, dtype, p.rows)])
+    rows, rows_in_all = sum(part.rows for part in todo), header["images"] * header["views"]
     if IS_MAIN:
         minutes = f", about {rows / images_per_s / 60:.0f} min" if images_per_s else ""
-        done = f", {rows_in_all - rows} there already" if rows < rows_in_all else ""
-        print(f"labels of {rows_in_all} views ({header['images']} images x {header['views']}){done}: "
+        there = f", {rows_in_all - rows} there already" if rows < rows_in_all else ""
+        print(f"labels of {rows_in_all} views ({header['images']} images x {header['views']}){there}: "
               f"{rows_in_all * dtype.itemsize / 1e6:.1f} MB{minutes}", flush=True)  # fmt: skip
     mine = todo[RANK::WORLD_SIZE]
     dataset = Samples(source, view, stored=Position(header["seed"], header["views"]))
-    keys = [(number, start + i) for _, (number, start), count in mine for i in range(count)]
-    corrupt, seen = CorruptCount("training", header["images"]), 0
-    files = {(number, start): (name, nothing_known(count, dtype)) for name, (number, start), count in mine}
-    ends = list(itertools.accumulate(count for *_, count in mine))
-    for batch in progress_bar(data_loader(dataset, keys, batch_size, workers, pin_memory), "ask the teacher"):
+    corrupt, seen, done = CorruptCount("training", header["images"]), 0, 0
+    ends, files = list(itertools.accumulate(part.rows for part in mine)), dict[tuple[int, int], np.ndarray]()
+    for batch in progress_bar(data_loader(dataset, Keys(mine), batch_size, workers, pin_memory), "ask the teacher"):
         corrupt.add(batch.corrupt)
         seen += len(batch.corrupt)
         if batch.images is not None:
-            positions = batch.beside[0].numpy()
+            positions: Any = batch.beside[0].tolist()
             seen += len(positions)
-            target, logprobs, indices = (x.cpu().numpy() for x in ask(batch.images, batch.labels))
-            for (number, index), *row in zip(positions.tolist(), target, logprobs, indices):
-                files[number, index // ROWS * ROWS][1][index % ROWS] = tuple(row)
-        while ends and seen >= ends[0]:
-            del ends[0]
-            name, rows_of = files.pop(next(iter(files)))
+            answers = (x.cpu().numpy() for x in ask(batch.images, batch.labels))
+            for (number, index), *row in zip(positions, *answers):
+                start = index // ROWS * ROWS
+                if (number, start) not in files:
+                    files[number, start] = nothing_known(min(ROWS, header["images"] - start), dtype)
+                files[number, start][index - start] = tuple(row)
+        while done < len(ends) and seen >= ends[done]:
+            part = mine[done]
             content = io.BytesIO()
-            np.save(content, rows_of)
-            write_whole(folder / name, content.getvalue())
+            np.save(content, files.pop((part.view, part.start), nothing_known(part.rows, dtype)))
+            write_whole(folder / part.name, content.getvalue())
+            done += 1
         if stop.name:
             break
     if WORLD_SIZE > 1:
         dist.barrier()
-    return not ends
+    return done == len(ends)
 
 
 def nothing_known(rows: int, dtype: np.dtype[Any]) -> np.ndarray:

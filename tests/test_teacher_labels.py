@@ -341,7 +341,7 @@ def test_flags_that_do_not_go_together(digits, capsys, flags, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "labels.json"), ("[]", "labels.json"), ('{"images": 3}', "labels.json lacks files, classes, view")],
+    [("{", "labels.json"), ("[]", "labels.json"), ('{"images": 3}', "labels.json"), ('{"images": "3"}', "images")],
 )
 def test_a_damaged_header(digits, capsys, content, message):
     Path("L").mkdir()
