@@ -353,9 +353,10 @@ def named_losses(
         losses["kd"] = kd_weight * kd_temperature**2 * kl
     elif callable(kd):
         losses["own"] = loss = kd(logits.float(), None if teacher is None else teacher.float(), target)
-        if loss.shape != logits.shape[:1] and (loss.ndim or class_weights is not None):
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        if shape != logits.shape[:1] and (shape != () or class_weights is not None):
             raise UserError(
-                f"--kd must return a loss for each row, or one where no --class-weights are given: {loss.shape}"
+                f"--kd must return a loss a row, or one if there are no --class-weights; it returned {shape}"
             )
     if weak_logits is not None:
         losses["uskd"] = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=beta, mu=mu, group=group, **each)

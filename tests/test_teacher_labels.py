@@ -371,6 +371,9 @@ def alone(student_logits, teacher_logits, target):
 def wrong(student_logits, teacher_logits, target):
     return student_logits
 
+def nothing(student_logits, teacher_logits, target):
+    pass
+
 def raises(student_logits, teacher_logits, target):
     return student_logits.nothing
 """)
@@ -395,8 +398,12 @@ def test_the_losses_of_the_examples_train(digits, name):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["own.py:wrong"], "--kd must return a loss for each row, or one where no --class-weights are given"),
-        (["own.py:one", "--class-weights", "balanced"], "--kd must return a loss for each row"),
+        (
+            ["own.py:wrong"],
+            "--kd must return a loss a row, or one if there are no --class-weights; it returned (32, 10)",
+        ),
+        (["own.py:one", "--class-weights", "balanced"], "it returned ()"),
+        (["own.py:nothing"], "it returned NoneType"),
         (["own.py:raises"], "own.py:raises failed: AttributeError: 'Tensor' object has no attribute 'nothing' ("),
         (["own.py:missing"], "has no function 'missing'"),
         (["nowhere.py:loss"], "no file nowhere.py"),
