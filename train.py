@@ -214,7 +214,7 @@ def read_flags(argv: list[str] | None = None) -> dict[str, Any]:
     paths = ("data", "data_dir", "model", "init", "teacher", "teacher_classes", "write_labels", "teacher_labels", "kd",
              "class_weights")  # fmt: skip
     for name in paths:
-        if name in typed and not (name == "data" and typed[name] in BY_DATA):
+        if name in typed and typed[name] not in {"data": BY_DATA, "kd": ("nkd", "kd")}.get(name, ()):
             typed[name] = absolute(typed[name])
     typed |= {"model_file": list(map(absolute, typed["model_file"]))} if "model_file" in typed else {}
     if typed.get("resume") and not typed.get("output"):
@@ -261,6 +261,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.warmup_epochs *= stretch
 
     check_methods(args.kd, args.teacher, args.write_labels, args.teacher_labels)
+    useless = typed.keys() & {"output", "resume", "overwrite", "self_kd"}
+    if args.write_labels and useless:
+        raise UserError(f"--write-labels trains nothing: leave --{min(useless).replace('_', '-')} out")
     chosen = {f"--kd {args.kd}", f"--self-kd {args.self_kd}", "--write-labels" if args.write_labels else ""}
     for method, names in OF_METHOD.items():
         misplaced = typed.keys() & set(names)

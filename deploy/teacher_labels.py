@@ -7,7 +7,8 @@ and the image's alone, so that a student sees the images again that the teacher 
     000-00000000.npy     view 0, from image 0 on, up to 16,384 rows: log T_t of the label, float32; the k largest of
     000-00016384.npy     the other classes, uint16 or int32; their log T_i, float16 (fields target, indices, logprobs)
 
-A log-probability of -inf, or a whole row of them, says that nothing is known. Needs torch; knows no model.
+A log-probability of -inf is no class; a whole row of them is an image that could not be read, which is then left out,
+and counted, in training too. Needs torch; knows no model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from deploy.cli import UserError, write_whole
 from deploy.config import check_fields, is_count, read_json
 from deploy.loading import CorruptCount, Samples, data_loader, progress_bar
+from deploy.preprocess import UnreadableImage
 from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE, StopRequest, from_rank_zero
 
 HEADER = "labels.json"
@@ -128,6 +130,8 @@ class StoredLabels:
         if name not in self.files:
             self.files[name] = np.load(self.folder / name, mmap_mode="r")
         row = self.files[name][index - start]
+        if row["target"] == -np.inf and not np.isfinite(row["logprobs"]).any():
+            raise UnreadableImage("it could not be read when its labels were written")
         return (
             torch.tensor(float(row["target"])),
             torch.from_numpy(row["logprobs"].astype(np.float32)),
@@ -258,7 +262,7 @@ def write_labels(
 
 
 def nothing_known(rows: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """Of images that cannot be read: a target of probability 0 and no class, which the loss makes 0 of."""
+    """Of images that cannot be read: no class has a probability."""
     file = np.zeros(rows, dtype)
     file["target"] = file["logprobs"] = -np.inf
     return file

@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from deploy.cli import UserError
+from deploy.cli import UserError, show_error
 from deploy.ranks import stop_signals
 from deploy.runtimes import load
 from deploy.teacher_labels import begin_labels, describe_images, write_labels
@@ -65,7 +65,7 @@ def main() -> int:
     try:
         write(args.teacher, args.folder, args.views, args.top_k, flags)
     except UserError as error:
-        print(f"teacher_labels.py: error: {error}", file=sys.stderr)
+        show_error("teacher_labels.py", str(error))
         return 2
     return 0
 

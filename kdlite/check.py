@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,6 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         lines, mistake = check(load(args.function), args.gamma, args.temperature)
     except Exception as error:  # of the user's file, whatever it is
+        if os.environ.get("KDLITE_TRACEBACK") == "1":
+            traceback.print_exc()
         print(f"kdlite.check: error: {args.function}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     print(*lines, sep="\n")

@@ -108,13 +108,12 @@ def nkd_linear_loss(
             raise ValueError("a teacher is missing: give teacher_hidden and teacher_weight, or teacher_top_k")
         check_tensors(teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
         teacher = check_linear(teacher_hidden, teacher_weight, teacher_bias, shape, "teacher_")
-        check_classes(weight, teacher_weight)
+        check_as_many(weight, teacher_weight)
     else:
         if any(x is not None for x in (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)):
             raise ValueError("teacher_top_k takes the place of the teacher's other arguments: give None for them")
         if temperature != 1 or teacher_logit_scale != 1:
             raise ValueError("teacher_top_k is of temperature 1: what the rest would weigh at another, nobody knows")
-        check_classes(weight, weight)
         teacher, target, ignore_index = read_top_k(*teacher_top_k, target, shape, ignore_index)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -194,20 +193,20 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: tor
             f"target must have the shape of {prefix}hidden without its last dimension, {tuple(hidden.shape[:-1])}; got "
             f"{tuple(shape)}"
         )
+    if len(weight) < 2:
+        raise ValueError(f"{prefix}weight must have at least 2 classes, got {tuple(weight.shape)}")
     return hidden.reshape(-1, hidden.shape[-1]), weight, bias
 
 
-def check_classes(weight: Tensor, teacher_weight: Tensor) -> None:
+def check_as_many(weight: Tensor, teacher_weight: Tensor) -> None:
     classes, teacher_classes = len(weight), len(teacher_weight)
-    if classes != teacher_classes or classes < 2:
-        fault = (
-            f"weight and teacher_weight must have one number of classes, at least 2; got {tuple(weight.shape)} and "
-            f"{tuple(teacher_weight.shape)}"
+    if classes != teacher_classes:
+        longer = "weight" if classes > teacher_classes else "teacher_weight"
+        raise ValueError(
+            f"weight and teacher_weight must have one number of classes; got {tuple(weight.shape)} and "
+            f"{tuple(teacher_weight.shape)}: if the classes beyond are padding, pass "
+            f"{longer}[:{min(classes, teacher_classes)}]"
         )
-        if classes != teacher_classes:
-            longer = "weight" if classes > teacher_classes else "teacher_weight"
-            fault += f": if the classes beyond are padding, pass {longer}[:{min(classes, teacher_classes)}]"
-        raise ValueError(fault)
 
 
 class NKDLinear(torch.autograd.Function):

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .targets import ClassIndices, as_rows, check_logits, check_options, check_tensors, class_dim, read_target, reduce
+from .targets import (
+    ClassIndices,
+    as_rows,
+    check_classes,
+    check_floating,
+    check_options,
+    check_tensors,
+    class_dim,
+    read_target,
+    reduce,
+)
 from .terms import centred, cross_entropy, is_class, log_odds
 
 
@@ -67,7 +77,9 @@ def nkd_sparse_loss(
         >>> print(f"{loss:.4f}")
         2.5395
     """
-    check_logits(student_logits, student_logits, "student_logits", "student_logits")
+    check_tensors(student_logits=student_logits)
+    check_floating(student_logits, "student_logits")
+    check_classes(student_logits, "student_logits")
     check_options(reduction, gamma=gamma)
     dim = class_dim(student_logits)
     label_shape = student_logits.shape[:dim] + student_logits.shape[dim + 1 :]

@@ -52,10 +52,7 @@ def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> N
     """Raise unless both are tensors, floating point, of one shape, with at least two classes."""
     check_tensors(**{name: logits, other_name: other})
     for tensor, label in ((logits, name), (other, other_name)):
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise TypeError(f"{label} must be floating point of 16 bits or more, got {tensor.dtype}")
-    if logits.ndim == 0:
-        raise ValueError(f"{name} must be (N, C), (N, C, d1, ...) or (C,), got a scalar")
+        check_floating(tensor, label)
     if logits.shape != other.shape:
         raise ValueError(
             f"{name} and {other_name} must have one shape, got {tuple(logits.shape)} and {tuple(other.shape)}"
@@ -63,8 +60,19 @@ def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> N
         )
     if logits.device != other.device:
         raise ValueError(f"{name} and {other_name} must be on one device, got {logits.device} and {other.device}")
-    classes = logits.shape[class_dim(logits)]
-    if classes < 2:
+    check_classes(logits, name)
+
+
+def check_floating(tensor: Tensor, name: str) -> None:
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise TypeError(f"{name} must be floating point of 16 bits or more, got {tensor.dtype}")
+
+
+def check_classes(logits: Tensor, name: str) -> None:
+    """Raise unless there are classes, two at least."""
+    if logits.ndim == 0:
+        raise ValueError(f"{name} must be (N, C), (N, C, d1, ...) or (C,), got a scalar")
+    if logits.shape[class_dim(logits)] < 2:
         raise ValueError(
             f"{name} must have at least 2 classes in dimension {class_dim(logits)}, got shape {tuple(logits.shape)}: "
             "with one class nothing is left once the target is taken out"

@@ -128,7 +128,8 @@ def round_of(kind: str, folder: Path, photos: Path, whole: dict, most: int = 3) 
         if "last top-1" in text:
             break
         kills += 1
-        # what the run itself says; not its data loading processes, when the run or one of them is killed under them
+        # the run itself never shows a traceback; torchrun, and data loading processes under which it is killed, may
+        assert f'File "{ROOT}/train.py"' not in text, text
         bystanders = kind in ("rank", "launcher", "save") or AFTER in text
         assert bystanders or 'Traceback (most recent call last):\n  File "/' not in text, text
     else:

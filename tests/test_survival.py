@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import random_kills
 import torch
+from running import refused, run
 
 import train
 from deploy import ranks, run_directory
@@ -29,18 +30,6 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield
     random_kills.kill_all(tmp_path / "out")
-
-
-def run(*flags, check=0):
-    assert train.main([str(flag) for flag in flags]) == check
-
-
-def refused(capsys, *flags):
-    """The one line a mistake is answered with."""
-    capsys.readouterr()
-    run(*flags, check=2)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
 
 
 def start(*flags, ranks=1, **options):

@@ -1,6 +1,5 @@
 """A teacher's answers, stored by train.py --write-labels and trained from by --teacher-labels; losses of one's own."""
 
-import csv
 import json
 import math
 import os
@@ -13,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from running import refused, rows, run
 from sklearn.datasets import load_sample_images
 from torch.nn import functional as F
 
 import train
 from deploy import export, loading, teacher_labels
 from deploy.datasets import open_data
+from deploy.preprocess import UnreadableImage
 from deploy.student import load_student
 from deploy.teacher_labels import StoredLabels, describe_images
 from examples import teacher_labels as example
@@ -44,23 +45,6 @@ TINY = [
 TEACHER = ["--teacher", "t/student", "--model-file", f"{MODELS}:tiny"]
 PHOTOS = ["--data", "photos", "--recipe", "digits", "--batch-size", 8, "--crop", "resized", "--hflip", 0.5,
           "--randaugment", 2, 9]  # fmt: skip
-
-
-def run(*flags, check=0):
-    assert train.main([str(flag) for flag in flags]) == check
-
-
-def refused(capsys, *flags):
-    """The one line a mistake is answered with."""
-    capsys.readouterr()
-    run(*flags, check=2)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
-
-
-def rows(output):
-    with open(Path(output) / "metrics.csv") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -254,14 +238,13 @@ def test_of_an_image_that_cannot_be_read_nothing_is_known(photos, capsys):
     )
     data = open_data("photos")
     index = data.train.files().index("china/3.png")
-    log_t, top, _ = stored(data)(0, index)
-    assert log_t == top == -torch.inf
     assert torch.isfinite(stored(data)(0, index + 1)[0])
-    logits = torch.zeros(1, 2, requires_grad=True)
-    loss = train.named_losses(logits, None, tuple(x[None] for x in stored(data)(0, index)), torch.tensor([0]), kd="nkd")
-    loss["nkd"].backward()
-    assert loss["nkd"] == 0
-    assert (logits.grad == 0).all()
+    with pytest.raises(UnreadableImage):
+        stored(data)(0, index)
+    shutil.copy("photos/train/china/4.png", "photos/train/china/3.png")  # mended, but the teacher has not seen it
+    run(*TINY, *PHOTOS, "--kd", "kd", "--teacher-labels", "L", "--output", "out")
+    assert "china/3.png: it could not be read when its labels were written" in capsys.readouterr().err
+    assert math.isfinite(float(rows("out")[0]["loss_kd"]))
 
 
 @pytest.mark.parametrize("flags", [["--kd", "kd"], ["--kd", "nkd", "--temperature", 2], ["--kd", "own.py:rows"]])
@@ -328,6 +311,8 @@ def test_a_run_that_goes_on_wants_the_same_labels(digits, capsys):
             "say --mixup 0 --random-erasing 0",
         ),
         (["--write-labels", "L", *TEACHER, "--cache", "device"], "say --cache none"),
+        (["--write-labels", "L", *TEACHER, "--output", "out"], "--write-labels trains nothing: leave --output out"),
+        (["--write-labels", "L", *TEACHER, "--self-kd", "uskd"], "leave --self-kd out"),
         (["--views", 3], "--views needs --write-labels"),
         (["--teacher-labels", "L"], "--teacher-labels needs --kd"),
         (["--teacher-labels", "L", "--kd", "nkd", *TEACHER], "no --teacher"),
@@ -377,6 +362,12 @@ def nothing(student_logits, teacher_logits, target):
 def raises(student_logits, teacher_logits, target):
     return student_logits.nothing
 """)
+
+
+def test_a_folder_that_is_named_like_a_method_is_none(digits):
+    Path("kd").mkdir()
+    run(*TINY, "--kd", "kd", *TEACHER, "--output", "out")
+    assert "loss_kd" in rows("out")[0]
 
 
 def test_a_loss_of_ones_own_is_added(own):

@@ -1,6 +1,5 @@
 """train.py: runs of the real script, small ones in this process and whole ones through torchrun."""
 
-import csv
 import functools
 import json
 import os
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from running import refused, rows, run
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,11 +56,6 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def run(*flags, check=0):
-    """train.main in this process."""
-    assert train.main([str(flag) for flag in flags]) == check
-
-
 def script(*flags, command=(sys.executable,), env=None, **options):
     """train.py in a process of its own, as a user calls it."""
     return subprocess.run(
@@ -71,21 +66,6 @@ def script(*flags, command=(sys.executable,), env=None, **options):
         timeout=500,
         **options,
     )
-
-
-def refused(capsys, *flags):
-    """The one line a mistake is answered with."""
-    run(*flags, check=2)
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("train.py: error: ")
-    return lines[0]
-
-
-def rows(output):
-    with open(Path(output) / "metrics.csv") as file:
-        return list(csv.DictReader(file))
 
 
 def same_weights(a, b):

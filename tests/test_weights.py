@@ -14,6 +14,7 @@ import torch
 import torchvision
 from huggingface_hub import ModelCard
 from PIL import Image
+from running import run
 from safetensors.torch import load_file, save_file
 from students import write_student
 from torch.nn import functional as F
@@ -49,10 +50,6 @@ def photos(tmp_path):
             pixels = np.random.default_rng(i).integers(low, low + 120, (24, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i:02}.png")
     return tmp_path / "photos"
-
-
-def run(*flags, check=0):
-    assert train.main([str(flag) for flag in flags]) == check
 
 
 def start(name, labels=2, size=(3, 32, 32), **options):
