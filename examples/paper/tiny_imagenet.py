@@ -4,6 +4,8 @@
     python examples/paper/tiny_imagenet.py SOURCE few-images    # CPU: ... one that fits its training set
     python examples/paper/tiny_imagenet.py SOURCE nkd-parts     # CPU: ablations of NKD, in the setting of few-epochs
     python examples/paper/tiny_imagenet.py SOURCE uskd-parts    # CPU: ablations of USKD, in the setting of few-images
+    python examples/paper/tiny_imagenet.py SOURCE lite-sweep    # CPU: KD's and NKD's weights with an ImageNet teacher
+    python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: ten methods with that teacher, each seed paired
     python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, six networks
 
 SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are kept under runs/tiny_imagenet;
@@ -26,6 +28,9 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+from finetune import TEACHER, fetch  # noqa: E402
+
 RUNS = Path("runs/tiny_imagenet")
 MODELS = HERE / "cifar_models.py"
 
@@ -38,20 +43,22 @@ class Setting(NamedTuple):
     train: int  # images a class, the first in alphabetical order
     held_out: int  # of the others, the last, added to Tiny-ImageNet's own 50 validation images a class
     common: list[str]
-    teacher: list[str]
+    teacher: list[str]  # of a training; or with --write-labels, of ImageNet's teacher asked about these images
     student: list[str]
 
 
 class Table(NamedTuple):
     setting: str
     seeds: int
-    runs: dict[str, list[str]]  # name: flags; "{teacher}" stands for the teacher's student/ folder
+    runs: dict[str, list[str]]  # name: flags; "{teacher}" stands for the teacher's student/ or its labels' folder
+    first_seed: int = 0
 
 
 SMALL = [
     "--recipe", "cifar", "--no-small-stem", "--batch-size", "64", "--lr", "0.05", "--schedule", "cosine",
     "--warmup-epochs", "1", "--cache", "device",
 ]  # fmt: skip
+WITHOUT_CACHE = SMALL[: SMALL.index("--cache")]
 LARGE = [
     "--recipe", "cifar", "--img-size", "64", "--batch-size", "256", "--lr", "0.2", "--schedule", "cosine",
     "--warmup-epochs", "1", "--epochs", "8", "--cache", "device",
@@ -72,6 +79,11 @@ SETTINGS = {
         teacher=["--model", f"{MODELS}:resnet20", "--epochs", "100"],
         student=["--model", f"{MODELS}:resnet8", "--epochs", "64", "--crop", "none"],
     ),
+    "lite": Setting(  # few-epochs from the photographs themselves, with the answers of a teacher that saw them larger
+        20, 64, train=400, held_out=50, common=[*WITHOUT_CACHE, "--model", f"{MODELS}:resnet8", "--crop", "none"],
+        teacher=["--img-size", "64", "--views", "4", "--top-k", "19", "--write-labels"],
+        student=["--img-size", "32", "--epochs", "8", "--workers", "0", "--channels-last"],
+    ),
     "full": Setting(200, 64, train=500, held_out=0, common=[], teacher=[*LARGE, "--model", "resnet34"], student=[]),
 }  # fmt: skip
 
@@ -85,6 +97,21 @@ METHODS = {
     "NKD": NKD,
     "USKD": USKD,
 }
+
+
+def labels(kd: str, *flags: str) -> list[str]:
+    return ["--kd", kd, "--teacher-labels", "{teacher}", *flags]
+
+
+def lite_kd(temperature: float, weight: float) -> list[str]:
+    return labels("kd", "--kd-temperature", f"{temperature:g}", "--kd-weight", f"{weight:g}")
+
+
+def lite_nkd(gamma: float, temperature: float) -> list[str]:
+    return labels("nkd", "--gamma", f"{gamma:g}", "--temperature", f"{temperature:g}")
+
+
+OTHERS = ROOT / "examples/losses.py"
 TABLES = {
     "few-epochs": Table("few-epochs", 15, METHODS),
     "few-images": Table("few-images", 15, METHODS),
@@ -112,6 +139,24 @@ TABLES = {
             "USKD ranked by log S": [*USKD, "variant=uskd_ranked_by_log"],
             "USKD tapped at layer1": [*USKD, "--tap", "layer1"],
             "USKD tapped at layer3": [*USKD, "--tap", "layer3"],
+        },
+    ),
+    "lite": Table(
+        "lite", 5,
+        {
+            "cross-entropy": [],
+            "label smoothing": ["--label-smoothing", "0.1"],
+            "NKD": lite_nkd(3.5, 3),  # the paper's for CIFAR-100
+            "NKD gamma 1.5 T 1": lite_nkd(1.5, 1),  # ... for ImageNet
+            **{name: labels(f"{OTHERS}:{name}") for name in ("dkd", "standardised_kd", "wttm", "dist")},
+        },
+    ),
+    "lite-sweep": Table(  # eight of each, on a seed that is not reported
+        "lite", 1, first_seed=100,
+        runs={
+            "cross-entropy": [],
+            **{f"KD T {t} weight {w}": lite_kd(t, w) for t in (1, 2, 4, 8) for w in (1, 3)},
+            **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g in (0.25, 0.5, 1.5, 3.5) for t in (1, 2)},
         },
     ),
     "full": Table(
@@ -205,12 +250,22 @@ def main() -> None:
 
     common = ["--data", str(images), *setting.common]
     more = shlex.split(args.flags)
-    teacher = f"{table.setting}/teacher"
-    rows = {("teacher", 0): run(teacher, [*common, *setting.teacher, *more])}
+    rows = {}
+    if "--write-labels" in setting.teacher:
+        teacher = RUNS / table.setting / "labels"
+        if not teacher.exists():
+            partial = RUNS / table.setting / "labels.partial"
+            asked = [*setting.teacher, str(partial), "--teacher", f"{TEACHER}:{fetch(TEACHER)}", *more]
+            subprocess.run([sys.executable, str(ROOT / "train.py"), *common, *asked], check=True)
+            partial.rename(teacher)
+    else:
+        name = f"{table.setting}/teacher"
+        rows["teacher", 0] = run(name, [*common, *setting.teacher, *more])
+        teacher = RUNS / name / "student"
     runs = {}
-    for seed in range(args.seeds or table.seeds):
+    for seed in range(table.first_seed, table.first_seed + (args.seeds or table.seeds)):
         for method, flags in table.runs.items():
-            filled = [flag.format(teacher=RUNS / teacher / "student") for flag in flags]
+            filled = [flag.format(teacher=teacher) for flag in flags]
             shared = [known for known in METHODS if METHODS[known] == flags]  # with the setting's own table
             name = f"{table.setting}/{shared[0] if shared else method}-{seed}"
             runs[method, seed] = (name, [*common, *setting.student, *filled, *more, "--seed", str(seed)])
@@ -224,7 +279,7 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     partial = args.results / f"{args.table}.csv.partial"
     with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["method", "seed", *rows["teacher", 0]])
+        writer = csv.DictWriter(file, ["method", "seed", *next(iter(rows.values()))])
         writer.writeheader()
         writer.writerows({"method": method, "seed": seed} | row for (method, seed), row in rows.items())
     partial.rename(args.results / f"{args.table}.csv")
