@@ -81,7 +81,7 @@ SETTINGS = {
     ),
     "lite": Setting(  # few-epochs from the photographs themselves, with the answers of a teacher that saw them larger
         20, 64, train=400, held_out=50, common=[*WITHOUT_CACHE, "--model", f"{MODELS}:resnet8", "--crop", "none"],
-        teacher=["--img-size", "64", "--views", "4", "--top-k", "19", "--write-labels"],
+        teacher=["--img-size", "64", "--channels-last", "--views", "2", "--top-k", "19", "--write-labels"],
         student=["--img-size", "32", "--epochs", "8", "--workers", "0", "--channels-last"],
     ),
     "full": Setting(200, 64, train=500, held_out=0, common=[], teacher=[*LARGE, "--model", "resnet34"], student=[]),
