@@ -93,6 +93,7 @@ def test_weights_that_are_fixed_inside_are_told():
     assert check.check(fixed)[1] is not None
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_a_case_and_tells_by_its_status(tmp_path):
     (tmp_path / "mine.py").write_text(HAND)
     (tmp_path / "wrong.py").write_text(HAND.replace("gamma * temperature**2", "gamma"))

@@ -69,6 +69,7 @@ def modules_after(device, program):
     return set(on(device, "-c", f"{program}\nimport sys\nprint(*sys.modules)").split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("python", ["the device's", "this one"])
 def test_the_light_modules_load_nothing_foreign(device, python):
     """Here, where torch could be imported, as well as there."""

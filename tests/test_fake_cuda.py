@@ -408,6 +408,7 @@ def test_a_planted_read_in_the_objective_of_a_step_is_caught(cuda):
         step(None, torch.amp.GradScaler("cuda", enabled=False), loss=reads)
 
 
+@pytest.mark.slow
 @WAYS
 def test_a_step_in_fp16_waits_once_for_gradscalers_own_look_at_the_gradients(cuda, choose, monkeypatch, way):
     """GradScaler.step reads on the host whether a gradient was not finite, which no fake tensor can answer."""

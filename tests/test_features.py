@@ -315,6 +315,7 @@ def test_a_bare_tap_works_when_it_was_there_before_the_first_compiled_call():
         torch.testing.assert_close(tap.pop(), model.layer1(images()))
 
 
+@pytest.mark.slow
 def test_tapping_a_compiled_model_is_refused():
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="compiled already"):
@@ -345,6 +346,7 @@ def test_a_tap_made_behind_a_compiled_models_back_is_an_error_at_pop():
 # ---- the output as the layer returned it ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("mode", [True, False])

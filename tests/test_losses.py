@@ -545,6 +545,7 @@ def test_compiles_whole_with_dynamic_shapes(loss, soft):
             torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("soft", [False, True])
 def test_exports_with_a_dynamic_batch(loss, soft):

@@ -25,6 +25,7 @@ def wheel(tmp_path_factory):
     return next(folder.glob("kdlite-*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_kdlite_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "kdlite/py.typed" in names

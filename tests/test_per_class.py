@@ -62,6 +62,7 @@ def test_the_worst_confusions_are_counted_and_in_order():
     assert len(worst_confusions(*answers(9), list("abcdefghi"))) == 10
 
 
+@pytest.mark.slow
 def test_the_files_and_what_is_printed(tmp_path):
     lines = write_per_class(tmp_path, np.array([0, 0, 1]), np.array([1, 0, 1]), ["chat, café", "dog"])
     assert lines == ["most often taken for another class:", "  chat, café taken for dog: 1 of 2"]
@@ -86,6 +87,7 @@ def test_answers_of_other_classes_are_refused(tmp_path, labels, predictions):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 60, 1000])
 def test_a_confusion_can_be_seen_among_any_number_of_classes(tmp_path, classes):
     """The diagonal's dark pixels are a share of the image; one pair of classes more, and the picture changes there."""
@@ -115,6 +117,7 @@ def test_a_class_without_images_is_grey(tmp_path):
     assert (image == 211).all(2).mean() > 0.1  # light grey
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "channels"), [(1, 3), (5, 1), (40, 3)])
 def test_a_batch_is_drawn_up_to_32_images(tmp_path, count, channels):
     values = np.linspace(10, 200, count).astype(np.uint8)

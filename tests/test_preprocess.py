@@ -38,6 +38,7 @@ def torchvisions(image, config):
     return np.asarray(v2.Compose([v2.RGB(), resize, v2.CenterCrop((height, width))])(image))
 
 
+@pytest.mark.slow
 def test_a_thousand_sizes_are_torchvisions_to_the_bit():
     """Cut from real photographs, both interpolations, square and oblong; odd and even margins of the centre crop."""
     random = np.random.default_rng(0)

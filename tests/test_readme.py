@@ -16,6 +16,7 @@ COMMANDS = ["export", "quantize", "build", "check", "benchmark", "serve", "trito
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_student(Path("RUN/student"), "mobilenet_v2", 32, arguments=["width_mult=0.25"])

@@ -305,6 +305,7 @@ def test_each_request_gets_its_own_answer_out_of_a_batch(artefact):
             np.testing.assert_allclose(logits, expected[start : start + size], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sigterm_answers_what_was_begun_and_ends_with_0(artefact):
     body = json.dumps({"inputs": [tensor(data=[0] * ONE)]}).encode()
     with server(artefact, "--max-delay", "1500") as (process, port):

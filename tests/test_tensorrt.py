@@ -118,6 +118,7 @@ def test_float_input_is_normalised_nchw(library):
     np.testing.assert_allclose(engine.images.array[:2], images(2).transpose(0, 3, 1, 2) / 255.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integrated", [False, True])
 @pytest.mark.parametrize("by", ["close", "garbage"])
 def test_all_is_freed_in_the_opposite_order(library, integrated, by):

@@ -167,6 +167,7 @@ def test_the_prediction_agrees(photos, capsys):
     assert 100 * sum(truth == first for truth, first in answers) / 17 == pytest.approx(accuracy("out", photos)[0])
 
 
+@pytest.mark.slow
 def test_a_reference_of_nothing_readable_does_not_fail_the_run(photos, capfd):
     (photos / "val/china/0.jpg").write_bytes(b"no image")  # the one image that is drawn
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--reference", 1, "--output", "out")
@@ -463,6 +464,7 @@ def test_images_of_every_ending_are_read(photos, ending, kind):
     assert to_rgb(data[index][0]).size == (80, 64)
 
 
+@pytest.mark.slow
 def test_a_pipe_among_the_images_is_skipped_by_name(photos, capfd):
     os.mkfifo(photos / "train/china/pipe.jpg")
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--output", "out")
@@ -498,6 +500,7 @@ def test_a_model_that_cannot_be_copied_or_has_no_shapes_yet_is_trained(name, cap
     run(*TINY, "--model", f"{MODELS}:{name}", "--ema-decay", 0.9, "--output", "ema")
 
 
+@pytest.mark.slow
 def test_a_model_in_several_files_with_a_dataclass_is_built(tmp_path):
     (tmp_path / "pieces_of_mine.py").write_text("width = 8\n")
     (tmp_path / "mine.py").write_text(

@@ -205,6 +205,7 @@ def test_grey_images_take_the_sum_of_the_colour_filters(name, conv):
     assert len(config["mean"]) == len(config["std"]) == 1
 
 
+@pytest.mark.slow
 def test_a_resume_needs_neither_the_file_nor_the_network_again(photos, capsys):
     donor = write_student(Path("donor"), f"{MODELS}:tiny", 16)
     flags = ["--model", f"{MODELS}:tiny", "--img-size", 16, "--data", photos, "--val-split", 0.25, "--init", donor]
