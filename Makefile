@@ -1,9 +1,9 @@
-# make demo, make serve-demo, make test, test-all, test-quick and make bench: each makes .venv once, and does its job.
+# make demo, serve-demo, test, test-all, test-quick, test-matrix, bench, docs, lint: each makes .venv once, and does its job.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo serve-demo test test-all test-quick bench lint
+.PHONY: demo serve-demo test test-all test-quick test-matrix bench docs lint
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -23,8 +23,15 @@ test-all: .venv/installed
 test-quick: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not trial and not gpu"
 
+test-matrix: .venv/installed
+	$(BIN)/python tests/matrix.py
+
 bench: .venv/installed
 	$(BIN)/python examples/benchmark_losses.py
+
+docs: .venv/installed
+	$(BIN)/pdoc -d google -o build/docs kdlite
+	@echo build/docs/index.html
 
 lint: .venv/installed
 	$(BIN)/ruff check .

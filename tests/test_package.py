@@ -15,14 +15,29 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    pytest.importorskip("hatchling")
-    folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT],
-        check=True,
-    )
-    return next(folder.glob("kdlite-*.whl"))
+def built(tmp_path_factory):
+    """A folder with the wheel and the sdist."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--no-isolation", "-o", folder, ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    return next(built.glob("kdlite-*.whl"))
+
+
+@pytest.mark.slow
+def test_an_index_would_take_both_distributions(built):
+    pytest.importorskip("twine")
+    files = list(built.iterdir())
+    assert {"".join(file.suffixes[-2:]) for file in files} >= {".tar.gz"}
+    check = [sys.executable, "-m", "twine", "check", "--strict", *files]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == len(files) == 2
 
 
 @pytest.mark.slow
@@ -34,6 +49,7 @@ def test_the_wheel_holds_kdlite_and_nothing_else(wheel):
     assert {name for name in names if name.startswith("kdlite/")} == sources
 
 
+@pytest.mark.slow
 def test_the_package_needs_torch_alone(wheel):
     metadata = next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()

@@ -8,31 +8,109 @@ import sys
 from pathlib import Path
 
 import pytest
+from serving import NAMES, server
 from students import write_student
 
+import kdlite
 import train
 
 COMMANDS = ["export", "quantize", "build", "check", "benchmark", "serve", "triton", "pack", "predict"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
+PAGES = [
+    page for page in ROOT.rglob("*.md") if not {".venv", "runs", "build", "data"} & {*page.relative_to(ROOT).parts}
+]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+
+
+def test_no_page_has_python_that_no_test_runs():
+    assert {str(page.relative_to(ROOT)) for page in PAGES if blocks(page)} == {
+        "README.md", "examples/training.md", "deploy/README.md",
+    }  # fmt: skip
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 @pytest.mark.slow
-def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_student(Path("RUN/student"), "mobilenet_v2", 32, arguments=["width_mult=0.25"])
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert len(blocks) == 3
+def test_the_python_in_the_readme_runs():
     names = {}
-    for block in blocks:
+    for block in blocks("README.md"):
         exec(block, names)
     assert names["loss"].isfinite()
     assert type(names["plain"]).__name__ == "ResNet"
+
+
+@pytest.mark.trial
+def test_the_python_in_the_readme_is_typed(tmp_path):
+    (tmp_path / "pasted.py").write_text("\n".join(blocks("README.md")))
+    mypy = [sys.executable, "-m", "mypy", "--config-file=", "--strict", "--ignore-missing-imports", "pasted.py"]
+    done = subprocess.run(mypy, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_torchvisions_own_lines_open_a_student(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_student(Path("RUN/student"), "mobilenet_v2", 32, arguments=["width_mult=0.25"])
+    (block,) = blocks("examples/training.md")
+    names = {}
+    exec(block, names)
     assert type(names["model"]).__name__ == "MobileNetV2"
+
+
+@pytest.mark.slow
+def test_the_client_on_the_page_of_the_server_gets_an_answer(artefact):
+    (block,) = blocks("deploy/README.md")
+    with server(artefact) as (_, port):
+        names = {}
+        exec(block.replace("8000", str(port)).replace("224", "16"), names)
+    assert names["logits"].shape == (1, len(NAMES))
+
+
+def test_every_link_on_a_page_leads_somewhere():
+    def anchors(page):
+        titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+        return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    assert len(links) > 40
+    for page, link in links:
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page}: {link}"
+
+
+@pytest.mark.slow
+def test_the_pages_of_the_api_tell_every_public_name(tmp_path):
+    pytest.importorskip("pdoc")
+    command = (ROOT / "Makefile").read_text().partition("$(BIN)/pdoc")[2].partition("\n")[0]
+    made = shlex.split(command.replace("build/docs", str(tmp_path)))
+    done = subprocess.run([sys.executable, "-m", "pdoc", *made], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "kdlite.html").read_text()
+    for name in kdlite.__all__:
+        assert f'id="{name}"' in page
 
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "deploy/README.md", "examples/README.md", "examples/triton/README.md", "examples/paper/README.md"],
+    [
+        "README.md",
+        "deploy/README.md",
+        "examples/README.md",
+        "examples/training.md",
+        "examples/triton/README.md",
+        "examples/paper/README.md",
+    ],
 )
 def test_every_flag_and_command_on_a_page_exists(page):
     text = (ROOT / page).read_text()

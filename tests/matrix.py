@@ -1,0 +1,71 @@
+"""The wheel in a clean environment of each Python, with the oldest torch that it takes and with the newest tested.
+
+    make test-matrix                          # or: python tests/matrix.py 3.10 3.13
+    python tests/matrix.py 3.12 --torch 2.11  # some of it
+
+Builds wheel and sdist, asks twine about them, then for each python3.X of the path and each torch: a fresh environment,
+the wheel, the doctests of kdlite. An environment is removed before the next is made; each is some GB of downloads.
+Exit status 1 where something failed, or a Python was not there.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCTESTS = """
+import doctest, importlib, pkgutil, sys, warnings
+warnings.simplefilter("ignore")
+import torch, kdlite
+modules = [importlib.import_module(f"kdlite.{module.name}") for module in pkgutil.iter_modules(kdlite.__path__)]
+results = [doctest.testmod(module) for module in modules]
+failed, tried = (sum(counts) for counts in zip(*((r.failed, r.attempted) for r in results)))
+print(f"Python {sys.version.split()[0]}, torch {torch.__version__}: {tried} lines, {failed} wrong")
+sys.exit(failed > 0 or tried == 0)
+"""
+
+
+def torches() -> list[str]:
+    """The lower bound in pyproject.toml, and the version in constraints.txt."""
+    oldest = re.search(r'^dependencies = \["torch>=([\d.]+)"\]', (ROOT / "pyproject.toml").read_text(), re.M)
+    newest = re.search(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)
+    assert oldest
+    assert newest
+    return [oldest[1], newest[1]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pythons", nargs="*", default=["3.10", "3.11", "3.12", "3.13"])
+    parser.add_argument("--torch", nargs="+", default=torches(), help="versions (default: %(default)s)")
+    args = parser.parse_args()
+    wrong = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        dist, environment = Path(temporary, "dist"), Path(temporary, "env")
+        subprocess.run([sys.executable, "-m", "build", "-o", dist, ROOT], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir()], check=True)
+        (wheel,) = dist.glob("*.whl")
+        for version in args.pythons:
+            python = shutil.which(f"python{version}")
+            if not python or subprocess.run([python, "--version"], capture_output=True).returncode:
+                print(f"Python {version}: not in the path", flush=True)
+                wrong += 1
+                continue
+            for torch in args.torch:
+                subprocess.run([python, "-m", "venv", environment], check=True)
+                pip = [environment / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+                installed = subprocess.run([*pip, f"torch=={torch}", wheel]).returncode
+                status = installed or subprocess.run([environment / "bin/python", "-I", "-c", DOCTESTS]).returncode
+                if status:
+                    print(f"Python {version}, torch {torch}: failed", flush=True)
+                wrong += status != 0
+                shutil.rmtree(environment)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
