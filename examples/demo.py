@@ -13,11 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("runs/demo")
 STUDENT = ["--model", "mobilenet_v2", "--epochs", "8"]
@@ -50,19 +45,12 @@ def main() -> int:
             rows = list(csv.DictReader(file))
         size = os.path.getsize(output / "student/model.safetensors") / 1e6
         table.append((name, flags[1], float(rows[-1]["val_top1"]), time.time() - started, size))
-        plt.plot([int(row["epoch"]) for row in rows], [float(row["val_top1"]) for row in rows], label=name)
-
-    plt.xlabel("epoch")
-    plt.ylabel("top-1 on 360 held-out digits (%)")
-    plt.legend()
-    plt.grid(alpha=0.3)
-    plt.savefig(OUTPUT / "curves.png", dpi=120)
 
     print(f"\n{'':14} {'model':14} {'top-1 %':>8} {'seconds':>8} {'MB':>6}")
     for name, model, top1, seconds, size in table:
         print(f"{name:14} {model:14} {top1:8.2f} {seconds:8.0f} {size:6.1f}")
     print("\none seed, last epoch: a gap of under 2 % is noise")
-    print(f"curves: {OUTPUT}/curves.png, students: {OUTPUT}/*/student", flush=True)
+    print(f"students: {OUTPUT}/*/student", flush=True)
 
     for module, *flags in DEPLOY:
         command = ["-m", module, str(OUTPUT / "nkd"), *flags]
@@ -70,7 +58,9 @@ def main() -> int:
         status = subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
         if status:
             return status
-    print("\nnext: make serve-demo, then drop an image of a digit on http://127.0.0.1:8000")
+    report = [str(ROOT / "examples/report.py"), "-o", str(OUTPUT / "report.html")]
+    subprocess.run([sys.executable, *report, *(str(OUTPUT / name.lower()) for name in RUNS)], check=True)
+    print("\nnext: open that page; make serve-demo, then drop an image of a digit on http://127.0.0.1:8000")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Two test processes on two cores: one thread each; tests that share a costly fixture run in one process."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -32,3 +33,16 @@ def artefact(tmp_path_factory):
     from serving import write_artefact
 
     return write_artefact(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium; `apt-get install chromium` where it is not there."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("no Chromium here")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
