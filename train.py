@@ -65,8 +65,8 @@ from deploy.loading import (
     DeviceLoader,
     describe_view,
     eval_view,
+    image_progress,
     make_loader,
-    progress_bar,
     train_view,
 )
 from deploy.per_class import write_per_class
@@ -471,7 +471,7 @@ def evaluate(
     model.eval()
     device, pairs = to_device.device, []
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, samples, ranks asked to stop
-    for images, labels, unreadable, _ in progress_bar(loader, "validate"):
+    for images, labels, unreadable, _ in image_progress(loader, "validate"):
         corrupt.add(unreadable)
         if stop and stop.name:
             totals[4] += 1
@@ -658,7 +658,9 @@ def train_epoch(
     sampler = getattr(run.train_loader, "sampler", run.train_loader)
     sampler.set_epoch(progress.epoch, first * run.train_loader.batch_size)
     batches = itertools.islice(run.train_loader, run.updates_per_epoch * grad_accum - first)
-    shown = progress_bar(batches, f"epoch {progress.epoch + 1}", run.updates_per_epoch * grad_accum, first)
+    each = run.train_loader.batch_size
+    total = run.updates_per_epoch * grad_accum * each * WORLD_SIZE
+    shown = image_progress(batches, f"epoch {progress.epoch + 1}", total, each, first)
     for i, batch in enumerate(shown):
         corrupt.add(batch.corrupt)
         if batch.images is None:
@@ -684,7 +686,7 @@ def train_epoch(
         if ema:
             ema.update(run.student, step + 1)
         if progress.step % log_interval == 0:
-            log.read()
+            shown.beside = f"loss {log.read():.4g}"
         if after_step():
             return True
     log.read()

@@ -35,12 +35,16 @@ import numpy as np
 from deploy.check import find_artefacts, table
 from deploy.cli import (
     Parser,
+    Progress,
     UserError,
     add_device,
+    add_json,
+    add_quiet,
     command,
     first_line,
     make_folder,
     make_parser,
+    note,
     runtime_options,
     student_folder,
     version,
@@ -176,7 +180,7 @@ def benchmark(
     rows: list[dict[str, Any]] = []
     timed: list[tuple[Worker, np.ndarray, dict[str, Any], list[Slice]]] = []
     try:
-        for entry in entries:
+        for entry in Progress(entries, "load", unit="files"):
             weights = entry.path / "model.safetensors" if entry.path.is_dir() else entry.path
             size = weights.stat().st_size / 1e6
             row: dict[str, Any] = {"artefact": "student/" if entry.path.is_dir() else entry.path.name, "mb": size}
@@ -204,14 +208,14 @@ def benchmark(
                     rows.append(row | {"batch": len(images)})
                     timed.append((worker, images, rows[-1], []))
 
-        for _ in range(rounds):
-            for worker, images, row, slices in timed:
-                if "failed" not in row:
-                    try:
-                        slices.append(worker.ask(images, seconds / rounds))
-                    except UserError as error:
-                        row["failed"] = str(error)
-                    time.sleep(PAUSE_S)
+        turns = [entry for _ in range(rounds) for entry in timed]
+        for worker, images, row, slices in Progress(turns, "measure", unit="turns"):
+            if "failed" not in row:
+                try:
+                    slices.append(worker.ask(images, seconds / rounds))
+                except UserError as error:
+                    row["failed"] = str(error)
+                time.sleep(PAUSE_S)
     finally:
         for worker in workers:
             worker.close()
@@ -354,6 +358,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "benchmark")
+    add_quiet(parser)
     parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
     parser.add_argument("artefacts", nargs="*", help="files to time (default: all in the folder)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images a call (default: 1 16)")
@@ -368,6 +373,7 @@ def get_parser() -> Parser:
     )
     add_reference(parser)
     parser.add_argument("--output", type=Path, help="folder of benchmark.json and .png (default: the student's)")
+    add_json(parser, "benchmark.json")
     add_device(parser)
     return parser
 
@@ -388,15 +394,15 @@ def run(args: argparse.Namespace) -> int:
         pool = reference.images
         if args.images:
             validation = [(pool[i : i + 64], reference.labels[i : i + 64]) for i in range(0, len(pool), 64)]
-        print(f"{len(pool)} validation images of the reference")
+        note(f"{len(pool)} validation images of the reference")
     else:
         pool = np.random.default_rng(0).integers(0, 256, (64, height, width, channels), dtype=np.uint8)
-        print(f"no {NAME} beside {student}: timed on noise, and no accuracy")
+        note(f"no {NAME} beside {student}: timed on noise, and no accuracy")
     eager = has_torch() and (student / "model.safetensors").is_file()
     if args.compile and not eager:
         raise UserError("--compile needs torch and the weights of the student")
     if not eager:
-        print("torch is not installed here, or the weights are not: no row of torch eager")
+        note("torch is not installed here, or the weights are not: no row of torch eager")
     batches = [pool[np.arange(size) % len(pool)] for size in sorted(set(args.batches))]
     machine = describe_machine()
     rows = benchmark(
@@ -405,13 +411,17 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     machine["load_after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
 
-    print(f"{config['architecture']} at {height}x{width}")
-    for key, value in machine.items():
-        print(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
-    empty = {name for name in COLUMNS if all(row.get(name) is None for row in rows)}
-    print("\n" + table(rows, {name: form for name, form in COLUMNS.items() if name not in empty}))
     result = {"machine": machine, "model": config["architecture"], "input_size": config["input_size"], "rows": rows}
     write_whole(output / "benchmark.json", json.dumps(result, indent=2) + "\n")
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        note(f"{config['architecture']} at {height}x{width}")
+        for key, value in machine.items():
+            note(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
+        empty = {name for name in COLUMNS if all(row.get(name) is None for row in rows)}
+        note("")
+        print(table(rows, {name: form for name, form in COLUMNS.items() if name not in empty}))
     shown = [row for row in rows if "failed" not in row and "top1" in row]
     if shown and importlib.util.find_spec("matplotlib"):
         plot(shown, output / "benchmark.png")

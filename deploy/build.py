@@ -15,12 +15,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from deploy.cli import Parser, UserError, command, make_parser
+from deploy.cli import Parser, UserError, add_quiet, command, make_parser, note
 from deploy.tensorrt import build_engine, report
 
 
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "build")
+    add_quiet(parser)
     parser.add_argument("onnx", type=Path, help="an ONNX file of deploy.export or deploy.quantize")
     parser.add_argument("--report", action="store_true", help="parse, say what is supported, build nothing")
     parser.add_argument(
@@ -52,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
         f"{built['build_s']:.1f} s for batches of {' '.join(map(str, batches))} (smallest, usual, largest)"
     )
     if args.timing_cache and built["library"] != "tensorrt":
-        print("no timing cache was written: TensorRT-RTX has none")
+        note("no timing cache was written: TensorRT-RTX has none")
     if not built["gpu"]:
-        print("built without a GPU: not run and not compared here; deploy.check does both on a machine that has one")
+        note("built without a GPU: not run and not compared here; deploy.check does both on a machine that has one")
     return 0
 
 

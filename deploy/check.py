@@ -29,11 +29,14 @@ from deploy.cli import (
     Parser,
     UserError,
     add_device,
+    add_json,
+    add_quiet,
     command,
     first_line,
     make_folder,
     make_parser,
     need,
+    note,
     runtime_options,
     student_folder,
     write_whole,
@@ -199,7 +202,7 @@ def validation_batches(
     What the run split off for validation is what its split.csv says.
     """
     from deploy.datasets import SPLIT, open_data, read_split  # torchvision's, on a workstation
-    from deploy.loading import CorruptCount, eval_view, make_loader, progress_bar
+    from deploy.loading import CorruptCount, eval_view, image_progress, make_loader
 
     file, config = student.resolve().parent / "args.json", torch_student.metadata
     try:
@@ -218,7 +221,7 @@ def validation_batches(
     view = functools.partial(eval_view, config=config)
     corrupt = CorruptCount("validation", len(source.val))
     loader = make_loader(source.val, view, max(BATCHES), False, workers=workers, indices=picked)
-    for batch in progress_bar(loader, "validation images"):
+    for batch in image_progress(loader, "check"):
         corrupt.add(batch.corrupt)
         if batch.images is not None:
             pixels = np.ascontiguousarray(batch.images.permute(0, 2, 3, 1).numpy())
@@ -233,7 +236,7 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
             left_out = [file for file in found if file.suffix in TORCH_KINDS]
             found = [file for file in found if file not in left_out]
             if left_out:
-                print(f"left out, since torch is not installed: {', '.join(file.name for file in left_out)}")
+                note(f"left out, since torch is not installed: {', '.join(file.name for file in left_out)}")
         if not found:
             raise UserError(f"{student} has no artefact yet: python -m deploy.export {student}")
         return found
@@ -260,6 +263,7 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
 
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "check")
+    add_quiet(parser)
     parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
     parser.add_argument("artefacts", nargs="*", help="files to check (default: all in the folder)")
     parser.add_argument("--images", type=int, help="so many of the images, evenly spaced (default: all)")
@@ -270,6 +274,7 @@ def get_parser() -> Parser:
     parser.add_argument("--data-dir", help="with --data: as train.py --data-dir")
     parser.add_argument("--workers", type=int, help="with --data: processes that decode images (default: the cores)")
     parser.add_argument("--output", type=Path, help="folder of check.json (default: the student's)")
+    add_json(parser, "check.json")
     add_device(parser)
     return parser
 
@@ -303,11 +308,16 @@ def run(args: argparse.Namespace) -> int:
             yield images, labels, logits
 
     rows = check_artefacts(artefacts, noted(), digest, torch_student, **options)
-    print(f"{rows[0]['images']} validation images of {what}; percent, against torch's fp32 logits\n")
-    print(table(rows, COLUMNS))
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        note(f"{rows[0]['images']} validation images of {what}; percent, against torch's fp32 logits\n")
+        print(table(rows, COLUMNS))
     write_whole(output / "check.json", json.dumps(rows, indent=2) + "\n")
     labels, predictions = map(np.concatenate, zip(*answers))
-    print("", *write_per_class(output, labels, predictions, read_config(student)["label_names"]), sep="\n")
+    confusions = write_per_class(output, labels, predictions, read_config(student)["label_names"])
+    if not args.json:
+        print("", *confusions, sep="\n")
     return int(any(row["verdict"] != "pass" for row in rows[1:]))
 
 

@@ -53,8 +53,8 @@ class LossLog:
         self.sums = self.sums or dict.fromkeys(losses, 0.0)
         self.waiting.append((step, torch.stack([loss.detach() for loss in losses.values()])))
 
-    def read(self) -> None:
-        """Take in the steps since the last call; stop the run at the first whose loss is not finite."""
+    def read(self) -> float:
+        """Take in the steps since the last call and return their mean loss; stop the run at one that is not finite."""
         steps = [step for step, _ in self.waiting]
         values = torch.stack([value for _, value in self.waiting]).double().cpu() if steps else torch.empty(0, 1)
         self.waiting = []
@@ -70,6 +70,7 @@ class LossLog:
         for name, value in zip(self.sums, values[finite].sum(0).tolist()):
             self.sums[name] += value
         self.count += int(finite.sum())
+        return float(values[finite].sum(1).mean())
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Mean of each term over all ranks since the last call, and of their sum."""

@@ -13,8 +13,9 @@ import importlib.metadata
 import math
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -25,6 +26,9 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 class UserError(Exception):
     """An error of the user's: one line on stderr and exit status 2, no traceback."""
+
+
+_quiet = False  # --quiet of the command that runs
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,6 +76,14 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     add_model_file(parser)
 
 
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="results alone: no remarks, no progress")
+
+
+def add_json(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("--json", action="store_true", help=f"print what {name} holds, and nothing else")
+
+
 def add_model_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-file", metavar="FILE.py:FUNCTION",
                         help="what builds a student that is a model of your own; runs that file")  # fmt: skip
@@ -85,9 +97,11 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], argv: list[str] | None = None) -> int:
     """Parse and run. 0, or what run returns; 2 after one line on stderr for a user's mistake."""
+    global _quiet
     escape_what_the_terminal_lacks()
     try:
         args = parser.parse_intermixed_args(argv)  # files may come after flags
+        _quiet = getattr(args, "quiet", False) or getattr(args, "json", False)
         for name in ("threads", "workers"):
             if (getattr(args, name, None) or 0) < 0:
                 raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
@@ -101,6 +115,8 @@ def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], arg
             raise
         show_error(parser.prog, message)
         return 2
+    finally:
+        _quiet = False
 
 
 def escape_what_the_terminal_lacks() -> None:
@@ -108,6 +124,77 @@ def escape_what_the_terminal_lacks() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def note(text: str) -> None:
+    """Print what is no result."""
+    if not _quiet:
+        print(text, flush=True)
+
+
+class Progress:
+    """A loop that says on stderr how far it is: a bar on a terminal, elsewhere a line at times, less and less often.
+
+    Args:
+        things: what is looped over
+        what: is done, in a word or two
+        total: how many units, where things cannot say how many they are
+        each: units a thing, such as the images of a batch
+        first: things done before
+        unit: its name
+        shown: by this process
+    """
+
+    FIRST_LINE_S = 30.0
+
+    def __init__(
+        self, things: Iterable[Any], what: str, total: int | None = None, each: int = 1, first: int = 0,
+        unit: str = "", shown: bool = True,
+    ) -> None:  # fmt: skip
+        self.things, self.what, self.each, self.first = things, what, each, first
+        self.unit = f" {unit}" if unit else ""
+        self.total = len(things) * each if total is None and isinstance(things, Sized) else total
+        self.shown = shown and not _quiet
+        self.beside = ""  # what else is told, such as the loss
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.shown:
+            yield from self.things
+            return
+        bar = self.make_bar()
+        began = said = time.monotonic()
+        try:
+            for count, thing in enumerate(self.things, 1):
+                yield thing
+                now = time.monotonic()
+                if bar is not None:
+                    bar.set_postfix_str(self.beside, refresh=False)
+                    bar.update(self.each)
+                elif now - said >= max(self.FIRST_LINE_S, (now - began) / 4):
+                    said = now
+                    print(self.line(count, now - began), file=sys.stderr, flush=True)
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def make_bar(self) -> Any:
+        """tqdm's, on a terminal of a machine that has it."""
+        if not sys.stderr.isatty():
+            return None
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return None
+        initial = self.first * self.each
+        return tqdm(total=self.total, desc=self.what, initial=initial, leave=False, unit=self.unit or "it")
+
+    def line(self, count: int, seconds: float) -> str:
+        done, rate = (self.first + count) * self.each, count * self.each / seconds
+        parts = [f"{self.what}: {done:,}", f"{rate:.3g}{self.unit} a second", self.beside]
+        if self.total:
+            parts[0] = f"{self.what}: {min(done, self.total):,} of {self.total:,}{self.unit}"
+            parts[2:2] = [f"{max(0.0, self.total - done) / rate / 60:.1f} min left"]
+        return ", ".join(filter(None, parts))
 
 
 class Terminal:

@@ -26,8 +26,10 @@ import numpy as np
 
 from deploy.cli import (
     Parser,
+    Progress,
     UserError,
     add_model_file,
+    add_quiet,
     command,
     first_line,
     make_folder,
@@ -102,7 +104,7 @@ def export_student(
     }
     files = []
     make_folder(output)
-    for kind in formats:
+    for kind in Progress(formats, "export", unit="files"):
         with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as partial:
             file = Path(partial) / (name + FORMATS[kind])
             try:
@@ -210,6 +212,7 @@ def compare(file: Path, images: np.ndarray, expected: np.ndarray, tolerance: flo
 
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "export")
+    add_quiet(parser)
     parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
     parser.add_argument("--format", nargs="+", choices=sorted(FORMATS), default=sorted(FORMATS), metavar="FORMAT",
                         help="onnx, torchscript, torch.export (default: all)")  # fmt: skip

@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
-from tqdm import tqdm
 
-from deploy.cli import UserError
+from deploy.cli import Progress, UserError
 from deploy.datasets import Digits
 from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
 from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE
@@ -205,7 +204,7 @@ class DeviceLoader:
         crop: str = "none", hflip: float = 0.0,
     ) -> None:  # fmt: skip
         self.batch_size, self.train, self.seed, self.crop, self.hflip = batch_size, train, seed, crop, hflip
-        batches = list(progress_bar(decoded, "decode"))
+        batches = list(image_progress(decoded, "decode"))
         self.corrupt = [unreadable for batch in batches for unreadable in batch.corrupt]
         whole = [batch for batch in batches if batch.images is not None]
         if not whole:
@@ -269,6 +268,9 @@ class CorruptCount:
                 raise UserError(f"{share}: mend or remove them; the last one is {name}")
 
 
-def progress_bar(loader: Any, what: str, total: int | None = None, first: int = 0) -> Any:
-    shown = IS_MAIN and sys.stdout.isatty()
-    return tqdm(loader, what, total=total, initial=first, leave=False, disable=not shown)
+def image_progress(loader: Any, what: str, total: int | None = None, each: int = 0, first: int = 0) -> Progress:
+    """How far the first process is, in images of all processes; each: of its batch, where the loader does not say."""
+    each = WORLD_SIZE * (each or getattr(loader, "batch_size", None) or 1)
+    if total is None and hasattr(loader, "sampler"):
+        total = WORLD_SIZE * len(loader.sampler)
+    return Progress(loader, what, total, each, first, "images", IS_MAIN)

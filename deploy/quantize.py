@@ -22,7 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from deploy.cli import Parser, UserError, command, first_line, make_folder, make_parser, need, student_folder
+from deploy.cli import (
+    Parser,
+    Progress,
+    UserError,
+    add_quiet,
+    command,
+    first_line,
+    make_folder,
+    make_parser,
+    need,
+    note,
+    student_folder,
+)
 from deploy.onnx_model import tidy
 from deploy.reference import add_reference, evenly, read_reference
 from deploy.runtimes import FLOAT, INPUT_NAME, as_input, load, products_saturate
@@ -70,7 +82,8 @@ def quantize_student(
     if reduce_range is None:
         reduce_range = target == "cpu" and products_saturate()
     size = max(size for size in range(1, 17) if len(images) % size == 0)  # two methods want batches of one size
-    batches = iter(np.split(images, len(images) // size))
+    parts = np.split(images, len(images) // size)
+    batches = iter(Progress(parts, "calibrate", each=size, unit="images"))
 
     class Images(quantization.CalibrationDataReader):  # type: ignore[name-defined, misc]
         def get_next(self) -> dict[str, np.ndarray] | None:
@@ -166,6 +179,7 @@ def compare_classes(run: Any, reference: Any, images: np.ndarray) -> float:
 
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "quantize")
+    add_quiet(parser)
     parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
     parser.add_argument("--target", choices=["cpu", "tensorrt"], required=True, help="what will run the file")
     parser.add_argument("--onnx", help="the fp32 file to start from (default: student.onnx in the folder)")
@@ -197,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
     if products_saturate():
         what = "7-bit weights" if args.target == "cpu" else "the agreement below would be higher on a GPU"
         if args.reduce_range is None:
-            print(f"this CPU has no VNNI, and its 8-bit products saturate: {what}")
+            note(f"this CPU has no VNNI, and its 8-bit products saturate: {what}")
     file, agreement = quantize_student(
         onnx_file, images, args.target, args.op_types, args.method, args.reduce_range, args.output
     )

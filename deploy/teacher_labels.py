@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from deploy.cli import UserError, write_whole
 from deploy.config import check_fields, is_count, read_json
-from deploy.loading import CorruptCount, Samples, data_loader, progress_bar
+from deploy.loading import CorruptCount, Samples, data_loader, image_progress
 from deploy.preprocess import UnreadableImage
 from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE, StopRequest, from_rank_zero
 
@@ -236,7 +236,8 @@ def write_labels(
     dataset = Samples(source, view, stored=Position(header["seed"], header["views"]))
     corrupt, seen, done = CorruptCount("training", header["images"]), 0, 0
     ends, files = list(itertools.accumulate(part.rows for part in mine)), dict[tuple[int, int], np.ndarray]()
-    for batch in progress_bar(data_loader(dataset, Keys(mine), batch_size, workers, pin_memory), "ask the teacher"):
+    loader = data_loader(dataset, Keys(mine), batch_size, workers, pin_memory)
+    for batch in image_progress(loader, "ask the teacher", rows):
         corrupt.add(batch.corrupt)
         seen += len(batch.corrupt)
         if batch.images is not None:

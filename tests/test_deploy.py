@@ -714,6 +714,14 @@ def test_benchmark_measures_each_runtime_in_a_process_and_keeps_failed_rows(run,
     assert "times_eager" in capsys.readouterr().out
 
 
+def test_json_is_all_that_is_printed_and_what_the_file_holds(trained, tmp_path, capsys):
+    flags = ["student.onnx", "--images", "8", "--device", "cpu", "--json", "--output", tmp_path]
+    deploy(check, trained, *flags)
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "check.json").read_text())
+    deploy(benchmark, trained, *flags, "--seconds", "0.1", "--rounds", "1", "--batches", "1")
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "benchmark.json").read_text())
+
+
 def test_the_board_power_of_a_jetson_is_read_from_tegrastats():
     # two lines in the form that NVIDIA documents for Orin
     nano = "RAM 2448/7620MB CPU [3%@729] GPU@45C VDD_IN 4543mW/4600mW VDD_CPU_GPU_CV 735mW/740mW VDD_SOC 1346mW/1350mW"

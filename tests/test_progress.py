@@ -1,0 +1,88 @@
+"""How far a command is: a bar on a terminal, lines elsewhere, and nothing where results alone are wanted."""
+
+import io
+import sys
+
+import pytest
+
+from deploy import cli
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when they are told to."""
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_a_line_is_said_less_and_less_often(clock, capsys):
+    for _ in cli.Progress(range(3000), "ask the teacher", each=64, unit="images"):
+        clock[0] += 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "ask the teacher: 960 of 192,000 images, 32 images a second, 99.5 min left"
+    assert 15 < len(lines) < 30  # of 100 minutes
+
+
+def test_what_ends_within_half_a_minute_says_nothing(clock, capsys):
+    assert list(cli.Progress(range(29), "load")) == list(range(29))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_was_done_before_is_counted_and_not_in_the_rate(clock, capsys):
+    progress = cli.Progress(iter(range(50)), "epoch 3", total=1000, each=10, first=50, unit="images")
+    for _ in progress:
+        progress.beside = "loss 1.25"
+        clock[0] += 40
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == "epoch 3: 510 of 1,000 images, 0.25 images a second, 32.7 min left, loss 1.25"
+
+
+def test_a_length_that_nobody_knows_is_not_made_up(clock, capsys):
+    for _ in cli.Progress(iter(range(2)), "read"):
+        clock[0] += 40
+    assert capsys.readouterr().err.splitlines()[0] == "read: 1, 0.025 a second"
+
+
+def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = cli.Progress(range(5), "measure", each=2, unit="images")
+    for _ in progress:
+        progress.beside = "loss 1.25"
+    text = sys.stderr.getvalue()
+    assert "measure" in text
+    assert "/10" in text
+    assert text.endswith("\r")
+
+
+def test_a_loop_that_is_left_early_leaves_no_bar(monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for _ in cli.Progress(range(5), "measure"):
+        break
+    assert sys.stderr.getvalue().endswith("\r")
+
+
+def test_quiet_and_json_leave_remarks_and_progress_out(clock, capsys):
+    def work(args):
+        cli.note("a remark")
+        for _ in cli.Progress(range(3), "work"):
+            clock[0] += 100
+        print("the result")
+
+    parser = cli.make_parser("", "benchmark")
+    cli.add_quiet(parser)
+    cli.add_json(parser, "benchmark.json")
+    for flags in (["--quiet"], ["--json"]):
+        assert cli.command(parser, work, flags) == 0
+        assert capsys.readouterr() == ("the result\n", "")
+    assert cli.command(parser, work, []) == 0
+    out, err = capsys.readouterr()
+    assert out == "a remark\nthe result\n"
+    assert len(err.splitlines()) == 3
