@@ -35,7 +35,7 @@ def artefact(tmp_path_factory):
     return write_artefact(tmp_path_factory.mktemp("serve"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright has an event loop run as long as it lives
 def browser():
     """Chromium; `apt-get install chromium` where it is not there."""
     sync_api = pytest.importorskip("playwright.sync_api")
