@@ -35,7 +35,7 @@ import numpy as np
 from deploy.check import find_artefacts, table
 from deploy.cli import (
     Parser,
-    Progress,
+    ProgressBar,
     UserError,
     add_device,
     add_json,
@@ -180,7 +180,7 @@ def benchmark(
     rows: list[dict[str, Any]] = []
     timed: list[tuple[Worker, np.ndarray, dict[str, Any], list[Slice]]] = []
     try:
-        for entry in Progress(entries, "load", unit="files"):
+        for entry in ProgressBar(entries, "load", unit="files"):
             weights = entry.path / "model.safetensors" if entry.path.is_dir() else entry.path
             size = weights.stat().st_size / 1e6
             row: dict[str, Any] = {"artefact": "student/" if entry.path.is_dir() else entry.path.name, "mb": size}
@@ -209,7 +209,7 @@ def benchmark(
                     timed.append((worker, images, rows[-1], []))
 
         turns = [entry for _ in range(rounds) for entry in timed]
-        for worker, images, row, slices in Progress(turns, "measure", unit="turns"):
+        for worker, images, row, slices in ProgressBar(turns, "measure", unit="turns"):
             if "failed" not in row:
                 try:
                     slices.append(worker.ask(images, seconds / rounds))

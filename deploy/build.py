@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         text, supported = report(args.onnx, args.library)
         print(text)
         return 0 if supported else 1
+    note(f"building an engine of {args.onnx}: seconds to minutes")
     file, built = build_engine(args.onnx, batches, args.workspace, args.timing_cache, args.library, args.output)
     print(
         f"{file}  {file.stat().st_size / 1e6:.1f} MB, built by {built['library']} {built['version']} in "

@@ -27,6 +27,7 @@ import numpy as np
 
 from deploy.cli import (
     Parser,
+    ProgressBar,
     UserError,
     add_device,
     add_json,
@@ -294,7 +295,8 @@ def run(args: argparse.Namespace) -> int:
     if args.data is None:
         otherwise = "on a workstation, python -m deploy.check RUN --data takes the run's validation set"
         reference = read_reference(student, args.reference, otherwise).some(args.images)
-        batches, digest, what = reference_batches(reference), reference.digest, f"the {NAME} of {student}"
+        batches = ProgressBar(reference_batches(reference), "check", len(reference.images), max(BATCHES), unit="images")
+        digest, what = reference.digest, f"the {NAME} of {student}"
     else:
         torch_student = load(student, **options | {"device": args.device.replace("tensorrt", "cuda")})
         need("torch", "").backends.cudnn.allow_tf32 = False  # the reference is fp32

@@ -28,7 +28,7 @@ class UserError(Exception):
     """An error of the user's: one line on stderr and exit status 2, no traceback."""
 
 
-_quiet = False  # --quiet of the command that runs
+_quiet = False  # command() sets it while it runs
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,25 +127,25 @@ def escape_what_the_terminal_lacks() -> None:
 
 
 def note(text: str) -> None:
-    """Print what is no result."""
+    """Print a remark on stdout, unless --quiet or --json asks for results alone."""
     if not _quiet:
         print(text, flush=True)
 
 
-class Progress:
+class ProgressBar:
     """A loop that says on stderr how far it is: a bar on a terminal, elsewhere a line at times, less and less often.
 
     Args:
-        things: what is looped over
-        what: is done, in a word or two
-        total: how many units, where things cannot say how many they are
-        each: units a thing, such as the images of a batch
-        first: things done before
-        unit: its name
-        shown: by this process
+        things: the iterable
+        what: the label, a word or two
+        total: units in all; None: len(things) * each, where things have a length
+        each: units of a thing, such as the images of a batch
+        first: things already done, before a resume
+        unit: the unit's name
+        shown: False in all processes but one
     """
 
-    FIRST_LINE_S = 30.0
+    GAP_S = 30.0, 600.0  # between two lines: at least, at most, and in between a quarter of the time so far
 
     def __init__(
         self, things: Iterable[Any], what: str, total: int | None = None, each: int = 1, first: int = 0,
@@ -163,14 +163,15 @@ class Progress:
             return
         bar = self.make_bar()
         began = said = time.monotonic()
+        least, most = self.GAP_S
         try:
             for count, thing in enumerate(self.things, 1):
                 yield thing
                 now = time.monotonic()
                 if bar is not None:
                     bar.set_postfix_str(self.beside, refresh=False)
-                    bar.update(self.each)
-                elif now - said >= max(self.FIRST_LINE_S, (now - began) / 4):
+                    bar.update(min(self.each, self.total - bar.n) if self.total else self.each)
+                elif now - said >= min(max((now - began) / 4, least), most):
                     said = now
                     print(self.line(count, now - began), file=sys.stderr, flush=True)
         finally:
@@ -190,7 +191,8 @@ class Progress:
 
     def line(self, count: int, seconds: float) -> str:
         done, rate = (self.first + count) * self.each, count * self.each / seconds
-        parts = [f"{self.what}: {done:,}", f"{rate:.3g}{self.unit} a second", self.beside]
+        per_second = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        parts = [f"{self.what}: {done:,}", f"{per_second}{self.unit} a second", self.beside]
         if self.total:
             parts[0] = f"{self.what}: {min(done, self.total):,} of {self.total:,}{self.unit}"
             parts[2:2] = [f"{max(0.0, self.total - done) / rate / 60:.1f} min left"]
@@ -208,7 +210,7 @@ class Terminal:
         self.log: Any = None
 
     def write(self, text: str) -> int:
-        if self.log and "\r" not in text:  # a progress bar
+        if self.log and "\r" not in text:  # which is a progress bar's
             with contextlib.suppress(OSError):
                 self.log.write(text)
         self.tell(lambda: self.stream.write(text))
@@ -266,10 +268,12 @@ def explain(error: Exception) -> str | None:
         return f"cannot read or write: {text}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be installed here
         return (
-            f"out of GPU memory: lower --batch-size, split it with --grad-accum, leave out --cache device; {text[:200]}"
+            "out of GPU memory: a smaller batch (train.py: --batch-size, --grad-accum, no --cache device; deploy/: "
+            f"--batches, --max-batch, --workspace); {text[:200]}"
         )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
-        return f"out of memory: lower --batch-size, fewer --workers, leave out --cache device; {text[:200]}"
+        advice = "a smaller batch (train.py: also fewer --workers, no --cache device)"
+        return f"out of memory: {advice}; {text[:200]}"
     frames = traceback.extract_tb(error.__traceback__)
     cut_off = isinstance(error, (EOFError, ConnectionError)) and any("dataloader" in f.filename for f in frames)
     if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker" in text):

@@ -26,7 +26,7 @@ import numpy as np
 
 from deploy.cli import (
     Parser,
-    Progress,
+    ProgressBar,
     UserError,
     add_model_file,
     add_quiet,
@@ -104,7 +104,7 @@ def export_student(
     }
     files = []
     make_folder(output)
-    for kind in Progress(formats, "export", unit="files"):
+    for kind in ProgressBar(formats, "export", unit="files"):
         with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as partial:
             file = Path(partial) / (name + FORMATS[kind])
             try:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 
-from deploy.cli import Progress, UserError
+from deploy.cli import ProgressBar, UserError
 from deploy.datasets import Digits
 from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
 from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE
@@ -268,9 +268,9 @@ class CorruptCount:
                 raise UserError(f"{share}: mend or remove them; the last one is {name}")
 
 
-def image_progress(loader: Any, what: str, total: int | None = None, each: int = 0, first: int = 0) -> Progress:
+def image_progress(loader: Any, what: str, total: int | None = None, each: int = 0, first: int = 0) -> ProgressBar:
     """How far the first process is, in images of all processes; each: of its batch, where the loader does not say."""
     each = WORLD_SIZE * (each or getattr(loader, "batch_size", None) or 1)
     if total is None and hasattr(loader, "sampler"):
         total = WORLD_SIZE * len(loader.sampler)
-    return Progress(loader, what, total, each, first, "images", IS_MAIN)
+    return ProgressBar(loader, what, total, each, first, "images", IS_MAIN)

@@ -24,7 +24,7 @@ import numpy as np
 
 from deploy.cli import (
     Parser,
-    Progress,
+    ProgressBar,
     UserError,
     add_quiet,
     command,
@@ -83,7 +83,7 @@ def quantize_student(
         reduce_range = target == "cpu" and products_saturate()
     size = max(size for size in range(1, 17) if len(images) % size == 0)  # two methods want batches of one size
     parts = np.split(images, len(images) // size)
-    batches = iter(Progress(parts, "calibrate", each=size, unit="images"))
+    batches = iter(ProgressBar(parts, "calibrate", each=size, unit="images"))
 
     class Images(quantization.CalibrationDataReader):  # type: ignore[name-defined, misc]
         def get_next(self) -> dict[str, np.ndarray] | None:

@@ -26,10 +26,10 @@ NAME = "reference.npz"
 class Reference(NamedTuple):
     """The arrays of the file, under these names."""
 
-    images: np.ndarray  # validation images, evenly spaced: uint8 (N, H, W, 3), as deploy.preprocess.prepare makes them
+    images: np.ndarray  # validation images, evenly spaced: uint8 (N, H, W, C), as deploy.preprocess.prepare makes them
     labels: np.ndarray  # their class indices: int64 (N,)
     logits: np.ndarray  # the student's own in full precision: float32 (N, C)
-    train_images: np.ndarray  # training images, evenly spaced and prepared as for evaluation: uint8 (M, H, W, 3)
+    train_images: np.ndarray  # training images, evenly spaced and prepared as for evaluation: uint8 (M, H, W, C)
     weights_sha256: np.ndarray  # of the weights that gave the logits: a string
 
     @property

@@ -49,7 +49,7 @@ def main() -> int:
     print(f"\n{'':14} {'model':14} {'top-1 %':>8} {'seconds':>8} {'MB':>6}")
     for name, model, top1, seconds, size in table:
         print(f"{name:14} {model:14} {top1:8.2f} {seconds:8.0f} {size:6.1f}")
-    print("\none seed, last epoch: a gap of under 2 % is noise")
+    print("\none seed, last epoch: a gap of under 2 points is noise")
     print(f"students: {OUTPUT}/*/student", flush=True)
 
     for module, *flags in DEPLOY:

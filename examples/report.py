@@ -1,9 +1,10 @@
-"""One page of any runs of train.py: curves, table, calibration, what the labels say, confusion, latency.
+"""One page of any runs of train.py: table, curves, calibration, what the labels say, confusions, latency.
 
     python examples/report.py runs/*                     # runs/report.html, which needs nothing beside it
 
-Takes what is there: metrics.csv and args.json of each run; reference.npz for calibration and sample images, a teacher's
-answers where its run is there too; confusion.png; student/benchmark.json of deploy.benchmark. What is missing is said.
+Takes what is there: args.json, metrics.csv and student/ of each run; reference.npz for calibration and sample images,
+and that of the teacher's run for its answers; confusion.png; student/benchmark.json of deploy.benchmark. What a section
+lacks it says.
 """
 
 import argparse
@@ -14,9 +15,10 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -27,8 +29,9 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from deploy.cli import write_whole  # noqa: E402
-from deploy.reference import NAME, Reference  # noqa: E402
+from deploy.cli import UserError, command, make_parser, student_folder, write_whole  # noqa: E402
+from deploy.config import read_config  # noqa: E402
+from deploy.reference import NAME, Reference, read_reference  # noqa: E402
 
 SAMPLES, BARS, BINS = 6, 5, 15
 STYLE = """
@@ -44,36 +47,41 @@ svg, img.wide { max-width: 100%; height: auto } .photo { width: 6rem; image-rend
 
 
 class Run(NamedTuple):
+    name: str  # of the folder, or its path where two have the same
     folder: Path
-    flags: dict
-    rows: list[dict[str, str]]  # metrics.csv
+    flags: dict[str, Any]  # of args.json
+    rows: list[dict[str, str]]  # of metrics.csv
     labels: list[str]  # the classes' names
     reference: Reference | None
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
+    lacks: str  # why there is no reference
 
     @property
     def method(self) -> str:
-        return " + ".join(filter(None, [self.flags.get("kd"), self.flags.get("self_kd")])) or "cross-entropy"
+        kd, smoothing = self.flags.get("kd"), self.flags.get("label_smoothing")
+        smoothed = f"label smoothing {smoothing:g}" if smoothing else None
+        own = kd and kd.rpartition("/")[2]  # of path/to/file.py:function
+        return " + ".join(filter(None, [own, self.flags.get("self_kd"), smoothed])) or "cross-entropy"
+
+    @property
+    def model(self) -> str:
+        return str(self.flags["model"]).rpartition("/")[2]
 
 
-def read_run(folder: Path) -> Run | None:
+def read_run(folder: Path, name: str = "") -> Run | None:
     """None where it is not a run, or not one whole epoch of it."""
     try:
-        flags = json.loads((folder / "args.json").read_text())["flags"]
+        flags = json.loads((folder / "args.json").read_text(encoding="utf-8"))["flags"]
         with open(folder / "metrics.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        labels = json.loads((folder / "student/config.json").read_text(encoding="utf-8"))["label_names"]
-    except (OSError, ValueError, KeyError):
+        labels = read_config(folder / "student")["label_names"]
+    except (OSError, ValueError, KeyError, UserError):
         return None
+    reference, lacks = None, ""
     try:
-        with np.load(folder / NAME, allow_pickle=False) as arrays:
-            reference = Reference(**{name: arrays[name] for name in Reference._fields})
-    except (OSError, ValueError, KeyError):
-        reference = None
-    return Run(folder, flags, rows, labels, reference) if rows else None
+        reference = read_reference(folder / "student", None, "train.py --output RUN --resume does")
+    except UserError as error:
+        lacks = str(error)
+    return Run(name or folder.name, folder, flags, rows, labels, reference, lacks) if rows else None
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -81,29 +89,45 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def calibration(
-    p: np.ndarray, labels: np.ndarray, bins: int = BINS
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Confidence, accuracy and share of the images of each bin that holds any, and the expected calibration error.
+class Calibration(NamedTuple):
+    """Of each bin that holds an image: mean confidence, accuracy, share of the images; and the error of all."""
 
-    p: probabilities (N, C); labels: (N,). The error, of Guo et al. 2017 (arXiv 1706.04599), is the mean over images of
-    their bin's |accuracy - confidence|.
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    share: np.ndarray
+    error: float
+
+
+def calibration(p: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
+    """The expected calibration error of Guo et al. 2017, arXiv 1706.04599: mean over images of their bin's
+    |accuracy - confidence|.
+
+    p: probabilities (N, C); labels: (N,)
     """
     confidence, right = p.max(1), p.argmax(1) == labels
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    held = np.unique(which)
-    means = np.array([[confidence[which == b].mean(), right[which == b].mean()] for b in held]).reshape(-1, 2)
-    share = np.array([(which == b).mean() for b in held])
-    return means[:, 0], means[:, 1], share, float((share * abs(means[:, 1] - means[:, 0])).sum())
+    of_image = np.minimum((confidence * bins).astype(int), bins - 1)
+    members = [of_image == b for b in np.unique(of_image)]
+    c, a = (np.array([values[m].mean() for m in members]) for values in (confidence, right))
+    share = np.array([m.mean() for m in members])
+    return Calibration(c, a, share, float((share * abs(a - c)).sum()))
 
 
-def answers(teacher: str | None, run: Run) -> np.ndarray | None:
-    """The teacher's logits of the run's reference images, where the teacher's own run has the same ones."""
-    known = read_run(Path(teacher).parent) if teacher and run.reference is not None else None
+def teachers_logits(run: Run) -> tuple[np.ndarray | None, str]:
+    """Of the run's reference images, where the teacher's own run kept the same ones; else None, and why."""
+    teacher = run.flags.get("teacher")
+    if run.flags.get("teacher_labels"):
+        return None, "The teacher is not shown: its stored labels are of other images. "
+    if not teacher or run.reference is None:
+        return None, ""
+    try:
+        known = read_run(student_folder(Path(teacher)).parent)
+    except UserError:
+        known = None
     if known is None or known.reference is None or known.labels != run.labels:
-        return None
-    same = np.array_equal(known.reference.images, run.reference.images)
-    return known.reference.logits if same else None
+        return None, "The teacher is not shown: it is no run that is there, with a reference of the same classes. "
+    if not np.array_equal(known.reference.images, run.reference.images):
+        return None, "The teacher is not shown: its run kept other images, or another size of them. "
+    return known.reference.logits, ""
 
 
 def without_target(weights: np.ndarray, target: int) -> np.ndarray:
@@ -113,24 +137,24 @@ def without_target(weights: np.ndarray, target: int) -> np.ndarray:
 
 
 def soft_label(run: Run, teacher: np.ndarray | None, index: int) -> tuple[str, np.ndarray] | None:
-    """What stands at log S_t, in words, and the label of the other classes, (C,)."""
+    """What an image's loss asks for: the weights in words, and the label of the classes other than the target, (C,)."""
     assert run.reference is not None
-    target = int(run.reference.labels[index])
-    student = softmax(run.reference.logits)
-    if run.flags.get("kd") == "nkd" and teacher is not None:
-        power = run.flags["temperature"]
-        return (f"target T_t {softmax(teacher[index])[target]:.2f}; the others N(T), weight {run.flags['gamma']:g}",
-                without_target(softmax(teacher[index] / power), target))  # fmt: skip
-    if run.flags.get("self_kd"):
+    target, flags = int(run.reference.labels[index]), run.flags
+    if flags.get("kd") == "nkd" and teacher is not None:
+        power = flags["temperature"]
+        words = f"T_t {softmax(teacher[index])[target]:.2f}; the others N(T), weight {flags['gamma'] * power**2:g}"
+        return words, without_target(softmax(teacher[index] / power), target)
+    if flags.get("self_kd"):
+        student = softmax(run.reference.logits)
         squares = student[np.arange(len(student)), run.reference.labels] ** 2
-        zipf = 1.0 / (1 + np.argsort(np.argsort(-student[index], kind="stable"), kind="stable"))
-        return (f"target P_t {1 + squares[index] - squares.mean():.2f}; the others N(Z), weight {run.flags['beta']:g}",
-                without_target(zipf, target))  # fmt: skip
+        ranks = 1 + np.argsort(np.argsort(-student[index], kind="stable"), kind="stable")
+        words = f"P_t {1 + squares[index] - squares.mean():.2f}; the others N(Z), weight {flags['beta']:g}"
+        return words, without_target(1 / ranks, target)
     return None
 
 
 def bars(values: np.ndarray, labels: list[str], target: int) -> str:
-    """The largest values as lines of a name, a bar and a number."""
+    """The largest values, a line each: name, bar, number."""
     lines = []
     for i in np.argsort(-values, kind="stable")[:BARS]:
         lines.append(
@@ -140,118 +164,107 @@ def bars(values: np.ndarray, labels: list[str], target: int) -> str:
     return "".join(lines)
 
 
-def picture(content: bytes, words: str, name: str) -> str:
-    data = base64.b64encode(content).decode()
-    return f'<img class="{name}" alt="{html.escape(words)}" src="data:image/png;base64,{data}">'
+def picture(png: bytes, alternative: str, style: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img class="{style}" alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
+
+
+def remark(text: str) -> str:
+    return f'<p class="said">{html.escape(text)}</p>'
 
 
 def samples(run: Run) -> str:
     """The first reference image of each of the first classes: teacher, student and soft label side by side."""
-    reference = run.reference
-    if reference is None or not len(reference.images):
-        return f'<p class="said">{html.escape(run.name)}: no {NAME}, no samples.</p>'
-    teacher = answers(run.flags.get("teacher"), run)
-    firsts = sorted(np.unique(reference.labels, return_index=True)[1])[:SAMPLES]
+    title = f"<h3>{html.escape(run.name)} ({html.escape(run.method)})</h3>"
+    if run.reference is None:
+        return title + remark(run.lacks)
+    teacher, remarks = teachers_logits(run)
+    if run.flags.get("self_kd"):
+        remarks += (
+            "Z is ranked here by the student alone; in training the weak head, which is not kept, has its say too. "
+            "The mean in P_t is over the reference images; in training, over a batch. "
+        )
     rows = []
-    for index in firsts:
-        target = int(reference.labels[index])
+    for index in sorted(np.unique(run.reference.labels, return_index=True)[1])[:SAMPLES]:
+        target, pixels = int(run.reference.labels[index]), run.reference.images[index]
         png = io.BytesIO()
-        Image.fromarray(reference.images[index]).save(png, "PNG")
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(png, "PNG")
+        label = soft_label(run, teacher, index)
         cells = [
             picture(png.getvalue(), run.labels[target], "photo") + f"<br>{html.escape(run.labels[target])}",
             bars(softmax(teacher[index]), run.labels, target) if teacher is not None else "",
-            bars(softmax(reference.logits[index]), run.labels, target),
+            bars(softmax(run.reference.logits[index]), run.labels, target),
+            f"{html.escape(label[0])}{bars(label[1], run.labels, target)}" if label else "",
         ]
-        label = soft_label(run, teacher, index)
-        cells.append(f"{html.escape(label[0])}{bars(label[1], run.labels, target)}" if label else "")
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    said = ""
-    if run.flags.get("self_kd"):
-        said = "Z is ranked here by the student alone; in training the weak head, which is not kept, has its say too. "
-    elif teacher is None and run.flags.get("kd"):
-        said = "The teacher is not shown: its run, with the same reference images, is not there. "
     heads = "<th>image</th><th>teacher T</th><th>student S</th><th>the loss's soft label</th>"
-    return (
-        f"<h3>{html.escape(run.name)} ({html.escape(run.method)})</h3>"
-        f"<p class='said'>{said}The first image of each class; the target's bars are orange.</p>"
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    )
+    remarks += "An image of each of the first classes, the first there is; the target's bars are orange."
+    return f"{title}{remark(remarks)}<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def drawn(draw: Callable[[plt.Axes], None], words: str, square: bool = False) -> str:
+def plot(draw: Callable[[plt.Axes], None], alternative: str, size: tuple[float, float] = (8, 4.2)) -> str:
     """An SVG, inline."""
-    figure, axes = plt.subplots(figsize=(5, 5) if square else (8, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     draw(axes)
     axes.grid(alpha=0.3)
-    handles = axes.get_legend_handles_labels()[0]
-    if handles:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)
     svg = text.getvalue()
-    return f'<figure role="img" aria-label="{html.escape(words)}">{svg[svg.index("<svg") :]}</figure>'
+    return f'<figure role="img" aria-label="{html.escape(alternative)}">{svg[svg.index("<svg") :]}</figure>'
+
+
+def table(runs: list[Run], calibrations: dict[str, Calibration]) -> str:
+    lines = []
+    for run in runs:
+        error = f"{100 * calibrations[run.name].error:.1f}" if run.name in calibrations else "-"
+        top1 = [float(row["val_top1"]) for row in run.rows]
+        words = "".join(f"<td>{html.escape(x)}</td>" for x in (run.name, run.model, run.method))
+        numbers = (run.rows[-1]["epoch"], f"{top1[-1]:.2f}", f"{max(top1):.2f}", error)
+        lines.append(f"<tr>{words}{''.join(f'<td class=n>{x}</td>' for x in numbers)}</tr>")
+    heads = "".join(f"<th>{x}</th>" for x in ("run", "model", "trained with"))
+    heads += "".join(f"<th class=n>{x}</th>" for x in ("epochs", "top-1 %, last", "best", "ECE %"))
+    sizes = sorted({len(run.reference.labels) for run in runs if run.reference is not None})
+    about = (
+        f"Top-1 on a run's validation images, one run a row. ECE: expected calibration error in {BINS} bins, on the "
+    )
+    about += f"{' or '.join(map(str, sizes))} images of {NAME}." if sizes else f"images of {NAME}, which no run has."
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>{remark(about)}"
+
+
+def timings(run: Run) -> list[dict[str, Any]]:
+    """Rows of deploy.benchmark at batch 1 that have an accuracy too."""
+    try:
+        rows = json.loads((run.folder / "student/benchmark.json").read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [row for row in rows if row.get("batch") == 1 and row.get("p50_ms") and row.get("top1") is not None]
 
 
 def page(runs: list[Run]) -> str:
     """The whole page."""
-    measured = [run for run in runs if run.reference is not None and len(run.reference.labels)]
-    errors = {run.name: calibration(softmax(run.reference.logits), run.reference.labels) for run in measured}  # type: ignore[union-attr]
-
-    table = []
-    for run in runs:
-        error = f"{100 * errors[run.name][3]:.1f}" if run.name in errors else "-"
-        last, best = float(run.rows[-1]["val_top1"]), max(float(row["val_top1"]) for row in run.rows)
-        words = [run.name, str(run.flags["model"]), run.method]
-        numbers = [run.rows[-1]["epoch"], f"{last:.2f}", f"{best:.2f}", error]
-        table.append(
-            "".join(f"<td>{html.escape(x)}</td>" for x in words) + "".join(f'<td class="n">{x}</td>' for x in numbers)
-        )
-    heads = "".join(f"<th>{x}</th>" for x in ("run", "model", "trained with")) + "".join(
-        f'<th class="n">{x}</th>' for x in ("epochs", "top-1 %, last", "best", "ECE %"))  # fmt: skip
-    images = len(measured[0].reference.labels) if measured else 0  # type: ignore[union-attr]
-    body = [
-        f"<h2>Table</h2><table><thead><tr>{heads}</tr></thead><tbody>",
-        *(f"<tr>{row}</tr>" for row in table),
-        "</tbody></table><p class='said'>Top-1 on the validation images, one run each. ",
-        f"ECE: expected calibration error in {BINS} bins, on the {images} images of {NAME}.</p>",
-    ]
+    calibrations = {
+        run.name: calibration(softmax(run.reference.logits), run.reference.labels)
+        for run in runs
+        if run.reference is not None
+    }
+    timed = [(run.name, row) for run in runs for row in timings(run)]
+    distilled = [run for run in runs if run.flags.get("kd") or run.flags.get("self_kd")]
 
     def curves(axes: plt.Axes) -> None:
         for run in runs:
-            axes.plot(
-                [int(row["epoch"]) for row in run.rows], [float(row["val_top1"]) for row in run.rows], label=run.name
-            )
+            epochs, top1 = ([float(row[key]) for row in run.rows] for key in ("epoch", "val_top1"))
+            axes.plot(epochs, top1, label=run.name)
         axes.set(xlabel="epoch", ylabel="top-1, %")
 
     def reliability(axes: plt.Axes) -> None:
         axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-        for name, (confidence, accuracy, share, error) in errors.items():
-            axes.scatter(confidence, accuracy, 4 + 400 * share, alpha=0.6, label=f"{name}, ECE {100 * error:.1f} %")
+        for name, known in calibrations.items():
+            label = f"{name}, ECE {100 * known.error:.1f} %"
+            axes.scatter(known.confidence, known.accuracy, 4 + 400 * known.share, alpha=0.6, label=label)
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-
-    body += ["<h2>Curves</h2>", drawn(curves, "top-1 by epoch of each run")]
-    if errors:
-        body += [
-            "<h2>Reliability</h2>",
-            drawn(reliability, "accuracy against confidence of each run", square=True),
-            "<p class='said'>A dot a bin, as large as its share of the images.</p>",
-        ]
-    body += ["<h2>What the labels say</h2>", *(samples(run) for run in runs if run.method != "cross-entropy")]
-
-    for run in runs:
-        file = run.folder / "confusion.png"
-        if file.is_file():
-            body += [f"<h2>What is taken for what: {html.escape(run.name)}</h2>",
-                     picture(file.read_bytes(), f"confusion matrix of {run.name}", "wide")]  # fmt: skip
-
-    timed = []
-    for run in runs:
-        try:
-            rows = json.loads((run.folder / "student/benchmark.json").read_text())["rows"]
-            timed += [(run.name, row) for row in rows if row.get("batch") == 1 and row.get("p50_ms")]
-        except (OSError, ValueError, KeyError):
-            continue
 
     def latency(axes: plt.Axes) -> None:
         for number, (name, row) in enumerate(timed):
@@ -259,29 +272,49 @@ def page(runs: list[Run]) -> str:
             axes.plot(row["p50_ms"], row["top1"], "osD^v"[number % 5], label=label)
         axes.set(xlabel="ms an image, batch 1, median", ylabel="top-1, %", xlim=(0, None))
 
+    body = ["<h1>Runs</h1><h2>Table</h2>", table(runs, calibrations)]
+    body += ["<h2>Curves</h2>", plot(curves, "top-1 by epoch of each run")]
+    if calibrations:
+        body += ["<h2>Reliability</h2>", plot(reliability, "accuracy against confidence of each run", (5, 5))]
+        body.append(remark("A dot a bin, as large as its share of the images."))
+    if distilled:
+        body += ["<h2>What the labels say</h2>", *map(samples, distilled)]
+    for run in runs:
+        file = run.folder / "confusion.png"
+        if file.is_file():
+            body.append(f"<h2>What is taken for what: {html.escape(run.name)}</h2>")
+            body.append(picture(file.read_bytes(), f"confusion matrix of {run.name}", "wide"))
     body.append("<h2>Latency against accuracy</h2>")
     if timed:
-        body.append(drawn(latency, "top-1 against latency of each file"))
+        body.append(plot(latency, "top-1 against latency of each file"))
     else:
-        body.append("<p class='said'>Not measured: <code>python -m deploy.benchmark RUN</code> does.</p>")
+        body.append(remark(f"Not measured: python -m deploy.benchmark RUN does, and needs {NAME} for the accuracy."))
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Runs</title>'
-    text = "".join(body)
-    head += f"<style>{STYLE}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>Runs</h1>{text}</body></html>\n'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(body)}</body></html>\n'
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("-o", "--output", type=Path, help="default: report.html beside the first run")
-    args = parser.parse_args()
-    found = {folder: read_run(folder) for folder in args.runs if folder.is_dir()}
-    runs = [run for run in found.values() if run]
+parser = make_parser(__doc__, "report.py")
+parser.add_argument("runs", nargs="+", type=Path, help="run directories; files among them are passed over")
+parser.add_argument("-o", "--output", type=Path, help="(default: report.html beside the first run)")
+
+
+def run(args: argparse.Namespace) -> None:
+    missing = [str(path) for path in args.runs if not path.exists()]
+    if missing:
+        raise UserError(f"no folder {', '.join(missing)}")
+    folders = [path for path in args.runs if path.is_dir()]
+    times = Counter(folder.resolve().name for folder in folders)
+    named = {folder: folder.resolve().name for folder in folders}
+    found = {folder: read_run(folder, str(folder) if times[name] > 1 else name) for folder, name in named.items()}
+    runs = [known for known in found.values() if known]
     if not runs:
-        parser.error(
-            f"no run of train.py among {', '.join(map(str, args.runs))}: a folder with args.json and metrics.csv"
+        raise UserError(
+            f"no run of train.py among {', '.join(map(str, args.runs))}: a folder with args.json, metrics.csv of an "
+            "epoch at least, and student/"
         )
-    for folder in (folder for folder, run in found.items() if not run):
+    for folder in (folder for folder, known in found.items() if not known):
         print(f"left out: {folder} is no run of train.py, or has no whole epoch", file=sys.stderr)
     output = args.output or Path(os.path.abspath(runs[0].folder)).parent / "report.html"
     write_whole(output, page(runs))
@@ -289,4 +322,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(parser, run))

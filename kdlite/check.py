@@ -101,6 +101,10 @@ def no_target(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float)
     return (nkd_rows(s, t, y, gamma, temperature) - nkd_rows(s, t, y, 0.0, temperature)).mean()
 
 
+def with_cross_entropy(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
+    return right(s, t, y, gamma, temperature) + torch.nn.functional.cross_entropy(s, y)
+
+
 def plain_kd(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
     _, log_s, p = parts(s, t, y, temperature)
     return -(temperature**2) * (p * log_s).sum(1).mean()
@@ -121,6 +125,7 @@ MISTAKES: dict[str, Loss] = {
     "the non-target part has the temperature once, not squared": single_power,
     "the target term is at the temperature; it is at 1": target_at_temperature,
     "the target term has no gradient: it must weigh the student's own log-probability": no_target,
+    "the cross-entropy is in it: NKD is compared without it, and added to it": with_cross_entropy,
     "this is classic temperature KD, not NKD": plain_kd,
     "the sum over the batch is returned, not its mean": batch_sum,
     "the mean is over rows and classes: sum over the classes, then take the mean over the batch": mean_over_classes,

@@ -3,9 +3,9 @@
     make test-matrix                          # or: python tests/matrix.py 3.10 3.13
     python tests/matrix.py 3.12 --torch 2.11  # some of it
 
-Builds wheel and sdist, asks twine about them, then for each python3.X of the path and each torch: a fresh environment,
-the wheel, the doctests of kdlite. An environment is removed before the next is made; each is some GB of downloads.
-Exit status 1 where something failed, or a Python was not there.
+Builds wheel and sdist and checks them with twine, then for each python3.X in the path and each torch: a fresh
+environment, the wheel, the examples in kdlite's docstrings. An environment is removed before the next is made; each is
+some GB of downloads. Exit status 1 where something failed, or a Python was not there.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch, kdlite
 modules = [importlib.import_module(f"kdlite.{module.name}") for module in pkgutil.iter_modules(kdlite.__path__)]
 results = [doctest.testmod(module) for module in modules]
 failed, tried = (sum(counts) for counts in zip(*((r.failed, r.attempted) for r in results)))
-print(f"Python {sys.version.split()[0]}, torch {torch.__version__}: {tried} lines, {failed} wrong")
+print(f"Python {sys.version.split()[0]}, torch {torch.__version__}: {tried} examples, {failed} wrong")
 sys.exit(failed > 0 or tried == 0)
 """
 
@@ -38,6 +38,10 @@ def torches() -> list[str]:
     return [oldest[1], newest[1]]
 
 
+def done(*command: str | Path) -> bool:
+    return subprocess.run(command).returncode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", default=["3.10", "3.11", "3.12", "3.13"])
@@ -46,24 +50,27 @@ def main() -> int:
     wrong = 0
     with tempfile.TemporaryDirectory() as temporary:
         dist, environment = Path(temporary, "dist"), Path(temporary, "env")
-        subprocess.run([sys.executable, "-m", "build", "-o", dist, ROOT], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir()], check=True)
+        if not done(sys.executable, "-m", "build", "-o", dist, ROOT):
+            return 1
+        wrong += not done(sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir())
         (wheel,) = dist.glob("*.whl")
         for version in args.pythons:
             python = shutil.which(f"python{version}")
-            if not python or subprocess.run([python, "--version"], capture_output=True).returncode:
+            if not python or not done(python, "--version"):  # pyenv has names in the path without a Python behind them
                 print(f"Python {version}: not in the path", flush=True)
                 wrong += 1
                 continue
             for torch in args.torch:
-                subprocess.run([python, "-m", "venv", environment], check=True)
-                pip = [environment / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-                installed = subprocess.run([*pip, f"torch=={torch}", wheel]).returncode
-                status = installed or subprocess.run([environment / "bin/python", "-I", "-c", DOCTESTS]).returncode
-                if status:
+                own, pip = environment / "bin/python", ["-m", "pip", "install", "-q", "--disable-pip-version-check"]
+                steps = [
+                    (python, "-m", "venv", environment),
+                    (own, *pip, f"torch=={torch}", wheel),
+                    (own, "-I", "-c", DOCTESTS),
+                ]
+                if not all(done(*step) for step in steps):
                     print(f"Python {version}, torch {torch}: failed", flush=True)
-                wrong += status != 0
-                shutil.rmtree(environment)
+                    wrong += 1
+                shutil.rmtree(environment, ignore_errors=True)
     return int(wrong > 0)
 
 

@@ -94,23 +94,24 @@ def test_weights_that_are_fixed_inside_are_told():
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_line_a_case_and_tells_by_its_status(tmp_path):
+def test_the_command_prints_a_line_a_case_and_ends_with_0_where_all_are_right(tmp_path):
     (tmp_path / "mine.py").write_text(HAND)
-    (tmp_path / "wrong.py").write_text(HAND.replace("gamma * temperature**2", "gamma"))
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""}
+    command = [sys.executable, "-m", "kdlite.check", "mine.py:nkd_loss"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 21
+    assert done.stdout.splitlines()[-1] == "right: the gradient is the paper's in all cases"
 
-    def call(*args):
-        command = [sys.executable, "-m", "kdlite.check", *args]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
-                              env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""})  # fmt: skip
 
-    right, wrong, missing = call("mine.py:nkd_loss"), call("wrong.py:nkd_loss"), call("mine.py:nothing")
-    assert (right.returncode, wrong.returncode, missing.returncode) == (0, 1, 2)
-    assert len(right.stdout.splitlines()) == 21
-    assert right.stdout.splitlines()[-1] == "right: the gradient is the paper's in all cases"
-    assert wrong.stdout.splitlines()[-1] == "wrong: the non-target part lacks the temperature squared"
-    assert missing.stderr == (
-        "kdlite.check: error: mine.py:nothing: AttributeError: mine.py has no function 'nothing'\n"
-    )
+def test_a_mistake_is_status_1_and_what_cannot_be_called_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.py").write_text(HAND.replace("gamma * temperature**2", "gamma"))
+    assert check.main(["wrong.py:nkd_loss"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "wrong: the non-target part lacks the temperature squared"
+    assert check.main(["wrong.py:nothing"]) == 2
+    said = capsys.readouterr().err
+    assert said == "kdlite.check: error: wrong.py:nothing: AttributeError: wrong.py has no function 'nothing'\n"
 
 
 def test_what_returns_no_mean_is_an_error(tmp_path, capsys):

@@ -22,20 +22,28 @@ def clock(monkeypatch):
 
 
 def test_without_a_terminal_a_line_is_said_less_and_less_often(clock, capsys):
-    for _ in cli.Progress(range(3000), "ask the teacher", each=64, unit="images"):
+    for _ in cli.ProgressBar(range(3000), "ask the teacher", each=64, unit="images"):
         clock[0] += 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "ask the teacher: 960 of 192,000 images, 32 images a second, 99.5 min left"
     assert 15 < len(lines) < 30  # of 100 minutes
 
 
+def test_lines_come_at_least_every_ten_minutes_and_say_whole_images(clock, capsys):
+    for _ in cli.ProgressBar(range(1000), "epoch 1", each=100_000, unit="images"):
+        clock[0] += 60
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 100
+    assert ", 1,667 images a second, " in lines[-1]
+
+
 def test_what_ends_within_half_a_minute_says_nothing(clock, capsys):
-    assert list(cli.Progress(range(29), "load")) == list(range(29))
+    assert list(cli.ProgressBar(range(29), "load")) == list(range(29))
     assert capsys.readouterr() == ("", "")
 
 
 def test_what_was_done_before_is_counted_and_not_in_the_rate(clock, capsys):
-    progress = cli.Progress(iter(range(50)), "epoch 3", total=1000, each=10, first=50, unit="images")
+    progress = cli.ProgressBar(iter(range(50)), "epoch 3", total=1000, each=10, first=50, unit="images")
     for _ in progress:
         progress.beside = "loss 1.25"
         clock[0] += 40
@@ -44,7 +52,7 @@ def test_what_was_done_before_is_counted_and_not_in_the_rate(clock, capsys):
 
 
 def test_a_length_that_nobody_knows_is_not_made_up(clock, capsys):
-    for _ in cli.Progress(iter(range(2)), "read"):
+    for _ in cli.ProgressBar(iter(range(2)), "read"):
         clock[0] += 40
     assert capsys.readouterr().err.splitlines()[0] == "read: 1, 0.025 a second"
 
@@ -52,7 +60,7 @@ def test_a_length_that_nobody_knows_is_not_made_up(clock, capsys):
 def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(monkeypatch):
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    progress = cli.Progress(range(5), "measure", each=2, unit="images")
+    progress = cli.ProgressBar(range(5), "measure", each=2, unit="images")
     for _ in progress:
         progress.beside = "loss 1.25"
     text = sys.stderr.getvalue()
@@ -64,7 +72,7 @@ def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(monkeypatch):
 def test_a_loop_that_is_left_early_leaves_no_bar(monkeypatch):
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    for _ in cli.Progress(range(5), "measure"):
+    for _ in cli.ProgressBar(range(5), "measure"):
         break
     assert sys.stderr.getvalue().endswith("\r")
 
@@ -72,7 +80,7 @@ def test_a_loop_that_is_left_early_leaves_no_bar(monkeypatch):
 def test_quiet_and_json_leave_remarks_and_progress_out(clock, capsys):
     def work(args):
         cli.note("a remark")
-        for _ in cli.Progress(range(3), "work"):
+        for _ in cli.ProgressBar(range(3), "work"):
             clock[0] += 100
         print("the result")
 

@@ -1,20 +1,25 @@
 """examples/report.py: the page of some runs, of what they hold, in a real browser."""
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from running import rows, run
+
+from kdlite import nkd_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 import report  # noqa: E402
 
-TINY = ["--device", "cpu", "--epochs", "1", "--img-size", "16", "--workers", "0", "--reference", "40"]
-TINY += ["--model", f"{ROOT}/tests/own_models.py:tiny", "--model-file", f"{ROOT}/tests/own_models.py:tiny"]
+SMALL = ["--device", "cpu", "--epochs", "1", "--img-size", "16", "--workers", "0", "--reference", "40"]
+TINY = [*SMALL, "--model", f"{ROOT}/tests/own_models.py:tiny", "--model-file", f"{ROOT}/tests/own_models.py:tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +41,13 @@ def test_the_calibration_error_is_that_of_a_plain_loop():
         if held:
             right = sum(int(np.argmax(p[i]) == labels[i]) for i in held) / len(held)
             expected += len(held) / 500 * abs(right - sum(max(p[i]) for i in held) / len(held))
-    confidence, accuracy, share, error = report.calibration(p, labels)
-    assert math.isclose(error, expected)
-    assert len(confidence) == len(accuracy) == len(share)
-    assert math.isclose(share.sum(), 1)
+    known = report.calibration(p, labels)
+    assert math.isclose(known.error, expected)
+    assert len(known.confidence) == len(known.accuracy) == len(known.share)
+    assert math.isclose(known.share.sum(), 1)
     certain = np.eye(3)
-    assert report.calibration(certain, np.arange(3))[3] == 0
-    assert report.calibration(certain, np.array([1, 2, 0]))[3] == 1
+    assert report.calibration(certain, np.arange(3)).error == 0
+    assert report.calibration(certain, np.array([1, 2, 0])).error == 1
 
 
 @pytest.mark.slow
@@ -74,29 +79,53 @@ def test_the_page_shows_every_run_and_stands_alone(runs, browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_soft_labels_are_those_of_the_losses(runs):
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_soft_labels_are_those_of_the_losses(runs, temperature):
     """The gradient of the loss by the student's logits, worked out from the labels on the page."""
-    torch = pytest.importorskip("torch")
-    from kdlite import nkd_loss
-
     known = report.read_run(next(folder for folder in runs if folder.name == "with-teacher"))
-    teacher = report.answers(known.flags["teacher"], known)
+    known = known._replace(flags=known.flags | {"temperature": temperature})
+    teacher, remarks = report.teachers_logits(known)
+    assert remarks == ""
     for index in range(5):
         target = int(known.reference.labels[index])
         words, others = report.soft_label(known, teacher, index)
+        weight = float(words.rpartition(" ")[2])
         logits = torch.tensor(known.reference.logits[index], dtype=torch.float64, requires_grad=True)
-        nkd_loss(
-            logits[None], torch.tensor(teacher[index])[None].double(), torch.tensor([target]), gamma=1.5
-        ).backward()
+        loss = nkd_loss(logits[None], torch.tensor(teacher[index])[None].double(), torch.tensor([target]), gamma=1.5,
+                        temperature=temperature)  # fmt: skip
+        loss.backward()
         s, t = report.softmax(logits.detach().numpy()), report.softmax(teacher[index].astype(float))
-        student = report.without_target(s, target)
-        by_hand = 1.5 * (student - others) + t[target] * (s - np.eye(len(s))[target])
+        student = report.without_target(report.softmax(logits.detach().numpy() / temperature), target)
+        by_hand = weight / temperature * (student - others) + t[target] * (s - np.eye(len(s))[target])
         np.testing.assert_allclose(logits.grad.numpy(), by_hand, atol=1e-6)
-        assert f"T_t {t[target]:.2f}" in words
+        assert f"T_t {t[target]:.2f};" in words
 
 
-def test_no_run_among_the_folders_is_one_line(tmp_path):
-    command = [sys.executable, ROOT / "examples/report.py", tmp_path, tmp_path / "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"report.py: error: no run of train.py among {tmp_path}, ")
+@pytest.mark.slow
+def test_what_is_damaged_or_missing_is_said_and_the_rest_is_shown(runs, tmp_path):
+    teacher, other = tmp_path / "teacher", tmp_path / "more/teacher"
+    shutil.copytree(next(folder for folder in runs if folder.name == "teacher"), teacher)
+    shutil.copytree(next(folder for folder in runs if folder.name == "with-teacher"), other)
+    (other / "reference.npz").write_bytes(b"no zip")
+    row = {"batch": 1, "p50_ms": 1.0, "artefact": "student.onnx", "precision": "fp32", "provider": "CPU"}
+    (other / "student/benchmark.json").write_text(json.dumps({"rows": [row]}))  # timed on noise: no accuracy
+    assert report.command(report.parser, report.run, [str(teacher), str(other), "-o", str(tmp_path / "p.html")]) == 0
+    text = (tmp_path / "p.html").read_text()
+    assert "reference.npz cannot be read" in text
+    assert "Not measured" in text
+    assert f"<td>{teacher}</td>" in text  # two runs of one name
+    assert f"<td>{other}</td>" in text
+
+
+@pytest.mark.slow
+def test_grey_images_are_shown(tmp_path):
+    flags = ["--in-chans", "1", "--model", "test_resnet.r160_in1k", "--self-kd", "uskd"]
+    run(*SMALL, *flags, "--output", tmp_path / "grey")
+    assert "data:image/png" in report.page([report.read_run(tmp_path / "grey")])
+
+
+def test_no_run_among_the_folders_is_one_line(tmp_path, capsys):
+    assert report.command(report.parser, report.run, [str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"report.py: error: no run of train.py among {tmp_path}: ")
+    assert report.command(report.parser, report.run, [str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == f"report.py: error: no folder {tmp_path}/nowhere\n"
