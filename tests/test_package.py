@@ -58,7 +58,7 @@ def test_the_package_needs_torch_alone(wheel):
     assert f"Version: {kdlite.__version__}" in text
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_it_imports_and_runs_in_an_environment_that_has_torch_alone(wheel, tmp_path):
     """A fresh environment with the wheel, torch and what torch requires, and no numpy."""
     python = make_environment(tmp_path / "env", "torch")

@@ -146,16 +146,15 @@ def test_an_example_runs(name, tmp_path):
     assert min(map(float, accuracies.values())) > 80
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.parametrize(
     ("name", "flags", "rows"),
     [
         ("benchmark_losses.py", "--shapes 8x10 --dtypes bfloat16 --seconds 0.01 --no-compile --no-linear", 8),
-        pytest.param(
+        (
             "benchmark_step.py",
             "--models resnet18 --img-size 32 --batch-size 2 --rounds 2 --seconds 0.1 --device cpu --workers 0",
             6,
-            marks=pytest.mark.trial,
         ),
     ],
 )

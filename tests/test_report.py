@@ -117,7 +117,7 @@ def test_what_is_damaged_or_missing_is_said_and_the_rest_is_shown(runs, tmp_path
     assert f"<td>{other}</td>" in text
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_grey_images_are_shown(tmp_path):
     flags = ["--in-chans", "1", "--model", "test_resnet.r160_in1k", "--self-kd", "uskd"]
     run(*SMALL, *flags, "--output", tmp_path / "grey")

@@ -203,9 +203,9 @@ def test_the_losses_are_added_to_the_cross_entropy():
     ("student", "teacher"),
     [
         ("squeezenet1_1", "test_resnet.r160_in1k"),  # torchvision from timm
-        ("test_vit.r160_in1k", "shufflenet_v2_x0_5"),  # timm, a transformer, from torchvision
-        (f"{MODELS}:tiny", "test_convnext.r160_in1k"),  # the user's own from timm
-        ("mnasnet0_5", f"{MODELS}:tiny"),  # torchvision from the user's own
+        pytest.param("test_vit.r160_in1k", "shufflenet_v2_x0_5", marks=pytest.mark.trial),  # timm, from torchvision
+        pytest.param(f"{MODELS}:tiny", "test_convnext.r160_in1k", marks=pytest.mark.trial),  # the user's own, from timm
+        pytest.param("mnasnet0_5", f"{MODELS}:tiny", marks=pytest.mark.trial),  # torchvision, from the user's own
     ],
 )
 @pytest.mark.parametrize("method", ["nkd", pytest.param("kd", marks=pytest.mark.trial)])
@@ -646,7 +646,7 @@ def test_two_ranks_share_the_cache(photos):
 # ---- data ----
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_cifar_with_its_recipe(tmp_path, monkeypatch):
     """Files of CIFAR-10's own format, filled with the digits; only the check of their MD5 sums is switched off."""
     import pickle
