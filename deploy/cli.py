@@ -268,8 +268,8 @@ def explain(error: Exception) -> str | None:
         return f"cannot read or write: {text}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be installed here
         return (
-            "out of GPU memory: a smaller batch (train.py: --batch-size, --grad-accum, leave out --cache device; deploy/: "
-            f"--batches, --max-batch, --workspace); {text[:200]}"
+            "out of GPU memory: a smaller batch (train.py: --batch-size, --grad-accum, leave out --cache device; "
+            f"deploy/: --batches, --max-batch, --workspace); {text[:200]}"
         )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
         advice = "a smaller batch (train.py: also fewer --workers, leave out --cache device)"
