@@ -412,9 +412,10 @@ def run(args: argparse.Namespace) -> int:
     machine["load_after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
 
     result = {"machine": machine, "model": config["architecture"], "input_size": config["input_size"], "rows": rows}
-    write_whole(output / "benchmark.json", json.dumps(result, indent=2) + "\n")
+    text = json.dumps(result, indent=2)
+    write_whole(output / "benchmark.json", text + "\n")
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(text)
     else:
         note(f"{config['architecture']} at {height}x{width}")
         for key, value in machine.items():

@@ -310,16 +310,15 @@ def run(args: argparse.Namespace) -> int:
             yield images, labels, logits
 
     rows = check_artefacts(artefacts, noted(), digest, torch_student, **options)
-    if args.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        note(f"{rows[0]['images']} validation images of {what}; percent, against torch's fp32 logits\n")
-        print(table(rows, COLUMNS))
-    write_whole(output / "check.json", json.dumps(rows, indent=2) + "\n")
+    text = json.dumps(rows, indent=2)
+    write_whole(output / "check.json", text + "\n")
     labels, predictions = map(np.concatenate, zip(*answers))
     confusions = write_per_class(output, labels, predictions, read_config(student)["label_names"])
-    if not args.json:
-        print("", *confusions, sep="\n")
+    if args.json:
+        print(text)
+    else:
+        note(f"{rows[0]['images']} validation images of {what}; percent, against torch's fp32 logits\n")
+        print(table(rows, COLUMNS), "", *confusions, sep="\n")
     return int(any(row["verdict"] != "pass" for row in rows[1:]))
 
 

@@ -270,10 +270,14 @@ def products_saturate() -> bool:
     return flags is not None and "vnni" not in flags[1]
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last dimension, in float64."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
 def top_labels(logits: np.ndarray, labels: list[str], count: int = 5) -> list[tuple[str, float, int]]:
     """(label, probability, class index) of the most probable classes of one image, the best first; logits: (C,)."""
-    logits = logits.astype(np.float64)
-    probabilities = np.exp(logits - logits.max())
-    probabilities /= probabilities.sum()
+    probabilities = softmax(logits)
     best = np.argsort(-probabilities, kind="stable")[:count]
     return [(labels[i], float(probabilities[i]), int(i)) for i in best]

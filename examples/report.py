@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from deploy.cli import UserError, command, make_parser, student_folder, write_whole  # noqa: E402
 from deploy.config import read_config  # noqa: E402
 from deploy.reference import NAME, Reference, read_reference  # noqa: E402
+from deploy.runtimes import softmax  # noqa: E402
 
 SAMPLES, BARS, BINS = 6, 5, 15
 STYLE = """
@@ -50,7 +51,8 @@ class Run(NamedTuple):
     name: str  # of the folder, or its path where two have the same
     folder: Path
     flags: dict[str, Any]  # of args.json
-    rows: list[dict[str, str]]  # of metrics.csv
+    epochs: list[int]
+    top1: list[float]  # after each, %
     labels: list[str]  # the classes' names
     reference: Reference | None
     lacks: str  # why there is no reference
@@ -73,20 +75,17 @@ def read_run(folder: Path, name: str = "") -> Run | None:
         flags = json.loads((folder / "args.json").read_text(encoding="utf-8"))["flags"]
         with open(folder / "metrics.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        epochs, top1 = [int(row["epoch"]) for row in rows], [float(row["val_top1"]) for row in rows]
         labels = read_config(folder / "student")["label_names"]
-    except (OSError, ValueError, KeyError, UserError):
+        flags["model"]
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
     reference, lacks = None, ""
     try:
         reference = read_reference(folder / "student", None, "train.py --output RUN --resume does")
     except UserError as error:
         lacks = str(error)
-    return Run(name or folder.name, folder, flags, rows, labels, reference, lacks) if rows else None
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
+    return Run(name or folder.name, folder, flags, epochs, top1, labels, reference, lacks) if epochs else None
 
 
 class Calibration(NamedTuple):
@@ -220,17 +219,17 @@ def table(runs: list[Run], calibrations: dict[str, Calibration]) -> str:
     lines = []
     for run in runs:
         error = f"{100 * calibrations[run.name].error:.1f}" if run.name in calibrations else "-"
-        top1 = [float(row["val_top1"]) for row in run.rows]
         words = "".join(f"<td>{html.escape(x)}</td>" for x in (run.name, run.model, run.method))
-        numbers = (run.rows[-1]["epoch"], f"{top1[-1]:.2f}", f"{max(top1):.2f}", error)
+        numbers = (run.epochs[-1], f"{run.top1[-1]:.2f}", f"{max(run.top1):.2f}", error)
         lines.append(f"<tr>{words}{''.join(f'<td class=n>{x}</td>' for x in numbers)}</tr>")
     heads = "".join(f"<th>{x}</th>" for x in ("run", "model", "trained with"))
     heads += "".join(f"<th class=n>{x}</th>" for x in ("epochs", "top-1 %, last", "best", "ECE %"))
     sizes = sorted({len(run.reference.labels) for run in runs if run.reference is not None})
+    images = f"{' or '.join(map(str, sizes))} images of {NAME}" if sizes else f"images of {NAME}, which no run has"
     about = (
         f"Top-1 on a run's validation images, one run a row. ECE: expected calibration error in {BINS} bins, on the "
     )
-    about += f"{' or '.join(map(str, sizes))} images of {NAME}." if sizes else f"images of {NAME}, which no run has."
+    about += f"{images}."
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>{remark(about)}"
 
 
@@ -238,7 +237,7 @@ def timings(run: Run) -> list[dict[str, Any]]:
     """Rows of deploy.benchmark at batch 1 that have an accuracy too."""
     try:
         rows = json.loads((run.folder / "student/benchmark.json").read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return []
     return [row for row in rows if row.get("batch") == 1 and row.get("p50_ms") and row.get("top1") is not None]
 
@@ -255,8 +254,7 @@ def page(runs: list[Run]) -> str:
 
     def curves(axes: plt.Axes) -> None:
         for run in runs:
-            epochs, top1 = ([float(row[key]) for row in run.rows] for key in ("epoch", "val_top1"))
-            axes.plot(epochs, top1, label=run.name)
+            axes.plot(run.epochs, run.top1, label=run.name)
         axes.set(xlabel="epoch", ylabel="top-1, %")
 
     def reliability(axes: plt.Axes) -> None:

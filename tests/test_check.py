@@ -50,6 +50,15 @@ CHANGES = {  # what is written in its place, and the mistake that is named
         "-t[rows, target] * s[rows, target].detach()",
         "the target term has no gradient",
     ),
+    "s, t = F.log_softmax(student_logits, 1), F.softmax(teacher_logits, 1)": (
+        "s, t = F.log_softmax(student_logits / temperature, 1), F.softmax(teacher_logits / temperature, 1)",
+        "the target term is at the temperature",
+    ),
+    ".sum(1)).mean()\n": (".sum(1)).mean() / s.shape[1]\n", "the mean is over rows and classes"),
+    "return (target_term": (
+        "return F.cross_entropy(student_logits, target) + (target_term",
+        "the cross-entropy is in it",
+    ),
     "target_term + ": ("0.5 * target_term + ", "no mistake that is known here"),
 }
 
@@ -75,6 +84,11 @@ def test_a_mistake_is_named(written):
     lines, mistake = check.check(function(HAND.replace(written, instead)))
     assert named in mistake
     assert len(lines) == 20
+
+
+def test_every_mistake_that_has_a_name_is_tried():
+    named = {words for words in check.MISTAKES if any(part in words for _, part in CHANGES.values())}
+    assert check.MISTAKES.keys() - named == {"this is classic temperature KD, not NKD"}  # below
 
 
 def test_classic_distillation_is_recognised():

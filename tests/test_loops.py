@@ -474,6 +474,8 @@ def test_the_loop_of_several_losses_learns(run):
 
 
 # ---- the notebook ----
+
+
 @pytest.mark.trial
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")

@@ -33,7 +33,6 @@ def wheel(built):
 def test_an_index_would_take_both_distributions(built):
     pytest.importorskip("twine")
     files = list(built.iterdir())
-    assert {"".join(file.suffixes[-2:]) for file in files} >= {".tar.gz"}
     check = [sys.executable, "-m", "twine", "check", "--strict", *files]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -58,7 +57,7 @@ def test_the_package_needs_torch_alone(wheel):
     assert f"Version: {kdlite.__version__}" in text
 
 
-@pytest.mark.trial
+@pytest.mark.slow
 def test_it_imports_and_runs_in_an_environment_that_has_torch_alone(wheel, tmp_path):
     """A fresh environment with the wheel, torch and what torch requires, and no numpy."""
     python = make_environment(tmp_path / "env", "torch")

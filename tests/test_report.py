@@ -12,6 +12,7 @@ import pytest
 import torch
 from running import rows, run
 
+from deploy.runtimes import softmax
 from kdlite import nkd_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,22 +95,27 @@ def test_the_soft_labels_are_those_of_the_losses(runs, temperature):
         loss = nkd_loss(logits[None], torch.tensor(teacher[index])[None].double(), torch.tensor([target]), gamma=1.5,
                         temperature=temperature)  # fmt: skip
         loss.backward()
-        s, t = report.softmax(logits.detach().numpy()), report.softmax(teacher[index].astype(float))
-        student = report.without_target(report.softmax(logits.detach().numpy() / temperature), target)
+        s, t = softmax(logits.detach().numpy()), softmax(teacher[index].astype(float))
+        student = report.without_target(softmax(logits.detach().numpy() / temperature), target)
         by_hand = weight / temperature * (student - others) + t[target] * (s - np.eye(len(s))[target])
         np.testing.assert_allclose(logits.grad.numpy(), by_hand, atol=1e-6)
         assert f"T_t {t[target]:.2f};" in words
 
 
 @pytest.mark.slow
-def test_what_is_damaged_or_missing_is_said_and_the_rest_is_shown(runs, tmp_path):
+def test_what_is_damaged_or_missing_is_said_and_the_rest_is_shown(runs, tmp_path, capsys):
     teacher, other = tmp_path / "teacher", tmp_path / "more/teacher"
     shutil.copytree(next(folder for folder in runs if folder.name == "teacher"), teacher)
     shutil.copytree(next(folder for folder in runs if folder.name == "with-teacher"), other)
     (other / "reference.npz").write_bytes(b"no zip")
+    odd = tmp_path / "odd"
+    shutil.copytree(teacher, odd)
+    (odd / "metrics.csv").write_text("epoch,val_top1\n1,\n")
     row = {"batch": 1, "p50_ms": 1.0, "artefact": "student.onnx", "precision": "fp32", "provider": "CPU"}
     (other / "student/benchmark.json").write_text(json.dumps({"rows": [row]}))  # timed on noise: no accuracy
-    assert report.command(report.parser, report.run, [str(teacher), str(other), "-o", str(tmp_path / "p.html")]) == 0
+    folders = [str(teacher), str(other), str(odd)]
+    assert report.command(report.parser, report.run, [*folders, "-o", str(tmp_path / "p.html")]) == 0
+    assert capsys.readouterr().err == f"left out: {odd} is no run of train.py, or has no whole epoch\n"
     text = (tmp_path / "p.html").read_text()
     assert "reference.npz cannot be read" in text
     assert "Not measured" in text

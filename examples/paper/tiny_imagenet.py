@@ -5,7 +5,7 @@
     python examples/paper/tiny_imagenet.py SOURCE nkd-parts     # CPU: ablations of NKD, in the setting of few-epochs
     python examples/paper/tiny_imagenet.py SOURCE uskd-parts    # CPU: ablations of USKD, in the setting of few-images
     python examples/paper/tiny_imagenet.py SOURCE lite-sweep    # CPU: KD's and NKD's weights with an ImageNet teacher
-    python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: ten methods with that teacher, each seed paired
+    python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: the methods with that teacher, seeds paired
     python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, six networks
 
 SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are kept under runs/tiny_imagenet;
@@ -231,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("source", type=Path, help="the unpacked Tiny-ImageNet")
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--seeds", type=int, help="how many, from 0 (default: 15 for the first two, else 3)")
+    parser.add_argument("--seeds", type=int, help="how many (default: as many as the table's rows were given)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, on CPU, with one thread each")
     parser.add_argument("--flags", default="", help="more flags of train.py for every run, to try the table small")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where the table is written")
