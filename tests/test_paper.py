@@ -19,7 +19,7 @@ from torchvision.datasets import FakeData
 
 import train
 from deploy.student import build_model, find_architecture
-from kdlite import Teacher, nkd_loss, uskd_loss
+from kdlite import Teacher
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,8 +171,9 @@ def test_the_variants_of_the_ablations():
 
     both = [oracle.nkd_row(s, t, k, 2.0, 3.0) for s, t, k in zip(*rows_of[:2], target.tolist())]
     first = [oracle.nkd_row(s, t, k, 0.0, 3.0) for s, t, k in zip(*rows_of[:2], target.tolist())]
-    ours = ablation.nkd_without_target(student, teacher, target, gamma=2.0, temperature=3.0)
-    assert ours.item() == pytest.approx(sum(both) / 16 - sum(first) / 16, rel=1e-5)
+    each = {"reduction": "none"}
+    ours = ablation.nkd_without_target(student, teacher, target, gamma=2.0, temperature=3.0, **each)
+    assert ours.mean().item() == pytest.approx(sum(both) / 16 - sum(first) / 16, rel=1e-5)
 
     one_hot = torch.nn.functional.one_hot(target, 9).tolist()
     rest = sum(oracle.uskd_rows(rows_of[0], rows_of[2], one_hot, 0.7, 0.0, 0.3, 0.1)) / 16
@@ -184,14 +185,30 @@ def test_the_variants_of_the_ablations():
         z = {i: 1 / (order.index(i) + 1) for i in range(9) if i != t}
         log_n = oracle.log_softmax(s, leave_out=t)
         non_target -= sum(z[i] * log_n[i] for i in z) / sum(z.values()) / 16
-    ours = ablation.uskd_ranked_by_log(student, weak, target, alpha=0.7, beta=0.5, mu=0.3)
-    assert ours.item() == pytest.approx(rest + 0.5 * non_target, rel=1e-5)
+    ours = ablation.uskd_ranked_by_log(student, weak, target, alpha=0.7, beta=0.5, mu=0.3, **each)
+    assert ours.mean().item() == pytest.approx(rest + 0.5 * non_target, rel=1e-5)
 
 
-def test_the_ablations_replace_what_train_py_calls():
-    ablation = load("ablation")
-    assert {name for name, _ in ablation.VARIANTS.values()} == {"nkd_loss", "uskd_loss"}
-    assert (train.nkd_loss, train.uskd_loss) == (nkd_loss, uskd_loss)
+@pytest.mark.parametrize(
+    ("variant", "replaced"), [("nkd_without_target", "nkd_loss"), ("uskd_ranked_by_log", "uskd_loss")]
+)
+def test_train_py_calls_the_variant_in_place_of_the_loss(monkeypatch, variant, replaced):
+    name, function = load("ablation").VARIANTS[variant]
+    assert name == replaced
+    logits, other = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+    weak, teacher = (None, other) if replaced == "nkd_loss" else (other, None)
+    target = torch.arange(8) % 5
+    term = replaced.removesuffix("_loss")
+    before = train.named_losses(logits, weak, teacher, target, kd="nkd" if teacher is not None else None)
+    monkeypatch.setattr(train, name, function)
+    after = train.named_losses(logits, weak, teacher, target, kd="nkd" if teacher is not None else None)
+    assert after.keys() == before.keys() == {"ce", term}
+    assert after["ce"] == before["ce"]
+    assert after[term].shape == ()
+    assert after[term] != before[term]
+
+
+def test_a_variant_that_is_not_there():
     bad = subprocess.run([sys.executable, PAPER / "ablation.py", "nope"], capture_output=True, text=True)
     assert bad.returncode != 0
     assert "nkd_without_target" in bad.stderr

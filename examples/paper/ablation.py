@@ -17,17 +17,23 @@ from kdlite import uskd_loss
 from kdlite.terms import centred, cross_entropy, log_normalized
 
 
-def nkd_without_target(student: Tensor, teacher: Tensor, target: Tensor, *, gamma: float, temperature: float) -> Tensor:
-    """NKD's non-target term alone: eq. 7 of the paper without its first term."""
+def nkd_without_target(
+    student: Tensor, teacher: Tensor, target: Tensor, *, gamma: float, temperature: float, reduction: str
+) -> Tensor:
+    """NKD's non-target term alone, of each row: eq. 7 of the paper without its first term."""
+    assert reduction == "none"
     student, teacher = (centred(logits) / temperature for logits in (student, teacher.detach()))
     n_t = log_normalized(teacher, target).exp()
-    return gamma * temperature**2 * cross_entropy(n_t, log_normalized(student, target)).mean()
+    return gamma * temperature**2 * cross_entropy(n_t, log_normalized(student, target))
 
 
 def uskd_ranked_by_log(
-    logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float, beta: float, mu: float
+    logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float, beta: float, mu: float, **means: Any
 ) -> Tensor:
-    """USKD as the official code has it since July 2023: log S takes the place of S in the ranking."""
+    """USKD of each row as the official code has it since July 2023: log S takes the place of S in the ranking.
+
+    means: reduction and group, of uskd_loss
+    """
     log_s, w = logits.float().log_softmax(1), weak_logits.float().softmax(1)
     is_target = F.one_hot(target, logits.shape[1]).bool()
     with torch.no_grad():
@@ -37,8 +43,8 @@ def uskd_ranked_by_log(
         z = (1 / rank).masked_fill(is_target, 0)
         z = z / z.sum(1, keepdim=True)
     log_n = logits.float().masked_fill(is_target, -torch.inf).log_softmax(1).masked_fill(is_target, 0)
-    rest = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=0.0, mu=mu)
-    return rest - beta * (z * log_n).sum(1).mean()
+    rest = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=0.0, mu=mu, **means)
+    return rest - beta * (z * log_n).sum(1)
 
 
 VARIANTS: dict[str, tuple[str, Any]] = {
