@@ -6,6 +6,8 @@
     python examples/paper/tiny_imagenet.py SOURCE uskd-parts    # CPU: ablations of USKD, in the setting of few-images
     python examples/paper/tiny_imagenet.py SOURCE lite-sweep    # CPU: KD's and NKD's weights with an ImageNet teacher
     python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: the methods with that teacher, seeds paired
+    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits its training set
+    python examples/paper/tiny_imagenet.py SOURCE self-20       # CPU: without a teacher, 20 classes; also self-50, -100
     python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, six networks
 
 SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are kept under runs/tiny_imagenet;
@@ -43,8 +45,9 @@ class Setting(NamedTuple):
     train: int  # images a class, the first in alphabetical order
     held_out: int  # of the others, the last, added to Tiny-ImageNet's own 50 validation images a class
     common: list[str]
-    teacher: list[str]  # of a training; or with --write-labels, of ImageNet's teacher asked about these images
+    teacher: list[str]  # of a training; or with --write-labels, of ImageNet's, asked about these images; or none
     student: list[str]
+    copies: int = 1  # of each training image: an epoch is then so many of its own
 
 
 class Table(NamedTuple):
@@ -58,7 +61,9 @@ SMALL = [
     "--recipe", "cifar", "--no-small-stem", "--batch-size", "64", "--lr", "0.05", "--schedule", "cosine",
     "--warmup-epochs", "1", "--cache", "device",
 ]  # fmt: skip
-WITHOUT_CACHE = SMALL[: SMALL.index("--cache")]
+LITE = [*SMALL[: SMALL.index("--cache")], "--model", f"{MODELS}:resnet8", "--crop", "none"]
+LITE_TEACHER = ["--img-size", "64", "--channels-last", "--views", "2", "--top-k", "19", "--write-labels"]
+LITE_STUDENT = ["--img-size", "32", "--workers", "0", "--channels-last", "--epochs"]
 LARGE = [
     "--recipe", "cifar", "--img-size", "64", "--batch-size", "256", "--lr", "0.2", "--schedule", "cosine",
     "--warmup-epochs", "1", "--epochs", "8", "--cache", "device",
@@ -79,11 +84,21 @@ SETTINGS = {
         teacher=["--model", f"{MODELS}:resnet20", "--epochs", "100"],
         student=["--model", f"{MODELS}:resnet8", "--epochs", "64", "--crop", "none"],
     ),
-    "lite": Setting(  # few-epochs from the photographs themselves, with the answers of a teacher that saw them larger
-        20, 64, train=400, held_out=50, common=[*WITHOUT_CACHE, "--model", f"{MODELS}:resnet8", "--crop", "none"],
-        teacher=["--img-size", "64", "--channels-last", "--views", "2", "--top-k", "19", "--write-labels"],
-        student=["--img-size", "32", "--epochs", "8", "--workers", "0", "--channels-last"],
+    # few-epochs and few-images from the photographs themselves, with the answers of a teacher that saw them larger
+    "lite": Setting(
+        20, 64, train=400, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "8"],
     ),
+    "lite-fits": Setting(
+        20, 64, train=50, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "16"], copies=4,
+    ),
+    # few-epochs with the same 8,000 images in all, of more classes
+    **{
+        f"self-{classes}": Setting(
+            classes, 32, train=8000 // classes, held_out=50, common=SMALL, teacher=[],
+            student=["--model", f"{MODELS}:resnet8", "--epochs", "8"],
+        )
+        for classes in (20, 50, 100)
+    },
     "full": Setting(200, 64, train=500, held_out=0, common=[], teacher=[*LARGE, "--model", "resnet34"], student=[]),
 }  # fmt: skip
 
@@ -112,6 +127,19 @@ def lite_nkd(gamma: float, temperature: float) -> list[str]:
 
 
 OTHERS = ROOT / "examples/losses.py"
+LITE_METHODS = {
+    "cross-entropy": [],
+    "label smoothing": METHODS["label smoothing"],
+    "NKD": lite_nkd(3.5, 3),  # the paper's for CIFAR-100
+    "NKD gamma 1.5 T 1": lite_nkd(1.5, 1),  # ... for ImageNet
+    **{name: labels(f"{OTHERS}:{name}") for name in ("dkd", "standardised_kd", "wttm", "dist")},
+}
+SELF_METHODS = {
+    "cross-entropy": [],
+    "label smoothing": METHODS["label smoothing"],
+    "Tf-KD": ["--kd", f"{OTHERS}:tf_kd"],
+    "USKD": USKD,
+}
 TABLES = {
     "few-epochs": Table("few-epochs", 15, METHODS),
     "few-images": Table("few-images", 15, METHODS),
@@ -141,16 +169,9 @@ TABLES = {
             "USKD tapped at layer3": [*USKD, "--tap", "layer3"],
         },
     ),
-    "lite": Table(
-        "lite", 5,
-        {
-            "cross-entropy": [],
-            "label smoothing": ["--label-smoothing", "0.1"],
-            "NKD": lite_nkd(3.5, 3),  # the paper's for CIFAR-100
-            "NKD gamma 1.5 T 1": lite_nkd(1.5, 1),  # ... for ImageNet
-            **{name: labels(f"{OTHERS}:{name}") for name in ("dkd", "standardised_kd", "wttm", "dist")},
-        },
-    ),
+    "lite": Table("lite", 5, LITE_METHODS),
+    "lite-fits": Table("lite-fits", 5, LITE_METHODS),
+    **{f"self-{classes}": Table(f"self-{classes}", 5, SELF_METHODS) for classes in (20, 50, 100)},
     "lite-sweep": Table(  # eight of each, on a seed that is not reported
         "lite", 1, first_seed=100,
         runs={
@@ -181,11 +202,13 @@ def make_images(source: Path, target: Path, setting: Setting) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             for file in files:
                 image = Image.open(file).convert("RGB")
-                if image.size == (setting.size, setting.size):
-                    shutil.copy(file, folder / file.name)
-                else:
-                    image = image.resize((setting.size, setting.size), Image.Resampling.BILINEAR)
-                    image.save(folder / f"{file.stem}.png")
+                copies = [f"_{i}" for i in range(setting.copies)] if part == "train" and setting.copies > 1 else [""]
+                for copy in copies:
+                    if image.size == (setting.size, setting.size):
+                        shutil.copy(file, folder / f"{file.stem}{copy}{file.suffix}")
+                    else:
+                        image = image.resize((setting.size, setting.size), Image.Resampling.BILINEAR)
+                        image.save(folder / f"{file.stem}{copy}.png")
 
 
 def result(output: Path, command: list[str]) -> dict[str, str] | None:
@@ -251,6 +274,7 @@ def main() -> None:
     common = ["--data", str(images), *setting.common]
     more = shlex.split(args.flags)
     rows = {}
+    teacher = Path()
     if "--write-labels" in setting.teacher:
         teacher = RUNS / table.setting / "labels"
         if not teacher.exists():
@@ -258,7 +282,7 @@ def main() -> None:
             asked = [*setting.teacher, str(partial), "--teacher", f"{TEACHER}:{fetch(TEACHER)}", *more]
             subprocess.run([sys.executable, str(ROOT / "train.py"), *common, *asked], check=True)
             partial.rename(teacher)
-    else:
+    elif setting.teacher:
         name = f"{table.setting}/teacher"
         rows["teacher", 0] = run(name, [*common, *setting.teacher, *more])
         teacher = RUNS / name / "student"
