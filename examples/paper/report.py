@@ -20,7 +20,8 @@ from scipy.stats import ttest_rel
 
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parents[1] / "README.md", HERE / "README.md"]
-BASELINE = "cross-entropy"
+BASELINE, TUNED = "cross-entropy", "KD tuned"  # the second: of the tables that have it
+CLASSES = (20, 50, 100)  # of the tables self-20, self-50, self-100
 
 
 def read(name: str) -> dict[str, dict[int, dict[str, str]]]:
@@ -48,9 +49,9 @@ def baseline_of(method: str, table: dict[str, dict[int, dict[str, str]]]) -> str
     return own if own in table else BASELINE
 
 
-def over_baseline(method: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
+def over(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
     """What a method gains in top-1, seed by seed, and p of a paired t-test; empty where there is nothing to compare."""
-    rows, base = table[method], table.get(baseline_of(method, table), {})
+    rows, base = table[method], table.get(base_name, {})
     if method == "teacher" or rows is base or rows.keys() != base.keys() or len(rows) < 2:
         return "", ""
     ours, theirs = column(rows, "val_top1"), column(base, "val_top1")
@@ -60,17 +61,19 @@ def over_baseline(method: str, table: dict[str, dict[int, dict[str, str]]]) -> t
 
 def markdown(name: str) -> str:
     table = read(name)
-    lines = [
-        "| trained with | seeds | top-1 % | over cross-entropy | p | top-5 % | cross-entropy in training, validation |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["trained with", "seeds", "top-1 %", "over cross-entropy", "p", "top-5 %"]
+    head += ["cross-entropy in training, validation"] + [f"over {TUNED}", "p"] * (TUNED in table)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method, rows in table.items():
-        gain, p = over_baseline(method, table)
-        lines.append(
-            f"| {method} | {len(rows)} | {spread(column(rows, 'val_top1'))} | {gain} | {p} | "
-            f"{spread(column(rows, 'val_top5'), 1)} | {statistics.mean(column(rows, 'loss_ce')):.2f}, "
-            f"{statistics.mean(column(rows, 'val_loss')):.2f} |"
-        )
+        cells = [
+            method,
+            str(len(rows)),
+            spread(column(rows, "val_top1")),
+            *over(baseline_of(method, table), method, table),
+        ]
+        cells += [spread(column(rows, "val_top5"), 1)]
+        cells += [", ".join(f"{statistics.mean(column(rows, key)):.2f}" for key in ("loss_ce", "val_loss"))]
+        lines.append(f"| {' | '.join(cells + [*over(TUNED, method, table)] * (TUNED in table))} |")
     return "\n".join(lines)
 
 
@@ -84,7 +87,7 @@ def summary() -> str:
     for method in few_epochs:
         cells = [method]
         for table in (few_epochs, few_images):
-            cells += [spread(column(table[method], "val_top1")), over_baseline(method, table)[0]]
+            cells += [spread(column(table[method], "val_top1")), over(BASELINE, method, table)[0]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -105,6 +108,30 @@ def plot(name: str) -> None:
     axes.grid(axis="x", alpha=0.3)
     with matplotlib.rc_context({"svg.hashsalt": name}):  # the same file from the same figures
         figure.savefig(HERE / f"results/{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def plot_classes() -> None:
+    """What is gained over cross-entropy without a teacher, by number of classes: means and standard errors."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    tables = {classes: read(f"self-{classes}") for classes in CLASSES}
+    for i, method in enumerate(name for name in tables[CLASSES[0]] if name != BASELINE):
+        gains = [
+            [a - b for a, b in zip(column(table[method], "val_top1"), column(table[BASELINE], "val_top1"))]
+            for table in tables.values()
+        ]
+        errors = [statistics.stdev(values) / len(values) ** 0.5 for values in gains]
+        x = [classes * 1.03 ** (i - 1) for classes in CLASSES]  # beside each other
+        axes.errorbar(x, [statistics.mean(values) for values in gains], errors, fmt="o-", capsize=4, label=method)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(CLASSES, [str(classes) for classes in CLASSES])
+    axes.minorticks_off()
+    axes.set_xlabel("classes, of 8,000 images in all")
+    axes.set_ylabel("top-1 over cross-entropy (points)")
+    axes.legend()
+    with matplotlib.rc_context({"svg.hashsalt": "classes"}):
+        figure.savefig(HERE / "results/self-classes.svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -129,6 +156,7 @@ def main() -> int:
     if not args.check:
         for file in sorted(HERE.glob("results/*.csv")):
             plot(file.stem)
+        plot_classes()
     return status
 
 
