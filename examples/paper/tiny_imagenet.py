@@ -273,21 +273,21 @@ def main() -> None:
         partial = RUNS / f"{table.setting}-images.partial"
         make_images(args.source, partial, setting)
         partial.rename(images)
-    if args.jobs > 1:
-        os.environ["OMP_NUM_THREADS"] = "1"
 
     common = ["--data", str(images), *setting.common]
     more = shlex.split(args.flags)
     rows = {}
-    teacher = Path()
-    if "--write-labels" in setting.teacher:
+    teacher, labelled = Path(), "--write-labels" in setting.teacher
+    if labelled:
         teacher = RUNS / table.setting / "labels"
         if not teacher.exists():
             partial = RUNS / table.setting / "labels.partial"
             asked = [*setting.teacher, str(partial), "--teacher", f"{TEACHER}:{fetch(TEACHER)}", *more]
             subprocess.run([sys.executable, str(ROOT / "train.py"), *common, *asked], check=True)
             partial.rename(teacher)
-    elif setting.teacher:
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    if setting.teacher and not labelled:
         name = f"{table.setting}/teacher"
         rows["teacher", 0] = run(name, [*common, *setting.teacher, *more])
         teacher = RUNS / name / "student"
