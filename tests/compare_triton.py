@@ -5,7 +5,7 @@
 
 nvidia-pytriton ships a real Triton, whose Python backend runs the file by ONNX Runtime here; it needs a Python that the
 system installed. It locks statistics, repository and shared memory's status, which are not compared. Prints each
-request whose status or outputs differ. Exit status 1 where a difference is none of KNOWN, which deploy/README.md
+request whose status or outputs differ. Exit status 1 where a difference is none of KNOWN, which deploy/serving.md
 tells, or where one of KNOWN is gone.
 """
 
