@@ -7,6 +7,7 @@
     python examples/paper/tiny_imagenet.py SOURCE lite-sweep    # CPU: KD's and NKD's weights with an ImageNet teacher
     python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: the methods with that teacher, seeds paired
     python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits its training set
+    python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher of their own
     python examples/paper/tiny_imagenet.py SOURCE self-20       # CPU: without a teacher, 20 classes; also self-50, -100
     python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, six networks
 
@@ -91,6 +92,11 @@ SETTINGS = {
     "lite-fits": Setting(
         20, 64, train=50, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "16"], copies=4,
     ),
+    "lite-own": Setting(  # lite with a teacher that was trained on the same images
+        20, 64, train=400, held_out=50, common=LITE[: LITE.index("--model")] + ["--crop", "none"],
+        teacher=["--model", f"{MODELS}:resnet20", *LITE_STUDENT, "16"],
+        student=["--model", f"{MODELS}:resnet8", *LITE_STUDENT, "8"],
+    ),
     # few-epochs with the same 8,000 images in all, of more classes
     **{
         f"self-{classes}": Setting(
@@ -173,6 +179,9 @@ TABLES = {
     ),
     "lite": Table("lite", 5, LITE_METHODS),
     "lite-fits": Table("lite-fits", 5, LITE_METHODS),
+    "lite-own": Table(
+        "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--kd-temperature", "1"], "NKD": NKD}
+    ),
     **{f"self-{classes}": Table(f"self-{classes}", 5, SELF_METHODS) for classes in (20, 50, 100)},
     "lite-sweep": Table(  # twelve of each, on a seed that is not reported
         "lite", 1, first_seed=100,
