@@ -93,9 +93,8 @@ SETTINGS = {
         20, 64, train=50, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "16"], copies=4,
     ),
     "lite-own": Setting(  # lite with a teacher that was trained on the same images
-        20, 64, train=400, held_out=50, common=LITE[: LITE.index("--model")] + ["--crop", "none"],
-        teacher=["--model", f"{MODELS}:resnet20", *LITE_STUDENT, "16"],
-        student=["--model", f"{MODELS}:resnet8", *LITE_STUDENT, "8"],
+        20, 64, train=400, held_out=50, common=LITE,
+        teacher=["--model", f"{MODELS}:resnet20", *LITE_STUDENT, "16"], student=[*LITE_STUDENT, "8"],
     ),
     # few-epochs with the same 8,000 images in all, of more classes
     **{
