@@ -182,6 +182,13 @@ TABLES = {
         "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--kd-temperature", "1"], "NKD": NKD}
     ),
     **{f"self-{classes}": Table(f"self-{classes}", 5, SELF_METHODS) for classes in (20, 50, 100)},
+    "lite-sharp": Table(  # ... at temperatures that sharpen the teacher's answers about the other classes
+        "lite", 1, first_seed=100,
+        runs={
+            **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g, t in ((3.5, 0.5), (1.5, 0.5), (6, 0.5), (6, 0.25))},
+            **{f"KD T 0.5 weight {w}": lite_kd(0.5, w) for w in (1, 3)},
+        },
+    ),
     "lite-sweep": Table(  # twelve of each, on a seed that is not reported
         "lite", 1, first_seed=100,
         runs={
