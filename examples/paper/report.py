@@ -21,7 +21,7 @@ from scipy.stats import ttest_rel
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parents[1] / "README.md", HERE / "README.md"]
 BASELINE, TUNED = "cross-entropy", "KD tuned"  # the second: of the tables that have it
-CLASSES = (20, 50, 100)  # of the tables self-20, self-50, self-100
+SELF = {20: "few-epochs", 50: "self-50", 100: "self-100"}  # by number of classes, of as many images in all
 
 
 def read(name: str) -> dict[str, dict[int, dict[str, str]]]:
@@ -114,18 +114,21 @@ def plot(name: str) -> None:
 def plot_classes() -> None:
     """What is gained over cross-entropy without a teacher, by number of classes: means and standard errors."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    tables = {classes: read(f"self-{classes}") for classes in CLASSES}
-    for i, method in enumerate(name for name in tables[CLASSES[0]] if name != BASELINE):
-        gains = [
-            [a - b for a, b in zip(column(table[method], "val_top1"), column(table[BASELINE], "val_top1"))]
-            for table in tables.values()
-        ]
-        errors = [statistics.stdev(values) / len(values) ** 0.5 for values in gains]
-        x = [classes * 1.03 ** (i - 1) for classes in CLASSES]  # beside each other
-        axes.errorbar(x, [statistics.mean(values) for values in gains], errors, fmt="o-", capsize=4, label=method)
+    tables = {classes: read(name) for classes, name in SELF.items()}
+    for i, method in enumerate(("label smoothing", "Tf-KD", "USKD")):
+        gains = {
+            classes * 1.03 ** (i - 1): [  # beside each other
+                a - b for a, b in zip(column(table[method], "val_top1"), column(table[BASELINE], "val_top1"))
+            ]
+            for classes, table in tables.items()
+            if method in table
+        }
+        errors = [statistics.stdev(values) / len(values) ** 0.5 for values in gains.values()]
+        means = [statistics.mean(values) for values in gains.values()]
+        axes.errorbar(list(gains), means, errors, fmt="o-", capsize=4, label=method)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xticks(CLASSES, [str(classes) for classes in CLASSES])
+    axes.set_xticks(list(SELF), [str(classes) for classes in SELF])
     axes.minorticks_off()
     axes.set_xlabel("classes, of 8,000 images in all")
     axes.set_ylabel("top-1 over cross-entropy (points)")
