@@ -136,7 +136,8 @@ LITE_METHODS = {
     "cross-entropy": [],
     "label smoothing": METHODS["label smoothing"],
     "KD tuned": lite_kd(1, 1),  # the best of lite-sweep
-    "NKD tuned": lite_nkd(0.25, 2),  # ... too
+    "KD T 0.5 weight 3": lite_kd(0.5, 3),  # the best of lite-sharp, added when the others had been run
+    "NKD tuned": lite_nkd(0.25, 2),  # the best of both sweeps
     "NKD": lite_nkd(3.5, 3),  # the paper's for CIFAR-100
     "NKD gamma 1.5 T 1": lite_nkd(1.5, 1),  # ... for ImageNet
     **{name: labels(f"{OTHERS}:{name}") for name in ("dkd", "standardised_kd", "wttm", "dist")},
