@@ -251,7 +251,7 @@ def test_reentrant_checkpointing_is_refused_as_it_would_train_nothing():
         student(images())
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_checkpointing_under_compile():
     torch._dynamo.reset()
     torch.manual_seed(0)
