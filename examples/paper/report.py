@@ -156,10 +156,12 @@ def main() -> int:
             status = 1
         elif not args.check:
             page.write_text(new)
-    if not args.check:
-        for file in sorted(HERE.glob("results/*.csv")):
-            plot(file.stem)
-        plot_classes()
+    shown = {name for page in PAGES for name in re.findall(r"results/([\w-]+)\.svg", page.read_text())}
+    for name in sorted(shown) if not args.check else ():
+        if name == "self-classes":
+            plot_classes()
+        else:
+            plot(name)
     return status
 
 
