@@ -1,7 +1,7 @@
 """What uvicorn lacks: a limit of connections, time limits for headers and bodies, a drain that others can see.
 
 uvicorn stops the clock of an idle connection at each byte and has none for headers and bodies; its limit_concurrency
-answers 503 but keeps the connection. deploy/README.md tells how hypercorn and granian compare.
+answers 503 but keeps the connection. deploy/serving.md tells how hypercorn and granian compare.
 """
 
 from __future__ import annotations

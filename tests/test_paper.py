@@ -12,6 +12,7 @@ from pathlib import Path
 
 import oracle
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -222,6 +223,46 @@ def test_the_tables_on_the_pages_are_those_of_the_files():
     assert done.returncode == 0, done.stderr
 
 
+def test_two_rows_are_compared_seed_by_seed():
+    with open(PAPER / "results/few-images.csv") as file:
+        top1 = {(row["method"], row["seed"]): float(row["val_top1"]) for row in csv.DictReader(file)}
+    gains = [top1["KD", seed] - top1["NKD", seed] for method, seed in top1 if method == "KD"]
+    mean = math.fsum(gains) / len(gains)
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in gains) / (len(gains) - 1))
+    p = 2 * scipy.stats.t.sf(abs(mean) / (deviation / math.sqrt(len(gains))), len(gains) - 1)
+    command = [sys.executable, PAPER / "report.py", "--compare", "few-images", "KD", "NKD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"{mean:+.2f} +- {deviation:.2f}, p = {p:.2g}\n"
+
+
+@pytest.mark.parametrize(
+    "asked", [["nope", "KD", "NKD"], ["lite", "KD", "NKD"], ["lite-sweep", *2 * ["cross-entropy"]]]
+)
+def test_rows_that_cannot_be_compared(asked):
+    done = subprocess.run([sys.executable, PAPER / "report.py", "--compare", *asked], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "report.py: error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_copies_are_of_training_images_alone(tmp_path):
+    tiny_imagenet = load("tiny_imagenet")
+    for part, count in (("train", 5), ("val", 2)):
+        folder = tmp_path / "source" / part / "n0"
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (64, 64), (i, 0, 0)).save(folder / f"{part}{i}.JPEG")
+    setting = tiny_imagenet.SETTINGS["lite-fits"]._replace(classes=1, train=3, held_out=1)
+    tiny_imagenet.make_images(tmp_path / "source", tmp_path / "images", setting)
+    train = sorted(path.name for path in (tmp_path / "images/train/n0").iterdir())
+    assert train == [f"train{i}_{copy}.JPEG" for i in range(3) for copy in range(4)]
+    assert sorted(path.name for path in (tmp_path / "images/val/n0").iterdir()) == [
+        "train4.JPEG",
+        "val0.JPEG",
+        "val1.JPEG",
+    ]
+
+
 def test_every_measured_run_says_its_command_versions_hardware_and_seed():
     files = list(PAPER.glob("results/*.csv"))
     assert len(files) >= 4
@@ -244,7 +285,8 @@ def test_a_whole_table_at_small_scale(tmp_path):
                 Image.fromarray(photo[3 * i : 3 * i + 64, 5 * i : 5 * i + 64]).save(folder / f"{i}.JPEG")
     command = [
         sys.executable, str(PAPER / "tiny_imagenet.py"), str(tmp_path / "source"), "few-images", "--seeds", "1",
-        "--flags", "--epochs 1 --batch-size 32 --workers 0 --device cpu", "--results", str(tmp_path / "results"),
+        "--flags", "--epochs 1 --warmup-epochs 0 --batch-size 32 --workers 0 --device cpu",
+        "--results", str(tmp_path / "results"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -114,7 +114,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
     theirs |= {"--requirements"}  # of student.pyz, which knows two flags
     theirs |= {"--jobs", "--seeds"}  # of examples/paper/tiny_imagenet.py and examples/finetune.py
-    theirs |= {"--litserve"}  # of examples/benchmark_serve.py
+    theirs |= {"--litserve", "--compare"}  # of examples/benchmark_serve.py and examples/paper/report.py
     theirs |= {"--minutes", "--share", "--triton"}  # of tests/soak.py and tests/compare_triton.py
     theirs |= {"--torchcompile", "--clip-mode"}  # of timm's train.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs

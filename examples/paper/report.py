@@ -1,6 +1,7 @@
 """The tables in README.md and examples/paper/README.md, and the plots, from results/*.csv.
 
     python examples/paper/report.py            # writes them anew; --check says whether they are what the files say
+    python examples/paper/report.py --compare few-images KD NKD    # the paired t-test between two rows
 
 Between <!-- table NAME --> and <!-- end --> a page holds the table of results/NAME.csv; summary is of the first two.
 """
@@ -16,7 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp
 
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parents[1] / "README.md", HERE / "README.md"]
@@ -49,14 +50,21 @@ def baseline_of(method: str, table: dict[str, dict[int, dict[str, str]]]) -> str
     return own if own in table else BASELINE
 
 
-def over(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
-    """What a method gains in top-1, seed by seed, and p of a paired t-test; empty where there is nothing to compare."""
+def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> list[float]:
+    """What a method gains over another in top-1, seed by seed; empty where there is nothing to compare."""
     rows, base = table[method], table.get(base_name, {})
-    if method == "teacher" or rows is base or rows.keys() != base.keys() or len(rows) < 2:
+    if method in ("teacher", base_name) or rows.keys() != base.keys():
+        return []
+    return [a - b for a, b in zip(column(rows, "val_top1"), column(base, "val_top1"))]
+
+
+def over(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
+    """The gain's mean and deviation, and p of a paired t-test; empty where there is nothing to compare, or one seed."""
+    values = gains(base_name, method, table)
+    if len(values) < 2:
         return "", ""
-    ours, theirs = column(rows, "val_top1"), column(base, "val_top1")
-    gain = spread([a - b for a, b in zip(ours, theirs)])
-    return gain if gain.startswith("-") else f"+{gain}", f"{ttest_rel(ours, theirs).pvalue:.2g}"
+    gain = spread(values)
+    return gain if gain.startswith("-") else f"+{gain}", f"{ttest_1samp(values, 0).pvalue:.2g}"
 
 
 def markdown(name: str) -> str:
@@ -65,15 +73,12 @@ def markdown(name: str) -> str:
     head += ["cross-entropy in training, validation"] + [f"over {TUNED}", "p"] * (TUNED in table)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method, rows in table.items():
-        cells = [
-            method,
-            str(len(rows)),
-            spread(column(rows, "val_top1")),
-            *over(baseline_of(method, table), method, table),
-        ]
+        cells = [method, str(len(rows)), spread(column(rows, "val_top1"))]
+        cells += over(baseline_of(method, table), method, table)
         cells += [spread(column(rows, "val_top5"), 1)]
         cells += [", ".join(f"{statistics.mean(column(rows, key)):.2f}" for key in ("loss_ce", "val_loss"))]
-        lines.append(f"| {' | '.join(cells + [*over(TUNED, method, table)] * (TUNED in table))} |")
+        cells += over(TUNED, method, table) if TUNED in table else ()
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -116,16 +121,14 @@ def plot_classes() -> None:
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     tables = {classes: read(name) for classes, name in SELF.items()}
     for i, method in enumerate(("label smoothing", "Tf-KD", "USKD")):
-        gains = {
-            classes * 1.03 ** (i - 1): [  # beside each other
-                a - b for a, b in zip(column(table[method], "val_top1"), column(table[BASELINE], "val_top1"))
-            ]
+        found = {  # beside each other
+            classes * 1.03 ** (i - 1): gains(BASELINE, method, table)
             for classes, table in tables.items()
             if method in table
         }
-        errors = [statistics.stdev(values) / len(values) ** 0.5 for values in gains.values()]
-        means = [statistics.mean(values) for values in gains.values()]
-        axes.errorbar(list(gains), means, errors, fmt="o-", capsize=4, label=method)
+        errors = [statistics.stdev(values) / len(values) ** 0.5 for values in found.values()]
+        means = [statistics.mean(values) for values in found.values()]
+        axes.errorbar(list(found), means, errors, fmt="o-", capsize=4, label=method)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xticks(list(SELF), [str(classes) for classes in SELF])
@@ -141,7 +144,23 @@ def plot_classes() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is out of date")
+    parser.add_argument(
+        "--compare", nargs=3, metavar=("TABLE", "METHOD", "OTHER"), help="print what one gains over another"
+    )
     args = parser.parse_args()
+    if args.compare:
+        name, method, other = args.compare
+        known = {file.stem for file in HERE.glob("results/*.csv")}
+        if name not in known:
+            parser.error(f"no table {name}: one of {', '.join(sorted(known))}")
+        table = read(name)
+        if missing := {method, other} - table.keys():
+            parser.error(f"{name} has no {missing.pop()!r}: one of {', '.join(table)}")
+        gain, p = over(other, method, table)
+        if not p:
+            parser.error(f"{method} and {other} are no two methods of the same two seeds or more")
+        print(f"{gain}, p = {p}")
+        return 0
     status = 0
     for page in PAGES:
         text = page.read_text()
