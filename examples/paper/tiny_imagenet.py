@@ -9,7 +9,9 @@
     python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: the methods with that teacher, seeds paired
     python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits its training set
     python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher of their own
+    python examples/paper/tiny_imagenet.py SOURCE lite-50-sweep # CPU: as lite-sweep and lite, 50 classes; then lite-50
     python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: without a teacher, 50 classes; also self-100
+    python examples/paper/tiny_imagenet.py SOURCE self-50-fits  # CPU: ... 50 classes, a student that fits
     python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, six networks
 
 SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are kept under runs/tiny_imagenet;
@@ -64,7 +66,7 @@ SMALL = [
     "--warmup-epochs", "1", "--cache", "device",
 ]  # fmt: skip
 LITE = [*SMALL[: SMALL.index("--cache")], "--model", f"{MODELS}:resnet8", "--crop", "none"]
-LITE_TEACHER = ["--img-size", "64", "--channels-last", "--views", "2", "--top-k", "19", "--write-labels"]
+LITE_TEACHER = ["--img-size", "64", "--channels-last", "--views", "2", "--write-labels"]
 LITE_STUDENT = ["--img-size", "32", "--workers", "0", "--channels-last", "--epochs"]
 LARGE = [
     "--recipe", "cifar", "--img-size", "64", "--batch-size", "256", "--lr", "0.2", "--schedule", "cosine",
@@ -88,10 +90,16 @@ SETTINGS = {
     ),
     # few-epochs and few-images from the photographs themselves, with the answers of a teacher that saw them larger
     "lite": Setting(
-        20, 64, train=400, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "8"],
+        20, 64, train=400, held_out=50, common=LITE, teacher=["--top-k", "19", *LITE_TEACHER],
+        student=[*LITE_STUDENT, "8"],
     ),
     "lite-fits": Setting(
-        20, 64, train=50, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "16"], copies=4,
+        20, 64, train=50, held_out=50, common=LITE, teacher=["--top-k", "19", *LITE_TEACHER],
+        student=[*LITE_STUDENT, "16"], copies=4,
+    ),
+    "lite-50": Setting(  # as many images of more classes
+        50, 64, train=160, held_out=50, common=LITE, teacher=["--top-k", "49", *LITE_TEACHER],
+        student=[*LITE_STUDENT, "8"],
     ),
     "lite-own": Setting(  # lite with a teacher that was trained on the same images
         20, 64, train=400, held_out=50, common=LITE,
@@ -105,6 +113,10 @@ SETTINGS = {
         )
         for classes in (50, 100)
     },
+    "self-50-fits": Setting(  # few-images with as many images, of more classes
+        50, 32, train=20, held_out=50, common=SMALL, teacher=[],
+        student=["--model", f"{MODELS}:resnet8", "--epochs", "64", "--crop", "none"],
+    ),
     "full": Setting(200, 64, train=500, held_out=0, common=[], teacher=[*LARGE, "--model", "resnet34"], student=[]),
 }  # fmt: skip
 
@@ -183,7 +195,7 @@ TABLES = {
     "lite-own": Table(
         "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--kd-temperature", "1"], "NKD": NKD}
     ),
-    **{f"self-{classes}": Table(f"self-{classes}", 5, SELF_METHODS) for classes in (50, 100)},
+    **{name: Table(name, 5, SELF_METHODS) for name in ("self-50", "self-100", "self-50-fits")},
     "lite-sweep": Table(  # twelve of each, on a seed that is not reported
         "lite", 1, first_seed=100,
         runs={
@@ -200,6 +212,14 @@ TABLES = {
         runs={
             **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g, t in ((3.5, 0.5), (1.5, 0.5), (6, 0.5), (6, 0.25))},
             **{f"KD T 0.5 weight {w}": lite_kd(0.5, w) for w in (1, 3)},
+        },
+    ),
+    "lite-50-sweep": Table(  # four of each around lite's best
+        "lite-50", 1, first_seed=100,
+        runs={
+            "cross-entropy": [],
+            **{f"KD T {t:g} weight {w}": lite_kd(t, w) for t, w in ((1, 1), (1, 3), (0.5, 3), (2, 1))},
+            **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g, t in ((0.25, 2), (0.5, 2), (0.1, 2), (0.5, 1))},
         },
     ),
     "full": Table(
