@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 import scipy.stats
 import torch
 from PIL import Image
+from running import rows as metrics_of
+from running import run
 from sklearn.datasets import load_sample_images
 from torchvision.datasets import FakeData
 
@@ -273,6 +276,61 @@ def test_every_measured_run_says_its_command_versions_hardware_and_seed():
                 assert row["method"] == "teacher" or f"--seed {row['seed']}" in row["command"]
                 assert "torch " in row["versions"]
                 assert row["hardware"]
+
+
+def test_what_is_said_of_an_image():
+    logits, labels = [[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 1.0, 1.0]], [0, 0]
+    said = dict.fromkeys(["label", "squared", "entropy"])
+    for key in said:
+        said[key] = []
+    for row, label in zip(logits, labels):
+        weights = [math.exp(x) for x in row]
+        others = [w / (sum(weights) - weights[label]) for i, w in enumerate(weights) if i != label]
+        said["label"].append(weights[label] / sum(weights))
+        said["squared"].append(said["label"][-1] ** 2)
+        said["entropy"].append(-sum(p * math.log(p) for p in others))
+    label, entropy = (sum(said[key]) / 2 for key in ("label", "entropy"))
+    spread = abs(said["squared"][0] - said["squared"][1]) / math.sqrt(2)
+    line = load("answers").describe(torch.tensor(logits), torch.tensor(labels))
+    assert line == (
+        f"top-1 50.00 %  label {label:.3f}  spread {spread:.3f}  entropy {entropy:.2f} of {math.log(3):.2f}"
+    )
+
+
+def test_what_the_networks_of_a_run_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--epochs", "1", "--img-size", "16"]
+    tiny += ["--crop", "none"]  # the view that is stored is then the one that is looked at
+    teacher = ["--teacher", "teacher/student", "--model-file", f"{ROOT}/tests/own_models.py:tiny"]
+    run(*tiny, "--output", "teacher")
+    run(*tiny, *teacher, "--cache", "none", "--write-labels", "L", "--views", "1", "--top-k", "9")
+    run(*tiny, "--kd", "nkd", "--teacher-labels", "L", "--self-kd", "uskd", "--output", "stored")
+    run(*tiny, "--kd", "nkd", *teacher, "--output", "online")
+    done = subprocess.run([sys.executable, PAPER / "answers.py", "stored", "online"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, folder = {}, ""
+    for line in done.stdout.splitlines():
+        if line.startswith("  "):
+            part, who, *numbers = re.split(" {2,}", line.strip())
+            said[folder, part, who] = [float(x) for x in re.findall(r"\d+\.\d+", " ".join(numbers))]
+        else:
+            folder = line.partition(",")[0]
+    both = {(part, who) for part in ("training", "validation") for who in ("student", "weak head")}
+    assert {key[1:] for key in said if key[0] == "stored"} == both | {("training", "labels")}
+    for folder in ("stored", "online"):
+        top1 = float(metrics_of(folder)[-1]["val_top1"])
+        assert said[folder, "validation", "student"][0] == pytest.approx(top1, abs=0.006)
+    # as the teacher itself says it, but for what float16 makes equal
+    (top1, *rest), (stored_top1, *stored) = said["online", "training", "teacher"], said["stored", "training", "labels"]
+    assert stored_top1 == pytest.approx(top1, abs=0.5)
+    assert stored == pytest.approx(rest, abs=0.011)
+
+
+def test_what_is_no_run_says_nothing(tmp_path):
+    done = subprocess.run([sys.executable, PAPER / "answers.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "answers.py: error: " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.trial
