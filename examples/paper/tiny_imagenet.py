@@ -115,7 +115,7 @@ SETTINGS = {
     },
     "self-50-fits": Setting(  # few-images with as many images, of more classes
         50, 32, train=20, held_out=50, common=SMALL, teacher=[],
-        student=["--model", f"{MODELS}:resnet8", "--epochs", "64", "--crop", "none"],
+        student=["--model", f"{MODELS}:resnet8", "--epochs", "16", "--crop", "none"], copies=4,
     ),
     "full": Setting(200, 64, train=500, held_out=0, common=[], teacher=[*LARGE, "--model", "resnet34"], student=[]),
 }  # fmt: skip
