@@ -7,9 +7,9 @@
     python examples/paper/tiny_imagenet.py SOURCE lite-sweep    # CPU: KD's and NKD's weights with an ImageNet teacher
     python examples/paper/tiny_imagenet.py SOURCE lite-sharp    # CPU: ... at temperatures below 1
     python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: the methods with that teacher, seeds paired
-    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits its training set
+    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits its training set; also lite-fits-sweep
     python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher of their own
-    python examples/paper/tiny_imagenet.py SOURCE lite-50-sweep # CPU: as lite-sweep and lite, 50 classes; then lite-50
+    python examples/paper/tiny_imagenet.py SOURCE lite-50       # CPU: as lite, 50 classes
     python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: without a teacher, 50 classes; also self-100
     python examples/paper/tiny_imagenet.py SOURCE self-50-fits  # CPU: ... 50 classes, a student that fits
     python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, six networks
@@ -192,6 +192,10 @@ TABLES = {
     ),
     "lite": Table("lite", 5, LITE_METHODS),
     "lite-fits": Table("lite-fits", 5, LITE_METHODS),
+    "lite-50": Table(
+        "lite-50", 5,
+        {name: LITE_METHODS[name] for name in ("cross-entropy", "KD tuned", "NKD tuned", "NKD", "NKD gamma 1.5 T 1")},
+    ),
     "lite-own": Table(
         "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--kd-temperature", "1"], "NKD": NKD}
     ),
@@ -214,11 +218,11 @@ TABLES = {
             **{f"KD T 0.5 weight {w}": lite_kd(0.5, w) for w in (1, 3)},
         },
     ),
-    "lite-50-sweep": Table(  # around lite's best
-        "lite-50", 1, first_seed=100,
+    "lite-fits-sweep": Table(  # ... of larger weights and temperatures, where the student fits
+        "lite-fits", 1, first_seed=100,
         runs={
-            **{f"KD T {t:g} weight {w}": lite_kd(t, w) for t, w in ((1, 1), (1, 3), (0.5, 3))},
-            **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g, t in ((0.25, 2), (0.5, 2), (0.5, 1))},
+            **{f"KD T {t} weight {w}": lite_kd(t, w) for t, w in ((1, 1), (1, 3), (2, 3), (2, 9), (4, 1), (4, 3))},
+            **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g, t in ((1.5, 1), (3.5, 1), (1.5, 3), (3.5, 3), (7, 3))},
         },
     ),
     "full": Table(
