@@ -7,7 +7,7 @@
     python examples/paper/tiny_imagenet.py SOURCE lite-sweep    # CPU: KD's and NKD's weights with an ImageNet teacher
     python examples/paper/tiny_imagenet.py SOURCE lite-sharp    # CPU: ... at temperatures below 1
     python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: the methods with that teacher, seeds paired
-    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits its training set; also lite-fits-sweep
+    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits; also lite-fits-sweep
     python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher of their own
     python examples/paper/tiny_imagenet.py SOURCE lite-50       # CPU: as lite, 50 classes
     python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: without a teacher, 50 classes; also self-100
