@@ -280,9 +280,7 @@ def test_every_measured_run_says_its_command_versions_hardware_and_seed():
 
 def test_what_is_said_of_an_image():
     logits, labels = [[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 1.0, 1.0]], [0, 0]
-    said = dict.fromkeys(["label", "squared", "entropy"])
-    for key in said:
-        said[key] = []
+    said = {"label": [], "squared": [], "entropy": []}
     for row, label in zip(logits, labels):
         weights = [math.exp(x) for x in row]
         others = [w / (sum(weights) - weights[label]) for i, w in enumerate(weights) if i != label]

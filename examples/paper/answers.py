@@ -2,7 +2,8 @@
 
     python examples/paper/answers.py RUN ...       # run directories of train.py, with their last.pt
 
-A line a network, of the training images and of the validation images, neither cropped nor flipped:
+A line a network, of the training images and of the validation images, neither cropped nor flipped; the student with
+the weights that are trained, not with their average (--ema-decay):
 
     top-1       how often the largest probability is the label's, %
     label       its mean probability: S_t or T_t
@@ -52,6 +53,8 @@ def answers(run: train.Training, images: object) -> tuple[dict[str, Tensor], Ten
     given: dict[str, list[Tensor]] = {}
     labels = []
     for batch in make_loader(images, functools.partial(eval_view, config=run.config), 256, False):
+        if batch.corrupt:
+            raise UserError(f"{batch.corrupt[0][0]} cannot be read: answers are of all images")
         seen = run.to_device(batch.images)
         student, weak = run.net(seen) if isinstance(run.net, WithWeakHead) else (run.net(seen), None)
         for who, logits in (("student", student), ("weak head", weak), ("teacher", run.teacher and run.teacher(seen))):
