@@ -295,6 +295,19 @@ def test_what_is_said_of_an_image():
     )
 
 
+def test_the_ranks_that_are_the_students_own():
+    generator = torch.Generator().manual_seed(0)
+    student, weak = (2 * torch.randn(8, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    shared = 0
+    for s, w, t in zip(student.tolist(), weak.tolist(), range(8)):
+        s, w = oracle.softmax(s), oracle.softmax(w)
+        others = [i for i in range(12) if i != t]
+        r = {i: w[i] / (1 - w[t]) + s[i] / (1 - s[t]) for i in others}
+        shared += len(set(sorted(others, key=lambda i: -s[i])[:5]) & set(sorted(others, key=lambda i: -r[i])[:5]))
+    assert shared < 40
+    assert load("answers").own_ranks(student, weak, torch.arange(8)) == pytest.approx(100 * shared / 40)
+
+
 def test_what_the_networks_of_a_run_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--epochs", "1", "--img-size", "16"]
@@ -313,7 +326,7 @@ def test_what_the_networks_of_a_run_say(tmp_path, monkeypatch):
             said[folder, part, who] = [float(x) for x in re.findall(r"\d+\.\d+", " ".join(numbers))]
         else:
             folder = line.partition(",")[0]
-    both = {(part, who) for part in ("training", "validation") for who in ("student", "weak head")}
+    both = {(part, who) for part in ("training", "validation") for who in ("student", "weak head", "own ranks")}
     assert {key[1:] for key in said if key[0] == "stored"} == both | {("training", "labels")}
     for folder in ("stored", "online"):
         top1 = float(metrics_of(folder)[-1]["val_top1"])

@@ -9,6 +9,8 @@ the weights that are trained, not with their average (--ema-decay):
     label       its mean probability: S_t or T_t
     spread      the standard deviation of its square, by which P_t differs from the label in USKD's target term
     entropy     of the other classes, normalized among themselves, in nats; beside it what a uniform answer has
+
+and of USKD, how many of the first five ranks of R, by which Zipf's weights go, the student's answer alone would give, %.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from deploy.loading import eval_view, make_loader
 from deploy.student import load_weights
 from deploy.teacher_labels import StoredLabels
 from kdlite import WithWeakHead
-from kdlite.terms import cross_entropy, log_normalized
+from kdlite.terms import cross_entropy, is_class, log_normalized, odds
 
 
 def describe(logits: Tensor, target: Tensor) -> str:
@@ -43,6 +45,16 @@ def describe(logits: Tensor, target: Tensor) -> str:
         f"top-1 {top1:5.2f} %  label {label.mean():.3f}  spread {label.square().std():.3f}  "
         f"entropy {entropy:.2f} of {math.log(logits.shape[1] - 1):.2f}"
     )
+
+
+def own_ranks(student: Tensor, weak: Tensor, target: Tensor, first: int = 5) -> float:
+    """The part in percent of the first ranks of R_i = W_i / (1 - W_t) + S_i / (1 - S_t) that S alone would give."""
+    first = min(first, student.shape[1] - 1)
+    own = odds(student.double(), target)
+    both = own + odds(weak.double(), target)
+    ranked = (x.masked_fill(is_class(x, target), -torch.inf).topk(first).indices for x in (own, both))
+    of_own, of_both = (torch.zeros_like(own).scatter(1, classes, 1.0) for classes in ranked)
+    return 100 * (of_own * of_both).sum(1).mean().item() / first
 
 
 @torch.inference_mode()
@@ -89,6 +101,8 @@ def lines(folder: Path) -> Iterator[str]:
             given["labels"] = stored_answers(run.stored, target)
         for who, logits in given.items():
             yield f"  {part:10}  {who:9}  {describe(logits, target)}"
+        if "weak head" in given:
+            yield f"  {part:10}  own ranks  {own_ranks(given['student'], given['weak head'], target):.1f} %"
 
 
 def main() -> int:
