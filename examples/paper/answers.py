@@ -10,7 +10,7 @@ the weights that are trained, not with their average (--ema-decay):
     spread      the standard deviation of its square, by which P_t differs from the label in USKD's target term
     entropy     of the other classes, normalized among themselves, in nats; beside it what a uniform answer has
 
-And of USKD: how many of the first five ranks of R, which Zipf's weights go by, the student's answer alone would give, %.
+And of USKD, in %: how many of the first five ranks of R (Zipf's weights go by them) are the student's own.
 """
 
 import argparse
