@@ -22,6 +22,7 @@ from sklearn.datasets import load_sample_images
 from torchvision.datasets import FakeData
 
 import train
+from deploy.cli import UserError
 from deploy.student import build_model, find_architecture
 from kdlite import Teacher
 
@@ -336,9 +337,16 @@ def test_what_the_networks_of_a_run_say(tmp_path, monkeypatch):
     assert stored_top1 == pytest.approx(top1, abs=0.5)
     assert stored == pytest.approx(rest, abs=0.011)
 
+    # of three classes of nine there is no entropy to tell
+    run(*tiny, *teacher, "--cache", "none", "--write-labels", "few", "--views", "1", "--top-k", "3")
+    run(*tiny, "--kd", "nkd", "--temperature", "1", "--teacher-labels", "few", "--output", "some")
+    with pytest.raises(UserError, match="few has 3 of 9 other classes: write labels with --top-k 9"):
+        list(load("answers").lines(Path("some")))
 
-def test_what_is_no_run_says_nothing(tmp_path):
-    done = subprocess.run([sys.executable, PAPER / "answers.py", tmp_path], capture_output=True, text=True)
+
+@pytest.mark.parametrize("name", ["", "not there"])
+def test_what_is_no_run_says_nothing(tmp_path, name):
+    done = subprocess.run([sys.executable, PAPER / "answers.py", tmp_path / name], capture_output=True, text=True)
     assert done.returncode == 2
     assert "answers.py: error: " in done.stderr
     assert "Traceback" not in done.stderr

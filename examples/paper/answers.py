@@ -28,6 +28,7 @@ import train
 from deploy.checkpoint import load_checkpoint
 from deploy.cli import UserError, show_error
 from deploy.loading import eval_view, make_loader
+from deploy.preprocess import UnreadableImage
 from deploy.student import load_weights
 from deploy.teacher_labels import StoredLabels
 from kdlite import WithWeakHead
@@ -77,8 +78,15 @@ def answers(run: train.Training, images: object) -> tuple[dict[str, Tensor], Ten
 
 
 def stored_answers(stored: StoredLabels, target: Tensor) -> Tensor:
-    """Log-probabilities (N, C) of the first view of each training image; a class that was not stored has none."""
-    rows = torch.full((len(target), stored.header["classes"]), -torch.inf, dtype=torch.float64)
+    """Log-probabilities (N, C) of the first view of each training image.
+
+    Raises:
+        UserError: some classes were not stored, so that the others would be taken for all
+    """
+    k, others = stored.header["k"], stored.header["classes"] - 1
+    if k < others:
+        raise UserError(f"{stored.folder} has {k} of {others} other classes: write labels with --top-k {others}")
+    rows = torch.empty(len(target), others + 1, dtype=torch.float64)
     for index, label in enumerate(target):
         of_label, of_others, classes = stored(0, index)
         rows[index, classes] = of_others.double()
@@ -112,7 +120,7 @@ def main() -> int:
         try:
             for line in lines(folder):
                 print(line, flush=True)
-        except UserError as error:
+        except (UserError, UnreadableImage) as error:
             show_error("answers.py", str(error))
             return 2
     return 0

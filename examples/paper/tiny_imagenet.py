@@ -90,16 +90,13 @@ SETTINGS = {
     ),
     # few-epochs and few-images from the photographs themselves, with the answers of a teacher that saw them larger
     "lite": Setting(
-        20, 64, train=400, held_out=50, common=LITE, teacher=["--top-k", "19", *LITE_TEACHER],
-        student=[*LITE_STUDENT, "8"],
+        20, 64, train=400, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "8"],
     ),
     "lite-fits": Setting(
-        20, 64, train=50, held_out=50, common=LITE, teacher=["--top-k", "19", *LITE_TEACHER],
-        student=[*LITE_STUDENT, "16"], copies=4,
+        20, 64, train=50, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "16"], copies=4,
     ),
     "lite-50": Setting(  # as many images of more classes
-        50, 64, train=160, held_out=0, common=LITE, teacher=["--top-k", "49", *LITE_TEACHER],
-        student=[*LITE_STUDENT, "8"],
+        50, 64, train=160, held_out=0, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "8"],
     ),
     "lite-own": Setting(  # lite with a teacher that was trained on the same images
         20, 64, train=400, held_out=50, common=LITE,
@@ -324,7 +321,8 @@ def main() -> None:
         teacher = RUNS / table.setting / "labels"
         if not teacher.exists():
             partial = RUNS / table.setting / "labels.partial"
-            asked = [*setting.teacher, str(partial), "--teacher", f"{TEACHER}:{fetch(TEACHER)}", *more]
+            k = str(setting.classes - 1)  # all that it says of the others
+            asked = [*setting.teacher, str(partial), "--top-k", k, "--teacher", f"{TEACHER}:{fetch(TEACHER)}", *more]
             subprocess.run([sys.executable, str(ROOT / "train.py"), *common, *asked], check=True)
             partial.rename(teacher)
     if args.jobs > 1:
