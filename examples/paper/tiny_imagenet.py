@@ -9,8 +9,8 @@
     python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: the methods with that teacher, seeds paired
     python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits; also lite-fits-sweep
     python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher of their own
-    python examples/paper/tiny_imagenet.py SOURCE lite-50       # CPU: as lite, 50 classes
-    python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: without a teacher, 50 classes; also self-100
+    python examples/paper/tiny_imagenet.py SOURCE lite-50       # CPU: as lite, 50 classes; also lite-50-sweep
+    python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: without a teacher, 50 classes; also self-20, self-100
     python examples/paper/tiny_imagenet.py SOURCE self-50-fits  # CPU: ... 50 classes, a student that fits
     python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, six networks
 
@@ -102,13 +102,13 @@ SETTINGS = {
         20, 64, train=400, held_out=50, common=LITE,
         teacher=["--model", f"{MODELS}:resnet20", *LITE_STUDENT, "16"], student=[*LITE_STUDENT, "8"],
     ),
-    # few-epochs with the same 8,000 images in all, of more classes
+    # few-epochs without its teacher, and with the same 8,000 images in all, of more classes
     **{
         f"self-{classes}": Setting(
             classes, 32, train=8000 // classes, held_out=50, common=SMALL, teacher=[],
             student=["--model", f"{MODELS}:resnet8", "--epochs", "8"],
         )
-        for classes in (50, 100)
+        for classes in (20, 50, 100)
     },
     "self-50-fits": Setting(  # few-images with as many images, of more classes
         50, 32, train=20, held_out=50, common=SMALL, teacher=[],
@@ -191,14 +191,11 @@ TABLES = {
     "lite-fits": Table(  # KD tuned is the best of lite-fits-sweep too
         "lite-fits", 5, {**LITE_METHODS, "NKD tuned here": lite_nkd(1.5, 3)}
     ),
-    "lite-50": Table(
-        "lite-50", 5,
-        {name: LITE_METHODS[name] for name in ("cross-entropy", "KD tuned", "NKD tuned", "NKD gamma 1.5 T 1")},
-    ),
+    "lite-50": Table("lite-50", 5, LITE_METHODS),
     "lite-own": Table(
         "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--kd-temperature", "1"], "NKD": NKD}
     ),
-    **{name: Table(name, 5, SELF_METHODS) for name in ("self-50", "self-100", "self-50-fits")},
+    **{name: Table(name, 5, SELF_METHODS) for name in ("self-20", "self-50", "self-100", "self-50-fits")},
     "lite-sweep": Table(  # twelve of each, on a seed that is not reported
         "lite", 1, first_seed=100,
         runs={
@@ -222,6 +219,13 @@ TABLES = {
         runs={
             **{f"KD T {t} weight {w}": lite_kd(t, w) for t, w in ((1, 1), (1, 3), (2, 3), (2, 9), (4, 1), (4, 3))},
             **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g, t in ((1.5, 1), (3.5, 1), (1.5, 3), (3.5, 3), (7, 3))},
+        },
+    ),
+    "lite-50-sweep": Table(  # ... the neighbours of what was best with 20 classes
+        "lite-50", 1, first_seed=100,
+        runs={
+            **{f"KD T {t} weight {w}": lite_kd(t, w) for t, w in ((1, 1), (1, 3), (2, 1), (0.5, 3))},
+            **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g, t in ((0.25, 2), (0.5, 1), (0.5, 2), (1.5, 3))},
         },
     ),
     "full": Table(
