@@ -191,7 +191,9 @@ TABLES = {
     "lite-fits": Table(  # KD tuned is the best of lite-fits-sweep too
         "lite-fits", 5, {**LITE_METHODS, "NKD tuned here": lite_nkd(1.5, 3)}
     ),
-    "lite-50": Table("lite-50", 5, LITE_METHODS),
+    "lite-50": Table(
+        "lite-50", 5, {**LITE_METHODS, "KD tuned here": lite_kd(1, 3), "NKD tuned here": lite_nkd(0.5, 1)}
+    ),
     "lite-own": Table(
         "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--kd-temperature", "1"], "NKD": NKD}
     ),
