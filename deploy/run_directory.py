@@ -154,7 +154,7 @@ def read_checkpoint(folder: Path, older: bool = False) -> tuple[Path, bytes] | N
 # ---- what a person reads ------------------------------------------------------------------------------------------
 
 
-def describe(flags: dict[str, Any], gpu: str | None, processes: int) -> str:
+def describe(flags: dict[str, Any], device: str, processes: int) -> str:
     """args.json: what came of the flags and, under flags["given"], what was typed; versions and hardware."""
     about = {
         "flags": {name: value for name, value in flags.items() if name not in ("given", "fitted")},
@@ -162,7 +162,7 @@ def describe(flags: dict[str, Any], gpu: str | None, processes: int) -> str:
         "command": shlex.join(sys.argv),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "hardware": {
-            "device": gpu or platform.machine(),
+            "device": device,
             "processes": processes,
             "cpu_cores": os.cpu_count(),
             "platform": platform.platform(),
