@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .fused import can_fuse, in_chunks, nkd_backward, nkd_forward
 from .sparse import check_top_k, largest, nkd_rows_sparse
-from .targets import ClassIndices, check_options, check_tensors, read_target, reduce
+from .targets import ClassIndices, check_integers, check_options, check_tensors, read_target, reduce
 from .terms import nkd_rows
 
 # Logits held at a time, of student and teacher each: 88 MiB in float32. Fewer, and going over the weights costs more.
@@ -112,6 +112,8 @@ def nkd_linear_loss(
     else:
         if any(x is not None for x in (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)):
             raise ValueError("teacher_top_k takes the place of the teacher's other arguments: give None for them")
+        if not isinstance(teacher_top_k, (tuple, list)) or len(teacher_top_k) != 3:
+            raise ValueError("teacher_top_k must be three tensors: log T_t (or None), log T_i and their indices")
         if temperature != 1 or teacher_logit_scale != 1:
             raise ValueError("teacher_top_k is of temperature 1: what the rest would weigh at another, nobody knows")
         teacher, target, ignore_index = read_top_k(*teacher_top_k, target, shape, ignore_index)
@@ -147,8 +149,7 @@ def nkd_linear_loss(
 
 def target_shape(target: Tensor) -> torch.Size:
     check_tensors(target=target)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"target must be class indices, integers, got {target.dtype}")
+    check_integers(target, "target")
     return target.shape
 
 

@@ -17,6 +17,7 @@ from .targets import (
     as_rows,
     check_classes,
     check_floating,
+    check_integers,
     check_options,
     check_tensors,
     class_dim,
@@ -82,7 +83,7 @@ def nkd_sparse_loss(
     check_classes(student_logits, "student_logits")
     check_options(reduction, gamma=gamma)
     dim = class_dim(student_logits)
-    label_shape = student_logits.shape[:dim] + student_logits.shape[dim + 1 :]
+    label_shape = label_shape_of(student_logits)
     check_top_k(teacher_target_logprob, teacher_logprobs, teacher_indices, target, label_shape, dim)
     if teacher_target_logprob is None or target is None:
         teacher_target_logprob, target = largest(teacher_logprobs, teacher_indices, dim)
@@ -114,6 +115,10 @@ def nkd_from_logprobs(
     Returns:
         (...), float32 at least.
 
+    Raises:
+        ValueError: shapes that do not fit, gamma < 0.
+        TypeError: log-probabilities that are not floating point.
+
     Source: the loss, Yang et al., ICCV 2023, arXiv 2303.13005, eq. 7.
 
     Example:
@@ -121,6 +126,15 @@ def nkd_from_logprobs(
         >>> print(f"{nkd_from_logprobs(s[0], s[1:3], t[0], t[1:3]):.4f}")
         1.9983
     """
+    given = {"student_target": student_target, "student_top": student_top,
+             "teacher_target": teacher_target, "teacher_top": teacher_top}  # fmt: skip
+    check_tensors(**given)
+    for name, tensor in given.items():
+        check_logprob(tensor, name)
+    check_options("none", gamma=gamma)
+    shapes = [tuple(tensor.shape) for tensor in given.values()]
+    if shapes[0] != shapes[2] or shapes[1] != shapes[3] or shapes[1][:-1] != shapes[0] or not shapes[1]:
+        raise ValueError(f"{', '.join(given)} must be (...), (..., k), (...) and (..., k), got {shapes}")
     dtype = torch.promote_types(student_target.dtype, torch.float32)
     told = teacher_top > -math.inf
     student_target = student_target.to(dtype).clamp(max=-torch.finfo(dtype).tiny)
@@ -142,17 +156,26 @@ def top_k_logprobs(teacher_logits: Tensor, target: Tensor, k: int) -> tuple[Tens
         log T_t of the target's shape; log T_i and the indices (int64) of the k largest other classes, (N, k, d1, ...).
         Float32 at least.
 
+    Raises:
+        ValueError: a target of another shape, k that is not from 1 to C - 1.
+        TypeError: logits that are not floating point, a target that is not integers.
+
     Example:
         >>> top_k_logprobs(torch.tensor([0.0, 2.0, 1.0]), torch.tensor(1), k=1)
         (tensor(-0.4076), tensor([-1.4076]), tensor([2]))
     """
     check_tensors(teacher_logits=teacher_logits, target=target)
+    check_floating(teacher_logits, "teacher_logits")
+    check_classes(teacher_logits, "teacher_logits")
+    check_integers(target, "target")
     dim = class_dim(teacher_logits)
-    classes = teacher_logits.shape[dim]
+    classes, label_shape = teacher_logits.shape[dim], label_shape_of(teacher_logits)
+    if target.shape != label_shape:
+        raise ValueError(f"target must be class indices of shape {tuple(label_shape)}, got {tuple(target.shape)}")
     if not 0 < k < classes:
         raise ValueError(f"k must be from 1 to C - 1 = {classes - 1}, got {k}")
     logits = centred(as_rows(teacher_logits.detach()))
-    label = target.reshape(-1).clamp(0, classes - 1)
+    label = target.reshape(-1).long().clamp(0, classes - 1)
     target_logprob = F.logsigmoid(log_odds(logits, label))  # exact near certainty, where a log-softmax is 0
     top, index = logits.masked_fill(is_class(logits, label), -math.inf).topk(k, 1)
     top = top - logits.logsumexp(1, keepdim=True)
@@ -171,9 +194,9 @@ def nkd_rows_sparse(
     student: Tensor, rows: ClassIndices, teacher_target: Tensor, teacher_top: Tensor, index: Tensor, gamma: float
 ) -> Tensor:
     """The loss of each row, (R,), from the student's logits (R, C) and the teacher's k classes, (R, k)."""
-    student, label = centred(student), rows.label.unsqueeze(1)
+    student, label, index = centred(student), rows.label.unsqueeze(1), index.long()
     told = rows.valid.unsqueeze(1) & (index != -1) & (index != label) & (teacher_top != -math.inf)
-    index = index.long().where(told, label)  # what is none points to the target, which is masked anyway
+    index = index.where(told, label)  # what is none points to the target, which is masked anyway
     teacher_target = teacher_target.where(rows.valid, 0.0)  # of an ignored row it may be anything
     teacher_top = teacher_top.where(told, -math.inf)
 
@@ -229,10 +252,9 @@ def check_top_k(
     if target_logprob is not None:
         check_tensors(teacher_target_logprob=target_logprob)
     for name, tensor in (("teacher_target_logprob", target_logprob), ("teacher_logprobs", logprobs)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise TypeError(f"teacher_indices must be integers, got {indices.dtype}")
+        if tensor is not None:
+            check_logprob(tensor, name)
+    check_integers(indices, "teacher_indices")
     shape = tuple(logprobs.shape)
     fits = logprobs.ndim == len(label_shape) + 1 and shape[:dim] + shape[dim + 1 :] == tuple(label_shape)
     if not fits or indices.shape != logprobs.shape or not shape[dim]:
@@ -250,6 +272,19 @@ def check_top_k(
 
 
 def largest(logprobs: Tensor, indices: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The teacher's largest class and its log-probability, for who has no labels."""
-    best = logprobs.argmax(dim, keepdim=True)
-    return logprobs.gather(dim, best).squeeze(dim), indices.gather(dim, best).squeeze(dim).long()
+    """The teacher's largest class and its log-probability, for who has no labels; -100, ignored, where it has none."""
+    indices = indices.long()
+    logprob, best = logprobs.masked_fill(indices == -1, -math.inf).max(dim, keepdim=True)
+    label = indices.gather(dim, best).where(logprob > -math.inf, -100)
+    return logprob.squeeze(dim), label.squeeze(dim)
+
+
+def label_shape_of(logits: Tensor) -> torch.Size:
+    """(N, C, d1, ...) -> (N, d1, ...)."""
+    dim = class_dim(logits)
+    return logits.shape[:dim] + logits.shape[dim + 1 :]
+
+
+def check_logprob(tensor: Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")

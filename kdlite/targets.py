@@ -68,6 +68,11 @@ def check_floating(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be floating point of 16 bits or more, got {tensor.dtype}")
 
 
+def check_integers(tensor: Tensor, name: str) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be class indices, integers, got {tensor.dtype}")
+
+
 def check_classes(logits: Tensor, name: str) -> None:
     """Raise unless there are classes, two at least."""
     if logits.ndim == 0:

@@ -121,6 +121,29 @@ def test_a_server_that_sent_the_target_alone_teaches_its_probability():
     torch.testing.assert_close(none, target_logprob.exp() * F.cross_entropy(student, target, reduction="none"))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.uint64])
+def test_indices_of_any_integers_name_the_same_classes(dtype):
+    """Those of labels on disk are uint16; 255 of uint8 is a class, though torch takes it for -1."""
+    student, teacher, target = inputs(6, 300)
+    target_logprob, top, index = top_k_logprobs(teacher, target, 3)
+    index[:, 0], index[:, 1:] = 255, index[:, 1:] % 250
+    expected = nkd_sparse_loss(student, target_logprob, top, index, target)
+    assert torch.equal(nkd_sparse_loss(student, target_logprob, top, index.to(dtype), target), expected)
+
+
+def test_without_labels_what_is_no_class_is_never_the_largest():
+    student, teacher, _ = inputs(5, 8)
+    top, index = teacher.log_softmax(1).topk(3)
+    expected = nkd_sparse_loss(student[1:], None, top[1:], index[1:], None)
+    padded = F.pad(top, (1, 0), value=0.0), F.pad(index, (1, 0), value=-1)
+    padded[1][0] = -1  # a whole row, as where a sequence is padded: ignored
+    value, grad = value_and_gradient(nkd_sparse_loss, student, None, *padded, None)
+    torch.testing.assert_close(value, expected)
+    assert (grad[0] == 0).all()
+    padded[0][0], padded[1][0] = -torch.inf, 0
+    torch.testing.assert_close(nkd_sparse_loss(student, None, *padded, None), expected)
+
+
 def test_what_is_served_with_an_ignored_target_does_not_matter():
     student, teacher, target = inputs(6, 8)
     served = top_k_logprobs(teacher, target, 3)
@@ -272,7 +295,7 @@ def test_functional_transforms():
     [
         (dict(teacher_logprobs=torch.zeros(4, 3, 5)), ValueError, r"must be \(4, k\) with k >= 1, got \(4, 3, 5\)"),
         (dict(teacher_indices=torch.zeros(4, 2).long()), ValueError, r"got \(4, 3\) and \(4, 2\)"),
-        (dict(teacher_indices=torch.zeros(4, 3)), TypeError, "teacher_indices must be integers, got torch.float32"),
+        (dict(teacher_indices=torch.zeros(4, 3)), TypeError, "teacher_indices must be class indices, integers, got torch.float32"),
         (dict(teacher_logprobs=torch.zeros(4, 3).long()), TypeError, "teacher_logprobs must be floating point"),
         (dict(teacher_target_logprob=torch.zeros(4, 1)), ValueError, "teacher_target_logprob must have the shape"),
         (dict(teacher_target_logprob=None), ValueError, "go together: give both, or None for both"),
@@ -302,6 +325,23 @@ def test_served_tokens_in_the_last_dimension_are_told_how_to_move():
         nkd_sparse_loss(student, torch.zeros(2, 5), served, index, target)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(teacher_target=torch.zeros(4, 1)), ValueError, r"\(\.\.\., k\), got \[\(4,\), \(4, 3\), \(4, 1\), \(4, 3\)\]"),
+        (dict(student_top=torch.zeros(4, 2)), ValueError, r"got \[\(4,\), \(4, 2\)"),
+        (dict(student_target=[0.0]), TypeError, "student_target must be a tensor, got list"),
+        (dict(teacher_top=torch.zeros(4, 3).long()), TypeError, "teacher_top must be floating point"),
+        (dict(gamma=-1.0), ValueError, "gamma must be >= 0"),
+    ],
+)
+def test_log_probabilities_that_do_not_fit_are_refused(change, error, message):
+    call = dict(student_target=torch.zeros(4), student_top=torch.zeros(4, 3), teacher_target=torch.zeros(4),
+                teacher_top=torch.zeros(4, 3))  # fmt: skip
+    with pytest.raises(error, match=message):
+        nkd_from_logprobs(**call | change)
+
+
 @pytest.mark.parametrize("bad", [8, -2])
 def test_a_class_out_of_range_is_an_error(bad):
     student, teacher, target = inputs(4, 8)
@@ -315,3 +355,23 @@ def test_a_class_out_of_range_is_an_error(bad):
 def test_as_many_classes_as_there_are_others(k):
     with pytest.raises(ValueError, match=f"k must be from 1 to C - 1 = 7, got {k}"):
         top_k_logprobs(torch.zeros(4, 8), torch.zeros(4).long(), k)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_a_top_k_is_of_any_integers(dtype):
+    teacher, target = torch.randn(4, 1000), torch.tensor([0, 3, 99, 127])
+    for actual, expected in zip(top_k_logprobs(teacher, target.to(dtype), 2), top_k_logprobs(teacher, target, 2)):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (torch.zeros(5, 2).long(), ValueError, r"class indices of shape \(2, 5\), got \(5, 2\)"),
+        (torch.zeros(3).long(), ValueError, r"got \(3,\)"),
+        (torch.zeros(2, 5), TypeError, "target must be class indices, integers, got torch.float32"),
+    ],
+)
+def test_a_top_k_of_another_target_is_refused(target, error, message):
+    with pytest.raises(error, match=message):
+        top_k_logprobs(torch.zeros(2, 8, 5), target, 3)
