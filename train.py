@@ -344,7 +344,8 @@ def named_losses(
     losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing, **each)}
     if isinstance(teacher, tuple) and (kd != "nkd" or temperature != 1):
         log_t, top, index = teacher  # of every class: parse_args and build see to it
-        every = torch.full_like(logits, -torch.inf, dtype=torch.float32)
+        index = index.where(top > -torch.inf, target.unsqueeze(1))  # it is none: left at a probability of 0
+        every = torch.full_like(logits, -1e30, dtype=torch.float32)
         teacher = every.scatter(1, index, top).scatter(1, target.unsqueeze(1), log_t.unsqueeze(1))
     if kd == "nkd" and isinstance(teacher, tuple):
         losses["nkd"] = nkd_sparse_loss(logits, teacher[0], teacher[1], teacher[2], target, gamma=gamma, **each)
@@ -736,10 +737,6 @@ def write_answers(
     teacher = {"name": os.path.basename(name), "digest": digest_of(run.teacher), "size": list(run.teacher.size or ()),
                "seen_at": run.config["input_size"]}  # fmt: skip
     header |= {"teacher": teacher, "seed": seed, "views": views, "k": k}
-    begin_labels(folder, header)
-    began = time.time()
-    check_teacher(run, name, workers, CorruptCount("validation", len(run.data.val)))
-    images_per_s = min(2000, len(run.data.val)) / (time.time() - began)
 
     @torch.inference_mode()
     def ask(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -747,10 +744,15 @@ def write_answers(
             logits = run.teacher(run.to_device(images))  # type: ignore[misc]
         return top_k_logprobs(logits, labels.to(run.device), k)
 
-    whole = write_labels(folder, header, run.data.train, train_view(*run.view), ask, 64, workers,
-                         run.device.type == "cuda", images_per_s, stop)  # fmt: skip
+    with begin_labels(folder, header):
+        began = time.time()
+        check_teacher(run, name, workers, CorruptCount("validation", len(run.data.val)))
+        images_per_s = min(2000, len(run.data.val)) / (time.time() - began)
+        whole = write_labels(folder, header, run.data.train, train_view(*run.view), ask, 64, workers,
+                             run.device.type == "cuda", images_per_s, stop)  # fmt: skip
     if IS_MAIN:
-        stopped = f"stopped by {stop.name}: what is whole in {folder} is kept, the same command goes on"
+        by = stop.name or "a signal to another rank"
+        stopped = f"stopped by {by}: what is whole in {folder} is kept, the same command goes on"
         print(f"--kd nkd --teacher-labels {folder} trains from them" if whole else stopped, flush=True)
 
 
@@ -942,7 +944,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         except KeyboardInterrupt:
             if IS_MAIN:
-                print("\ninterrupted: --output RUN --resume goes on after the last checkpoint", file=sys.stderr)
+                print("\ninterrupted: --output RUN --resume, or the same --write-labels, goes on", file=sys.stderr)
             return 130
         except Exception as error:
             message = explain(error)

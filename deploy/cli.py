@@ -35,6 +35,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (--help lists the flags)")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Of --output=~/run, too, where a shell leaves it, ~ is the home folder."""
+        args = sys.argv[1:] if args is None else args
+        named = [text.partition("=~/") if text.startswith("--") else (text, "", "") for text in args]
+        args = [f"{flag}={os.path.expanduser('~/')}{path}" if home else flag for flag, home, path in named]
+        return super().parse_known_args(args, namespace)
+
 
 def make_parser(doc: str | None, name: str) -> Parser:
     """A parser whose --help is the module's docstring; name: of a command of deploy/, or a script's file name."""

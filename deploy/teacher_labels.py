@@ -5,7 +5,8 @@ and the image's alone, so that a student sees the images again that the teacher 
 
     labels.json          what the answers are of: files, transform, seed, teacher, k, views
     000-00000000.npy     view 0, from image 0 on, up to 16,384 rows: log T_t of the label, float32; the k largest of
-    000-00016384.npy     the other classes, uint16 or int32; their log T_i, float16 (fields target, indices, logprobs)
+    000-00016384.npy     the other classes: log T_i, float16; which they are, uint16 or int32 (fields target, logprobs,
+                         indices). Then the CRC-32 of all that, 4 bytes, least significant first, which numpy ignores
 
 A log-probability of -inf is no class; a whole row of them is an image that could not be read, which is then left out,
 and counted, in training too. Needs torch; knows no model.
@@ -17,7 +18,9 @@ import hashlib
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +33,8 @@ from deploy.cli import UserError, write_whole
 from deploy.config import check_fields, is_count, read_json
 from deploy.loading import CorruptCount, Samples, data_loader, image_progress
 from deploy.preprocess import UnreadableImage
-from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE, StopRequest, from_rank_zero
+from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero
+from deploy.run_directory import locked
 
 HEADER = "labels.json"
 ROWS = 2**14  # of a file: what a writer that is stopped loses at most
@@ -113,8 +117,10 @@ class StoredLabels:
         compare(folder, self.header, ours, OF_IMAGES)
         self.seed, self.views = self.header["seed"], self.header["views"]
         self.dtype = row_type(self.header["k"], self.header["classes"])
-        self.files: dict[str, np.ndarray] = {}
-        missing = [p.name for p in parts(self.header) if not is_whole(folder / p.name, self.dtype, p.rows)]
+        self.files: dict[str, np.ndarray] = {}  # of the view that was asked for last
+        missing = from_rank_zero(
+            lambda: [p.name for p in parts(self.header) if not is_whole(folder / p.name, self.dtype, p.rows)]
+        )
         if missing:
             raise UserError(
                 f"{len(missing)} files of labels are missing or not whole in {folder}, the first is {missing[0]}: "
@@ -128,6 +134,7 @@ class StoredLabels:
         start = index // ROWS * ROWS
         name = file_name(view, start)
         if name not in self.files:
+            self.files = {other: file for other, file in self.files.items() if other.startswith(file_name(view)[:4])}
             self.files[name] = np.load(self.folder / name, mmap_mode="r")
         row = self.files[name][index - start]
         if row["target"] == -np.inf and not np.isfinite(row["logprobs"]).any():
@@ -143,7 +150,7 @@ class StoredLabels:
         return f"{teacher['name']} ({teacher['digest'][:8]}), top-{k} of {views} views drawn from seed {self.seed}"
 
 
-def file_name(view: int, start: int) -> str:
+def file_name(view: int, start: int = 0) -> str:
     return f"{view:03}-{start:08}.npy"
 
 
@@ -179,11 +186,17 @@ class Keys:
 
 
 def is_whole(file: Path, dtype: np.dtype[Any], rows: int) -> bool:
+    """Whether these rows are there, as they were written."""
     try:
-        array = np.load(file, mmap_mode="r")
-    except (OSError, ValueError):
+        content = file.read_bytes()
+        array = np.load(io.BytesIO(content))
+    except Exception:  # whatever numpy raises of a file that is damaged
         return False
-    return array.dtype == dtype and array.shape == (rows,)
+    return array.dtype == dtype and array.shape == (rows,) and content[-4:] == checksum(content[:-4])
+
+
+def checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 class Position:
@@ -196,17 +209,25 @@ class Position:
         return (torch.tensor([view, index]),)
 
 
-def begin_labels(folder: Path, header: dict[str, Any]) -> None:
-    """Make the folder, or raise where it holds labels of something else."""
+@contextmanager
+def begin_labels(folder: Path, header: dict[str, Any]) -> Iterator[None]:
+    """Make the folder and hold it, or raise where it has labels of something else, or another writer."""
+    with ExitStack() as at_the_end:
 
-    def begin() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / HEADER).exists():
-            compare(folder, read_header(folder), header, OF_IMAGES | OF_TEACHER)
-        else:
-            write_whole(folder / HEADER, json.dumps(header, indent=1))
+        def begin() -> None:
+            check_fields(header, FIELDS, str(folder / HEADER))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make {folder}: {error.strerror}") from error
+            at_the_end.enter_context(locked(folder))
+            if (folder / HEADER).exists():
+                compare(folder, read_header(folder), header, OF_IMAGES | OF_TEACHER)
+            else:
+                write_whole(folder / HEADER, json.dumps(header, indent=1))
 
-    from_rank_zero(begin)
+        from_rank_zero(begin)
+        yield
 
 
 def write_labels(
@@ -214,7 +235,7 @@ def write_labels(
     ask: Callable[[Tensor, Tensor], tuple[Tensor, ...]], batch_size: int, workers: int | None, pin_memory: bool,
     images_per_s: float | None, stop: StopRequest,
 ) -> bool:  # fmt: skip
-    """Ask the teacher about every view of every image, a share of the files each rank; False: asked to stop.
+    """Ask the teacher about every view of every image, a share of the files each rank; False: a rank was asked to stop.
 
     Files that are there and whole stay as they are: so a writer goes on that was stopped.
 
@@ -243,7 +264,8 @@ def write_labels(
         if batch.images is not None:
             positions: Any = batch.beside[0].tolist()
             seen += len(positions)
-            answers = (x.cpu().numpy() for x in ask(batch.images, batch.labels))
+            answers = [x.cpu().numpy() for x in ask(batch.images, batch.labels)]
+            check_answers(answers[0], answers[1], answers[2], header["classes"])
             for (number, index), *row in zip(positions, *answers):
                 start = index // ROWS * ROWS
                 if (number, start) not in files:
@@ -253,13 +275,24 @@ def write_labels(
             part = mine[done]
             content = io.BytesIO()
             np.save(content, files.pop((part.view, part.start), nothing_known(part.rows, dtype)))
-            write_whole(folder / part.name, content.getvalue())
+            write_whole(folder / part.name, content.getvalue() + checksum(content.getvalue()))
             done += 1
         if stop.name:
             break
-    if WORLD_SIZE > 1:
-        dist.barrier()
-    return done == len(ends)
+    whole = torch.tensor(done == len(ends), dtype=torch.int32)
+    if WORLD_SIZE > 1:  # one may have a file less than another, and waits for it
+        dist.all_reduce(whole, dist.ReduceOp.MIN, group=Ranks.control)
+    return bool(whole)
+
+
+def check_answers(log_t: np.ndarray, top: np.ndarray, indices: np.ndarray, classes: int) -> None:
+    """Raise unless they are log-probabilities of classes; NaN is none."""
+    together = np.exp(log_t.astype(np.float64)) + np.exp(top.astype(np.float64)).sum(1)
+    if not (together <= 1.01).all() or not ((indices >= 0) & (indices < classes)).all():
+        raise UserError(
+            f"the teacher's answers are no probabilities of {classes} classes, which sum to {together.max():.4g} in an "
+            "image: of NaN the cause may be --amp, which --amp off leaves out"
+        )
 
 
 def nothing_known(rows: int, dtype: np.dtype[Any]) -> np.ndarray:

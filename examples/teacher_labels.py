@@ -1,10 +1,10 @@
-"""Labels for train.py --teacher-labels from a teacher that is no torch module: an ONNX file, or anything that answers.
+"""Labels for train.py --teacher-labels from a teacher that is no torch module: an ONNX file here.
 
     python examples/teacher_labels.py teacher.onnx labels/ --data photos/ --views 4     # the other flags are train.py's
     python train.py --kd nkd --teacher-labels labels/ --data photos/ --model mobilenet_v2
 
 The ONNX file is one of deploy/'s (or another with a FILE.onnx.json beside it, see deploy/README.md) of the data's own
-classes in their order, for images of the student's size.
+classes in their order, for images of the student's size. from_answers is for a language model's server.
 """
 
 import argparse
@@ -26,22 +26,28 @@ from kdlite import top_k_logprobs
 
 
 def from_answers(answers: list[dict[int, float]], labels: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What nkd_sparse_loss takes, of answers as servers of language models give them, vLLM's prompt_logprobs for one.
+    """What nkd_sparse_loss takes, of answers as servers of language models give them.
 
-    answers: of each prediction the log-probabilities by class or token, the label's own among them
+    answers: of each prediction the log-probabilities by token, the label's own among them: of vLLM's prompt_logprobs
+        {token: x.logprob for token, x in position.items()} of each position but the first, which is None
+    labels: the tokens; -100 where nothing is to be learnt
     """
-    log_t = torch.tensor([answer[label] for answer, label in zip(answers, labels)])
+    log_t = torch.tensor([a[t] if t >= 0 else 0.0 for a, t in zip(answers, labels, strict=True)])
     others = [sorted(((p, i) for i, p in a.items() if i != t), reverse=True)[:k] for a, t in zip(answers, labels)]
     padded = [row + [(-math.inf, 0)] * (k - len(row)) for row in others]
-    top, index = torch.tensor(padded, dtype=torch.float64).unbind(-1)
+    top, index = torch.tensor(padded, dtype=torch.float64).reshape(-1, k, 2).unbind(-1)
     return log_t, top.float(), index.long()
 
 
 def write(file: Path, folder: Path, views: int, k: int, flags: list[str]) -> None:
-    run = train.build(train.parse_args(flags))
+    args = train.parse_args(flags)
+    run = train.build(args)
     teacher, k = load(file), min(k, len(run.data.label_names) - 1)
     if teacher.metadata["label_names"] != run.data.label_names:
         raise UserError(f"{file} knows other classes than --data, or in another order")
+    size, ours = teacher.metadata["input_size"], run.config["input_size"]
+    if list(size) != list(ours):
+        raise UserError(f"{file} is for images of {size}, and the student's are {ours}: say --img-size")
 
     def ask(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = teacher.run(images.permute(0, 2, 3, 1).numpy())  # uint8, as every artefact of deploy/ takes them
@@ -49,10 +55,13 @@ def write(file: Path, folder: Path, views: int, k: int, flags: list[str]) -> Non
 
     header = describe_images(run.data.train, run.data.label_names, train.describe_view(*run.view))
     source = {"name": file.name, "digest": hashlib.sha256(file.read_bytes()).hexdigest()}
-    header |= {"teacher": source, "seed": 0, "views": views, "k": k}
-    begin_labels(folder, header)
-    with stop_signals() as stop:
-        write_labels(folder, header, run.data.train, train.train_view(*run.view), ask, 64, None, False, None, stop)
+    header |= {"teacher": source, "seed": args.seed, "views": views, "k": k}
+    with stop_signals() as stop, begin_labels(folder, header):
+        whole = write_labels(
+            folder, header, run.data.train, train.train_view(*run.view), ask, 64, args.workers, False, None, stop
+        )
+    if not whole:
+        print(f"stopped by {stop.name}: what is whole in {folder} is kept, the same command goes on")
 
 
 def main() -> int:

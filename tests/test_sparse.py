@@ -295,7 +295,7 @@ def test_functional_transforms():
     [
         (dict(teacher_logprobs=torch.zeros(4, 3, 5)), ValueError, r"must be \(4, k\) with k >= 1, got \(4, 3, 5\)"),
         (dict(teacher_indices=torch.zeros(4, 2).long()), ValueError, r"got \(4, 3\) and \(4, 2\)"),
-        (dict(teacher_indices=torch.zeros(4, 3)), TypeError, "teacher_indices must be class indices, integers, got torch.float32"),
+        (dict(teacher_indices=torch.zeros(4, 3)), TypeError, "teacher_indices must be class indices, integers, got"),
         (dict(teacher_logprobs=torch.zeros(4, 3).long()), TypeError, "teacher_logprobs must be floating point"),
         (dict(teacher_target_logprob=torch.zeros(4, 1)), ValueError, "teacher_target_logprob must have the shape"),
         (dict(teacher_target_logprob=None), ValueError, "go together: give both, or None for both"),
@@ -328,7 +328,7 @@ def test_served_tokens_in_the_last_dimension_are_told_how_to_move():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(teacher_target=torch.zeros(4, 1)), ValueError, r"\(\.\.\., k\), got \[\(4,\), \(4, 3\), \(4, 1\), \(4, 3\)\]"),
+        (dict(teacher_target=torch.zeros(4, 1)), ValueError, r"got \[\(4,\), \(4, 3\), \(4, 1\), \(4, 3\)\]"),
         (dict(student_top=torch.zeros(4, 2)), ValueError, r"got \[\(4,\), \(4, 2\)"),
         (dict(student_target=[0.0]), TypeError, "student_target must be a tensor, got list"),
         (dict(teacher_top=torch.zeros(4, 3).long()), TypeError, "teacher_top must be floating point"),

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ from torch.nn import functional as F
 
 import train
 from deploy import export, loading, teacher_labels
+from deploy.cli import UserError
 from deploy.datasets import open_data
 from deploy.preprocess import UnreadableImage
+from deploy.run_directory import locked
 from deploy.student import load_student
 from deploy.teacher_labels import StoredLabels, describe_images
 from examples import teacher_labels as example
@@ -169,6 +173,10 @@ def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
     run(*TINY, "--kd", "nkd", "--teacher-labels", "M", "--output", "out")
     line = subprocess.run([sys.executable, ROOT / "examples/teacher_labels.py", "none.onnx", "N"], capture_output=True)
     assert (line.returncode, line.stderr.count(b"\n")) == (2, 1)
+    for views, flags, message in ((0, [], "views is 0"), (1, ["--img-size", "32"], "the student's are [3, 32, 32]")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            example.write(Path("t/student/student.onnx"), Path("N"), views, 10, [*map(str, TINY), *flags])
+        assert not Path("N").exists()
 
 
 def test_answers_of_a_server_are_a_top_k():
@@ -185,6 +193,13 @@ def test_answers_of_a_server_are_a_top_k():
     masked_values = masked.values.where(masked.values >= log_t.topk(5).values[:, -1:], -torch.inf)
     expected = nkd_sparse_loss(student, log_t.gather(1, labels[:, None])[:, 0], masked_values, masked.indices, labels)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    log_t, top, index = example.from_answers(
+        [{}, answers[0]], [-100, int(labels[0])], 5
+    )  # a position without an answer
+    ignored = nkd_sparse_loss(student[[1, 0]], log_t, top, index, torch.tensor([-100, int(labels[0])]))
+    torch.testing.assert_close(ignored, nkd_sparse_loss(student[:1], log_t[1:], top[1:], index[1:], labels[:1]))
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        example.from_answers(answers, [1], 5)
 
 
 # ---- writing ----
@@ -210,6 +225,83 @@ def test_what_is_whole_is_kept_and_what_is_not_is_written_again(digits, monkeypa
         assert (Path("L") / path.name).read_bytes() == path.read_bytes()
 
 
+def zeros(content):
+    return content[:5000] + bytes(len(content) - 5000)
+
+
+def flipped(content):  # in what is the first row's first probability
+    return content[:700] + bytes([content[700] ^ 1]) + content[701:]
+
+
+@pytest.mark.parametrize("damage", [zeros, flipped, lambda content: b"", lambda content: content[:-4], "folder"])
+def test_a_damaged_file_is_never_trained_from_and_written_again(digits, capsys, damage):
+    write = [*TINY, *TEACHER, "--views", 1, "--write-labels", "L"]
+    run(*write)
+    file = Path("L/000-00000000.npy")
+    whole = file.read_bytes()
+    assert int.from_bytes(whole[-4:], "little") == zlib.crc32(whole[:-4])
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(damage(whole))
+    line = refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
+    assert "the first is 000-00000000.npy: the same --write-labels goes on" in line
+    if damage == "folder":
+        file.rmdir()
+    run(*write)
+    assert file.read_bytes() == whole
+
+
+def test_an_epoch_keeps_the_files_of_one_view_open(photos, monkeypatch):
+    monkeypatch.setattr(teacher_labels, "ROWS", 10)
+    run(*TINY, *PHOTOS, *TEACHER, "--write-labels", "L", "--views", 3)
+    labels = stored(open_data("photos"))
+    for view in (0, 1, 2, 0):
+        for index in (0, 23, 10):
+            labels(view, index)
+        assert sorted(labels.files) == [f"{view:03}-000000{start}.npy" for start in ("00", "10", "20")]
+
+
+def test_a_teacher_that_answers_nan_is_refused(digits, capsys):
+    Path("nan.py").write_text("""
+import torch
+
+class NaN(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.classifier = torch.nn.Linear(3 * 16 * 16, num_classes)
+
+    def forward(self, x):
+        y = self.classifier(x.flatten(1))
+        return torch.cat([y[:-1], y[-1:] * torch.nan])
+
+def build(num_classes=10):
+    return NaN(num_classes)
+""")
+    run(*TINY, "--teacher", "nan.py:build", "--write-labels", "L", "--views", 1, check=2)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "the teacher's answers are no probabilities of 10 classes" in line
+    assert "--amp off" in line
+    assert not list(Path("L").glob("*.npy"))
+
+
+def test_two_do_not_write_one_folder(digits, capsys):
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    with locked(Path("L")):
+        assert f"is in use by process {os.getpid()} on" in refused(capsys, *TINY, *TEACHER, "--write-labels", "L")
+    Path("file").touch()
+    assert "cannot make" in refused(capsys, *TINY, *TEACHER, "--write-labels", "file")
+
+
+def test_the_home_folder_is_found_where_the_shell_leaves_it(digits, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    run(*TINY, *TEACHER, "--write-labels=~/L", "--views", 1)
+    run(*TINY, "--kd", "nkd", "--teacher-labels=~/L", "--output=~/out")
+    assert Path("home/out/student").is_dir()
+    assert not Path("~").exists()
+
+
 def test_a_stop_keeps_what_is_whole(digits, monkeypatch, capsys):
     monkeypatch.setattr(teacher_labels, "ROWS", 500)
     flags = [*TINY, *TEACHER, "--views", 1, "--write-labels", "L"]
@@ -227,6 +319,44 @@ def test_a_stop_keeps_what_is_whole(digits, monkeypatch, capsys):
     assert [path.name for path in Path("L").glob("*.npy")] == ["000-00000000.npy"]
     run(*flags)
     assert len(list(Path("L").glob("*.npy"))) == 3
+
+
+RANKS = """
+import sys, time, torch
+from pathlib import Path
+from deploy import ranks, teacher_labels
+from deploy.datasets import open_data
+from deploy.loading import describe_view, train_view
+
+teacher_labels.ROWS = 500  # three files of two processes: one has a file less, and waits
+ranks.connect(minutes=0.05)
+data, view, stop = open_data("digits"), ((3, 16, 16), "none", 0.0, "bilinear", None), ranks.StopRequest()
+header = teacher_labels.describe_images(data.train, data.label_names, describe_view(*view))
+header |= {"teacher": {"name": "t", "digest": "0"}, "seed": 0, "views": 1, "k": 3}
+
+def ask(images, labels):
+    time.sleep(0.5)
+    stop.name = "SIGTERM" if sys.argv[1] == "stopped" and ranks.RANK == 1 else None
+    return torch.full((len(labels),), -1.0), torch.full((len(labels), 3), -2.0), torch.zeros(len(labels), 3).long()
+
+with teacher_labels.begin_labels(Path("L"), header):
+    said = teacher_labels.write_labels(
+        Path("L"), header, data.train, train_view(*view), ask, 64, 0, False, None, stop
+    )
+Path(f"{ranks.RANK}.txt").write_text(str(said))
+ranks.disconnect()
+"""
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize(("how", "whole"), [("waits", "True"), ("stopped", "False")])
+def test_ranks_agree_whether_the_labels_are_whole(tmp_path, monkeypatch, how, whole):
+    monkeypatch.chdir(tmp_path)
+    Path("ranks.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, "ranks.py", how], check=True, timeout=200,
+                   env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert [Path(f"{rank}.txt").read_text() for rank in (0, 1)] == [whole, whole]
 
 
 def test_of_an_image_that_cannot_be_read_nothing_is_known(photos, capsys):
@@ -286,6 +416,9 @@ def test_labels_of_something_else_are_refused_with_the_field_that_differs(photos
     )
     assert said(*write, "--views", 3) == "number of views: 2 there, 3 here"
     assert said(*write, "--seed", 1) == "seed of the views: 0 there, 1 here"
+    few = refused(capsys, *write[:-1], "M", "--views", 200_000)
+    assert "views is 200000; expected a number from 1 to 100,000" in few
+    assert not Path("M").exists()
     shutil.copytree("t", "other")
     run(*TINY, *PHOTOS, "--seed", 1, "--output", "other", "--overwrite")
     assert said(*write, "--teacher", "other/student").startswith("teacher, digest: ")

@@ -2,8 +2,9 @@
 
     python examples/paper/answers.py RUN ...       # run directories of train.py, with their last.pt
 
-A line a network, of the training images and of the validation images, neither cropped nor flipped; the student with
-the weights that are trained, not with their average (--ema-decay):
+A line a network, of the training images and of the validation images, neither cropped nor flipped (but stored labels
+are of their first view, as it was drawn); the student with the weights that are trained, not with their average
+(--ema-decay):
 
     top-1       how often the largest probability is the label's, %
     label       its mean probability: S_t or T_t
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
 from deploy.checkpoint import load_checkpoint
 from deploy.cli import UserError, show_error
+from deploy.datasets import SPLIT, read_split
 from deploy.loading import eval_view, make_loader
 from deploy.preprocess import UnreadableImage
 from deploy.student import load_weights
@@ -62,7 +64,8 @@ def own_ranks(student: Tensor, weak: Tensor, target: Tensor, first: int = 5) -> 
 def answers(run: train.Training, images: object) -> tuple[dict[str, Tensor], Tensor]:
     """Logits by who gives them, and the labels, of a part of the data."""
     run.net.eval()
-    run.net.training = True  # WithWeakHead's own mode alone: it gives both logits, of a student that is in eval mode
+    if isinstance(run.net, WithWeakHead):
+        run.net.training = True  # its own mode alone: it gives both logits, of a student that is in eval mode
     given: dict[str, list[Tensor]] = {}
     labels = []
     for batch in make_loader(images, functools.partial(eval_view, config=run.config), 256, False):
@@ -86,10 +89,10 @@ def stored_answers(stored: StoredLabels, target: Tensor) -> Tensor:
     k, others = stored.header["k"], stored.header["classes"] - 1
     if k < others:
         raise UserError(f"{stored.folder} has {k} of {others} other classes: write labels with --top-k {others}")
-    rows = torch.empty(len(target), others + 1, dtype=torch.float64)
+    rows = torch.full((len(target), others + 1), -torch.inf, dtype=torch.float64)
     for index, label in enumerate(target):
         of_label, of_others, classes = stored(0, index)
-        rows[index, classes] = of_others.double()
+        rows[index, classes.where(of_others > -torch.inf, label)] = of_others.double()
         rows[index, label] = of_label.double()
     return rows
 
@@ -100,7 +103,7 @@ def lines(folder: Path) -> Iterator[str]:
     if loaded is None:
         raise UserError(f"{folder} has no last.pt: a run of train.py is wanted")
     where, saved = loaded
-    run = train.build(args, known=saved["config"])
+    run = train.build(args, known=saved["config"], sides=read_split(folder / SPLIT))
     load_weights(run.net, saved["model"], where)
     yield f"{folder}, {saved['progress']['epoch']} epochs"
     for part, images in (("training", run.data.train), ("validation", run.data.val)):

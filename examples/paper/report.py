@@ -124,7 +124,7 @@ def plot_classes() -> None:
         found = {  # beside each other
             classes * 1.03 ** (i - 1): gains(BASELINE, method, table)
             for classes, table in tables.items()
-            if method in table
+            if method in table and len(gains(BASELINE, method, table)) > 1
         }
         errors = [statistics.stdev(values) / len(values) ** 0.5 for values in found.values()]
         means = [statistics.mean(values) for values in found.values()]

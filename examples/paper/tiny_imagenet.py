@@ -10,9 +10,9 @@
     python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits; also lite-fits-sweep
     python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher of their own
     python examples/paper/tiny_imagenet.py SOURCE lite-50       # CPU: as lite, 50 classes; also lite-50-sweep
-    python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: without a teacher, 50 classes; also self-20, self-100
+    python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: no teacher, 50 classes; also self-20, self-100
     python examples/paper/tiny_imagenet.py SOURCE self-50-fits  # CPU: ... 50 classes, a student that fits
-    python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, six networks
+    python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, four networks
 
 SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are kept under runs/tiny_imagenet;
 one that is complete is not repeated. README.md says how the settings were chosen. Then: python examples/paper/report.py
@@ -325,12 +325,9 @@ def main() -> None:
     teacher, labelled = Path(), "--write-labels" in setting.teacher
     if labelled:
         teacher = RUNS / table.setting / "labels"
-        if not teacher.exists():
-            partial = RUNS / table.setting / "labels.partial"
-            k = str(setting.classes - 1)  # all that it says of the others
-            asked = [*setting.teacher, str(partial), "--top-k", k, "--teacher", f"{TEACHER}:{fetch(TEACHER)}", *more]
-            subprocess.run([sys.executable, str(ROOT / "train.py"), *common, *asked], check=True)
-            partial.rename(teacher)
+        k = str(setting.classes - 1)  # all that it says of the others
+        asked = [*setting.teacher, str(teacher), "--top-k", k, "--teacher", f"{TEACHER}:{fetch(TEACHER)}", *more]
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *common, *asked], check=True)  # what is there is kept
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
     if setting.teacher and not labelled:
