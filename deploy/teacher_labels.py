@@ -190,9 +190,9 @@ def is_whole(file: Path, dtype: np.dtype[Any], rows: int) -> bool:
     try:
         content = file.read_bytes()
         array = np.load(io.BytesIO(content))
+        return array.dtype == dtype and array.shape == (rows,) and content[-4:] == checksum(content[:-4])
     except Exception:  # whatever numpy raises of a file that is damaged
         return False
-    return array.dtype == dtype and array.shape == (rows,) and content[-4:] == checksum(content[:-4])
 
 
 def checksum(content: bytes) -> bytes:

@@ -399,6 +399,21 @@ def test_other_losses_want_labels_of_every_class(own, capsys, flags):
         assert float(rows("stored")[0][name]) == pytest.approx(float(rows("online")[0][name]), rel=1e-3)
 
 
+@pytest.mark.parametrize("flags", [dict(kd="kd", kd_temperature=2.0), dict(kd="nkd", temperature=2.0)])
+def test_what_is_no_class_has_no_probability_and_stands_for_no_other(flags):
+    """Of four classes the third was not told: its place in the row has a log-probability of -inf, and any index."""
+    student, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    teacher[:, 2] = -1e30
+    target = torch.tensor([0, 1, 3, 0, 1, 3])
+    log_t, index = teacher.log_softmax(1), torch.tensor([[1, 3, 0], [0, 3, 0], [0, 1, 0]] * 2)
+    top = log_t.gather(1, index)
+    top[:, 2] = -torch.inf
+    labels = log_t.gather(1, target[:, None])[:, 0], top, index
+    told, online = (train.named_losses(student, None, said, target, **flags)[flags["kd"]] for said in (labels, teacher))
+    assert told.isfinite()
+    torch.testing.assert_close(told, online)
+
+
 # ---- what is refused ----
 
 
