@@ -792,7 +792,7 @@ def train_in(
     if IS_MAIN:
         from torch.utils.tensorboard import SummaryWriter
 
-        cpu = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"  # its vector instructions change a run
+        cpu = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         write_whole(output / "args.json", run_directory.describe(flags_of(args), name, WORLD_SIZE))
         board = SummaryWriter(str(output), purge_step=progress.epoch + 1 if loaded else None)
