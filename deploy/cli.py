@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -36,10 +37,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Of --output=~/run, too, where a shell leaves it, ~ is the home folder."""
-        args = sys.argv[1:] if args is None else args
-        named = [text.partition("=~/") if text.startswith("--") else (text, "", "") for text in args]
-        args = [f"{flag}={os.path.expanduser('~/')}{path}" if home else flag for flag, home, path in named]
+        """~/ is the home folder also where a shell leaves it: in --output=~/run, or quoted."""
+        args, home = sys.argv[1:] if args is None else args, os.path.expanduser("~/")
+        args = [re.sub("^(--[^=]+=)?~/", lambda m: (m[1] or "") + home, text) for text in args]
         return super().parse_known_args(args, namespace)
 
 

@@ -117,7 +117,7 @@ class StoredLabels:
         compare(folder, self.header, ours, OF_IMAGES)
         self.seed, self.views = self.header["seed"], self.header["views"]
         self.dtype = row_type(self.header["k"], self.header["classes"])
-        self.files: dict[str, np.ndarray] = {}  # of the view that was asked for last
+        self.files: dict[tuple[int, int], np.ndarray] = {}  # of the view that was asked for last
         missing = from_rank_zero(
             lambda: [p.name for p in parts(self.header) if not is_whole(folder / p.name, self.dtype, p.rows)]
         )
@@ -132,11 +132,10 @@ class StoredLabels:
 
     def __call__(self, view: int, index: int) -> tuple[Tensor, ...]:
         start = index // ROWS * ROWS
-        name = file_name(view, start)
-        if name not in self.files:
-            self.files = {other: file for other, file in self.files.items() if other.startswith(file_name(view)[:4])}
-            self.files[name] = np.load(self.folder / name, mmap_mode="r")
-        row = self.files[name][index - start]
+        if (view, start) not in self.files:
+            self.files = {key: file for key, file in self.files.items() if key[0] == view}
+            self.files[view, start] = np.load(self.folder / file_name(view, start), mmap_mode="r")
+        row = self.files[view, start][index - start]
         if row["target"] == -np.inf and not np.isfinite(row["logprobs"]).any():
             raise UnreadableImage("it could not be read when its labels were written")
         return (
@@ -150,7 +149,7 @@ class StoredLabels:
         return f"{teacher['name']} ({teacher['digest'][:8]}), top-{k} of {views} views drawn from seed {self.seed}"
 
 
-def file_name(view: int, start: int = 0) -> str:
+def file_name(view: int, start: int) -> str:
     return f"{view:03}-{start:08}.npy"
 
 
@@ -287,7 +286,8 @@ def write_labels(
 
 def check_answers(log_t: np.ndarray, top: np.ndarray, indices: np.ndarray, classes: int) -> None:
     """Raise unless they are log-probabilities of classes; NaN is none."""
-    together = np.exp(log_t.astype(np.float64)) + np.exp(top.astype(np.float64)).sum(1)
+    with np.errstate(over="ignore"):
+        together = np.exp(log_t.astype(np.float64)) + np.exp(top.astype(np.float64)).sum(1)
     if not (together <= 1.01).all() or not ((indices >= 0) & (indices < classes)).all():
         raise UserError(
             f"the teacher's answers are no probabilities of {classes} classes, which sum to {together.max():.4g} in an "

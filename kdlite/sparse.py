@@ -21,6 +21,7 @@ from .targets import (
     check_options,
     check_tensors,
     class_dim,
+    label_shape_of,
     read_target,
     reduce,
 )
@@ -277,12 +278,6 @@ def largest(logprobs: Tensor, indices: Tensor, dim: int) -> tuple[Tensor, Tensor
     logprob, best = logprobs.masked_fill(indices == -1, -math.inf).max(dim, keepdim=True)
     label = indices.gather(dim, best).where(logprob > -math.inf, -100)
     return logprob.squeeze(dim), label.squeeze(dim)
-
-
-def label_shape_of(logits: Tensor) -> torch.Size:
-    """(N, C, d1, ...) -> (N, d1, ...)."""
-    dim = class_dim(logits)
-    return logits.shape[:dim] + logits.shape[dim + 1 :]
 
 
 def check_logprob(tensor: Tensor, name: str) -> None:

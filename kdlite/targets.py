@@ -68,8 +68,12 @@ def check_floating(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be floating point of 16 bits or more, got {tensor.dtype}")
 
 
+def is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def check_integers(tensor: Tensor, name: str) -> None:
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if not is_integer(tensor):
         raise TypeError(f"{name} must be class indices, integers, got {tensor.dtype}")
 
 
@@ -114,6 +118,12 @@ def class_dim(logits: Tensor) -> int:
     return 0 if logits.ndim == 1 else 1
 
 
+def label_shape_of(logits: Tensor) -> torch.Size:
+    """(N, C, d1, ...) -> (N, d1, ...): of class indices."""
+    dim = class_dim(logits)
+    return logits.shape[:dim] + logits.shape[dim + 1 :]
+
+
 def as_rows(logits: Tensor) -> Tensor:
     """(N, C, d1, ...) or (C,) -> (R, C)."""
     if logits.ndim == 2:
@@ -126,13 +136,10 @@ def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndic
     check_tensors(target=target)
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise TypeError(f"ignore_index must be an integer of 64 bits, got {ignore_index!r}")
-    probs_shape = tuple(logits.shape)
-    label_shape = probs_shape[:1] + probs_shape[2:] if logits.ndim > 1 else ()
+    probs_shape, label_shape = tuple(logits.shape), tuple(label_shape_of(logits))
     as_probs = target.ndim == logits.ndim  # decided without the sizes, which may be symbols under torch.compile
-    floating = target.is_floating_point()
-    integer = not floating and not target.is_complex() and target.dtype != torch.bool
     fits = tuple(target.shape) == (probs_shape if as_probs else label_shape)
-    if not fits or not (floating if as_probs else integer):
+    if not fits or not (target.is_floating_point() if as_probs else is_integer(target)):
         raise (TypeError if fits else ValueError)(
             f"target must be class indices, integers of shape {label_shape}, or class probabilities, floating point "
             f"of shape {probs_shape}; got {target.dtype} of shape {tuple(target.shape)}"

@@ -115,6 +115,7 @@ def test_a_run_directory_holds_all_that_was_promised():
     ]  # fmt: skip
     about = json.loads(Path("out/args.json").read_text())
     assert about["flags"]["self_kd"] == "uskd"
+    assert torch.backends.cpu.get_cpu_capability() in about["hardware"]["device"]
     assert about["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert Image.open("out/curves.png").size[0] > 500
 
