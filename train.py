@@ -44,11 +44,19 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
-from deploy import ranks, run_directory
-from deploy.checkpoint import LossLog, Progress, State, load_checkpoint, write_run
+from deploy import run_directory
 from deploy.cli import Parser, UserError, explain, number, show_error, student_folder, terminals, write_whole
 from deploy.config import read_config
-from deploy.datasets import (
+from deploy.flags import BY_DATA, RECIPES, pick_recipe
+from deploy.per_class import write_per_class
+from deploy.preprocess import RESAMPLING
+from deploy.reference import evenly, keep_reference
+from deploy.student import call_own, check_forward, is_own, own_function
+from kdlite import Teacher, WithWeakHead, nkd_loss, nkd_sparse_loss, top_k_logprobs, uskd_loss
+from kdlite.training import distributed as ranks
+from kdlite.training import outputs
+from kdlite.training.checkpoint import LossLog, Progress, State, load_checkpoint, write_run
+from kdlite.training.data import (
     SPLIT,
     Data,
     class_counts,
@@ -59,7 +67,8 @@ from deploy.datasets import (
     say,
     write_split,
 )
-from deploy.loading import (
+from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero, pick_device
+from kdlite.training.loading import (
     Batch,
     CorruptCount,
     DeviceLoader,
@@ -69,16 +78,9 @@ from deploy.loading import (
     make_loader,
     train_view,
 )
-from deploy.per_class import write_per_class
-from deploy.pictures import batch_picture
-from deploy.preprocess import RESAMPLING
-from deploy.ranks import IS_MAIN, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero, pick_device
-from deploy.recipes import BY_DATA, RECIPES, pick_recipe
-from deploy.reference import evenly, keep_reference
-from deploy.student import call_own, check_forward, is_own, own_function, save_student, settle_batch_norm
-from deploy.teacher_labels import StoredLabels, begin_labels, describe_images, digest_of, write_labels
-from deploy.weights import load_teacher, open_student
-from kdlite import Teacher, WithWeakHead, nkd_loss, nkd_sparse_loss, top_k_logprobs, uskd_loss
+from kdlite.training.outputs import batch_picture, save_student
+from kdlite.training.teacher_labels import StoredLabels, begin_labels, describe_images, digest_of, write_labels
+from kdlite.training.weights import load_teacher, open_student, settle_batch_norm
 
 # ---- flags --------------------------------------------------------------------------------------------------------
 
@@ -867,11 +869,11 @@ def train_in(
         if improved:
             progress.answers = ranks.gather(torch.cat(answers, 1))
         if IS_MAIN:
-            print(run_directory.epoch_line(progress.rows[-1], args.epochs), flush=True)
+            print(outputs.epoch_line(progress.rows[-1], args.epochs), flush=True)
             for name, value in progress.rows[-1].items():
                 board.add_scalar(name, value, progress.epoch)
         others: list[Callable[[], Any]] = [
-            functools.partial(run_directory.write_metrics, output / "metrics.csv", list(progress.rows))
+            functools.partial(outputs.write_metrics, output / "metrics.csv", list(progress.rows))
         ]
         if improved and IS_MAIN:
             config = run.config | {"metrics": {"epoch": progress.epoch} | metrics}
@@ -882,7 +884,7 @@ def train_in(
         waiting.result()
         board.close()
     if IS_MAIN and progress.epoch == args.epochs:
-        run_directory.plot_curves(output / "curves.png", progress.rows)
+        outputs.plot_curves(output / "curves.png", progress.rows)
         if progress.answers is not None:
             labels, predictions = progress.answers.numpy()
             print(*write_per_class(output, labels, predictions, run.data.label_names), sep="\n")
@@ -900,7 +902,7 @@ def flags_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def peak_memory(device: torch.device) -> int:
     """MiB: of GPU memory on CUDA, else resident memory of this process."""
-    return torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else run_directory.resident_mib()
+    return torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else outputs.resident_mib()
 
 
 def check_teacher(run: Training, name: str, workers: int | None, corrupt: CorruptCount) -> float:

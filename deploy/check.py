@@ -202,8 +202,8 @@ def validation_batches(
 
     What the run split off for validation is what its split.csv says.
     """
-    from deploy.datasets import SPLIT, open_data, read_split  # torchvision's, on a workstation
-    from deploy.loading import CorruptCount, eval_view, image_progress, make_loader
+    from kdlite.training.data import SPLIT, open_data, read_split  # torchvision's, on a workstation
+    from kdlite.training.loading import CorruptCount, eval_view, image_progress, make_loader
 
     file, config = student.resolve().parent / "args.json", torch_student.metadata
     try:

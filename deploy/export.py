@@ -39,7 +39,7 @@ from deploy.cli import (
     student_folder,
     version,
 )
-from deploy.onnx_model import tidy
+from deploy.onnx_tools import tidy
 from deploy.runtimes import FLOAT, INPUT_NAME, OUTPUT_NAME, UINT8, as_input, load, source_of
 
 try:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from deploy.cli import UserError, write_whole
 
+LABELLED, NUMBERED = 60, 20  # classes up to which a confusion matrix has names, and a number in each cell
 MAX_DRAWN = 2000  # classes: with more a cell has less than a pixel
 
 
@@ -45,8 +48,6 @@ def write_per_class(folder: Path, labels: np.ndarray, predictions: np.ndarray, l
         return [*lines, f"no confusion.png: {len(label_names)} classes are more than {MAX_DRAWN}"]
     if importlib.util.find_spec("matplotlib") is None:
         return [*lines, "no confusion.png: matplotlib is not installed"]
-    from deploy.pictures import confusion_picture
-
     confusion_picture(folder / "confusion.png", confusion_matrix(labels, predictions, len(label_names)), label_names)
     return lines
 
@@ -88,3 +89,50 @@ def worst_confusions(
     return [
         f"{label_names[true]} taken for {label_names[taken]}: {k} of {of[true]}" for k, true, taken in worst[:count]
     ]
+
+
+def confusion_picture(path: Path, matrix: np.ndarray, label_names: Sequence[str]) -> None:
+    """A PNG of a confusion matrix (C, C), true classes in rows, coloured by the share of the row.
+
+    With many classes the axes count them, in the order of label_names; a class without images is grey.
+    """
+    import matplotlib as mpl
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    classes = len(label_names)
+    labelled = classes <= LABELLED
+    side = max(4.0, 0.24 * classes) if labelled else 12.0
+    figure = Figure(figsize=(side + 2.5, side + 1.5), layout="constrained")
+    axis = figure.subplots()
+    totals = matrix.sum(1, keepdims=True)
+    shares = np.ma.masked_where(np.broadcast_to(totals == 0, matrix.shape), matrix / np.maximum(totals, 1))
+    colours = mpl.colormaps["Blues"].with_extremes(bad="lightgrey")
+    # the root of the share: a few per cent taken for another class are still seen
+    drawn = axis.imshow(shares, cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    figure.colorbar(drawn, label="share of the images of the true class", shrink=0.7)
+    order = "" if labelled else ", counted from 0 in the order of per_class.csv"
+    axis.set(xlabel=f"taken for{order}", ylabel=f"true class{order}")
+    if labelled:
+        names = [shortened(name) for name in label_names]
+        axis.set_xticks(range(classes), names, rotation=90, parse_math=False, fontsize=8)
+        axis.set_yticks(range(classes), names, parse_math=False, fontsize=8)
+    if classes <= NUMBERED:
+        for (row, column), count in np.ndenumerate(matrix):
+            if count:
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=6)
+    save(path, figure)
+
+
+def shortened(name: str, most: int = 24) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def save(path: Path, figure: Any) -> None:
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font lacks becomes boxes
+        figure.savefig(image, format="png", dpi=120)
+    write_whole(path, image.getvalue())

@@ -35,7 +35,7 @@ from deploy.cli import (
     note,
     student_folder,
 )
-from deploy.onnx_model import tidy
+from deploy.onnx_tools import tidy
 from deploy.reference import add_reference, evenly, read_reference
 from deploy.runtimes import FLOAT, INPUT_NAME, as_input, load, products_saturate
 

@@ -55,9 +55,10 @@ from deploy.cli import (
     stop_without,
     version,
 )
-from deploy.limits import Budget, Limits
 from deploy.preprocess import MAX_PIXELS, formats
-from deploy.protocol import (
+from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, Runtime, load, top_labels
+from deploy.server.limits import Budget, Limits
+from deploy.server.protocol import (
     JSON_LIMIT,
     VERSION,
     RequestError,
@@ -70,7 +71,6 @@ from deploy.protocol import (
     whole_number,
     write_infer,
 )
-from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, Runtime, load, top_labels
 
 try:
     import anyio
@@ -82,8 +82,8 @@ try:
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 
-    from deploy.batching import Batcher, largest_batch
-    from deploy.connections import (
+    from deploy.server.batching import Batcher, largest_batch
+    from deploy.server.connections import (
         ACCEPTED_AT_ONCE,
         LARGE_READ,
         Connection,
@@ -92,8 +92,8 @@ try:
         listen,
         listen_unix,
     )
-    from deploy.metrics import AccessLog, Metrics
-    from deploy.photographs import decode, decode_apart, file_in, open_photograph, prepare_process, silence_readers
+    from deploy.server.images import decode, decode_apart, file_in, open_photograph, prepare_process, silence_readers
+    from deploy.server.metrics import AccessLog, Metrics
 except ImportError as missing:
     stop_without(missing, "serve", "pip install starlette uvicorn prometheus-client")
 
@@ -182,7 +182,7 @@ def make_app(
     """
     body_limit = int(limits.body_mib * 2**20)
     metrics = Metrics(name)
-    page = importlib.resources.files("deploy").joinpath("page.html").read_text(encoding="utf-8")
+    page = importlib.resources.files("deploy").joinpath("server/page.html").read_text(encoding="utf-8")
     bodies, pixels = Budget("bytes of requests", limits.bodies * body_limit), Budget("pixels", limits.pixels)
     # What holds the interpreter does so in one thread; what mostly lets it go, in some.
     threads = {"parse": 1, "decode": min(4, os.cpu_count() or 1)}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -26,14 +25,11 @@ import torch
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from deploy.cli import UserError, first_line, write_whole
+from deploy.cli import UserError, first_line
 from deploy.config import check_arguments, read_config
-from deploy.model_card import MARK, model_card
 
 
 def find_architecture(
@@ -299,46 +295,3 @@ def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int
         raise UserError(
             f"{name} returns probabilities, which add up to 1: take its last softmax out, logits are needed"
         )
-
-
-def settle_batch_norm(net: nn.Module, steps: int) -> str | None:
-    """Raise the momentum of batch norms whose running averages would not settle in so many steps; what was done.
-
-    A momentum of 0.01 is made for long training: after 90 steps 40 % of an average is what it began with, and
-    evaluation fails where training goes well. A ten-thousandth is left: deep layers vary by much less than that 1.
-    """
-    least = 1 - 1e-4 ** (1 / steps)
-    slow = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.momentum is not None and m.momentum < least]
-    said = slow and f"batch-norm momentum {slow[0].momentum:g} is too slow for {steps} steps: raised to {least:.2g}"
-    for module in slow:
-        module.momentum = least
-    return said or None
-
-
-def timm_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The block of config.json by which timm makes a model's images, and finds its first and last layers."""
-    known = timm.get_pretrained_cfg(config["architecture"]).to_dict()
-    kept = {key: known[key] for key in ("first_conv", "classifier", "fixed_input_size", "pool_size") if key in known}
-    ours = {key: config[key] for key in ("input_size", "num_classes", "mean", "std", "interpolation", "label_names")}
-    return kept | ours | {"crop_pct": config["crop"]}
-
-
-def save_student(folder: Path, model: nn.Module, config: dict[str, Any], later: bool = False) -> Callable[[], None]:
-    """Write what deploy/ needs and people share: the plain student, no weak head, no optimizer.
-
-    later: write when what is returned is called; the weights are copied now
-    """
-    values = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    weights = safetensors_bytes(values)
-    whole = {"format": 2} | config | ({"pretrained_cfg": timm_config(config)} if config["library"] == "timm" else {})
-
-    def write() -> None:
-        write_whole(folder / "model.safetensors", weights)
-        write_whole(folder / "config.json", json.dumps(whole, indent=2) + "\n")
-        card = folder / "README.md"
-        if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
-            write_whole(card, model_card(config))
-
-    if not later:
-        write()
-    return write

@@ -19,10 +19,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from deploy.cli import UserError, show_error
-from deploy.ranks import stop_signals
 from deploy.runtimes import load
-from deploy.teacher_labels import begin_labels, describe_images, write_labels
 from kdlite import top_k_logprobs
+from kdlite.training.distributed import stop_signals
+from kdlite.training.teacher_labels import begin_labels, describe_images, write_labels
 
 
 def from_answers(answers: list[dict[int, float]], labels: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:

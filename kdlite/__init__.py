@@ -1,11 +1,11 @@
 """Knowledge distillation in two loss functions: with a teacher (NKD) and without one (USKD)."""
 
-from .features import FeatureTap, WithWeakHead
+from .hooks import FeatureTap, WithWeakHead
+from .layers import default_tap
 from .linear import nkd_linear_loss
 from .nkd import nkd_loss
-from .sparse import nkd_from_logprobs, nkd_sparse_loss, top_k_logprobs
-from .taps import default_tap
 from .teacher import Teacher
+from .topk import nkd_from_logprobs, nkd_sparse_loss, top_k_logprobs
 from .uskd import uskd_loss
 
 __version__ = "0.1.0"

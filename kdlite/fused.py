@@ -22,8 +22,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from . import terms
-from .terms import is_class
-from .zipf import zipf_weights
+from .terms import is_class, zipf_weights
 
 # Elements of a chunk. CPU: 1 MiB in float32, the size of a core's L2 cache. Elsewhere a chunk only bounds the memory.
 CHUNK_ELEMENTS = {"cpu": 2**18}

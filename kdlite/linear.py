@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .fused import can_fuse, in_chunks, nkd_backward, nkd_forward
-from .sparse import check_top_k, largest, nkd_rows_sparse
-from .targets import ClassIndices, check_integers, check_options, check_tensors, read_target, reduce
+from .inputs import ClassIndices, check_integers, check_options, check_tensors, read_target, reduce
 from .terms import nkd_rows
+from .topk import check_top_k, largest, nkd_rows_sparse
 
 # Logits held at a time, of student and teacher each: 88 MiB in float32. Fewer, and going over the weights costs more.
 LOGITS_AT_A_TIME = 22 * 2**20

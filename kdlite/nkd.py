@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from . import fused, terms
-from .targets import ClassIndices, as_rows, check_logits, check_options, class_dim, read_target, reduce
+from .inputs import ClassIndices, as_rows, check_logits, check_options, class_dim, read_target, reduce
 
 
 def nkd_loss(

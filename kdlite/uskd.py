@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import fused, terms
-from .targets import ClassIndices, as_rows, check_logits, check_options, read_target, reduce
+from .inputs import ClassIndices, as_rows, check_logits, check_options, read_target, reduce
 
 
 def uskd_loss(

@@ -73,9 +73,8 @@ def checkpoint_target(folder: Path) -> Callable[[bytes], None]:
     import atheris
     from torch import _weights_only_unpickler as unpickler
 
-    from deploy.checkpoint import load_checkpoint
     from deploy.cli import UserError
-    from deploy.run_directory import LAST, PREVIOUS, is_whole, read_checkpoint, seal
+    from kdlite.training.checkpoint import LAST, PREVIOUS, is_whole, load_checkpoint, read_checkpoint, seal
 
     unpickler.Unpickler.load = atheris.instrument_func(unpickler.Unpickler.load)
 
@@ -128,7 +127,7 @@ def image_target(folder: Path) -> Callable[[bytes], None]:
 def request_target(folder: Path) -> Callable[[bytes], None]:
     import numpy as np
 
-    from deploy.protocol import RequestError, pack, parse_infer, unpack, write_infer
+    from deploy.server.protocol import RequestError, pack, parse_infer, unpack, write_infer
 
     shape, classes, limit = (2, 2, 3), 5, 2**16
     logits = np.linspace(-1, 1, 8 * classes, dtype=np.float32).reshape(8, classes)
@@ -161,8 +160,8 @@ def request_target(folder: Path) -> Callable[[bytes], None]:
 def photograph_target(folder: Path) -> Callable[[bytes], None]:
     from PIL import Image
 
-    from deploy.photographs import decode, file_in, open_photograph
-    from deploy.protocol import RequestError
+    from deploy.server.images import decode, file_in, open_photograph
+    from deploy.server.protocol import RequestError
 
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     config = {"input_size": [3, 32, 32], "crop": 0.875, "interpolation": "bilinear"}
@@ -275,11 +274,10 @@ def search(target: str, found: Path, new: Path, seconds: int, seed: int) -> None
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with atheris.instrument_imports(include=["deploy", "PIL", "python_multipart"]):
-        import deploy.checkpoint
         import deploy.config
-        import deploy.photographs
         import deploy.preprocess
-        import deploy.protocol
+        import deploy.server.images
+        import deploy.server.protocol
 
         deploy.preprocess.formats()  # imports Pillow's readers
     limit = GIB_ADDRESSABLE * 2**30

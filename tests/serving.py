@@ -31,7 +31,7 @@ def write_artefact(folder, names=NAMES):
 
 @contextlib.contextmanager
 def server(artefact, *flags, limits=None, prefix=(), environment=()):
-    """python -m deploy.serve; gives its process and port. limits: of deploy.limits.Limits, those that have no flag."""
+    """python -m deploy.serve; gives its process and port. limits: of Limits, those without a flag."""
     run = ["-m", "deploy.serve"]
     if limits:
         run = ["-c", "import functools, sys, deploy.serve as serve\n"

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from deploy import runtimes
-from deploy.student import build_model, find_architecture, save_student
+from deploy.student import build_model, find_architecture
+from kdlite.training.outputs import save_student
 
 
 def write_student(folder, name, img_size, label_names=10, arguments=()):

@@ -26,15 +26,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
-from deploy.checkpoint import load_checkpoint
 from deploy.cli import UserError, show_error
-from deploy.datasets import SPLIT, read_split
-from deploy.loading import eval_view, make_loader
 from deploy.preprocess import UnreadableImage
 from deploy.student import load_weights
-from deploy.teacher_labels import StoredLabels
 from kdlite import WithWeakHead
 from kdlite.terms import cross_entropy, is_class, log_normalized, odds
+from kdlite.training.checkpoint import load_checkpoint
+from kdlite.training.data import SPLIT, read_split
+from kdlite.training.loading import eval_view, make_loader
+from kdlite.training.teacher_labels import StoredLabels
 
 
 def describe(logits: Tensor, target: Tensor) -> str:

@@ -1,0 +1,285 @@
+"""NKD from a teacher's top-k: labels that were stored once, or that a server hands out.
+
+Of the teacher the log-probabilities of the target t and of k other classes K are known. The classes that are left are
+one class, the rest, on both sides: r is its probability, T_r of the teacher and S_r of the student.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .inputs import (
+    ClassIndices,
+    as_rows,
+    check_classes,
+    check_floating,
+    check_integers,
+    check_options,
+    check_tensors,
+    class_dim,
+    label_shape_of,
+    read_target,
+    reduce,
+)
+from .terms import centred, cross_entropy, is_class, log_odds
+
+
+def nkd_sparse_loss(
+    student_logits: Tensor,
+    teacher_target_logprob: Tensor | None,
+    teacher_logprobs: Tensor,
+    teacher_indices: Tensor,
+    target: Tensor | None,
+    *,
+    gamma: float = 1.5,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""NKD from a teacher's log-probabilities of the target and of k classes; ADD it to the cross-entropy.
+
+    With K the k classes but the target, and r all that are left as one class::
+
+        L_nkd = - T_t log S_t  -  gamma * sum_{i in K and r} N(T)_i log N(S)_i
+
+    Equal to :func:`kdlite.nkd_loss` at temperature 1 where K holds every other class. There is no other temperature:
+    what the rest would weigh at another one, nobody knows. A softmax over K alone would be another loss: it takes the
+    rest for impossible.
+
+    The target may be among the k, and is left out. A class with an index of -1 or a log-probability of -inf is none,
+    where a server found fewer than k. Log-probabilities are at temperature 1, of any floating dtype; those of a target
+    near certainty should be float32.
+
+    Args:
+        student_logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
+        teacher_target_logprob: log T_t, of the target's shape; None where ``target`` is.
+        teacher_logprobs: log T_i, (N, k, d1, ...): k stands where the logits have C.
+        teacher_indices: which classes these are, integers of the same shape, no class twice.
+        target: class indices, (N,), (N, d1, ...) or (); None takes the teacher's largest class of the k.
+        gamma: as in :func:`kdlite.nkd_loss`.
+        ignore_index: targets of this class index add nothing and are not counted by "mean".
+        reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
+
+    Returns:
+        The loss, float32 (float64 for float64 logits); its gradient has the dtype of ``student_logits``.
+
+    Raises:
+        ValueError: shapes that do not fit, one class, gamma < 0, an unknown reduction.
+        TypeError: logits or log-probabilities that are not floating point, indices or targets that are not integers.
+
+    Source: the loss, Yang et al., ICCV 2023, arXiv 2303.13005, eq. 7.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 0.0, 1.0, 0.5]]), torch.tensor([[3.0, 1.0, 0.0, -1.0]])
+        >>> target = torch.tensor([0])
+        >>> loss = nkd_sparse_loss(student, *top_k_logprobs(teacher, target, k=2), target)
+        >>> print(f"{loss:.4f}")
+        2.5395
+    """
+    check_tensors(student_logits=student_logits)
+    check_floating(student_logits, "student_logits")
+    check_classes(student_logits, "student_logits")
+    check_options(reduction, gamma=gamma)
+    dim = class_dim(student_logits)
+    label_shape = label_shape_of(student_logits)
+    check_top_k(teacher_target_logprob, teacher_logprobs, teacher_indices, target, label_shape, dim)
+    if teacher_target_logprob is None or target is None:
+        teacher_target_logprob, target = largest(teacher_logprobs, teacher_indices, dim)
+        ignore_index = -100
+    rows = read_target(target, student_logits, ignore_index)
+    if not isinstance(rows, ClassIndices):
+        raise ValueError("target must be class indices: a top-k does not say what another target's share would be")
+    top, index = as_rows(teacher_logprobs), as_rows(teacher_indices)
+    loss = nkd_rows_sparse(as_rows(student_logits), rows, teacher_target_logprob.reshape(-1), top, index, gamma)
+    return reduce(loss, rows, reduction, student_logits.shape)
+
+
+def nkd_from_logprobs(
+    student_target: Tensor, student_top: Tensor, teacher_target: Tensor, teacher_top: Tensor, *, gamma: float = 1.5
+) -> Tensor:
+    """The loss of :func:`nkd_sparse_loss` from log-probabilities alone, one value a prediction.
+
+    For logits that are not in one place: a vocabulary split over devices, a fused classifier. The student's
+    probabilities of the rest are what is left, 1 - S_t - sum_K S_i, which float32 knows to 1e-7: pass float64 where the
+    student may be certain.
+
+    Args:
+        student_target: log S_t, (...).
+        student_top: log S_i of the k classes, (..., k), none of them the target.
+        teacher_target: log T_t, (...); no gradient flows into it, nor into teacher_top.
+        teacher_top: log T_i of the same classes, (..., k); -inf where there are fewer.
+        gamma: as in :func:`kdlite.nkd_loss`.
+
+    Returns:
+        (...), float32 at least.
+
+    Raises:
+        ValueError: shapes that do not fit, gamma < 0.
+        TypeError: log-probabilities that are not floating point.
+
+    Source: the loss, Yang et al., ICCV 2023, arXiv 2303.13005, eq. 7.
+
+    Example:
+        >>> s, t = torch.tensor([0.5, 0.2, 0.2, 0.1]).log(), torch.tensor([0.7, 0.2, 0.06, 0.04]).log()
+        >>> print(f"{nkd_from_logprobs(s[0], s[1:3], t[0], t[1:3]):.4f}")
+        1.9983
+    """
+    given = {"student_target": student_target, "student_top": student_top,
+             "teacher_target": teacher_target, "teacher_top": teacher_top}  # fmt: skip
+    check_tensors(**given)
+    for name, tensor in given.items():
+        check_logprob(tensor, name)
+    check_options("none", gamma=gamma)
+    shapes = [tuple(tensor.shape) for tensor in given.values()]
+    if shapes[0] != shapes[2] or shapes[1] != shapes[3] or shapes[1][:-1] != shapes[0] or not shapes[1]:
+        raise ValueError(f"{', '.join(given)} must be (...), (..., k), (...) and (..., k), got {shapes}")
+    dtype = torch.promote_types(student_target.dtype, torch.float32)
+    told = teacher_top > -math.inf
+    student_target = student_target.to(dtype).clamp(max=-torch.finfo(dtype).tiny)
+    log_n = student_top.to(dtype) - log1mexp(student_target).unsqueeze(-1)
+    sum_n = log_n.masked_fill(~told, -torch.finfo(dtype).max).logsumexp(-1)
+    log_n_rest = log1mexp(sum_n.clamp(max=-torch.finfo(dtype).eps))
+    return nkd_terms(student_target, log_n, log_n_rest, teacher_target, teacher_top, gamma)
+
+
+def top_k_logprobs(teacher_logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`nkd_sparse_loss` takes of a teacher, from its logits: to be stored, or sent.
+
+    Args:
+        teacher_logits: (N, C), (N, C, d1, ...) or (C,).
+        target: class indices, (N,), (N, d1, ...) or (); any where nothing is to be learnt, as -100.
+        k: how many classes, at most C - 1.
+
+    Returns:
+        log T_t of the target's shape; log T_i and the indices (int64) of the k largest other classes, (N, k, d1, ...).
+        Float32 at least.
+
+    Raises:
+        ValueError: a target of another shape, k that is not from 1 to C - 1.
+        TypeError: logits that are not floating point, a target that is not integers.
+
+    Example:
+        >>> top_k_logprobs(torch.tensor([0.0, 2.0, 1.0]), torch.tensor(1), k=1)
+        (tensor(-0.4076), tensor([-1.4076]), tensor([2]))
+    """
+    check_tensors(teacher_logits=teacher_logits, target=target)
+    check_floating(teacher_logits, "teacher_logits")
+    check_classes(teacher_logits, "teacher_logits")
+    check_integers(target, "target")
+    dim = class_dim(teacher_logits)
+    classes, label_shape = teacher_logits.shape[dim], label_shape_of(teacher_logits)
+    if target.shape != label_shape:
+        raise ValueError(f"target must be class indices of shape {tuple(label_shape)}, got {tuple(target.shape)}")
+    if not 0 < k < classes:
+        raise ValueError(f"k must be from 1 to C - 1 = {classes - 1}, got {k}")
+    logits = centred(as_rows(teacher_logits.detach()))
+    label = target.reshape(-1).long().clamp(0, classes - 1)
+    target_logprob = F.logsigmoid(log_odds(logits, label))  # exact near certainty, where a log-softmax is 0
+    top, index = logits.masked_fill(is_class(logits, label), -math.inf).topk(k, 1)
+    top = top - logits.logsumexp(1, keepdim=True)
+    shape = (*target.shape, k)
+    return (
+        target_logprob.reshape(target.shape),
+        top.reshape(shape).movedim(-1, dim),
+        index.reshape(shape).movedim(-1, dim),
+    )
+
+
+# ---- the mathematics ----------------------------------------------------------------------------------------------
+
+
+def nkd_rows_sparse(
+    student: Tensor, rows: ClassIndices, teacher_target: Tensor, teacher_top: Tensor, index: Tensor, gamma: float
+) -> Tensor:
+    """The loss of each row, (R,), from the student's logits (R, C) and the teacher's k classes, (R, k)."""
+    student, label, index = centred(student), rows.label.unsqueeze(1), index.long()
+    told = rows.valid.unsqueeze(1) & (index != -1) & (index != label) & (teacher_top != -math.inf)
+    index = index.where(told, label)  # what is none points to the target, which is masked anyway
+    teacher_target = teacher_target.where(rows.valid, 0.0)  # of an ignored row it may be anything
+    teacher_top = teacher_top.where(told, -math.inf)
+
+    top = student.gather(1, index).masked_fill(~told, -math.inf)
+    known = torch.zeros_like(student, dtype=torch.bool).scatter(1, torch.cat([index, label], 1), True)
+    rest = student.masked_fill(known, -math.inf)
+    no_rest = (rest == -math.inf).all(1, keepdim=True)  # logsumexp of nothing has no gradient
+    log_rest = rest.masked_fill(no_rest, 0.0).logsumexp(1, keepdim=True).masked_fill(no_rest, -math.inf)
+    log_others = torch.cat([top, log_rest], 1).logsumexp(1, keepdim=True)  # all but the target
+
+    log_s_t = F.logsigmoid((student.gather(1, label) - log_others).squeeze(1))
+    return nkd_terms(log_s_t, top - log_others, (log_rest - log_others).squeeze(1), teacher_target, teacher_top, gamma)
+
+
+def nkd_terms(
+    log_s_t: Tensor, log_n: Tensor, log_n_rest: Tensor, teacher_target: Tensor, teacher_top: Tensor, gamma: float
+) -> Tensor:
+    """- T_t log S_t  -  gamma * (sum_{i in K} N(T)_i log N(S)_i  +  N(T)_r log N(S)_r).
+
+    log_n: log N(S) of K, (..., k); log_n_rest: log N(S)_r, (...), -inf where no class is left. The teacher's are plain
+    log-probabilities, which may be rounded: where K holds more than 1 - T_t, K's own sum is taken for that.
+    """
+    teacher_target, teacher_top = (x.detach().to(log_s_t.dtype) for x in (teacher_target, teacher_top))
+    told = teacher_top > -math.inf
+    log_others = torch.maximum(log1mexp(teacher_target), teacher_top.logsumexp(-1))
+    n_t = (teacher_top - log_others.unsqueeze(-1)).exp().where(told, 0.0)
+    n_t_rest = (1 - n_t.sum(-1)).clamp(min=0).where(log_n_rest > -math.inf, 0.0)
+    weights = torch.cat([n_t, n_t_rest.unsqueeze(-1)], -1)
+    log_n = torch.cat([log_n, log_n_rest.unsqueeze(-1)], -1)
+    return -teacher_target.exp() * log_s_t + gamma * cross_entropy(weights, log_n)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0, exact from 0, where it is -inf, to -inf."""
+    near = x > -math.log(2)
+    return torch.where(near, (-torch.expm1(x.where(near, -1.0))).log(), torch.log1p(-x.where(~near, -1.0).exp()))
+
+
+# ---- what a teacher's top-k may be ----------------------------------------------------------------------------------
+
+
+def check_top_k(
+    target_logprob: Tensor | None, logprobs: Tensor, indices: Tensor, target: Tensor | None,
+    label_shape: torch.Size, dim: int,
+) -> None:  # fmt: skip
+    """Raise unless they fit a target of ``label_shape``, with the k classes in dimension ``dim``."""
+    check_tensors(teacher_logprobs=logprobs, teacher_indices=indices)
+    if (target_logprob is None) != (target is None):
+        raise ValueError(
+            "teacher_target_logprob and target go together: give both, or None for both, which takes the teacher's "
+            "largest class"
+        )
+    if target_logprob is not None:
+        check_tensors(teacher_target_logprob=target_logprob)
+    for name, tensor in (("teacher_target_logprob", target_logprob), ("teacher_logprobs", logprobs)):
+        if tensor is not None:
+            check_logprob(tensor, name)
+    check_integers(indices, "teacher_indices")
+    shape = tuple(logprobs.shape)
+    fits = logprobs.ndim == len(label_shape) + 1 and shape[:dim] + shape[dim + 1 :] == tuple(label_shape)
+    if not fits or indices.shape != logprobs.shape or not shape[dim]:
+        wanted = list(map(str, label_shape))
+        wanted.insert(dim, "k")
+        raise ValueError(
+            f"teacher_logprobs and teacher_indices must be ({', '.join(wanted)}) with k >= 1, got {shape} and "
+            f"{tuple(indices.shape)}" + (": move the classes there, as .transpose(1, 2)" if logprobs.ndim == 3 else "")
+        )
+    if target_logprob is not None and target_logprob.shape != label_shape:
+        raise ValueError(
+            f"teacher_target_logprob must have the shape of the target, {tuple(label_shape)}, got "
+            f"{tuple(target_logprob.shape)}"
+        )
+
+
+def largest(logprobs: Tensor, indices: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The teacher's largest class and its log-probability, for who has no labels; -100, ignored, where it has none."""
+    indices = indices.long()
+    logprob, best = logprobs.masked_fill(indices == -1, -math.inf).max(dim, keepdim=True)
+    label = indices.gather(dim, best).where(logprob > -math.inf, -100)
+    return logprob.squeeze(dim), label.squeeze(dim)
+
+
+def check_logprob(tensor: Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")

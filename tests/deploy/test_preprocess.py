@@ -1,0 +1,287 @@
+"""deploy.preprocess: a photograph becomes torchvision's bits, and nearly so where a large JPEG is read small."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import functional as TF
+from torchvision.transforms._presets import ImageClassification
+
+from deploy.preprocess import ImageTooLarge, UnreadableImage, endings, open_image, prepare, to_rgb, upright_size
+from kdlite.training import loading
+
+PHOTOS = load_sample_images().images
+NORMALISATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def config(height, width, crop=1.0, interpolation="bilinear"):
+    return {"input_size": [3, height, width], "crop": crop, "interpolation": interpolation}
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def torchvisions(image, config):
+    """Resize and CenterCrop of an RGB image, as torchvision's and timm's evaluation transforms put them together."""
+    height, width = config["input_size"][1:]
+    sides = [int(side / config["crop"]) for side in (height, width)]
+    resize = v2.Resize(sides[0] if height == width else sides, InterpolationMode(config["interpolation"]))
+    return np.asarray(v2.Compose([v2.RGB(), resize, v2.CenterCrop((height, width))])(image))
+
+
+@pytest.mark.slow
+def test_a_thousand_sizes_are_torchvisions_to_the_bit():
+    """Cut from real photographs, both interpolations, square and oblong; odd and even margins of the centre crop."""
+    random = np.random.default_rng(0)
+    odd = 0
+    for i in range(1000):
+        height, width = random.integers(8, 300, 2)
+        top, left = random.integers(0, 427 - height), random.integers(0, 640 - width)
+        image = Image.fromarray(PHOTOS[i % 2][top : top + height, left : left + width])
+        sides = random.integers(1, 97, 2)
+        target = (sides[0], sides[i % 3 and 1]) if i % 2 else (sides[0], sides[0])
+        wanted = config(*map(int, target), random.choice([1.0, 0.875, 0.9]), ["bilinear", "bicubic"][i // 2 % 2])
+        expected = torchvisions(image, wanted)
+        assert np.array_equal(prepare(image, wanted), expected), (image.size, wanted)
+        odd += (int(target[0] / wanted["crop"]) - target[0]) % 2
+    assert odd > 100
+
+
+@pytest.mark.parametrize("photo", [0, 1])
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize(
+    ("size", "crop", "interpolation"), [(224, 0.875, "bilinear"), (224, 0.9, "bicubic"), (64, 1.0, "bilinear")]
+)
+def test_training_evaluates_on_torchvisions_and_timms_own_presets(photo, upright, size, crop, interpolation):
+    image = Image.fromarray(PHOTOS[photo])
+    if upright:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    ours = TF.normalize(loading.eval_view(image, config(size, size, crop, interpolation)).float() / 255, *NORMALISATION)
+    mean, std = NORMALISATION
+    preset = ImageClassification(
+        crop_size=size, resize_size=int(size / crop), interpolation=InterpolationMode(interpolation)
+    )
+    timms = timm.data.create_transform((3, size, size), crop_pct=crop, interpolation=interpolation, mean=mean, std=std)
+    assert torch.equal(ours, preset(image))
+    assert torch.equal(ours, timms(image))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
+                                  "LAB", "HSV"])  # fmt: skip
+def test_every_mode_is_torchvisions_rgb_to_the_bit(mode):
+    photo = Image.fromarray(PHOTOS[0])
+    for step in {"RGBa": ["RGBA"], "PA": ["P"]}.get(mode, []):
+        photo = photo.convert(step)
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        photo = ImageCms.profileToProfile(photo, *profiles, outputMode="LAB")
+    image = photo.convert(mode)
+    assert image.mode == mode
+    wanted = config(64, 64, 0.875)
+    assert np.array_equal(prepare(image, wanted), torchvisions(image, wanted))
+
+
+def test_a_file_its_path_and_its_bytes_are_the_same(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(jpeg(Image.fromarray(PHOTOS[1])))
+    wanted = config(96, 96, 0.9, "bicubic")
+    arrays = [prepare(open_image(file), wanted) for file in (path, str(path), path.read_bytes(), path.open("rb"))]
+    assert all(np.array_equal(array, arrays[0]) for array in arrays)
+    assert arrays[0].dtype == np.uint8
+
+
+# ---- large photographs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large():
+    """A JPEG of 12 megapixels: a real photograph, four thousand pixels wide."""
+    return jpeg(Image.fromarray(PHOTOS[1]).resize((4000, 3000), Image.Resampling.BICUBIC), quality=90)
+
+
+@pytest.mark.parametrize("side", [96, 3000 // 8, 376])
+def test_a_large_jpeg_is_decoded_at_no_less_than_four_times_what_is_asked(large, side, monkeypatch):
+    sizes = []
+    resize = Image.Image.resize
+
+    def spy(image, *args, **options):
+        sizes.append(image.size)
+        return resize(image, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    ours = prepare(open_image(large), config(side, side))
+    monkeypatch.undo()
+    ((width, height),) = sizes
+    assert min(width, height) >= 4 * side or (width, height) == (4000, 3000)
+    assert (width < 4000) == (side <= 3000 // 8)
+    expected = torchvisions(Image.open(io.BytesIO(large)), config(side, side))
+    difference = np.abs(ours.astype(int) - expected)
+    assert difference.mean() < 1
+    assert (difference.max() == 0) == (width == 4000)
+
+
+def test_a_training_crop_of_a_large_jpeg_reads_no_more_than_it_needs(large):
+    """The same box as torchvision's, drawn from the same state; all of the image where the box is small."""
+    crop = loading.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)
+    theirs = v2.Compose([v2.RGB(), v2.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)])
+    for seed in range(5):
+        torch.manual_seed(seed)
+        ours = np.asarray(crop(open_image(large)), dtype=int)
+        torch.manual_seed(seed)
+        expected = np.asarray(theirs(open_image(large)))
+        assert np.abs(ours - expected).mean() < 1.5
+    small = Image.fromarray(PHOTOS[0][:100, :120])
+    for seed in range(20):
+        torch.manual_seed(seed)
+        ours = np.asarray(crop(open_image(jpeg(small))))
+        torch.manual_seed(seed)
+        assert np.array_equal(ours, np.asarray(theirs(open_image(jpeg(small)))))
+
+
+# ---- what a camera turned -----------------------------------------------------------------------------------------
+
+
+def turned(photo, orientation, kind, **options):
+    """A file of the photo that has to be turned as EXIF's orientation says, to be the photo again."""
+    undo = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # Image.Transpose, the inverse of each
+    for method in undo[orientation]:
+        photo = photo.transpose(Image.Transpose(method))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    photo.save(file, kind, exif=exif, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+def test_an_image_stands_upright(kind, options, orientation):
+    photo = Image.fromarray(PHOTOS[0][:80, :120])
+    file = turned(photo, orientation, kind, **options)
+    assert upright_size(open_image(file)) == (120, 80)
+    assert np.array_equal(np.asarray(to_rgb(open_image(file))), np.asarray(photo))
+    wanted = config(32, 32, 0.875)
+    assert np.array_equal(prepare(open_image(file), wanted), prepare(photo, wanted))
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_large_jpeg_that_lies_on_its_side_is_reduced_and_stands_upright(orientation):
+    photo = Image.fromarray(PHOTOS[1]).resize((1280, 854), Image.Resampling.BICUBIC)
+    image = open_image(turned(photo, orientation, "JPEG", quality=95))
+    wanted = config(24, 24)
+    difference = np.abs(prepare(image, wanted).astype(int) - prepare(photo, wanted))
+    assert difference.mean() < 2
+    assert image.size[0] < 800  # decoded at a reduced scale
+    torch.manual_seed(0)
+    crop = loading.RandomResizedCrop(24, scale=(0.9, 1), interpolation=InterpolationMode.BILINEAR)
+    ours = np.asarray(crop(open_image(turned(photo, orientation, "JPEG", quality=95))), dtype=int)
+    torch.manual_seed(0)
+    assert np.abs(ours - np.asarray(crop(photo))).mean() < 4
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_damaged_exif_does_not_lose_the_image(exif):
+    photo = Image.fromarray(PHOTOS[0][:40, :60])
+    assert to_rgb(open_image(jpeg(photo, exif=exif))).size == (60, 40)
+
+
+# ---- more than eight bits -----------------------------------------------------------------------------------------
+
+
+def grey_file(values, kind, **options):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, kind, **options)
+    return file.getvalue()
+
+
+GREY = PHOTOS[0][:64, :64, 0]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        grey_file(GREY.astype(np.uint16) << 8, "PNG"),
+        grey_file(GREY.astype(np.uint16) << 8, "TIFF"),
+        b"P5 64 64 65535\n" + (GREY.astype(np.uint16) << 8).astype(">u2").tobytes(),  # which Pillow opens with 32 bits
+        b"P5 64 64 4095\n" + (GREY.astype(np.uint16) << 4).astype(">u2").tobytes(),  # 12 bits, and says so
+        b"P5 64 64 255\n" + GREY.tobytes(),
+    ],
+    ids=["png", "tiff", "pgm16", "pgm12", "pgm8"],
+)
+def test_deep_greys_are_scaled_by_the_range_of_their_type(file):
+    values = np.asarray(to_rgb(open_image(file)))[..., 0].astype(int)
+    assert np.abs(values - GREY).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (grey_file((GREY / 255).astype(np.float32), "TIFF"), "floating-point numbers of no known range"),
+        (grey_file(GREY.astype(np.float32) * 4, "TIFF"), "floating-point numbers of no known range"),
+        (grey_file(GREY.astype(np.int32) * 1000, "TIFF"), "32-bit integers of no known range"),
+        (grey_file(GREY.astype(np.uint16) << 4, "PNG"), "12 bits or fewer: scale them to 65535, or save 8 bits"),
+        (b"PF 8 8 -1.0\n" + np.zeros((8, 8, 3), np.float32).tobytes(), "floating|identify|PF"),
+    ],
+    ids=["float01", "float1000", "int32", "12in16", "pfm"],
+)
+def test_greys_of_no_known_range_are_refused(file, message):
+    with pytest.raises(UnreadableImage, match=message):
+        to_rgb(open_image(file))
+
+
+def test_a_black_image_of_16_bits_is_black():
+    assert not np.asarray(to_rgb(open_image(grey_file(np.zeros((8, 8), np.uint16), "PNG")))).any()
+
+
+# ---- what cannot be read ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [b"no image", b"", "truncated"])
+def test_a_damaged_file_is_one_kind_of_error(damage):
+    whole = jpeg(Image.fromarray(PHOTOS[0]))
+    with pytest.raises(UnreadableImage, match=r"\w+Error: "):
+        to_rgb(open_image(whole[: len(whole) // 2] if damage == "truncated" else damage))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="not a regular file"):
+        open_image(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="not a regular file"):
+        open_image(str(tmp_path))
+
+
+def test_what_would_run_another_program_is_no_image():
+    assert {".jpg", ".jfif", ".png", ".webp", ".avif", ".gif", ".tif", ".bmp"} <= endings()
+    assert not {".eps", ".ps", ".wmf", ".pdf", ".mpg"} & endings()
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+
+
+def test_a_missing_file_and_a_bomb_are_told():
+    with pytest.raises(UnreadableImage, match="No such file"):
+        open_image("nowhere.jpg")
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "PNG")
+    with pytest.raises(ImageTooLarge):
+        open_image(file.getvalue())
+
+
+@pytest.mark.parametrize("size", [(65535, 1), (1, 65535)])
+def test_a_strip_is_refused_before_it_is_resized(size):
+    """At 224 px it would take 17 GB."""
+    file = io.BytesIO()
+    Image.new("L", size).save(file, "PNG")
+    with pytest.raises(ImageTooLarge, match="would become"):
+        prepare(open_image(file.getvalue()), config(224, 224))

@@ -1,0 +1,487 @@
+"""The loops of examples/loops, run as their users run them, and what each must not get wrong in its library.
+
+They run in processes forked from one that has imported the libraries, since the imports cost more than the loops; with
+two processes, in the environment that torchrun makes.
+"""
+
+import importlib.util
+import io
+import multiprocessing
+import os
+import re
+import runpy
+import socket
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOPS = sorted((ROOT / "examples" / "loops").glob("*.py"))
+LIBRARIES = ["accelerate", "lightning", "sklearn.datasets", "timm", "torchvision", "transformers"]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("loops")]
+
+
+def load(name):
+    """The names that a loop defines, without its run."""
+    return runpy.run_path(str(ROOT / "examples" / "loops" / name))
+
+
+def loop(name, *argv):
+    """A run of the loop, as from the command line."""
+    sys.argv = [name, *map(str, argv)]
+    runpy.run_path(str(ROOT / "examples" / "loops" / name), run_name="__main__")
+
+
+def loop_under_sgd(name, *argv):
+    """The same run with SGD for AdamW, which takes the same step whatever the gradient is multiplied with."""
+    torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
+    loop(name, *argv)
+
+
+def _child(environment, log, function, args):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text), redirect_stderr(text):
+            function(*args)
+    except BaseException:
+        traceback.print_exc(file=text)
+        raise
+    finally:
+        log.write_text(text.getvalue())
+
+
+@pytest.fixture(scope="module")
+def forked():
+    context = multiprocessing.get_context("forkserver")
+    missing = [name for name in LIBRARIES if not importlib.util.find_spec(name.partition(".")[0])]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context.set_forkserver_preload(LIBRARIES)
+    return context.Process
+
+
+@pytest.fixture
+def run(forked, tmp_path):
+    """``run(function, *args, processes=1)``: what the first process printed."""
+
+    def run(function, *args, processes=1):
+        environments = [{}]
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=port, TORCHELASTIC_RUN_ID="test", GLOO_SOCKET_IFNAME="lo")  # fmt: skip
+            environments = [shared | dict(RANK=str(i), LOCAL_RANK=str(i), GROUP_RANK="0") for i in range(processes)]
+        logs = [tmp_path / f"log{i}.txt" for i in range(processes)]
+        children = [forked(target=_child, args=(e, log, function, args)) for e, log in zip(environments, logs)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(120)
+            child.kill()
+            child.join()
+        assert [child.exitcode for child in children] == [0] * processes, "\n".join(log.read_text() for log in logs)
+        return logs[0].read_text()
+
+    return run
+
+
+def weights(path):
+    if path.suffix == ".safetensors":
+        return pytest.importorskip("safetensors.torch").load_file(path)
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def nkd_gradient(logits, teacher_logits, labels, gamma=1.5):
+    """d (sum of cross-entropy + NKD) / d logits, rows (R, C), by the derivation on paper."""
+    ce = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
+    rows = zip(logits.tolist(), teacher_logits.tolist(), labels.tolist())
+    return ce + torch.tensor([oracle.nkd_row_gradient(s, t, y, gamma, 1.0) for s, t, y in rows])
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.name)
+def test_a_loop_fits_a_screen_and_its_name_hides_no_library(path):
+    assert len(path.read_text().splitlines()) <= 80
+    assert importlib.util.find_spec(path.stem) is None  # its folder comes first on sys.path
+
+
+# ---- timm ----
+
+
+@pytest.fixture(scope="module")
+def timm_task():
+    pytest.importorskip("timm")
+    return load("timm_task.py")
+
+
+def task_of(timm_task, kind):
+    torch.manual_seed(0)
+    student = timm_task["vit"](16)
+    if kind == "uskd":
+        return timm_task["USKDTask"](timm_task["WithWeakHead"](student), F.cross_entropy)
+    return timm_task["NKDTask"](student, timm_task["vit"](16), F.cross_entropy)
+
+
+def steps_of(timm_task, task, optimizer, n=2):
+    for i in range(n):
+        task.train()
+        task(timm_task["images"][i : i + 8], timm_task["labels"][i : i + 8])["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema()
+
+
+def test_the_timm_loop_saves_plain_students_that_learn(run, tmp_path, timm_task):
+    accuracies = re.findall(r"(\w+)Task +([\d.]+)%", run(loop, "timm_task.py", tmp_path))
+    assert [name for name, _ in accuracies] == ["Classification", "NKD", "USKD"]
+    assert min(float(accuracy) for _, accuracy in accuracies) > 40
+    for name, accuracy in accuracies[1:]:
+        student = timm_task["vit"](48)
+        student.load_state_dict(weights(tmp_path / f"{name}Task" / "last.pth.tar")["state_dict_ema"])
+        right = student.eval()(timm_task["images"][1400:]).argmax(1) == timm_task["labels"][1400:]
+        assert f"{right.float().mean().item():.1%}" == f"{accuracy}%"
+
+
+def test_a_timm_task_has_the_gradient_of_the_paper(timm_task):
+    task = task_of(timm_task, "nkd").eval()
+    x, y = timm_task["images"][:8], timm_task["labels"][:8]
+    result = task(x, y)
+    (gradient,) = torch.autograd.grad(result["loss"], result["output"])
+    expected = nkd_gradient(result["output"].detach(), task.teacher.model(x).detach(), y) / 8
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("kind", ["nkd", "uskd"])
+def test_a_timm_task_resumes_with_its_ema_and_its_head(timm_task, kind, tmp_path):
+    from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+
+    def begin():
+        task = task_of(timm_task, kind)
+        return task, torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1, momentum=0.9)
+
+    task, optimizer = begin()
+    task.setup_ema(decay=0.5)
+    steps_of(timm_task, task, optimizer)
+    saver = timm_task["CheckpointSaver"](
+        task.get_trainable_module(), optimizer, checkpoint_dir=str(tmp_path), task=task
+    )
+    saver.save_checkpoint(0, 0.5)
+    resumed, its_optimizer = begin()
+    resume_task_checkpoint(resumed, str(tmp_path / "last.pth.tar"), its_optimizer)
+    resumed.setup_ema(decay=0.5)
+    load_task_ema_checkpoint(resumed, str(tmp_path / "last.pth.tar"))
+    for one, of in ((task, optimizer), (resumed, its_optimizer)):
+        steps_of(timm_task, one, of)
+    assert_equal(dict(resumed.named_parameters()), dict(task.named_parameters()), rtol=0, atol=0)
+
+
+def test_a_compiled_timm_task_evaluates_and_saves_the_plain_student(timm_task):
+    task = task_of(timm_task, "uskd")
+    plain = set(timm_task["vit"](16).state_dict())
+    task.setup_ema(decay=0.5)
+    task.compile(backend="eager")
+    task.compile_ema(backend="eager")
+    for ema in (False, True):
+        assert isinstance(timm_task["unwrap_model"](task.get_eval_model(ema=ema)), type(timm_task["vit"](16)))
+        assert set(task.get_checkpoint_state(ema=ema)["state_dict_ema" if ema else "state_dict"]) == plain
+
+
+# ---- Hugging Face ----
+
+FAST = ["--optim", "sgd", "--learning_rate", "0.1", "--max_steps", "6"]
+
+
+@pytest.fixture(scope="module")
+def trained(forked, tmp_path_factory):
+    """The Trainer's loop on one process, its whole batch at once."""
+    output = tmp_path_factory.mktemp("trained")
+    child = forked(target=_child, args=({}, output / "log.txt", loop, ("hf_trainer.py", "--output_dir", output, *FAST)))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0, (output / "log.txt").read_text()
+    return output
+
+
+def test_the_trainer_evaluates_the_student_and_saves_it_plain(trained, run):
+    lines = re.findall(r"^(\w+) +([\d.]+)%, loss ([\d.]+)$", (trained / "log.txt").read_text(), re.M)
+    assert [name for name, _, _ in lines] == ["Trainer", "NKDTrainer", "USKDTrainer"]
+    assert all(0 < float(loss) < 3 for _, _, loss in lines)  # cross-entropy: no distillation in the evaluation
+    run(assert_loads, trained / "nkd", lines[1])
+    run(assert_loads, trained / "uskd", lines[2])
+
+
+def assert_loads(folder, line):
+    from transformers import ViTForImageClassification
+
+    its = load("hf_trainer.py")
+    student, info = ViTForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    labels = torch.tensor(its["digits"].target[1408:])
+    logits = student.eval()(its["images"][1408:]).logits
+    assert f"{(logits.argmax(1) == labels).float().mean():.1%}" == line[1] + "%"
+    assert f"{F.cross_entropy(logits, labels):.3f}" == line[2]
+
+
+def test_the_trainer_on_two_processes_equals_one(trained, run, tmp_path):
+    run(loop, "hf_trainer.py", "--output_dir", tmp_path, "--per_device_train_batch_size", 32, *FAST, processes=2)
+    for kind in ("nkd", "uskd"):
+        assert_equal(
+            weights(tmp_path / kind / "model.safetensors"), weights(trained / kind / "model.safetensors"),
+            rtol=1e-4, atol=1e-5,
+        )  # fmt: skip
+
+
+def test_the_trainer_under_accumulation_and_checkpointing_equals_one_pass(trained, run, tmp_path):
+    flags = ["--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"]
+    run(loop, "hf_trainer.py", "--output_dir", tmp_path, *flags, *FAST)
+    # USKD's batch mean is each pass's own
+    assert_equal(weights(tmp_path / "nkd" / "model.safetensors"), weights(trained / "nkd" / "model.safetensors"),
+                 rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+TAPS = {
+    "ViT": ("vit.layers.1", 32), "DeiT": ("deit.layers.1", 32), "Dinov2": ("dinov2.encoder.layer.1", 32),
+    "ResNet": ("resnet.encoder.stages.2", 48), "ConvNext": ("convnext.encoder.stages.2", 48),
+    "MobileNetV1": ("mobilenet_v1.layer.21", 128), "MobileNetV2": ("mobilenet_v2.layer.15", 112),
+    "Swin": ("swin.encoder.layers.2.blocks.1", 64),
+}  # fmt: skip
+
+
+def test_hugging_faces_classifiers_have_a_default_tap_and_can_be_checkpointed(run):
+    run(assert_taps)
+
+
+def assert_taps():
+    import transformers
+
+    from kdlite import WithWeakHead
+
+    stages = dict(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1])
+    blocks = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8)
+    options = {
+        "ViT": blocks, "DeiT": blocks, "Dinov2": blocks,
+        "ResNet": dict(embedding_size=16, **stages), "ConvNext": stages,
+        "MobileNetV1": dict(depth_multiplier=0.25), "MobileNetV2": dict(depth_multiplier=0.35),
+        "Swin": dict(image_size=64, embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=2),
+    }  # fmt: skip
+    for name, (tap, channels) in TAPS.items():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(num_labels=5, **options[name])
+        model = getattr(transformers, f"{name}ForImageClassification")(config)
+        size = getattr(config, "image_size", 224)
+        example = torch.zeros(1, 3, 64, 64) if size == 224 else None  # else what its config says
+        student = WithWeakHead(model, example_input=example)
+        assert (student.tap, student.head.in_features) == (tap, channels)
+        x = torch.randn(2, 3, min(size, 64), min(size, 64))
+        logits, weak_logits = student(pixel_values=x)
+        assert logits.shape == weak_logits.shape == (2, 5)
+        if name == "ViT":
+            weak_logits.sum().backward()
+            plain = {key: p.grad.clone() for key, p in student.named_parameters() if p.grad is not None}
+            student.zero_grad()
+            student.gradient_checkpointing_enable()
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+            student(pixel_values=x)[1].sum().backward()
+            assert_equal({key: p.grad for key, p in student.named_parameters() if p.grad is not None}, plain)
+
+
+def test_a_step_of_the_trainer_follows_the_gradient_of_the_paper(run, tmp_path):
+    run(assert_step_of_the_trainer, tmp_path)
+
+
+def assert_step_of_the_trainer(output):
+    from transformers import TrainingArguments
+
+    its = load("hf_trainer.py")
+    torch.manual_seed(0)
+    student, teacher = its["vit"](16), its["vit"](16).eval()
+    its["NKDTrainer"].compute_loss.__globals__["teacher"] = teacher
+    x, y = its["images"][:12], torch.tensor(its["digits"].target[:12])
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    logits = student(x).logits
+    logits.backward(nkd_gradient(logits.detach(), teacher(x).logits.detach(), y) / 12)
+    gradients = {name: p.grad for name, p in student.named_parameters()}
+    student.zero_grad()
+    args = TrainingArguments(
+        output, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=3, optim="sgd", learning_rate=1,
+        max_grad_norm=0, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    its["NKDTrainer"](student, args, train_dataset=its["data"][:12]).train()
+    taken = {name: before[name] - p.detach() for name, p in student.named_parameters()}
+    assert_equal(taken, gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_a_language_models_three_ways_have_the_gradient_of_the_paper(run):
+    run(assert_language_model)
+
+
+def assert_language_model():
+    its = load("language_model.py")
+    names = its["from_logits"].__globals__
+    torch.manual_seed(0)
+    names["student"], names["teacher"] = its["llama"](16, 128), its["llama"](32, 144).eval()
+    tokens, labels = its["batch"](4, 32)
+    gradients = {}
+    for way in ("from_logits", "from_hidden", "from_top_k"):
+        names["student"].zero_grad()
+        options = dict(k=128) if way == "from_top_k" else {}  # all of them: nothing is lost
+        its[way](tokens, labels, **options).backward()
+        gradients[way] = {name: p.grad.clone() for name, p in names["student"].named_parameters()}
+    names["student"].zero_grad()
+    logits = names["student"](tokens).logits[:, :-1]
+    learnt = labels[:, 1:] != -100
+    teacher_logits = names["teacher"](tokens).logits[:, :-1, :128].detach()
+    by_hand = torch.zeros_like(logits)
+    by_hand[learnt] = nkd_gradient(logits.detach()[learnt], teacher_logits[learnt], tokens[:, 1:][learnt])
+    logits.backward(by_hand / learnt.sum())
+    for way in gradients:
+        expected = {name: p.grad for name, p in names["student"].named_parameters()}
+        assert_equal(gradients[way], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_language_model_loop_learns_from_twenty_served_tokens(run):
+    lines = dict(re.findall(r"^(\w+) +cross-entropy ([\d.]+)$", run(loop, "language_model.py"), re.M))
+    assert lines.keys() == {"cross_entropy", "from_logits", "from_hidden", "from_top_k"}
+    assert max(map(float, lines.values())) < 3.5  # 4.85 before
+    assert abs(float(lines["from_logits"]) - float(lines["from_hidden"])) < 0.05
+
+
+# ---- Accelerate, Lightning, FSDP2 ----
+
+
+def test_accelerate_on_two_processes_equals_one(run, tmp_path):
+    printed = [run(loop_under_sgd, "accelerate_loop.py", tmp_path / str(n), processes=n) for n in (1, 2)]
+    assert float(re.search(r"USKD ([\d.]+)%", printed[0])[1]) > 30  # 10 by chance
+    one, two = (weights(tmp_path / n / "model.safetensors") for n in "12")
+    assert_equal(one, two, rtol=1e-4, atol=1e-5)
+    load("accelerate_loop.py")["cnn"]().load_state_dict(one)  # the plain student
+    state = weights(tmp_path / "1" / "state" / "model.safetensors")
+    assert state.keys() == {f"model.{name}" for name in one} | {"head.weight", "head.bias"}
+
+
+def test_the_lightning_loop_saves_the_best_student_without_its_teacher(run, tmp_path):
+    printed = dict(re.findall(r"^width (\d+): ([\d.]+)%$", run(loop, "lightning_module.py", tmp_path), re.M))
+    assert printed.keys() == {"32", "8"}
+    run(assert_lightning_checkpoint, tmp_path / "8.ckpt", printed["8"])
+
+
+def assert_lightning_checkpoint(path, accuracy):
+    its = load("lightning_module.py")
+    keys = torch.load(path, weights_only=True)["state_dict"].keys()
+    assert keys == {f"student.model.{name}" for name in its["cnn"](8).state_dict()} | {
+        "student.head.weight", "student.head.bias",
+    }  # fmt: skip
+    restored = its["Classifier"].load_from_checkpoint(path, teacher=its["cnn"](32))
+    plain = restored.student.close().eval()
+    right = (plain(its["images"][1400:]).argmax(1) == its["labels"][1400:]).float().mean()
+    assert f"{right:.1%}" == f"{accuracy}%"
+
+
+def test_lightning_on_two_devices_equals_one(run, tmp_path):
+    for devices in (1, 2):
+        run(fit_whole_batches, tmp_path / str(devices), devices, processes=devices)
+    one, two = (weights(tmp_path / n / "8.ckpt")["state_dict"] for n in "12")
+    assert_equal(one, two, rtol=1e-4, atol=1e-5)
+
+
+def fit_whole_batches(output, devices):
+    """Whatever their order, since Lightning gives several devices an order of its own."""
+    its = load("lightning_module.py")
+    torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
+    its["L"].seed_everything(0)
+    its["fit"](its["Classifier"](8, its["cnn"](8)), output, devices, batch_size=1400)
+
+
+def test_fsdp2_on_two_processes_equals_one(run, tmp_path):
+    printed = [run(loop_under_sgd, "fsdp2.py", tmp_path / str(n), processes=n) for n in (1, 2)]
+    assert float(re.search(r"USKD ([\d.]+)%", printed[0])[1]) > 80
+    one, two = (weights(tmp_path / n / "student.pt") for n in "12")
+    assert_equal(one, two, rtol=1e-4, atol=1e-5)
+    load("fsdp2.py")["Network"]().load_state_dict(one)
+
+
+# ---- dense predictions and several losses ----
+
+
+def test_a_segmentation_loop_learns_from_the_pixels_that_count(run):
+    lines = dict(re.findall(r"^(\w+) +([\d.]+)$", run(loop, "segmentation.py"), re.M))
+    assert lines.keys() == {"cross_entropy", "with_teacher", "without_teacher"}
+    assert float(lines["cross_entropy"]) < 1.5  # 2.4 before: the logarithm of 11
+
+
+def test_segmentation_has_the_gradient_of_the_paper_and_none_at_255():
+    its = load("segmentation.py")
+    x, y = its["scene"](torch.arange(1))
+    y[:, :56] = 255  # fewer pixels for the oracle
+    logits = torch.randn(1, 11, 64, 64, requires_grad=True)
+    teacher_logits = torch.randn(1, 11, 64, 64)
+    its["with_teacher"].__globals__["teacher"] = Constant(teacher_logits)
+    its["with_teacher"](Constant(logits), x, y).backward()
+    kept = y[0] != 255
+    rows = (t.detach()[0].permute(1, 2, 0)[kept] for t in (logits, teacher_logits))
+    expected = nkd_gradient(*rows, y[0][kept]) / kept.sum()
+    torch.testing.assert_close(logits.grad[0].permute(1, 2, 0)[kept], expected)
+    assert logits.grad[0].permute(1, 2, 0)[~kept].abs().max() == 0
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x):
+        return {"out": self.logits}
+
+
+def test_several_losses_together_have_the_sum_of_their_gradients():
+    its = load("several_losses.py")
+    torch.manual_seed(0)
+    teachers = [its["Teacher"](its["cnn"](width)) for width in (12, 6)]
+    student = its["Student"](its["cnn"](4), channels=8, teacher_channels=24)
+    x, y = its["images"][:16], its["labels"][:16]
+
+    def gradients(*kept):
+        student.zero_grad()
+        losses = its["losses_of"](student, teachers, x, y)
+        sum(losses[name] for name in kept or losses).backward()
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in student.named_parameters()}
+
+    together = gradients()
+    alone = [gradients(name) for name in ("ce", "nkd", "uskd", "hint")]
+    assert_equal(together, {name: sum(g[name] for g in alone) for name in together})
+    assert all(any(p.abs().sum() > 0 for p in g.values()) for g in alone)
+
+
+def test_the_loop_of_several_losses_learns(run):
+    assert float(re.search(r"student ([\d.]+)%", run(loop, "several_losses.py"))[1]) > 60
+
+
+# ---- the notebook ----
+
+
+@pytest.mark.trial
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(ROOT / "examples" / "kdlite.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    outputs = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    accuracies = dict(re.findall(r"^([\w-]+) +([\d.]+)%$", outputs, re.M))
+    assert accuracies.keys() == {"teacher", "cross-entropy", "NKD", "USKD"}
+    assert min(map(float, accuracies.values())) > 60

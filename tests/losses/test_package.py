@@ -1,0 +1,91 @@
+"""The package as it is installed: what the wheel holds, what it needs, what importing it loads."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from environments import make_environment
+
+import kdlite
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with the wheel and the sdist."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--no-isolation", "-o", folder, ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    return next(built.glob("kdlite-*.whl"))
+
+
+@pytest.mark.slow
+def test_an_index_would_take_both_distributions(built):
+    pytest.importorskip("twine")
+    files = list(built.iterdir())
+    check = [sys.executable, "-m", "twine", "check", "--strict", *files]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == len(files) == 2
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_kdlite_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "kdlite/py.typed" in names
+    assert {name.partition("/")[0].rpartition(".")[2] for name in names} == {"kdlite", "dist-info"}
+    sources = {f"kdlite/{path.name}" for path in (ROOT / "kdlite").iterdir() if path.suffix in (".py", ".typed")}
+    assert {name for name in names if name.startswith("kdlite/")} == sources
+
+
+@pytest.mark.slow
+def test_the_package_needs_torch_alone(wheel):
+    metadata = next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    needs = [line for line in re.findall(r"^Requires-Dist: (.*)$", text, re.M) if "extra ==" not in line]
+    assert [re.split(r"\W", need)[0] for need in needs] == ["torch"]
+    assert f"Version: {kdlite.__version__}" in text
+
+
+@pytest.mark.slow
+def test_it_imports_and_runs_in_an_environment_that_has_torch_alone(wheel, tmp_path):
+    """A fresh environment with the wheel, torch and what torch requires, and no numpy."""
+    python = make_environment(tmp_path / "env", "torch")
+    site = next((tmp_path / "env").glob("lib/python*/site-packages"))
+    zipfile.ZipFile(wheel).extractall(site)
+    program = (
+        "import torch, kdlite\n"
+        "loss = kdlite.nkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1]))\n"
+        "assert loss.isfinite()\n"
+        "try:\n    import numpy\nexcept ImportError:\n    print('no numpy,', kdlite.__file__)\n"
+    )
+    result = subprocess.run([python, "-I", "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"no numpy, {site}/kdlite/__init__.py"
+
+
+def test_the_public_names():
+    assert kdlite.__all__ == [
+        "FeatureTap",
+        "Teacher",
+        "WithWeakHead",
+        "default_tap",
+        "nkd_from_logprobs",
+        "nkd_linear_loss",
+        "nkd_loss",
+        "nkd_sparse_loss",
+        "top_k_logprobs",
+        "uskd_loss",
+    ]
+    for name in kdlite.__all__:
+        assert ">>>" in getattr(kdlite, name).__doc__  # an example, run as a doctest

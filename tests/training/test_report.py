@@ -1,0 +1,137 @@
+"""examples/report.py: the page of some runs, of what they hold, in a real browser."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import rows, run
+
+from deploy.runtimes import softmax
+from kdlite import nkd_loss
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+import report  # noqa: E402
+
+SMALL = ["--device", "cpu", "--epochs", "1", "--img-size", "16", "--workers", "0", "--reference", "40"]
+TINY = [*SMALL, "--model", f"{ROOT}/tests/own_models.py:tiny", "--model-file", f"{ROOT}/tests/own_models.py:tiny"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    run(*TINY, "--output", folder / "teacher")
+    run(*TINY, "--output", folder / "with-teacher", "--kd", "nkd", "--teacher", folder / "teacher/student")
+    run(*TINY, "--output", folder / "alone <b>", "--self-kd", "uskd", "--tap", "layer1")
+    return sorted(folder.iterdir())
+
+
+def test_the_calibration_error_is_that_of_a_plain_loop():
+    random = np.random.default_rng(0)
+    p = random.dirichlet(np.full(5, 0.3), 500)
+    labels = random.integers(5, size=500)
+    expected = 0.0
+    for low in range(15):
+        held = [i for i in range(500) if low / 15 <= max(p[i]) < (low + 1) / 15 or (low == 14 and max(p[i]) == 1)]
+        if held:
+            right = sum(int(np.argmax(p[i]) == labels[i]) for i in held) / len(held)
+            expected += len(held) / 500 * abs(right - sum(max(p[i]) for i in held) / len(held))
+    known = report.calibration(p, labels)
+    assert math.isclose(known.error, expected)
+    assert len(known.confidence) == len(known.accuracy) == len(known.share)
+    assert math.isclose(known.share.sum(), 1)
+    certain = np.eye(3)
+    assert report.calibration(certain, np.arange(3)).error == 0
+    assert report.calibration(certain, np.array([1, 2, 0])).error == 1
+
+
+@pytest.mark.slow
+def test_the_page_shows_every_run_and_stands_alone(runs, browser, tmp_path):
+    command = [sys.executable, ROOT / "examples/report.py", *runs, tmp_path, "-o", tmp_path / "page.html"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path}/page.html\n"
+    assert done.stderr == f"left out: {tmp_path} is no run of train.py, or has no whole epoch\n"
+
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    problems, asked = [], []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"file://{tmp_path}/page.html")
+    assert problems == []
+    assert [url for url in asked if not url.startswith("data:")] == [f"file://{tmp_path}/page.html"]
+    for folder in runs:
+        cells = page.locator("table").first.locator("tr", has_text=folder.name).locator("td").all_inner_texts()
+        assert cells[4] == f"{float(rows(folder)[-1]['val_top1']):.2f}"
+    assert page.get_by_role("img", name="top-1 by epoch").count() == 1
+    assert page.get_by_role("img", name="accuracy against confidence").count() == 1
+    pictures = page.locator("img")
+    assert pictures.count() == 2 * report.SAMPLES + len(runs)  # samples of the distilled ones, confusion of all
+    assert all(pictures.nth(i).evaluate("image => image.naturalWidth") > 0 for i in range(pictures.count()))
+    assert "T_t" in page.locator("body").inner_text()
+    assert "P_t" in page.locator("body").inner_text()
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_soft_labels_are_those_of_the_losses(runs, temperature):
+    """The gradient of the loss by the student's logits, worked out from the labels on the page."""
+    known = report.read_run(next(folder for folder in runs if folder.name == "with-teacher"))
+    known = known._replace(flags=known.flags | {"temperature": temperature})
+    teacher, remarks = report.teachers_logits(known)
+    assert remarks == ""
+    for index in range(5):
+        target = int(known.reference.labels[index])
+        words, others = report.soft_label(known, teacher, index)
+        weight = float(words.rpartition(" ")[2])
+        logits = torch.tensor(known.reference.logits[index], dtype=torch.float64, requires_grad=True)
+        loss = nkd_loss(logits[None], torch.tensor(teacher[index])[None].double(), torch.tensor([target]), gamma=1.5,
+                        temperature=temperature)  # fmt: skip
+        loss.backward()
+        s, t = softmax(logits.detach().numpy()), softmax(teacher[index].astype(float))
+        student = report.without_target(softmax(logits.detach().numpy() / temperature), target)
+        by_hand = weight / temperature * (student - others) + t[target] * (s - np.eye(len(s))[target])
+        np.testing.assert_allclose(logits.grad.numpy(), by_hand, atol=1e-6)
+        assert f"T_t {t[target]:.2f};" in words
+
+
+@pytest.mark.slow
+def test_what_is_damaged_or_missing_is_said_and_the_rest_is_shown(runs, tmp_path, capsys):
+    teacher, other = tmp_path / "teacher", tmp_path / "more/teacher"
+    shutil.copytree(next(folder for folder in runs if folder.name == "teacher"), teacher)
+    shutil.copytree(next(folder for folder in runs if folder.name == "with-teacher"), other)
+    (other / "reference.npz").write_bytes(b"no zip")
+    odd = tmp_path / "odd"
+    shutil.copytree(teacher, odd)
+    (odd / "metrics.csv").write_text("epoch,val_top1\n1,\n")
+    row = {"batch": 1, "p50_ms": 1.0, "artefact": "student.onnx", "precision": "fp32", "provider": "CPU"}
+    (other / "student/benchmark.json").write_text(json.dumps({"rows": [row]}))  # timed on noise: no accuracy
+    folders = [str(teacher), str(other), str(odd)]
+    assert report.command(report.parser, report.run, [*folders, "-o", str(tmp_path / "p.html")]) == 0
+    assert capsys.readouterr().err == f"left out: {odd} is no run of train.py, or has no whole epoch\n"
+    text = (tmp_path / "p.html").read_text()
+    assert "reference.npz cannot be read" in text
+    assert "Not measured" in text
+    assert f"<td>{teacher}</td>" in text  # two runs of one name
+    assert f"<td>{other}</td>" in text
+
+
+@pytest.mark.trial
+def test_grey_images_are_shown(tmp_path):
+    flags = ["--in-chans", "1", "--model", "test_resnet.r160_in1k", "--self-kd", "uskd"]
+    run(*SMALL, *flags, "--output", tmp_path / "grey")
+    assert "data:image/png" in report.page([report.read_run(tmp_path / "grey")])
+
+
+def test_no_run_among_the_folders_is_one_line(tmp_path, capsys):
+    assert report.command(report.parser, report.run, [str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"report.py: error: no run of train.py among {tmp_path}: ")
+    assert report.command(report.parser, report.run, [str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == f"report.py: error: no folder {tmp_path}/nowhere\n"

@@ -1,0 +1,356 @@
+"""train.py is killed, stopped, resumed, started twice, given damaged checkpoints: nothing is lost, nothing mixed up."""
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import random_kills
+import torch
+from running import refused, run
+
+import train
+from deploy import run_directory
+from kdlite.training import checkpoint
+from kdlite.training import distributed as ranks
+
+pytestmark = pytest.mark.slow  # they train
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = Path(__file__).parents[1].joinpath("own_models.py")
+TINY = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--epochs", "1", "--img-size", "16", "--reference", "0"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    random_kills.kill_all(tmp_path / "out")
+
+
+def start(*flags, ranks=1, **options):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, flags)]
+    return subprocess.Popen(command, text=True, env=random_kills.environment(Path("out")), **options)
+
+
+def when(condition, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+def same_weights(a, b):
+    states = [torch.load(Path(name) / "last.pt", weights_only=True)["model"] for name in (a, b)]
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+# ---- signals ----
+
+
+def test_a_signal_saves_and_ends_with_0_and_the_resumed_run_is_the_same_to_the_bit():
+    flags = [*TINY, "--epochs", 4, "--mixup", 0.2, "--ema-decay", 0.9]
+    assert start(*flags, "--output", "whole").wait() == 0
+    stopped = start(*flags, "--output", "out")
+    when(Path("out/last.pt").exists)
+    sent = time.time()
+    stopped.send_signal(signal.SIGHUP)  # SIGTERM: below; SIGUSR1: tests/random_kills.py
+    text, _ = stopped.communicate()
+    assert stopped.returncode == 0, text
+    assert time.time() - sent < 10
+    assert re.search(r"stopped by SIGHUP at step \d+ of epoch \d+: out/last.pt is saved", text)
+    assert start("--resume", "--output", "out").wait() == 0
+    assert same_weights("whole", "out")
+    metrics = [(Path(out) / "metrics.csv").read_text().splitlines() for out in ("whole", "out")]
+    assert [line.split(",")[:6] for line in metrics[0]] == [line.split(",")[:6] for line in metrics[1]]
+
+
+def log(output):
+    file = Path(output) / "log.txt"
+    return file.read_text() if file.exists() else ""
+
+
+def test_a_stop_during_evaluation_leaves_it_for_the_resume(monkeypatch, capsys):
+    evaluate = train.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    run(*TINY, "--epochs", 2, "--output", "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", interrupted)
+        run(*TINY, "--epochs", 2, "--output", "out")
+    assert "stopped by SIGTERM at step 44 of epoch 1" in capsys.readouterr().out
+    run("--output", "out", "--resume")
+    assert same_weights("whole", "out")
+
+
+@pytest.mark.parametrize("batch_size", [16, 1024])
+def test_within_an_epoch_the_batches_cannot_change(batch_size, monkeypatch, capsys):
+    evaluate = train.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", interrupted)
+        run(*TINY, "--output", "out")
+    line = refused(capsys, "--output", "out", "--resume", "--batch-size", batch_size)
+    assert "out/last.pt is at step 44 of epoch 1: take the same --batch-size and images" in line
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("kind", ["signal", "save"])
+def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(kind, tmp_path):
+    """One kill of tests/random_kills.py: a signal to one of two ranks; kill -9 in the middle of a save."""
+    photos = random_kills.make_photos(tmp_path / "photos")
+    whole = random_kills.start(tmp_path / "whole", kind, photos)
+    random_kills.finish(whole, tmp_path / "whole", 200)
+    state = torch.load(tmp_path / "whole/last.pt", weights_only=True)
+    assert random_kills.round_of(kind, tmp_path, photos, state, most=1) == 1
+
+
+@pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.trial)])
+def test_a_lost_process_ends_the_others_soon_with_its_name(victim):
+    two = start(*TINY, "--epochs", 500, "--output", "out", ranks=2)
+    when(lambda: Path("out/last.pt").exists())
+    found = random_kills.ranks(Path("out"))
+    assert len(found) == 2
+    os.kill(two.pid if victim == "launcher" else max(found), signal.SIGKILL)
+    text = random_kills.finish(two, Path("out"), 30)
+    expected = r"rank \d: the launcher has ended" if victim == "launcher" else r"error: (rank \d: )?lost rank \d"
+    assert re.search(expected, text), text
+    assert two.returncode != 0
+
+
+# ---- one run a directory ----
+
+
+def test_a_second_run_in_a_directory_is_refused_and_changes_nothing(capsys):
+    run(*TINY, "--output", "out")
+    before = {file.name: file.read_bytes() for file in Path("out").iterdir() if file.is_file() and file.name != ".lock"}
+    with run_directory.locked(Path("out")):
+        for flag in ("--resume", "--overwrite"):
+            line = refused(capsys, *TINY, "--output", "out", flag)
+            assert f"out is in use by process {os.getpid()} on {socket.gethostname()}: wait" in line
+    assert {name: (Path("out") / name).read_bytes() for name in before} == before
+    run("--output", "out", "--resume", "--epochs", 2)  # the lock is free
+
+
+def test_a_lock_does_not_outlive_a_killed_run():
+    code = "import sys, os, signal; from pathlib import Path; from deploy import run_directory as r\n"
+    code += "with r.locked(Path('.')): os.kill(os.getpid(), signal.SIGKILL)"
+    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL
+    with run_directory.locked(Path()):
+        pass
+
+
+# ---- checkpoints ----
+
+
+def test_the_last_two_checkpoints_are_kept_and_any_flipped_bit_is_seen(capsys):
+    run(*TINY, "--epochs", 3, "--output", "out")
+    last, previous = Path("out/last.pt"), Path("out/previous.pt")
+    epochs = [torch.load(file, weights_only=True)["progress"]["epoch"] for file in (last, previous)]
+    assert epochs == [3, 2]
+    whole = last.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for bit in torch.randint(8 * len(whole), (300,), generator=generator).tolist():
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        assert not checkpoint.is_whole(bytes(damaged))
+    last.write_bytes(damaged)
+    line = refused(capsys, "--output", "out", "--resume")
+    assert "out/last.pt is damaged" in line
+    assert "out/previous.pt is whole: --resume auto takes it" in line
+    assert last.read_bytes() == damaged
+    run("--output", "out", "--resume", "auto")
+    assert "going on from out/previous.pt, after epoch 2" in capsys.readouterr().out
+    assert torch.load(last, weights_only=True)["progress"]["epoch"] == 3
+    previous.write_bytes(b"")
+    last.write_bytes(whole[:-1])
+    assert "last.pt and out/previous.pt: damaged" in refused(capsys, "--output", "out", "--resume", "auto")
+
+
+def test_a_run_killed_between_two_renames_still_has_its_checkpoint(capsys):
+    run(*TINY, "--epochs", 2, "--output", "out")
+    Path("out/last.pt").unlink()  # previous.pt was renamed, last.pt was not yet
+    run("--output", "out", "--resume")
+    assert "going on from out/previous.pt, after epoch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, torch.zeros(2), [1], {}, None, "bytes"])
+def test_what_is_no_checkpoint_is_refused_and_kept(content, capsys):
+    run(*TINY, "--output", "out")
+    Path("out/previous.pt").unlink(missing_ok=True)
+    torch.save(content, "out/last.pt")
+    before = Path("out/last.pt").read_bytes()
+    for flag in (["--resume"], ["--resume", "auto"]):
+        assert "out/last.pt: damaged, or no checkpoint of train.py" in refused(capsys, "--output", "out", *flag)
+    assert Path("out/last.pt").read_bytes() == before
+
+
+def test_resume_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(capsys):
+    for epochs, said in ((1, "no out/last.pt yet: starting anew"), (2, "going on from out/last.pt, after epoch 1")):
+        run(*TINY, "--epochs", epochs, "--output", "out", "--resume", "auto")
+        assert said in capsys.readouterr().out
+
+
+def test_a_resume_from_another_folder_finds_the_data(tmp_path, monkeypatch, capsys):
+    photos = random_kills.make_photos(tmp_path / "photos")
+    flags = [*TINY, "--batch-size", 64, "--workers", 0]
+    run(*flags, "--data", "photos", "--output", "out", "--kd", "kd", "--teacher", os.path.relpath(MODELS) + ":plain")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run("--output", tmp_path / "out", "--resume", "--epochs", 2)
+    given = json.loads((tmp_path / "out/args.json").read_text())["given"]
+    assert given["data"] == str(photos)
+
+
+def test_other_classes_under_the_same_number_are_refused_at_a_resume(tmp_path, capsys):
+    photos = random_kills.make_photos(tmp_path / "photos")
+    flags = [*TINY, "--data", photos, "--batch-size", 64, "--workers", 0]
+    run(*flags, "--output", "out")
+    for part in ("train", "val"):
+        (photos / part / "china").rename(photos / part / "zebra")
+    line = refused(capsys, "--output", "out", "--resume", "--epochs", 2)
+    assert "out/last.pt was trained on other classes than --data holds: china and not flower" in line
+
+
+def test_distillation_may_be_added_at_a_resume():
+    run(*TINY, "--output", "out")
+    run("--output", "out", "--resume", "--epochs", 2, "--kd", "nkd", "--teacher", f"{MODELS}:plain")
+    header, first, second = Path("out/metrics.csv").read_text().splitlines()
+    assert "loss_nkd" in header
+    assert first.count(",") == second.count(",") == header.count(",")
+
+
+# ---- what is not finite ----
+
+
+def test_a_nan_of_the_evaluation_is_never_the_best(capsys):
+    run(*TINY, "--model", f"{MODELS}:nan_after", "--epochs", 3, "--output", "out")
+    config = json.loads(Path("out/student/config.json").read_text())
+    assert config["metrics"]["epoch"] == 1
+    assert torch.load("out/best.pt", weights_only=True)["progress"]["epoch"] == 1
+    assert torch.load("out/last.pt", weights_only=True)["progress"]["epoch"] == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(capsys):
+    line = refused(capsys, *TINY, "--model", f"{MODELS}:infinite_gradient", "--batch-size", 1024, "--output", "out")
+    assert "the weights are not finite after epoch 1" in line
+    assert not Path("out/last.pt").exists()
+    assert not Path("out/student").exists()
+
+
+# ---- a terminal that is gone ----
+
+
+@pytest.mark.trial
+def test_a_dead_stdout_does_not_end_the_run():
+    read, write = os.pipe()
+    process = start(*TINY, "--epochs", 4, "--output", "out", stdout=write, stderr=write)
+    os.close(write)
+    with os.fdopen(read) as stream:
+        stream.readline()
+    assert process.wait(120) == 0
+    assert log("out").count("\nepoch ") == 4
+    assert "last top-1" in log("out")
+
+
+# ---- however many processes ----
+
+
+def gradients(world_size, grad_accum, method, rank=0):
+    """Of train.py's first optimizer steps, without batch norm: the weights after three of them."""
+    flags = [*TINY, "--model", f"{MODELS}:plain", "--batch-size", 64, "--grad-accum", grad_accum, "--opt", "momentum",
+             "--lr", 0.5, "--warmup-epochs", 0, "--label-smoothing", 0.1, "--crop", "none", *method]  # fmt: skip
+    run = train.build(train.parse_args([str(flag) for flag in flags]))
+    net = torch.nn.parallel.DistributedDataParallel(run.net) if world_size > 1 else run.net
+    log = train.LossLog(False)
+    steps = []
+
+    def after_step():
+        steps.append(1)
+        return len(steps) == 3
+
+    corrupt = train.CorruptCount("training", 1)
+    train.train_epoch(net, run, train.Progress(), corrupt, log, 1, grad_accum, None, None, after_step, lambda *_: None)
+    return torch.cat([p.detach().flatten() for p in run.net.parameters()])
+
+
+METHODS = {
+    "ce": [], "uskd": ["--self-kd", "uskd", "--tap", "1", "--alpha", "1", "--mu", "0.1"],
+    "nkd": ["--kd", "nkd", "--teacher", f"{MODELS}:plain"], "kd": ["--kd", "kd", "--teacher", f"{MODELS}:plain"],
+}  # fmt: skip
+
+
+if __name__ == "__main__":  # one of the two ranks of the test below
+    torch.set_num_threads(1)
+    ranks.connect(1)
+    found = {name: gradients(2, 1, flags) for name, flags in METHODS.items()}
+    torch.save(found, f"{sys.argv[1]}/{ranks.RANK}.pt")
+    ranks.disconnect()
+    sys.exit(0)
+
+
+def test_a_step_is_the_same_on_one_process_on_two_and_in_two_passes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = random_kills.environment(tmp_path) | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    two = [
+        subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
+    assert [process.wait(120) for process in two] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, flags in METHODS.items():
+        whole = gradients(1, 1, flags)
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], whole, rtol=1e-4, atol=1e-5)
+        if name != "uskd":  # a pass of --grad-accum knows its own logits alone: said in named_losses
+            torch.testing.assert_close(gradients(1, 2, flags), whole, rtol=1e-4, atol=1e-5)
+
+
+# ---- too little memory ----
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
+                    reason="needs the right to mount a /dev/shm of its own")  # fmt: skip
+def test_a_small_dev_shm_is_said_before_the_first_batch():
+    """64 MiB is what a container has; without the check the workers would stand still."""
+    flags = [*TINY, "--workers", 2, "--batch-size", 128, "--img-size", 224, "--output", "out"]
+    mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", mount, "-", sys.executable, ROOT / "train.py", *flags]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("train.py: error: /dev/shm has 64 MiB free, and the workers hold up to 147 MiB")
+    assert "--shm-size" in line
+    assert "--workers 0" in line
+    assert not Path("out").exists()
+
+
+def test_images_that_memory_cannot_keep_are_said(capsys):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (600 << 20), before[1]))
+    try:
+        line = refused(capsys, *TINY, "--cache", "device", "--img-size", 512, "--output", "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert line.startswith("train.py: error: out of memory: ")
+    assert "leave out --cache device" in line

@@ -1,0 +1,560 @@
+"""A teacher's answers, stored by train.py --write-labels and trained from by --teacher-labels; losses of one's own."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import refused, rows, run
+from sklearn.datasets import load_sample_images
+from torch.nn import functional as F
+
+import train
+from deploy import export
+from deploy.cli import UserError
+from deploy.preprocess import UnreadableImage
+from deploy.run_directory import locked
+from deploy.student import load_student
+from examples import teacher_labels as example
+from kdlite import nkd_sparse_loss
+from kdlite.training import loading, teacher_labels
+from kdlite.training.data import open_data
+from kdlite.training.teacher_labels import StoredLabels, describe_images
+
+pytestmark = pytest.mark.slow  # they train
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = Path(__file__).parents[1].joinpath("own_models.py")
+TINY = [
+    "--device",
+    "cpu",
+    "--model",
+    f"{MODELS}:tiny",
+    "--epochs",
+    1,
+    "--img-size",
+    16,
+    "--reference",
+    0,
+    "--workers",
+    0,
+]
+TEACHER = ["--teacher", "t/student", "--model-file", f"{MODELS}:tiny"]
+PHOTOS = ["--data", "photos", "--recipe", "digits", "--batch-size", 8, "--crop", "resized", "--hflip", 0.5,
+          "--randaugment", 2, 9]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A teacher of the digits in t/, a folder of photographs and a teacher of its two classes in p/t/."""
+    root = tmp_path_factory.mktemp("teachers")
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        run(*TINY, "--epochs", 2, "--lr", 0.02, "--output", "t")
+        for name, photo in zip(("china", "flower"), load_sample_images().images):
+            for part, count in (("train", 12), ("val", 3)):
+                folder = root / "p/photos" / part / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    Image.fromarray(photo[15 * i : 15 * i + 64, 20 * i : 20 * i + 80]).save(folder / f"{i}.png")
+        os.chdir(root / "p")
+        run(*TINY, *PHOTOS, "--output", "t")
+    finally:
+        os.chdir(before)
+    return root
+
+
+@pytest.fixture
+def digits(teachers, tmp_path, monkeypatch):
+    shutil.copytree(teachers / "t", tmp_path / "t")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def photos(teachers, tmp_path, monkeypatch):
+    shutil.copytree(teachers / "p", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+def stored(data, input_size=(3, 16, 16), folder="L"):
+    view = loading.describe_view(input_size, "resized", 0.5, "bilinear", [2, 9])
+    return StoredLabels(Path(folder), describe_images(data.train, data.label_names, view))
+
+
+# ---- the student sees what the teacher saw, and learns what it would have said ----
+
+
+def test_from_labels_of_every_class_a_student_learns_as_from_the_teacher(digits):
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 2, "--top-k", 9)
+    run(*TINY, "--epochs", 2, "--kd", "nkd", "--teacher-labels", "L", "--output", "stored")
+    run(*TINY, "--epochs", 2, "--kd", "nkd", *TEACHER, "--output", "online")
+    for ours, theirs in zip(rows("stored"), rows("online")):
+        assert float(ours["loss_ce"]) == pytest.approx(float(theirs["loss_ce"]), rel=1e-3)
+        assert float(ours["loss_nkd"]) == pytest.approx(float(theirs["loss_nkd"]), rel=1e-3)  # log T_i are float16
+    config = json.loads(Path("stored/student/config.json").read_text())
+    assert config["training"]["teacher"].startswith("student (")
+    assert config["training"]["teacher"].endswith("), top-9 of 2 views drawn from seed 0")
+
+
+def test_a_stored_answer_is_the_teachers_of_the_view_that_is_drawn_again(photos):
+    run(*TINY, *PHOTOS, *TEACHER, "--write-labels", "L", "--views", 2, "--seed", 3)
+    data = open_data("photos")
+    teacher, config = load_student(Path("t"), [f"{MODELS}:tiny"])
+    teacher.eval()
+    labels = stored(data)
+    assert (labels.views, labels.header["k"]) == (2, 1)
+    samples = loading.Samples(
+        data.train, loading.train_view((3, 16, 16), "resized", 0.5, "bilinear", [2, 9]), 7, labels
+    )
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    seen = []
+    for epoch, index in ((0, 0), (0, 23), (1, 0), (2, 0), (3, 23)):
+        image, label, _, (log_t, top, classes) = samples[epoch, index]
+        with torch.no_grad():
+            expected = teacher((image[None] / 255 - mean) / std).log_softmax(1)[0]
+        assert log_t.item() == pytest.approx(expected[label].item(), abs=1e-5)
+        assert top.item() == pytest.approx(expected[1 - label].item(), abs=1e-3)
+        assert classes.tolist() == [1 - label]
+        seen.append(image)
+    assert torch.equal(seen[0], seen[3])  # two views: epoch 2 is epoch 0 again
+    assert not torch.equal(seen[0], seen[2])
+
+
+def test_labels_of_large_crops_teach_a_student_of_small_ones(photos):
+    """Where the size does not decide what is cropped: the teacher may see more pixels than the student."""
+    run(*TINY, *PHOTOS, *TEACHER, "--img-size", 32, "--write-labels", "L", "--views", 1)
+    run(*TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
+    assert math.isfinite(float(rows("out")[0]["loss_nkd"]))
+
+
+@pytest.mark.trial
+def test_workers_and_ranks_write_the_same_labels(photos, monkeypatch):
+    flags = [*TINY, *PHOTOS, *TEACHER, "--views", 3, "--write-labels"]
+    run(*flags, "L")
+    run(*flags, "M", "--workers", 2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, str(ROOT / "train.py"), *map(str, flags), "N"], check=True, timeout=200,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    for name in ("labels.json", "000-00000000.npy", "001-00000000.npy", "002-00000000.npy"):
+        for other in "MN":
+            assert Path("L", name).read_bytes() == Path(other, name).read_bytes()
+
+
+def test_a_run_from_labels_that_is_stopped_goes_on_to_the_same_weights(digits, monkeypatch):
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    flags = [*TINY, "--epochs", 2, "--kd", "nkd", "--self-kd", "uskd", "--teacher-labels", "L"]
+    run(*flags, "--output", "whole")
+    with monkeypatch.context() as m:
+        evaluate = train.evaluate
+        m.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), 15) or evaluate(*args))
+        run(*flags, "--output", "parts")
+    assert not Path("parts/metrics.csv").exists()
+    run("--output", "parts", "--resume")
+    whole, parts = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    export.export_student(Path("t/student"), ("onnx",), model_file=f"{MODELS}:tiny")
+    example.write(Path("t/student/student.onnx"), Path("M"), 1, 10, list(map(str, TINY)))
+    ours, theirs = (np.load(f"{name}/000-00000000.npy") for name in "ML")
+    np.testing.assert_allclose(ours["target"], theirs["target"], atol=1e-4)
+    assert (ours["indices"] == theirs["indices"]).mean() > 0.99  # but for ties
+    run(*TINY, "--kd", "nkd", "--teacher-labels", "M", "--output", "out")
+    line = subprocess.run([sys.executable, ROOT / "examples/teacher_labels.py", "none.onnx", "N"], capture_output=True)
+    assert (line.returncode, line.stderr.count(b"\n")) == (2, 1)
+    for views, flags, message in ((0, [], "views is 0"), (1, ["--img-size", "32"], "the student's are [3, 32, 32]")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            example.write(Path("t/student/student.onnx"), Path("N"), views, 10, [*map(str, TINY), *flags])
+        assert not Path("N").exists()
+
+
+def test_answers_of_a_server_are_a_top_k():
+    """As vLLM's prompt_logprobs: of each token a dict, which has the token's own beside the k largest."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 30, generator=g, dtype=torch.float64)
+    labels = torch.randint(30, (6,), generator=g)
+    log_t = teacher.log_softmax(1)
+    answers = [
+        {int(i): float(row[i]) for i in {*row.topk(5).indices.tolist(), int(t)}} for row, t in zip(log_t, labels)
+    ]
+    found = nkd_sparse_loss(student, *example.from_answers(answers, labels.tolist(), 5), labels)
+    masked = log_t.masked_fill(F.one_hot(labels, 30).bool(), -torch.inf).topk(5)
+    masked_values = masked.values.where(masked.values >= log_t.topk(5).values[:, -1:], -torch.inf)
+    expected = nkd_sparse_loss(student, log_t.gather(1, labels[:, None])[:, 0], masked_values, masked.indices, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    # a position without an answer, of which nothing is to be learnt
+    log_t, top, index = example.from_answers([{}, answers[0]], [-100, int(labels[0])], 5)
+    ignored = nkd_sparse_loss(student[[1, 0]], log_t, top, index, torch.tensor([-100, int(labels[0])]))
+    torch.testing.assert_close(ignored, nkd_sparse_loss(student[:1], log_t[1:], top[1:], index[1:], labels[:1]))
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        example.from_answers(answers, [1], 5)
+
+
+# ---- writing ----
+
+
+def test_what_is_whole_is_kept_and_what_is_not_is_written_again(digits, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_labels, "ROWS", 500)
+    flags = [*TINY, *TEACHER, "--views", 2, "--write-labels"]
+    run(*flags, "L")
+    run(*flags, "M")
+    assert sorted(path.name for path in Path("L").glob("*.npy")) == [
+        f"{view:03}-{start:08}.npy" for view in (0, 1) for start in (0, 500, 1000)
+    ]
+    Path("L/001-00000500.npy").write_bytes(Path("L/001-00000500.npy").read_bytes()[:-1])
+    kept = {path: path.stat().st_mtime_ns for path in Path("L").glob("*.npy") if path.name != "001-00000500.npy"}
+    line = refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
+    assert "1 files of labels are missing or not whole" in line
+    assert "001-00000500.npy" in line
+    run(*flags, "L")
+    assert "2874 views (1437 images x 2), 2374 there already: 0.1 MB" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    for path in Path("M").iterdir():
+        assert (Path("L") / path.name).read_bytes() == path.read_bytes()
+
+
+def zeros(content):
+    return content[:5000] + bytes(len(content) - 5000)
+
+
+def flipped(content):  # in what is the first row's first probability
+    return content[:700] + bytes([content[700] ^ 1]) + content[701:]
+
+
+@pytest.mark.parametrize("damage", [zeros, flipped, lambda content: b"", lambda content: content[:-4], "folder"])
+def test_a_damaged_file_is_never_trained_from_and_written_again(digits, capsys, damage):
+    write = [*TINY, *TEACHER, "--views", 1, "--write-labels", "L"]
+    run(*write)
+    file = Path("L/000-00000000.npy")
+    whole = file.read_bytes()
+    assert int.from_bytes(whole[-4:], "little") == zlib.crc32(whole[:-4])
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(damage(whole))
+    line = refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
+    assert "the first is 000-00000000.npy: the same --write-labels goes on" in line
+    if damage == "folder":
+        file.rmdir()
+    run(*write)
+    assert file.read_bytes() == whole
+
+
+def test_an_epoch_keeps_the_files_of_one_view_open(photos, monkeypatch):
+    monkeypatch.setattr(teacher_labels, "ROWS", 10)
+    run(*TINY, *PHOTOS, *TEACHER, "--write-labels", "L", "--views", 3)
+    labels = stored(open_data("photos"))
+    for view in (0, 1, 2, 0):
+        for index in (0, 23, 10):
+            labels(view, index)
+        assert sorted(labels.files) == [(view, 0), (view, 10), (view, 20)]
+
+
+def test_a_teacher_that_answers_nan_is_refused(digits, capsys):
+    Path("nan.py").write_text("""
+import torch
+
+class NaN(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.classifier = torch.nn.Linear(3 * 16 * 16, num_classes)
+
+    def forward(self, x):
+        y = self.classifier(x.flatten(1))
+        return torch.cat([y[:-1], y[-1:] * torch.nan])
+
+def build(num_classes=10):
+    return NaN(num_classes)
+""")
+    run(*TINY, "--teacher", "nan.py:build", "--write-labels", "L", "--views", 1, check=2)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "the teacher's answers are no probabilities of 10 classes" in line
+    assert "--amp off" in line
+    assert not list(Path("L").glob("*.npy"))
+
+
+def test_two_do_not_write_one_folder(digits, capsys):
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    with locked(Path("L")):
+        assert f"is in use by process {os.getpid()} on" in refused(capsys, *TINY, *TEACHER, "--write-labels", "L")
+    Path("file").touch()
+    assert "cannot make" in refused(capsys, *TINY, *TEACHER, "--write-labels", "file")
+
+
+def test_the_home_folder_is_found_where_the_shell_leaves_it(digits, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    run(*TINY, *TEACHER, "--write-labels=~/L", "--views", 1)
+    run(*TINY, "--kd", "nkd", "--teacher-labels", "~/L", "--output", "~/out")
+    assert Path("home/out/student").is_dir()
+    assert not Path("~").exists()
+
+
+def test_a_stop_keeps_what_is_whole(digits, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_labels, "ROWS", 500)
+    flags = [*TINY, *TEACHER, "--views", 1, "--write-labels", "L"]
+    with monkeypatch.context() as m:
+        write = teacher_labels.write_whole
+
+        def write_and_stop(path, content):
+            write(path, content)
+            if path.suffix == ".npy":
+                os.kill(os.getpid(), 15)
+
+        m.setattr(teacher_labels, "write_whole", write_and_stop)
+        run(*flags)
+    assert "stopped by SIGTERM: what is whole in" in capsys.readouterr().out
+    assert [path.name for path in Path("L").glob("*.npy")] == ["000-00000000.npy"]
+    run(*flags)
+    assert len(list(Path("L").glob("*.npy"))) == 3
+
+
+RANKS = """
+import sys, time, torch
+from pathlib import Path
+from kdlite.training import distributed as ranks
+from kdlite.training import teacher_labels
+from kdlite.training.data import open_data
+from kdlite.training.loading import describe_view, train_view
+
+teacher_labels.ROWS = 500  # three files of two processes: one has a file less, and waits
+ranks.connect(minutes=0.05)
+data, view, stop = open_data("digits"), ((3, 16, 16), "none", 0.0, "bilinear", None), ranks.StopRequest()
+header = teacher_labels.describe_images(data.train, data.label_names, describe_view(*view))
+header |= {"teacher": {"name": "t", "digest": "0"}, "seed": 0, "views": 1, "k": 3}
+
+def ask(images, labels):
+    time.sleep(0.5)
+    stop.name = "SIGTERM" if sys.argv[1] == "stopped" and ranks.RANK == 1 else None
+    return torch.full((len(labels),), -1.0), torch.full((len(labels), 3), -2.0), torch.zeros(len(labels), 3).long()
+
+with teacher_labels.begin_labels(Path("L"), header):
+    said = teacher_labels.write_labels(
+        Path("L"), header, data.train, train_view(*view), ask, 64, 0, False, None, stop
+    )
+Path(f"{ranks.RANK}.txt").write_text(str(said))
+ranks.disconnect()
+"""
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize(("how", "whole"), [("waits", "True"), ("stopped", "False")])
+def test_ranks_agree_whether_the_labels_are_whole(tmp_path, monkeypatch, how, whole):
+    monkeypatch.chdir(tmp_path)
+    Path("ranks.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, "ranks.py", how], check=True, timeout=200,
+                   env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert [Path(f"{rank}.txt").read_text() for rank in (0, 1)] == [whole, whole]
+
+
+def test_of_an_image_that_cannot_be_read_nothing_is_known(photos, capsys):
+    Path("photos/train/china/3.png").write_bytes(b"no image")
+    run(*TINY, *PHOTOS, *TEACHER, "--write-labels", "L", "--views", 1)
+    assert (
+        f"skipped a corrupt image (1 so far in training): {Path('photos').absolute()}/train/china/3.png"
+        in capsys.readouterr().err
+    )
+    data = open_data("photos")
+    index = data.train.files().index("china/3.png")
+    assert torch.isfinite(stored(data)(0, index + 1)[0])
+    with pytest.raises(UnreadableImage):
+        stored(data)(0, index)
+    shutil.copy("photos/train/china/4.png", "photos/train/china/3.png")  # mended, but the teacher has not seen it
+    run(*TINY, *PHOTOS, "--kd", "kd", "--teacher-labels", "L", "--output", "out")
+    assert "china/3.png: it could not be read when its labels were written" in capsys.readouterr().err
+    assert math.isfinite(float(rows("out")[0]["loss_kd"]))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--kd", "kd"],
+        pytest.param(["--kd", "nkd", "--temperature", 2], marks=pytest.mark.trial),
+        pytest.param(["--kd", "own.py:rows"], marks=pytest.mark.trial),
+    ],
+)
+def test_other_losses_want_labels_of_every_class(own, capsys, flags):
+    learn = [*TINY, *flags, "--output", "stored", "--teacher-labels"]
+    run(*TINY, *TEACHER, "--write-labels", "few", "--views", 1, "--top-k", 8)
+    assert "wants all of a teacher's answer, of which few has the top-8: write labels with --top-k 9" in (
+        refused(capsys, *learn, "few").replace(f"{Path.cwd()}/", "")
+    )
+    run(*TINY, *TEACHER, "--write-labels", "all", "--views", 1, "--top-k", 9)
+    run(*learn, "all")
+    run(*TINY, *flags, *TEACHER, "--output", "online")
+    (name,) = [name for name in rows("online")[0] if name.startswith("loss_") and name != "loss_ce"]
+    if flags[1] != "own.py:rows":  # which sees logits that are shifted by a constant
+        assert float(rows("stored")[0][name]) == pytest.approx(float(rows("online")[0][name]), rel=1e-3)
+
+
+@pytest.mark.parametrize("flags", [dict(kd="kd", kd_temperature=2.0), dict(kd="nkd", temperature=2.0)])
+def test_what_is_no_class_has_no_probability_and_stands_for_no_other(flags):
+    """Of four classes the third was not told: its place in the row has a log-probability of -inf, and any index."""
+    student, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    teacher[:, 2] = -1e30
+    target = torch.tensor([0, 1, 3, 0, 1, 3])
+    log_t, index = teacher.log_softmax(1), torch.tensor([[1, 3, 0], [0, 3, 0], [0, 1, 0]] * 2)
+    top = log_t.gather(1, index)
+    top[:, 2] = -torch.inf
+    labels = log_t.gather(1, target[:, None])[:, 0], top, index
+    told, online = (train.named_losses(student, None, said, target, **flags)[flags["kd"]] for said in (labels, teacher))
+    assert told.isfinite()
+    torch.testing.assert_close(told, online)
+
+
+# ---- what is refused ----
+
+
+def test_labels_of_something_else_are_refused_with_the_field_that_differs(photos, capsys):
+    write = [*TINY, *PHOTOS, *TEACHER, "--views", 2, "--write-labels", "L"]
+    run(*write)
+    learn = [*TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out"]
+
+    def said(*flags):
+        return refused(capsys, *flags).partition("are of another ")[2]
+
+    assert said(*learn, "--crop", "none") == "transform, crop: {'crop': 'resized'} there, {'crop': 'none'} here"
+    assert said(*learn, "--randaugment", 1, 9) == (
+        "transform, randaugment: {'randaugment': [2, 9]} there, {'randaugment': [1, 9]} here"
+    )
+    assert said(*write, "--views", 3) == "number of views: 2 there, 3 here"
+    assert said(*write, "--seed", 1) == "seed of the views: 0 there, 1 here"
+    few = refused(capsys, *write[:-1], "M", "--views", 200_000)
+    assert "views is 200000; expected a number from 1 to 100,000" in few
+    assert not Path("M").exists()
+    shutil.copytree("t", "other")
+    run(*TINY, *PHOTOS, "--seed", 1, "--output", "other", "--overwrite")
+    assert said(*write, "--teacher", "other/student").startswith("teacher, digest: ")
+    Path("photos/train/china/0.png").rename("photos/train/flower/99.png")
+    assert said(*learn).startswith("digest of their names and classes: ")
+    Path("photos/train/flower/99.png").unlink()
+    assert said(*learn) == "number of training images: 24 there, 23 here"
+    assert not Path("out").exists()
+
+
+def test_a_run_that_goes_on_wants_the_same_labels(digits, capsys):
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    run(*TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
+    shutil.rmtree("L")
+    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1, "--top-k", 3)
+    line = refused(capsys, "--output", "out", "--resume", "--epochs", 2)
+    assert "this run began with labels of student (" in line
+    assert "top-9 of 1 views" in line
+    assert "top-3 of 1 views" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--write-labels", "L"], "--write-labels needs --teacher"),
+        (["--write-labels", "L", *TEACHER, "--kd", "nkd"], "nothing is trained"),
+        (["--write-labels", "L", *TEACHER, "--top-k", 10], "--top-k 10: of 10 classes 9 are left"),
+        (
+            ["--write-labels", "L", *TEACHER, "--mixup", 0.2, "--random-erasing", 0.1],
+            "say --mixup 0 --random-erasing 0",
+        ),
+        (["--write-labels", "L", *TEACHER, "--cache", "device"], "say --cache none"),
+        (["--write-labels", "L", *TEACHER, "--output", "out"], "--write-labels trains nothing: leave --output out"),
+        (["--write-labels", "L", *TEACHER, "--self-kd", "uskd"], "leave --self-kd out"),
+        (["--views", 3], "--views needs --write-labels"),
+        (["--teacher-labels", "L"], "--teacher-labels needs --kd"),
+        (["--teacher-labels", "L", "--kd", "nkd", *TEACHER], "no --teacher"),
+        (["--teacher-labels", "L", "--kd", "nkd"], "no teacher's labels in L: No such file or directory: labels.json"),
+        (["--kd", "dkd"], "'dkd' is none of nkd, kd and path/to/file.py:function"),
+    ],
+)
+def test_flags_that_do_not_go_together(digits, capsys, flags, message):
+    assert message in refused(capsys, *TINY, *flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "labels.json"), ("[]", "labels.json"), ('{"images": 3}', "labels.json"), ('{"images": "3"}', "images")],
+)
+def test_a_damaged_header(digits, capsys, content, message):
+    Path("L").mkdir()
+    Path("L/labels.json").write_text(content)
+    assert message in refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L")
+
+
+# ---- losses of one's own ----
+
+
+@pytest.fixture
+def own(digits):
+    Path("own.py").write_text("""
+import torch
+from torch.nn import functional as F
+
+def rows(student_logits, teacher_logits, target):
+    return F.mse_loss(student_logits, teacher_logits, reduction="none").mean(1)
+
+def one(student_logits, teacher_logits, target):
+    return rows(student_logits, teacher_logits, target).mean()
+
+def alone(student_logits, teacher_logits, target):
+    assert teacher_logits is None
+    return student_logits.square().mean(1)
+
+def wrong(student_logits, teacher_logits, target):
+    return student_logits
+
+def nothing(student_logits, teacher_logits, target):
+    pass
+
+def raises(student_logits, teacher_logits, target):
+    return student_logits.nothing
+""")
+
+
+def test_a_folder_that_is_named_like_a_method_is_none(digits):
+    Path("kd").mkdir()
+    run(*TINY, "--kd", "kd", *TEACHER, "--output", "out")
+    assert "loss_kd" in rows("out")[0]
+
+
+def test_a_loss_of_ones_own_is_added(own):
+    run(*TINY, "--kd", "own.py:rows", *TEACHER, "--output", "rows")
+    run(*TINY, "--kd", "own.py:one", *TEACHER, "--output", "one")
+    assert float(rows("rows")[0]["loss_own"]) == pytest.approx(float(rows("one")[0]["loss_own"]), rel=1e-5)
+    run(*TINY, "--kd", "own.py:alone")  # without a teacher
+    assert Path("runs/001-own_models-alone").is_dir()
+    config = json.loads(Path("rows/student/config.json").read_text())
+    assert config["training"]["method"] == "cross-entropy + rows"
+
+
+@pytest.mark.parametrize("name", ["dkd", "dist"])  # one value a row, one a batch
+def test_the_losses_of_the_examples_train(digits, name):
+    run(*TINY, "--kd", f"{ROOT}/examples/losses.py:{name}", *TEACHER, "--output", "out")
+    assert np.isfinite(float(rows("out")[0]["loss_own"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["own.py:wrong"],
+            "--kd must return a loss a row, or one if there are no --class-weights; it returned (32, 10)",
+        ),
+        (["own.py:one", "--class-weights", "balanced"], "it returned ()"),
+        (["own.py:nothing"], "it returned NoneType"),
+        (["own.py:raises"], "own.py:raises failed: AttributeError: 'Tensor' object has no attribute 'nothing' ("),
+        (["own.py:missing"], "has no function 'missing'"),
+        (["nowhere.py:loss"], "no file nowhere.py"),
+    ],
+)
+def test_a_loss_that_is_none(own, capsys, flags, message):
+    assert message in refused(capsys, *TINY, *TEACHER, "--kd", *flags)

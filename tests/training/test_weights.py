@@ -1,0 +1,461 @@
+"""Whose weights a run starts from, and what a finished student is to other people's tools."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+import torchvision
+from huggingface_hub import ModelCard
+from PIL import Image
+from running import run
+from safetensors.torch import load_file, save_file
+from students import write_student
+from torch.nn import functional as F
+
+import train
+from deploy import check, export, triton
+from deploy.cli import UserError, command
+from deploy.student import build_model, find_architecture, load_student
+from kdlite import Teacher, WithWeakHead, nkd_loss
+from kdlite.training.data import Data
+from kdlite.training.outputs import save_student
+from kdlite.training.weights import adopt, load_teacher, match, open_student, read_weights
+
+MODELS = Path(__file__).parents[1].joinpath("own_models.py")
+TEN = [f"class {i}" for i in range(10)]
+SMALL = ["--device", "cpu", "--epochs", "1", "--batch-size", "8", "--workers", "0", "--crop", "none", "--lr", "0.01"]
+PHOTOS = ["--data", "photos", "--val-split", "0.25"]  # the fixture's
+
+
+@pytest.fixture(autouse=True)
+def offline_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where a network is, it is not used
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Folders of two classes, dark and bright, without a val/."""
+    for name, low in (("dark", 0), ("bright", 120)):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for i in range(16):
+            pixels = np.random.default_rng(i).integers(low, low + 120, (24, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return tmp_path / "photos"
+
+
+def start(name, labels=2, size=(3, 32, 32), **options):
+    labels = [f"label {i}" for i in range(labels)] if isinstance(labels, int) else labels
+    channels = size[0]
+    return open_student(str(name), labels, size, [0.5] * channels, [0.25] * channels, **options)
+
+
+# ---- ImageNet weights ----
+
+
+@pytest.fixture
+def imagenet_resnet(tmp_path):
+    """torchvision's file of ResNet-18's weights where a download would have put it; the numbers are ours."""
+    state = torchvision.models.resnet18().state_dict()
+    folder = tmp_path / "torch/hub/checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "resnet18-f37072fd.pth")
+    return state
+
+
+def test_pretrained_keeps_the_body_and_its_preprocessing_and_makes_a_new_head(imagenet_resnet):
+    model, config, said = start("resnet18", pretrained=True)
+    state = model.state_dict()
+    for name, value in imagenet_resnet.items():
+        assert name.startswith("fc.") or torch.equal(state[name], value)
+    assert state["fc.weight"].shape == (2, 512)
+    assert (config["mean"], config["crop"]) == ([0.485, 0.456, 0.406], 0.875)
+    assert "120 of 122 tensors taken; new: fc.weight ([1000, 512] there), fc.bias" in said
+    assert "mean [0.485, 0.456, 0.406]" in said
+    _, config, _ = start("resnet18", pretrained=True, crop=1.0)
+    assert config["crop"] == 1.0
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("resnet18", "put https://download.pytorch.org/models/resnet18-f37072fd.pth into {}/torch/hub/checkpoints"),
+    ("fastvit_t8", "fetch its model.safetensors from https://huggingface.co/timm/fastvit_t8.apple_in1k"),
+])  # fmt: skip
+def test_weights_that_cannot_be_had_are_named_with_their_place(name, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=re.escape(said.format(tmp_path))) as raised:
+        start(name, pretrained=True)
+    assert "--init FILE" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--model", f"{MODELS}:tiny", "--pretrained"], "--init takes a file for your own"),
+    (["--pretrained", "--init", "x.pth"], "--pretrained and --init: a student starts from one of them"),
+    (["--init", "x.pth"], "x.pth: no such file of weights, and no student/ folder"),
+    (["--model", "test_mambaout", "--pretrained", "--model-args", "pretrained=True"], "would load or fetch weights"),
+    (["--teacher-classes", "x.csv"], "--teacher-classes needs --teacher"),
+    (["--img-size", 1, 2, 3], "--img-size takes one number, or height and width"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(flags, said, capsys):
+    run("--device", "cpu", *flags, check=2)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+    assert not Path("runs").exists()
+
+
+# ---- a file of weights ----
+
+
+def test_of_two_sets_of_weights_in_a_file_the_averaged_are_taken_and_said(capsys):
+    model = torch.nn.Linear(2, 2)
+    averaged = {name: value + 1 for name, value in model.state_dict().items()}
+    torch.save({"state_dict": model.state_dict(), "state_dict_ema": averaged}, "both.pth")
+    found, _ = read_weights("both.pth")
+    torch.testing.assert_close(found, averaged)
+    assert "both.pth holds state_dict_ema and state_dict: state_dict_ema was taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["folder", "run", "safetensors", "pth", "wrapped", "half"])
+def test_init_takes_the_body_of_any_file_of_weights(how):
+    donor = write_student(Path("donor/student"), f"{MODELS}:tiny", 32)
+    weights = load_file(donor / "model.safetensors")
+    torch.save(weights, "weights.pth")
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}, "epoch": 3}, "wrapped.pth")
+    torch.save(
+        {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}, "half.pt"
+    )
+    file = {"folder": donor, "run": "donor", "safetensors": donor / "model.safetensors", "pth": "weights.pth",
+            "wrapped": "wrapped.pth", "half": "half.pt"}[how]  # fmt: skip
+    model, config, said = start(f"{MODELS}:tiny", init=str(file))
+    body = {name: value for name, value in model.state_dict().items() if not name.startswith("fc.")}
+    for name, value in body.items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4)
+    assert "new: fc.weight ([10, 16] there), fc.bias" in said
+    assert config["mean"] == ([0.485, 0.456, 0.406] if how in ("folder", "run") else [0.5, 0.5, 0.5])
+
+
+def test_a_librarys_weights_in_a_file_bring_the_librarys_preprocessing():
+    """EfficientNet-Lite wants 0.5, not ImageNet's mean and std."""
+    model = timm.create_model("tf_efficientnet_lite0")
+    save_file(model.state_dict(), "lite0.safetensors")
+    _, config, said = start("tf_efficientnet_lite0", init="lite0.safetensors")
+    assert (config["mean"], config["std"], config["crop"]) == ([0.5] * 3, [0.5] * 3, 0.875)
+    assert config["interpolation"] == "bicubic"
+    assert "images as these weights know them: mean [0.5, 0.5, 0.5]" in said
+
+
+def test_a_file_for_a_model_without_weights_of_the_library_keeps_the_datas_numbers():
+    assert not timm.get_pretrained_cfg("mobilenetv2_035").has_weights
+    donor = write_student(Path("donor"), "mobilenetv2_035", 32)
+    _, config, said = start("mobilenetv2_035", init=str(donor / "model.safetensors"))
+    assert (config["mean"], config["interpolation"]) == ([0.5] * 3, "bilinear")
+    assert "new: classifier.weight" in said
+
+
+def test_a_file_of_nothing_that_fits_or_of_code_is_refused():
+    torch.save({"other.weight": torch.zeros(3)}, "other.pth")
+    with pytest.raises(UserError, match=r"not one tensor that fits .*: it has other.weight, ..., the model lay"):
+        start(f"{MODELS}:tiny", init="other.pth")
+    torch.save(torch.nn.Linear(2, 2), "module.pth")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        start(f"{MODELS}:tiny", init="module.pth")
+    torch.save([1, 2], "list.pth")
+    with pytest.raises(UserError, match="holds no weights"):
+        start(f"{MODELS}:tiny", init="list.pth")
+
+
+def vit(library, height, width):
+    """One block of patches of 16 pixels, and the name of its position embedding."""
+    if library == "timm":
+        model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(height, width), num_classes=2)
+        return model, "pos_embed"
+    return torchvision.models.VisionTransformer(height, 16, 1, 2, 32, 64, num_classes=2), "encoder.pos_embedding"
+
+
+@pytest.mark.parametrize(("library", "height", "width"), [("timm", 32, 96), ("torchvision", 32, 32)])
+def test_position_embeddings_are_resampled_to_another_size(library, height, width):
+    donor, name = vit(library, 64, 64)
+    model, _ = vit(library, height, width)
+    donor.get_parameter(name).data.normal_()
+    theirs = donor.state_dict()[name]
+    said = adopt(model, donor.state_dict(), "donor")
+    grid = theirs[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    size = height // 16, width // 16
+    expected = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.state_dict()[name], torch.cat([theirs[:, :1], expected], 1))
+    assert said == f"donor: {len(donor.state_dict())} of {len(donor.state_dict())} tensors taken"
+
+
+@pytest.mark.parametrize(("name", "conv"), [("resnet18", "conv1.weight"), ("test_efficientnet", "conv_stem.weight")])
+def test_grey_images_take_the_sum_of_the_colour_filters(name, conv):
+    write_student(Path("donor"), name, 32)
+    model, config, _ = start(name, size=(1, 32, 32), init="donor")
+    expected = load_file("donor/model.safetensors")[conv].sum(1, keepdim=True)
+    torch.testing.assert_close(model.state_dict()[conv], expected)
+    assert config["input_size"] == [1, 32, 32]
+    assert len(config["mean"]) == len(config["std"]) == 1
+
+
+@pytest.mark.slow
+def test_a_resume_needs_neither_the_file_nor_the_network_again(photos, capsys):
+    donor = write_student(Path("donor"), f"{MODELS}:tiny", 16)
+    flags = ["--model", f"{MODELS}:tiny", "--img-size", 16, "--data", photos, "--val-split", 0.25, "--init", donor]
+    run(*SMALL, *flags, "--output", "out")
+    first = Path("out/split.csv").read_text()
+    shutil.rmtree(donor)
+    run("--resume", "--output", "out", "--val-split", 0.5, check=2)
+    assert "--val-split was 0.25 when this run began" in capsys.readouterr().err
+    run("--resume", "--output", "out", "--epochs", 2)
+    assert "going on from out/last.pt" in capsys.readouterr().out
+    assert json.loads(Path("out/student/config.json").read_text())["mean"] == [0.485, 0.456, 0.406]
+    assert Path("out/split.csv").read_text() == first
+    sides = [side for _, side in list(csv.reader(first.splitlines()))[1:]]
+    assert (sides.count("train"), sides.count("val")) == (24, 8)
+
+
+# ---- a teacher that knows more ----
+
+
+CLASSES = ["n01440764", "n02123045", "n07753592"]  # tench, tabby, banana
+
+
+def logits_of(teacher, images):
+    columns = teacher.columns
+    with torch.no_grad():
+        return Teacher(teacher.model, columns=columns)(images)
+
+
+@pytest.mark.parametrize("labels", [
+    CLASSES, ["tench", "tabby_cat", "Banana"], ["Tinca tinca", "tabby cat", "banana"],
+])  # fmt: skip
+def test_an_imagenet_teachers_columns_are_found_by_wordnet_id_or_by_name(imagenet_resnet, labels):
+    student = {"num_classes": 3, "label_names": labels, "mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 32, 32]}
+    teacher = load_teacher("resnet18", student)
+    assert teacher.columns == [0, 281, 954]
+    assert teacher.said == "teacher resnet18: 3 of its 1000 classes are --data's, matched by name"
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        whole = teacher.model(images)
+    torch.testing.assert_close(logits_of(teacher, images), whole[:, [0, 281, 954]])
+
+
+def test_nkd_renormalises_over_the_columns():
+    student, teacher, target = torch.randn(4, 3), torch.randn(4, 10), torch.tensor([0, 1, 2, 0])
+    narrowed = Teacher(torch.nn.Identity(), columns=[7, 2, 5])(teacher)
+    probs = teacher.softmax(1)[:, [7, 2, 5]]
+    expected = nkd_loss(student, (probs / probs.sum(1, keepdim=True)).log(), target)
+    torch.testing.assert_close(nkd_loss(student, narrowed, target), expected)
+
+
+@pytest.mark.parametrize(("labels", "said"), [
+    (["tench", "unicorn"], "lacks 1 of --data's 2 classes: unicorn; --teacher-classes FILE"),
+    (["tench", "crane"], r"several classes called crane: n02012849 \(134\), n03126707 \(517\)"),
+    (["tench", "Tinca tinca"], "has one class for tench and Tinca tinca"),
+    (["Tench", "tench"], "has one class for Tench and tench"),
+])  # fmt: skip
+def test_a_class_that_is_not_there_or_not_one_is_refused_by_name(labels, said):
+    with pytest.raises(UserError, match=said):
+        match(labels, timm.data.ImageNetInfo().label_names(), "resnet18")
+
+
+def test_a_students_folder_may_hold_the_classes_in_another_order(photos, capsys):
+    write_student(Path("teacher"), f"{MODELS}:tiny", 16, ["owl", "dark", "bright"])
+    run(*SMALL, "--data", photos, "--val-split", 0.25, "--model", f"{MODELS}:tiny", "--img-size", 16, "--kd", "nkd",
+        "--teacher", "teacher", "--model-file", f"{MODELS}:tiny", "--output", "out")  # fmt: skip
+    assert "2 of its 3 classes are --data's, matched by name" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_teachers_weights_may_be_in_a_file_with_its_classes_told(tmp_path):
+    model = torchvision.models.resnet18(num_classes=12).half()
+    torch.save(model.state_dict(), "resnet.pth")
+    student = {
+        "num_classes": 2,
+        "label_names": ["a", "b"],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "input_size": [3, 32, 32],
+    }
+    with pytest.raises(UserError, match="has 12 classes of unknown names, --data has 2: --teacher-classes FILE"):
+        load_teacher("resnet18:resnet.pth", student)
+    Path("classes.csv").write_text("b,3\na,11\n")
+    teacher = load_teacher("resnet18:resnet.pth", student, classes_file="classes.csv")
+    assert teacher.columns == [11, 3]
+    torch.testing.assert_close(teacher.model.fc.weight, model.fc.weight.float())
+    for text, said in (
+        ("a,1\n", "lacks 1 classes of --data: b"),
+        ("a,1\nb,12\n", "column 12"),
+        ("a\nb,1\n", "'a'; exp"),
+        ("a,1\nb,cat\n", "names of --teacher .* are not known, so neither is cat; give columns, from 0 to 11"),
+        ("a,1\nb,1\n", "gives a and b one class"),
+    ):
+        Path("classes.csv").write_text(text)
+        with pytest.raises(UserError, match=said):
+            load_teacher("resnet18:resnet.pth", student, classes_file="classes.csv")
+
+
+# ---- grey, oblong ----
+
+
+@pytest.mark.slow
+def test_grey_and_oblong_images_go_the_whole_way(photos):
+    model = ["--model", "test_efficientnet", "--in-chans", 1, "--img-size", 32, 64]
+    run(*SMALL, *PHOTOS, *model, "--output", "out")
+    config = json.loads(Path("out/student/config.json").read_text())
+    assert config["input_size"] == [1, 32, 64]
+    of_data = ["out", "--data", "--workers", "0"]
+    for module, flags in ((export, ["out", "--format", "onnx"]), (check, ["out"]), (check, of_data),
+                          (triton, ["out/student/student.onnx"])):  # fmt: skip
+        assert command(module.get_parser(), module.run, flags) == 0
+    (image,) = onnx.load("out/student/student.onnx").graph.input
+    assert [d.dim_value or d.dim_param for d in image.type.tensor_type.shape.dim][1:] == [32, 64, 1]
+    assert "dims: [32, 64, 1]" in Path("models/student/config.pbtxt").read_text()
+
+
+# ---- fine-tuning ----
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_layer_decay_is_right_under_the_weak_head_too(wrapped):
+    """The first layer learns least, the head at the full rate; what the weak head adds learns at the full rate."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
+    net = WithWeakHead(model, "norm", 5, example_input=torch.zeros(2, 3, 32, 32)) if wrapped else model
+    optimizer, _ = train.make_optimizer(net, "adamw", 1e-3, 0.05, 0.9, "cosine", 1, 0, [], 0.1, 10, layer_decay=0.5)
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    scales = {
+        names[p].removeprefix("model."): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert scales["patch_embed.proj.weight"] < scales["blocks.0.mlp.fc1.weight"] < scales["blocks.1.mlp.fc1.weight"]
+    assert scales["blocks.1.mlp.fc1.weight"] == 2 * scales["blocks.0.mlp.fc1.weight"]
+    assert scales["head.weight"] == 1
+    assert all(scale == 1 for name, scale in scales.items() if "weak" in name)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_class_weights_weigh_each_images_losses(soft):
+    logits, teacher = (torch.randn(6, 3, dtype=torch.float64) for _ in range(2))
+    target, weights = torch.tensor([0, 1, 2, 0, 0, 1]), torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    if soft:
+        target = torch.rand(6, 3, dtype=torch.float64).softmax(1)
+    whole = train.named_losses(logits, None, teacher, target, kd="nkd", class_weights=weights)
+    rows = weights[target] if not soft else target @ weights
+    for name, value in whole.items():
+        each = [train.named_losses(logits[i : i + 1], None, teacher[i : i + 1], target[i : i + 1], kd="nkd")[name]
+                for i in range(6)]  # fmt: skip
+        torch.testing.assert_close(value, (rows * torch.stack(each)).mean())
+
+
+def test_class_weights_are_said_and_used(photos, capsys):
+    for file in sorted((photos / "dark").iterdir())[:8]:
+        file.unlink()
+    flags = [*SMALL, *PHOTOS, "--model", f"{MODELS}:tiny", "--img-size", 16, "--reference", 0]
+    run(*flags, "--class-weights", "balanced", "--output", "out")
+    assert "class weights, balanced: 0.75 to 1.5" in capsys.readouterr().out
+    run(*flags, "--class-weights", "nothing.csv", "--output", "other", check=2)
+    assert "expected balanced, or a CSV file" in capsys.readouterr().err
+
+
+# ---- a finished student ----
+
+
+@pytest.mark.parametrize(("name", "arguments", "size"), [
+    ("vit_tiny_patch16_224", ["depth=1"], (1, 32, 64)), ("test_efficientnet", [], (3, 32, 32)),
+    ("mobilenet_v2", ["width_mult=0.25"], (3, 32, 32)),
+])  # fmt: skip
+def test_other_tools_open_a_student_by_the_lines_of_its_card(name, arguments, size):
+    """Lines that know nothing of kdlite give the same logits."""
+    student = write_student(Path("student"), name, size, arguments=arguments)
+    (code,) = re.findall(r"```python\n(.*?)```", (student / "README.md").read_text(), re.S)
+    assert "kdlite" not in code
+    theirs: dict = {}
+    exec(code, theirs)
+    ours, _ = load_student(student)
+    images = torch.randn(2, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs["model"](images), ours.eval()(images))
+
+
+def test_a_card_promises_no_lines_that_would_fail():
+    """torchvision has no argument for grey images."""
+    student = write_student(Path("student"), "mobilenet_v2", (1, 32, 32), arguments=["width_mult=0.25"])
+    assert "```" not in (student / "README.md").read_text()
+
+
+def test_the_card_is_one_the_hub_reads_and_stays_a_users_own_once_its_mark_is_gone():
+    student = write_student(Path("student"), "test_efficientnet", 32, ["chêne", 'a "b": c', "-"])
+    card = ModelCard.load(student / "README.md")
+    assert card.data.to_dict()["library_name"] == "timm"
+    assert card.data.to_dict()["pipeline_tag"] == "image-classification"
+    assert "test_efficientnet, 3 classes" in card.text
+    (student / "README.md").write_text("mine")
+    model, config = load_student(student)
+    save_student(student, model, config)
+    assert (student / "README.md").read_text() == "mine"
+
+
+def test_a_folder_of_an_earlier_kdlite_is_still_read():
+    student = write_student(Path("student"), "test_efficientnet", 32)
+    config = json.loads((student / "config.json").read_text())
+    new = {key: config.pop(key) for key in ("library", "architecture", "model_args", "small_stem")}
+    config["architecture"] = {"library": new["library"], "name": new["architecture"], "args": {}, "small_stem": False}
+    (student / "config.json").write_text(json.dumps(config))
+    model, read = load_student(student)
+    assert read["architecture"] == "test_efficientnet"
+    assert isinstance(model, torch.nn.Module)
+
+
+def test_half_precision_weights_of_a_model_of_ones_own_are_cast(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef build(num_classes):\n    return torch.nn.Linear(12, 3).half()\n"
+    )
+    model = build_model(find_architecture("mine.py:build"), 3, 2, ["mine.py:build"])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_folder_gets_defaults_that_fit_and_a_resume_keeps_them(photos, capsys):
+    flags = ["--device", "cpu", "--data", photos, "--val-split", 0.25, "--model", f"{MODELS}:tiny", "--reference", 0]
+    run(*flags, "--epochs", 1, "--workers", 0, "--output", "out")
+    first, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("defaults for")]
+    assert "defaults for 24 images of 2 classes, 40x24 pixels" in first
+    before = train.parse_args(["--output", "out", "--resume"])
+    assert (before.recipe, before.img_size, before.opt) == ("fitted", [32, 32], "adamw")
+    for i in range(100):
+        shutil.copy(photos / "dark/00.png", photos / f"dark/new{i}.png")
+    assert train.parse_args(["--output", "out", "--resume"]).batch_size == before.batch_size
+    assert train.parse_args(["--output", "out", "--resume", "--batch-size", "4"]).batch_size == 4
+
+
+def test_the_split_is_the_same_for_every_seed(photos):
+    """So that a teacher of one seed has not trained on what a student of another is judged by."""
+    splits = [train.build(train.parse_args([*SMALL, *PHOTOS, "--model", f"{MODELS}:tiny", "--seed", seed])).data.split
+              for seed in ("0", "1")]  # fmt: skip
+    assert splits[0] == splits[1]
+
+
+def test_a_size_that_is_typed_decides_the_stem(photos):
+    flags = ["--device", "cpu", *PHOTOS, "--model", "resnet18"]
+    assert train.parse_args(flags).small_stem
+    large = train.parse_args([*flags, "--img-size", "224"])
+    assert (large.small_stem, large.crop, large.eval_crop) == (False, "resized", 0.875)
+
+
+def test_a_student_folder_brings_its_own_size(photos):
+    write_student(Path("before"), "test_efficientnet", (1, 32, 64), ["dark", "bright"])
+    args = train.parse_args(["--model", "before", "--data", str(photos), "--val-split", "0.25"])
+    assert (args.in_chans, args.img_size) == (1, [32, 64])
+
+
+def test_data_without_a_val_folder_wants_to_be_told(photos, capsys):
+    run("--device", "cpu", "--data", photos, check=2)
+    assert "--val-split 0.1" in capsys.readouterr().err
+    assert isinstance(train.open_data(str(photos), val_split=0.25), Data)
