@@ -52,7 +52,7 @@ from deploy.per_class import write_per_class
 from deploy.preprocess import RESAMPLING
 from deploy.reference import evenly, keep_reference
 from deploy.student import call_own, check_forward, is_own, own_function
-from kdlite import Teacher, WithWeakHead, nkd_loss, nkd_sparse_loss, top_k_logprobs, uskd_loss
+from kdlite import Teacher, WithWeakHead, nkd_loss, nkd_topk_loss, top_k_logprobs, uskd_loss
 from kdlite.training import distributed as ranks
 from kdlite.training import outputs
 from kdlite.training.checkpoint import LossLog, Progress, State, load_checkpoint, write_run
@@ -336,7 +336,7 @@ def named_losses(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The terms of the objective by name; their sum is what is minimised. USKD: where there are weak logits.
 
-    teacher: its logits, or of NKD a tuple of log T_t, log T_i and indices, the top-k of nkd_sparse_loss
+    teacher: its logits, or of NKD a tuple of log T_t, log T_i and indices, the top-k of nkd_topk_loss
     kd: nkd, kd, or a loss of one's own of (student_logits, teacher_logits, target), one value or one a row
     class_weights: of each image's losses, by its class; for mixed labels the mean of theirs
     group: the processes that share a batch. USKD's mean over the batch is then over all of it, but for one pass of
@@ -350,7 +350,7 @@ def named_losses(
         every = torch.full_like(logits, -1e30, dtype=torch.float32)
         teacher = every.scatter(1, index, top).scatter(1, target.unsqueeze(1), log_t.unsqueeze(1))
     if kd == "nkd" and isinstance(teacher, tuple):
-        losses["nkd"] = nkd_sparse_loss(logits, teacher[0], teacher[1], teacher[2], target, gamma=gamma, **each)
+        losses["nkd"] = nkd_topk_loss(logits, teacher[0], teacher[1], teacher[2], target, gamma=gamma, **each)
     elif kd == "nkd":
         losses["nkd"] = nkd_loss(logits, teacher, target, gamma=gamma, temperature=temperature, **each)
     elif kd == "kd":  # Hinton et al. 2015, arXiv 1503.02531

@@ -26,7 +26,7 @@ from kdlite.training.teacher_labels import begin_labels, describe_images, write_
 
 
 def from_answers(answers: list[dict[int, float]], labels: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What nkd_sparse_loss takes, of answers as servers of language models give them.
+    """What nkd_topk_loss takes, of answers as servers of language models give them.
 
     answers: of each prediction the log-probabilities by token, the label's own among them: of vLLM's prompt_logprobs
         {token: x.logprob for token, x in position.items()} of each position but the first, which is None

@@ -5,7 +5,7 @@ from .layers import default_tap
 from .linear import nkd_linear_loss
 from .nkd import nkd_loss
 from .teacher import Teacher
-from .topk import nkd_from_logprobs, nkd_sparse_loss, top_k_logprobs
+from .topk import nkd_from_logprobs, nkd_topk_loss, top_k_logprobs
 from .uskd import uskd_loss
 
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __all__ = [
     "nkd_from_logprobs",
     "nkd_linear_loss",
     "nkd_loss",
-    "nkd_sparse_loss",
+    "nkd_topk_loss",
     "top_k_logprobs",
     "uskd_loss",
 ]

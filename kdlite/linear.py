@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .fused import can_fuse, in_chunks, nkd_backward, nkd_forward
 from .inputs import ClassIndices, check_integers, check_options, check_tensors, read_target, reduce
 from .terms import nkd_rows
-from .topk import check_top_k, largest, nkd_rows_sparse
+from .topk import check_top_k, largest, nkd_rows_topk
 
 # Logits held at a time, of student and teacher each: 88 MiB in float32. Fewer, and going over the weights costs more.
 LOGITS_AT_A_TIME = 22 * 2**20
@@ -50,7 +50,7 @@ def nkd_linear_loss(
     ``ce_weight=1.0`` to have both. Under autocast the products are in its dtype, the loss is float32.
 
     A served teacher hands out no hidden states: give None for them and for its weight, and ``teacher_top_k``. The loss
-    is then :func:`kdlite.nkd_sparse_loss`, at temperature 1.
+    is then :func:`kdlite.nkd_topk_loss`, at temperature 1.
 
     Args:
         hidden: (..., D), the student's last hidden states, any floating dtype.
@@ -60,7 +60,7 @@ def nkd_linear_loss(
         target: class indices, integers of shape (...); None takes the teacher's largest class.
         bias: (C,), the student's.
         teacher_bias: (C,).
-        teacher_top_k: log T_t (...), log T_i (..., k) and their indices (..., k), as :func:`kdlite.nkd_sparse_loss`
+        teacher_top_k: log T_t (...), log T_i (..., k) and their indices (..., k), as :func:`kdlite.nkd_topk_loss`
             takes them, but with k last; under torch.compile the student's logits are then held whole.
         logit_scale: the logits are ``logit_scale * linear(...)``,
         softcap: and then ``softcap * tanh(logits / softcap)``; None: no cap.
@@ -129,7 +129,7 @@ def nkd_linear_loss(
             logits = capped(F.linear(*student), *cap)
             if teacher_top_k:
                 assert rows is not None  # target is
-                loss = nkd_rows_sparse(logits, rows, *teacher, gamma)  # type: ignore[arg-type]
+                loss = nkd_rows_topk(logits, rows, *teacher, gamma)  # type: ignore[arg-type]
             else:
                 teacher_logits = capped(F.linear(*teacher), *teacher_cap)
                 rows = rows or as_indices(teacher_logits.argmax(1), student, -100)
@@ -240,7 +240,7 @@ class NKDLinear(torch.autograd.Function):
                 assert valid is not None
                 assert teacher_3 is not None
                 rows, top_k = ClassIndices(label[i], valid[i]), (teacher_1[i], teacher_2[i], teacher_3[i])
-                loss, d_logits = sparse_with_gradient(student, rows, top_k, gamma, ce_weight)
+                loss, d_logits = topk_with_gradient(student, rows, top_k, gamma, ce_weight)
             else:
                 teacher = linear_out(teacher_buffer, teacher_1[i], teacher_2, teacher_3, teacher_cap)
                 labels = teacher.argmax(1) if label is None else label[i]
@@ -298,13 +298,13 @@ def cap_slope(logits: Tensor, scale: float, softcap: float | None) -> Tensor | f
     return scale * (1 - (logits / softcap).square_())
 
 
-def sparse_with_gradient(
+def topk_with_gradient(
     student: Tensor, rows: ClassIndices, top_k: TopK, gamma: float, ce_weight: float
 ) -> tuple[Tensor, Tensor]:
     """The sum of the rows' losses, and its gradient for their logits."""
     with torch.enable_grad():
         logits = student.detach().requires_grad_()
-        loss = nkd_rows_sparse(logits, rows, *top_k, gamma)
+        loss = nkd_rows_topk(logits, rows, *top_k, gamma)
         loss = loss + ce_weight * F.cross_entropy(logits.to(loss.dtype), rows.label, reduction="none")
         loss = loss.where(rows.valid, 0.0).sum()
         (d_logits,) = torch.autograd.grad(loss, logits)

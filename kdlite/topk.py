@@ -28,7 +28,7 @@ from .inputs import (
 from .terms import centred, cross_entropy, is_class, log_odds
 
 
-def nkd_sparse_loss(
+def nkd_topk_loss(
     student_logits: Tensor,
     teacher_target_logprob: Tensor | None,
     teacher_logprobs: Tensor,
@@ -75,7 +75,7 @@ def nkd_sparse_loss(
     Example:
         >>> student, teacher = torch.tensor([[2.0, 0.0, 1.0, 0.5]]), torch.tensor([[3.0, 1.0, 0.0, -1.0]])
         >>> target = torch.tensor([0])
-        >>> loss = nkd_sparse_loss(student, *top_k_logprobs(teacher, target, k=2), target)
+        >>> loss = nkd_topk_loss(student, *top_k_logprobs(teacher, target, k=2), target)
         >>> print(f"{loss:.4f}")
         2.5395
     """
@@ -93,14 +93,14 @@ def nkd_sparse_loss(
     if not isinstance(rows, ClassIndices):
         raise ValueError("target must be class indices: a top-k does not say what another target's share would be")
     top, index = as_rows(teacher_logprobs), as_rows(teacher_indices)
-    loss = nkd_rows_sparse(as_rows(student_logits), rows, teacher_target_logprob.reshape(-1), top, index, gamma)
+    loss = nkd_rows_topk(as_rows(student_logits), rows, teacher_target_logprob.reshape(-1), top, index, gamma)
     return reduce(loss, rows, reduction, student_logits.shape)
 
 
 def nkd_from_logprobs(
     student_target: Tensor, student_top: Tensor, teacher_target: Tensor, teacher_top: Tensor, *, gamma: float = 1.5
 ) -> Tensor:
-    """The loss of :func:`nkd_sparse_loss` from log-probabilities alone, one value a prediction.
+    """The loss of :func:`nkd_topk_loss` from log-probabilities alone, one value a prediction.
 
     For logits that are not in one place: a vocabulary split over devices, a fused classifier. The student's
     probabilities of the rest are what is left, 1 - S_t - sum_K S_i, which float32 knows to 1e-7: pass float64 where the
@@ -146,7 +146,7 @@ def nkd_from_logprobs(
 
 
 def top_k_logprobs(teacher_logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`nkd_sparse_loss` takes of a teacher, from its logits: to be stored, or sent.
+    """What :func:`nkd_topk_loss` takes of a teacher, from its logits: to be stored, or sent.
 
     Args:
         teacher_logits: (N, C), (N, C, d1, ...) or (C,).
@@ -191,7 +191,7 @@ def top_k_logprobs(teacher_logits: Tensor, target: Tensor, k: int) -> tuple[Tens
 # ---- the mathematics ----------------------------------------------------------------------------------------------
 
 
-def nkd_rows_sparse(
+def nkd_rows_topk(
     student: Tensor, rows: ClassIndices, teacher_target: Tensor, teacher_top: Tensor, index: Tensor, gamma: float
 ) -> Tensor:
     """The loss of each row, (R,), from the student's logits (R, C) and the teacher's k classes, (R, k)."""

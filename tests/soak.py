@@ -3,7 +3,7 @@
     python tests/soak.py STUDENT.onnx --minutes 30
 
 Measures the peak first: clients that send their next image when the last is answered. Then requests come at a steady
-rate, whether or not the last are answered; one in twenty is one of tests/test_serve_bounds.py's hostile ones. Each
+rate, whether or not the last are answered; one in twenty is one of tests/server/test_serve_bounds.py's hostile ones. Each
 answer is compared with the runtime's own. Prints a line a minute; exit status 1 for a wrong answer, a good request that
 was refused, memory that grew by more than 2 %, or a p99 of the last third of twice the first's. Client and server share
 this machine's cores.

@@ -36,7 +36,7 @@ from kdlite import (
     linear,
     nkd_linear_loss,
     nkd_loss,
-    nkd_sparse_loss,
+    nkd_topk_loss,
     terms,
     top_k_logprobs,
     uskd_loss,
@@ -274,12 +274,12 @@ def test_nkd_linear_loss_stays_on_the_device(cuda, choose, monkeypatch, way, dty
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(4, 10), (4, 10, 3, 2), (10,)])
-def test_nkd_sparse_loss_stays_on_the_device(cuda, dtype, shape):
+def test_nkd_topk_loss_stays_on_the_device(cuda, dtype, shape):
     student, teacher = logits(*shape, dtype=dtype), logits(*shape, dtype=dtype)
     target = labels(*shape[:1], *shape[2:]) if len(shape) > 1 else labels()
     top_k = top_k_logprobs(teacher, target, 3)
     assert all(x.device == CUDA for x in top_k)
-    value = nkd_sparse_loss(student, *top_k, target, ignore_index=3)
+    value = nkd_topk_loss(student, *top_k, target, ignore_index=3)
     assert on_gpu(value)
     value.backward()
     assert on_gpu(student.grad, dtype)

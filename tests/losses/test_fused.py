@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import kdlite.linear
 from examples.benchmark_losses import nkd_by_masks, peak_bytes, uskd_by_masks
-from kdlite import fused, nkd_linear_loss, nkd_loss, nkd_sparse_loss, terms, top_k_logprobs, uskd_loss
+from kdlite import fused, nkd_linear_loss, nkd_loss, nkd_topk_loss, terms, top_k_logprobs, uskd_loss
 
 
 @pytest.fixture
@@ -368,7 +368,7 @@ def test_linear_loss_takes_a_teachers_top_k(options, logits_at_a_time, monkeypat
     def whole(hidden, weight, *, bias, ce_weight=0.0, softcap=None, **options):
         logits = F.linear(hidden, weight, bias)
         logits = logits if softcap is None else softcap * (logits / softcap).tanh()
-        return nkd_sparse_loss(logits, *top_k, target, **options) + ce_weight * F.cross_entropy(logits, target)
+        return nkd_topk_loss(logits, *top_k, target, **options) + ce_weight * F.cross_entropy(logits, target)
 
     def gradients(loss, *more, **options):
         inputs = [x.clone().requires_grad_() for x in (args[0], args[1], biases["bias"])]

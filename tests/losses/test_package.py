@@ -83,7 +83,7 @@ def test_the_public_names():
         "nkd_from_logprobs",
         "nkd_linear_loss",
         "nkd_loss",
-        "nkd_sparse_loss",
+        "nkd_topk_loss",
         "top_k_logprobs",
         "uskd_loss",
     ]

@@ -1,4 +1,4 @@
-"""nkd_sparse_loss: NKD from a teacher's log-probabilities of the target and of k classes."""
+"""nkd_topk_loss: NKD from a teacher's log-probabilities of the target and of k classes."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from test_losses import NoSync, inputs
 from torch.nn import functional as F
 
-from kdlite import nkd_from_logprobs, nkd_loss, nkd_sparse_loss, top_k_logprobs
+from kdlite import nkd_from_logprobs, nkd_loss, nkd_topk_loss, top_k_logprobs
 from kdlite.topk import log1mexp
 
 
@@ -20,8 +20,8 @@ def value_and_gradient(loss, student, *args, **options):
 
 
 def sparse(student, teacher, target, k=3, **options):
-    """nkd_sparse_loss of a teacher whose logits are known."""
-    return nkd_sparse_loss(student, *top_k_logprobs(teacher, target, k), target, **options)
+    """nkd_topk_loss of a teacher whose logits are known."""
+    return nkd_topk_loss(student, *top_k_logprobs(teacher, target, k), target, **options)
 
 
 # ---- the formula ----
@@ -80,7 +80,7 @@ def test_the_gradient_is_near_the_whole_teachers_and_that_of_a_renormalised_top_
         return value_and_gradient(*args)[1].flatten()
 
     whole = gradient(nkd_loss, student, teacher, target)
-    ours = gradient(nkd_sparse_loss, student, target_logprob, top, index, target)
+    ours = gradient(nkd_topk_loss, student, target_logprob, top, index, target)
     theirs = gradient(nkd_loss, student, renormalised, target)
     ours, theirs = (F.cosine_similarity(x, whole, dim=0).item() for x in (ours, theirs))
     assert ours == pytest.approx(cosine, abs=0.002)
@@ -91,7 +91,7 @@ def test_the_largest_class_is_the_target_where_there_is_no_label():
     student, teacher, _ = inputs(6, 8)
     target = teacher.argmax(1)
     served, index = teacher.log_softmax(1).topk(4)
-    actual = value_and_gradient(nkd_sparse_loss, student, None, served, index, None)
+    actual = value_and_gradient(nkd_topk_loss, student, None, served, index, None)
     torch.testing.assert_close(actual, value_and_gradient(sparse, student, teacher, target, k=3))
     dense = value_and_gradient(nkd_loss, student, teacher, None)
     torch.testing.assert_close(dense, value_and_gradient(nkd_loss, student, teacher, target))
@@ -107,17 +107,17 @@ def test_the_target_in_the_top_k_and_classes_that_are_none_are_left_out():
     target_logprob = logprobs.gather(1, target[:, None])[:, 0]
     served, index = logprobs.topk(4)  # the target first
     expected = sparse(student, teacher, target, k=3)
-    torch.testing.assert_close(nkd_sparse_loss(student, target_logprob, served, index, target), expected)
+    torch.testing.assert_close(nkd_topk_loss(student, target_logprob, served, index, target), expected)
     wider = F.pad(served, (0, 2), value=-torch.inf), F.pad(index, (0, 2), value=0)  # a log-probability of -inf
-    torch.testing.assert_close(nkd_sparse_loss(student, target_logprob, *wider, target), expected)
+    torch.testing.assert_close(nkd_topk_loss(student, target_logprob, *wider, target), expected)
     wider = F.pad(served, (0, 2), value=-0.1), F.pad(index, (0, 2), value=-1)  # an index of -1
-    torch.testing.assert_close(nkd_sparse_loss(student, target_logprob, *wider, target), expected)
+    torch.testing.assert_close(nkd_topk_loss(student, target_logprob, *wider, target), expected)
 
 
 def test_a_server_that_sent_the_target_alone_teaches_its_probability():
     student, teacher, target = inputs(5, 8)
     target_logprob, top, index = top_k_logprobs(teacher, target, 1)
-    none = nkd_sparse_loss(student, target_logprob, top, torch.full_like(index, -1), target, reduction="none")
+    none = nkd_topk_loss(student, target_logprob, top, torch.full_like(index, -1), target, reduction="none")
     torch.testing.assert_close(none, target_logprob.exp() * F.cross_entropy(student, target, reduction="none"))
 
 
@@ -127,31 +127,31 @@ def test_indices_of_any_integers_name_the_same_classes(dtype):
     student, teacher, target = inputs(6, 300)
     target_logprob, top, index = top_k_logprobs(teacher, target, 3)
     index[:, 0], index[:, 1:] = 255, index[:, 1:] % 250
-    expected = nkd_sparse_loss(student, target_logprob, top, index, target)
-    assert torch.equal(nkd_sparse_loss(student, target_logprob, top, index.to(dtype), target), expected)
+    expected = nkd_topk_loss(student, target_logprob, top, index, target)
+    assert torch.equal(nkd_topk_loss(student, target_logprob, top, index.to(dtype), target), expected)
 
 
 def test_without_labels_what_is_no_class_is_never_the_largest():
     student, teacher, _ = inputs(5, 8)
     top, index = teacher.log_softmax(1).topk(3)
-    expected = nkd_sparse_loss(student[1:], None, top[1:], index[1:], None)
+    expected = nkd_topk_loss(student[1:], None, top[1:], index[1:], None)
     padded = F.pad(top, (1, 0), value=0.0), F.pad(index, (1, 0), value=-1)
     padded[1][0] = -1  # a whole row, as where a sequence is padded: ignored
-    value, grad = value_and_gradient(nkd_sparse_loss, student, None, *padded, None)
+    value, grad = value_and_gradient(nkd_topk_loss, student, None, *padded, None)
     torch.testing.assert_close(value, expected)
     assert (grad[0] == 0).all()
     padded[0][0], padded[1][0] = -torch.inf, 0
-    torch.testing.assert_close(nkd_sparse_loss(student, None, *padded, None), expected)
+    torch.testing.assert_close(nkd_topk_loss(student, None, *padded, None), expected)
 
 
 def test_what_is_served_with_an_ignored_target_does_not_matter():
     student, teacher, target = inputs(6, 8)
     served = top_k_logprobs(teacher, target, 3)
-    expected, expected_grad = value_and_gradient(nkd_sparse_loss, student[1:], *(x[1:] for x in served), target[1:])
+    expected, expected_grad = value_and_gradient(nkd_topk_loss, student[1:], *(x[1:] for x in served), target[1:])
     target[0] = -100
     for x, filler in zip(served, (math.nan, math.nan, 77)):
         x[0] = filler
-    value, grad = value_and_gradient(nkd_sparse_loss, student, *served, target)
+    value, grad = value_and_gradient(nkd_topk_loss, student, *served, target)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(grad[1:], expected_grad)
     assert (grad[0] == 0).all()
@@ -162,8 +162,8 @@ def test_rounded_log_probabilities_stay_near(dtype):
     """They may sum to more than 1; the error is that of the rounding."""
     student, teacher, target = inputs(64, 20, std=3.0)
     target_logprob, top, index = top_k_logprobs(teacher, target, 10)
-    expected = nkd_sparse_loss(student, target_logprob, top, index, target)
-    actual = nkd_sparse_loss(student, target_logprob.float(), top.to(dtype), index.int(), target)
+    expected = nkd_topk_loss(student, target_logprob, top, index, target)
+    actual = nkd_topk_loss(student, target_logprob.float(), top.to(dtype), index.int(), target)
     torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
@@ -178,7 +178,7 @@ def test_it_is_exact_where_the_teacher_is_certain():
     expected = oracle.nkd_sparse_row(student, 0, log_t[0], {1: log_t[1], 2: log_t[2], 3: log_t[3]}, 1.5)
     for dtype, rel in ((torch.float64, 1e-8), (torch.float32, 1e-6)):
         served = torch.tensor(log_t[:1], dtype=dtype), torch.tensor([log_t[1:4]], dtype=dtype)
-        loss = nkd_sparse_loss(torch.tensor([student], dtype=dtype), *served, torch.tensor([[1, 2, 3]]),
+        loss = nkd_topk_loss(torch.tensor([student], dtype=dtype), *served, torch.tensor([[1, 2, 3]]),
                                torch.tensor([0]))  # fmt: skip
         assert loss.item() == pytest.approx(expected, rel=rel)
     teacher = torch.tensor([[20.0, 0.0, 1.0, 2.0]])  # from logits in float32: 1 - T_t is 2e-8
@@ -223,9 +223,9 @@ def test_gradcheck_and_no_gradient_for_the_teacher():
     target_logprob, top, index = top_k_logprobs(teacher, target, 3)
     top.requires_grad_()
     torch.autograd.gradcheck(
-        lambda s: nkd_sparse_loss(s, target_logprob, top.detach(), index, target), student.requires_grad_()
+        lambda s: nkd_topk_loss(s, target_logprob, top.detach(), index, target), student.requires_grad_()
     )
-    nkd_sparse_loss(student, target_logprob, top, index, target).backward()
+    nkd_topk_loss(student, target_logprob, top, index, target).backward()
     assert top.grad is None
 
 
@@ -238,7 +238,7 @@ def test_log_probabilities_alone_give_the_same():
         student_target = logprobs.gather(1, target[:, None])[:, 0]
         return nkd_from_logprobs(student_target, logprobs.gather(1, index), target_logprob, top, gamma=2.0).mean()
 
-    expected = value_and_gradient(nkd_sparse_loss, student, target_logprob, top, index, target, gamma=2.0)
+    expected = value_and_gradient(nkd_topk_loss, student, target_logprob, top, index, target, gamma=2.0)
     torch.testing.assert_close(value_and_gradient(from_logprobs, student, torch.float64), expected)
     value, grad = value_and_gradient(from_logprobs, student, torch.float32)
     torch.testing.assert_close(value, expected[0].float(), rtol=1e-4, atol=0)
@@ -264,7 +264,7 @@ def test_nothing_waits_for_the_device():
     with NoSync():
         value_and_gradient(sparse, student, teacher, target)
         served, index = teacher.log_softmax(1).topk(3)
-        value_and_gradient(nkd_sparse_loss, student, None, served, index, None)
+        value_and_gradient(nkd_topk_loss, student, None, served, index, None)
 
 
 @pytest.mark.slow
@@ -315,14 +315,14 @@ def test_bad_input_is_refused_with_what_was_seen(change, error, message):
                 teacher_logprobs=torch.zeros(4, 3), teacher_indices=torch.arange(3).expand(4, 3),
                 target=torch.zeros(4).long())  # fmt: skip
     with pytest.raises(error, match=message):
-        nkd_sparse_loss(**call | change)
+        nkd_topk_loss(**call | change)
 
 
 def test_served_tokens_in_the_last_dimension_are_told_how_to_move():
     student, teacher, target = inputs(2, 9, 5)
     served, index = (x.transpose(1, 2) for x in top_k_logprobs(teacher, target, 3)[1:])
     with pytest.raises(ValueError, match=r"must be \(2, k, 5\) .* got \(2, 5, 3\) .*\.transpose\(1, 2\)"):
-        nkd_sparse_loss(student, torch.zeros(2, 5), served, index, target)
+        nkd_topk_loss(student, torch.zeros(2, 5), served, index, target)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_a_class_out_of_range_is_an_error(bad):
     target_logprob, top, index = top_k_logprobs(teacher, target, 3)
     index[0, 0] = bad
     with pytest.raises((IndexError, RuntimeError)):
-        nkd_sparse_loss(student, target_logprob, top, index, target)
+        nkd_topk_loss(student, target_logprob, top, index, target)
 
 
 @pytest.mark.parametrize("k", [0, 8])

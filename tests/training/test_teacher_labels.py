@@ -25,7 +25,7 @@ from deploy.preprocess import UnreadableImage
 from deploy.run_directory import locked
 from deploy.student import load_student
 from examples import teacher_labels as example
-from kdlite import nkd_sparse_loss
+from kdlite import nkd_topk_loss
 from kdlite.training import loading, teacher_labels
 from kdlite.training.data import open_data
 from kdlite.training.teacher_labels import StoredLabels, describe_images
@@ -189,15 +189,15 @@ def test_answers_of_a_server_are_a_top_k():
     answers = [
         {int(i): float(row[i]) for i in {*row.topk(5).indices.tolist(), int(t)}} for row, t in zip(log_t, labels)
     ]
-    found = nkd_sparse_loss(student, *example.from_answers(answers, labels.tolist(), 5), labels)
+    found = nkd_topk_loss(student, *example.from_answers(answers, labels.tolist(), 5), labels)
     masked = log_t.masked_fill(F.one_hot(labels, 30).bool(), -torch.inf).topk(5)
     masked_values = masked.values.where(masked.values >= log_t.topk(5).values[:, -1:], -torch.inf)
-    expected = nkd_sparse_loss(student, log_t.gather(1, labels[:, None])[:, 0], masked_values, masked.indices, labels)
+    expected = nkd_topk_loss(student, log_t.gather(1, labels[:, None])[:, 0], masked_values, masked.indices, labels)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     # a position without an answer, of which nothing is to be learnt
     log_t, top, index = example.from_answers([{}, answers[0]], [-100, int(labels[0])], 5)
-    ignored = nkd_sparse_loss(student[[1, 0]], log_t, top, index, torch.tensor([-100, int(labels[0])]))
-    torch.testing.assert_close(ignored, nkd_sparse_loss(student[:1], log_t[1:], top[1:], index[1:], labels[:1]))
+    ignored = nkd_topk_loss(student[[1, 0]], log_t, top, index, torch.tensor([-100, int(labels[0])]))
+    torch.testing.assert_close(ignored, nkd_topk_loss(student[:1], log_t[1:], top[1:], index[1:], labels[:1]))
     with pytest.raises(ValueError, match=r"shorter|longer"):
         example.from_answers(answers, [1], 5)
 
