@@ -200,8 +200,7 @@ def check_saved(flags: dict[str, Flag], saved: dict[str, Any], typed: dict[str, 
 def settle_size(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Make args.img_size [height, width]; a student/ folder brings its own."""
     if os.path.isdir(args.model) and "img_size" not in given:
-        config: Any = read_config(student_folder(Path(args.model)))
-        args.in_chans, *args.img_size = config["input_size"]
+        args.in_chans, *args.img_size = read_config(student_folder(Path(args.model))).input_size
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
     if len(args.img_size) not in (2, 4):
         raise UserError("--img-size takes one number, or height and width")

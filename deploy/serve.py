@@ -51,12 +51,12 @@ from deploy.cli import (
     first_line,
     make_parser,
     number,
-    runtime_options,
     stop_without,
     version,
 )
+from deploy.config import Metadata
 from deploy.preprocess import MAX_PIXELS, formats
-from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, Runtime, load, top_labels
+from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, RunOn, Runtime, load, top_labels
 from deploy.server.limits import Budget, Limits
 from deploy.server.protocol import (
     JSON_LIMIT,
@@ -116,7 +116,7 @@ class Model(NamedTuple):
 
 
 def describe(runtime: Runtime, name: str, limits: Limits) -> Model:
-    labels: list[str] = runtime.metadata["label_names"]
+    labels: list[str] = runtime.metadata.label_names
     shape, max_batch = list(runtime.image_shape), largest_batch(runtime, limits)
     platform = f"kdlite_{runtime.name}"
     about = {
@@ -138,10 +138,10 @@ def describe(runtime: Runtime, name: str, limits: Limits) -> Model:
     return Model(runtime, labels, max_batch, about, config)
 
 
-def load_and_try(path: Path, limits: Limits, **options: Any) -> Runtime:
+def load_and_try(path: Path, limits: Limits, on: RunOn) -> Runtime:
     """A runtime that has answered a batch of one and a largest one, which is slow the first time; UserError."""
-    runtime = load(path, **options)
-    labels = runtime.metadata["label_names"]
+    runtime = load(path, on)
+    labels = runtime.metadata.label_names
     for size in sorted({1, largest_batch(runtime, limits)}):
         try:
             logits = runtime.run(np.zeros((size, *runtime.image_shape), np.uint8))
@@ -206,12 +206,11 @@ def make_app(
     async def in_pool(pool: str, work: Callable[..., Any], *given: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pools[pool], work, *given)
 
-    async def decode_large(body: bytes, config: dict[str, Any]) -> np.ndarray:
+    async def decode_large(body: bytes, config: Metadata) -> np.ndarray:
         nonlocal decoder
         if decoder is None:
             decoder = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process)
         mine = decoder
-        config = {name: config[name] for name in ("input_size", "crop", "interpolation")}
         try:
             return await asyncio.get_running_loop().run_in_executor(mine, decode_apart, body, config)
         except BrokenProcessPool as error:
@@ -552,7 +551,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     silence_readers()
     formats()  # imports Pillow's readers, which the first request would wait for
-    load_again = functools.partial(load_and_try, args.artefact, limits, **runtime_options(args))
+    load_again = functools.partial(load_and_try, args.artefact, limits, RunOn.from_args(args))
     runtime = load_again()
     listener = listen_unix(args.unix_socket) if args.unix_socket else listen(args.host, args.port)
     host, port = (args.unix_socket, 0) if args.unix_socket else listener.getsockname()[:2]

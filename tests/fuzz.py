@@ -61,10 +61,10 @@ def config_target(folder: Path) -> Callable[[bytes], None]:
         except UserError as error:
             check_line(error)
             return
-        _, height, width = config["input_size"]
-        if max(height, width) <= MAX_SIDE and min(height, width) / config["crop"] <= MAX_SIDE:
+        _, height, width = config.input_size
+        if max(height, width) <= MAX_SIDE and min(height, width) / config.crop <= MAX_SIDE:
             array = prepare(photo, config)
-            assert array.shape == (height, width, 3), f"{array.shape} for input_size {config['input_size']}"
+            assert array.shape == (height, width, 3), f"{array.shape} for input_size {config.input_size}"
 
     return run
 
@@ -103,11 +103,12 @@ def checkpoint_target(folder: Path) -> Callable[[bytes], None]:
 def image_target(folder: Path) -> Callable[[bytes], None]:
     from PIL import Image
 
+    from deploy.config import Metadata
     from deploy.preprocess import UnreadableImage, open_image, prepare
 
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     configs = [
-        {"input_size": [3, 32, width], "crop": crop, "interpolation": how}
+        Metadata(["a"], [3, 32, width], [0.5] * 3, [0.2] * 3, how, crop)
         for width, crop, how in ((32, 0.875, "bilinear"), (48, 1.0, "bicubic"))
     ]
 
@@ -118,7 +119,7 @@ def image_target(folder: Path) -> Callable[[bytes], None]:
             except UnreadableImage as error:  # ImageTooLarge is one
                 check_line(error)
             else:
-                assert array.shape == (*config["input_size"][1:], 3), str(array.shape)
+                assert array.shape == (*config.input_size[1:], 3), str(array.shape)
                 assert array.dtype == "uint8", str(array.dtype)
 
     return run
@@ -160,11 +161,12 @@ def request_target(folder: Path) -> Callable[[bytes], None]:
 def photograph_target(folder: Path) -> Callable[[bytes], None]:
     from PIL import Image
 
+    from deploy.config import Metadata
     from deploy.server.images import decode, file_in, open_photograph
     from deploy.server.protocol import RequestError
 
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    config = {"input_size": [3, 32, 32], "crop": 0.875, "interpolation": "bilinear"}
+    config = Metadata(["a"], [3, 32, 32], [0.5] * 3, [0.2] * 3, "bilinear", 0.875)
 
     def run(data: bytes) -> None:
         """As it is; where it begins with a line of its Content-Type, as a form."""

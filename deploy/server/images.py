@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from deploy.config import Metadata
 from deploy.preprocess import (
     MAX_PIXELS,
     ImageTooLarge,
@@ -75,7 +76,7 @@ def file_in(body: bytes, content_type: str) -> bytes:
     return files[0].file_object.getvalue()
 
 
-def open_photograph(body: bytes, config: dict[str, Any]) -> tuple[Image.Image, int]:
+def open_photograph(body: bytes, config: Metadata) -> tuple[Image.Image, int]:
     """An image that is not decoded yet, and how many pixels it asks for; RequestError 400 or 413."""
     try:
         image = open_image(body, accepted=tuple(ACCEPTED.intersection(formats())))
@@ -95,7 +96,7 @@ def open_photograph(body: bytes, config: dict[str, Any]) -> tuple[Image.Image, i
         raise unreadable(error) from error
 
 
-def decode(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
+def decode(image: Image.Image, config: Metadata) -> np.ndarray:
     """uint8 (1, H, W, 3), prepared as in training; RequestError 400 or 413."""
     try:
         return prepare(image, config)[None]
@@ -105,7 +106,7 @@ def decode(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
         image.close()  # its pixels, before the next one's
 
 
-def decode_apart(body: bytes, config: dict[str, Any]) -> np.ndarray:
+def decode_apart(body: bytes, config: Metadata) -> np.ndarray:
     """The same, for a process of its own: of 64 million pixels of WebP Pillow holds the interpreter half a second."""
     return decode(open_photograph(body, config)[0], config)
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deploy.cli import UserError, write_whole
+from deploy.config import Metadata
 from deploy.student import load_weights
 from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, Agreement, Group, StopRequest, from_rank_zero, log
 
@@ -109,9 +110,9 @@ class Checkpoint:
     content: dict[str, Any]
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Metadata:
         """The student's config.json."""
-        return self.content["config"]  # type: ignore[no-any-return]
+        return Metadata.from_json(self.content["config"], self.file)
 
 
 @dataclass
@@ -125,7 +126,7 @@ class State:
     progress: Progress
     log: LossLog  # of this epoch on this rank
 
-    def copy(self, flags: dict[str, Any], config: dict[str, Any]) -> bytearray:
+    def copy(self, flags: dict[str, Any], config: Metadata) -> bytearray:
         """Return all of it as the bytes of a checkpoint; each rank calls this, and only rank 0 gets the bytes.
 
         Raises:
@@ -150,7 +151,8 @@ class State:
             whole = {
                 "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "ema": self.ema.state_dict() if self.ema else None,
-                "progress": asdict(self.progress), "ranks": parts, "args": flags, "config": config,
+                "progress": asdict(self.progress), "ranks": parts, "args": flags,
+                "config": config.to_json(),
             }  # fmt: skip
             torch.save(whole, buffer)
         return bytearray(buffer.getbuffer())
@@ -158,7 +160,7 @@ class State:
     def models(self) -> list[nn.Module]:
         return [model for model in (self.net, self.ema) if model is not None]
 
-    def restore(self, checkpoint: Checkpoint, flags: dict[str, Any], config: dict[str, Any]) -> None:
+    def restore(self, checkpoint: Checkpoint, flags: dict[str, Any], config: Metadata) -> None:
         """Take all of it from a checkpoint; options such as --weight-decay keep their present values.
 
         Args:
@@ -171,7 +173,7 @@ class State:
                 images, or the ranks differ
         """
         saved, file = checkpoint.content, checkpoint.file
-        check_classes(saved["config"]["label_names"], config["label_names"], file)
+        check_classes(checkpoint.config.label_names, config.label_names, file)
         load_weights(self.net, saved["model"], file)
         if self.ema and saved["ema"]:
             load_weights(self.ema, saved["ema"], file)
@@ -196,13 +198,13 @@ class State:
             self.log.count = sum(part["count"] for part in saved["ranks"])
         self.check_agreement()
 
-    def check_epoch(self, checkpoint: Checkpoint, flags: dict[str, Any], config: dict[str, Any]) -> None:
+    def check_epoch(self, checkpoint: Checkpoint, flags: dict[str, Any], config: Metadata) -> None:
         """Raise if the epoch that the checkpoint interrupts would go on with other batches."""
         if not self.progress.step:
             return
-        saved, before = checkpoint.content["args"], checkpoint.config["training"]["train_images"]
+        saved, before = checkpoint.content["args"], checkpoint.config.training["train_images"]
         changed = [f"--{name.replace('_', '-')}" for name in ("batch_size", "seed", "cache") if saved[name] != flags[name]]
-        changed += ["number of training images"] * (before != config["training"]["train_images"])
+        changed += ["number of training images"] * (before != config.training["train_images"])
         if changed:
             raise UserError(f"{checkpoint.file} is {self.progress}: the {' and the '.join(changed)} must stay the same "
                             "until that epoch ends")  # fmt: skip
@@ -253,7 +255,7 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, state: State, flags: dict[str, Any], config: dict[str, Any], minutes: float,
+        self, folder: Path, state: State, flags: dict[str, Any], config: Metadata, minutes: float,
         stop: StopRequest,
     ) -> None:  # fmt: skip
         self.folder, self.state, self.flags, self.config = folder, state, flags, config

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 
 from deploy.cli import ProgressBar, UserError
+from deploy.config import Metadata
 from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
 from kdlite.training.data import Digits
 from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, start_fork_server
@@ -36,9 +37,9 @@ Transform = Callable[[Image.Image], Tensor]
 # ---- from an opened image to a tensor -----------------------------------------------------------------------------
 
 
-def eval_view(image: Image.Image, config: Any) -> Tensor:
+def eval_view(image: Image.Image, metadata: Metadata) -> Tensor:
     """Return an opened image as uint8 (C, H, W), prepared as a student's config.json says; not normalised."""
-    return torch.from_numpy(prepare(image, config).copy()).permute(2, 0, 1)
+    return torch.from_numpy(prepare(image, metadata).copy()).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deploy.cli import UserError, first_line
-from deploy.config import read_config
+from deploy.config import Metadata, read_config
 from deploy.student import build_model, check_forward, find_architecture, is_folder, is_own, load_student, load_weights
 from kdlite.training.distributed import local_rank_zero_first, log
 from kdlite.training.teacher_classes import pick_columns
@@ -34,8 +35,8 @@ from kdlite.training.teacher_classes import pick_columns
 PREPROCESSING = ("mean", "std", "interpolation", "crop")  # of config.json, beside the input size
 
 
-def preprocessing_of(source: Any) -> dict[str, Any]:
-    return {name: source[name] if isinstance(source, dict) else getattr(source, name) for name in PREPROCESSING}
+def preprocessing_of(source: Metadata | Pretrained) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in PREPROCESSING}
 
 
 class Pretrained(NamedTuple):
@@ -104,7 +105,7 @@ def fetch(pretrained: Pretrained, flag: str, by_hand: str) -> nn.Module:
 def open_student(
     name: str, arguments: Sequence[str], small_stem: bool, model_files: Sequence[str], label_names: list[str],
     input_size: Sequence[int], images: dict[str, Any], pretrained: bool | str = False,
-) -> tuple[nn.Module, dict[str, Any], str | None]:  # fmt: skip
+) -> tuple[nn.Module, Metadata, str | None]:  # fmt: skip
     """Return a model to train, its config.json, and a line that reports where its weights come from.
 
     Args:
@@ -133,7 +134,8 @@ def open_student(
         grey = {key: [sum(images[key]) / len(images[key])] * input_size[0] for key in ("mean", "std")}
         images = images | grey
     config = {"num_classes": len(label_names), "label_names": label_names, "input_size": list(input_size)}
-    return model, architecture | config | {key: images[key] for key in PREPROCESSING}, report
+    config = architecture | config | {key: images[key] for key in PREPROCESSING}
+    return model, Metadata.from_json(config, "the student"), report
 
 
 class Start(NamedTuple):
@@ -162,18 +164,18 @@ def start_from_file(name: str, library: str, file: str) -> Start:
 
 def start_from_folder(
     folder: str, label_names: list[str], input_size: Sequence[int], model_files: Sequence[str]
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, Metadata]:
     """Load a student/ folder, to train it further on these classes at this size."""
     model, config = load_student(Path(folder), model_files)
-    otherwise = f"--model {config['architecture']} --pretrained {folder} takes what fits"
-    if config["num_classes"] != len(label_names):
+    otherwise = f"--model {config.architecture} --pretrained {folder} takes what fits"
+    if config.num_classes != len(label_names):
         raise UserError(
-            f"--model {folder} has {config['num_classes']} classes, --data has {len(label_names)}: {otherwise}"
+            f"--model {folder} has {config.num_classes} classes, --data has {len(label_names)}: {otherwise}"
         )
-    if config["input_size"] != list(input_size):
-        theirs, ours = ("x".join(map(str, size)) for size in (config["input_size"], input_size))
+    if config.input_size != list(input_size):
+        theirs, ours = ("x".join(map(str, size)) for size in (config.input_size, input_size))
         raise UserError(f"--model {folder} takes {theirs} (--in-chans and --img-size), not {ours}: {otherwise}")
-    return model, config | {"label_names": label_names}
+    return model, replace(config, label_names=label_names)
 
 
 def read_weights(name: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -309,7 +311,7 @@ class LoadedTeacher(NamedTuple):
 
 
 def load_teacher(
-    name: str, student: dict[str, Any], model_files: Sequence[str] = (), classes_file: str | None = None
+    name: str, student: Metadata, model_files: Sequence[str] = (), classes_file: str | None = None
 ) -> LoadedTeacher:
     """Load a teacher of a student's classes. It may have more classes, or another order.
 
@@ -324,16 +326,16 @@ def load_teacher(
     Raises:
         UserError: the teacher or its weights are missing, or it lacks a class
     """
-    num_classes, label_names = student["num_classes"], student["label_names"]
+    num_classes, label_names = student.num_classes, student.label_names
     model_name, _, file = name.partition(":")
     names: list[str] | None
     if is_folder(name):
         model, config = load_student(Path(name), model_files)
-        mean, std, input_size, names = (config[key] for key in ("mean", "std", "input_size", "label_names"))
+        mean, std, input_size, names = (getattr(config, key) for key in ("mean", "std", "input_size", "label_names"))
         theirs = len(names)
     elif is_own(name):
-        model = build_model(find_architecture(name), num_classes, student["input_size"], [name])
-        mean, std, input_size = (getattr(model, key, student[key]) for key in ("mean", "std", "input_size"))
+        model = build_model(find_architecture(name), num_classes, student.input_size, [name])
+        mean, std, input_size = (getattr(model, key, getattr(student, key)) for key in ("mean", "std", "input_size"))
         names, theirs = None, num_classes
     else:
         found = find_pretrained(model_name, find_architecture(model_name)["library"])
@@ -345,7 +347,7 @@ def load_teacher(
         else:
             pick_columns(name, names, theirs, label_names, classes_file)  # before a download
             model = fetch(found, f"--teacher {name}", f"--teacher {name}:FILE uses it").float()
-    if input_size[0] < student["input_size"][0]:
+    if input_size[0] < student.input_size[0]:
         raise UserError(f"--teacher {name} takes grey images, the student colour: --in-chans 1 makes both grey")
     check_forward(model.eval(), f"--teacher {name}", input_size, theirs)
     columns, report = pick_columns(name, names, theirs, label_names, classes_file)
