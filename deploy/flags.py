@@ -186,7 +186,8 @@ def check_saved(flags: dict[str, Flag], saved: dict[str, Any], typed: dict[str, 
             raise UserError(f"the run was started with --{name.replace('_', '-')} {saved[name]}, which this train.py "
                             "does not have: start a new run")  # fmt: skip
     for name, flag in flags.items():
-        values = saved.get(name) if isinstance(saved.get(name), list) else [saved.get(name)]
+        value = saved.get(name)
+        values = value if isinstance(value, list) else [value]
         code = next((value for value in values if flag.path and is_code(value)), None)
         if code and name not in typed:
             raise UserError(f"the run was started with code, --{name.replace('_', '-')} {code}: give that flag again; "

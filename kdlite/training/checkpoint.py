@@ -1,9 +1,10 @@
-"""Save and restore all that a resume needs: the state of a run, its losses so far, two checkpoints, a writing thread."""
+"""Save and restore all that a resume needs: the state of a run, its losses so far, and the thread that writes it."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import random
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
     answers: Tensor | None = None  # (2, N): labels and predictions of the validation images in the best epoch
     validated: str = ""  # digest of the validation images
+    is_best: bool = False  # whether the last epoch was the best so far
 
     def __str__(self) -> str:
         return f"at step {self.step} of epoch {self.epoch + 1}" if self.step else f"after epoch {self.epoch}"
@@ -46,7 +48,17 @@ class Progress:
         """Count a step; a hook of the optimizer, which GradScaler does not call for a skipped step."""
         self.executed += 1
 
-    def next_epoch(self) -> None:
+    def end_epoch(self, row: dict[str, Any], answers: Tensor) -> None:
+        """Store the results of an epoch, and go to the start of the next one.
+
+        Args:
+            row: of metrics.csv
+            answers: labels and predictions of all validation images, (2, N)
+        """
+        self.rows.append(row)
+        self.is_best = math.isfinite(row["val_loss"]) and row["val_top1"] >= self.best
+        if self.is_best:
+            self.best, self.answers = row["val_top1"], answers
         self.epoch, self.step, self.executed, self.seconds, self.lr = self.epoch + 1, 0, 0, 0.0, 0.0
 
     def check_validation(self, digest: str) -> None:
@@ -203,7 +215,8 @@ class State:
         if not self.progress.step:
             return
         saved, before = checkpoint.content["args"], checkpoint.config.training["train_images"]
-        changed = [f"--{name.replace('_', '-')}" for name in ("batch_size", "seed", "cache") if saved[name] != flags[name]]
+        names = [name for name in ("batch_size", "seed", "cache") if saved[name] != flags[name]]
+        changed = [f"--{name.replace('_', '-')}" for name in names]
         changed += ["number of training images"] * (before != config.training["train_images"])
         if changed:
             raise UserError(f"{checkpoint.file} is {self.progress}: the {' and the '.join(changed)} must stay the same "
@@ -269,13 +282,13 @@ class Saver:
         due = IS_MAIN and 0 < self.seconds < time.monotonic() - self.saved_at
         stopping, saving = self.agreement.ask(self.stop.name is not None, due)
         if saving or stopping:
-            self.state.log.read()
             self.save()
         return stopping
 
     def save(self, *others: Callable[[], Any], best: bool = False) -> None:
         """Copy the state; the thread calls `others`, which write other files, and then writes the checkpoint."""
         self.saved_at = time.monotonic()
+        self.state.log.read()
         content = self.state.copy(self.flags, self.config)
         if IS_MAIN:
             self.wait()
@@ -362,6 +375,6 @@ def read_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: damaged, or not a checkpoint of train.py; start in a new --output")
     if (folder / "metrics.csv").exists():
-        raise UserError(f"{folder} has finished epochs (metrics.csv), but neither {LAST} nor {PREVIOUS}: restore one of "
-                        "them, or start in a new --output")  # fmt: skip
+        raise UserError(f"{folder} has finished epochs (metrics.csv), but neither {LAST} nor {PREVIOUS}: restore one, "
+                        "or start in a new --output")  # fmt: skip
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import copy
 import csv
@@ -22,9 +23,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 
 from deploy.cli import UserError, write_whole
+from deploy.flags import Table, is_code, pick_recipe, settle_flags
 from deploy.preprocess import UnreadableImage, endings, open_image, upright_size
 from deploy.reference import evenly
-from kdlite.training.distributed import local_rank_zero_first, log
+from deploy.run_directory import read_given
+from kdlite.training.distributed import from_rank_zero, local_rank_zero_first, log
 
 EXPECTED = "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or one of digits, cifar10, cifar100"
 SPLIT = "split.csv"  # in a run directory: see write_split
@@ -42,6 +45,19 @@ class Data(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     split: list[tuple[str, str]] | None = None  # (file, "train" or "val") if the images were split here
+
+    def preprocessing(self, channels: int, interpolation: str, crop: float) -> dict[str, Any]:
+        """Return mean, std, interpolation and crop for images of 3 channels, or of 1."""
+        mean, std = ([sum(x) / 3] if channels == 1 else list(x) for x in (self.mean, self.std))
+        return {"mean": mean, "std": std, "interpolation": interpolation, "crop": crop}
+
+    def digest(self, part: Any, *settings: Any) -> str:
+        """Return a digest of the names and classes of the images of train or val, and of any settings."""
+        names = part.files() if hasattr(part, "files") else map(str, range(len(part)))
+        digest = hashlib.sha256("".join(map(str, settings)).encode())
+        for name, target in zip(names, part.targets):
+            digest.update(f"{name}\0{self.label_names[int(target)]}\n".encode())
+        return digest.hexdigest()
 
 
 class Digits(Dataset):
@@ -65,9 +81,7 @@ class Digits(Dataset):
         return Image.fromarray(self.images[index]), int(self.targets[index])
 
 
-def open_data(
-    name: str, val_split: float | None = None, seed: int = 0, sides: Mapping[str, str] | None = None
-) -> Data:
+def open_data(name: str, val_split: float | None = None, seed: int = 0, sides: Mapping[str, str] | None = None) -> Data:
     """Open a data set.
 
     Args:
@@ -95,6 +109,32 @@ def open_data(
             raise UserError(f"{name} is not in {FOLDER}/ and could not be downloaded: {reason}") from error
         return Data(train, val, train.classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     return open_folder(name, val_split, seed, sides)
+
+
+def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, dict[str, Any], Data]:
+    """Return the value of every flag, the flags that a run directory stores, and the data set.
+
+    A folder of images without --recipe gets a recipe that fits its images, which is printed.
+
+    Args:
+        table: the flags of the command
+        typed: those on the command line
+    """
+    saved, sides = {}, None
+    if typed.get("resume"):
+        folder = Path(typed["output"])
+        saved, sides = from_rank_zero(lambda: (read_given(folder), read_split(folder / SPLIT)))
+    args, given = settle_flags(table, typed, saved)
+    data = open_data(args.data, args.val_split, sides=sides)
+    if args.recipe is None:
+        pretrained = bool(args.pretrained or os.path.isdir(args.model))
+        size = from_rank_zero(lambda: median_size(data.train))
+        recipe, why = pick_recipe(len(data.train), len(data.label_names), size, pretrained, given.get("img_size"))
+        if is_code(args.model):
+            recipe = recipe | {"small_stem": False}  # a model of the user's keeps its stem
+        log(f"{why} (--recipe or any flag overrides)")
+        args, given = settle_flags(table, typed, saved, recipe)
+    return args, given, data
 
 
 # ---- a folder of photographs --------------------------------------------------------------------------------------

@@ -9,20 +9,25 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from multiprocessing import forkserver
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.utils import distribute_bn
+from torch import nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
-from deploy.cli import UserError
+from deploy.cli import UserError, explain, first_line
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 MEET = timedelta(minutes=10)  # how long a process waits for the others at the start
@@ -30,6 +35,8 @@ MEET = timedelta(minutes=10)  # how long a process waits for the others at the s
 # torchrun notices a process that has ended.
 WAIT = timedelta(days=1)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# What a collective reports if another process has ended.
+LOST_PEER = re.compile("(?i)closed by peer|reset by peer|broken pipe|NCCL|gloo|timed out|timeout")
 
 
 def read_launch() -> tuple[int, int, int, str | None]:
@@ -134,7 +141,7 @@ def process_group() -> Iterator[None]:
         yield
         return
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=MEET))
+        store, _, _ = next(rendezvous("env://", timeout=MEET))
         store.set(f"kdlite/{RANK}", "here")
         store.wait([f"kdlite/{rank}" for rank in range(WORLD_SIZE)], MEET)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -148,25 +155,34 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        Group.store = Group.steps = Group.control = None
+
+
+@contextmanager
+def reported_once() -> Iterator[None]:
+    """Let one process raise a user's error, and end the others with status 2: they end because of it."""
+    try:
+        yield
+    except Exception as error:
+        lost = WORLD_SIZE > 1 and isinstance(error, (RuntimeError, ConnectionError)) and LOST_PEER.search(str(error))
+        if not lost and explain(error) is None:
+            raise
+        if not is_first_error():
+            raise SystemExit(2) from error
+        if lost:
+            raise UserError(f"rank {RANK} lost another process, which has ended: {first_line(error)}") from error
+        raise
 
 
 def is_first_error() -> bool:
-    """Return whether no other process has printed an error; the others end because of it."""
+    """Return whether no other process of the run has met an error."""
     if Group.store is None:
         if not IS_MAIN:
             time.sleep(2)  # torchrun ends rank 0, which prints, as soon as this process has ended
         return IS_MAIN
     try:
         return int(Group.store.add("kdlite/errors", 1)) == 1
-    except RuntimeError:  # rank 0 has the store and has ended
+    except RuntimeError:  # the process with the store has ended
         return True
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Return whether an error of a collective means that another process has ended."""
-    words = ("closed by peer", "reset by peer", "NCCL", "gloo", "Broken pipe", "Socket Timeout", "timed out")
-    return WORLD_SIZE > 1 and isinstance(error, (RuntimeError, ConnectionError)) and any(w in str(error) for w in words)
 
 
 def from_rank_zero(function: Callable[[], Any]) -> Any:
@@ -199,6 +215,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self.work: Any = None
+        self.wanted = torch.empty(0, dtype=torch.int32)
 
     def ask(self, *wanted: bool) -> list[bool]:
         """Return for each question whether any rank wanted it, as of the last call."""
@@ -222,9 +239,9 @@ def gather(columns: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, 1)
 
 
-def log(line: str) -> None:
-    """Print a line on stdout, on rank 0 only."""
-    if IS_MAIN:
+def log(line: str | None) -> None:
+    """Print a line on stdout, on rank 0 only; None: nothing."""
+    if IS_MAIN and line:
         print(line, flush=True)
 
 
@@ -232,6 +249,42 @@ def warn(line: str) -> None:
     """Print a warning on stderr, on rank 0 only."""
     if IS_MAIN:
         print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+class Exchanging(DistributedDataParallel):
+    """DistributedDataParallel that names a parameter without a gradient, for which it would wait in vain."""
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        try:
+            return super().forward(*inputs, **options)
+        except RuntimeError as error:
+            found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            if not found:
+                raise
+            names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+            unused = ", ".join(names[int(index)] for index in found[1].split()[:3])
+            raise UserError(f"the model does not use its parameter {unused}, as several processes need: remove it, or "
+                            "set its requires_grad to False") from error  # fmt: skip
+
+
+def exchange_gradients(net: Any, device: torch.device) -> Any:
+    """Wrap the network so that the processes exchange gradients, if there are several."""
+    if WORLD_SIZE == 1:
+        return net
+    ids = [device.index] if device.type == "cuda" else None
+    return Exchanging(net, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def gradient_sync(net: nn.Module, last_pass: bool) -> AbstractContextManager[None]:
+    """Return the context of a pass: DDP exchanges gradients in the last one of a step."""
+    return nullcontext() if last_pass or not isinstance(net, DistributedDataParallel) else net.no_sync()
+
+
+def average_batch_norm(*models: nn.Module) -> None:
+    """Average the ranks' batch-norm statistics, so that all evaluate the same model."""
+    if WORLD_SIZE > 1:
+        for model in models:
+            distribute_bn(model, WORLD_SIZE, reduce=True)
 
 
 # ---- the machine --------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    images: Tensor | None  # uint8 (B, C, H, W), later normalised float; None if no image of the batch could be read
+    images: Any  # uint8 (B, C, H, W), later normalised float; None if no image of the batch could be read
     labels: Any  # class indices (B,), later perhaps class probabilities (B, classes)
     corrupt: list[Corrupt]
     teacher: tuple[Tensor, ...] = ()  # a teacher's stored labels
@@ -288,9 +288,13 @@ class ToDevice:
 
     def __call__(self, batch: Batch) -> Batch:
         assert batch.images is not None
-        images = batch.images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        images = self.normalise(batch.images)
         labels, *teacher = (x.to(self.device, non_blocking=True) for x in (batch.labels, *batch.teacher))
-        return batch._replace(images=(images.float() - self.mean) / self.std, labels=labels, teacher=tuple(teacher))
+        return batch._replace(images=images, labels=labels, teacher=tuple(teacher))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return (images.float() - self.mean) / self.std
 
     def undo(self, images: Tensor) -> Any:
         """Return normalised (B, C, H, W) images as a uint8 array (B, H, W, C)."""
@@ -336,11 +340,18 @@ class CorruptCount:
                 raise UserError(f"{share}: mend or remove them; the last one is {name}")
 
 
-def image_progress(
-    loader: Any, label: str, total: int | None = None, each: int = 0, first: int = 0
-) -> ProgressBar:
+def image_progress(loader: Any, label: str, total: int | None = None, each: int = 0, first: int = 0) -> ProgressBar:
     """Return the loader with a progress bar of rank 0, in images of all processes. each: images of a batch here."""
     each = WORLD_SIZE * (each or getattr(loader, "batch_size", None) or 1)
     if total is None and hasattr(loader, "sampler"):
         total = WORLD_SIZE * len(loader.sampler)
     return ProgressBar(loader, label, total, each, first, "images", IS_MAIN)
+
+
+def epoch_batches(batches: Any, epoch: int, first: int, last: int) -> ProgressBar:
+    """Return the batches `first` to `last` of an epoch, with a progress bar."""
+    sampler = getattr(batches, "sampler", batches)
+    sampler.set_epoch(epoch, first * batches.batch_size)
+    each = batches.batch_size
+    chosen = itertools.islice(batches, last - first)
+    return image_progress(chosen, f"epoch {epoch + 1}", last * each * WORLD_SIZE, each, first)

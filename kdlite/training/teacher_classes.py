@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 from timm.data import ImageNetInfo
 
 from deploy.cli import UserError
 from kdlite.training.data import abbreviate, read_csv
+from kdlite.training.distributed import warn
 
 
 def pick_columns(
@@ -87,6 +91,25 @@ def match(data: list[str], teacher: list[str], name: str) -> list[int]:
     if twice:
         raise UserError(f"--teacher {name} has one class for {' and '.join(twice[:3])}: --teacher-classes FILE")
     return columns
+
+
+def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -> None:
+    """Warn if a teacher is not better than chance, or much better with its classes in another order.
+
+    Args:
+        labels, predictions: class indices of the same images, (N,)
+        classes: their number
+    """
+    count, right = len(labels), float((labels == predictions).mean())
+    table = np.zeros((classes, classes))
+    np.add.at(table, (labels, predictions), 1)
+    reordered = float(table[linear_sum_assignment(table, maximize=True)].sum() / count)
+    if classes > 1 and reordered > right + 0.2 and reordered > 2 * right:
+        warn(f"with its classes in another order this teacher would have a top-1 of {100 * reordered:.0f} % instead of "
+             f"{100 * right:.0f} %: --teacher-classes FILE gives the order")  # fmt: skip
+    elif right <= 1 / classes + 2 * math.sqrt((1 / classes) * (1 - 1 / classes) / count):
+        warn(f"this teacher is not better than chance ({100 / classes:.2g} %): is it untrained, or trained with "
+             "another mean and std?")  # fmt: skip
 
 
 def plain(label: str) -> str:

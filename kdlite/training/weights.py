@@ -23,12 +23,14 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deploy.cli import UserError, first_line
 from deploy.config import Metadata, read_config
 from deploy.student import build_model, check_forward, find_architecture, is_folder, is_own, load_student, load_weights
+from kdlite import Teacher
 from kdlite.training.distributed import local_rank_zero_first, log
 from kdlite.training.teacher_classes import pick_columns
 
@@ -249,8 +251,8 @@ def find_classifiers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the classifier by name: timm's own answer, else the last layer with weights if it is linear."""
     weighted = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
     if hasattr(model, "get_classifier"):
-        found = model.get_classifier()
-        heads = list(found) if isinstance(found, (tuple, list)) else [found]
+        found: Any = model.get_classifier()  # type: ignore[operator]
+        heads: list[Any] = list(found) if isinstance(found, (tuple, list)) else [found]
     else:
         heads = list(weighted.values())[-1:]
     linear = [m for m in heads if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1))]
@@ -298,6 +300,13 @@ def settle_batch_norm(net: nn.Module, steps: int) -> str | None:
     return report or None
 
 
+def copy_for_average(student: nn.Module, decay: float) -> ModelEmaV3 | None:
+    try:
+        return ModelEmaV3(student, decay=decay, use_warmup=True) if decay else None
+    except RuntimeError as error:
+        raise UserError(f"--ema-decay needs a model that can be copied: {first_line(error)}") from error
+
+
 # ---- a teacher ----------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +317,11 @@ class LoadedTeacher(NamedTuple):
     input_size: Sequence[int]  # (channels, H, W)
     columns: list[int] | None  # of its logits, one for each class of the student; None: all, in their order
     report: str | None  # how they were found
+
+    def wrap(self, student: Metadata) -> Teacher:
+        """Return the teacher, frozen, for batches that are normalised for a student."""
+        own, theirs = (self.mean, self.std), (student.mean, student.std)
+        return Teacher(self.model, *own, *theirs, size=self.input_size[1:], columns=self.columns)
 
 
 def load_teacher(
