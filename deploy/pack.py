@@ -35,9 +35,9 @@ from deploy.tensorrt import read_engine_metadata
 
 PARTS = (
     "__init__.py", "cli.py", "config.py", "preprocess.py", "reference.py", "runtimes.py", "tensorrt.py", "predict.py",
-    "check.py", "per_class.py", "benchmark.py", "build.py", "serve.py", "server/__init__.py", "server/protocol.py",
-    "server/limits.py", "server/batching.py", "server/metrics.py", "server/connections.py", "server/images.py",
-    "server/page.html", "on_device.py",
+    "check.py", "per_class.py", "benchmark.py", "build.py", "serve.py", "server/__init__.py", "server/app.py",
+    "server/protocol.py", "server/limits.py", "server/batching.py", "server/metrics.py", "server/connections.py",
+    "server/images.py", "server/page.html", "on_device.py",
 )  # fmt: skip
 MAIN = "import sys\n\nfrom deploy.on_device import main\n\nsys.exit(main(sys.argv[1:]))\n"
 

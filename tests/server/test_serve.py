@@ -25,7 +25,8 @@ from sklearn.datasets import load_sample_images
 
 from deploy.preprocess import open_image, prepare
 from deploy.runtimes import load
-from deploy.serve import Limits, make_app
+from deploy.server.app import make_app
+from deploy.server.limits import Limits
 
 
 @pytest.fixture(scope="module")
