@@ -1,18 +1,18 @@
-"""Serve a student over HTTP: the Open Inference Protocol (V2) with dynamic batching, and a photograph's labels.
+"""Serve a student over HTTP: the Open Inference Protocol (V2) with dynamic batching, and labels of a photograph.
 
     python -m deploy.serve runs/001-mobilenet_v2-uskd/student/student.onnx
     curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
     curl http://127.0.0.1:8000/v2/models/student
 
 GET / is a page to drop an image on. POST /v2/models/NAME/infer takes images as uint8 (N, H, W, 3), resized and cropped,
-as JSON or binary tensors, gzip or not; POST /predict takes an image file, or a form with one, and prepares it as in
-training. /metrics is for Prometheus. What is too much at once answers 503 with Retry-After, too large a body 413, any
-other mistake of the request 4xx with {"error": ...}.
+as JSON or as binary tensors. POST /predict takes an image file, or a form with one, and prepares it as in training.
+/metrics is for Prometheus. An overloaded server responds 503 with Retry-After, to a body that is too large 413, and to
+any other mistake in a request 4xx with {"error": ...}.
 
-SIGTERM drains: readiness is 503, requests under way are answered, and it is gone within 20 seconds. SIGHUP loads the
-file again, and changes over if it runs. Whoever may reach another address than the loopback needs the token of
---token-file or KDLITE_TOKEN. One model, one process: beyond one machine, deploy.triton writes a repository for Triton
-and KServe.
+SIGTERM drains: readiness becomes 503, the server answers the requests that have begun, and ends within 20 seconds.
+SIGHUP loads the file again, and keeps the old one if the new one does not run. On an address that other machines reach,
+requests need the token of --token-file or KDLITE_TOKEN. For several models or machines, deploy.triton writes a
+repository for Triton and KServe.
 """
 
 from __future__ import annotations
@@ -35,14 +35,12 @@ from deploy.cli import (
     runtime_options,
     stop_without,
 )
-from deploy.preprocess import formats
-from deploy.server.limits import Limits
 
 try:
-    from deploy.server.app import REQUEST_ID, load_and_try, make_app, reload_in_background, serve
-    from deploy.server.connections import bounded_by_files, listen, listen_unix
-    from deploy.server.images import silence_readers
-    from deploy.server.metrics import AccessLog
+    from deploy.server.app import REQUEST_ID, Limits, StudentServer, make_app
+    from deploy.server.connections import bounded_by_files, listen, listen_unix, serve
+    from deploy.server.log import log, start_log, stop_log
+    from deploy.server.reload import Reloader, load_and_try
 except ImportError as missing:
     stop_without(missing, "serve", "pip install starlette uvicorn prometheus-client")
 
@@ -112,32 +110,35 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--queue {args.queue} must be at least --max-batch, {args.max_batch}")
     if not args.name or "/" in args.name:
         raise UserError(f"--name {args.name!r} must be a part of a path")
-    token = read_token(args)
+    token, thread = read_token(args), start_log(as_json=args.log == "json")
+    try:
+        serve_file(args, token)
+    finally:
+        stop_log(thread)
+
+
+def serve_file(args: argparse.Namespace, token: str | None) -> None:
     limits = Limits(
         args.max_batch, args.max_delay, args.queue, args.body_limit, connections=bounded_by_files(args.connections),
         drain_s=args.drain,
     )  # fmt: skip
-    silence_readers()
-    formats()  # imports Pillow's readers, which the first request would wait for
-    load_again = functools.partial(load_and_try, args.artefact, limits, **runtime_options(args))
-    runtime = load_again()
+    name = f"{args.name}: {args.artefact}"
+    load_again = functools.partial(load_and_try, args.artefact, limits.max_batch, **runtime_options(args))
+    reloader = Reloader(load_again, name)
+    server = StudentServer(load_again(), args.name, limits)
     listener = listen_unix(args.unix_socket) if args.unix_socket else listen(args.host, args.port)
-    host, port = (args.unix_socket, 0) if args.unix_socket else listener.getsockname()[:2]
-    address = f"unix:{host}" if args.unix_socket else f"http://{host}:{port}"
-    said = f"{args.name}: {args.artefact}"
-    log = AccessLog(sys.stdout) if args.log else None
-    app = make_app(runtime, args.name, limits, token, log)
+    address = f"unix:{args.unix_socket}" if args.unix_socket else "http://{}:{}".format(*listener.getsockname()[:2])
+    message = f"{name} by {server.runtime.name}, {server.runtime.provider}, on {address}"
     try:
-        serve(
-            app, listener, limits,
-            began=lambda: print(f"{said} by {runtime.name}, {runtime.provider}, on {address}", flush=True),
-            reload=lambda: reload_in_background(app, load_again, said),
-        )  # fmt: skip
+        serve(make_app(server, token), server, listener, began=functools.partial(begin, server, reloader, message))
     finally:
-        if log:
-            log.close()
         if args.unix_socket:
             args.unix_socket.unlink(missing_ok=True)
+
+
+def begin(server: StudentServer, reloader: Reloader, message: str) -> None:
+    reloader.start(server)
+    log.info(message)
 
 
 if __name__ == "__main__":
