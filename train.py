@@ -46,7 +46,7 @@ from torchvision.transforms import v2
 
 from deploy import run_directory
 from deploy.cli import Parser, UserError, explain, number, show_error, student_folder, terminals, write_whole
-from deploy.config import read_config
+from deploy.config import Metadata, read_config
 from deploy.flags import BY_DATA, RECIPES, pick_recipe
 from deploy.per_class import write_per_class
 from deploy.preprocess import RESAMPLING
@@ -284,7 +284,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--warmup-epochs {args.warmup_epochs:g} is all of --epochs {args.epochs}: it is a part of them"
         )
     if os.path.isdir(args.model) and "img_size" not in given:
-        args.in_chans, *args.img_size = read_config(student_folder(Path(args.model)))["input_size"]
+        args.in_chans, *args.img_size = read_config(student_folder(Path(args.model))).input_size
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
     if len(args.img_size) not in (2, 4):
         raise UserError("--img-size takes one number, or height and width")
@@ -585,7 +585,7 @@ def build(
     if said:
         say(said)
 
-    view = functools.partial(eval_view, config=config)
+    view = functools.partial(eval_view, metadata=Metadata.from_json(config, "the student"))
     loader = functools.partial(make_loader, workers=args.workers, pin_memory=device.type == "cuda")
     train_loader: Any
     augmented = input_size, args.crop, args.hflip, config["interpolation"], args.randaugment
@@ -907,7 +907,7 @@ def peak_memory(device: torch.device) -> int:
 
 def check_teacher(run: Training, name: str, workers: int | None, corrupt: CorruptCount) -> float:
     """The teacher's own top-1 on up to 2,000 validation images, said before the first epoch."""
-    view = functools.partial(eval_view, config=run.config)
+    view = functools.partial(eval_view, metadata=Metadata.from_json(run.config, "the student"))
     loader = make_loader(run.data.val, view, 64, False, workers=workers, indices=evenly(len(run.data.val), 2000))
     assert run.teacher
     metrics = evaluate(run.teacher, loader, run.to_device, run.amp, corrupt)

@@ -14,6 +14,7 @@ A row that failed stays, with its reason. Written to benchmark.json and benchmar
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import io
 import json
@@ -45,14 +46,13 @@ from deploy.cli import (
     make_folder,
     make_parser,
     note,
-    runtime_options,
     student_folder,
     version,
     write_whole,
 )
 from deploy.config import read_config
 from deploy.reference import NAME, add_reference, find_reference, read_reference
-from deploy.runtimes import cuda_device_count, has_torch, load, pick_device
+from deploy.runtimes import RunOn, cuda_device_count, has_torch, load, pick_device
 
 COLUMNS = {
     "artefact": "", "runtime": "", "provider": "", "precision": "", "batch": "d", "threads": "d", "p50_ms": ".2f",
@@ -60,14 +60,6 @@ COLUMNS = {
     "mb": ".1f", "top1": ".2f", "cpu/wall": ".2f", "mj_per_image": ".1f", "failed": "",
 }  # fmt: skip
 PAUSE_S = 0.05  # between two turns: threads that spin for more work go to sleep
-
-
-class Entry(NamedTuple):
-    """What a worker loads."""
-
-    path: Path
-    compile: bool
-    options: dict[str, Any]
 
 
 class Slice(NamedTuple):
@@ -79,11 +71,11 @@ class Slice(NamedTuple):
     joules: float | None
 
 
-def work(pipe: Connection, entry: Entry) -> None:
+def work(pipe: Connection, path: Path, on: RunOn) -> None:
     """A worker's life: load, then answer what it is asked, until None comes."""
     meter = EnergyMeter()
     try:
-        runtime = load(entry.path, compile=entry.compile, **entry.options)
+        runtime = load(path, on)
         pipe.send((runtime.name, runtime.provider, runtime.metadata, runtime.load_s, runtime.max_batch))
         while (task := pipe.recv()) is not None:
             images, seconds = task
@@ -111,10 +103,10 @@ def work(pipe: Connection, entry: Entry) -> None:
 class Worker:
     """A process that holds one runtime."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, path: Path, on: RunOn) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, entry), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, path, on), daemon=True)
         self.process.start()
         theirs.close()
         try:
@@ -158,7 +150,7 @@ def benchmark(
     rounds: int = 6,
     eager: bool = True,
     compile: bool = False,
-    **options: Any,
+    on: RunOn = RunOn(),  # noqa: B008 - frozen
 ) -> list[dict[str, Any]]:
     """A row per runtime and batch; torch eager's come first where it is wanted, and every ratio is to them.
 
@@ -170,30 +162,30 @@ def benchmark(
         seconds: measured of each row, in `rounds` turns
         eager: a row of the student/ folder itself, by torch
         compile: and one by torch.compile
-        options: of deploy.runtimes.load: device, threads, allow_fallback
+        on: where the runtimes run
     """
-    torch_options = options | {"device": options["device"].replace("tensorrt", "cuda")}
-    entries = [Entry(student, False, torch_options)] if eager else []
-    entries += [Entry(student, True, torch_options)] if compile else []
-    entries += [Entry(path, False, options) for path in artefacts]
+    torch_on = dataclasses.replace(on, device=on.device.replace("tensorrt", "cuda"))
+    entries = [(student, torch_on)] if eager else []
+    entries += [(student, dataclasses.replace(torch_on, compile=True))] if compile else []
+    entries += [(path, on) for path in artefacts]
     workers: list[Worker] = []
     rows: list[dict[str, Any]] = []
     timed: list[tuple[Worker, np.ndarray, dict[str, Any], list[Slice]]] = []
     try:
-        for entry in ProgressBar(entries, "load", unit="files"):
-            weights = entry.path / "model.safetensors" if entry.path.is_dir() else entry.path
+        for path, path_on in ProgressBar(entries, "load", unit="files"):
+            weights = path / "model.safetensors" if path.is_dir() else path
             size = weights.stat().st_size / 1e6
-            row: dict[str, Any] = {"artefact": "student/" if entry.path.is_dir() else entry.path.name, "mb": size}
+            row: dict[str, Any] = {"artefact": "student/" if path.is_dir() else path.name, "mb": size}
             try:
-                worker = Worker(entry)
+                worker = Worker(path, path_on)
                 workers.append(worker)
                 row |= {
                     "runtime": worker.name,
                     "provider": worker.provider,
-                    "precision": worker.metadata["precision"],
-                    "threads": options["threads"] or os.cpu_count(),
+                    "precision": worker.metadata.precision,
+                    "threads": on.threads or os.cpu_count(),
                     "load_s": worker.load_s,
-                    "build_s": worker.metadata.get("built", {}).get("build_s"),
+                    "build_s": worker.metadata.built.get("build_s"),
                 }
                 if validation:
                     hits = sum(int((worker.ask(x).argmax(1) == y).sum()) for x, y in validation)
@@ -387,7 +379,7 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or student
     make_folder(output)
     config = read_config(student)
-    channels, height, width = config["input_size"]
+    channels, height, width = config.input_size
     validation: list[tuple[np.ndarray, np.ndarray]] = []
     if find_reference(student, args.reference):
         reference = read_reference(student, args.reference, "").some(args.images or None)
@@ -407,17 +399,17 @@ def run(args: argparse.Namespace) -> int:
     machine = describe_machine()
     rows = benchmark(
         student, artefacts, batches, validation, args.seconds, args.rounds, eager, args.compile,
-        **runtime_options(args),
+        RunOn.from_args(args),
     )  # fmt: skip
     machine["load_after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
 
-    result = {"machine": machine, "model": config["architecture"], "input_size": config["input_size"], "rows": rows}
+    result = {"machine": machine, "model": config.architecture, "input_size": config.input_size, "rows": rows}
     text = json.dumps(result, indent=2)
     write_whole(output / "benchmark.json", text + "\n")
     if args.json:
         print(text)
     else:
-        note(f"{config['architecture']} at {height}x{width}")
+        note(f"{config.architecture} at {height}x{width}")
         for key, value in machine.items():
             note(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
         empty = {name for name in COLUMNS if all(row.get(name) is None for row in rows)}

@@ -16,6 +16,7 @@ beside it, of torch's own answers, per_class.csv and confusion.png.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -38,14 +39,13 @@ from deploy.cli import (
     make_parser,
     need,
     note,
-    runtime_options,
     student_folder,
     write_whole,
 )
 from deploy.config import read_config
 from deploy.per_class import write_per_class
 from deploy.reference import NAME, Reference, add_reference, evenly, read_reference
-from deploy.runtimes import LOADERS, TORCH_KINDS, Runtime, has_torch, load, products_saturate, source_of
+from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, load, products_saturate, source_of
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # uint8 (B, H, W, 3), class indices (B,), the student's logits (B, C)
 BATCHES = (1, 2, 5, 64)
@@ -95,7 +95,7 @@ def check_artefacts(
     batches: Iterable[Batch],
     weights_sha256: str,
     torch_student: Runtime | None = None,
-    **options: Any,
+    on: RunOn = RunOn(),  # noqa: B008 - frozen
 ) -> list[dict[str, Any]]:
     """A row for the student itself and one for each artefact, with a verdict; see the module.
 
@@ -104,7 +104,7 @@ def check_artefacts(
         batches: validation images, their labels, and the student's own logits
         weights_sha256: of the student's weights
         torch_student: what computed the logits, if not reference.npz: it answers the same images at each batch size
-        options: of deploy.runtimes.load: device, threads, allow_fallback
+        on: where the artefacts are run
     """
     provider = torch_student.provider if torch_student else "reference.npz"
     rows: list[dict[str, Any]] = [{"artefact": "student/", "provider": provider, "precision": "fp32"}]
@@ -113,9 +113,9 @@ def check_artefacts(
         row: dict[str, Any] = {"artefact": artefact.name}
         rows.append(row)
         try:
-            runtime = load(artefact, **options)
-            row |= {"provider": runtime.provider, "precision": runtime.metadata["precision"]}
-            if runtime.metadata["source"].get("weights_sha256") != weights_sha256:
+            runtime = load(artefact, on)
+            row |= {"provider": runtime.provider, "precision": runtime.metadata.precision}
+            if runtime.metadata.source.get("weights_sha256") != weights_sha256:
                 raise UserError("was made from other weights than this student's: export it again")
             runtimes[len(rows) - 1] = runtime
         except UserError as error:
@@ -213,13 +213,13 @@ def validation_batches(
         what = "does not say" if file.is_file() else "is not there to say"
         raise UserError(f"{file} {what} where the run's images are: --data DATA does") from error
     source = open_data(name, folder, sides=read_split(file.with_name(SPLIT)))
-    if [str(label) for label in source.label_names] != config["label_names"]:
+    if [str(label) for label in source.label_names] != config.label_names:
         raise UserError(
             f"--data {name} has other classes than {student}: {', '.join(map(str, source.label_names[:3]))}, ... "
-            f"and not {', '.join(config['label_names'][:3])}, ..."
+            f"and not {', '.join(config.label_names[:3])}, ..."
         )
     picked = None if limit is None else evenly(len(source.val), limit)
-    view = functools.partial(eval_view, config=config)
+    view = functools.partial(eval_view, metadata=config)
     corrupt = CorruptCount("validation", len(source.val))
     loader = make_loader(source.val, view, max(BATCHES), False, workers=workers, indices=picked)
     for batch in image_progress(loader, "check"):
@@ -289,7 +289,7 @@ def run(args: argparse.Namespace) -> int:
     artefacts = find_artefacts(student, args.artefacts)
     output = args.output or student
     make_folder(output)
-    options = runtime_options(args)
+    on = RunOn.from_args(args)
     torch_student = None
     batches: Iterable[Batch]
     if args.data is None:
@@ -298,7 +298,7 @@ def run(args: argparse.Namespace) -> int:
         batches = ProgressBar(reference_batches(reference), "check", len(reference.images), max(BATCHES), unit="images")
         digest, what = reference.digest, f"the {NAME} of {student}"
     else:
-        torch_student = load(student, **options | {"device": args.device.replace("tensorrt", "cuda")})
+        torch_student = load(student, dataclasses.replace(on, device=on.device.replace("tensorrt", "cuda")))
         need("torch", "").backends.cudnn.allow_tf32 = False  # the reference is fp32
         digest, what = source_of(student)["weights_sha256"], args.data or f"the data of {student}"
         batches = validation_batches(student, args.images, args.data, args.data_dir, args.workers, torch_student)
@@ -309,11 +309,11 @@ def run(args: argparse.Namespace) -> int:
             answers.append((labels, logits.argmax(1)))
             yield images, labels, logits
 
-    rows = check_artefacts(artefacts, noted(), digest, torch_student, **options)
+    rows = check_artefacts(artefacts, noted(), digest, torch_student, on)
     text = json.dumps(rows, indent=2)
     write_whole(output / "check.json", text + "\n")
     labels, predictions = map(np.concatenate, zip(*answers))
-    confusions = write_per_class(output, labels, predictions, read_config(student)["label_names"])
+    confusions = write_per_class(output, labels, predictions, read_config(student).label_names)
     if args.json:
         print(text)
     else:

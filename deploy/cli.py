@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import importlib
 import importlib.metadata
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -96,23 +99,18 @@ def add_model_file(parser: argparse.ArgumentParser) -> None:
                         help="what builds a student that is a model of your own; runs that file")  # fmt: skip
 
 
-def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What add_device's flags say, as deploy.runtimes.load takes it."""
-    options = {name: getattr(args, name) for name in ("device", "threads", "allow_fallback")}
-    return options | {"model_files": [args.model_file] if args.model_file else []}
+def run_command(program: str, function: Callable[[], int | None]) -> int:
+    """Call a program's function and return its exit status: the one place where an exception becomes a line on stderr.
 
+    Returns:
+        The function's own status or 0; 2 for a user's mistake; 130 for Ctrl-C
 
-def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], argv: list[str] | None = None) -> int:
-    """Parse and run. 0, or what run returns; 2 after one line on stderr for a user's mistake."""
-    global _quiet
-    escape_what_the_terminal_lacks()
+    Raises:
+        Exception: any error that `explain` has no line for, with its traceback
+    """
+    use_backslashreplace()
     try:
-        args = parser.parse_intermixed_args(argv)  # files may come after flags
-        _quiet = getattr(args, "quiet", False) or getattr(args, "json", False)
-        for name in ("threads", "workers"):
-            if (getattr(args, name, None) or 0) < 0:
-                raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
-        return run(args) or 0
+        return function() or 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -120,14 +118,32 @@ def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], arg
         message = explain(error)
         if message is None:
             raise
-        show_error(parser.prog, message)
+        show_error(program, message)
         return 2
+
+
+def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], argv: list[str] | None = None) -> int:
+    """Parse the command line, call `run` with the flags, and return the exit status."""
+    return run_command(parser.prog, functools.partial(parse_and_run, parser, run, argv))
+
+
+def parse_and_run(
+    parser: Parser, run: Callable[[argparse.Namespace], int | None], argv: list[str] | None
+) -> int | None:
+    global _quiet
+    args = parser.parse_intermixed_args(argv)  # files may come after flags
+    for name in ("threads", "workers"):
+        if (getattr(args, name, None) or 0) < 0:
+            raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
+    _quiet = getattr(args, "quiet", False) or getattr(args, "json", False)
+    try:
+        return run(args)
     finally:
         _quiet = False
 
 
-def escape_what_the_terminal_lacks() -> None:
-    """A label with an accent is no reason to fail where the locale is not UTF-8."""
+def use_backslashreplace() -> None:
+    """Let stdout and stderr escape characters that the locale's encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -246,7 +262,7 @@ class Terminal:
 @contextlib.contextmanager
 def terminals() -> Iterator[list[Terminal]]:
     """stdout and stderr as Terminals."""
-    escape_what_the_terminal_lacks()
+    use_backslashreplace()
     before = sys.stdout, sys.stderr
     both = [Terminal(stream) for stream in before]
     sys.stdout, sys.stderr = both  # type: ignore[assignment]
@@ -331,21 +347,42 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}; --output names another folder") from error
 
 
-def write_whole(path: Path, content: Any, keep: Path | None = None) -> None:
-    """Write text or bytes beside, then rename: the file is the old one or the new one, never half of it.
+@contextlib.contextmanager
+def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
+    """Give a path in a new folder next to `path`; the file or folder written there replaces `path` at the end.
 
-    keep: the name under which the old one stays
+    The new folder has an unpredictable name and is this process's own, so nothing is written through a link. If the
+    body raises, `path` is untouched and the new folder is removed.
+
+    Args:
+        path: a file, or a folder that does not exist yet
+        keep: the path to which a former `path` is renamed
+
+    Raises:
+        UserError: the disk is full, read-only or another's
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}-", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"could not save {path}: {error.strerror}") from error
+    try:
+        partial = folder / path.name
+        yield partial
+        if not partial.is_dir():
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"could not save {path}: {error.strerror}; what was saved before is kept") from error
+        former = "; the former one is kept" if path.exists() else ""
+        raise UserError(f"could not save {path}: {error.strerror or error}{former}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_whole(path: Path, content: Any, keep: Path | None = None) -> None:
+    """Write text or bytes to a file, which is the old one or the new one and never half of it; see `replacing`."""
+    with replacing(path, keep) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)

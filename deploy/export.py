@@ -11,6 +11,7 @@ The student alone: no weak head, no teacher, no hooks.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -20,10 +21,10 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from deploy import onnx_tools
 from deploy.cli import (
     Parser,
     ProgressBar,
@@ -39,8 +40,8 @@ from deploy.cli import (
     student_folder,
     version,
 )
-from deploy.onnx_tools import tidy
-from deploy.runtimes import FLOAT, INPUT_NAME, OUTPUT_NAME, UINT8, as_input, load, source_of
+from deploy.config import FLOAT, UINT8, Metadata
+from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, RunOn, as_input, load, source_of
 
 try:
     import torch
@@ -87,14 +88,14 @@ def export_student(
     output = output or student
     model, config = load_student(student, [model_file] if model_file else [])
     versions = {"kdlite": version("kdlite"), "torch": torch.__version__}
-    metadata = config | {"precision": precision, "input": layout, "source": source_of(student) | versions}
+    metadata = dataclasses.replace(config, precision=precision, input=layout, source=source_of(student) | versions)
     images = probe_images(config)
     batch = torch.from_numpy(as_input(images[:2], metadata))
-    reference = ImageClassifier(model, config["mean"], config["std"], layout)
+    reference = ImageClassifier(model, config.mean, config.std, layout)
     with torch.no_grad():
         singly = torch.from_numpy(as_input(images, metadata)).split(1)  # what a batch mixes up would show
         expected = torch.cat([reference(image) for image in singly]).numpy()
-    classifier = ImageClassifier(fuse(model), config["mean"], config["std"], layout, half=precision == "fp16")
+    classifier = ImageClassifier(fuse(model), config.mean, config.std, layout, half=precision == "fp16")
 
     name = "student" + ("-nchw" if layout == FLOAT else "") + ("-fp16" if precision == "fp16" else "")
     writers: dict[str, Callable[..., None]] = {
@@ -113,7 +114,7 @@ def export_student(
             except (UserError, OSError):
                 raise
             except Exception as error:  # the exporters have dozens
-                what = config["architecture"]
+                what = config.architecture
                 raise UserError(f"{what} cannot be exported to {kind}: {first_line(error)}") from error
             compare(file, images, expected, TOLERANCE[precision])
             os.replace(file, output / file.name)
@@ -137,17 +138,15 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
     return reparameterize_model(model, inplace=True)
 
 
-def probe_images(config: dict[str, Any]) -> np.ndarray:
+def probe_images(config: Metadata) -> np.ndarray:
     """Five images of noise, from dark to bright, uint8 (5, H, W, 3)."""
-    channels, height, width = config["input_size"]
+    channels, height, width = config.input_size
     noise = np.random.default_rng(0).integers(0, 76, (5, height, width, channels))
     return (noise + 45 * np.arange(5).reshape(5, 1, 1, 1)).astype(np.uint8)
 
 
-def write_onnx(
-    classifier: ImageClassifier, batch: torch.Tensor, metadata: dict[str, Any], file: Path, opset: int
-) -> None:
-    onnx = need("onnx", "pip install '.[deploy]'")
+def write_onnx(classifier: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path, opset: int) -> None:
+    need("onnx", "pip install '.[deploy]'")
     need("onnxscript", "pip install '.[deploy]'")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -164,17 +163,14 @@ def write_onnx(
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
-    tidy(model)
-    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
-    onnx.save(model, file)
+    onnx_tools.write(program.model_proto, metadata, file)
 
 
-def write_torchscript(classifier: ImageClassifier, batch: torch.Tensor, metadata: dict[str, Any], file: Path) -> None:
+def write_torchscript(classifier: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(classifier, (batch,), check_trace=False)  # compared at other batches afterwards
-        torch.jit.save(traced, str(file), _extra_files={"metadata.json": json.dumps(metadata)})
+        torch.jit.save(traced, str(file), _extra_files={"metadata.json": json.dumps(metadata.to_json())})
     with zipfile.ZipFile(file) as saved:
         records = {entry.filename: saved.read(entry) for entry in saved.infolist()}
     with zipfile.ZipFile(file, "w") as plain:  # without the debug records: source lines and paths of this machine
@@ -183,7 +179,7 @@ def write_torchscript(classifier: ImageClassifier, batch: torch.Tensor, metadata
                 plain.writestr(zipfile.ZipInfo(name), content)
 
 
-def write_exported(classifier: ImageClassifier, batch: torch.Tensor, metadata: dict[str, Any], file: Path) -> None:
+def write_exported(classifier: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(
@@ -191,12 +187,12 @@ def write_exported(classifier: ImageClassifier, batch: torch.Tensor, metadata: d
         )
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # source lines and paths of this machine
-        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata.to_json())})
 
 
 def compare(file: Path, images: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     """Run the file on the CPU in batches of 1, 2 and 5; what it answers must be what torch answered."""
-    runtime = load(file, device="cpu")
+    runtime = load(file, RunOn("cpu"))
     for size in (1, 2, 5):
         try:
             logits = np.concatenate([runtime.run(images[i : i + size]) for i in range(0, len(images), size)])

@@ -1,8 +1,32 @@
-"""What an ONNX file of ours holds: the oldest format its graph allows, and nothing of the machine that made it."""
+"""ONNX files: their metadata, and the oldest format that their graph allows. Only `tidy` and `write` need onnx."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from pathlib import Path
 from typing import Any
+
+from deploy.config import Metadata
+
+
+def read_properties(properties: dict[str, str]) -> dict[str, Any]:
+    """Return an ONNX file's properties from JSON; a property of a foreign file that is not JSON is left out."""
+    values = {}
+    for key, value in properties.items():
+        with contextlib.suppress(ValueError, RecursionError):
+            values[key] = json.loads(value)
+    return values
+
+
+def write(model: Any, metadata: Metadata, file: Path) -> None:
+    """Write an onnx.ModelProto with our metadata and nothing of the machine that made it."""
+    import onnx
+
+    tidy(model)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.to_json().items()})
+    onnx.save(model, file)
 
 
 def tidy(model: Any) -> None:

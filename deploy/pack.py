@@ -27,18 +27,14 @@ import sys
 import tempfile
 import zipapp
 from pathlib import Path
+from typing import Any
 
 from deploy.cli import Parser, UserError, command, make_folder, make_parser, student_folder, version
 from deploy.on_device import KINDS
-from deploy.runtimes import load
+from deploy.runtimes import RunOn, load
 from deploy.tensorrt import read_engine_metadata
 
-PARTS = (
-    "__init__.py", "cli.py", "config.py", "preprocess.py", "reference.py", "runtimes.py", "tensorrt.py", "predict.py",
-    "check.py", "per_class.py", "benchmark.py", "build.py", "serve.py", "server/__init__.py", "server/app.py",
-    "server/protocol.py", "server/limits.py", "server/batching.py", "server/metrics.py", "server/connections.py",
-    "server/images.py", "server/page.html", "on_device.py",
-)  # fmt: skip
+WORKSTATION = ("student", "torch_runtimes", "export", "flags", "run_directory", "quantize", "triton", "pack")
 MAIN = "import sys\n\nfrom deploy.on_device import main\n\nsys.exit(main(sys.argv[1:]))\n"
 
 
@@ -55,7 +51,7 @@ def pack(artefact: Path, output: Path) -> None:
         metadata = read_engine_metadata(artefact)
         files[f"student/{artefact.name}.json"] = artefact.with_name(artefact.name + ".json")
     else:
-        metadata = load(artefact, device="cpu").metadata
+        metadata = load(artefact, RunOn("cpu")).metadata
     make_folder(output.parent)
     package = importlib.resources.files("deploy")
     number = version("kdlite") if version("kdlite") != "not installed" else "0"
@@ -63,17 +59,28 @@ def pack(artefact: Path, output: Path) -> None:
         tree, whole = Path(partial) / "tree", Path(partial) / output.name
         texts = {
             "__main__.py": MAIN,
-            "student/config.json": json.dumps(metadata, indent=2) + "\n",
+            "student/config.json": json.dumps(metadata.to_json(), indent=2) + "\n",
             f"kdlite-{number}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: kdlite\nVersion: {number}\n",
         }
         contents = {name: text.encode() for name, text in texts.items()}
-        contents |= {f"deploy/{name}": package.joinpath(name).read_bytes() for name in PARTS}
+        contents |= {f"deploy/{name}": content for name, content in parts(package).items()}
         contents |= {name: file.read_bytes() for name, file in files.items()}
         for name, content in contents.items():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes(content)
         zipapp.create_archive(tree, whole, interpreter="/usr/bin/env python3", compressed=True)
         os.replace(whole, output)
+
+
+def parts(package: Any, prefix: str = "") -> dict[str, bytes]:
+    """Return the files of deploy/ that run on a device, by name: all but the modules of the workstation."""
+    contents: dict[str, bytes] = {}
+    for entry in package.iterdir():
+        if entry.is_dir():
+            contents |= parts(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith((".py", ".html")) and entry.name.removesuffix(".py") not in WORKSTATION:
+            contents[prefix + entry.name] = entry.read_bytes()
+    return contents
 
 
 def get_parser() -> Parser:

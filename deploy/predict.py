@@ -9,9 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from deploy.cli import Parser, UserError, add_device, command, make_parser, runtime_options
+from deploy.cli import Parser, UserError, add_device, command, make_parser
 from deploy.preprocess import UnreadableImage, open_image, prepare
-from deploy.runtimes import Runtime, load, top_labels
+from deploy.runtimes import RunOn, Runtime, load, top_labels
 
 
 def predict(runtime: Runtime, file: Path, count: int = 5) -> list[tuple[str, float, int]]:
@@ -20,7 +20,7 @@ def predict(runtime: Runtime, file: Path, count: int = 5) -> list[tuple[str, flo
         image = prepare(open_image(file), runtime.metadata)
     except UnreadableImage as error:
         raise UserError(f"cannot read {file}: {error}") from error
-    return top_labels(runtime.run(image[None])[0], runtime.metadata["label_names"], count)
+    return top_labels(runtime.run(image[None])[0], runtime.metadata.label_names, count)
 
 
 def get_parser() -> Parser:
@@ -32,7 +32,7 @@ def get_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    runtime = load(args.student, **runtime_options(args))
+    runtime = load(args.student, RunOn.from_args(args))
     for file in args.images:
         print(f"{file}: {', '.join(f'{label} {p:.1%}' for label, p, _ in predict(runtime, file))}")
 

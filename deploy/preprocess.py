@@ -1,6 +1,6 @@
 """A photograph -> the uint8 array that a student takes, with numpy and Pillow alone.
 
-    prepare(open_image("photo.jpg"), config)    # uint8 (H, W, 3); open_image takes the bytes of a file as well
+    prepare(open_image("photo.jpg"), metadata)    # uint8 (H, W, 3); open_image takes the bytes of a file as well
 
 The one function for training's evaluation, check, quantize, serve and predict. It gives bit for bit what torchvision's
 Resize and CenterCrop make of the same PIL image. A JPEG at least eight times as large as the resize asks for is decoded
@@ -19,12 +19,14 @@ import io
 import math
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+from deploy.config import INTERPOLATIONS, Metadata
+
+RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 MAX_PIXELS = 64_000_000  # of an image brought to the student's size: a strip of 94 bytes may ask for gigabytes
 FORMATS = (
     "JPEG",
@@ -152,29 +154,29 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> (bits - 8)).clip(0, 255).astype(np.uint8))
 
 
-def prepare(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
+def prepare(image: Image.Image, metadata: Metadata) -> np.ndarray:
     """Decode, resize and centre-crop an opened image as a student's config.json says -> uint8 (H, W, channels).
 
     Raises:
         UnreadableImage: the file is damaged; ImageTooLarge: a strip so long that the resize would not fit in memory
     """
-    channels, height, width = config["input_size"]
+    channels, height, width = metadata.input_size
     width_now, height_now = upright_size(image)
-    size = resized_size((width_now, height_now), config)
+    size = resized_size((width_now, height_now), metadata)
     if math.prod(size) > max(MAX_PIXELS, 4 * height * width):
         raise ImageTooLarge(f"{width_now}x{height_now} pixels would become {size[0]}x{size[1]}")
-    image = to_rgb(image, size).resize(size, RESAMPLING[config["interpolation"]])
+    image = to_rgb(image, size).resize(size, RESAMPLING[metadata.interpolation])
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)  # half to even, as torchvision rounds
     image = image.crop((left, top, left + width, top + height))
     return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
 
 
-def resized_size(size: tuple[int, int], config: dict[str, Any]) -> tuple[int, int]:
+def resized_size(size: tuple[int, int], metadata: Metadata) -> tuple[int, int]:
     """(width, height) before the centre crop: a square input keeps the photograph's shape, an oblong one does not."""
-    height, width = config["input_size"][1:]
+    height, width = metadata.input_size[1:]
     if height != width:
-        return math.floor(width / config["crop"]), math.floor(height / config["crop"])
-    short = math.floor(height / config["crop"])
+        return math.floor(width / metadata.crop), math.floor(height / metadata.crop)
+    short = math.floor(height / metadata.crop)
     if size[0] <= size[1]:
         return short, int(short * size[1] / size[0])
     return int(short * size[0] / size[1]), short

@@ -12,7 +12,7 @@ norms and attention scores lose too much in 8 bits.
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import logging
 import os
 import sys
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from deploy import onnx_tools
 from deploy.cli import (
     Parser,
     ProgressBar,
@@ -35,9 +36,9 @@ from deploy.cli import (
     note,
     student_folder,
 )
-from deploy.onnx_tools import tidy
+from deploy.config import FLOAT
 from deploy.reference import add_reference, evenly, read_reference
-from deploy.runtimes import FLOAT, INPUT_NAME, as_input, load, products_saturate
+from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate
 
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -70,12 +71,12 @@ def quantize_student(
     onnx = need("onnx", "pip install onnx")
     quantization = need("onnxruntime.quantization", "pip install onnxruntime onnx")
     need("onnxruntime", "pip install onnxruntime").set_default_logger_severity(3)
-    runtime = load(onnx_file, device="cpu")
+    runtime = load(onnx_file, RunOn("cpu"))
     metadata = runtime.metadata
-    if metadata["precision"] != "fp32":
-        raise UserError(f"{onnx_file} is {metadata['precision']} already: quantise the fp32 file of deploy.export")
+    if metadata.precision != "fp32":
+        raise UserError(f"{onnx_file} is {metadata.precision} already: quantise the fp32 file of deploy.export")
     output = output or onnx_file.parent
-    layout = "-nchw" if metadata["input"] == FLOAT else ""
+    layout = "-nchw" if metadata.input == FLOAT else ""
     file = output / f"student{layout}-int8-{target}.onnx"
     make_folder(output)
 
@@ -123,20 +124,10 @@ def quantize_student(
             model = onnx.load(quantised)
             if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
                 raise UserError(f"{onnx_file} has no {' or '.join(op_types or [])} to quantise: see --op-types")
-            tidy(model)
-            del model.metadata_props[:]
-            said = metadata | {
-                "precision": f"int8-{target}",
-                "calibration": {
-                    "images": len(images),
-                    "method": method,
-                    "op_types": op_types,
-                    "reduce_range": reduce_range,
-                },
-            }
-            onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in said.items()})
-            onnx.save(model, quantised)
-            agreement = compare_classes(load(quantised, device="cpu").run, runtime.run, images)
+            calibration = dict(images=len(images), method=method, op_types=op_types, reduce_range=reduce_range)
+            said = dataclasses.replace(metadata, precision=f"int8-{target}", calibration=calibration)
+            onnx_tools.write(model, said, quantised)
+            agreement = compare_classes(load(quantised, RunOn("cpu")).run, runtime.run, images)
             if agreement < 50:
                 raise UserError(
                     f"{file.name} was not kept: it gives the fp32 file's class on {agreement:.1f} % of the calibration "

@@ -18,7 +18,7 @@ import numpy as np
 from deploy.cli import UserError, first_line, write_whole
 from deploy.config import read_config
 from deploy.preprocess import UnreadableImage, prepare
-from deploy.runtimes import load, source_of
+from deploy.runtimes import RunOn, load, source_of
 
 NAME = "reference.npz"
 
@@ -63,7 +63,7 @@ def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Seq
     Returns:
         What was written, for the user to read.
     """
-    student = load(run / "student", device="cpu", model_files=model_files)
+    student = load(run / "student", RunOn("cpu", model_files=tuple(model_files)))
 
     def prepared(source: Any) -> tuple[np.ndarray, np.ndarray]:
         images, labels = [], []
@@ -72,14 +72,14 @@ def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Seq
                 image, label = source[index]
                 images.append(prepare(image, student.metadata))
                 labels.append(label)
-        channels, height, width = student.metadata["input_size"]
+        channels, height, width = student.metadata.input_size
         return np.array(images, np.uint8).reshape(-1, height, width, channels), np.array(labels, np.int64)
 
     (images, labels), (train_images, _) = prepared(val), prepared(train)
     if not len(images):
         return f"no {NAME}: none of the validation images drawn for it could be read"
     logits = np.concatenate([student.run(images[i : i + 32]) for i in range(0, len(images), 32)])
-    digest = np.array(student.metadata["source"]["weights_sha256"])
+    digest = np.array(student.metadata.source["weights_sha256"])
     write_reference(run / NAME, Reference(images, labels, logits, train_images, digest))
     size = (run / NAME).stat().st_size / 1e6
     return f"{len(images)} validation and {len(train_images)} training images in {run / NAME}, {size:.1f} MB"
@@ -112,10 +112,10 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
     except Exception as error:  # numpy and zipfile have a dozen
         raise UserError(f"{file} cannot be read: {first_line(error)}") from error
     config = read_config(student)
-    channels, height, width = config["input_size"]
+    channels, height, width = config.input_size
     count, image = len(reference.images), (height, width, channels)
     said = [reference.images.shape, reference.train_images.shape[1:], reference.labels.shape, reference.logits.shape]
-    expected = [(count, *image), image, (count,), (count, len(config["label_names"]))]
+    expected = [(count, *image), image, (count,), (count, len(config.label_names))]
     if said != expected or not count:
         raise UserError(f"{file} is of another student than {student}: its arrays are {said} and not {expected}")
     if (student / "model.safetensors").is_file() and reference.digest != source_of(student)["weights_sha256"]:

@@ -32,9 +32,9 @@ from deploy.cli import (
     first_line,
     make_parser,
     number,
-    runtime_options,
     stop_without,
 )
+from deploy.runtimes import RunOn
 
 try:
     from deploy.server.app import REQUEST_ID, Limits, StudentServer, make_app
@@ -123,7 +123,7 @@ def serve_file(args: argparse.Namespace, token: str | None) -> None:
         drain_s=args.drain,
     )  # fmt: skip
     name = f"{args.name}: {args.artefact}"
-    load_again = functools.partial(load_and_try, args.artefact, limits.max_batch, **runtime_options(args))
+    load_again = functools.partial(load_and_try, args.artefact, limits.max_batch, RunOn.from_args(args))
     reloader = Reloader(load_again, name)
     server = StudentServer(load_again(), args.name, limits)
     listener = listen_unix(args.unix_socket) if args.unix_socket else listen(args.host, args.port)

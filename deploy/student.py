@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from deploy.cli import UserError, first_line
-from deploy.config import check_arguments, read_config
+from deploy.config import Metadata, check_arguments, read_config
 
 
 def find_architecture(
@@ -224,7 +224,7 @@ def shrink_stem(model: nn.Module) -> None:
             setattr(model, name, nn.Identity())
 
 
-def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
+def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Module, Metadata]:
     """The model and the config.json of a run's student/ folder, or of the run directory that holds it.
 
     Args:
@@ -238,7 +238,7 @@ def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Modu
         folder = folder / "student"
     config = read_config(folder)
     try:
-        model = build_model(config, config["num_classes"], config["input_size"], model_files)
+        model = build_model(config.to_json(), config.num_classes, config.input_size, model_files)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     try:

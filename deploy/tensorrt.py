@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import dataclasses
 import gc
 import importlib
 import importlib.util
@@ -22,17 +23,8 @@ from typing import Any
 import numpy as np
 
 from deploy.cli import UserError, first_line, make_folder, write_whole
-from deploy.config import read_json
-from deploy.runtimes import (
-    METADATA,
-    UINT8,
-    Loaded,
-    as_input,
-    cuda_device_count,
-    cuda_device_name,
-    load,
-    tensor_names,
-)
+from deploy.config import ARTEFACT, ENGINE, UINT8, Metadata, read_json
+from deploy.runtimes import RunOn, Runtime, as_input, cuda_device_count, cuda_device_name, load, tensor_names
 
 # ---- CUDA ---------------------------------------------------------------------------------------------------------
 
@@ -132,10 +124,10 @@ class Buffer:
 class Engine:
     """A deserialised engine with its execution context, stream and buffers; close() frees them, last taken first."""
 
-    def __init__(self, engine: Any, cuda: Cuda, metadata: dict[str, Any], max_batch: int, runtime: Any = None) -> None:
+    def __init__(self, engine: Any, cuda: Cuda, metadata: Metadata, max_batch: int, runtime: Any = None) -> None:
         self.owners = runtime, engine  # which TensorRT wants to outlive the context
-        channels, height, width = metadata["input_size"]
-        uint8 = metadata["input"] == UINT8
+        channels, height, width = metadata.input_size
+        uint8 = metadata.input == UINT8
         image = (height, width, channels) if uint8 else (channels, height, width)
         self.metadata, self.max_batch, self.cuda = metadata, max_batch, cuda
         with contextlib.ExitStack() as taken:  # what was taken is given back if the next step fails
@@ -146,7 +138,7 @@ class Engine:
             taken.callback(cuda.call, "cudaStreamDestroy", self.stream)
             mapped = bool(cuda.attribute(INTEGRATED) and cuda.attribute(CAN_MAP))
             self.images = Buffer(cuda, (max_batch, *image), np.uint8 if uint8 else np.float32, mapped, taken)
-            self.logits = Buffer(cuda, (max_batch, len(metadata["label_names"])), np.float32, mapped, taken)
+            self.logits = Buffer(cuda, (max_batch, len(metadata.label_names)), np.float32, mapped, taken)
             taken.callback(cuda.call, "cudaStreamSynchronize", self.stream)  # the first of all, as taken last
             self.input_name, output_name = tensor_names(metadata)
             self.context.set_tensor_address(self.input_name, self.images.device)
@@ -174,16 +166,16 @@ class Engine:
 # ---- engines ------------------------------------------------------------------------------------------------------
 
 
-def load_engine(path: Path, device: str, **_: Any) -> Loaded:
+def load_engine(path: Path, on: RunOn) -> Runtime:
     """An engine of deploy.build. Not run on a GPU yet; the tests run it against a libcudart of their own."""
     metadata = read_engine_metadata(path)
-    library, version, gpu, max_batch = (metadata["built"][key] for key in ("library", "version", "gpu", "max_batch"))
+    library, version, gpu, max_batch = (metadata.built[key] for key in ("library", "version", "gpu", "max_batch"))
     trt = import_tensorrt(library)
-    again = f"build it here: python -m deploy.build {path.parent / metadata['onnx']}"
+    again = f"build it here: python -m deploy.build {path.parent / metadata.onnx}"
     if trt.__version__ != version:
         raise UserError(f"{path} was built by {library} {version}, here is {trt.__version__}: {again}")
     here = cuda_device_name()
-    if device == "cpu" or here is None:
+    if on.device == "cpu" or here is None:
         raise UserError(f"{path}: a TensorRT engine needs a CUDA device, which is not here")
     if gpu and gpu != here:
         raise UserError(f"{path} was built for {gpu}, here is {here}: {again}")
@@ -196,22 +188,15 @@ def load_engine(path: Path, device: str, **_: Any) -> Loaded:
         engine = Engine(deserialised, cuda, metadata, max_batch, runtime)
     except RuntimeError as error:
         raise UserError(f"{path} cannot be loaded: {first_line(error)}; a smaller --max-batch takes less") from error
-    return Loaded("tensorrt", f"{library} {version}", metadata, engine.run, max_batch)
+    return Runtime("tensorrt", f"{library} {version}", metadata, engine.run, max_batch)
 
 
-def read_engine_metadata(path: Path) -> dict[str, Any]:
-    """What the .json beside an engine says."""
+def read_engine_metadata(path: Path) -> Metadata:
+    """Return the metadata in the .json next to an engine."""
     sidecar = path.with_name(path.name + ".json")
     if not sidecar.is_file():
         raise UserError(f"{path} has no {sidecar.name} beside it: copy both, or build it again with deploy.build")
-    metadata = read_json(sidecar.read_bytes(), path)
-    missing = [key for key in (*METADATA, "onnx", "built") if key not in metadata]
-    built = metadata.get("built")
-    built = built if isinstance(built, dict) else {}
-    missing += [key for key in ("library", "version", "gpu", "max_batch") if key not in built]
-    if missing:
-        raise UserError(f"{sidecar} was not made by deploy.build: it has no {', '.join(missing)}")
-    return metadata
+    return Metadata.from_json(read_json(sidecar.read_bytes(), sidecar), str(sidecar), ARTEFACT | ENGINE)
 
 
 def import_tensorrt(library: str | None = None) -> ModuleType:
@@ -295,17 +280,17 @@ def build_engine(
     write_whole(file, engine)
     write_whole(
         file.with_name(file.name + ".json"),
-        json.dumps(metadata | {"onnx": onnx_file.name, "built": built}, indent=2) + "\n",
+        json.dumps(dataclasses.replace(metadata, onnx=onnx_file.name, built=built).to_json(), indent=2) + "\n",
     )
     if timing_cache and saved_cache:
         write_whole(timing_cache, saved_cache)
     return file, built
 
 
-def read_onnx(onnx_file: Path) -> dict[str, Any]:
+def read_onnx(onnx_file: Path) -> Metadata:
     """The metadata of a whole ONNX file of ours that is meant for TensorRT."""
-    metadata = load(onnx_file, device="cpu").metadata
-    if metadata["precision"] == "int8-cpu":
+    metadata = load(onnx_file, RunOn("cpu")).metadata
+    if metadata.precision == "int8-cpu":
         raise UserError(
             f"{onnx_file} was quantised for CPUs: python -m deploy.quantize --target tensorrt makes another"
         )
@@ -379,7 +364,7 @@ def report(onnx_file: Path, library: str | None = None) -> tuple[str, bool]:
     trt = import_tensorrt(library)
     network = Network(trt, onnx_file)
     try:
-        lines = [f"{library_name(trt)} {trt.__version__}: {onnx_file.name}, {metadata['precision']}"]
+        lines = [f"{library_name(trt)} {trt.__version__}: {onnx_file.name}, {metadata.precision}"]
         if network.parsed:
             types: dict[str, int] = {}
             for i in range(network.definition.num_layers):

@@ -16,10 +16,10 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from deploy.cli import Parser, UserError, command, make_folder, make_parser
-from deploy.runtimes import UINT8, load, tensor_names
+from deploy.config import UINT8, Metadata
+from deploy.runtimes import RunOn, load, tensor_names
 from deploy.tensorrt import read_engine_metadata
 
 BACKENDS = {".onnx": ("onnxruntime", "model.onnx"), ".engine": ("tensorrt", "model.plan")}
@@ -51,11 +51,11 @@ def write_repository(
             f"{artefact} is neither .onnx nor .engine, which Triton's onnxruntime and tensorrt backends take"
         )
     if artefact.suffix == ".onnx":
-        metadata = load(artefact, device="cpu").metadata
+        metadata = load(artefact, RunOn("cpu")).metadata
     else:
         metadata = read_engine_metadata(artefact)
-        largest = metadata["built"]["max_batch"]
-        if metadata["built"]["library"] != "tensorrt":
+        largest = metadata.built["max_batch"]
+        if metadata.built["library"] != "tensorrt":
             raise UserError(f"{artefact} was built by TensorRT-RTX, which Triton does not run: build it with tensorrt")
         if max_batch > largest:
             raise UserError(f"--max-batch {max_batch}, but {artefact.name} takes {largest} at most")
@@ -72,7 +72,7 @@ def write_repository(
         whole = Path(partial) / name
         (whole / "1").mkdir(parents=True)
         shutil.copyfile(artefact, whole / "1" / file)
-        labels = "".join(f"{' '.join(x.split())}\n" for x in metadata["label_names"])
+        labels = "".join(f"{' '.join(x.split())}\n" for x in metadata.label_names)
         config = config_text(metadata, name, backend, max_batch, delay_us, instances, gpu)
         (whole / "labels.txt").write_text(labels, encoding="utf-8")
         (whole / "config.pbtxt").write_text(config, encoding="utf-8")
@@ -81,13 +81,13 @@ def write_repository(
 
 
 def config_text(
-    metadata: dict[str, Any], name: str, backend: str, max_batch: int, delay_us: int, instances: int, gpu: bool
+    metadata: Metadata, name: str, backend: str, max_batch: int, delay_us: int, instances: int, gpu: bool
 ) -> str:
     """Triton's model configuration; dims leave out the batch."""
-    channels, height, width = metadata["input_size"]
-    uint8 = metadata["input"] == UINT8
+    channels, height, width = metadata.input_size
+    uint8 = metadata.input == UINT8
     dims = [height, width, channels] if uint8 else [channels, height, width]
-    classes = len(metadata["label_names"])
+    classes = len(metadata.label_names)
     inputs, outputs = tensor_names(metadata)
     return f"""name: {json.dumps(name)}
 backend: "{backend}"

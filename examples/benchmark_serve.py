@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from deploy.benchmark import Entry, Worker
+from deploy.benchmark import Worker
 from deploy.cli import UserError, add_device, command, make_parser
-from deploy.runtimes import INPUT_NAME
+from deploy.runtimes import INPUT_NAME, RunOn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,9 +137,8 @@ async def load_server(port: int, request: bytes, concurrency: int, duration: flo
 
 
 def run(args: argparse.Namespace) -> None:
-    options = dict(device=args.device, threads=args.threads, allow_fallback=args.allow_fallback)
-    worker = Worker(Entry(args.artefact, False, options))
-    channels, height, width = worker.metadata["input_size"]
+    worker = Worker(args.artefact, RunOn.from_args(args))
+    channels, height, width = worker.metadata.input_size
     images = np.random.default_rng(0).integers(0, 256, (args.max_batch, height, width, channels), dtype=np.uint8)
     flags = ["--port", "0", "--threads", str(args.threads), "--device", args.device, "--max-batch", str(args.max_batch)]
     flags += ["--max-delay", str(args.max_delay)] + ["--allow-fallback"] * args.allow_fallback

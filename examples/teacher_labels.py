@@ -43,9 +43,9 @@ def write(file: Path, folder: Path, views: int, k: int, flags: list[str]) -> Non
     args = train.parse_args(flags)
     run = train.build(args)
     teacher, k = load(file), min(k, len(run.data.label_names) - 1)
-    if teacher.metadata["label_names"] != run.data.label_names:
+    if teacher.metadata.label_names != run.data.label_names:
         raise UserError(f"{file} knows other classes than --data, or in another order")
-    size, ours = teacher.metadata["input_size"], run.config["input_size"]
+    size, ours = teacher.metadata.input_size, run.config["input_size"]
     if list(size) != list(ours):
         raise UserError(f"{file} is for images of {size}, and the student's are {ours}: say --img-size")
 

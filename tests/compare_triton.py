@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deploy.cli import UserError, command, make_parser
-from deploy.runtimes import load
+from deploy.runtimes import RunOn, load
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -233,9 +233,9 @@ def free_port() -> int:
 
 
 def run(args: Any) -> int:
-    metadata = load(args.artefact, device="cpu").metadata
-    channels, height, width = metadata["input_size"]
-    shape, classes = (height, width, channels), len(metadata["label_names"])
+    metadata = load(args.artefact, RunOn("cpu")).metadata
+    channels, height, width = metadata.input_size
+    shape, classes = (height, width, channels), len(metadata.label_names)
     ports = free_port(), free_port()
     path = str(args.artefact.resolve())
     ours = [sys.executable, "-m", "deploy.serve", path, "--port", str(ports[0]), "--device", "cpu"]

@@ -3,10 +3,10 @@
     python tests/soak.py STUDENT.onnx --minutes 30
 
 Measures the peak first: clients that send their next image when the last is answered. Then requests come at a steady
-rate, whether or not the last are answered; one in twenty is one of tests/server/test_serve_bounds.py's hostile ones. Each
-answer is compared with the runtime's own. Prints a line a minute; exit status 1 for a wrong answer, a good request that
-was refused, memory that grew by more than 2 %, or a p99 of the last third of twice the first's. Client and server share
-this machine's cores.
+rate, whether or not the last are answered; one in twenty is one of tests/server/test_serve_bounds.py's hostile ones.
+Each answer is compared with the runtime's own. Prints a line a minute; exit status 1 for a wrong answer, a good
+request that was refused, memory that grew by more than 2 %, or a p99 of the last third of twice the first's. Client
+and server share this machine's cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deploy.cli import UserError, command, make_parser, number
-from deploy.runtimes import load
+from deploy.runtimes import RunOn, load
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 32  # different ones
@@ -73,7 +73,7 @@ def http(path: str, body: bytes, headers: dict[str, str]) -> bytes:
 
 def good_requests(artefact: Path) -> list[tuple[bytes, np.ndarray]]:
     """Raw images, and the logits that they have."""
-    runtime = load(artefact, device="cpu", threads=1)
+    runtime = load(artefact, RunOn("cpu", threads=1))
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, *runtime.image_shape), dtype=np.uint8)
     raw = {"Inference-Header-Content-Length": "0"}
     return [(http("/v2/models/student/infer", image.tobytes(), raw), runtime.run(image[None])[0]) for image in images]
@@ -174,7 +174,9 @@ def cpu_s(pid: int) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    from test_serve_bounds import HOSTILE  # beside this file
+    sys.path.insert(0, str(ROOT / "tests" / "server"))
+    from test_serve_bounds import HOSTILE
+
 
     good = good_requests(args.artefact)
     flags = ["--port", "0", "--threads", "1", "--device", "cpu"]

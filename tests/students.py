@@ -54,6 +54,6 @@ def model_files(path):
     return [f"{OWN[file]}:{function}"] if file in OWN else []
 
 
-def load(path, *args, **options):
-    """deploy.runtimes.load, by one who knows whose model it is."""
-    return runtimes.load(path, *args, **options, model_files=model_files(path))
+def load(path, **options):
+    """deploy.runtimes.load with the model file that the student needs; options: of RunOn."""
+    return runtimes.load(path, runtimes.RunOn(**options, model_files=tuple(model_files(path))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import hmac
 import importlib.resources
@@ -143,7 +144,7 @@ class StudentServer:
             self.queue.take(len(asked.images), taken)
             request.scope["images"] = len(asked.images)
             logits = await until_left(request, self.batcher.infer(runtime, asked.images))
-        written = asked, logits, self.name, runtime.metadata["label_names"]
+        written = asked, logits, self.name, runtime.metadata.label_names
         small = logits.size <= LARGE_ANSWER
         content, headers = write_infer(*written) if small else await self.in_thread(write_infer, *written)
         return Response(content, headers=headers)
@@ -161,7 +162,7 @@ class StudentServer:
         request.scope["images"] = 1
         if not np.isfinite(logits).all():
             raise RequestError(500, "the model's logits are not finite")
-        best = top_labels(logits[0], runtime.metadata["label_names"], int(top))
+        best = top_labels(logits[0], runtime.metadata.label_names, int(top))
         predictions = [{"label": label, "probability": p, "index": index} for label, p, index in best]
         return JSONResponse({"model": self.name, "predictions": predictions})
 
@@ -225,12 +226,12 @@ class StudentServer:
 
     async def classify(self, runtime: Runtime, body: bytes, content_type: str) -> np.ndarray:
         """Return the logits (1, C) of a photograph."""
-        config = {key: runtime.metadata[key] for key in ("input_size", "crop", "interpolation")}
+        metadata = dataclasses.replace(runtime.metadata, label_names=[], training={}, metrics={}, others={})
         with contextlib.ExitStack() as taken:
-            images = await self.decoders.decode(body, content_type, config)
+            images = await self.decoders.decode(body, content_type, metadata)
             if isinstance(images, int):
                 self.pixels.take(images, taken)
-                images = await self.large_decoder.decode(body, content_type, config)
+                images = await self.large_decoder.decode(body, content_type, metadata)
         assert isinstance(images, np.ndarray)
         return await self.batcher.infer(runtime, images)
 
@@ -240,7 +241,7 @@ class StudentServer:
         return {"name": "kdlite", "version": version("kdlite"), "extensions": EXTENSIONS}
 
     def about_model(self) -> dict[str, Any]:
-        shape, classes = [-1, *self.runtime.image_shape], [-1, len(self.runtime.metadata["label_names"])]
+        shape, classes = [-1, *self.runtime.image_shape], [-1, len(self.runtime.metadata.label_names)]
         return {
             "name": self.name,
             "versions": [VERSION],
@@ -250,7 +251,7 @@ class StudentServer:
         }
 
     def config(self) -> dict[str, Any]:
-        shape, classes = list(self.runtime.image_shape), [len(self.runtime.metadata["label_names"])]
+        shape, classes = list(self.runtime.image_shape), [len(self.runtime.metadata.label_names)]
         return {
             "name": self.name,
             "platform": f"kdlite_{self.runtime.name}",

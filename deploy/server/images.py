@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from deploy.config import Metadata
 from deploy.preprocess import (
     MAX_PIXELS,
     ImageTooLarge,
@@ -54,10 +55,10 @@ class Decoders:
         context = multiprocessing.get_context("spawn")
         self.processes = ProcessPoolExecutor(self.count, context, prepare_process)
 
-    async def decode(self, body: bytes, content_type: str, config: dict[str, Any]) -> np.ndarray | int:
+    async def decode(self, body: bytes, content_type: str, metadata: Metadata) -> np.ndarray | int:
         processes = self.processes
         try:
-            future = processes.submit(decode_in_time, body, content_type, config, self.most_pixels)
+            future = processes.submit(decode_in_time, body, content_type, metadata, self.most_pixels)
             return await asyncio.wrap_future(future)
         except BrokenProcessPool as error:
             if processes is self.processes:  # the first request that notices it
@@ -117,7 +118,7 @@ def decode_in_time(*photograph: Any) -> np.ndarray | int:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def decode(body: bytes, content_type: str, config: dict[str, Any], most_pixels: int) -> np.ndarray | int:
+def decode(body: bytes, content_type: str, metadata: Metadata, most_pixels: int) -> np.ndarray | int:
     """Return uint8 (1, H, W, 3), prepared as in training, or the number of pixels if it exceeds most_pixels.
 
     Raises:
@@ -133,14 +134,14 @@ def decode(body: bytes, content_type: str, config: dict[str, Any], most_pixels: 
             scans = body.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
             if pixels * scans > SCANS * MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels in {scans} scans")
-            size = resized_size(image.size, config)  # upright or not: reading EXIF may decode the image
+            size = resized_size(image.size, metadata)  # upright or not: reading EXIF may decode the image
             if math.prod(size) > MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
             if image.format in ("JPEG", "MPO"):
                 pixels //= jpeg_scale(image.size, size) ** 2
             if (cost := max(pixels, math.prod(size))) > most_pixels:
                 return cost
-            return prepare(image, config)[None]
+            return prepare(image, metadata)[None]
     except ImageTooLarge as error:
         raise RequestError(413, f"the image is too large: {error}; the limit is {MAX_PIXELS} pixels") from error
     except (UnreadableImage, MemoryError) as error:

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from deploy.cli import UserError, explain, first_line
-from deploy.runtimes import Runtime, load
+from deploy.runtimes import RunOn, Runtime, load
 from deploy.server.app import StudentServer
 from deploy.server.log import log
 
 
-def load_and_try(path: Path, max_batch: int, **options: Any) -> Runtime:
+def load_and_try(path: Path, max_batch: int, on: RunOn) -> Runtime:
     """Return a runtime after a batch of one image and the largest batch, which are slow the first time."""
-    runtime = load(path, **options)
-    classes = len(runtime.metadata["label_names"])
+    runtime = load(path, on)
+    classes = len(runtime.metadata.label_names)
     for size in sorted({1, min(max_batch, runtime.max_batch or max_batch)}):
         try:
             logits = runtime.run(np.zeros((size, *runtime.image_shape), np.uint8))

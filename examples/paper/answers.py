@@ -27,6 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
 from deploy.cli import UserError, show_error
+from deploy.config import Metadata
 from deploy.preprocess import UnreadableImage
 from deploy.student import load_weights
 from kdlite import WithWeakHead
@@ -68,7 +69,8 @@ def answers(run: train.Training, images: object) -> tuple[dict[str, Tensor], Ten
         run.net.training = True  # its own mode alone: it gives both logits, of a student that is in eval mode
     given: dict[str, list[Tensor]] = {}
     labels = []
-    for batch in make_loader(images, functools.partial(eval_view, config=run.config), 256, False):
+    view = functools.partial(eval_view, metadata=Metadata.from_json(run.config, "the student"))
+    for batch in make_loader(images, view, 256, False):
         if batch.corrupt:
             raise UserError(f"{batch.corrupt[0][0]} cannot be read: answers are of all images")
         seen = run.to_device(batch.images)

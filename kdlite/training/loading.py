@@ -24,14 +24,15 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 
 from deploy.cli import ProgressBar, UserError
+from deploy.config import Metadata
 from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
 from kdlite.training.data import Digits
 from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE
 
 
-def eval_view(image: Image.Image, config: dict[str, Any]) -> Tensor:
+def eval_view(image: Image.Image, metadata: Metadata) -> Tensor:
     """Opened PIL image -> uint8 (C, H, W) as a student's config.json says; normalisation comes after, on the device."""
-    return torch.from_numpy(prepare(image, config).copy()).permute(2, 0, 1)
+    return torch.from_numpy(prepare(image, metadata).copy()).permute(2, 0, 1)
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):

@@ -163,7 +163,8 @@ def start_from(
     folder: str, label_names: list[str], input_size: Sequence[int], model_files: Sequence[str]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The student in a student/ folder, to be trained further on these classes at this size."""
-    model, config = load_student(Path(folder), model_files)
+    model, metadata = load_student(Path(folder), model_files)
+    config = metadata.to_json()
     otherwise = f"--model {config['architecture']} --init {folder} takes what fits"
     if config["num_classes"] != len(label_names):
         raise UserError(
@@ -184,7 +185,8 @@ def read_weights(name: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     path, config = Path(name), None
     if path.is_dir():
         folder = path / "student" if (path / "student").is_dir() else path
-        config = {key: read_config(folder)[key] for key in ("mean", "std", "interpolation", "crop")}
+        known = read_config(folder)
+        config = {key: getattr(known, key) for key in ("mean", "std", "interpolation", "crop")}
         path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{name}: no such file of weights, and no student/ folder")
@@ -314,7 +316,7 @@ def load_teacher(
     names: list[str] | None
     if is_folder(name):
         model, config = load_student(Path(name), model_files)
-        mean, std, input_size, names = (config[key] for key in ("mean", "std", "input_size", "label_names"))
+        mean, std, input_size, names = (getattr(config, key) for key in ("mean", "std", "input_size", "label_names"))
         theirs = len(names)
     elif is_own(name):
         model = build_model(find_architecture(name), num_classes, student["input_size"], [name])

@@ -158,7 +158,7 @@ def expected(made):
     """The five best labels, computed here with torch."""
     runtime = load(made / "student", device="cpu")
     logits = runtime.run(prepare(open_image(made / "photo.jpg"), runtime.metadata)[None])[0]
-    return [(label, round(100 * p, 1)) for label, p, _ in top_labels(logits, runtime.metadata["label_names"])]
+    return [(label, round(100 * p, 1)) for label, p, _ in top_labels(logits, runtime.metadata.label_names)]
 
 
 def test_predict_and_serve_answer_as_torch_does(device, made, expected):
@@ -231,7 +231,9 @@ def test_another_file_and_an_engine_can_be_packed(device, made, pyz, tmp_path):
     metadata = load(made / "student/student.onnx", device="cpu").metadata
     built = {"library": "tensorrt", "version": "10.3.0", "gpu": "Orin", "max_batch": 8}
     (tmp_path / "student.engine").write_bytes(b"ftrt")
-    (tmp_path / "student.engine.json").write_text(json.dumps(metadata | {"onnx": "student.onnx", "built": built}))
+    (tmp_path / "student.engine.json").write_text(
+        json.dumps(metadata.to_json() | {"onnx": "student.onnx", "built": built})
+    )
     on(device, "-m", "deploy.pack", made, "--file", tmp_path / "student.engine", "-o", tmp_path / "engine.pyz")
     assert "JetPack's own" in on(device, tmp_path / "engine.pyz", "--requirements")
     for command in (

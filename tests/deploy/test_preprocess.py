@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as TF
 from torchvision.transforms._presets import ImageClassification
 
+from deploy.config import Metadata
 from deploy.preprocess import ImageTooLarge, UnreadableImage, endings, open_image, prepare, to_rgb, upright_size
 from kdlite.training import loading
 
@@ -21,7 +22,7 @@ NORMALISATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def config(height, width, crop=1.0, interpolation="bilinear"):
-    return {"input_size": [3, height, width], "crop": crop, "interpolation": interpolation}
+    return Metadata(["a"], [3, height, width], [0.5] * 3, [0.2] * 3, interpolation, crop)
 
 
 def jpeg(image, **options):
@@ -32,9 +33,9 @@ def jpeg(image, **options):
 
 def torchvisions(image, config):
     """Resize and CenterCrop of an RGB image, as torchvision's and timm's evaluation transforms put them together."""
-    height, width = config["input_size"][1:]
-    sides = [int(side / config["crop"]) for side in (height, width)]
-    resize = v2.Resize(sides[0] if height == width else sides, InterpolationMode(config["interpolation"]))
+    height, width = config.input_size[1:]
+    sides = [int(side / config.crop) for side in (height, width)]
+    resize = v2.Resize(sides[0] if height == width else sides, InterpolationMode(config.interpolation))
     return np.asarray(v2.Compose([v2.RGB(), resize, v2.CenterCrop((height, width))])(image))
 
 
@@ -52,7 +53,7 @@ def test_a_thousand_sizes_are_torchvisions_to_the_bit():
         wanted = config(*map(int, target), random.choice([1.0, 0.875, 0.9]), ["bilinear", "bicubic"][i // 2 % 2])
         expected = torchvisions(image, wanted)
         assert np.array_equal(prepare(image, wanted), expected), (image.size, wanted)
-        odd += (int(target[0] / wanted["crop"]) - target[0]) % 2
+        odd += (int(target[0] / wanted.crop) - target[0]) % 2
     assert odd > 100
 
 

@@ -24,7 +24,7 @@ from serving import INFER, ONE, ROOT, SHAPE, ask, binary, of, server, tensor
 from sklearn.datasets import load_sample_images
 
 from deploy.preprocess import open_image, prepare
-from deploy.runtimes import load
+from deploy.runtimes import RunOn, load
 from deploy.server.app import Limits, StudentServer, make_app
 
 
@@ -235,7 +235,7 @@ def in_this_process(runtime, limits):
 
 
 def test_a_full_queue_is_503_and_requests_are_batched(artefact, images):
-    runtime = load(artefact, device="cpu")
+    runtime = load(artefact, RunOn("cpu"))
     gate, sizes = threading.Event(), []
 
     def held_back(batch):
@@ -267,7 +267,7 @@ def test_a_full_queue_is_503_and_requests_are_batched(artefact, images):
 
 
 def test_a_runtime_that_fails_is_500_and_the_server_goes_on(artefact, images):
-    runtime = load(artefact, device="cpu")
+    runtime = load(artefact, RunOn("cpu"))
     calls = []
 
     def fails_once(batch):
@@ -343,7 +343,7 @@ def test_predict_prepares_a_photograph_as_training_does(port, artefact, kind):
     predictions = json.loads(body)["predictions"]
     assert [p["index"] for p in predictions] == best.indices.tolist()
     assert [p["probability"] for p in predictions] == pytest.approx(best.values.tolist(), rel=1e-4)
-    assert [p["label"] for p in predictions] == [runtime.metadata["label_names"][i] for i in best.indices]
+    assert [p["label"] for p in predictions] == [runtime.metadata.label_names[i] for i in best.indices]
 
 
 @pytest.mark.parametrize("side", [9_000, 20_000])

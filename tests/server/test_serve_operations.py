@@ -205,10 +205,10 @@ def test_metrics_tell_of_the_process_and_of_queue_and_runtime(artefact):
 def test_readiness_fails_when_the_thread_of_the_runtime_has_died(artefact):
     from test_serve import in_this_process
 
-    from deploy.runtimes import load
+    from deploy.runtimes import RunOn, load
     from deploy.server.app import Limits
 
-    runtime = load(artefact, device="cpu")
+    runtime = load(artefact, RunOn("cpu"))
 
     def end_the_thread(images):
         raise SystemExit
@@ -304,10 +304,10 @@ def test_a_unix_socket_is_served_and_removed(artefact, refused, tmp_path):
 def test_logits_that_are_not_finite_are_told_and_not_a_traceback(artefact):
     from test_serve import in_this_process
 
-    from deploy.runtimes import load
+    from deploy.runtimes import RunOn, load
     from deploy.server.app import Limits
 
-    runtime = load(artefact, device="cpu")
+    runtime = load(artefact, RunOn("cpu"))
     object.__setattr__(runtime, "run", lambda images: np.full((len(images), 7), np.nan, np.float32))
     with in_this_process(runtime, Limits()) as port:
         status, _, body = ask(port, "/predict", photo())

@@ -129,7 +129,7 @@ def test_the_split_depends_on_names_and_seed_alone(tmp_path):
 def test_the_split_is_the_same_in_another_process_and_locale(tmp_path):
     split = open_data(str(make(tmp_path, {NFC: 30, "dog": 20})), val_split=0.3).split
     program = f"""import json; from deploy import cli, datasets
-cli.escape_what_the_terminal_lacks()
+cli.use_backslashreplace()
 print(json.dumps(datasets.open_data({str(tmp_path)!r}, val_split=0.3).split))"""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | locale, capture_output=True)

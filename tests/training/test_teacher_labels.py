@@ -115,7 +115,7 @@ def test_a_stored_answer_is_the_teachers_of_the_view_that_is_drawn_again(photos)
     samples = loading.Samples(
         data.train, loading.train_view((3, 16, 16), "resized", 0.5, "bilinear", [2, 9]), 7, labels
     )
-    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
     seen = []
     for epoch, index in ((0, 0), (0, 23), (1, 0), (2, 0), (3, 23)):
         image, label, _, (log_t, top, classes) = samples[epoch, index]

@@ -133,7 +133,7 @@ def test_a_run_directory_holds_all_that_was_promised():
 def accuracy(output, photos):
     """Top-1 on photos/val of a saved student, image by image, and what its config.json says of it."""
     student, config = load_student(Path(output) / "student", OWN[1:])
-    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ("mean", "std"))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
     files = sorted((photos / "val").glob("*/*.jpg"))
     assert len(files) == 17
     hits = 0
@@ -141,8 +141,8 @@ def accuracy(output, photos):
         image = torch.from_numpy(prepare(open_image(file), config).transpose(2, 0, 1) / np.float32(255))
         image = (image - mean) / std
         with torch.no_grad():
-            hits += config["label_names"][student.eval()(image[None]).argmax()] == file.parent.name
-    return 100 * hits / 17, config["metrics"]["val_top1"]
+            hits += config.label_names[student.eval()(image[None]).argmax()] == file.parent.name
+    return 100 * hits / 17, config.metrics["val_top1"]
 
 
 @pytest.mark.slow

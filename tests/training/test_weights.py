@@ -399,7 +399,7 @@ def test_the_card_is_one_the_hub_reads_and_stays_a_users_own_once_its_mark_is_go
     assert "test_efficientnet, 3 classes" in card.text
     (student / "README.md").write_text("mine")
     model, config = load_student(student)
-    save_student(student, model, config)
+    save_student(student, model, config.to_json())
     assert (student / "README.md").read_text() == "mine"
 
 
@@ -410,7 +410,7 @@ def test_a_folder_of_an_earlier_kdlite_is_still_read():
     config["architecture"] = {"library": new["library"], "name": new["architecture"], "args": {}, "small_stem": False}
     (student / "config.json").write_text(json.dumps(config))
     model, read = load_student(student)
-    assert read["architecture"] == "test_efficientnet"
+    assert read.architecture == "test_efficientnet"
     assert isinstance(model, torch.nn.Module)
 
 
