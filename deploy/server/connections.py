@@ -10,6 +10,7 @@ import asyncio
 import errno
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -39,31 +40,33 @@ DRAIN_S = 12.0  # at most; then uvicorn waits for 3 s, and cancels what is left
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """A client's connection, with time limits for headers, body, answer and idleness.
+    """A client's connection, which check() closes if it stays in one state for too long.
 
     received: LARGE_READ bytes that all connections share: each empties them before the next one reads
     """
 
     def __init__(self, server: StudentServer, received: memoryview, **given: Any) -> None:
         super().__init__(**given)
-        self.limits, self.closed, self.received = server.limits, server.metrics.closed, received
-        self.awaiting = ""  # "headers" or "body"
-        self.clock: asyncio.TimerHandle | None = None
-        self.idle_since = self.loop.time()
+        limits, self.closed, self.received = server.limits, server.metrics.closed, received
+        self.limit = limits.connections
+        # a body that the application reads gets its 408 there, a second earlier
+        self.seconds = {"headers": limits.headers_s, "body": limits.body_s + 1, "idle": limits.idle_s,
+                        "unread answer": limits.idle_s, "answer": math.inf}  # fmt: skip
+        self.state, self.since = ("idle", self.cycle), self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
-        if len(self.connections) > self.limits.connections:
-            self.closed.labels("limit").inc()
-            others: set[Any] = self.connections - {self}
-            idle = [other for other in others if other.conn.our_state is h11.IDLE]
-            if idle:  # the one that has been idle longest gives way
-                oldest = min(idle, key=lambda other: other.idle_since)
-                self.connections.discard(oldest)
-                oldest.transport.abort()
-            else:
-                self.refuse(503, f"{self.limits.connections} connections are open, the limit of this server")
+        if len(self.connections) <= self.limit:
+            return
+        self.closed.labels("limit").inc()
+        others: set[Any] = self.connections - {self}
+        idle = [other for other in others if other.conn.our_state is h11.IDLE]
+        if idle:  # the one that has been idle longest gives way
+            oldest = min(idle, key=lambda other: other.since)
+            self.connections.discard(oldest)
+            oldest.transport.abort()
+        else:
+            self.refuse(503, f"{self.limit} connections are open, the limit of this server")
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Read little at once where each byte may cost time: headers, and chunks, which may have one byte each."""
@@ -73,47 +76,20 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         self.data_received(bytes(self.received[:nbytes]))
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        awaiting = {h11.IDLE: "headers", h11.SEND_BODY: "body"}.get(self.conn.their_state, "")
-        if awaiting != self.awaiting:
-            self.awaiting = awaiting
-            # a body that the application reads gets its 408 there, a second earlier
-            self.start_clock(
-                {"headers": self.limits.headers_s, "body": self.limits.body_s + 1}.get(awaiting), self.expire
-            )
-
-    def start_clock(self, seconds: float | None, action: Callable[[], None]) -> None:
-        if self.clock:
-            self.clock.cancel()
-        self.clock = self.loop.call_later(seconds, action) if seconds else None
-
-    def expire(self) -> None:
-        self.closed.labels(self.awaiting).inc()
-        if self.awaiting == "headers" and not self.conn.trailing_data[0]:  # no request has begun
-            self.transport.close()
-        self.refuse(408, f"the {self.awaiting} took too long")
-
-    def on_response_complete(self) -> None:
-        self.idle_since = self.loop.time()
-        super().on_response_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.start_clock(None, self.expire)
-        super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.start_clock(self.limits.idle_s, self.transport.abort)  # the client does not read its answers
-
-    def resume_writing(self) -> None:
-        self.start_clock(None, self.expire)
-        super().resume_writing()
-
-    def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():  # the client has not read the last answer
-            self.transport.abort()
-        super().timeout_keep_alive_handler()
+    def check(self, now: float) -> None:
+        """Close the connection if nothing has changed for too long. The cycle is another one for each request."""
+        name = {h11.IDLE: "idle", h11.SEND_BODY: "body"}.get(self.conn.their_state, "answer")
+        if self.transport.get_write_buffer_size():
+            name = "unread answer"
+        elif name == "idle" and self.conn.trailing_data[0]:
+            name = "headers"
+        if self.state != (name, self.cycle):
+            self.state, self.since = (name, self.cycle), now
+        elif now - self.since > self.seconds[name]:
+            self.closed.labels(name).inc()
+            if name in ("headers", "body"):
+                self.refuse(408, f"the {name} took too long")
+            self.transport.abort() if name == "unread answer" else self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         self.refuse(400, msg)
@@ -156,6 +132,12 @@ class Process(uvicorn.Server):
         if sig == signal.SIGINT:  # a terminal: end at once
             self.drain_s = 0
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 3 == 0:  # of a tenth of a second
+            for connection in list(self.server_state.connections):
+                connection.check(asyncio.get_running_loop().time())  # type: ignore[union-attr]
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server.drain()
