@@ -177,7 +177,6 @@ def run(args: argparse.Namespace) -> int:
     sys.path.insert(0, str(ROOT / "tests" / "server"))
     from test_serve_bounds import HOSTILE
 
-
     good = good_requests(args.artefact)
     flags = ["--port", "0", "--threads", "1", "--device", "cpu"]
     server = subprocess.Popen([sys.executable, "-m", "deploy.serve", str(args.artefact.resolve()), *flags],
