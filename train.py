@@ -689,7 +689,7 @@ def train_epoch(
         if ema:
             ema.update(run.student, step + 1)
         if progress.step % log_interval == 0:
-            shown.beside = f"loss {log.read():.4g}"
+            shown.postfix = f"loss {log.read():.4g}"
         if after_step():
             return True
     log.read()

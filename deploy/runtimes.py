@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from deploy.cli import UserError, first_line, need
+from deploy.cli import MAX_JSON, UserError, first_line, need, read_file
 from deploy.config import ARTEFACT, FLOAT, UINT8, Metadata, read_json
-from deploy.onnx_tools import read_properties
+from deploy.onnx_tools import read_properties, refuse_external_data
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
 SIDECAR = (
@@ -90,8 +90,8 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
             another machine
     """
     kind = "" if path.is_dir() else path.suffix or "without a suffix"
-    if kind not in LOADERS or not path.exists():
-        what = "unknown kind of artefact" if path.exists() else "no such file or folder"
+    if kind not in LOADERS or not (path.is_dir() or path.is_file()):
+        what = "unknown kind of artefact" if path.is_dir() or path.is_file() else "no such file or folder"
         raise UserError(f"{path}: {what}; expected a student/ folder, or a .ts, .pt2, .onnx or .engine file")
     if on.device == "tensorrt" and kind != ".onnx":
         raise UserError(f"--device tensorrt is ONNX Runtime's TensorRT provider; {path.name} is not an .onnx file")
@@ -111,7 +111,7 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
 
 
 def pick_device(device: str, has_cuda: bool, allow_fallback: bool) -> str:
-    """ "cpu", "cuda" or "tensorrt": never another than was asked for, unless that is allowed."""
+    """Return "cpu", "cuda" or "tensorrt": the device that was asked for, or the CPU if the fallback is allowed."""
     if device == "auto":
         return "cuda" if has_cuda else "cpu"
     if device == "cpu" or has_cuda:
@@ -160,8 +160,10 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
     options = ort.SessionOptions()
     options.intra_op_num_threads = on.threads
     options.log_severity_level = 4  # an error is raised, or shows in get_providers()
+    content = read_file(path)
+    refuse_external_data(content, path)
     try:
-        session = ort.InferenceSession(str(path), options, providers=[wanted])
+        session = ort.InferenceSession(content, options, providers=[wanted])
     except Exception as error:  # onnxruntime has its own dozen
         raise UserError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error
     provider = session.get_providers()[0]
@@ -180,7 +182,7 @@ def onnx_metadata(session: Any, path: Path) -> Metadata:
     where, sidecar = f"the metadata of {path}", path.with_name(path.name + ".json")
     if "mean" not in values and sidecar.is_file():
         where = str(sidecar)
-        values = {"precision": "foreign", "source": {}} | read_json(sidecar.read_bytes(), sidecar)
+        values = {"precision": "foreign", "source": {}} | read_json(read_file(sidecar, MAX_JSON), sidecar)
         ports = session.get_inputs()[:1] + session.get_outputs()[:1]
         values |= {"tensors": [port.name for port in ports]}
     elif "mean" not in values:
@@ -220,14 +222,14 @@ def has_torch() -> bool:
 
 
 def source_of(student: Path) -> dict[str, str]:
-    """Which weights an artefact was made from."""
+    """Return the digest of the weights in a student/ folder, which every artefact carries."""
     folder = student / "student" if (student / "student").is_dir() else student
-    return {"weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
+    return {"weights_sha256": hashlib.sha256(read_file(folder / "model.safetensors")).hexdigest()}
 
 
 @functools.cache
 def cuda_device_count() -> int:
-    """How many CUDA devices the driver has; 0 without a driver. Asks nothing of torch or TensorRT."""
+    """Return the number of the driver's CUDA devices; 0 without a driver. Needs neither torch nor TensorRT."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -239,7 +241,7 @@ def cuda_device_count() -> int:
 
 
 def cuda_device_name() -> str | None:
-    """The name of the first CUDA device, as the driver says it."""
+    """Return the driver's name of the first CUDA device."""
     if not cuda_device_count():
         return None
     cuda, device, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.create_string_buffer(256)
@@ -249,7 +251,7 @@ def cuda_device_name() -> str | None:
 
 
 def products_saturate() -> bool:
-    """Whether this CPU adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI."""
+    """Return whether this CPU adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI."""
     try:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -258,13 +260,13 @@ def products_saturate() -> bool:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities over the last dimension, in float64."""
+    """Return probabilities over the last dimension, in float64."""
     powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
 
 def top_labels(logits: np.ndarray, labels: list[str], count: int = 5) -> list[tuple[str, float, int]]:
-    """(label, probability, class index) of the most probable classes of one image, the best first; logits: (C,)."""
+    """Return (label, probability, class index) of one image's most probable classes, best first; logits: (C,)."""
     probabilities = softmax(logits)
     best = np.argsort(-probabilities, kind="stable")[:count]
     return [(labels[i], float(probabilities[i]), int(i)) for i in best]

@@ -50,8 +50,8 @@ from deploy.cli import (
     explain,
     first_line,
     make_parser,
+    needs,
     number,
-    stop_without,
     version,
 )
 from deploy.config import Metadata
@@ -72,7 +72,7 @@ from deploy.server.protocol import (
     write_infer,
 )
 
-try:
+with needs("pip install starlette uvicorn prometheus-client python-multipart", __name__):
     import anyio
     import uvicorn
     from prometheus_client import generate_latest
@@ -94,8 +94,6 @@ try:
     )
     from deploy.server.images import decode, decode_apart, file_in, open_photograph, prepare_process, silence_readers
     from deploy.server.metrics import AccessLog, Metrics
-except ImportError as missing:
-    stop_without(missing, "serve", "pip install starlette uvicorn prometheus-client")
 
 LARGE_IMAGE = MAX_PIXELS // 16  # larger ones are decoded one at a time, in a process of their own
 LARGE_ANSWER = 20_000  # logits that are not written in the event loop
