@@ -54,7 +54,7 @@ from deploy.cli import (
 from deploy.config import read_config
 from deploy.per_class import save
 from deploy.reference import NAME, add_reference, find_reference, read_reference
-from deploy.runtimes import RunOn, Runtime, cuda_device_count, has_torch, load, pick_device
+from deploy.runtimes import RunOn, Runtime, cuda_device_count, has_torch, load, pick_device, usable_cpus
 
 COLUMNS = {
     "artefact": "",
@@ -77,6 +77,7 @@ COLUMNS = {
     "failed": "",
 }
 GPU_FIELDS = "name,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+BUSY = 0.95  # least cpu/wall of a row on the CPU while no other program runs
 PAUSE_S = 0.05  # between two turns, so that threads that spin for more work go to sleep
 
 
@@ -235,7 +236,7 @@ def open_row(
             "runtime": worker.name,
             "provider": worker.provider,
             "precision": worker.metadata.precision,
-            "threads": on.threads or os.cpu_count(),
+            "threads": on.threads or usable_cpus(),
             "load_s": worker.load_s,
             "build_s": worker.metadata.built.get("build_s"),
         }
@@ -270,6 +271,19 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "p50_ms" in row and eager.get(row["batch"]):
             row["times_eager"] = eager[row["batch"]] / row["p50_ms"]
+
+
+def busy_warning(rows: list[dict[str, Any]], load: float) -> str:
+    """Return a warning if other programs took the CPU while the rows were measured, or an empty text.
+
+    load: the machine's load average before
+    """
+    shares = [row["cpu/wall"] for row in rows if "cpu/wall" in row and "cpu" in row["provider"].lower()]
+    if shares and min(shares) < BUSY:
+        return f"other programs took the CPU: the least cpu/wall is {min(shares):.2f}, expected {BUSY} or more"
+    if load > 0.75 * (os.cpu_count() or 1):
+        return f"other programs were running: the load was {load:.1f} on {os.cpu_count()} cores"
+    return ""
 
 
 def summarise(slices: list[Slice], batch: int) -> dict[str, Any]:
@@ -444,7 +458,7 @@ def run(args: argparse.Namespace) -> int:
     if not eager:
         log("torch or the weights are not here: no row of torch eager")
     batches = [images[np.arange(size) % len(images)] for size in sorted(set(args.batches))]
-    machine = describe_machine()
+    machine, machine_load = describe_machine(), os.getloadavg()[0]
     plan = Plan(batches, validation, args.seconds, args.rounds)
     rows = benchmark(student, artefacts, plan, RunOn.from_args(args), eager, args.compile)
     machine["load_after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
@@ -462,6 +476,8 @@ def run(args: argparse.Namespace) -> int:
         empty = {name for name in COLUMNS if all(row.get(name) is None for row in rows)}
         log("")
         show(table(rows, {name: form for name, form in COLUMNS.items() if name not in empty}))
+    if warning := busy_warning(rows, machine_load):
+        print(f"warning: {warning}: the times and ratios are not reliable", file=sys.stderr)
     drawn = [row for row in rows if "failed" not in row and "top1" in row]
     if drawn and importlib.util.find_spec("matplotlib"):
         plot(drawn, output / "benchmark.png")

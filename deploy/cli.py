@@ -95,7 +95,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-fallback", action="store_true", help="run on the CPU if --device is unavailable, instead of an error"
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a runtime; 0: its own choice")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="CPU threads of a runtime; 0: one for each CPU that this process may use, by its affinity and its "
+        "container's quota (default: 0)",
+    )
     add_model_file(parser)
 
 

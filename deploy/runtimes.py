@@ -12,12 +12,15 @@ needs no torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import hashlib
 import importlib
 import importlib.util
+import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -52,7 +55,7 @@ class RunOn:
     """Where and how a student is run."""
 
     device: str = "auto"  # "cpu", "cuda", "tensorrt" (for .onnx), or "auto": a CUDA device if the runtime has one
-    threads: int = 0  # CPU threads; 0: the runtime's own choice
+    threads: int = 0  # CPU threads; 0: one for each CPU that this process may use
     allow_fallback: bool = False  # run on the CPU if the device is unavailable
     model_files: tuple[str, ...] = ()  # path/to/file.py:function of the user's own models
     compile: bool = False  # a student/ folder through torch.compile
@@ -107,7 +110,53 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     # auto falls back to the CPU where an onnxruntime without CUDA meets a machine with it
     on = dataclasses.replace(on, allow_fallback=on.allow_fallback or on.device == "auto")
     loaded: Runtime = load_kind(path, on)
-    return dataclasses.replace(loaded, load_s=time.perf_counter() - started)
+    run = CheckedRun(loaded.run, len(loaded.metadata.label_names), path.name)
+    return dataclasses.replace(loaded, run=run, load_s=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """Runs a student, and raises UserError unless it returns one logit for each label."""
+
+    run: Callable[[np.ndarray], np.ndarray]
+    labels: int
+    name: str
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        logits = self.run(images)
+        if logits.shape != (len(images), self.labels):
+            raise UserError(
+                f"{self.name} has {self.labels} label_names and returns logits of shape {list(logits.shape)} for "
+                f"{len(images)} images"
+            )
+        return logits
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use: its affinity, and the quota of its container."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cpus, cgroup_quota())))
+
+
+def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Return the CPUs' worth of time that the container's cgroup allows, or infinity without a quota."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return math.inf
+    quota = math.inf
+    for _, controllers, group in lines:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for folder in (root / group.lstrip("/"), root / "cpu" / group.lstrip("/"), root, root / "cpu"):
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                if (folder / "cpu.max").is_file():  # cgroup v2: "150000 100000", or "max 100000"
+                    limit, period = (folder / "cpu.max").read_text().split()
+                else:
+                    limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                if limit != "max" and int(limit) > 0:
+                    quota = min(quota, int(limit) / int(period))
+    return quota
 
 
 def pick_device(device: str, has_cuda: bool, allow_fallback: bool) -> str:
@@ -158,7 +207,9 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
     if device != "cpu" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds CUDA and cuDNN in torch's wheels
     options = ort.SessionOptions()
-    options.intra_op_num_threads = on.threads
+    options.intra_op_num_threads = on.threads or usable_cpus()
+    # Without this threads wait for work by spinning, which takes CPU time from every other program.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # an error is raised, or shows in get_providers()
     content = read_file(path)
     refuse_external_data(content, path)

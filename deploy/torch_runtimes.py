@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from deploy.cli import UserError, first_line
 from deploy.config import ARTEFACT, UINT8, Metadata, read_json
-from deploy.runtimes import RunOn, Runtime, as_input, pick_device, source_of
+from deploy.runtimes import RunOn, Runtime, as_input, pick_device, source_of, usable_cpus
 from deploy.student import load_student
 
 EPS = 1e-5  # of the batch norm that normalises; ONNX and cuDNN require one
@@ -61,8 +61,7 @@ class ImageClassifier(nn.Module):
 def load(path: Path, on: RunOn) -> Runtime:
     """Load a student/ folder, a .ts or a .pt2 file; see deploy.runtimes.load."""
     device = pick_device(on.device, torch.cuda.is_available(), on.allow_fallback)
-    if on.threads:
-        torch.set_num_threads(on.threads)
+    torch.set_num_threads(on.threads or min(torch.get_num_threads(), usable_cpus()))
     if path.is_dir():
         return load_torch(path, device, on)
     return {".ts": load_torchscript, ".pt2": load_exported}[path.suffix](path, device)
