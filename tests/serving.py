@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -45,7 +46,8 @@ def server(artefact, *flags, limits=None, prefix=(), environment=()):
     try:
         line = process.stdout.readline()
         assert "CPUExecutionProvider" in line, process.stderr.read()
-        yield process, int(line.rpartition(":")[2]) if "http:" in line else None
+        found = re.search(r"http://.*:(\d+)", line)  # a line of text, or of JSON with --log json
+        yield process, int(found[1]) if found else None
     finally:
         if process.poll() is None:
             process.terminate()

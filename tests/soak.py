@@ -174,7 +174,8 @@ def cpu_s(pid: int) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    from test_serve_bounds import HOSTILE  # beside this file
+    sys.path.insert(0, str(ROOT / "tests" / "server"))
+    from test_serve_bounds import HOSTILE
 
     good = good_requests(args.artefact)
     flags = ["--port", "0", "--threads", "1", "--device", "cpu"]

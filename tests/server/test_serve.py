@@ -25,7 +25,7 @@ from sklearn.datasets import load_sample_images
 
 from deploy.preprocess import open_image, prepare
 from deploy.runtimes import RunOn, load
-from deploy.serve import Limits, make_app
+from deploy.server.app import Limits, StudentServer, make_app
 
 
 @pytest.fixture(scope="module")
@@ -163,24 +163,24 @@ def test_json_data_may_be_flat_or_nested(port, artefact, images):
     (json.dumps({"inputs": [tensor((9, *SHAPE), data=[])]}).encode(), {}, "9 images"),
     (json.dumps({"inputs": [tensor((-1, *SHAPE), data=[])]}).encode(), {}, "-1 images"),
     (json.dumps({"inputs": [tensor((1.0, *SHAPE), data=[])]}).encode(), {}, "shape [1.0"),
-    (json.dumps({"inputs": [tensor(data=[1, 2])]}).encode(), {}, "no UINT8 tensor"),
-    (json.dumps({"inputs": [tensor(data=[256] * ONE)]}).encode(), {}, "whole numbers from 0 to 255"),
-    (json.dumps({"inputs": [tensor(data=[0.5] * ONE)]}).encode(), {}, "whole numbers from 0 to 255"),
-    (json.dumps({"inputs": [tensor(data=["x"] * ONE)]}).encode(), {}, "no UINT8 tensor"),
-    (json.dumps({"inputs": [tensor()]}).encode(), {}, "no UINT8 tensor"),
+    (json.dumps({"inputs": [tensor(data=[1, 2])]}).encode(), {}, "list of 768 numbers"),
+    (json.dumps({"inputs": [tensor(data=[256] * ONE)]}).encode(), {}, "has 256; expected integers"),
+    (json.dumps({"inputs": [tensor(data=[0.5] * ONE)]}).encode(), {}, "has 0.5; expected integers"),
+    (json.dumps({"inputs": [tensor(data=["x"] * ONE)]}).encode(), {}, "has 'x'; expected integers"),
+    (json.dumps({"inputs": [tensor()]}).encode(), {}, "list of 768 numbers"),
     (json.dumps({"inputs": [tensor(data=[0] * ONE)], "outputs": [{"name": "scores"}]}).encode(), {}, "'scores'"),
     (json.dumps({"inputs": [tensor(data=[0] * ONE)], "id": 7}).encode(), {}, "id must be a string"),
     (json.dumps({"inputs": [tensor(data=[0] * ONE)],
                  "outputs": [{"name": "logits", "parameters": {"classification": "all"}}]}).encode(), {}, "classifi"),
-    (*binary(of(), b"\0" * (ONE - 1)), "767 came"),
-    (*binary(of(), b"\0" * (ONE + 1)), "769 came"),
+    (*binary(of(), b"\0" * (ONE - 1)), "got 767"),
+    (*binary(of(), b"\0" * (ONE + 1)), "got 769"),
     (*binary(of(size=7), b"\0" * ONE), "binary_data_size is 7"),
     (*binary(of(size="all"), b"\0" * ONE), "binary_data_size is all"),
     (b"{}", {"Inference-Header-Content-Length": "3"}, "the body has 2 bytes"),
     (b"{}", {"Inference-Header-Content-Length": "-1"}, "'-1'"),
     (b"{}", {"Inference-Header-Content-Length": "x"}, "'x'"),
-    (b"{}", {"Content-Encoding": "gzip"}, "no gzip"),
-    (bytes.fromhex("1f8b08000000000000"), {"Content-Encoding": "gzip"}, "no gzip"),
+    (b"{}", {"Content-Encoding": "gzip"}, "not valid gzip"),
+    (bytes.fromhex("1f8b08000000000000"), {"Content-Encoding": "gzip"}, "not valid gzip"),
 ])  # fmt: skip
 def test_a_wrong_request_is_400_with_the_reason_and_the_server_goes_on(port, body, headers, said):
     status, _, answer = ask(port, INFER, body, headers)
@@ -224,7 +224,7 @@ def test_a_body_over_the_limit_is_413(artefact):
 def in_this_process(runtime, limits):
     """The application in a thread, so that a test can hold its runtime back."""
     listener = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(make_app(runtime, "student", limits), log_level="error"))
+    running = uvicorn.Server(uvicorn.Config(make_app(StudentServer(runtime, "student", limits)), log_level="error"))
     thread = threading.Thread(target=running.run, args=([listener],))
     thread.start()
     try:
@@ -252,13 +252,13 @@ def test_a_full_queue_is_503_and_requests_are_batched(artefact, images):
             if b"kdlite_queue_images 0.0" in ask(port, "/metrics")[2]:
                 break
         rest = [pool.submit(ask, port, INFER, body) for _ in range(10)]
-        while sum(request.done() for request in rest) < 4:  # six wait, which the queue may hold
+        while sum(request.done() for request in rest) < 5:  # one runs and five wait, as --queue allows
             time.sleep(0.05)
-        assert all("the queue is full" in json.loads(r.result()[2])["error"] for r in rest if r.done())
+        assert all("6 of 6 images" in json.loads(r.result()[2])["error"] for r in rest if r.done())
         gate.set()
         answers = [first.result(), *(r.result() for r in rest)]
-    assert sorted(status for status, _, _ in answers).count(503) == 4
-    assert sum(sizes) == 7
+    assert sorted(status for status, _, _ in answers).count(503) == 5
+    assert sum(sizes) == 6
     assert max(sizes) == 4
     expected = runtime.run(images[:1]).ravel()
     for status, _, answer in answers:

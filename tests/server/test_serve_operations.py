@@ -155,7 +155,7 @@ def test_a_bad_file_changes_nothing_and_is_named(artefact, tmp_path):
             assert ask(port, INFER, BODY)[2] == expected
         process.terminate()
         lines = process.communicate(timeout=30)[1].splitlines()
-        assert [(str(served) in line, "the old one serves on" in line) for line in lines] == [(True, True)] * len(bad)
+        assert [(str(served) in line, "keeps the old one" in line) for line in lines] == [(True, True)] * len(bad)
 
 
 # ---- what it tells ------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_readiness_fails_when_the_thread_of_the_runtime_has_died(artefact):
     from test_serve import in_this_process
 
     from deploy.runtimes import RunOn, load
-    from deploy.server.limits import Limits
+    from deploy.server.app import Limits
 
     runtime = load(artefact, RunOn("cpu"))
 
@@ -305,7 +305,7 @@ def test_logits_that_are_not_finite_are_told_and_not_a_traceback(artefact):
     from test_serve import in_this_process
 
     from deploy.runtimes import RunOn, load
-    from deploy.server.limits import Limits
+    from deploy.server.app import Limits
 
     runtime = load(artefact, RunOn("cpu"))
     object.__setattr__(runtime, "run", lambda images: np.full((len(images), 7), np.nan, np.float32))

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from PIL import Image, features
 from serving import INFER, ONE, SHAPE, ask, of, server, tensor
 
 from deploy.runtimes import load
-from deploy.server.protocol import RequestError, pack, parse_infer, unpack, write_infer
+from deploy.server.app import accepts_gzip
+from deploy.server.protocol import RequestError, parse_infer, unpack, write_infer
 
 IMAGE = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
 LOGITS = np.linspace(-1, 1, 7, dtype=np.float32)[None]
@@ -83,20 +83,16 @@ def test_an_output_asked_for_twice_is_as_it_was_asked_for_first():
 def test_shared_memory_is_refused(where):
     region = {"shared_memory_region": "r", "shared_memory_byte_size": ONE, "shared_memory_offset": 0}
     request = flat(outputs=[{"name": "logits", "parameters": region}]) if where == "output" else of(parameters=region)
-    assert refused(request) == (400, "shared memory is not served: send and receive tensors in the body")
+    assert refused(request) == (400, "shared memory is not supported: send and receive tensors in the body")
 
 
-def test_numbers_are_found_wherever_the_tensor_has_them_and_nowhere_else():
-    data = json.dumps(IMAGE.tolist())
+def test_the_order_of_keys_is_free():
+    data = json.dumps(IMAGE[None].tolist())
     for order in ('"data": {0}, "name": "images"', '"name": "images", "data"\n:\t{0}'):
         text = '{"id": "\\"data\\": [1]", "inputs": [{' + order + ', "datatype": "UINT8", "shape": [1, 16, 16, 3]}]}'
         asked = parse_infer(text.replace("{0}", data).encode(), None, SHAPE, 8)
         assert (asked.images[0] == IMAGE).all()
         assert asked.id == '"data": [1]'
-    elsewhere = of(parameters={}) | {"parameters": {"data": 1}}
-    text = json.dumps(elsewhere).replace('"data": 1', '"data": ' + data)
-    with pytest.raises(RequestError, match="data must be 768 numbers"):
-        parse_infer(text.encode(), None, SHAPE, 8)
 
 
 def test_what_an_error_repeats_is_cut_and_can_be_written():
@@ -106,17 +102,13 @@ def test_what_an_error_repeats_is_cut_and_can_be_written():
         assert len(message.encode()) < 400
 
 
-@pytest.mark.parametrize(("accepted", "encoding"), [
-    ("", None), ("gzip", "gzip"), ("deflate", "deflate"), ("gzip, deflate", "gzip"), ("GZIP", "gzip"), ("br", None),
-    ("gzip;q=0", None), ("gzip; q=0.000, deflate", "deflate"), ("gzip;q=0.2, deflate;q=0.8", "deflate"),
-    ("*", "gzip"), ("*;q=0", None), ("*, gzip;q=0", "deflate"), ("identity, gzip;q=0.5", None), ("xgzip", None),
-    ("gzip;q=x", None), ("gzip;q=1.0", "gzip"), ("identity;q=0.5, gzip;q=0.8", "gzip"),
+@pytest.mark.parametrize(("header", "accepted"), [
+    ("", False), ("gzip", True), ("deflate", False), ("br, gzip", True), ("br", False), ("gzip;q=0", False),
+    ("gzip; q=0.000, deflate", False), ("gzip;q=0.2, deflate;q=0.8", True), ("identity, gzip;q=0.5", True),
+    ("xgzip", False), ("gzip;q=x", False), ("gzip;q=1.0", True), ("gzip;q=0.010", True), ("*;q=0", False),
 ])  # fmt: skip
-def test_accept_encoding_is_read_as_rfc_9110_says(accepted, encoding):
-    body = b"a" * 5000
-    packed, headers = pack(body, {}, accepted)
-    assert headers.get("Content-Encoding") == encoding
-    assert {"gzip": gzip.decompress, "deflate": zlib.decompress, None: bytes}[encoding](packed) == body
+def test_gzip_is_used_for_clients_that_accept_it(header, accepted):
+    assert accepts_gzip(header) == accepted
 
 
 def test_gzip_may_have_several_members_and_zeros_after_them():
@@ -124,7 +116,7 @@ def test_gzip_may_have_several_members_and_zeros_after_them():
     members = [gzip.compress(text[start : start + 70_000]) for start in range(0, len(text), 70_000)]
     assert unpack(b"".join(members), "gzip", 300_000) == text
     assert unpack(b"".join(members) + bytes(100), "x-gzip", 300_000) == text
-    for wrong, status in ((members[0][:-1], 400), (members[0] + b"x", 400), (b"", 400), (b"".join(members) * 2, 413)):
+    for wrong, status in ((members[0][:-1], 400), (members[0] + b"x", 400), (b"".join(members) * 2, 413)):
         with pytest.raises(RequestError) as error:
             unpack(wrong, "gzip", 300_000)
         assert error.value.status == status
@@ -173,14 +165,14 @@ def test_predict_takes_a_form_with_one_file(port):
 
 
 @pytest.mark.parametrize(("body", "headers", "said"), [
-    (*form((b'name="a"; filename="a"', b"1"), (b'name="b"; filename="b"', b"2")), "more than one file"),
-    (*form((b'name="a"', b"1")), "no file"),
+    (*form((b'name="a"; filename="a"', b"1"), (b'name="b"; filename="b"', b"2")), "2 files"),
+    (*form((b'name="a"', b"1")), "0 files"),
     (*form(*[(b'name="a"', b"1")] * 200), "form"),
     (b"nonsense", {"Content-Type": "multipart/form-data; boundary=b0"}, "form"),
     (b"nonsense", {"Content-Type": "multipart/form-data"}, "boundary"),
     (b"nonsense", {"Content-Type": "multipart/mixed; boundary=b0"}, "form-data"),
     (*form((b'name="a"; filename="a"', b"no image")), "not an image"),
-    (b'{"image": "aGVsbG8="}', {"Content-Type": "application/json"}, "--data-binary"),
+    (b'{"image": "aGVsbG8="}', {"Content-Type": "application/json"}, "send the file as it is"),
 ])  # fmt: skip
 def test_a_form_that_holds_no_one_image_says_what_was_expected(port, body, headers, said):
     status, _, answer = ask(port, "/predict", body, headers)
