@@ -87,9 +87,10 @@ def check_classes(logits: Tensor, name: str) -> None:
 
 def cut_hint(shape: torch.Size, other: torch.Size) -> str:
     """Return a hint if one of two shapes has more classes, as the padded vocabulary of a language model."""
-    different = [(a, b) for a, b in zip(shape, other) if a != b] if len(shape) == len(other) else []
-    is_class_dim = shape[0] == other[0] or len(shape) == 1
-    return f": cut padded classes to {min(different[0])}" if len(different) == 1 and is_class_dim else ""
+    different = [d for d, (a, b) in enumerate(zip(shape, other)) if a != b] if len(shape) == len(other) else []
+    if different in ([min(1, len(shape) - 1)], [len(shape) - 1]):  # the classes, or where others have theirs
+        return f": cut padded classes to {min(shape[different[0]], other[different[0]])}"
+    return ""
 
 
 def find_logits(output: Any, where: str | int | None) -> Tensor:

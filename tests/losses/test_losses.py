@@ -725,7 +725,7 @@ def test_the_error_for_a_dict_names_its_entries():
 def test_the_error_for_classes_in_the_last_dimension_names_dimension_1(shape, target):
     logits, target = torch.zeros(shape), torch.zeros(target).long()
     for loss in (nkd_loss, uskd_loss):
-        with pytest.raises(ValueError, match="target must be .*: move the classes to dimension 1$"):
+        with pytest.raises(ValueError, match=r"target must be .*: move the classes to dimension 1$"):
             loss(logits, logits, target)
     moved = logits.movedim(-1, 1)
     assert nkd_loss(moved, moved, target).isfinite()
