@@ -49,16 +49,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args, more = parser.parse_known_args()
 
-    init = ["--init", str(fetch(STUDENT))]
+    weights = ["--pretrained", str(fetch(STUDENT))]
     teacher = ["--kd", "nkd", "--teacher", f"{TEACHER}:{fetch(TEACHER)}"]
-    rows = {"noise": [], "noise, NKD": teacher, "ImageNet": init, "ImageNet, NKD": [*init, *teacher]}
+    rows = {"noise": [], "noise, NKD": teacher, "ImageNet": weights, "ImageNet, NKD": [*weights, *teacher]}
     print(f"| {STUDENT} begins as | top-1 % | seeds |\n|---|---|---|")
     for name, flags in rows.items():
         top1 = []
         for seed in range(args.seeds):
             output = RUNS / f"{name.replace(', ', '-').lower()}-{seed}"
-            if not (output / "curves.png").exists():  # which ends a run
-                run = ["--data", args.data, "--seed", seed, "--output", output, "--resume", "auto"]
+            if not (output / "curves.png").exists():  # written at the end of a run
+                run = ["--data", args.data, "--seed", seed, "--output", output, "--resume"]
                 command = [sys.executable, ROOT / "train.py", "--model", STUDENT, *flags, *more, *run]
                 with open(RUNS / "log.txt", "a", encoding="utf-8") as log:
                     subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=log)
