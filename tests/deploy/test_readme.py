@@ -116,16 +116,16 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
     theirs |= {"--requirements"}  # of student.pyz, which knows two flags
-    theirs |= {"--jobs", "--seeds"}  # of examples/paper/tiny_imagenet.py and examples/finetune.py
+    theirs |= {"--jobs", "--seeds", "--fetch"}  # of examples/paper/tiny_imagenet.py and examples/finetune.py
     theirs |= {"--litserve", "--compare"}  # of examples/benchmark_serve.py and examples/paper/report.py
     theirs |= {"--minutes", "--share", "--triton"}  # of tests/soak.py and tests/compare_triton.py
     theirs |= {"--torchcompile", "--clip-mode"}  # of timm's train.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs
     for name, flags in re.findall(r"^(?:    )?python -m deploy\.(\w+) ([^#\n]*)", text, re.M):
         commands[name].get_parser().parse_args(shlex.split(flags.replace("\\", "")))
-    for flags in re.findall(r"^(?:python|torchrun\b.*) train\.py ([^#\n]*)", text, re.M):
+    for flags in re.findall(r"^ *(?:python|torchrun\b.*) train\.py ([^#\n]*)", text, re.M):
         train.parse_flags(shlex.split(flags.replace("...", "")))
-    for flags in re.findall(r"^python -m kdlite\.training\.teacher_labels ([^#\n]*)", text, re.M):
+    for flags in re.findall(r"^ *python -m kdlite\.training\.teacher_labels ([^#\n]*)", text, re.M):
         settle_flags(teacher_labels.FLAGS, read_flags(teacher_labels.FLAGS, shlex.split(flags)))
 
 
