@@ -491,7 +491,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                     if ema:
                         ema.update(student, step + 1)
                     if progress.step % LOG_EVERY == 0:
-                        shown.beside = f"loss {losses.read():.4g}"
+                        shown.postfix = f"loss {losses.read():.4g}"
                     if saver.after_step():
                         return outputs.report_stop(stop, progress, folder.path)
                 distributed.average_batch_norm(*state.models())

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from . import terms
-from .terms import is_class, zipf_weights
+from .terms import USKDWeights, is_class, zipf_weights
 
 # Elements of a chunk. CPU: 1 MiB in float32, the size of a core's L2 cache. Elsewhere a chunk only bounds the memory.
 CHUNK_ELEMENTS = {"cpu": 2**18}
@@ -173,12 +173,9 @@ def nkd_backward(
 # ---- USKD ---------------------------------------------------------------------------------------------------------
 
 
-def uskd_rows(
-    strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor,
-    alpha: float, beta: float, mu: float, smoothing: float, group: Any = None,
-) -> Tensor:  # fmt: skip
-    """:func:`kdlite.terms.uskd_rows`; only where :func:`can_fuse`."""
-    loss: Tensor = USKDRows.apply(strong, weak, label, valid, alpha, beta, mu, smoothing, group)
+def uskd_rows(strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weights: USKDWeights) -> Tensor:
+    """:func:`kdlite.terms.uskd_rows`; requires :func:`can_fuse`."""
+    loss: Tensor = USKDRows.apply(strong, weak, label, valid, weights)
     return loss
 
 
@@ -199,23 +196,21 @@ class USKDRows(torch.autograd.Function):
     """The loss of each row, (R,), with gradients for the strong and the weak logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any, strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor,
-        alpha: float, beta: float, mu: float, smoothing: float, group: Any,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weights: USKDWeights) -> Tensor:
+        alpha, beta, mu, smoothing, group = weights
         minus_log_s, non_target, weak_term, *saved = in_chunks(uskd_forward, [strong, weak, label], smoothing)
         alpha_p = alpha * terms.target_weight(minus_log_s.squeeze(1), valid, group).unsqueeze(1)
         ctx.save_for_backward(saveable(strong), saveable(weak), label, valid, alpha_p, *saved)
-        ctx.options = alpha, beta, mu, smoothing, group
+        ctx.weights = weights
         return (alpha_p * minus_log_s + beta * non_target + mu * weak_term).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         strong, weak, label, valid, alpha_p, *saved = ctx.saved_tensors
-        _, beta, mu, smoothing, _ = ctx.options
+        _, beta, mu, smoothing, _ = ctx.weights
         grads: tuple[Tensor | None, ...]
         if wants_second_gradient():
-            loss = terms.uskd_rows(strong, weak, label, valid, *ctx.options)
+            loss = terms.uskd_rows(strong, weak, label, valid, ctx.weights)
             logits = [x for x, wanted in zip((strong, weak), ctx.needs_input_grad) if wanted]
             found = iter(torch.autograd.grad(loss, logits, d_loss, create_graph=True))
             grads = tuple(next(found) if wanted else None for wanted in ctx.needs_input_grad[:2])
@@ -223,7 +218,7 @@ class USKDRows(torch.autograd.Function):
             d_loss = d_loss.unsqueeze(1)
             rows = [strong, weak, label, d_loss * alpha_p, d_loss * beta, d_loss * mu, *saved]
             grads = in_chunks(uskd_backward, rows, smoothing)
-        return *grads, None, None, None, None, None, None, None
+        return *grads, None, None, None
 
 
 def uskd_forward(strong: Tensor, weak: Tensor, label: Tensor, smoothing: float) -> tuple[Tensor, ...]:
@@ -254,9 +249,14 @@ def uskd_forward(strong: Tensor, weak: Tensor, label: Tensor, smoothing: float) 
 
 
 def uskd_backward(
-    strong: Tensor, weak: Tensor, label: Tensor, d_target: Tensor, d_non_target: Tensor, d_weak_term: Tensor,
+    strong: Tensor,
+    weak: Tensor,
+    label: Tensor,
+    d_target: Tensor,
+    d_non_target: Tensor,
+    d_weak_term: Tensor,
     *saved_and_options: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """d loss / d strong and d loss / d weak, (R, C); the option is the smoothing.
 
     Of the three terms, before their weights::

@@ -1,4 +1,4 @@
-"""Which layer USKD reads when the user names none."""
+"""Choose the layer that USKD reads by default."""
 
 from __future__ import annotations
 
@@ -30,56 +30,68 @@ _DEFAULT_TAPS = {
 
 
 def default_tap(model: nn.Module) -> str:
-    """The layer USKD reads when none is named: the last stage but one, or block L/2 of a plain transformer.
+    """Return the layer that USKD reads by default: the end of the last stage but one, or block L/2 of a transformer.
 
     Args:
         model: a classifier of torchvision, timm or Hugging Face, or one whose stages follow their naming; also one
             that holds such a model as its backbone.
 
     Returns:
-        Its dotted path, as :class:`FeatureTap` takes it.
+        The layer's dotted path, as :class:`FeatureTap` takes it. Of a stage it is the last block, which returns the
+        same tensor: activation checkpointing calls blocks, not stages.
 
     Raises:
-        ValueError: the structure says nothing; name the layer yourself.
+        ValueError: the model has another structure.
 
     Source: the paper's choices (official configs of yzd-v/cls_KD), extended to other models by structure.
 
     Example:
-        >>> stages = {f"layer{i}": nn.Identity() for i in (1, 2, 3, 4)}
+        >>> stages = {f"layer{i}": nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for i in (1, 2, 3, 4)}
         >>> default_tap(nn.ModuleDict(stages))
-        'layer3'
+        'layer3.1'
     """
-    layer = _find(model)
-    if layer is None:
+    return default_taps(model)[0]
+
+
+def default_taps(model: nn.Module) -> list[str]:
+    """Return the default and, after it, the other layers that the structure suggests."""
+    layers = list(dict.fromkeys(_last_block(model, layer) for layer in _candidates(model)))
+    if not layers:
         children = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(
-            f"no default tap for {type(model).__name__}: name a layer, one of its children or below: {children}"
-        )
+        raise ValueError(f"no default tap for {type(model).__name__}: pass tap=, a layer in {children}")
+    return layers
+
+
+def _candidates(model: nn.Module) -> list[str]:
+    layers = [
+        _from_feature_info(model),
+        _from_table(model),
+        _middle_block(model),
+        _last_stage_but_one(model),
+        _before_last_pool_but_one(model),
+        *_in_backbone(model),
+    ]
+    return [layer for layer in layers if layer]
+
+
+def _last_block(model: nn.Module, layer: str) -> str:
+    module = model.get_submodule(layer)
+    while type(module) in (nn.Sequential, nn.ModuleList) and len(names := list(module._modules)):
+        layer = f"{layer}.{names[-1]}"
+        module = model.get_submodule(layer)
     return layer
 
 
-def _find(model: nn.Module) -> str | None:
-    return (
-        _from_feature_info(model)
-        or _from_table(model)
-        or _middle_block(model)
-        or _last_stage_but_one(model)
-        or _before_last_pool_but_one(model)
-        or _in_backbone(model)
-    )
-
-
-def _in_backbone(model: nn.Module) -> str | None:
-    """A classifier around a backbone: what Hugging Face says is one, or the first child where it outweighs the rest."""
+def _in_backbone(model: nn.Module) -> list[str]:
+    """Look into the backbone: the one that Hugging Face names, or the first child if it outweighs the rest."""
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     first = next((name for name, size in sizes.items() if size), "")
     backbone = getattr(model, "base_model_prefix", "")
     if backbone not in sizes:
         backbone = first
         if not first or 2 * sizes[first] <= sum(sizes.values()):
-            return None
-    layer = _find(model.get_submodule(backbone))
-    return layer and f"{backbone}.{layer}"
+            return []
+    return [f"{backbone}.{layer}" for layer in _candidates(model.get_submodule(backbone))]
 
 
 def _from_feature_info(model: nn.Module) -> str | None:

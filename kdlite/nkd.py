@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from . import fused, terms
-from .inputs import ClassIndices, as_rows, check_logits, check_options, class_dim, read_target, reduce
+from .inputs import ClassIndices, as_rows, check_logits, check_options, check_positive, class_dim, read_target, reduce
 
 
 def nkd_loss(
@@ -60,8 +58,7 @@ def nkd_loss(
     """
     check_logits(student_logits, teacher_logits, "student_logits", "teacher_logits")
     check_options(reduction, gamma=gamma)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+    check_positive(temperature=temperature)
     if target is None:
         target, ignore_index = teacher_logits.argmax(class_dim(teacher_logits)), -100
     rows = read_target(target, student_logits, ignore_index)

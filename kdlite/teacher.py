@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .hooks import find_logits
+from .inputs import find_logits
 
 
 class Teacher(nn.Module):

@@ -79,10 +79,11 @@ def uskd_loss(
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     rows = read_target(target, logits, ignore_index)
+    weights = terms.USKDWeights(alpha, beta, mu, label_smoothing, group)
     strong, weak = as_rows(logits), as_rows(weak_logits)
     if isinstance(rows, ClassIndices):
         uskd_rows = fused.uskd_rows if fused.can_fuse(strong, weak) else terms.uskd_rows
-        loss = uskd_rows(strong, weak, rows.label, rows.valid, alpha, beta, mu, label_smoothing, group)
+        loss = uskd_rows(strong, weak, rows.label, rows.valid, weights)
     else:
-        loss = terms.uskd_rows_soft(strong, weak, rows.probs, alpha, beta, mu, label_smoothing, group)
+        loss = terms.uskd_rows_soft(strong, weak, rows.probs, weights)
     return reduce(loss, rows, reduction, logits.shape)

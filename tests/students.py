@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from deploy import runtimes
+from deploy.config import Metadata
 from deploy.student import build_model, find_architecture
 from kdlite.training.outputs import save_student
 
@@ -33,7 +34,7 @@ def write_student(folder, name, img_size, label_names=10, arguments=()):
         "interpolation": "bilinear",
         "crop": 1.0,
     }
-    save_student(folder, model, config)
+    save_student(folder, model, Metadata.from_json(config, str(folder)))
     return folder
 
 

@@ -70,7 +70,8 @@ if __name__ == "__main__":
     )  # fmt: skip
     (args,) = parser.parse_args_into_dataclasses()
     set_seed(0)
-    teacher, student, student_with_head = vit(96), vit(48), WithWeakHead(vit(48))
+    teacher, student = vit(96), vit(48)
+    student_with_head = WithWeakHead(vit(48), example_input=images[:2])
     fit(Trainer, teacher, args)
     teacher.eval().requires_grad_(False)
     fit(NKDTrainer, student, args)

@@ -241,8 +241,8 @@ def deployed(trained, tmp_path_factory):
     run = tmp_path_factory.mktemp("deployed") / "run"
     shutil.copytree(trained, run)
     deploy(export, run, "--precision", "fp16", "--format", "onnx")
-    deploy(quantize, run, "--target", "cpu", "--images", "64")
-    deploy(quantize, run, "--target", "tensorrt", "--images", "64", *["--reduce-range"] * SATURATES)
+    deploy(quantize, run, "--target", "cpu", "--count", "64")
+    deploy(quantize, run, "--target", "tensorrt", "--count", "64", *["--reduce-range"] * SATURATES)
     return run
 
 
@@ -291,7 +291,7 @@ def test_a_file_beside_it_makes_an_onnx_file_from_elsewhere_usable(foreign, run,
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     expected = ((images / 255).mean((1, 2)) - said["mean"]) / said["std"] @ weight
     np.testing.assert_allclose(load(file).run(images), expected, rtol=1e-4, atol=1e-5)
-    flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "--images", "20", "--threads", "1"]
+    flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "--count", "20", "--threads", "1"]
     deploy(benchmark, run, file, *flags)
     assert re.search(r"theirs.onnx +onnxruntime +CPUExecutionProvider +foreign", capsys.readouterr().out)
     deploy(triton, file, "--output", run / "models")
@@ -310,11 +310,11 @@ def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ({"input": "uint8 NHWC"}, "tensor(uint8) of [N, 32, 32, 3]; the graph has [('tensor(float)', ['N', 3, 32, 32])]"),
+    ({"input": "uint8 NHWC"}, "tensor(uint8) of [N, 32, 32, 3]; the graph has [('pixel_values', 'tensor(float)', ["),
     ({"input_size": [3, 64, 64]}, "of [N, 3, 64, 64]; the graph has"),
-    ({"label_names": ["a", "b"]}, "has 2 label_names; the graph answers ['N', 10]"),
+    ({"label_names": ["a", "b"]}, "has 2 label_names; the graph answers scores: ['N', 10]"),
     ({"std": [0, 1, 1]}, "std is [0, 1, 1]; expected a number above 0 per channel"),
-    (None, "a theirs.onnx.json beside it, with mean, std, label_names"),
+    (None, "a theirs.onnx.json next to it, with mean, std, label_names"),
 ])  # fmt: skip
 def test_what_is_said_of_a_file_from_elsewhere_must_fit(foreign, change, said):
     file, _, told = foreign
@@ -344,10 +344,21 @@ def test_labels_with_accents_whatever_the_locale(tmp_path):
     assert (tmp_path / "models/student/labels.txt").read_text(encoding="utf-8").split() == labels
 
 
-@pytest.mark.parametrize("flags", [[], ["--data"]])
-def test_check_prints_what_a_plain_loop_counts(deployed, flags, capsys):
-    """On the 256 images of reference.npz, and on the whole validation set."""
-    run = deployed
+def digit_folders(folder, count):
+    """Digits of the validation set as folder/CLASS/I.png; returns the folder."""
+    digits = Digits(train=False)
+    for i in range(count):
+        (folder / str(digits.targets[i])).mkdir(parents=True, exist_ok=True)
+        digits[i][0].save(folder / str(digits.targets[i]) / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("source", ["reference", "photographs"])
+def test_check_prints_what_a_plain_loop_counts(deployed, source, capsys, tmp_path):
+    """On the 256 images of reference.npz, and on the whole validation set as files."""
+    run, flags = deployed, []
+    if source == "photographs":
+        flags = ["--images", digit_folders(tmp_path / "val", 360)]
     deploy(check, run, "--device", "cpu", *flags)
     rows = {row["artefact"]: row for row in json.loads((run / "student/check.json").read_text())}
     assert {name: row.get("verdict") for name, row in rows.items()} == {
@@ -377,7 +388,7 @@ def test_check_prints_what_a_plain_loop_counts(deployed, flags, capsys):
     assert (run / "student/confusion.png").stat().st_size > 1000
     said = capsys.readouterr().out
     assert "1 2 5 64" in said
-    assert "taken for" in said
+    assert "worst confusions" in said
 
 
 def test_the_reference_holds_the_students_own_answers(trained):
@@ -411,7 +422,7 @@ def damage_reference(run, how):
 
 
 @pytest.mark.parametrize(("how", "said"), [
-    ("gone", "no reference.npz beside"), ("truncated", "reference.npz cannot be read"),
+    ("gone", "no reference.npz next to"), ("truncated", "reference.npz cannot be read"),
     ("of other weights", "is of other weights than"), ("of other classes", "is of another student than"),
 ])  # fmt: skip
 @pytest.mark.parametrize("command", [check, quantize])
@@ -434,7 +445,7 @@ def test_check_fails_a_file_whose_weights_differ(run, capsys, scale, word):
         onnx.numpy_helper.from_array((onnx.numpy_helper.to_array(weight) * scale).astype("f4"), weight.name)
     )
     onnx.save(model, file)
-    deploy(check, run, "student.onnx", "--images", "100", "--device", "cpu", check=1)
+    deploy(check, run, "student.onnx", "--count", "100", "--device", "cpu", check=1)
     out = capsys.readouterr().out
     assert "FAIL" in out
     assert word in out
@@ -451,7 +462,8 @@ def test_check_fails_a_file_of_other_weights(run, capsys):
     with torch.no_grad():
         next(model.parameters()).mul_(1.5)
     save_student(run / "student", model, config.to_json())
-    deploy(check, run, "student.onnx", "--device", "cpu", "--data", "--images", "8", check=1)
+    folder = digit_folders(run / "val", 20)
+    deploy(check, run, "student.onnx", "--device", "cpu", "--images", folder, "--count", "8", check=1)
     assert "made from other weights" in capsys.readouterr().out
 
 
@@ -459,13 +471,9 @@ def test_check_says_where_the_images_should_be(run, tmp_path, capsys):
     student = tmp_path / "alone"
     shutil.copytree(run / "student", student)
     deploy(check, student, check=2)
-    assert "no reference.npz beside" in capsys.readouterr().err
-    deploy(check, student, "student.onnx", "--reference", run / "reference.npz", "--images", "50", "--device", "cpu")
+    assert "no reference.npz next to" in capsys.readouterr().err
+    deploy(check, student, "student.onnx", "--reference", run / "reference.npz", "--count", "50", "--device", "cpu")
     assert "50 validation images" in capsys.readouterr().out
-    deploy(check, student, "--data", check=2)
-    assert "is not there to say where the run's images are: --data DATA does" in capsys.readouterr().err
-    deploy(check, student, "student.onnx", "--images", "50", "--device", "cpu", "--data", "digits")
-    assert "50 validation images of digits" in capsys.readouterr().out
 
 
 # ---- quantize -----------------------------------------------------------------------------------------------------
@@ -491,14 +499,14 @@ def test_quantize_writes_what_each_target_wants(deployed):
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_any_number_of_images_calibrates(run, method):
-    deploy(quantize, run, "--target", "cpu", "--images", "17", "--method", method)
+    deploy(quantize, run, "--target", "cpu", "--count", "17", "--method", method)
 
 
 def test_weights_have_7_bits_where_products_of_8_saturate(run, monkeypatch, capsys):
     """By default for this CPU; TensorRT's file keeps its 8 bits."""
     for saturates in (True, False):
         monkeypatch.setattr(quantize, "products_saturate", lambda saturates=saturates: saturates)
-        deploy(quantize, run, "--target", "cpu", "--images", "16")
+        deploy(quantize, run, "--target", "cpu", "--count", "16")
         assert ("this CPU has no VNNI" in capsys.readouterr().out) == saturates
         file = run / "student/student-int8-cpu.onnx"
         tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer]
@@ -532,12 +540,12 @@ def test_an_engine_is_built_without_a_gpu_and_refused_by_those_that_would_run_it
     said = json.loads((run / "student/student.engine.json").read_text())
     assert said["built"]["max_batch"] == 16
     assert said["label_names"] == [str(i) for i in range(10)]
-    deploy(check, run, "student.engine", "--images", "8", check=1)
+    deploy(check, run, "student.engine", "--count", "8", check=1)
     assert "needs a CUDA device" in capsys.readouterr().out
     sidecar = run / "student/student.engine.json"
     sidecar.write_text(json.dumps(said | {"built": said["built"] | {"version": "1.0"}}))
     with pytest.raises(
-        UserError, match=r"built by tensorrt_rtx 1\.0, here is .* python -m deploy\.build .*student\.onnx"
+        UserError, match=r"built by tensorrt_rtx 1\.0, here is .* build it again here, from student\.onnx"
     ):
         load(run / "student/student.engine")
     deploy(triton, run / "student/student.engine", "--output", run / "models", check=2)
@@ -642,18 +650,19 @@ def test_a_damaged_or_foreign_file_is_one_line(run, how, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("module", "flags", "said"), [
-    ("export", ["nowhere"], "no student/ folder"),
+    ("export", ["nowhere"], "neither a student/ folder"),
     ("export", ["run", "--format", "coreml"], "invalid choice"),
     ("check", ["run", "nothing.onnx"], "no artefact nothing.onnx"),
-    ("check", ["run", "--images", "0"], "--images must be at least 1"),
-    ("check", ["run", "--workers", "2"], "need --data"),
+    ("check", ["run", "--count", "0"], "--count must be at least 1"),
+    ("check", ["run", "--images", "nowhere"], "--images nowhere cannot be read"),
+    ("check", ["run", "--images", "run", "--reference", "run/reference.npz"], "leave out --reference"),
     ("quantize", ["run"], "--target"),
-    ("quantize", ["run", "--target", "cpu", "--images", "0"], "--images must be at least 1"),
-    ("quantize", ["run", "--target", "cpu", "--images", "999"], "but the reference has 256"),
-    ("quantize", ["run", "--target", "cpu", "--images", "8", "--op-types", "Einsum"], "no Einsum to quantise"),
-    ("check", ["--device", "cpu", "run", "--images", "8", "nothing.onnx"], "no artefact nothing.onnx"),
+    ("quantize", ["run", "--target", "cpu", "--count", "0"], "--count must be at least 1"),
+    ("quantize", ["run", "--target", "cpu", "--count", "999"], "but the reference has 256"),
+    ("quantize", ["run", "--target", "cpu", "--count", "8", "--op-types", "Einsum"], "no Einsum to quantise"),
+    ("check", ["--device", "cpu", "run", "--count", "8", "nothing.onnx"], "no artefact nothing.onnx"),
     *([] if torch.cuda.is_available() else [("benchmark", ["run", "--device", "cuda"], "no CUDA device here")]),
-    ("build", ["run/student/config.json"], "is no .onnx file"),
+    ("build", ["run/student/config.json"], "is not an .onnx file"),
     ("build", ["run/student/student.onnx", "--opt-batch", "9", "--max-batch", "4"], "--opt-batch 9"),
     ("benchmark", ["run", "--batches", "0"], "at least 1"),
     ("triton", ["run/student/student.ts"], "neither .onnx nor .engine"),
@@ -698,7 +707,7 @@ def test_nothing_is_written_where_nothing_may_be(run, capsys):
 def test_benchmark_measures_each_runtime_in_a_process_and_keeps_failed_rows(run, capsys):
     (run / "student/student.engine").write_bytes(b"ftrt" * 100)
     flags = ["--device", "cpu", "--threads", "1", "--seconds", "0.2", "--rounds", "2", "--batches", "1", "4"]
-    deploy(benchmark, run, "student.onnx", "student.ts", "student.engine", *flags, "--images", "100", check=1)
+    deploy(benchmark, run, "student.onnx", "student.ts", "student.engine", *flags, "--count", "100", check=1)
     result = json.loads((run / "student/benchmark.json").read_text())
     rows = result["rows"]
     assert [(row["artefact"], row.get("batch")) for row in rows] == [
@@ -718,7 +727,7 @@ def test_benchmark_measures_each_runtime_in_a_process_and_keeps_failed_rows(run,
 
 
 def test_json_is_all_that_is_printed_and_what_the_file_holds(trained, tmp_path, capsys):
-    flags = ["student.onnx", "--images", "8", "--device", "cpu", "--json", "--output", tmp_path]
+    flags = ["student.onnx", "--count", "8", "--device", "cpu", "--json", "--output", tmp_path]
     deploy(check, trained, *flags)
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "check.json").read_text())
     deploy(benchmark, trained, *flags, "--seconds", "0.1", "--rounds", "1", "--batches", "1")

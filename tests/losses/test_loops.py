@@ -134,7 +134,9 @@ def task_of(timm_task, kind):
     torch.manual_seed(0)
     student = timm_task["vit"](16)
     if kind == "uskd":
-        return timm_task["USKDTask"](timm_task["WithWeakHead"](student), F.cross_entropy)
+        return timm_task["USKDTask"](
+            timm_task["WithWeakHead"](student, example_input=timm_task["images"][:2]), F.cross_entropy
+        )
     return timm_task["NKDTask"](student, timm_task["vit"](16), F.cross_entropy)
 
 
@@ -285,11 +287,10 @@ def assert_taps():
         torch.manual_seed(0)
         config = getattr(transformers, f"{name}Config")(num_labels=5, **options[name])
         model = getattr(transformers, f"{name}ForImageClassification")(config)
-        size = getattr(config, "image_size", 224)
-        example = torch.zeros(1, 3, 64, 64) if size == 224 else None  # else what its config says
-        student = WithWeakHead(model, example_input=example)
+        size = min(getattr(config, "image_size", 64), 64)
+        student = WithWeakHead(model, example_input=torch.zeros(1, 3, size, size))
         assert (student.tap, student.head.in_features) == (tap, channels)
-        x = torch.randn(2, 3, min(size, 64), min(size, 64))
+        x = torch.randn(2, 3, size, size)
         logits, weak_logits = student(pixel_values=x)
         assert logits.shape == weak_logits.shape == (2, 5)
         if name == "ViT":

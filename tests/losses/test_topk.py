@@ -298,7 +298,7 @@ def test_functional_transforms():
         (dict(teacher_indices=torch.zeros(4, 3)), TypeError, "teacher_indices must be class indices, integers, got"),
         (dict(teacher_logprobs=torch.zeros(4, 3).long()), TypeError, "teacher_logprobs must be floating point"),
         (dict(teacher_target_logprob=torch.zeros(4, 1)), ValueError, "teacher_target_logprob must have the shape"),
-        (dict(teacher_target_logprob=None), ValueError, "go together: give both, or None for both"),
+        (dict(teacher_target_logprob=None), ValueError, "go together: pass both, or None for both"),
         (dict(target=None), ValueError, "go together"),
         (dict(target=torch.full((4, 8), 0.125)), ValueError, "target must be class indices"),
         (dict(target=torch.zeros(3).long()), ValueError, "target must be class indices, integers of shape"),
@@ -318,10 +318,12 @@ def test_bad_input_is_refused_with_what_was_seen(change, error, message):
         nkd_topk_loss(**call | change)
 
 
-def test_served_tokens_in_the_last_dimension_are_told_how_to_move():
+def test_the_error_for_served_tokens_in_the_last_dimension_names_the_dimension():
     student, teacher, target = inputs(2, 9, 5)
     served, index = (x.transpose(1, 2) for x in top_k_logprobs(teacher, target, 3)[1:])
-    with pytest.raises(ValueError, match=r"must be \(2, k, 5\) .* got \(2, 5, 3\) .*\.transpose\(1, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"must be \(2, k, 5\) .* got \(2, 5, 3\) .*: move the k classes to dimension 1$"
+    ):
         nkd_topk_loss(student, torch.zeros(2, 5), served, index, target)
 
 

@@ -70,16 +70,16 @@ OF_EACH_KIND = {
 
 # the layer each weak head reads in the official configs, and its channels
 TAPS = {
-    "uskd-mobilenet": ("blocks.3", 512),
+    "uskd-mobilenet": ("blocks.3.5", 512),
     "uskd-mobilenet-v2": ("features.17", 320),
-    "uskd-shufflenet-v2": ("stage4", 464),
-    "uskd-resnet18": ("layer3", 256),
-    "uskd-resnet50": ("layer3", 1024),
-    "uskd-resnet101": ("layer3", 1024),
+    "uskd-shufflenet-v2": ("stage4.3", 464),
+    "uskd-resnet18": ("layer3.1", 256),
+    "uskd-resnet50": ("layer3.5", 1024),
+    "uskd-resnet101": ("layer3.22", 1024),
     "uskd-regnet": ("trunk_output.block3", 408),
-    "uskd-swin-tiny": ("features.5", 384),
+    "uskd-swin-tiny": ("features.5.5", 384),
     "uskd-deit-tiny": ("blocks.5", 192),
-    "uskd-cifar-resnet18": ("layer3", 256),
+    "uskd-cifar-resnet18": ("layer3.1", 256),
 }
 
 
