@@ -34,11 +34,12 @@ from deploy.cli import (
     number,
     stop_without,
 )
+from deploy.preprocess import FORMATS
 from deploy.runtimes import RunOn
 
 try:
     from deploy.server.app import REQUEST_ID, Limits, StudentServer, make_app
-    from deploy.server.connections import bounded_by_files, listen, listen_unix, serve
+    from deploy.server.connections import bounded_by_files, listen, listen_unix, make_process, serve
     from deploy.server.log import log, start_log, stop_log
     from deploy.server.reload import Reloader, load_and_try
 except ImportError as missing:
@@ -76,6 +77,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def read_formats(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().upper() for name in text.split(","))
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise argparse.ArgumentTypeError(f"unknown format {unknown[0].lower()!r}; known: {', '.join(FORMATS).lower()}")
+    return names
+
+
 def get_parser() -> Parser:
     default = Limits()
     parser = make_parser(__doc__, "serve")
@@ -93,6 +101,9 @@ def get_parser() -> Parser:
                         help=f"milliseconds to wait for other requests (default: {default.max_delay_ms})")  # fmt: skip
     parser.add_argument("--queue", type=number(int, 1, 2**20), default=default.queue,
                         help=f"images that may wait; more get 503 (default: {default.queue})")  # fmt: skip
+    parser.add_argument("--formats", type=read_formats, default=default.formats, metavar="NAMES",
+                        help="that /predict reads, as in jpeg,png,tiff; more formats give a hostile file more ways to "
+                        f"cost time (default: {','.join(default.formats).lower()})")  # fmt: skip
     parser.add_argument("--body-limit", type=number(float, 0, 2**12, above=True), default=default.body_mib,
                         help=f"MiB of a request's body; more gets 413 (default: {default.body_mib:.0f})")  # fmt: skip
     parser.add_argument("--connections", type=number(int, 1, 2**16), default=default.connections,
@@ -119,8 +130,8 @@ def run(args: argparse.Namespace) -> None:
 
 def serve_file(args: argparse.Namespace, token: str | None) -> None:
     limits = Limits(
-        args.max_batch, args.max_delay, args.queue, args.body_limit, connections=bounded_by_files(args.connections),
-        drain_s=args.drain,
+        args.max_batch, args.max_delay, args.queue, args.formats, args.body_limit,
+        connections=bounded_by_files(args.connections), drain_s=args.drain,
     )  # fmt: skip
     name = f"{args.name}: {args.artefact}"
     load_again = functools.partial(load_and_try, args.artefact, limits.max_batch, RunOn.from_args(args))
@@ -128,12 +139,25 @@ def serve_file(args: argparse.Namespace, token: str | None) -> None:
     server = StudentServer(load_again(), args.name, limits)
     listener = listen_unix(args.unix_socket) if args.unix_socket else listen(args.host, args.port)
     address = f"unix:{args.unix_socket}" if args.unix_socket else "http://{}:{}".format(*listener.getsockname()[:2])
+    bound = identity(args.unix_socket)
     message = f"{name} by {server.runtime.name}, {server.runtime.provider}, on {address}"
     try:
-        serve(make_app(server, token), server, listener, began=functools.partial(begin, server, reloader, message))
+        began = functools.partial(begin, server, reloader, message)
+        serve(make_process(make_app(server, token), server, began), listener)
     finally:
-        if args.unix_socket:
-            args.unix_socket.unlink(missing_ok=True)
+        if (
+            args.unix_socket and bound and bound == identity(args.unix_socket)
+        ):  # not the socket of a server that has taken over
+            args.unix_socket.unlink()
+
+
+def identity(path: Path | None) -> tuple[int, ...]:
+    """Return what differs between two files that have the same name one after the other."""
+    try:
+        found = os.stat(path or "")
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def begin(server: StudentServer, reloader: Reloader, message: str) -> None:
