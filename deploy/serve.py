@@ -161,8 +161,8 @@ def identity(path: Path | None) -> tuple[int, ...]:
 
 
 def begin(server: StudentServer, reloader: Reloader, message: str) -> None:
-    reloader.start(server)
     log.info(message)
+    reloader.start(server)
 
 
 if __name__ == "__main__":

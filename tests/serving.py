@@ -30,6 +30,7 @@ SHAPE = (16, 16, 3)
 ONE = 16 * 16 * 3  # bytes of an image
 NAMES = ["a cat", "a dog", "<b>café</b>", "d", "e", "f", "g"]
 INFER = "/v2/models/student/infer"
+DEFAULT = Limits()
 RAW = {"Inference-Header-Content-Length": "0"}
 
 
@@ -43,14 +44,14 @@ def write_artefact(folder, names=NAMES):
 
 
 @contextlib.contextmanager
-def in_process(artefact, limits=Limits(), token=None, run=None):
+def in_process(artefact, limits=DEFAULT, token=None, run=None):
     """Give starlette's TestClient, without a socket. run: replaces the runtime's function."""
     with TestClient(make_app(make_server(artefact, limits, run), token), raise_server_exceptions=False) as client:
         yield client
 
 
 @contextlib.contextmanager
-def in_thread(artefact, limits=Limits(), token=None, run=None):
+def in_thread(artefact, limits=DEFAULT, token=None, run=None):
     """Serve on a port of this process, which it gives: for real connections."""
     server = make_server(artefact, limits, run)
     listener, began = listen("127.0.0.1", 0), threading.Event()
@@ -65,7 +66,7 @@ def in_thread(artefact, limits=Limits(), token=None, run=None):
         thread.join(30)
 
 
-def make_server(artefact, limits, run):
+def make_server(artefact, limits=DEFAULT, run=None):
     runtime = load(artefact, RunOn("cpu"))
     if run:
         object.__setattr__(runtime, "run", run)
@@ -74,7 +75,7 @@ def make_server(artefact, limits, run):
 
 @contextlib.contextmanager
 def server(artefact, *flags, prefix=(), environment=(), slow_load=0.0):
-    """Start python -m deploy.serve, and give its process and port: for signals, limits of the process and its output."""
+    """Start python -m deploy.serve, and give its process and port: for signals, output and limits of a process."""
     run = ["-m", "deploy.serve"]
     if slow_load:
         run = ["-c", "import sys, time, deploy.serve as serve\nload = serve.load_and_try\n"
