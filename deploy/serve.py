@@ -49,7 +49,7 @@ TOKEN = "KDLITE_TOKEN"
 
 
 def read_token(args: argparse.Namespace) -> str | None:
-    """The token that clients must send; demanded where others than this machine's users may reach the server."""
+    """Return the token that clients must send. Raise UserError if other machines can reach the server without one."""
     text = os.environ.get(TOKEN)
     if args.token_file:
         try:
@@ -59,12 +59,12 @@ def read_token(args: argparse.Namespace) -> str | None:
     if text is None:
         if not args.no_token and not args.unix_socket and not is_loopback(args.host):
             raise UserError(
-                f"--host {args.host} can be reached from outside: --token-file FILE or {TOKEN} says what clients must "
-                "send as Authorization: Bearer TOKEN; --no-token serves whoever asks"
+                f"other machines can reach --host {args.host}: set a token that clients must send, by --token-file "
+                f"FILE or {TOKEN}, or serve without one by --no-token"
             )
         return None
     if args.no_token:
-        raise UserError(f"--no-token, but there is one: leave out --token-file and {TOKEN}")
+        raise UserError(f"--no-token contradicts --token-file and {TOKEN}: leave out one of them")
     if not REQUEST_ID.fullmatch(text.strip()):
         raise UserError(f"the token of {args.token_file or TOKEN} must be 1 to 128 visible ASCII characters")
     return text.strip()
@@ -87,31 +87,25 @@ def read_formats(text: str) -> tuple[str, ...]:
 def get_parser() -> Parser:
     default = Limits()
     parser = make_parser(__doc__, "serve")
-    parser.add_argument("artefact", type=Path, help="a student/ folder, or a .ts, .pt2, .onnx or .engine file of it")
-    parser.add_argument("--name", default="student", help="the model's name in the protocol's paths (default: student)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for every interface (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
-    parser.add_argument("--unix-socket", type=Path, metavar="PATH", help="listen there, and on no port")
-    parser.add_argument("--token-file", type=Path, metavar="FILE",
-                        help=f"the token that clients must send; the variable {TOKEN} may hold it instead")  # fmt: skip
-    parser.add_argument("--no-token", action="store_true", help="serve whoever reaches --host without a token")
-    parser.add_argument("--max-batch", type=number(int, 1, 2**16), default=default.max_batch,
-                        help=f"images in one call of the runtime (default: {default.max_batch})")  # fmt: skip
-    parser.add_argument("--max-delay", type=number(float, 0, 60_000), default=default.max_delay_ms,
-                        help=f"milliseconds to wait for other requests (default: {default.max_delay_ms})")  # fmt: skip
-    parser.add_argument("--queue", type=number(int, 1, 2**20), default=default.queue,
-                        help=f"images that may wait; more get 503 (default: {default.queue})")  # fmt: skip
-    parser.add_argument("--formats", type=read_formats, default=default.formats, metavar="NAMES",
-                        help="that /predict reads, as in jpeg,png,tiff; more formats give a hostile file more ways to "
-                        f"cost time (default: {','.join(default.formats).lower()})")  # fmt: skip
-    parser.add_argument("--body-limit", type=number(float, 0, 2**12, above=True), default=default.body_mib,
-                        help=f"MiB of a request's body; more gets 413 (default: {default.body_mib:.0f})")  # fmt: skip
-    parser.add_argument("--connections", type=number(int, 1, 2**16), default=default.connections,
-                        help=f"that may be open (default: {default.connections})")  # fmt: skip
-    parser.add_argument("--drain", type=number(float, 0, 10), default=default.drain_s, metavar="SECONDS",
-                        help="after SIGTERM, to go on answering with readiness at 503 before the listener closes "
-                        f"(default: {default.drain_s:.0f})")  # fmt: skip
-    parser.add_argument("--log", choices=["json"], help="a line for each request on stdout")
+    add = parser.add_argument
+    add("artefact", type=Path, help="a student/ folder, or a .ts, .pt2, .onnx or .engine file of it")
+    add("--name", default="student", help="of the model in the protocol's paths (default: %(default)s)")
+    add("--host", default="127.0.0.1", help="0.0.0.0 for every interface (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
+    add("--unix-socket", type=Path, metavar="PATH", help="listen on a unix socket instead of a port")
+    add("--token-file", type=Path, metavar="FILE", help=f"the token that clients must send, else that of {TOKEN}")
+    add("--no-token", action="store_true", help="serve on an open --host without a token")
+    for flag, kind, value, text in (
+        ("--max-batch", number(int, 1, 2**16), default.max_batch, "images in one call of the runtime"),
+        ("--max-delay", number(float, 0, 60_000), default.max_delay_ms, "milliseconds to wait for other requests"),
+        ("--queue", number(int, 1, 2**20), default.queue, "images that wait or run; a request for more gets 503"),
+        ("--formats", read_formats, ",".join(default.formats).lower(), "of the photographs that /predict reads"),
+        ("--body-limit", number(float, 0, 2**12, above=True), default.body_mib, "MiB of a body; a larger one gets 413"),
+        ("--connections", number(int, 1, 2**16), default.connections, "open at the same time"),
+        ("--drain", number(float, 0, 10), default.drain_s, "seconds from SIGTERM, when readiness is 503, to the end"),
+    ):
+        add(flag, type=kind, default=value, help=f"{text} (default: %(default)s)")
+    add("--log", choices=["json"], help="print a line for each request on stdout")
     add_device(parser)
     return parser
 

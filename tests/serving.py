@@ -1,4 +1,4 @@
-"""What the tests of deploy.serve share: a server in this process, in a thread or in a process, and its clients."""
+"""Servers in this process, in a thread and in a process, and clients, for the tests of deploy.serve."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ RAW = {"Inference-Header-Content-Length": "0"}
 
 
 def write_artefact(folder, names=NAMES):
-    """Write a small student that tells photographs apart, and export it."""
+    """Write a small student whose logits differ between photographs, and export it."""
     write_student(folder / "student", f"{MODELS}:tiny", 16, names)
     return export_student(folder / "student", formats=("onnx",), model_file=model_files(folder / "student")[0])[0]
 

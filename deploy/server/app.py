@@ -58,19 +58,19 @@ REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server accepts."""
+    """The limits of a server."""
 
     max_batch: int = 8  # images in one call of the runtime, and in one request
     max_delay_ms: float = 1.0  # that a request waits for others
     queue: int = 256  # images that wait or run; a request for more gets 503
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")  # that people send; Pillow's names
-    body_mib: float = 16.0  # of a request, unpacked
-    bodies: int = 16  # of the largest size that are in memory at once
-    pixels: int = 4 * MAX_PIXELS  # of large photographs that wait to be decoded
+    body_mib: float = 16.0  # in one request, unpacked
+    bodies: int = 16  # that are in memory at once, if each has body_mib
+    pixels: int = 4 * MAX_PIXELS  # in large photographs that wait to be decoded
     connections: int = 1024
     headers_s: float = 10.0  # from the first byte of a request to the end of its headers
     body_s: float = 30.0  # from there to the end of its body
-    idle_s: float = 60.0  # of a connection without a request
+    idle_s: float = 60.0  # without a request, before a connection closes
     drain_s: float = 2.0  # after SIGTERM, before the listener closes
 
 
@@ -92,12 +92,12 @@ class Budget:
 
 
 class StudentServer:
-    """The endpoints of a server, and what they share.
+    """The endpoints of a server, and their state.
 
     Args:
         runtime: runs the student; use() replaces it
         name: of the model in the protocol's paths
-        limits: what the server accepts
+        limits: how much the server accepts
     """
 
     def __init__(self, runtime: Runtime, name: str, limits: Limits) -> None:
@@ -238,7 +238,7 @@ class StudentServer:
         assert isinstance(images, np.ndarray)
         return await self.batcher.infer(runtime, images)
 
-    # ---- what describe() returns ----
+    # ---- content of describe() ----
 
     def about_server(self) -> dict[str, Any]:
         return {"name": "kdlite", "version": version("kdlite"), "extensions": EXTENSIONS}
@@ -273,7 +273,7 @@ class StudentServer:
 
 
 def make_app(server: StudentServer, token: str | None = None) -> Starlette:
-    """Return the ASGI application of a server. token: what requests must have, except for OPEN."""
+    """Return the ASGI application of a server. token: that requests must have, except for OPEN."""
     routes = [
         Route("/", server.show_page),
         Route("/predict", server.predict, methods=["POST"]),
@@ -360,7 +360,7 @@ class Observe:
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16)
-        scope["status"] = 0  # of the response, once it has begun
+        scope["status"] = 0  # until the response begins
         send = functools.partial(self.send, scope, send, (b"x-request-id", request_id.encode()))
         # with both lengths, what follows may be smuggled (RFC 9112, 6.1)
         scope["ambiguous"] = b"content-length" in headers and b"transfer-encoding" in headers

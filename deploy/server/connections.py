@@ -134,7 +134,7 @@ class Process(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        if counter % 3 == 0:  # of a tenth of a second
+        if counter % 3 == 0:  # uvicorn ticks every 0.1 s
             for connection in list(self.server_state.connections):
                 connection.check(asyncio.get_running_loop().time())  # type: ignore[union-attr]
         return await super().on_tick(counter)

@@ -24,7 +24,7 @@ from deploy.runtimes import INPUT_NAME, OUTPUT_NAME
 VERSION = "1"  # the protocol requires a version of the model
 JSON_LIMIT = 2**20  # bytes of a request's JSON: json.loads holds the interpreter until it ends
 LISTS = 2**17  # and objects in it: an image of 224 px that is nested has 50,401 lists
-GZIP_MEMBERS = 1000  # of one body: each costs microseconds, however short it is
+GZIP_MEMBERS = 1000  # in one body: an empty member, too, costs some microseconds
 Shape = tuple[int, ...]
 
 

@@ -79,18 +79,18 @@ def test_the_later_of_two_quick_pictures_is_shown_and_the_page_is_busy_until_the
 
 
 @pytest.mark.trial
-@pytest.mark.parametrize(("status", "body", "said"), [
+@pytest.mark.parametrize(("status", "body", "reason"), [
     (502, "<html><title>502 Bad Gateway</title><h1>nginx</h1></html>", "answered 502"),
     (200, "<!doctype html><title>Log in to the network</title>", "Log in to the network"),
     (503, '{"error": "the queue is full"}', "the queue is full"),
 ])  # fmt: skip
-def test_an_error_is_shown_with_its_origin(browser, port, status, body, said):
+def test_an_error_is_shown_with_its_origin(browser, port, status, body, reason):
     page = browser.new_page()
     page.route("**/predict*", lambda route: route.fulfill(status=status, body=body))
     page.goto(f"http://127.0.0.1:{port}/")
     upload(page, "a.png")
     page.wait_for_selector("#error:not(:empty)")
-    assert said in page.inner_text("#error")
+    assert reason in page.inner_text("#error")
     assert "JSON" not in page.inner_text("#error")
     assert page.inner_text("#busy") == ""
     page.close()
