@@ -52,6 +52,7 @@ from deploy.config import Metadata, read_config
 from deploy.per_class import write_per_class
 from deploy.preprocess import UnreadableImage, endings, open_image, prepare
 from deploy.reference import NAME, Reference, add_reference, evenly, read_reference
+from deploy.run_directory import SPLIT, read_split
 from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, load, products_saturate
 
 BATCHES = (1, 2, 5, 64)
@@ -259,12 +260,24 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
     else:
         raise UserError(f"--images compares with torch or with {files[0]}, and neither is here")
     runtime = load(path, on)
-    photographs = list_photographs(folder, runtime.metadata.label_names)
+    photographs = without_training_images(list_photographs(folder, runtime.metadata.label_names), folder, student)
     photographs = [photographs[i] for i in evenly(len(photographs), count or len(photographs))]
     shown = ProgressBar(
         photograph_batches(photographs, runtime), "check", len(photographs), max(BATCHES), unit="images"
     )
     return Expected(shown, runtime.provider, str(runtime.metadata.source.get("weights_sha256")), str(folder))
+
+
+def without_training_images(photographs: list[tuple[Path, int]], folder: Path, student: Path) -> list[tuple[Path, int]]:
+    """Return the photographs that the run of this student did not train on, by its split.csv; all without that file."""
+    sides = read_split(student.resolve().parent / SPLIT) or {}
+    names = [unicodedata.normalize("NFC", file.relative_to(folder).as_posix()) for file, _ in photographs]
+    kept = [one for one, name in zip(photographs, names) if sides.get(name) != "train"]
+    if len(kept) < len(photographs):
+        log(f"{len(photographs) - len(kept)} of {len(photographs)} photographs were training images and are skipped")
+    if not kept:
+        raise UserError(f"--images {folder}: every photograph was a training image of this student")
+    return kept
 
 
 def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, int]]:

@@ -34,11 +34,12 @@ from deploy.cli import (
     needs,
     number,
 )
+from deploy.preprocess import FORMATS
 from deploy.runtimes import RunOn
 
 with needs("pip install starlette uvicorn prometheus-client python-multipart", __name__):
     from deploy.server.app import REQUEST_ID, Limits, StudentServer, make_app
-    from deploy.server.connections import bounded_by_files, listen, listen_unix, serve
+    from deploy.server.connections import bounded_by_files, listen, listen_unix, make_process, serve
     from deploy.server.log import log, start_log, stop_log
     from deploy.server.reload import Reloader, load_and_try
 
@@ -46,7 +47,7 @@ TOKEN = "KDLITE_TOKEN"
 
 
 def read_token(args: argparse.Namespace) -> str | None:
-    """The token that clients must send; demanded where others than this machine's users may reach the server."""
+    """Return the token that clients must send. Raise UserError if other machines can reach the server without one."""
     text = os.environ.get(TOKEN)
     if args.token_file:
         try:
@@ -56,12 +57,12 @@ def read_token(args: argparse.Namespace) -> str | None:
     if text is None:
         if not args.no_token and not args.unix_socket and not is_loopback(args.host):
             raise UserError(
-                f"--host {args.host} can be reached from outside: --token-file FILE or {TOKEN} says what clients must "
-                "send as Authorization: Bearer TOKEN; --no-token serves whoever asks"
+                f"other machines can reach --host {args.host}: set a token that clients must send, by --token-file "
+                f"FILE or {TOKEN}, or serve without one by --no-token"
             )
         return None
     if args.no_token:
-        raise UserError(f"--no-token, but there is one: leave out --token-file and {TOKEN}")
+        raise UserError(f"--no-token contradicts --token-file and {TOKEN}: leave out one of them")
     if not REQUEST_ID.fullmatch(text.strip()):
         raise UserError(f"the token of {args.token_file or TOKEN} must be 1 to 128 visible ASCII characters")
     return text.strip()
@@ -74,31 +75,35 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def read_formats(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().upper() for name in text.split(","))
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise argparse.ArgumentTypeError(f"unknown format {unknown[0].lower()!r}; known: {', '.join(FORMATS).lower()}")
+    return names
+
+
 def get_parser() -> Parser:
     default = Limits()
     parser = make_parser(__doc__, "serve")
-    parser.add_argument("artefact", type=Path, help="a student/ folder, or a .ts, .pt2, .onnx or .engine file of it")
-    parser.add_argument("--name", default="student", help="the model's name in the protocol's paths (default: student)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for every interface (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
-    parser.add_argument("--unix-socket", type=Path, metavar="PATH", help="listen there, and on no port")
-    parser.add_argument("--token-file", type=Path, metavar="FILE",
-                        help=f"the token that clients must send; the variable {TOKEN} may hold it instead")  # fmt: skip
-    parser.add_argument("--no-token", action="store_true", help="serve whoever reaches --host without a token")
-    parser.add_argument("--max-batch", type=number(int, 1, 2**16), default=default.max_batch,
-                        help=f"images in one call of the runtime (default: {default.max_batch})")  # fmt: skip
-    parser.add_argument("--max-delay", type=number(float, 0, 60_000), default=default.max_delay_ms,
-                        help=f"milliseconds to wait for other requests (default: {default.max_delay_ms})")  # fmt: skip
-    parser.add_argument("--queue", type=number(int, 1, 2**20), default=default.queue,
-                        help=f"images that may wait; more get 503 (default: {default.queue})")  # fmt: skip
-    parser.add_argument("--body-limit", type=number(float, 0, 2**12, above=True), default=default.body_mib,
-                        help=f"MiB of a request's body; more gets 413 (default: {default.body_mib:.0f})")  # fmt: skip
-    parser.add_argument("--connections", type=number(int, 1, 2**16), default=default.connections,
-                        help=f"that may be open (default: {default.connections})")  # fmt: skip
-    parser.add_argument("--drain", type=number(float, 0, 10), default=default.drain_s, metavar="SECONDS",
-                        help="after SIGTERM, to go on answering with readiness at 503 before the listener closes "
-                        f"(default: {default.drain_s:.0f})")  # fmt: skip
-    parser.add_argument("--log", choices=["json"], help="a line for each request on stdout")
+    add = parser.add_argument
+    add("artefact", type=Path, help="a student/ folder, or a .ts, .pt2, .onnx or .engine file of it")
+    add("--name", default="student", help="of the model in the protocol's paths (default: %(default)s)")
+    add("--host", default="127.0.0.1", help="0.0.0.0 for every interface (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
+    add("--unix-socket", type=Path, metavar="PATH", help="listen on a unix socket instead of a port")
+    add("--token-file", type=Path, metavar="FILE", help=f"the token that clients must send, else that of {TOKEN}")
+    add("--no-token", action="store_true", help="serve on an open --host without a token")
+    for flag, kind, value, text in (
+        ("--max-batch", number(int, 1, 2**16), default.max_batch, "images in one call of the runtime"),
+        ("--max-delay", number(float, 0, 60_000), default.max_delay_ms, "milliseconds to wait for other requests"),
+        ("--queue", number(int, 1, 2**20), default.queue, "images that wait or run; a request for more gets 503"),
+        ("--formats", read_formats, ",".join(default.formats).lower(), "of the photographs that /predict reads"),
+        ("--body-limit", number(float, 0, 2**12, above=True), default.body_mib, "MiB of a body; a larger one gets 413"),
+        ("--connections", number(int, 1, 2**16), default.connections, "open at the same time"),
+        ("--drain", number(float, 0, 10), default.drain_s, "seconds from SIGTERM, when readiness is 503, to the end"),
+    ):
+        add(flag, type=kind, default=value, help=f"{text} (default: %(default)s)")
+    add("--log", choices=["json"], help="print a line for each request on stdout")
     add_device(parser)
     return parser
 
@@ -117,8 +122,8 @@ def run(args: argparse.Namespace) -> None:
 
 def serve_file(args: argparse.Namespace, token: str | None) -> None:
     limits = Limits(
-        args.max_batch, args.max_delay, args.queue, args.body_limit, connections=bounded_by_files(args.connections),
-        drain_s=args.drain,
+        args.max_batch, args.max_delay, args.queue, args.formats, args.body_limit,
+        connections=bounded_by_files(args.connections), drain_s=args.drain,
     )  # fmt: skip
     name = f"{args.name}: {args.artefact}"
     load_again = functools.partial(load_and_try, args.artefact, limits.max_batch, RunOn.from_args(args))
@@ -126,17 +131,30 @@ def serve_file(args: argparse.Namespace, token: str | None) -> None:
     server = StudentServer(load_again(), args.name, limits)
     listener = listen_unix(args.unix_socket) if args.unix_socket else listen(args.host, args.port)
     address = f"unix:{args.unix_socket}" if args.unix_socket else "http://{}:{}".format(*listener.getsockname()[:2])
+    bound = identity(args.unix_socket)
     message = f"{name} by {server.runtime.name}, {server.runtime.provider}, on {address}"
     try:
-        serve(make_app(server, token), server, listener, began=functools.partial(begin, server, reloader, message))
+        began = functools.partial(begin, server, reloader, message)
+        serve(make_process(make_app(server, token), server, began), listener)
     finally:
-        if args.unix_socket:
-            args.unix_socket.unlink(missing_ok=True)
+        if (
+            args.unix_socket and bound and bound == identity(args.unix_socket)
+        ):  # not the socket of a server that has taken over
+            args.unix_socket.unlink()
+
+
+def identity(path: Path | None) -> tuple[int, ...]:
+    """Return what differs between two files that have the same name one after the other."""
+    try:
+        found = os.stat(path or "")
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def begin(server: StudentServer, reloader: Reloader, message: str) -> None:
-    reloader.start(server)
     log.info(message)
+    reloader.start(server)
 
 
 if __name__ == "__main__":

@@ -58,18 +58,19 @@ REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server accepts."""
+    """The limits of a server."""
 
     max_batch: int = 8  # images in one call of the runtime, and in one request
     max_delay_ms: float = 1.0  # that a request waits for others
     queue: int = 256  # images that wait or run; a request for more gets 503
-    body_mib: float = 16.0  # of a request, unpacked
-    bodies: int = 16  # of the largest size that are in memory at once
-    pixels: int = 4 * MAX_PIXELS  # of large photographs that wait to be decoded
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")  # that people send; Pillow's names
+    body_mib: float = 16.0  # in one request, unpacked
+    bodies: int = 16  # that are in memory at once, if each has body_mib
+    pixels: int = 4 * MAX_PIXELS  # in large photographs that wait to be decoded
     connections: int = 1024
     headers_s: float = 10.0  # from the first byte of a request to the end of its headers
     body_s: float = 30.0  # from there to the end of its body
-    idle_s: float = 60.0  # of a connection without a request
+    idle_s: float = 60.0  # without a request, before a connection closes
     drain_s: float = 2.0  # after SIGTERM, before the listener closes
 
 
@@ -91,12 +92,12 @@ class Budget:
 
 
 class StudentServer:
-    """The endpoints of a server, and what they share.
+    """The endpoints of a server, and their state.
 
     Args:
         runtime: runs the student; use() replaces it
         name: of the model in the protocol's paths
-        limits: what the server accepts
+        limits: how much the server accepts
     """
 
     def __init__(self, runtime: Runtime, name: str, limits: Limits) -> None:
@@ -115,8 +116,8 @@ class StudentServer:
         """Start the threads that the endpoints use, and stop them."""
         self.batcher = Batcher(self.limits.max_batch, self.limits.max_delay_ms, self.metrics)
         self.parser = ThreadPoolExecutor(1, "parse")  # one: its work holds the interpreter
-        self.decoders = Decoders(min(4, os.cpu_count() or 1), LARGE_IMAGE)
-        self.large_decoder = Decoders(1, MAX_PIXELS)
+        self.decoders = Decoders(min(4, os.cpu_count() or 1), self.limits.formats, LARGE_IMAGE)
+        self.large_decoder = Decoders(1, self.limits.formats, MAX_PIXELS)
         yield
         self.batcher.close()
         self.parser.shutdown(wait=False, cancel_futures=True)
@@ -151,6 +152,8 @@ class StudentServer:
 
     async def predict(self, request: Request) -> Response:
         top = request.query_params.get("top", "5")
+        if unknown := set(request.query_params) - {"top"}:
+            raise bad(f"unknown query parameter {show(min(unknown))}; expected top, a number of labels")
         if not whole_number(top):
             raise bad(f"top is {show(top)}; expected a number of labels")
         runtime = self.runtime
@@ -235,7 +238,7 @@ class StudentServer:
         assert isinstance(images, np.ndarray)
         return await self.batcher.infer(runtime, images)
 
-    # ---- what describe() returns ----
+    # ---- content of describe() ----
 
     def about_server(self) -> dict[str, Any]:
         return {"name": "kdlite", "version": version("kdlite"), "extensions": EXTENSIONS}
@@ -270,7 +273,7 @@ class StudentServer:
 
 
 def make_app(server: StudentServer, token: str | None = None) -> Starlette:
-    """Return the ASGI application of a server. token: what requests must have, except for OPEN."""
+    """Return the ASGI application of a server. token: that requests must have, except for OPEN."""
     routes = [
         Route("/", server.show_page),
         Route("/predict", server.predict, methods=["POST"]),
@@ -294,7 +297,10 @@ def make_app(server: StudentServer, token: str | None = None) -> Starlette:
         Exception: on_error,
     }  # fmt: skip
     middleware = [Middleware(Observe, server=server), Middleware(RequireToken, token=token), Middleware(Compress)]
-    return Starlette(routes=routes, lifespan=server.lifespan, exception_handlers=handlers, middleware=middleware)
+    app = Starlette(routes=routes, lifespan=server.lifespan, exception_handlers=handlers, middleware=middleware)
+    app.state.server = server
+    app.router.redirect_slashes = False  # it would redirect to the Host that the client sent
+    return app
 
 
 async def until_left(request: Request, work: Coroutine[Any, Any, np.ndarray]) -> np.ndarray:
@@ -349,11 +355,15 @@ class Observe:
             await self.app(scope, receive, send)
             return
         started, headers = time.perf_counter(), dict(scope["headers"])
+        # the absolute form of a target, which proxies may send (RFC 9112, 3.2.2)
+        scope["path"] = re.sub(r"^https?://[^/]*(?=/|$)", "", scope["path"], flags=re.I) or "/"
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16)
-        scope["status"] = 0  # of the response, once it has begun
+        scope["status"] = 0  # until the response begins
         send = functools.partial(self.send, scope, send, (b"x-request-id", request_id.encode()))
+        # with both lengths, what follows may be smuggled (RFC 9112, 6.1)
+        scope["ambiguous"] = b"content-length" in headers and b"transfer-encoding" in headers
         try:
             await self.app(scope, receive, send)
         except asyncio.CancelledError:  # uvicorn ends what is left after the drain
@@ -372,7 +382,7 @@ class Observe:
         if message["type"] == "http.response.start":
             scope["status"] = message["status"]
             message["headers"] = [*message["headers"], header]
-            if self.server.draining:
+            if self.server.draining or scope["ambiguous"]:
                 message["headers"].append((b"connection", b"close"))
         await send(message)
 
@@ -387,7 +397,7 @@ class RequireToken:
         if self.token and scope["type"] == "http" and scope["path"] not in OPEN:
             scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.token):
-                message = "this server needs a token: Authorization: Bearer TOKEN"
+                message = "wrong token" if given else "this server needs a token: Authorization: Bearer TOKEN"
                 response = JSONResponse({"error": message}, 401, {"WWW-Authenticate": "Bearer"})
                 await response(scope, receive, send)
                 return

@@ -134,7 +134,7 @@ class Process(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        if counter % 3 == 0:  # of a tenth of a second
+        if counter % 3 == 0:  # uvicorn ticks every 0.1 s
             for connection in list(self.server_state.connections):
                 connection.check(asyncio.get_running_loop().time())  # type: ignore[union-attr]
         return await super().on_tick(counter)
@@ -149,23 +149,24 @@ class Process(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(app: Starlette, server: StudentServer, listener: socket.socket, began: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C, and answer the requests that have begun.
-
-    began: is called when requests and signals are handled
-    """
-    sys.setswitchinterval(5e-4)  # so that the runtime's thread gets the interpreter soon after its batch
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, and then raises the signal again
+def make_process(app: Starlette, server: StudentServer, began: Callable[[], None]) -> Process:
     protocol: Any = functools.partial(Connection, server, memoryview(bytearray(LARGE_READ)))
     config = uvicorn.Config(
         app, loop="asyncio", http=protocol, ws="none", log_level="error", access_log=False, backlog=ACCEPTED_AT_ONCE,
         timeout_keep_alive=int(server.limits.idle_s), timeout_graceful_shutdown=3,
     )  # fmt: skip
+    return Process(config, server, began)
+
+
+def serve(process: Process, listener: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C, and answer the requests that have begun."""
+    sys.setswitchinterval(5e-4)  # so that the runtime's thread gets the interpreter soon after its batch
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, and then raises the signal again
     try:
-        asyncio.run(Process(config, server, began).serve([listener]))
+        asyncio.run(process.serve([listener]))
     finally:
-        for process in multiprocessing.active_children():  # decoders, whose last photograph has no client any more
-            process.kill()
+        for child in multiprocessing.active_children():  # decoders, whose last photograph has no client any more
+            child.kill()
 
 
 def bounded_by_files(connections: int) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from deploy.config import Metadata
 from deploy.preprocess import (
@@ -33,22 +34,27 @@ from deploy.preprocess import (
 )
 from deploy.server.protocol import RequestError, bad, show
 
-ACCEPTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-DECODE_S = 10.0  # for one photograph
+FOREIGN = {b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cjxl ": "JPEG XL", b"<!doctype html": "HTML", b"<html": "HTML",
+           b"%pdf-": "PDF", b"{": "JSON", b"[": "JSON", b"pk": "a zip archive"}  # fmt: skip
+DECODE_S = 10.0  # CPU time of one photograph
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+BASE64 = (b"data:", b"/9j/", b"iVBORw0KGgo", b"R0lGOD", b"UklGR", b"AAAA")  # JPEG, PNG, GIF, WebP, AVIF
 MEMORY = 2**30  # bytes that a process may allocate
 LARGE_IMAGE = MAX_PIXELS // 16  # pixels: larger photographs are decoded one at a time, because of their memory
-PARTS = 100  # of a form
-SCANS = 20  # of a progressive JPEG of MAX_PIXELS: each is a pass over the whole image; cameras and editors write 10
+SCANS = 20  # in a progressive JPEG of MAX_PIXELS: each passes over the whole image; cameras and editors write 10
 
 
 class Decoders:
     """Processes that decode photographs. The first photograph starts the first one.
 
-    most_pixels: decode() returns the number of pixels of a photograph that has more
+    Args:
+        count: the largest number of processes
+        accepted: Pillow's names of the formats
+        most_pixels: decode() returns the number of pixels of a photograph that has more
     """
 
-    def __init__(self, count: int, most_pixels: int) -> None:
-        self.count, self.most_pixels = count, most_pixels
+    def __init__(self, count: int, accepted: tuple[str, ...], most_pixels: int) -> None:
+        self.count, self.accepted, self.most_pixels = count, accepted, most_pixels
         self.start()
 
     def start(self) -> None:
@@ -58,7 +64,7 @@ class Decoders:
     async def decode(self, body: bytes, content_type: str, metadata: Metadata) -> np.ndarray | int:
         processes = self.processes
         try:
-            future = processes.submit(decode_in_time, body, content_type, metadata, self.most_pixels)
+            future = processes.submit(decode_in_time, body, content_type, metadata, self.accepted, self.most_pixels)
             return await asyncio.wrap_future(future)
         except BrokenProcessPool as error:
             if processes is self.processes:  # the first request that notices it
@@ -79,7 +85,7 @@ def prepare_process() -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, stop_decoding)
+        signal.signal(signal.SIGPROF, stop_decoding)
     threading.Thread(target=end_with_server, daemon=True).start()
     # the readers warn about one request, and its response has the error
     warnings.simplefilter("ignore")
@@ -103,22 +109,24 @@ def end_with_server() -> None:
 
 
 def stop_decoding(number: int, frame: Any) -> None:
-    raise TimeoutError(f"decoding takes more than {DECODE_S:.0f} s")
+    raise TimeoutError(f"decoding takes more than {DECODE_S:.0f} s of CPU")
 
 
 def decode_in_time(*photograph: Any) -> np.ndarray | int:
     if not hasattr(signal, "setitimer"):  # Windows
         return decode(*photograph)
-    signal.setitimer(signal.ITIMER_REAL, DECODE_S)
-    signal.setitimer(signal.ITIMER_PROF, 2 * DECODE_S)  # ends the process if a reader does not return to Python
+    signal.setitimer(signal.ITIMER_PROF, DECODE_S)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 2 * DECODE_S)  # ends the process if a reader does not return to Python
     try:
         return decode(*photograph)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-def decode(body: bytes, content_type: str, metadata: Metadata, most_pixels: int) -> np.ndarray | int:
+def decode(
+    body: bytes, content_type: str, metadata: Metadata, accepted: tuple[str, ...], most_pixels: int
+) -> np.ndarray | int:
     """Return uint8 (1, H, W, 3), prepared as in training, or the number of pixels if it exceeds most_pixels.
 
     Raises:
@@ -127,7 +135,7 @@ def decode(body: bytes, content_type: str, metadata: Metadata, most_pixels: int)
     if content_type.lstrip()[:10].lower() == "multipart/":
         body = file_in(body, content_type)
     try:
-        with open_image(body, accepted=tuple(set(ACCEPTED).intersection(formats()))) as image:
+        with open_image(body, tuple(set(accepted).intersection(formats()))) as image:
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels")
@@ -144,34 +152,55 @@ def decode(body: bytes, content_type: str, metadata: Metadata, most_pixels: int)
             return prepare(image, metadata)[None]
     except ImageTooLarge as error:
         raise RequestError(413, f"the image is too large: {error}; the limit is {MAX_PIXELS} pixels") from error
-    except (UnreadableImage, MemoryError) as error:
-        raise bad(f"not an image that can be read ({error}); send the file as it is") from error
+    except UnreadableImage as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise bad(f"{name_format(body)}; expected {', '.join(accepted)}") from error
+        raise bad(f"the image cannot be read: {error}") from error
+
+
+def name_format(body: bytes) -> str:
+    """Return a sentence about a file that is not accepted: its format, and how to convert it."""
+    start, brand = body[:1000].lstrip().lower(), body[8:12] if body[4:8] == b"ftyp" else b""
+    if not body:
+        return "the body is empty: no file was sent"
+    if brand in HEIC:
+        return (
+            "the photograph is HEIC, which this server does not read: convert it to JPEG (heif-convert a.heic a.jpg), "
+            "or set the iPhone's Camera, Formats to Most Compatible"
+        )
+    if body.startswith(BASE64):
+        return "the body is base64 text: send the bytes of the file"
+    if brand:
+        return "the file is a video, or AVIF for a Pillow without it"
+    if b"<svg" in start:
+        return "the file is SVG"
+    for magic, name in FOREIGN.items():
+        if start.startswith(magic):
+            return f"the file is {name}"
+    for name in formats():
+        accepts = Image.OPEN[name][1]
+        if accepts and accepts(body[:16]):
+            return f"the file is {name}, which this server reads only with --formats"
+    return "the file is not an image of a known format"
 
 
 def file_in(body: bytes, content_type: str) -> bytes:
     """Return the one file of a form."""
     try:
         from python_multipart.exceptions import FormParserError
-        from python_multipart.multipart import FormParser, parse_options_header
+        from python_multipart.multipart import create_form_parser
     except ImportError as error:
-        raise RequestError(
-            415, "this server does not read forms (pip install python-multipart): send the file as the body"
-        ) from error
-    kind, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if kind != b"multipart/form-data" or not boundary:
-        raise bad(f"Content-Type is {show(content_type)}; expected multipart/form-data with a boundary")
-    if body.count(b"--" + boundary) > PARTS:
-        raise bad(f"the form has more than {PARTS} parts; send one image")
+        message = "this server does not read forms (pip install python-multipart): send the file as the body"
+        raise RequestError(415, message) from error
     files: list[Any] = []
-    fields: list[Any] = []
+    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
     try:
-        in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
-        parser = FormParser(kind.decode(), fields.append, files.append, boundary=boundary, config=in_memory)
+        parser = create_form_parser({"Content-Type": content_type.encode()}, None, files.append, in_memory)
         parser.write(body)
         parser.finalize()
     except (FormParserError, UnicodeError) as error:
-        raise bad(f"the form cannot be read: {show(str(error))}") from error
+        reason = show(str(error))
+        raise bad(f"the form cannot be read: {reason}; expected multipart/form-data with a boundary") from error
     if len(files) != 1:
         raise bad(f"the form has {len(files)} files; send one image")
     return files[0].file_object.getvalue()

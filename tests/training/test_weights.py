@@ -108,7 +108,7 @@ def test_weights_that_cannot_be_had_are_named_with_their_place(name, said, tmp_p
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--model", f"{MODELS}:tiny", "--pretrained"], "--pretrained without a value is for torchvision's and timm's models"),
+    (["--model", f"{MODELS}:tiny", "--pretrained"], "--pretrained without a value is for torchvision's"),
     (["--model", ".", "--pretrained"], "a student starts from one of them"),
     (["--pretrained", "x.pth"], "x.pth is neither a file of weights nor a student/ folder"),
     (["--model", "test_mambaout", "--pretrained", "--model-args", "pretrained=True"], "would load or fetch weights"),
@@ -131,7 +131,7 @@ def test_of_two_sets_of_weights_in_a_file_the_averaged_are_taken_and_said(capsys
     torch.save({"state_dict": model.state_dict(), "state_dict_ema": averaged}, "both.pth")
     found, _ = read_weights("both.pth")
     torch.testing.assert_close(found, averaged)
-    assert "both.pth holds state_dict_ema and state_dict: state_dict_ema was taken" in capsys.readouterr().out
+    assert "both.pth holds state_dict_ema and state_dict: state_dict_ema is used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["folder", "run", "safetensors", "pth", "wrapped", "half"])
@@ -150,7 +150,7 @@ def test_init_takes_the_body_of_any_file_of_weights(how):
     for name, value in body.items():
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4)
     assert "new: fc.weight ([10, 16] there), fc.bias" in said
-    assert config["mean"] == ([0.485, 0.456, 0.406] if how in ("folder", "run") else [0.5, 0.5, 0.5])
+    assert config.mean == ([0.485, 0.456, 0.406] if how in ("folder", "run") else [0.5, 0.5, 0.5])
 
 
 def test_a_librarys_weights_in_a_file_bring_the_librarys_preprocessing():
@@ -158,22 +158,22 @@ def test_a_librarys_weights_in_a_file_bring_the_librarys_preprocessing():
     model = timm.create_model("tf_efficientnet_lite0")
     save_file(model.state_dict(), "lite0.safetensors")
     _, config, said = start("tf_efficientnet_lite0", pretrained="lite0.safetensors")
-    assert (config["mean"], config["std"], config["crop"]) == ([0.5] * 3, [0.5] * 3, 0.875)
-    assert config["interpolation"] == "bicubic"
-    assert "images as these weights know them: mean [0.5, 0.5, 0.5]" in said
+    assert (config.mean, config.std, config.crop) == ([0.5] * 3, [0.5] * 3, 0.875)
+    assert config.interpolation == "bicubic"
+    assert "preprocessing of these weights: mean [0.5, 0.5, 0.5]" in said
 
 
 def test_a_file_for_a_model_without_weights_of_the_library_keeps_the_datas_numbers():
     assert not timm.get_pretrained_cfg("mobilenetv2_035").has_weights
     donor = write_student(Path("donor"), "mobilenetv2_035", 32)
     _, config, said = start("mobilenetv2_035", pretrained=str(donor / "model.safetensors"))
-    assert (config["mean"], config["interpolation"]) == ([0.5] * 3, "bilinear")
+    assert (config.mean, config.interpolation) == ([0.5] * 3, "bilinear")
     assert "new: classifier.weight" in said
 
 
 def test_a_file_of_nothing_that_fits_or_of_code_is_refused():
     torch.save({"other.weight": torch.zeros(3)}, "other.pth")
-    with pytest.raises(UserError, match=r"not one tensor that fits .*: it has other.weight, ..., the model lay"):
+    with pytest.raises(UserError, match=r"no tensor that fits .*: it has other.weight, ..., the model lay"):
         start(f"{MODELS}:tiny", pretrained="other.pth")
     torch.save(torch.nn.Linear(2, 2), "module.pth")
     with pytest.raises(UserError, match="cannot be read as weights"):
@@ -328,8 +328,8 @@ def test_grey_and_oblong_images_go_the_whole_way(photos):
     model = ["--model", "test_efficientnet", "--in-chans", 1, "--img-size", 32, 64]
     run(*SMALL, *PHOTOS, *model, "--output", "out")
     config = json.loads(Path("out/student/config.json").read_text())
-    assert config.input_size == [1, 32, 64]
-    of_data = ["out", "--data", "--workers", "0"]
+    assert config["input_size"] == [1, 32, 64]
+    of_data = ["out", "--images", "photos"]
     for module, flags in ((export, ["out", "--format", "onnx"]), (check, ["out"]), (check, of_data),
                           (triton, ["out/student/student.onnx"])):  # fmt: skip
         assert command(module.get_parser(), module.run, flags) == 0
@@ -367,8 +367,8 @@ def test_class_weights_weigh_each_images_losses(soft):
     whole = train.loss_terms(train.Method("nkd", class_weights=weights), logits, None, teacher, target)
     rows = weights[target] if not soft else target @ weights
     for name, value in whole.items():
-        each = [train.loss_terms(train.Method("nkd"), logits[i : i + 1], None, teacher[i : i + 1], target[i : i + 1])[name]
-                for i in range(6)]  # fmt: skip
+        rows_of = [[x[i : i + 1] for x in (logits, teacher, target)] for i in range(6)]
+        each = [train.loss_terms(train.Method("nkd"), s, None, t, y)[name] for s, t, y in rows_of]
         torch.testing.assert_close(value, (rows * torch.stack(each)).mean())
 
 
