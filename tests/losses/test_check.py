@@ -209,9 +209,9 @@ def test_a_wrong_copy_with_other_names_is_wrong(kind):
 
 
 def test_every_formula_of_the_table_has_a_gradient_of_its_own():
-    probe = check.cases()[10]  # gamma 3.5, temperature 3
-    found = [(words, check.gradient(formula, probe, 3.5, 3.0)) for words, formula in check.FORMULAS]
-    found.append(("right", check.gradient(check.right, probe, 3.5, 3.0)))
+    probe = check.cases()[0]
+    found = [(words, check.gradient(formula, probe, 3.5, 2.0)) for words, formula in check.FORMULAS]
+    found.append(("right", check.gradient(check.right, probe, 3.5, 2.0)))
     for i, (words, gradient) in enumerate(found):
         same = [name for name, other in found[:i] if name != words and check.is_close(gradient, other)]
         assert not same or "epsilon" in words + same[0], (words, same)  # a small epsilon is right here
