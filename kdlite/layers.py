@@ -131,7 +131,8 @@ def _middle_block(model: nn.Module) -> str | None:
         except AttributeError:
             continue
         kinds = {type(block) for _, block in blocks}
-        if len(blocks) >= 4 and len(kinds) == 1 and nn.Sequential not in kinds and _keeps_width(blocks):
+        are_stages = nn.Sequential in kinds and len(blocks) <= 6
+        if len(blocks) >= 4 and len(kinds) == 1 and not are_stages and _keeps_width(blocks):
             return f"{container}.{blocks[len(blocks) // 2 - 1][0]}"
     return None
 
