@@ -1,10 +1,10 @@
-"""config.json of a student: what is read from it is checked, and nothing in it is run. Needs no torch.
+"""config.json of a student and the metadata of its artefacts: one dataclass, checked when it is read. Needs no torch.
 
-The keys are timm's where it has one (architecture, model_args, num_classes, label_names), so that timm opens the folder
-of a timm student; pretrained_cfg is for timm alone, and not read here.
+The keys are timm's where timm has one (architecture, model_args, num_classes, label_names), so that timm opens the
+folder of a timm student. The key pretrained_cfg is for timm alone and is not read here.
 
-A student/ folder is what people share, so its config.json may be anybody's: it names an architecture of torchvision or
-timm and plain arguments. Code (a model of one's own) and weights from elsewhere are named on the command line alone.
+People share student/ folders, so config.json is untrusted: it names an architecture of torchvision or timm and plain
+arguments. Code and further weights are named on the command line only.
 """
 
 from __future__ import annotations
@@ -12,17 +12,29 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import UserError
-from deploy.preprocess import RESAMPLING
+from deploy.cli import MAX_JSON, UserError, read_file
 
 LIBRARIES = ("torchvision", "timm", "file")
+INTERPOLATIONS = ("bicubic", "bilinear")
+UINT8, FLOAT = "uint8 NHWC", "float32 NCHW"  # what an artefact takes; float32 is normalised by the caller
 MAX_SIDE = 16_384  # pixels
+MAX_ARGUMENT = 10**6  # of a model, such as its depth: a billion layers would take minutes to refuse
 # Arguments of a model that fetch or load something, by the first letters of their names.
 LOADING = re.compile(r"(pretrained|checkpoint|weights|cache_dir|file|url|state_dict|hf_|hub_)")
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is a text that can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def is_number(value: Any) -> bool:
@@ -34,94 +46,167 @@ def is_count(value: Any, most: float = math.inf) -> bool:
 
 
 def is_plain(value: Any, depth: int = 4) -> bool:
-    """Whether a model may be given this as an argument: a number, a text, a truth value, or a list of such."""
+    """Return whether a model may get this value: a number, a text, a truth value, or a list of them."""
     if isinstance(value, (list, tuple)):
         return depth > 0 and all(is_plain(v, depth - 1) for v in value)
-    return value is None or isinstance(value, (bool, str)) or is_number(value)
+    return value is None or isinstance(value, (bool, str)) or (is_number(value) and abs(value) <= MAX_ARGUMENT)
 
 
 def is_list(value: Any, length: int | None, accepts: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and len(value) in (length, length or len(value)) and all(map(accepts, value))
 
 
-# Of a student and of every file made of it: what its images and its labels are read by.
-PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "label_names": (
-        lambda v: is_list(v, None, lambda label: isinstance(label, str)) and len(v) > 0,
-        "the names of the classes",
-    ),
+Check = tuple[Callable[[Any], bool], str]  # whether a value is valid, and the words for an expected one
+PREPROCESSING: dict[str, Check] = {
+    "label_names": (lambda v: is_list(v, None, is_text) and len(v) > 0, "the names of the classes"),
     "input_size": (
         lambda v: is_list(v, 3, lambda side: is_count(side, MAX_SIDE)) and v[0] in (1, 3),
         f"three whole numbers: channels, which are 3 or 1, height and width, at most {MAX_SIDE}",
     ),
     "mean": (lambda v: is_list(v, None, is_number), "a number per channel"),
     "std": (lambda v: is_list(v, None, lambda x: is_number(x) and x > 0), "a number above 0 per channel"),
-    "interpolation": (lambda v: isinstance(v, str) and v in RESAMPLING, f"one of {', '.join(sorted(RESAMPLING))}"),
+    "interpolation": (lambda v: is_text(v) and v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
     "crop": (lambda v: is_number(v) and 0.01 <= v <= 1, "a share of the side, above 0 and at most 1"),
 }
-STUDENT: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **PREPROCESSING,
+STUDENT: dict[str, Check] = {
     "num_classes": (is_count, "the number of classes"),
-    "library": (lambda v: isinstance(v, str) and v in LIBRARIES, f"one of {', '.join(LIBRARIES)}"),
-    "architecture": (lambda v: isinstance(v, str) and 0 < len(v) <= 200, "the name of a model"),
-    "model_args": (lambda v: isinstance(v, dict), "the model's arguments by name"),
+    "library": (lambda v: is_text(v) and v in LIBRARIES, f"one of {', '.join(LIBRARIES)}"),
+    "architecture": (lambda v: is_text(v) and 0 < len(v) <= 200, "the name of a model"),
+    "model_args": (is_object, "the model's arguments by name"),
     "small_stem": (lambda v: isinstance(v, bool), "true or false"),
+}
+ARTEFACT: dict[str, Check] = {
+    "precision": (lambda v: is_text(v) and 0 < len(v) <= 200, "fp32, fp16, int8-cpu or int8-tensorrt"),
+    "input": (lambda v: v in (UINT8, FLOAT), f"{UINT8} or {FLOAT}"),
+    "source": (is_object, "the digest of the weights"),
+}
+ENGINE: dict[str, Check] = {
+    "onnx": (is_text, "the name of the ONNX file"),
+    "built": (is_object, "the build: library, version, gpu, max_batch"),
+}
+REST: dict[str, Check] = {
+    "tensors": (lambda v: is_list(v, 2, is_text), "the names of the input and the output"),
+    "calibration": (is_object, "how the file was quantised"),
+    "metrics": (is_object, "the metrics of the student by name"),
+    "training": (is_object, "how the student was trained"),
+}
+BUILT: dict[str, Check] = {
+    "library": (is_text, "tensorrt or tensorrt_rtx"),
+    "version": (is_text, "the library's version"),
+    "gpu": (lambda v: v is None or is_text(v), "the name of the GPU, or null"),
+    "max_batch": (lambda v: is_count(v, 2**20), "the largest batch"),
 }
 FORMER = {"library": "library", "architecture": "name", "model_args": "args", "small_stem": "small_stem"}
 
 
-def check_fields(values: dict[str, Any], fields: dict[str, tuple[Callable[[Any], bool], str]], where: str) -> None:
-    """Raise, in one line that names the field, unless each is there and what it should be."""
-    for name, (accepts, expected) in fields.items():
+def check_fields(values: dict[str, Any], checks: dict[str, Check], where: str) -> None:
+    """Raise UserError, one line that names the field, if a field is missing or invalid."""
+    for name, (accepts, expected) in checks.items():
         if name not in values:
             raise UserError(f"{where} has no {name}: expected {expected}")
         if not accepts(values[name]):
             raise UserError(f"{where}: {name} is {repr(values[name])[:80]}; expected {expected}")
-    for name in {"mean", "std"} & fields.keys():
-        if len(values[name]) != values["input_size"][0]:
-            raise UserError(f"{where}: {name} has {len(values[name])} numbers for {values['input_size'][0]} channels")
 
 
 def check_arguments(arguments: dict[str, Any], where: str) -> None:
-    """Raise unless a model may be built with these: nothing that loads weights, nothing but plain values."""
+    """Raise UserError unless every argument of a model is a plain value and none of them loads weights."""
     for name, value in arguments.items():
         if LOADING.match(name):
             raise UserError(
-                f"{where}: {name[:80]!r} would load or fetch weights, which no argument of a model does here; those of "
-                "a student are its model.safetensors"
+                f"{where}: {name[:80]!r} would load or fetch weights; the weights of a student are its "
+                "model.safetensors"
             )
         if not name.isidentifier() or not is_plain(value):
             raise UserError(
-                f"{where}: {name[:80]!r} is {repr(value)[:80]}; expected a number, a text or a list of them"
+                f"{where}: {name[:80]!r} is {repr(value)[:80]}; expected a number up to {MAX_ARGUMENT}, a text "
+                "or a list"
             )
 
 
-def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise UserError(f"{path} was not made by deploy/: it has no metadata that can be read")
-    return metadata
+@dataclass(frozen=True)
+class Metadata:
+    """The fields of config.json and of an artefact's metadata; an attribute is named like its JSON key.
 
-
-def read_config(student: Path) -> dict[str, Any]:
-    """The config.json of a student/ folder.
-
-    Raises:
-        UserError: it cannot be read, or a field is missing, of another type, out of range, or at odds with another
+    A field that the JSON does not have keeps its empty default.
     """
-    file = student / "config.json"
+
+    label_names: list[str]
+    input_size: list[int]  # channels, height, width
+    mean: list[float]
+    std: list[float]
+    interpolation: str
+    crop: float
+    # of a student/ folder: how its network is built
+    num_classes: int = 0
+    library: str = ""
+    architecture: str = ""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    small_stem: bool = False
+    # of an artefact
+    precision: str = ""
+    input: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
+    tensors: list[str] = field(default_factory=list)  # of an ONNX file from elsewhere: names of input and output
+    calibration: dict[str, Any] = field(default_factory=dict)
+    onnx: str = ""
+    built: dict[str, Any] = field(default_factory=dict)
+    # for people
+    metrics: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)  # keys that no program here reads
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str, required: Iterable[str] = ()) -> Metadata:
+        """Return the metadata in a JSON object.
+
+        Args:
+            values: the object
+            where: its file, for the error
+            required: fields that must be there besides those of the preprocessing, such as STUDENT or ARTEFACT
+
+        Raises:
+            UserError: a field is missing, of another type, out of range, or contradicts another field
+        """
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        checks = PREPROCESSING | STUDENT | ARTEFACT | ENGINE | REST
+        needed = {*PREPROCESSING, *required}
+        check_fields(values, {name: check for name, check in checks.items() if name in {*values, *needed}}, where)
+        channels = values["input_size"][0]
+        for name in ("mean", "std"):
+            if len(values[name]) != channels:
+                raise UserError(f"{where}: {name} has {len(values[name])} numbers for {channels} channels")
+        labels, classes = len(values["label_names"]), values.get("num_classes")
+        if classes not in (None, labels):
+            raise UserError(f"{where}: {labels} label_names for {classes} classes")
+        check_arguments(values.get("model_args", {}), f"{where}: model_args")
+        if "built" in values:
+            check_fields(values["built"], BUILT, f"{where}: built")
+        known = {name: values[name] for name in checks if name in values}
+        return cls(**known, others={key: value for key, value in values.items() if key not in checks})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object: the fields that are set, and the other keys it was read with."""
+        kept = {*PREPROCESSING, *(STUDENT if self.library else ()), *(ARTEFACT if self.precision else ())}
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "others"}
+        return {name: value for name, value in values.items() if name in kept or value} | self.others
+
+
+def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object in a text, or raise UserError with the file's name."""
     try:
-        config = read_json(file.read_bytes(), file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    former = config.get("architecture")
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} was not made by deploy/: it has no metadata that can be read")
+    return values
+
+
+def read_config(student: Path) -> Metadata:
+    """Return the config.json of a student/ folder; UserError if it cannot be read or a field is invalid."""
+    file = student / "config.json"
+    values = read_json(read_file(file, MAX_JSON), file)
+    former = values.get("architecture")
     if isinstance(former, dict):  # of kdlite 0.1
-        config |= {ours: former[theirs] for ours, theirs in FORMER.items() if theirs in former}
-    check_fields(config, STUDENT, str(file))
-    check_arguments(config["model_args"], f"{file}: model_args")
-    if len(config["label_names"]) != config["num_classes"]:
-        raise UserError(f"{file}: {len(config['label_names'])} label_names for {config['num_classes']} classes")
-    return config
+        values |= {ours: former[theirs] for ours, theirs in FORMER.items() if theirs in former}
+    return Metadata.from_json(values, str(file), STUDENT)

@@ -1,50 +1,42 @@
-"""One small interface to whatever runs a student: ONNX Runtime, TensorRT, torch, TorchScript, torch.export.
+"""One interface to everything that runs a student: ONNX Runtime, TensorRT, torch, TorchScript, torch.export.
 
     runtime = load(Path("runs/001-mobilenet_v2-uskd/student/student.onnx"))
     runtime.provider                # what really runs it, such as CPUExecutionProvider
     logits = runtime.run(images)    # uint8 (N, H, W, 3) -> float32 (N, C)
 
-Images are what deploy.preprocess.prepare makes of a photograph; each runtime does the normalisation, in its graph where
-the artefact has it there. A runtime's library is imported when a file asks for it: an .onnx file needs no torch.
+Images are what deploy.preprocess.prepare makes of a photograph; each runtime normalises them, in its graph where the
+artefact has the normalisation there. A runtime's library is imported when a file needs it: an .onnx file
+needs no torch.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import importlib
 import importlib.util
-import json
+import math
+import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from deploy.cli import UserError, first_line, need
-from deploy.config import PREPROCESSING, check_fields, read_json
+from deploy.cli import MAX_JSON, UserError, first_line, need, read_file
+from deploy.config import ARTEFACT, FLOAT, UINT8, Metadata, read_json
+from deploy.onnx_tools import read_properties, refuse_external_data
 
-# What every artefact says of itself, beside the metrics and the architecture of config.json.
-METADATA = (
-    "label_names", "mean", "std", "input_size", "interpolation", "crop",  # of config.json
-    "precision",  # fp32, fp16, int8-cpu, int8-tensorrt
-    "input",  # uint8 NHWC or float32 NCHW
-    "source",  # sha256 of the weights it was made from
-)  # fmt: skip
-UINT8, FLOAT = "uint8 NHWC", "float32 NCHW"
-ARTEFACT = {
-    "precision": (lambda v: isinstance(v, str), "fp32, fp16, int8-cpu or int8-tensorrt"),
-    "input": (lambda v: v in (UINT8, FLOAT), f"{UINT8} or {FLOAT}"),
-    "source": (lambda v: isinstance(v, dict), "the digest of the weights"),
-}
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
-SIDECAR = (  # what may stand beside an ONNX file from elsewhere
-    "an ONNX file from elsewhere takes a {}.json beside it, with mean, std, label_names, input_size [3, height, "
+SIDECAR = (
+    "an ONNX file from elsewhere needs a {}.json next to it, with mean, std, label_names, input_size [3, height, "
     f'width], interpolation, crop and input, which is "{UINT8}", or "{FLOAT}" for images normalised by mean and std'
 )
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -58,14 +50,21 @@ LOADERS = {
 TORCH_KINDS = tuple(kind for kind, loader in LOADERS.items() if "torch" in loader)
 
 
-class Loaded(NamedTuple):
-    """What a loader returns."""
+@dataclass(frozen=True)
+class RunOn:
+    """Where and how a student is run."""
 
-    name: str
-    provider: str
-    metadata: dict[str, Any]
-    run: Callable[[np.ndarray], np.ndarray]
-    max_batch: int | None = None
+    device: str = "auto"  # "cpu", "cuda", "tensorrt" (for .onnx), or "auto": a CUDA device if the runtime has one
+    threads: int = 0  # CPU threads; 0: one for each CPU that this process may use
+    allow_fallback: bool = False  # run on the CPU if the device is unavailable
+    model_files: tuple[str, ...] = ()  # path/to/file.py:function of the user's own models
+    compile: bool = False  # a student/ folder through torch.compile
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> RunOn:
+        """Return what the flags of deploy.cli.add_device ask for."""
+        files = (args.model_file,) if args.model_file else ()
+        return cls(args.device, args.threads, args.allow_fallback, files)
 
 
 @dataclass(frozen=True)
@@ -74,71 +73,94 @@ class Runtime:
 
     name: str  # torch, torch.compile, torchscript, torch.export, onnxruntime, tensorrt
     provider: str  # what really runs it
-    metadata: dict[str, Any]
+    metadata: Metadata
     run: Callable[[np.ndarray], np.ndarray]  # uint8 (N, H, W, 3) -> float32 (N, C)
-    load_s: float
     max_batch: int | None = None  # of an engine's profile; None: any
+    load_s: float = 0.0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, 3) of an image."""
-        channels, height, width = self.metadata["input_size"]
+        channels, height, width = self.metadata.input_size
         return height, width, channels
 
 
-def load(
-    path: Path,
-    device: str = "auto",
-    threads: int = 0,
-    allow_fallback: bool = False,
-    compile: bool = False,
-    model_files: Sequence[str] = (),
-) -> Runtime:
-    """Load a student/ folder or one of its artefacts.
-
-    Args:
-        path: a student/ folder, or a .ts, .pt2, .onnx or .engine file
-        device: "auto" (a CUDA device where the runtime has one), "cpu", "cuda" or, for .onnx, "tensorrt"
-        threads: CPU threads; 0 leaves it to the runtime
-        allow_fallback: run on the CPU if the device asked for is unavailable
-        compile: a student/ folder through torch.compile
-        model_files: path/to/file.py:function of models of the user's own, for a student/ folder that asks for one
+def load(path: Path, on: RunOn = RunOn()) -> Runtime:
+    """Load a student/ folder, or a .ts, .pt2, .onnx or .engine file made from it.
 
     Raises:
         UserError: no such device, a runtime that is not installed, or a file that is missing, damaged, foreign or for
             another machine
     """
     kind = "" if path.is_dir() else path.suffix or "without a suffix"
-    if kind not in LOADERS or not path.exists():
-        what = "unknown kind of artefact" if path.exists() else "no such file or folder"
+    if kind not in LOADERS or not (path.is_dir() or path.is_file()):
+        what = "unknown kind of artefact" if path.is_dir() or path.is_file() else "no such file or folder"
         raise UserError(f"{path}: {what}; expected a student/ folder, or a .ts, .pt2, .onnx or .engine file")
-    if device == "tensorrt" and kind != ".onnx":
-        raise UserError(f"--device tensorrt is ONNX Runtime's TensorRT provider, for .onnx; {path.name} is none")
+    if on.device == "tensorrt" and kind != ".onnx":
+        raise UserError(f"--device tensorrt is ONNX Runtime's TensorRT provider; {path.name} is not an .onnx file")
     if kind in TORCH_KINDS:
         needs = "an .onnx or .engine file runs without it" if kind else "on this machine give its .onnx or .engine file"
         need("torch", f"{path.name or path} needs torch, torchvision and timm; {needs}")
     started = time.perf_counter()
     module, _, loader = LOADERS[kind].partition(":")
-    # auto: an onnxruntime without CUDA on a machine with it
     try:
         load_kind = getattr(importlib.import_module(module), loader)
     except ImportError as error:  # torchvision or timm is missing, or this is the one file of deploy.pack
         raise UserError(f"{path} cannot be loaded here: {first_line(error)}") from error
-    loaded = load_kind(
-        path, device, threads=threads, allow_fallback=allow_fallback or device == "auto", compile=compile,
-        model_files=model_files,
-    )  # fmt: skip
-    missing = [key for key in METADATA if key not in loaded.metadata]
-    if missing:
-        foreign = f"; {SIDECAR.format(path.name)}" if kind == ".onnx" else ""
-        raise UserError(f"{path} was not made by deploy/: its metadata has no {', '.join(missing)}{foreign}")
-    check_fields(loaded.metadata, PREPROCESSING | ARTEFACT, f"the metadata of {path}")
-    seconds = time.perf_counter() - started
-    return Runtime(loaded.name, loaded.provider, loaded.metadata, loaded.run, seconds, loaded.max_batch)
+    # auto falls back to the CPU where an onnxruntime without CUDA meets a machine with it
+    on = dataclasses.replace(on, allow_fallback=on.allow_fallback or on.device == "auto")
+    loaded: Runtime = load_kind(path, on)
+    run = CheckedRun(loaded.run, len(loaded.metadata.label_names), path.name)
+    return dataclasses.replace(loaded, run=run, load_s=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """Runs a student, and raises UserError unless it returns one logit for each label."""
+
+    run: Callable[[np.ndarray], np.ndarray]
+    labels: int
+    name: str
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        logits = self.run(images)
+        if logits.shape != (len(images), self.labels):
+            raise UserError(
+                f"{self.name} has {self.labels} label_names and returns logits of shape {list(logits.shape)} for "
+                f"{len(images)} images"
+            )
+        return logits
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use: its affinity, and the quota of its container."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cpus, cgroup_quota())))
+
+
+def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Return the CPUs' worth of time that the container's cgroup allows, or infinity without a quota."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return math.inf
+    quota = math.inf
+    for _, controllers, group in lines:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for folder in (root / group.lstrip("/"), root / "cpu" / group.lstrip("/"), root, root / "cpu"):
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                if (folder / "cpu.max").is_file():  # cgroup v2: "150000 100000", or "max 100000"
+                    limit, period = (folder / "cpu.max").read_text().split()
+                else:
+                    limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                if limit != "max" and int(limit) > 0:
+                    quota = min(quota, int(limit) / int(period))
+    return quota
 
 
 def pick_device(device: str, has_cuda: bool, allow_fallback: bool) -> str:
-    """ "cpu", "cuda" or "tensorrt": never another than was asked for, unless that is allowed."""
+    """Return "cpu", "cuda" or "tensorrt": the device that was asked for, or the CPU if the fallback is allowed."""
     if device == "auto":
         return "cuda" if has_cuda else "cpu"
     if device == "cpu" or has_cuda:
@@ -148,21 +170,35 @@ def pick_device(device: str, has_cuda: bool, allow_fallback: bool) -> str:
     return "cpu"
 
 
-def as_input(images: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
+def as_input(images: np.ndarray, metadata: Metadata) -> np.ndarray:
     """uint8 (N, H, W, 3) -> what the artefact takes: the same, or normalised float32 (N, 3, H, W)."""
-    if metadata["input"] == UINT8:
+    if metadata.input == UINT8:
         return images
-    mean, std = (np.array(metadata[name], dtype=np.float32) for name in ("mean", "std"))
+    mean, std = np.array(metadata.mean, np.float32), np.array(metadata.std, np.float32)
     normalised = (images.astype(np.float32) / 255 - mean) / std
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
 
-def load_onnx(path: Path, device: str, threads: int, allow_fallback: bool, **_: Any) -> Loaded:
+@dataclass(frozen=True)
+class OnnxRunner:
+    """Runs an ONNX session on uint8 images."""
+
+    session: Any
+    metadata: Metadata
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        inputs, outputs = tensor_names(self.metadata)
+        logits: np.ndarray = self.session.run([outputs], {inputs: as_input(images, self.metadata)})[0]
+        return logits
+
+
+def load_onnx(path: Path, on: RunOn) -> Runtime:
+    """Load an ONNX file of ours, or one from elsewhere with a .json next to it."""
     ort = need("onnxruntime", "pip install onnxruntime, or onnxruntime-gpu where there is a CUDA device")
-    device = pick_device(device, cuda_device_count() > 0, allow_fallback)
+    device = pick_device(on.device, cuda_device_count() > 0, on.allow_fallback)
     wanted = PROVIDERS[device]
     if device != "cpu" and wanted not in ort.get_available_providers():
-        if not allow_fallback:
+        if not on.allow_fallback:
             raise UserError(
                 f"--device {device}, but this onnxruntime has no {wanted} (it has "
                 f"{', '.join(ort.get_available_providers())}); --allow-fallback runs on the CPU"
@@ -171,60 +207,64 @@ def load_onnx(path: Path, device: str, threads: int, allow_fallback: bool, **_: 
     if device != "cpu" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds CUDA and cuDNN in torch's wheels
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what goes wrong comes as an exception or shows in get_providers()
+    options.intra_op_num_threads = on.threads or usable_cpus()
+    # Without this threads wait for work by spinning, which takes CPU time from every other program.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # an error is raised, or shows in get_providers()
+    content = read_file(path)
+    refuse_external_data(content, path)
     try:
-        session = ort.InferenceSession(str(path), options, providers=[wanted])
+        session = ort.InferenceSession(content, options, providers=[wanted])
     except Exception as error:  # onnxruntime has its own dozen
         raise UserError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error
     provider = session.get_providers()[0]
-    if provider != wanted and not allow_fallback:
+    if provider != wanted and not on.allow_fallback:
         raise UserError(
             f"--device {device}: ONNX Runtime could not start {wanted} and fell back to {provider} (CUDA, cuDNN or "
             "TensorRT libraries of another version?); --allow-fallback accepts that"
         )
-    metadata = onnx_metadata(session.get_modelmeta().custom_metadata_map)
-    sidecar = path.with_name(path.name + ".json")
-    if "mean" not in metadata and sidecar.is_file():
-        metadata = foreign_metadata(session, read_json(sidecar.read_bytes(), sidecar), sidecar)
-    inputs, outputs = tensor_names(metadata)
-
-    def run(images: np.ndarray) -> np.ndarray:
-        return session.run([outputs], {inputs: as_input(images, metadata)})[0]
-
-    return Loaded("onnxruntime", provider, metadata, run)
+    metadata = onnx_metadata(session, path)
+    return Runtime("onnxruntime", provider, metadata, OnnxRunner(session, metadata))
 
 
-def onnx_metadata(properties: dict[str, str]) -> dict[str, Any]:
-    """What export wrote; a foreign file's properties need not be JSON, and are left out."""
-    metadata = {}
-    for key, value in properties.items():
-        with contextlib.suppress(ValueError, RecursionError):
-            metadata[key] = json.loads(value)
+def onnx_metadata(session: Any, path: Path) -> Metadata:
+    """Return the metadata in an ONNX file, or in the .json next to a file from elsewhere; it must fit the graph."""
+    values = read_properties(session.get_modelmeta().custom_metadata_map)
+    where, sidecar = f"the metadata of {path}", path.with_name(path.name + ".json")
+    if "mean" not in values and sidecar.is_file():
+        where = str(sidecar)
+        values = {"precision": "foreign", "source": {}} | read_json(read_file(sidecar, MAX_JSON), sidecar)
+        ports = session.get_inputs()[:1] + session.get_outputs()[:1]
+        values |= {"tensors": [port.name for port in ports]}
+    elif "mean" not in values:
+        raise UserError(f"{path} was not made by deploy/: it has no metadata; {SIDECAR.format(path.name)}")
+    metadata = Metadata.from_json(values, where, ARTEFACT)
+    check_graph(session, metadata, where)
     return metadata
 
 
-def foreign_metadata(session: Any, said: dict[str, Any], sidecar: Path) -> dict[str, Any]:
-    """Of an ONNX file that another exporter made: what the file beside it says, which must fit the graph."""
-    metadata = {"precision": "foreign", "source": {}} | said
-    check_fields(metadata, PREPROCESSING | ARTEFACT, str(sidecar))
-    images, logits = session.get_inputs(), session.get_outputs()[0]
-    (channels, height, width), uint8 = metadata["input_size"], metadata["input"] == UINT8
+def check_graph(session: Any, metadata: Metadata, where: str) -> None:
+    """Raise UserError unless the graph's input and output are what the metadata describes."""
+    images, logits = session.get_inputs(), session.get_outputs()
+    (channels, height, width), uint8 = metadata.input_size, metadata.input == UINT8
     shape = [height, width, channels] if uint8 else [channels, height, width]
     wanted = f"tensor({'uint8' if uint8 else 'float'})"
-    has = [(one.type, list(one.shape)) for one in images]
-    fits = len(images) == 1 and images[0].type == wanted and len(images[0].shape) == 4
+    inputs, outputs = tensor_names(metadata)
+    fits = len(images) == 1 and (images[0].name, images[0].type, len(images[0].shape)) == (inputs, wanted, 4)
     if not fits or any(isinstance(side, int) and side != s for side, s in zip(images[0].shape[1:], shape)):
-        raise UserError(f"{sidecar} says one input, {wanted} of [N, {', '.join(map(str, shape))}]; the graph has {has}")
-    classes = len(metadata["label_names"])
-    if len(logits.shape) != 2 or (isinstance(logits.shape[1], int) and logits.shape[1] != classes):
-        raise UserError(f"{sidecar} has {classes} label_names; the graph answers {list(logits.shape)}")
-    return metadata | {"tensors": [images[0].name, logits.name]}
+        has = [(one.name, one.type, list(one.shape)) for one in images]
+        raise UserError(
+            f"{where} describes one input, {inputs}: {wanted} of [N, {', '.join(map(str, shape))}]; the graph has {has}"
+        )
+    classes = len(metadata.label_names)
+    found = next((list(one.shape) for one in logits if one.name == outputs), None)
+    if found is None or len(found) != 2 or (isinstance(found[1], int) and found[1] != classes):
+        raise UserError(f"{where} has {classes} label_names; the graph answers {outputs}: {found}")
 
 
-def tensor_names(metadata: dict[str, Any]) -> tuple[str, str]:
-    """What an ONNX file's input and output are called: ours, but for a file from elsewhere."""
-    inputs, outputs = metadata.get("tensors", (INPUT_NAME, OUTPUT_NAME))
+def tensor_names(metadata: Metadata) -> tuple[str, str]:
+    """Return the names of an ONNX file's input and output: ours, or those of a file from elsewhere."""
+    inputs, outputs = metadata.tensors or (INPUT_NAME, OUTPUT_NAME)
     return inputs, outputs
 
 
@@ -233,14 +273,14 @@ def has_torch() -> bool:
 
 
 def source_of(student: Path) -> dict[str, str]:
-    """Which weights an artefact was made from."""
+    """Return the digest of the weights in a student/ folder, which every artefact carries."""
     folder = student / "student" if (student / "student").is_dir() else student
-    return {"weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
+    return {"weights_sha256": hashlib.sha256(read_file(folder / "model.safetensors")).hexdigest()}
 
 
 @functools.cache
 def cuda_device_count() -> int:
-    """How many CUDA devices the driver has; 0 without a driver. Asks nothing of torch or TensorRT."""
+    """Return the number of the driver's CUDA devices; 0 without a driver. Needs neither torch nor TensorRT."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -252,7 +292,7 @@ def cuda_device_count() -> int:
 
 
 def cuda_device_name() -> str | None:
-    """The name of the first CUDA device, as the driver says it."""
+    """Return the driver's name of the first CUDA device."""
     if not cuda_device_count():
         return None
     cuda, device, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.create_string_buffer(256)
@@ -262,7 +302,7 @@ def cuda_device_name() -> str | None:
 
 
 def products_saturate() -> bool:
-    """Whether this CPU adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI."""
+    """Return whether this CPU adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI."""
     try:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -271,13 +311,13 @@ def products_saturate() -> bool:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities over the last dimension, in float64."""
+    """Return probabilities over the last dimension, in float64."""
     powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
 
 def top_labels(logits: np.ndarray, labels: list[str], count: int = 5) -> list[tuple[str, float, int]]:
-    """(label, probability, class index) of the most probable classes of one image, the best first; logits: (C,)."""
+    """Return (label, probability, class index) of one image's most probable classes, best first; logits: (C,)."""
     probabilities = softmax(logits)
     best = np.argsort(-probabilities, kind="stable")[:count]
     return [(labels[i], float(probabilities[i]), int(i)) for i in best]

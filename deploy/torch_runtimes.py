@@ -1,12 +1,12 @@
 """The runtimes that need torch: a student/ folder, TorchScript and torch.export files.
 
-deploy.runtimes.load imports this module when it is asked for one of them.
+deploy.runtimes.load imports this module when it loads one of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploy.cli import UserError, first_line
-from deploy.config import read_json
-from deploy.runtimes import UINT8, Loaded, as_input, pick_device, source_of
+from deploy.config import ARTEFACT, UINT8, Metadata, read_json
+from deploy.runtimes import RunOn, Runtime, as_input, pick_device, source_of, usable_cpus
 from deploy.student import load_student
 
-EPS = 1e-5  # of the batch norm that normalises; ONNX and cuDNN want one
+EPS = 1e-5  # of the batch norm that normalises; ONNX and cuDNN require one
 
 
 class ImageClassifier(nn.Module):
-    """A student with its normalisation in front: images -> float32 logits, whatever precision lies between."""
+    """A student with its normalisation in front: images -> float32 logits, in any precision between."""
 
     mean: Tensor
     variance: Tensor
@@ -49,37 +49,35 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.layout == UINT8:
-            # The cast comes first: TensorRT's parser refuses to permute uint8. And a batch norm, not a product and a
-            # sum: those ONNX Runtime moves in front of the permute, where they cost a quarter of an INT8 MobileNetV2.
+            # The cast comes first: TensorRT's parser refuses to permute uint8. A batch norm, because ONNX Runtime moves
+            # a product and a sum in front of the permute, where they cost a quarter of an INT8 MobileNetV2.
             images = images.float().permute(0, 3, 1, 2)
-            # In contiguous format: pooling exports an as_strided, in ONNX a Gather, for a permuted tensor.
+            # Contiguous, because pooling of a permuted tensor exports an as_strided, in ONNX a Gather.
             images = images.contiguous(memory_format=self.memory_format)
             images = F.batch_norm(images, self.mean, self.variance, eps=EPS)
         return self.model(images.to(self.dtype)).float()
 
 
-def load(
-    path: Path, device: str, threads: int, allow_fallback: bool, compile: bool, model_files: Sequence[str]
-) -> Loaded:
-    """A student/ folder, .ts or .pt2; see deploy.runtimes.load."""
-    device = pick_device(device, torch.cuda.is_available(), allow_fallback)
-    if threads:
-        torch.set_num_threads(threads)
+def load(path: Path, on: RunOn) -> Runtime:
+    """Load a student/ folder, a .ts or a .pt2 file; see deploy.runtimes.load."""
+    device = pick_device(on.device, torch.cuda.is_available(), on.allow_fallback)
+    torch.set_num_threads(on.threads or min(torch.get_num_threads(), usable_cpus()))
     if path.is_dir():
-        return load_torch(path, device, compile, model_files)
+        return load_torch(path, device, on)
     return {".ts": load_torchscript, ".pt2": load_exported}[path.suffix](path, device)
 
 
-def load_torch(path: Path, device: str, compile: bool, model_files: Sequence[str]) -> Loaded:
-    model, config = load_student(path, model_files)
-    metadata = config | {"precision": "fp32", "input": UINT8, "source": source_of(path)}
-    classifier: Any = ImageClassifier(model, config["mean"], config["std"], channels_last=True).to(device)
-    if compile:
+def load_torch(path: Path, device: str, on: RunOn) -> Runtime:
+    model, config = load_student(path, on.model_files)
+    metadata = dataclasses.replace(config, precision="fp32", input=UINT8, source=source_of(path))
+    classifier: Any = ImageClassifier(model, config.mean, config.std, channels_last=True).to(device)
+    if on.compile:
         classifier = torch.compile(classifier)
-    return Loaded("torch.compile" if compile else "torch", f"torch {device}", metadata, caller(classifier, device))
+    name = "torch.compile" if on.compile else "torch"
+    return Runtime(name, f"torch {device}", metadata, TorchRunner(classifier, device, metadata))
 
 
-def load_torchscript(path: Path, device: str) -> Loaded:
+def load_torchscript(path: Path, device: str) -> Runtime:
     extra = {"metadata.json": ""}
     try:
         with warnings.catch_warnings():
@@ -87,11 +85,11 @@ def load_torchscript(path: Path, device: str) -> Loaded:
             classifier = torch.jit.load(str(path), map_location=device, _extra_files=extra)
     except Exception as error:  # a dozen kinds
         raise UserError(f"{path} cannot be read as TorchScript: {first_line(error)}") from error
-    metadata = read_json(extra["metadata.json"], path)
-    return Loaded("torchscript", f"torch {device}", metadata, caller(classifier, device, metadata))
+    metadata = Metadata.from_json(read_json(extra["metadata.json"], path), f"the metadata of {path}", ARTEFACT)
+    return Runtime("torchscript", f"torch {device}", metadata, TorchRunner(classifier, device, metadata))
 
 
-def load_exported(path: Path, device: str) -> Loaded:
+def load_exported(path: Path, device: str) -> Runtime:
     extra = {"metadata.json": ""}
     try:
         program = torch.export.load(path, extra_files=extra)
@@ -102,16 +100,18 @@ def load_exported(path: Path, device: str) -> Loaded:
         classifier = program.module()
     except Exception as error:  # a dozen kinds
         raise UserError(f"{path} cannot be read as a torch.export program: {first_line(error)}") from error
-    metadata = read_json(extra["metadata.json"], path)
-    return Loaded("torch.export", f"torch {device}", metadata, caller(classifier, device, metadata))
+    metadata = Metadata.from_json(read_json(extra["metadata.json"], path), f"the metadata of {path}", ARTEFACT)
+    return Runtime("torch.export", f"torch {device}", metadata, TorchRunner(classifier, device, metadata))
 
 
-def caller(classifier: Any, device: str, metadata: dict[str, Any] | None = None) -> Callable[..., np.ndarray]:
+class TorchRunner:
+    """Runs a torch module on uint8 images."""
+
+    def __init__(self, classifier: Any, device: str, metadata: Metadata) -> None:
+        self.classifier, self.device, self.metadata = classifier, device, metadata
+
     @torch.inference_mode()
-    def run(images: np.ndarray) -> np.ndarray:
-        batch = np.require(
-            as_input(images, metadata) if metadata else images, requirements="W"
-        )  # torch wants to own it
-        return classifier(torch.from_numpy(batch).to(device)).cpu().numpy()
-
-    return run
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        batch = np.require(as_input(images, self.metadata), requirements="W")  # torch needs a writable array
+        logits: np.ndarray = self.classifier(torch.from_numpy(batch).to(self.device)).cpu().numpy()
+        return logits

@@ -17,8 +17,8 @@ from deploy.cli import UserError, command, make_parser
 
 PROGRAMS = {
     "import deploy.serve": "import deploy.serve",
-    "load and run": "import numpy as np, pathlib; from deploy.runtimes import load\n"
-    "runtime = load(pathlib.Path({file!r}), device='cpu')\n"
+    "load and run": "import numpy as np, pathlib; from deploy.runtimes import RunOn, load\n"
+    "runtime = load(pathlib.Path({file!r}), RunOn('cpu'))\n"
     "runtime.run(np.zeros((1, *runtime.image_shape), np.uint8))",
 }
 MEASURE = """

@@ -18,12 +18,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deploy import preprocess
 from deploy.cli import UserError, command, make_parser
-from deploy.runtimes import load, softmax
+from deploy.config import Metadata
+from deploy.runtimes import RunOn, load, softmax
 
 MARGIN = preprocess.DRAFT_MARGIN
 
 
-def prepared(file: bytes, config: dict, reduced: bool) -> tuple[np.ndarray, float]:
+def prepared(file: bytes, config: Metadata, reduced: bool) -> tuple[np.ndarray, float]:
     """The image, and the CPU seconds it took."""
     preprocess.DRAFT_MARGIN = MARGIN if reduced else 10**6
     started = time.process_time()
@@ -37,7 +38,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def run(args: argparse.Namespace) -> None:
-    runtime = load(args.student, device="cpu")
+    runtime = load(args.student, RunOn("cpu"))
     config = runtime.metadata
     files = sorted(file for file in args.photos.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
     photos = [preprocess.to_rgb(preprocess.open_image(file)) for file in files]
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     rounds = [[1e3 * prepared(large, config, reduced)[1] for reduced in (False, True)] for _ in range(args.rounds)]
     whole, reduced = (statistics.median(times) for times in zip(*rounds))
     ratio = statistics.median(a / b for a, b in rounds)
-    print(f"a JPEG of 4000x3000, {len(large) / 1e6:.1f} MB, for {config['input_size'][1:]}: CPU ms {whole:.0f} whole, "
+    print(f"a JPEG of 4000x3000, {len(large) / 1e6:.1f} MB, for {config.input_size[1:]}: CPU ms {whole:.0f} whole, "
           f"{reduced:.0f} at a reduced scale: {ratio:.2f} times as fast (median of {args.rounds})")  # fmt: skip
 
     random = np.random.default_rng(0)

@@ -1,13 +1,13 @@
-"""The server's throughput beside the runtime's own, in turns: python examples/benchmark_serve.py STUDENT.onnx
+"""Compare the server's throughput with the runtime's own, in turns: python examples/benchmark_serve.py STUDENT.onnx
 
 The runtime alone: a process that calls it in a loop at the server's largest batch, and at 1; the better of the two
-counts. The server: deploy.serve in a process of its own, and here as many clients as --concurrency says, each sending
-its next image (binary tensor) when the last is answered. Client and server share this machine's cores, so leave one to
-them: --threads should be the cores less one.
+counts. The server: deploy.serve in another process, and --concurrency clients in this one. Each client sends its next
+image (a binary tensor) after the answer to the last one. Client and server share this machine's cores, so leave one
+core for them: --threads should be one less than the cores.
 
---litserve PYTHON measures LitServe beside it, in the same turns: that Python has litserve and the onnxruntime of this
-one. Each server gets the image the shortest way that it knows: a binary tensor here, base64 in JSON there. CPU seconds
-are those of all the processes of a server.
+--litserve PYTHON also measures LitServe, in the same turns: that Python needs litserve and the onnxruntime of this
+one. Each server gets the image in its shortest form: a binary tensor here, base64 in JSON there. CPU seconds include
+all processes of a server.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from deploy.benchmark import Entry, Worker
+from deploy.benchmark import Worker
 from deploy.cli import UserError, add_device, command, make_parser
-from deploy.runtimes import INPUT_NAME
+from deploy.runtimes import INPUT_NAME, RunOn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,9 +137,8 @@ async def load_server(port: int, request: bytes, concurrency: int, duration: flo
 
 
 def run(args: argparse.Namespace) -> None:
-    options = dict(device=args.device, threads=args.threads, allow_fallback=args.allow_fallback)
-    worker = Worker(Entry(args.artefact, False, options))
-    channels, height, width = worker.metadata["input_size"]
+    worker = Worker(args.artefact, RunOn.from_args(args))
+    channels, height, width = worker.metadata.input_size
     images = np.random.default_rng(0).integers(0, 256, (args.max_batch, height, width, channels), dtype=np.uint8)
     flags = ["--port", "0", "--threads", str(args.threads), "--device", args.device, "--max-batch", str(args.max_batch)]
     flags += ["--max-delay", str(args.max_delay)] + ["--allow-fallback"] * args.allow_fallback
@@ -148,8 +147,8 @@ def run(args: argparse.Namespace) -> None:
     others = {}
     try:
         assert server.stdout is not None
-        said = server.stdout.readline()
-        servers = {"deploy.serve": (server, int(said.rpartition(":")[2]), request_of(images[0]))}
+        line = server.stdout.readline()
+        servers = {"deploy.serve": (server, int(line.rpartition(":")[2]), request_of(images[0]))}
         if args.litserve:
             others["LitServe"] = start_litserve(args, images[0].shape)
             servers["LitServe"] = (*others["LitServe"], litserve_request(images[0]))
@@ -189,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 parser = make_parser(__doc__, "benchmark_serve.py")
-parser.add_argument("artefact", type=Path, help="as of deploy.serve, best an absolute path")
+parser.add_argument("artefact", type=Path, help="an artefact of a student, best an absolute path")
 parser.add_argument("--concurrency", type=int, default=16)
 parser.add_argument("--max-batch", type=int, default=8)
 parser.add_argument("--max-delay", type=float, default=1.0, help="milliseconds")

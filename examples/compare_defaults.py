@@ -75,9 +75,11 @@ def make_folder(source: Path, folder: Path, classes: slice, train: int, val: int
 
 
 def top1(output: Path, flags: list[str]) -> float:
-    if not (output / "curves.png").exists():  # which ends a run
+    if not (output / "curves.png").exists():  # written at the end of a run
+        if (output / "args.json").exists():  # of a run that was stopped
+            shutil.rmtree(output)
         with open(RUNS / "log.txt", "a", encoding="utf-8") as log:
-            command = [sys.executable, ROOT / "train.py", *flags, "--output", output, "--overwrite"]
+            command = [sys.executable, ROOT / "train.py", *flags, "--output", output]
             subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=log)
     with open(output / "metrics.csv", encoding="utf-8") as file:
         return float(list(csv.DictReader(file))[-1]["val_top1"])

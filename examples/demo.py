@@ -8,6 +8,7 @@ the run directories.
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,7 +36,9 @@ def main() -> int:
     table = []
     for name, flags in RUNS.items():
         output = OUTPUT / name.lower()
-        command = ["train.py", *flags, "--output", str(output), "--overwrite"]
+        if (output / "args.json").exists():  # of the demo before
+            shutil.rmtree(output)
+        command = ["train.py", *flags, "--output", str(output)]
         print(f"\n$ python {' '.join(command)}", flush=True)
         started = time.time()
         status = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode

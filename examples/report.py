@@ -76,7 +76,7 @@ def read_run(folder: Path, name: str = "") -> Run | None:
         with open(folder / "metrics.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         epochs, top1 = [int(row["epoch"]) for row in rows], [float(row["val_top1"]) for row in rows]
-        labels = read_config(folder / "student")["label_names"]
+        labels = read_config(folder / "student").label_names
         flags["model"]
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None

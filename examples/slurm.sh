@@ -33,7 +33,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     [ "$SLURM_NODEID" != 0 ] || echo $$ >"$0"
     exec torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --rdzv-backend c10d "$@"' \
     "$launcher" --rdzv-endpoint "$first:$((29000 + SLURM_JOB_ID % 1000))" --rdzv-id "$SLURM_JOB_ID" \
-    train.py "$@" --output "$output" --resume auto &
+    train.py "$@" --output "$output" --resume &
 wait $!
 status=$?
 if [ -n "$signalled" ]; then # which ended the first wait

@@ -14,7 +14,7 @@ addresses=(10.77.0.1 10.77.0.2)
 work=$(mktemp -d)
 mkdir "$work/disk1" "$work/disk2" "$work/run"
 export OMP_NUM_THREADS=1
-flags=(--model "$root/tests/own_models.py:tiny" --img-size 16 --self-kd uskd --device cpu --reference 0 --timeout 1)
+flags=(--model "$root/tests/own_models.py:tiny" --img-size 16 --self-kd uskd --device cpu --reference 0)
 
 # shellcheck disable=SC2329  # the trap calls it
 clean_up() {
@@ -91,7 +91,7 @@ on_one_host --epochs 2
 compare "two hosts and one, 2 epochs"
 
 on_two_hosts --epochs 3 --resume
-grep -q 'going on from .*, after epoch 2' "$work/host1.log" || fail "$work/host1.log"
+grep -q 'resuming from .*, after epoch 2' "$work/host1.log" || fail "$work/host1.log"
 on_one_host --epochs 3 --resume
 compare "two hosts and one, resumed for a third epoch with the checkpoint on the first host alone"
 exit "$different"

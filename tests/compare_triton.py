@@ -1,12 +1,12 @@
-"""The same requests to deploy.serve and to NVIDIA's Triton over one ONNX file: who answers what.
+"""Send the same requests to deploy.serve and to NVIDIA's Triton with one ONNX file, and compare the answers.
 
     /usr/bin/python3 -m venv /tmp/triton && /tmp/triton/bin/pip install nvidia-pytriton onnxruntime
     python tests/compare_triton.py STUDENT.onnx --triton /tmp/triton/bin/python
 
-nvidia-pytriton ships a real Triton, whose Python backend runs the file by ONNX Runtime here; it needs a Python that the
-system installed. It locks statistics, repository and shared memory's status, which are not compared. Prints each
-request whose status or outputs differ. Exit status 1 where a difference is none of KNOWN, which deploy/serving.md
-tells, or where one of KNOWN is gone.
+nvidia-pytriton contains a real Triton, whose Python backend runs the file by ONNX Runtime here; it needs a Python that
+the system installed. It locks statistics, repository and the status of shared memory, which are not compared. Prints
+each request whose status or outputs differ. Exit status 1: a difference is not one of KNOWN (deploy/serving.md lists
+them), or one of KNOWN has disappeared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deploy.cli import UserError, command, make_parser
-from deploy.runtimes import load
+from deploy.runtimes import RunOn, load
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,22 +49,22 @@ with Triton(config=TritonConfig(**ports)) as triton:
     triton.serve()
 """
 
-MISTAKE = "a mistake of the client's: 400 here, 500 there"
+MISTAKE = "a mistake of the client: 400 here, 500 there"
 LABELS = "the labels are in the file here; pytriton's configuration has no label file (that of deploy.triton has)"
 LABELLED = ("classification", "classification, binary", "classification of more than all")
 KNOWN = {
     "another model ready": "what does not exist is 404 here, 400 there",
     "another version ready": "what does not exist is 404 here, 400 there",
-    "an encoding that is none": "415, as RFC 9110 says; 501 there",
+    "an unknown encoding": "415, as in RFC 9110; 501 there",
     "gzip of two members": "RFC 1952 allows it; Triton reads the first",
-    "nested otherwise": "nested as the shape says, or flat: a tensor of another layout is noticed; any nesting there",
-    "256": "no UINT8: refused here, taken modulo 256 there",
-    "1.0": "a whole number, whichever way it is written; refused there",
-    "output in shared memory": "400: it is not served; 404 there, as no such region is registered",
+    "nested differently": "nested as the shape, or flat: a tensor of another layout is an error; any nesting there",
+    "256": "not a UINT8: refused here, taken modulo 256 there",
+    "1.0": "a whole number; refused there",
+    "output in shared memory": "400: not supported; 404 there, as no such region is registered",
 } | dict.fromkeys(LABELLED, LABELS) | dict.fromkeys((
     "id that is a number", "binary size as text", "classification as text", "classification below 0",
     "binary_data as text", "binary_data as a number", "binary_data_output as text", "a number too few",
-    "a number too many", "-1", "0.5", "text for numbers", "no JSON",
+    "a number too many", "-1", "0.5", "text for numbers", "not JSON",
 ), MISTAKE)  # fmt: skip
 
 
@@ -81,14 +81,14 @@ def ask(port: int, path: str, body: bytes | None = None, headers: dict[str, str]
             status, given, content = response.status, response.headers, response.read()
     except urllib.error.HTTPError as error:
         status, given, content = error.code, error.headers, error.read()
-    said = {name.lower(): value for name, value in given.items()}
-    if said.get("content-encoding") == "gzip":
+    lowered = {name.lower(): value for name, value in given.items()}
+    if lowered.get("content-encoding") == "gzip":
         content = gzip.decompress(content)
-    return Answer(status, said, content)
+    return Answer(status, lowered, content)
 
 
 def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, dict[str, str]]]:
-    """Each with its path, body and headers."""
+    """Return the path, body and headers of each request by its name."""
     images = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
     size = images[0].size
     infer = "/v2/models/student/infer"
@@ -107,10 +107,9 @@ def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, 
             content["outputs"] = outputs
         return infer, json.dumps(content).encode(), headers or {}
 
-    def binary(raw: bytes, said: Any, **request: Any) -> Any:
-        given = {key: value for key, value in tensor().items() if key != "data"} | {
-            "parameters": {"binary_data_size": said}
-        }
+    def binary(raw: bytes, size: Any, images: int = 1, **request: Any) -> Any:
+        given = tensor(shape=[images, *shape], parameters={"binary_data_size": size})
+        del given["data"]
         head = json.dumps({"inputs": [given]} | request).encode()
         return infer, head + raw, {"Inference-Header-Content-Length": str(len(head))}
 
@@ -134,11 +133,11 @@ def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, 
         "metadata of another": ("/v2/models/another", None, {}),
         "config": ("/v2/models/student/config", None, {}),
         "config of a version": ("/v2/models/student/versions/1/config", None, {}),
-        "a path that is none": ("/v2/nothing", None, {}),
+        "an unknown path": ("/v2/nothing", None, {}),
         "infer by GET": (infer, None, {}),
         "flat": of(),
         "nested": of(given=tensor(data=images[0][None].tolist())),
-        "nested otherwise": of(given=tensor(data=images[0].reshape(2, -1).tolist())),
+        "nested differently": of(given=tensor(data=images[0].reshape(2, -1).tolist())),
         "of a version": ("/v2/models/student/versions/1/infer", good, {}),
         "of another version": ("/v2/models/student/versions/2/infer", good, {}),
         "of another model": ("/v2/models/another/infer", good, {}),
@@ -155,11 +154,11 @@ def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, 
         "raw of nothing": (infer, b"", raw),
         "raw, packed": (infer, gzip.compress(one), raw | packed),
         "header length beyond the body": (infer, good, {"Inference-Header-Content-Length": "99999"}),
-        "header length that is none": (infer, good, {"Inference-Header-Content-Length": "x"}),
+        "header length that is text": (infer, good, {"Inference-Header-Content-Length": "x"}),
         "gzip": (infer, gzip.compress(good), packed),
         "gzip of two members": (infer, gzip.compress(good[:99]) + gzip.compress(good[99:]), packed),
-        "gzip that is none": (infer, good, packed),
-        "an encoding that is none": (infer, good, {"Content-Encoding": "br"}),
+        "JSON as gzip": (infer, good, packed),
+        "an unknown encoding": (infer, good, {"Content-Encoding": "br"}),
         "classification": of(output(classification=2)),
         "classification, binary": of(output(classification=2, binary_data=True)),
         "classification of more than all": of(output(classification=10_000)),
@@ -177,7 +176,7 @@ def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, 
         "another datatype": of(given=tensor(datatype="FP32")),
         "another shape": of(given=tensor(shape=[1, 3, *shape[:2]])),
         "no image": of(given=tensor(shape=[0, *shape], data=[])),
-        "too many images": of(given=tensor(shape=[9, *shape], data=[0] * 9 * size)),
+        "too many images": binary(bytes(9 * size), 9 * size, images=9),
         "a number too few": of(given=tensor(data=[0] * (size - 1))),
         "a number too many": of(given=tensor(data=[0] * (size + 1))),
         "256": of(given=tensor(data=[256] * size)),
@@ -186,9 +185,9 @@ def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, 
         "1.0": of(given=tensor(data=[1.0] * size)),
         "text for numbers": of(given=tensor(data=["1"] * size)),
         "no data": of(given={key: value for key, value in tensor().items() if key != "data"}),
-        "no JSON": (infer, b"{", {}),
+        "not JSON": (infer, b"{", {}),
         "an empty body": (infer, b"", {}),
-        "parameters of one's own": of(parameters={"a": "x", "b": 1, "c": True, "d": 1.5}),
+        "other parameters": of(parameters={"a": "x", "b": 1, "c": True, "d": 1.5}),
         "a parameter that is a list": of(parameters={"a": [1]}),
         "a parameter that is null": of(parameters={"a": None}),
         "priority and timeout": of(parameters={"priority": 1, "timeout": 10_000_000}),
@@ -199,20 +198,20 @@ def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, 
 
 
 def outputs(answer: Answer) -> Any:
-    """What an inference answered, whichever way it was written; else the status alone says it."""
+    """Return the outputs of an inference, the same for JSON and binary data; None without outputs."""
     if b'"outputs"' not in answer.body or answer.status != 200:
         return None
     split = int(answer.headers.get("inference-header-content-length", len(answer.body)))
     content, raw = json.loads(answer.body[:split]), answer.body[split:]
-    told = []
+    found = []
     for output in content["outputs"]:
         values = output.get("data")
         if values is None and output["datatype"] == "FP32":
             values = struct.unpack(f"<{len(raw) // 4}f", raw)
         numbers = output["datatype"] == "FP32"
         values = [round(float(value), 3) for value in values] if numbers else values or raw
-        told.append((output["name"], output["datatype"], output["shape"], list(values)))
-    return content.get("id"), "binary" if raw else "JSON", told
+        found.append((output["name"], output["datatype"], output["shape"], list(values)))
+    return content.get("id"), "binary" if raw else "JSON", found
 
 
 def wait_for(port: int, process: subprocess.Popen[Any]) -> None:
@@ -233,9 +232,9 @@ def free_port() -> int:
 
 
 def run(args: Any) -> int:
-    metadata = load(args.artefact, device="cpu").metadata
-    channels, height, width = metadata["input_size"]
-    shape, classes = (height, width, channels), len(metadata["label_names"])
+    metadata = load(args.artefact, RunOn("cpu")).metadata
+    channels, height, width = metadata.input_size
+    shape, classes = (height, width, channels), len(metadata.label_names)
     ports = free_port(), free_port()
     path = str(args.artefact.resolve())
     ours = [sys.executable, "-m", "deploy.serve", path, "--port", str(ports[0]), "--device", "cpu"]

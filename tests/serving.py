@@ -1,19 +1,28 @@
-"""A server process, and a client that is in no hurry: what the tests of deploy.serve share."""
+"""Servers in this process, in a thread and in a process, and clients, for the tests of deploy.serve."""
 
+import asyncio
 import contextlib
 import http.client
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+from PIL import Image
+from starlette.testclient import TestClient
 from students import model_files, write_student
 
 from deploy.export import export_student
+from deploy.runtimes import RunOn, load
+from deploy.server.app import Limits, StudentServer, make_app
+from deploy.server.connections import listen, make_process
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
@@ -21,21 +30,56 @@ SHAPE = (16, 16, 3)
 ONE = 16 * 16 * 3  # bytes of an image
 NAMES = ["a cat", "a dog", "<b>café</b>", "d", "e", "f", "g"]
 INFER = "/v2/models/student/infer"
+DEFAULT = Limits()
+RAW = {"Inference-Header-Content-Length": "0"}
 
 
 def write_artefact(folder, names=NAMES):
-    """A small student that tells photographs apart, exported."""
+    """Write a small student whose logits differ between photographs, and export it."""
     write_student(folder / "student", f"{MODELS}:tiny", 16, names)
     return export_student(folder / "student", formats=("onnx",), model_file=model_files(folder / "student")[0])[0]
 
 
+# ---- servers ------------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def server(artefact, *flags, limits=None, prefix=(), environment=()):
-    """python -m deploy.serve; gives its process and port. limits: of Limits, those without a flag."""
+def in_process(artefact, limits=DEFAULT, token=None, run=None):
+    """Give starlette's TestClient, without a socket. run: replaces the runtime's function."""
+    with TestClient(make_app(make_server(artefact, limits, run), token), raise_server_exceptions=False) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def in_thread(artefact, limits=DEFAULT, token=None, run=None):
+    """Serve on a port of this process, which it gives: for real connections."""
+    server = make_server(artefact, limits, run)
+    listener, began = listen("127.0.0.1", 0), threading.Event()
+    process = make_process(make_app(server, token), server, began.set)
+    thread = threading.Thread(target=lambda: asyncio.run(process.serve([listener])))
+    thread.start()
+    assert began.wait(30)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        process.drain_s, process.should_exit = 0, True
+        thread.join(30)
+
+
+def make_server(artefact, limits=DEFAULT, run=None):
+    runtime = load(artefact, RunOn("cpu"))
+    if run:
+        object.__setattr__(runtime, "run", run)
+    return StudentServer(runtime, "student", limits)
+
+
+@contextlib.contextmanager
+def server(artefact, *flags, prefix=(), environment=(), slow_load=0.0):
+    """Start python -m deploy.serve, and give its process and port: for signals, output and limits of a process."""
     run = ["-m", "deploy.serve"]
-    if limits:
-        run = ["-c", "import functools, sys, deploy.serve as serve\n"
-               f"serve.Limits = functools.partial(serve.Limits, **{limits})\n"
+    if slow_load:
+        run = ["-c", "import sys, time, deploy.serve as serve\nload = serve.load_and_try\n"
+               f"serve.load_and_try = lambda *a: (print('loading', flush=True), time.sleep({slow_load}), load(*a))[2]\n"
                "sys.exit(serve.command(serve.get_parser(), serve.run))"]  # fmt: skip
     process = subprocess.Popen(
         [*prefix, sys.executable, *run, artefact, "--port", "0", "--device", "cpu", "--drain", "0", *flags],
@@ -44,17 +88,25 @@ def server(artefact, *flags, limits=None, prefix=(), environment=()):
     )  # fmt: skip
     try:
         line = process.stdout.readline()
-        assert "CPUExecutionProvider" in line, process.stderr.read()
-        yield process, int(line.rpartition(":")[2]) if "http:" in line else None
+        assert slow_load or "CPUExecutionProvider" in line, process.stderr.read()
+        found = re.search(r"http://.*:(\d+)", line)  # a line of text, or of JSON with --log json
+        yield process, int(found[1]) if found else None
     finally:
         if process.poll() is None:
             process.terminate()
             process.communicate(timeout=30)
 
 
-def ask(port, path, body=None, headers=(), method=None):
-    """(status, headers, body) of a request."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, dict(headers), method=method)
+# ---- clients ------------------------------------------------------------------------------------------------------
+
+
+def ask(site, path, body=None, headers=(), method=None):
+    """Return (status, headers, body) of a request to a port or to a TestClient."""
+    if isinstance(site, TestClient):
+        method = method or ("GET" if body is None else "POST")
+        response = site.request(method, path, content=body, headers=dict(headers))
+        return response.status_code, response.headers, response.content
+    request = urllib.request.Request(f"http://127.0.0.1:{site}{path}", body, dict(headers), method=method)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, response.headers, response.read()
@@ -62,19 +114,46 @@ def ask(port, path, body=None, headers=(), method=None):
         return error.code, error.headers, error.read()
 
 
+def error_of(site, *request, **given):
+    """Return the status and the error message of a response."""
+    status, _, body = ask(site, *request, **given)
+    return status, json.loads(body)["error"]
+
+
 def wait_until(true, seconds=30):
-    """Ask until it is so; fails when it takes too long."""
+    """Ask until it is so; fail when it takes too long."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.02)
 
 
+def metric(site, line):
+    """Return the value of a line of /metrics."""
+    text = ask(site, "/metrics")[2].decode()
+    return next((float(found.rpartition(" ")[2]) for found in text.splitlines() if found.startswith(line + " ")), 0.0)
+
+
+def keep_alive(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.connect()
+    return connection
+
+
+# ---- requests -----------------------------------------------------------------------------------------------------
+
+
 def tensor(shape=(1, *SHAPE), **changes):
     return {"name": "images", "datatype": "UINT8", "shape": list(shape)} | changes
 
 
+def numbers(**changes):
+    """Return the body of a request with one image as JSON numbers."""
+    return json.dumps({"inputs": [tensor(**{"data": [0] * ONE} | changes)]}).encode()
+
+
 def binary(request, raw):
+    """Return the body and the headers of a request with a binary tensor."""
     head = json.dumps(request).encode()
     return head + raw, {"Inference-Header-Content-Length": str(len(head))}
 
@@ -83,13 +162,7 @@ def of(shape=(1, *SHAPE), size=ONE, **changes):
     return {"inputs": [tensor(shape, parameters={"binary_data_size": size}) | changes]}
 
 
-def metric(port, line):
-    """The value of a line of /metrics."""
-    text = ask(port, "/metrics")[2].decode()
-    return next((float(found.rpartition(" ")[2]) for found in text.splitlines() if found.startswith(line + " ")), 0.0)
-
-
-def keep_alive(port):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.connect()
-    return connection
+def picture(kind="PNG", size=(20, 20), **options):
+    file = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 30)).save(file, kind, **options)
+    return file.getvalue()

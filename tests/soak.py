@@ -1,12 +1,12 @@
-"""The server for half an hour at 80 % of its peak, with hostile requests among the others.
+"""Run the server for half an hour at 80 % of its peak, with hostile requests among the others.
 
     python tests/soak.py STUDENT.onnx --minutes 30
 
-Measures the peak first: clients that send their next image when the last is answered. Then requests come at a steady
-rate, whether or not the last are answered; one in twenty is one of tests/server/test_serve_bounds.py's hostile ones. Each
-answer is compared with the runtime's own. Prints a line a minute; exit status 1 for a wrong answer, a good request that
-was refused, memory that grew by more than 2 %, or a p99 of the last third of twice the first's. Client and server share
-this machine's cores.
+Measures the peak first: clients send their next image after the answer to the last one. Then requests are sent at a
+steady rate, without waiting for answers; one in twenty is a hostile one of tests/server/test_serve_bounds.py. Each
+answer is compared with the runtime's own. Prints a line a minute; exit status 1 for a wrong answer, a good
+request that was refused, memory that grew by more than 2 %, or a p99 of the last third of twice the first's. Client
+and server share this machine's cores.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deploy.cli import UserError, command, make_parser, number
-from deploy.runtimes import load
+from deploy.runtimes import RunOn, load
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 32  # different ones
 WARM_UP = 2  # minutes that count for nothing
-KEPT_S = 30  # half of what the server waits
+KEPT_S = 30  # half of the server's limit
 OUTSTANDING = 400  # requests; beyond it the server does not keep up
 
 
 class Client:
-    """Connections that are kept, as a proxy keeps them: not as long as the server keeps them."""
+    """Connections that stay open, as those of a proxy, but not as long as the server keeps them."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """(status, body); status 0 where the server closed without an answer."""
+        """Return (status, body) of a request; status 0 if the server closed without an answer."""
         while self.idle and self.idle[0][0] < time.monotonic() - KEPT_S:
             self.idle.pop(0)[2].close()
         if self.idle:
@@ -72,20 +72,20 @@ def http(path: str, body: bytes, headers: dict[str, str]) -> bytes:
 
 
 def good_requests(artefact: Path) -> list[tuple[bytes, np.ndarray]]:
-    """Raw images, and the logits that they have."""
-    runtime = load(artefact, device="cpu", threads=1)
+    """Return raw images as requests, and their logits."""
+    runtime = load(artefact, RunOn("cpu", threads=1))
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, *runtime.image_shape), dtype=np.uint8)
     raw = {"Inference-Header-Content-Length": "0"}
     return [(http("/v2/models/student/infer", image.tobytes(), raw), runtime.run(image[None])[0]) for image in images]
 
 
 def is_right(answer: bytes, logits: np.ndarray) -> bool:
-    told = np.frombuffer(answer[-4 * len(logits) :], "<f4")
-    return len(told) == len(logits) and np.allclose(told, logits, rtol=1e-3, atol=1e-4)
+    found = np.frombuffer(answer[-4 * len(logits) :], "<f4")
+    return len(found) == len(logits) and np.allclose(found, logits, rtol=1e-3, atol=1e-4)
 
 
 async def measure_peak(client: Client, good: list[tuple[bytes, np.ndarray]], seconds: float) -> float:
-    """Requests a second of 16 clients, each with one under way."""
+    """Return the requests a second of 16 clients that wait for each answer."""
     until, answered = time.monotonic() + seconds, 0
 
     async def one(first: int) -> None:
@@ -122,17 +122,17 @@ async def soak(client: Client, pid: int, good: Any, hostile: dict[str, Any], rat
 
     async def ask_hostile(minute: Minute, name: str) -> None:
         status, _ = await client.ask(kinds[name])
-        # a photograph may find the budget of pixels lent
+        # 503: the budget of pixels is in use
         minute.statuses["hostile" if status in (hostile[name][3], 503) else f"hostile: {name}: {status}"] += 1
 
     began = time.monotonic()
-    told = sent = 0
+    seconds = sent = 0
     while (now := time.monotonic() - began) < 60 * args.minutes:
         if now >= 60 * len(minutes):
             show(len(minutes), minutes[-1], pid)
             minutes.append(Minute())
-        if now > told:
-            told += 1
+        if now > seconds:
+            seconds += 1
             minutes[-1].memory.append(resident_mib(pid))
         while sent < now * rate:
             sent += 1
@@ -159,7 +159,7 @@ def show(number: int, minute: Minute, pid: int) -> None:
 
 
 def memory_of(minute: Minute) -> float:
-    """MiB when no large image was being decoded: the tenth of the seconds that had least."""
+    """Return the 10th percentile of the memory in MiB: a minute may have seconds with a large image."""
     return float(np.percentile(minute.memory, 10))
 
 
@@ -174,7 +174,8 @@ def cpu_s(pid: int) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    from test_serve_bounds import HOSTILE  # beside this file
+    sys.path.insert(0, str(ROOT / "tests" / "server"))
+    from test_serve_bounds import HOSTILE
 
     good = good_requests(args.artefact)
     flags = ["--port", "0", "--threads", "1", "--device", "cpu"]
@@ -204,8 +205,8 @@ def run(args: argparse.Namespace) -> int:
     slower = np.median(p99[-third:]) / np.median(p99[:third])
     wrong = {name: count for name, count in total.items() if name not in ("right", "hostile", "not sent")}
     print(json.dumps({
-        "peak images/s": round(peak, 1), "right": total["right"], "hostile, answered as they should": total["hostile"],
-        "wrong": wrong, "not sent for want of answers": total["not sent"], "memory grew by %": round(100 * grown, 2),
+        "peak images/s": round(peak, 1), "right": total["right"], "hostile, answered correctly": total["hostile"],
+        "wrong": wrong, "not sent: too many unanswered": total["not sent"], "memory grew by %": round(100 * grown, 2),
         "p99 ms, first and last third": [round(float(np.median(part)), 1) for part in (p99[:third], p99[-third:])],
         "exit status of the server": ended,
     }, indent=2))  # fmt: skip

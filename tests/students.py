@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from deploy import runtimes
+from deploy.config import Metadata
 from deploy.student import build_model, find_architecture
 from kdlite.training.outputs import save_student
 
@@ -33,7 +34,7 @@ def write_student(folder, name, img_size, label_names=10, arguments=()):
         "interpolation": "bilinear",
         "crop": 1.0,
     }
-    save_student(folder, model, config)
+    save_student(folder, model, Metadata.from_json(config, str(folder)))
     return folder
 
 
@@ -54,6 +55,6 @@ def model_files(path):
     return [f"{OWN[file]}:{function}"] if file in OWN else []
 
 
-def load(path, *args, **options):
-    """deploy.runtimes.load, by one who knows whose model it is."""
-    return runtimes.load(path, *args, **options, model_files=model_files(path))
+def load(path, **options):
+    """deploy.runtimes.load with the model file that the student needs; options: of RunOn."""
+    return runtimes.load(path, runtimes.RunOn(**options, model_files=tuple(model_files(path))))

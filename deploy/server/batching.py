@@ -1,4 +1,4 @@
-"""Requests that come at the same time share a call of the runtime."""
+"""Run requests that arrive at the same time in one call of the runtime."""
 
 from __future__ import annotations
 
@@ -7,57 +7,65 @@ import contextlib
 import threading
 import time
 from collections import deque
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from deploy.cli import first_line
 from deploy.runtimes import Runtime
-from deploy.server.limits import Limits
 from deploy.server.metrics import Metrics
 from deploy.server.protocol import RequestError
 
 
-class Waiting(NamedTuple):
+@dataclass(eq=False)
+class Waiting:
+    """A request in the queue."""
+
     runtime: Runtime
     images: np.ndarray
-    answer: asyncio.Future
+    logits: asyncio.Future[np.ndarray]
     since_ns: int
 
 
-def largest_batch(runtime: Runtime, limits: Limits) -> int:
-    return min(limits.max_batch, runtime.max_batch or limits.max_batch)
-
-
 class Batcher:
-    """Gathers requests until they fill a batch or the oldest has waited long enough, and runs them together.
+    """A queue, and a thread that runs the requests in it.
 
-    A thread of its own takes the next batch as soon as the last is done: the event loop, which parses and answers
-    meanwhile, is not asked in between.
+    The thread takes the next batch when it is full or its oldest request has waited for max_delay_ms. It does not wait
+    for the event loop between two batches.
+
+    Args:
+        max_batch: images in one call of a runtime, unless the runtime takes fewer
+        max_delay_ms: how long a request waits for others
+        metrics: where each batch is counted
     """
 
-    def __init__(self, limits: Limits, metrics: Metrics) -> None:
-        self.limits, self.metrics = limits, metrics
+    def __init__(self, max_batch: int, max_delay_ms: float, metrics: Metrics) -> None:
+        self.max_batch, self.max_delay_ms, self.metrics = max_batch, max_delay_ms, metrics
         self.loop = asyncio.get_running_loop()
         self.waiting: deque[Waiting] = deque()
-        self.queued = 0  # images
+        self.queued = 0  # images in `waiting`
         self.changed = threading.Condition()
         self.closed = False
         self.thread = threading.Thread(target=self.run_forever, name="runtime", daemon=True)
         self.thread.start()
 
     async def infer(self, runtime: Runtime, images: np.ndarray) -> np.ndarray:
-        """The logits of (N, H, W, 3) images, N at most largest_batch."""
-        answer = self.loop.create_future()
+        """Return the logits of (N, H, W, 3) images, N at most largest_batch. Cancelled, it leaves the queue."""
+        request = Waiting(runtime, images, self.loop.create_future(), time.perf_counter_ns())
         with self.changed:
             if not self.alive:
                 raise RequestError(503, "the thread that runs the model has ended; restart the server")
-            if self.queued + len(images) > self.limits.queue:
-                raise RequestError(503, f"the queue is full: {self.queued} images wait, {self.limits.queue} may")
-            self.waiting.append(Waiting(runtime, images, answer, time.perf_counter_ns()))
+            self.waiting.append(request)
             self.count(len(images))
             self.changed.notify()
-        return await answer
+        try:
+            return await request.logits
+        finally:
+            if request.logits.cancelled():
+                with self.changed, contextlib.suppress(ValueError):  # it has left the queue already
+                    self.waiting.remove(request)
+                    self.count(-len(images))
 
     @property
     def alive(self) -> bool:
@@ -68,20 +76,49 @@ class Batcher:
             self.closed = True
             self.changed.notify()
 
+    def largest_batch(self, runtime: Runtime) -> int:
+        return min(self.max_batch, runtime.max_batch or self.max_batch)
+
     def count(self, images: int) -> None:
         self.queued += images
         self.metrics.queue.set(self.queued)
 
+    # ---- in the thread ----
+
     def run_forever(self) -> None:
         try:
-            while batch := self.gather():
-                self.run(batch)
-        finally:  # whatever ended it, nobody waits for ever
+            while not self.closed:
+                if batch := self.gather():
+                    self.run(batch)
+        finally:  # so that no request waits for a thread that has ended
             with self.changed:
                 self.closed = True
                 left, self.waiting = list(self.waiting), deque()
                 self.count(-self.queued)
-            self.tell(left, RequestError(503, "the server ends"), *[time.perf_counter_ns()] * 2)
+            self.deliver(left, RequestError(503, "the server ends"), *[time.perf_counter_ns()] * 2)
+
+    def gather(self) -> list[Waiting]:
+        """Return the next batch, all for one runtime; an empty list if none is left, or after close()."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting or self.closed)
+            while self.waiting and not self.closed:
+                runtime, due = self.waiting[0].runtime, self.waiting[0].since_ns + self.max_delay_ms * 1e6
+                left = due - time.perf_counter_ns()
+                if left <= 0 or self.queued >= self.largest_batch(runtime):
+                    break
+                self.changed.wait(left / 1e9)
+            batch: list[Waiting] = []
+            size = 0
+            while self.waiting and not self.closed:
+                following = self.waiting[0]
+                if batch and following.runtime is not batch[0].runtime:
+                    break
+                if batch and size + len(following.images) > self.largest_batch(following.runtime):
+                    break
+                batch.append(self.waiting.popleft())
+                size += len(following.images)
+            self.count(-size)
+            return batch
 
     def run(self, batch: list[Waiting]) -> None:
         started = time.perf_counter_ns()
@@ -94,43 +131,24 @@ class Batcher:
         except Exception as error:
             logits = RequestError(500, f"the runtime failed: {first_line(error)}")
         finally:
-            self.tell(batch, logits, started, time.perf_counter_ns())
+            self.deliver(batch, logits, started, time.perf_counter_ns())
 
-    def gather(self) -> list[Waiting]:
-        """The next batch, all for one runtime; empty once closed."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.waiting or self.closed)
-            if self.closed:
-                return []
-            runtime, due = self.waiting[0].runtime, self.waiting[0].since_ns + self.limits.max_delay_ms * 1e6
-            largest = largest_batch(runtime, self.limits)
-            while self.queued < largest and (left := due - time.perf_counter_ns()) > 0:
-                self.changed.wait(left / 1e9)
-            batch = [self.waiting.popleft()]
-            size = len(batch[0].images)
-            while self.waiting and (following := self.waiting[0]).runtime is runtime:
-                if size + len(following.images) > largest:
-                    break
-                batch.append(self.waiting.popleft())
-                size += len(following.images)
-            self.count(-size)
-            return batch
+    def deliver(self, batch: list[Waiting], logits: Any, started: int, ended: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no request waits
+            self.loop.call_soon_threadsafe(self.set_results, batch, logits, started, ended)
 
-    def tell(self, batch: list[Waiting], logits: Any, started: int, ended: int) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
-            self.loop.call_soon_threadsafe(self.answer, batch, logits, started, ended)
+    # ---- in the event loop ----
 
-    def answer(self, batch: list[Waiting], logits: Any, started: int, ended: int) -> None:
-        """In the event loop: each request its part."""
+    def set_results(self, batch: list[Waiting], logits: Any, started: int, ended: int) -> None:
         failed = isinstance(logits, Exception)
         (self.metrics.failed if failed else self.metrics.executed)(batch, started, ended)
         first = 0
         for request in batch:
-            part = slice(first, first + len(request.images))
-            first = part.stop
-            if request.answer.done():  # its client has gone
+            rows = slice(first, first + len(request.images))
+            first = rows.stop
+            if request.logits.done():  # its client has left
                 continue
             if failed:
-                request.answer.set_exception(logits)
+                request.logits.set_exception(logits)
             else:
-                request.answer.set_result(logits[part])
+                request.logits.set_result(logits[rows])

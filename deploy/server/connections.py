@@ -1,19 +1,22 @@
-"""What uvicorn lacks: a limit of connections, time limits for headers and bodies, a drain that others can see.
+"""Listen, and protect uvicorn's connections against slow clients.
 
-uvicorn stops the clock of an idle connection at each byte and has none for headers and bodies; its limit_concurrency
-answers 503 but keeps the connection. deploy/serving.md tells how hypercorn and granian compare.
+uvicorn has no time limit for headers and bodies, stops the clock of an idle connection at each byte, and keeps the
+connections that exceed its limit. deploy/serving.md compares it with hypercorn and granian.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import json
-import logging
+import math
+import multiprocessing
 import os
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -22,113 +25,77 @@ from typing import Any
 
 import h11
 import uvicorn
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deploy.cli import UserError
-from deploy.server.limits import Limits
-from deploy.server.metrics import Metrics
+from deploy.server.app import StudentServer
+from deploy.server.log import log
 
 SMALL_READ, LARGE_READ = 2**12, 2**18  # bytes
-RESERVED_FILES = 64  # of the process's descriptors, for what is no connection
+RESERVED_FILES = 64  # descriptors of the process that are not connections
 ACCEPTED_AT_ONCE = 16
 BACKLOG = 2048
-DRAIN_S = 12.0  # at most, and 3 more for what will not end by itself
-log = logging.getLogger(__name__)
+DRAIN_S = 12.0  # at most; then uvicorn waits for 3 s, and cancels what is left
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """A client's connection, which costs a descriptor and may not be held for nothing.
+    """A client's connection, which check() closes if it stays in one state for too long.
 
-    received: LARGE_READ bytes that the connections of a server share, as each empties it before the next one reads
+    received: LARGE_READ bytes that all connections share: each empties them before the next one reads
     """
 
-    def __init__(self, limits: Limits, metrics: Metrics, received: memoryview, **given: Any) -> None:
+    def __init__(self, server: StudentServer, received: memoryview, **given: Any) -> None:
         super().__init__(**given)
-        self.limits, self.metrics, self.received = limits, metrics, received
-        self.owes = ""  # headers, or a body
-        self.clock: asyncio.TimerHandle | None = None
-        self.idle_since = self.loop.time()
+        limits, self.closed, self.received = server.limits, server.metrics.closed, received
+        self.limit = limits.connections
+        # a body that the application reads gets its 408 there, a second earlier
+        self.seconds = {"headers": limits.headers_s, "body": limits.body_s + 1, "idle": limits.idle_s,
+                        "unread answer": limits.idle_s, "answer": math.inf}  # fmt: skip
+        self.state, self.since = ("idle", self.cycle), self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.limits.connections and not self.make_room():
-            self.metrics.closed.labels("limit").inc()
-            self.refuse(503, f"{self.limits.connections} connections are open, the limit of this server")
-        else:
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
-
-    def make_room(self) -> bool:
-        """Close the connection that has waited longest without a whole request, if there is one."""
-        others = [other for other in self.connections if isinstance(other, Connection) and other is not self]
+        if len(self.connections) <= self.limit:
+            return
+        self.closed.labels("limit").inc()
+        others: set[Any] = self.connections - {self}
         idle = [other for other in others if other.conn.our_state is h11.IDLE]
-        if not idle:
-            return False
-        oldest = min(idle, key=lambda other: other.idle_since)
-        self.connections.discard(oldest)
-        oldest.metrics.closed.labels("limit").inc()
-        oldest.transport.abort()
-        return True
+        if idle:  # the one that has been idle longest gives way
+            oldest = min(idle, key=lambda other: other.since)
+            self.connections.discard(oldest)
+            oldest.transport.abort()
+        else:
+            self.refuse(503, f"{self.limit} connections are open, the limit of this server")
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Little at a time where each byte may be work: headers, and chunks that may be of one byte."""
-        whole = self.conn.their_state is h11.SEND_BODY and all(name != b"transfer-encoding" for name, _ in self.headers)
-        return self.received[: LARGE_READ if whole else SMALL_READ]
+        """Read little at once where each byte may cost time: headers, and chunks, which may have one byte each."""
+        cheap = self.conn.their_state is h11.SEND_BODY and all(name != b"transfer-encoding" for name, _ in self.headers)
+        return self.received[: LARGE_READ if cheap else SMALL_READ]
 
     def buffer_updated(self, nbytes: int) -> None:
         self.data_received(bytes(self.received[:nbytes]))
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        owes = {h11.IDLE: "headers", h11.SEND_BODY: "body"}.get(self.conn.their_state, "")
-        if owes == self.owes:
-            return
-        self.owes = owes
-        self.stop_clock()
-        if owes:
-            # a body that the application reads is late there first, with a proper answer
-            seconds = self.limits.headers_s if owes == "headers" else self.limits.body_s + 1
-            self.clock = self.loop.call_later(seconds, self.expire)
-
-    def on_response_complete(self) -> None:
-        self.idle_since = self.loop.time()
-        super().on_response_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.stop_clock()
-        super().connection_lost(exc)
-
-    def stop_clock(self) -> None:
-        if self.clock:
-            self.clock.cancel()
-
-    def expire(self) -> None:
-        self.metrics.closed.labels(self.owes).inc()
-        if self.owes == "headers" and not self.conn.trailing_data[0]:  # an answer to nothing would confuse
-            self.transport.close()
-        self.refuse(408, f"the {self.owes} took too long")
-
-    def pause_writing(self) -> None:
-        """The client does not read its answers."""
-        super().pause_writing()
-        self.stop_clock()
-        self.clock = self.loop.call_later(self.limits.idle_s, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        self.stop_clock()
-        super().resume_writing()
-
-    def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():  # it has not even read the last answer
-            self.transport.abort()
-        super().timeout_keep_alive_handler()
+    def check(self, now: float) -> None:
+        """Close the connection if nothing has changed for too long. The cycle is another one for each request."""
+        name = {h11.IDLE: "idle", h11.SEND_BODY: "body"}.get(self.conn.their_state, "answer")
+        if self.transport.get_write_buffer_size():
+            name = "unread answer"
+        elif name == "idle" and self.conn.trailing_data[0]:
+            name = "headers"
+        if self.state != (name, self.cycle):
+            self.state, self.since = (name, self.cycle), now
+        elif now - self.since > self.seconds[name]:
+            self.closed.labels(name).inc()
+            if name in ("headers", "body"):
+                self.refuse(408, f"the {name} took too long")
+            self.transport.abort() if name == "unread answer" else self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         self.refuse(400, msg)
 
     def refuse(self, status: int, message: str) -> None:
-        """Close, after an answer where none has begun, without asking the application."""
+        """Close the connection; before that, send an answer if none has begun."""
         if not self.transport.is_closing() and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps({"error": message})
             head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "Content-Type: application/json"]
@@ -137,43 +104,43 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.transport.close()
 
 
-class Server(uvicorn.Server):
-    """uvicorn's, which drains before it shuts down.
+class Process(uvicorn.Server):
+    """uvicorn's server, with a drain before the shutdown. began: is called when requests and signals are handled."""
 
-    began: is called once requests and signals are taken
-    drain: tells the application, whose readiness is 503 from then on and whose answers close their connections
-    """
-
-    def __init__(
-        self, config: uvicorn.Config, drain_s: float, began: Callable[[], None], drain: Callable[[], None]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, server: StudentServer, began: Callable[[], None]) -> None:
         super().__init__(config)
-        self.drain_s, self.began, self.drain = drain_s, began, drain
-        self.told_of_files = -60.0
+        self.server, self.drain_s, self.began = server, server.limits.drain_s, began
+        self.logged = -60.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(self.on_loop_error)
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # asyncio takes the backlog for the number that it accepts at once
+            listener.listen(BACKLOG)  # asyncio uses its own backlog for the number that it accepts at once, too
         self.began()
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
-        elif loop.time() - self.told_of_files >= 60:  # asyncio would say it for each attempt
-            self.told_of_files = loop.time()
+        elif loop.time() - self.logged >= 60:  # asyncio reports each attempt to accept a connection
+            self.logged = loop.time()
             log.error("out of file descriptors: connections wait; raise ulimit -n or lower --connections")
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.force_exit = self.should_exit  # the second signal
-        if sig == signal.SIGINT:  # someone waits at a terminal
+        if sig == signal.SIGINT:  # a terminal: end at once
             self.drain_s = 0
         super().handle_exit(sig, frame)
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 3 == 0:  # uvicorn ticks every 0.1 s
+            for connection in list(self.server_state.connections):
+                connection.check(asyncio.get_running_loop().time())  # type: ignore[union-attr]
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.drain()
+        self.server.drain()
         signalled = time.monotonic()
         while not self.force_exit and (waited := time.monotonic() - signalled) < DRAIN_S:
             if waited >= self.drain_s and not self.server_state.tasks:
@@ -182,37 +149,57 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def make_process(app: Starlette, server: StudentServer, began: Callable[[], None]) -> Process:
+    protocol: Any = functools.partial(Connection, server, memoryview(bytearray(LARGE_READ)))
+    config = uvicorn.Config(
+        app, loop="asyncio", http=protocol, ws="none", log_level="error", access_log=False, backlog=ACCEPTED_AT_ONCE,
+        timeout_keep_alive=int(server.limits.idle_s), timeout_graceful_shutdown=3,
+    )  # fmt: skip
+    return Process(config, server, began)
+
+
+def serve(process: Process, listener: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C, and answer the requests that have begun."""
+    sys.setswitchinterval(5e-4)  # so that the runtime's thread gets the interpreter soon after its batch
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, and then raises the signal again
+    try:
+        asyncio.run(process.serve([listener]))
+    finally:
+        for child in multiprocessing.active_children():  # decoders, whose last photograph has no client any more
+            child.kill()
+
+
 def bounded_by_files(connections: int) -> int:
-    """So many connections, or what this process may have open; raises its soft limit, and says where that is less."""
+    """Return this number of connections, or the number that RLIMIT_NOFILE allows. Raises the soft limit."""
     try:
         import resource
     except ImportError:  # Windows
         return connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + RESERVED_FILES
-    if soft < wanted and soft != resource.RLIM_INFINITY:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        if soft < wanted:
-            allowed = max(soft - RESERVED_FILES, 1)
-            log.warning("%d connections, not %d: ulimit -n is %d", allowed, connections, soft)
-            return allowed
-    return connections
+    needed = connections + RESERVED_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return connections
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    allowed = max(soft - RESERVED_FILES, 1)
+    if allowed < connections:
+        log.warning("%d connections, not %d: ulimit -n is %d", allowed, connections, soft)
+    return min(allowed, connections)
 
 
 def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-        # asyncio sets it where a socket names its protocol; without it the client's delayed ACK costs an answer 40 ms
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listener
     except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error}; --port names another") from error
+        raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port") from error
+    # asyncio sets it only for sockets that name their protocol; without it a delayed ACK costs an answer 40 ms
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def listen_unix(path: Path) -> socket.socket:
-    """A unix socket; one that a dead server left behind is replaced."""
+    """Listen on a unix socket. Replace one that a server left behind, and nothing else."""
     listener = socket.socket(socket.AF_UNIX)
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
@@ -224,5 +211,5 @@ def listen_unix(path: Path) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise UserError(f"cannot listen on {path}: {error}; --unix-socket names another") from error
+        raise UserError(f"cannot listen on {path}: {error}; choose another --unix-socket") from error
     return listener

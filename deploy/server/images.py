@@ -1,7 +1,11 @@
-"""What is posted to /predict: an image file as it is, or as the one file of a form; its cost before its pixels."""
+"""Decode posted photographs in processes of their own, within limits of pixels, time and memory.
+
+A file of a few bytes may make a reader of images work for minutes, and hold the interpreter meanwhile.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import multiprocessing
@@ -9,11 +13,15 @@ import os
 import signal
 import threading
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from deploy.config import Metadata
 from deploy.preprocess import (
     MAX_PIXELS,
     ImageTooLarge,
@@ -24,107 +32,175 @@ from deploy.preprocess import (
     prepare,
     resized_size,
 )
-from deploy.server.protocol import PIECE, RequestError, bad, show
+from deploy.server.protocol import RequestError, bad, show
 
-ACCEPTED = {"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"}
-FIELDS = 100  # of a form, beside its file
-SCANS = 20  # of a progressive JPEG of MAX_PIXELS: each is a pass over the whole image; cameras and editors make 10
-
-
-def silence_readers() -> None:
-    """What Pillow and python-multipart warn of is a client's, once a request; the answer says what matters."""
-    warnings.simplefilter("ignore")  # each new text would be kept, too
-    for name in ("PIL", "python_multipart"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+FOREIGN = {b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cjxl ": "JPEG XL", b"<!doctype html": "HTML", b"<html": "HTML",
+           b"%pdf-": "PDF", b"{": "JSON", b"[": "JSON", b"pk": "a zip archive"}  # fmt: skip
+DECODE_S = 10.0  # CPU time of one photograph
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+BASE64 = (b"data:", b"/9j/", b"iVBORw0KGgo", b"R0lGOD", b"UklGR", b"AAAA")  # JPEG, PNG, GIF, WebP, AVIF
+MEMORY = 2**30  # bytes that a process may allocate
+LARGE_IMAGE = MAX_PIXELS // 16  # pixels: larger photographs are decoded one at a time, because of their memory
+SCANS = 20  # in a progressive JPEG of MAX_PIXELS: each passes over the whole image; cameras and editors write 10
 
 
-def file_in(body: bytes, content_type: str) -> bytes:
-    """The one file of a form. Raises RequestError 400 for what is none, 415 where python-multipart is not installed."""
-    try:
-        from python_multipart import FormParser
-        from python_multipart.exceptions import FormParserError
-        from python_multipart.multipart import parse_options_header
-    except ImportError as error:
-        raise RequestError(
-            415, "forms are not read here (pip install python-multipart); send the file as it is"
-        ) from error
-    kind, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if kind != b"multipart/form-data" or not boundary:
-        raise bad(f"Content-Type is {show(content_type)}; expected multipart/form-data with a boundary")
-    files: list[Any] = []
-    fields: list[Any] = []
+class Decoders:
+    """Processes that decode photographs. The first photograph starts the first one.
 
-    def add(kept: list[Any], most: int, part: Any) -> None:
-        kept.append(part)
-        if len(kept) > most:
-            raise bad("the form has more than one file; send one image at a time")
+    Args:
+        count: the largest number of processes
+        accepted: Pillow's names of the formats
+        most_pixels: decode() returns the number of pixels of a photograph that has more
+    """
 
-    try:
-        parser = FormParser(
-            "multipart/form-data", lambda field: add(fields, FIELDS, field), lambda file: add(files, 1, file),
-            boundary=boundary, config={"MAX_MEMORY_FILE_SIZE": len(body) + 1},
-        )  # fmt: skip
-        for start in range(0, len(body), PIECE):
-            parser.write(body[start : start + PIECE])
-        parser.finalize()
-    except (FormParserError, UnicodeError) as error:
-        raise bad(f"not a form that can be read: {show(str(error))}") from error
-    if not files:
-        raise bad("the form has no file: curl -F image=@photo.jpg")
-    return files[0].file_object.getvalue()
+    def __init__(self, count: int, accepted: tuple[str, ...], most_pixels: int) -> None:
+        self.count, self.accepted, self.most_pixels = count, accepted, most_pixels
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.processes = ProcessPoolExecutor(self.count, context, prepare_process)
+
+    async def decode(self, body: bytes, content_type: str, metadata: Metadata) -> np.ndarray | int:
+        processes = self.processes
+        try:
+            future = processes.submit(decode_in_time, body, content_type, metadata, self.accepted, self.most_pixels)
+            return await asyncio.wrap_future(future)
+        except BrokenProcessPool as error:
+            if processes is self.processes:  # the first request that notices it
+                self.start()
+            raise RequestError(
+                503, "a process that decodes photographs has ended: send the photograph again"
+            ) from error
+
+    def close(self) -> None:
+        self.processes.shutdown(wait=False, cancel_futures=True)
 
 
-def open_photograph(body: bytes, config: dict[str, Any]) -> tuple[Image.Image, int]:
-    """An image that is not decoded yet, and how many pixels it asks for; RequestError 400 or 413."""
-    try:
-        image = open_image(body, accepted=tuple(ACCEPTED.intersection(formats())))
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
-            raise ImageTooLarge(f"{image.width}x{image.height} pixels")
-        scans = body.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
-        if pixels * scans > SCANS * MAX_PIXELS:
-            raise ImageTooLarge(f"{image.width}x{image.height} pixels in {scans} scans")
-        size = resized_size(image.size, config)  # upright or not; to read EXIF may be to decode
-        if math.prod(size) > MAX_PIXELS:
-            raise ImageTooLarge(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
-        if image.format in ("JPEG", "MPO"):
-            pixels //= jpeg_scale(image.size, size) ** 2
-        return image, max(pixels, math.prod(size))
-    except UnreadableImage as error:
-        raise unreadable(error) from error
-
-
-def decode(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
-    """uint8 (1, H, W, 3), prepared as in training; RequestError 400 or 413."""
-    try:
-        return prepare(image, config)[None]
-    except UnreadableImage as error:
-        raise unreadable(error) from error
-    finally:
-        image.close()  # its pixels, before the next one's
-
-
-def decode_apart(body: bytes, config: dict[str, Any]) -> np.ndarray:
-    """The same, for a process of its own: of 64 million pixels of WebP Pillow holds the interpreter half a second."""
-    return decode(open_photograph(body, config)[0], config)
+# ---- in such a process --------------------------------------------------------------------------------------------
 
 
 def prepare_process() -> None:
-    """What such a process does first: it ends with the server, whatever ends that, and not before."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's
-    silence_readers()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a signal to the process group is for the server
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGPROF, stop_decoding)
+    threading.Thread(target=end_with_server, daemon=True).start()
+    # the readers warn about one request, and its response has the error
+    warnings.simplefilter("ignore")
+    for name in ("PIL", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    formats()  # imports Pillow's readers
+    try:
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    except (ImportError, OSError, ValueError):  # not Linux
+        pass
+
+
+def end_with_server() -> None:
     server = multiprocessing.parent_process()
     assert server is not None
-
-    def end_with_it() -> None:
-        server.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_it, daemon=True).start()
+    server.join()
+    os._exit(1)
 
 
-def unreadable(error: Exception) -> RequestError:
-    if isinstance(error, ImageTooLarge):
-        return RequestError(413, f"the image is too large: {error}; {MAX_PIXELS} pixels are the limit")
-    return bad(f"not an image that can be read ({error}); send the file as it is: curl --data-binary @photo.jpg")
+def stop_decoding(number: int, frame: Any) -> None:
+    raise TimeoutError(f"decoding takes more than {DECODE_S:.0f} s of CPU")
+
+
+def decode_in_time(*photograph: Any) -> np.ndarray | int:
+    if not hasattr(signal, "setitimer"):  # Windows
+        return decode(*photograph)
+    signal.setitimer(signal.ITIMER_PROF, DECODE_S)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 2 * DECODE_S)  # ends the process if a reader does not return to Python
+    try:
+        return decode(*photograph)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def decode(
+    body: bytes, content_type: str, metadata: Metadata, accepted: tuple[str, ...], most_pixels: int
+) -> np.ndarray | int:
+    """Return uint8 (1, H, W, 3), prepared as in training, or the number of pixels if it exceeds most_pixels.
+
+    Raises:
+        RequestError: 400 or 413; 415 for a form where python-multipart is not installed
+    """
+    if content_type.lstrip()[:10].lower() == "multipart/":
+        body = file_in(body, content_type)
+    try:
+        with open_image(body, tuple(set(accepted).intersection(formats()))) as image:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise ImageTooLarge(f"{image.width}x{image.height} pixels")
+            scans = body.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+            if pixels * scans > SCANS * MAX_PIXELS:
+                raise ImageTooLarge(f"{image.width}x{image.height} pixels in {scans} scans")
+            size = resized_size(image.size, metadata)  # upright or not: reading EXIF may decode the image
+            if math.prod(size) > MAX_PIXELS:
+                raise ImageTooLarge(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
+            if image.format in ("JPEG", "MPO"):
+                pixels //= jpeg_scale(image.size, size) ** 2
+            if (cost := max(pixels, math.prod(size))) > most_pixels:
+                return cost
+            return prepare(image, metadata)[None]
+    except ImageTooLarge as error:
+        raise RequestError(413, f"the image is too large: {error}; the limit is {MAX_PIXELS} pixels") from error
+    except UnreadableImage as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise bad(f"{name_format(body)}; expected {', '.join(accepted)}") from error
+        raise bad(f"the image cannot be read: {error}") from error
+
+
+def name_format(body: bytes) -> str:
+    """Return a sentence about a file that is not accepted: its format, and how to convert it."""
+    start, brand = body[:1000].lstrip().lower(), body[8:12] if body[4:8] == b"ftyp" else b""
+    if not body:
+        return "the body is empty: no file was sent"
+    if brand in HEIC:
+        return (
+            "the photograph is HEIC, which this server does not read: convert it to JPEG (heif-convert a.heic a.jpg), "
+            "or set the iPhone's Camera, Formats to Most Compatible"
+        )
+    if body.startswith(BASE64):
+        return "the body is base64 text: send the bytes of the file"
+    if brand:
+        return "the file is a video, or AVIF for a Pillow without it"
+    if b"<svg" in start:
+        return "the file is SVG"
+    for magic, name in FOREIGN.items():
+        if start.startswith(magic):
+            return f"the file is {name}"
+    for name in formats():
+        accepts = Image.OPEN[name][1]
+        if accepts and accepts(body[:16]):
+            return f"the file is {name}, which this server reads only with --formats"
+    return "the file is not an image of a known format"
+
+
+def file_in(body: bytes, content_type: str) -> bytes:
+    """Return the one file of a form."""
+    try:
+        from python_multipart.exceptions import FormParserError
+        from python_multipart.multipart import create_form_parser
+    except ImportError as error:
+        message = "this server does not read forms (pip install python-multipart): send the file as the body"
+        raise RequestError(415, message) from error
+    files: list[Any] = []
+    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
+    try:
+        parser = create_form_parser({"Content-Type": content_type.encode()}, None, files.append, in_memory)
+        parser.write(body)
+        parser.finalize()
+    except (FormParserError, UnicodeError) as error:
+        reason = show(str(error))
+        raise bad(f"the form cannot be read: {reason}; expected multipart/form-data with a boundary") from error
+    if len(files) != 1:
+        raise bad(f"the form has {len(files)} files; send one image")
+    return files[0].file_object.getvalue()

@@ -1,103 +1,146 @@
-"""The Open Inference Protocol (V2): requests and answers as pure functions of bytes, which know no server.
+"""Parse requests of the Open Inference Protocol (V2) and write the responses: functions of bytes, without a server.
 
-https://github.com/kserve/open-inference-protocol, with the binary tensors, the raw binary requests, the classification
-and the compression of Triton's extensions.
-
-No request is taken at its word: the numbers of a JSON tensor are counted before they are read, what else there is of
-JSON may have JSON_LIMIT bytes, and what an error message repeats is cut. Long work goes piece by piece, so that another
-thread gets the interpreter in between.
+https://github.com/kserve/open-inference-protocol, with Triton's extensions: binary tensors, raw binary requests,
+classification and compressed requests. Sizes are checked before the bytes are read. An error message repeats at most
+100 characters of a request.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import itertools
 import json
 import math
 import re
-import secrets
 import zlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from deploy.runtimes import INPUT_NAME, OUTPUT_NAME
 
-VERSION = "1"  # of the model, as the protocol wants one
-JSON_LIMIT = 2**16  # bytes of a request's JSON beside the numbers of its tensor
-PIECE = 2**16  # bytes of numbers that are read, or numbers that are written, without a pause: about a millisecond
-GZIP_MEMBERS = 1000  # of one body
-DATA = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
-ELSEWHERE = secrets.token_hex(16)  # stands in the JSON for numbers that were cut out of it
+VERSION = "1"  # the protocol requires a version of the model
+JSON_LIMIT = 2**20  # bytes of a request's JSON: json.loads holds the interpreter until it ends
+LISTS = 2**17  # and objects in it: an image of 224 px that is nested has 50,401 lists
+GZIP_MEMBERS = 1000  # in one body: an empty member, too, costs some microseconds
+Shape = tuple[int, ...]
 
 
+@dataclass(eq=False)
 class RequestError(Exception):
-    """What is wrong with a request, and the HTTP status that says so."""
+    """An error in a request: the HTTP status and the message of its response."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status, self.message = status, message
-
-    def __reduce__(self) -> Any:  # from one process to another
-        return type(self), (self.status, self.message)
+    status: int
+    message: str
 
 
 def bad(message: str) -> RequestError:
     return RequestError(400, message)
 
 
-class InferRequest(NamedTuple):
-    """An inference request that was found to be whole."""
+@dataclass(frozen=True)
+class InferRequest:
+    """A valid inference request."""
 
     id: str | None
-    images: np.ndarray
-    binary: bool  # the answer as a binary tensor
-    classes: int  # 0: the logits; else that many "logit:index:label"
+    images: np.ndarray  # uint8 (N, H, W, 3)
+    binary: bool  # respond with a binary tensor
+    classes: int  # 0: respond with logits; else with this number of "logit:index:label"
 
 
 def show(value: Any) -> str:
-    """What a request said, as an error message repeats it: short, and in characters that can be written."""
+    """Return a value of a request for an error message: at most 100 ASCII characters."""
     text = ascii(value[:100] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def whole_number(text: str) -> int | None:
-    """Of a header or a query; None where it is none. A number of thousands of digits is no number here."""
+    """Parse a non-negative integer of at most 18 digits, else return None."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
-def parse_infer(body: bytes, header_length: str | None, shape: tuple[int, int, int], max_batch: int) -> InferRequest:
-    """A V2 request: its JSON part, and binary tensors after it; or one image's bytes and nothing else, where the
-    header's length is 0. Raises RequestError 400 for what is wrong, and costs time in proportion to the body's size.
+# ---- requests -----------------------------------------------------------------------------------------------------
+
+
+def parse_infer(body: bytes, header_length: str | None, shape: Shape, max_batch: int) -> InferRequest:
+    """Parse the body of an inference request.
+
+    Args:
+        body: JSON, and after it the binary tensor if the request has one; one image alone if header_length is "0"
+        header_length: the header Inference-Header-Content-Length, which gives the number of bytes of the JSON
+        shape: (H, W, 3) of an image
+        max_batch: the largest number of images in a request
+
+    Raises:
+        RequestError: the request is not valid
     """
     split = len(body) if header_length is None else whole_number(header_length)
     if split is None or split > len(body):
-        raise bad(f"Inference-Header-Content-Length is {show(header_length)}, the body has {len(body)} bytes")
-    if split == 0 and header_length is not None:
-        count = math.prod(shape)
-        if len(body) != count:
-            raise bad(f"a raw request holds one image, {count} bytes; {len(body)} came")
-        return InferRequest(None, np.frombuffer(body, np.uint8).reshape(1, *shape), True, 0)
-    expected = (
-        f"one input {INPUT_NAME!r}, UINT8, shape [N, {shape[0]}, {shape[1]}, {shape[2]}], N from 1 to {max_batch}"
-    )
-    text, numbers = cut_numbers(body[:split])
-    if len(text) > JSON_LIMIT:
-        raise bad(
-            f"not a request of the Open Inference Protocol: {len(text)} bytes of JSON beside the numbers of a tensor; "
-            f"{JSON_LIMIT} may be"
-        )
+        raise bad(f"Inference-Header-Content-Length is {show(header_length)}, but the body has {len(body)} bytes")
+    if header_length is not None and split == 0:
+        return InferRequest(None, read_binary(body, (1, *shape), "a raw request holds one image"), True, 0)
+    request = read_json(body[:split])
     try:
-        request = json.loads(text)
         (tensor,) = request["inputs"]
-        name, datatype, given = tensor["name"], tensor["datatype"], tensor["shape"]
-        wanted = [(output["name"], parameters_of(output)) for output in request.get("outputs") or []]
-        options, details = parameters_of(request), parameters_of(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise bad(
-            f"not a request of the Open Inference Protocol ({type(error).__name__}: {show(str(error))}): expected JSON "
-            "with one input"
-        ) from error
+        outputs = [(output["name"], parameters_of(output)) for output in request.get("outputs") or []]
+        options, details, given = parameters_of(request), parameters_of(tensor), read_shape(tensor, shape, max_batch)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise not_a_request(error) from error
+    if any(name != OUTPUT_NAME for name, _ in outputs):
+        raise bad(f"unknown output {show([name for name, _ in outputs])}; expected {OUTPUT_NAME!r}")
+    for parameters in (details, *(parameters for _, parameters in outputs)):
+        if any(key.startswith("shared_memory") for key in parameters):
+            raise bad("shared memory is not supported: send and receive tensors in the body")
+    output = outputs[0][1] if outputs else {}  # a second output of the same name is ignored, as in Triton
+    binary = parameter(output, "binary_data", bool, parameter(options, "binary_data_output", bool, False))
+    classes = parameter(output, "classification", int, 0)
+    if classes < 0:
+        raise bad(f"classification is {show(classes)}; expected a number of classes")
+    if not isinstance(request.get("id"), (str, type(None))):
+        raise bad("id must be a string")
+    if (size := details.get("binary_data_size")) is None:
+        if split != len(body):
+            raise bad(f"{len(body) - split} bytes follow the JSON, but {INPUT_NAME!r} has no binary_data_size")
+        images = read_numbers(tensor.get("data"), given)
+    elif type(size) is not int or size != math.prod(given):
+        found = show(size).strip("'") + " as text" * isinstance(size, str)
+        raise bad(f"shape {list(given)} needs {math.prod(given)} bytes; binary_data_size is {found}")
+    else:
+        images = read_binary(body[split:], given, f"shape {list(given)}")
+    return InferRequest(request.get("id"), images, binary, classes)
+
+
+def read_json(text: bytes) -> Any:
+    if len(text) > JSON_LIMIT:
+        raise RequestError(
+            413,
+            f"the JSON has {len(text)} bytes; at most {JSON_LIMIT} are read. Send a larger tensor as binary data: "
+            "binary_data_size in its parameters, and the bytes after the JSON",
+        )
+    if text.count(b"[") + text.count(b"{") > LISTS:
+        raise RequestError(413, f"the JSON has more than {LISTS} lists and objects")
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise not_a_request(error) from error
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not valid JSON")
+
+
+def not_a_request(error: Exception) -> RequestError:
+    reason = f"{type(error).__name__}: {show(str(error))}"
+    return bad(f"not a request of the Open Inference Protocol ({reason}); expected JSON with one input")
+
+
+def read_shape(tensor: dict[str, Any], shape: Shape, max_batch: int) -> Shape:
+    """Return (N, H, W, 3) after all checks of an input's name, type and shape."""
+    name, datatype, given = tensor["name"], tensor["datatype"], tensor["shape"]
+    height, width, channels = shape
+    expected = f"one input {INPUT_NAME!r}, UINT8, shape [N, {height}, {width}, {channels}], N from 1 to {max_batch}"
     if name != INPUT_NAME:
         raise bad(f"unknown input {show(name)}; expected {expected}")
     if datatype != "UINT8":
@@ -105,36 +148,12 @@ def parse_infer(body: bytes, header_length: str | None, shape: tuple[int, int, i
     if not (isinstance(given, list) and all(type(side) is int for side in given) and given[1:] == list(shape)):
         raise bad(f"input {name!r} has shape {show(given)}; expected {expected}")
     if not 1 <= given[0] <= max_batch:
-        raise bad(f"{show(given[0])} images in a request; expected {expected}")
-    if any(output != OUTPUT_NAME for output, _ in wanted):
-        raise bad(f"unknown output {show([output for output, _ in wanted])}; expected {OUTPUT_NAME!r}")
-    output = wanted[0][1] if wanted else {}  # asked for again, it is not sent again, as in Triton
-    for parameters in (details, *(parameters for _, parameters in wanted)):
-        if any(key.startswith("shared_memory") for key in parameters):
-            raise bad("shared memory is not served: send and receive tensors in the body")
-    binary = parameter(output, "binary_data", bool, parameter(options, "binary_data_output", bool, False))
-    classes = parameter(output, "classification", int, 0)
-    if classes < 0:
-        raise bad(f"classification is {show(classes)}; expected how many classes")
-    if request.get("id") is not None and not isinstance(request["id"], str):
-        raise bad("id must be a string")
-    count, size = math.prod(given), details.get("binary_data_size")
-    if size is None:
-        if split != len(body):
-            raise bad(f"{len(body) - split} bytes after the JSON, but input {name!r} has no binary_data_size")
-        if numbers is None or tensor.get("data") != ELSEWHERE:
-            raise bad(f"input {name!r} is no UINT8 tensor: its data must be {count} numbers")
-        images = from_json(numbers, given)
-    else:
-        if type(size) is not int or size != count or len(body) - split != count:
-            said = show(size).strip("'") + " as text" * isinstance(size, str)
-            raise bad(f"shape {given} needs {count} bytes; binary_data_size is {said}, {len(body) - split} came")
-        images = np.frombuffer(body, np.uint8, count, split).reshape(given)
-    return InferRequest(request.get("id"), images, binary, classes)
+        raise bad(f"the request has {show(given[0])} images; expected {expected}")
+    return tuple(given)
 
 
 def parameters_of(part: Any) -> dict[str, Any]:
-    """The parameters of a request, an input or an output: strings, numbers and booleans by name."""
+    """Return the parameters of a request, an input or an output: strings, numbers and booleans by name."""
     parameters = part.get("parameters")
     parameters = {} if parameters is None else parameters
     for key, value in parameters.items():
@@ -144,160 +163,90 @@ def parameters_of(part: Any) -> dict[str, Any]:
 
 
 def parameter(parameters: dict[str, Any], name: str, kind: type, default: Any) -> Any:
-    """One of them, which must be of the kind that the protocol says."""
     value = parameters.get(name, default)
     if value is not default and type(value) is not kind:
-        raise bad(f"{name} is {show(value)}; expected {'true or false' if kind is bool else 'a whole number'}")
+        raise bad(f"{name} is {show(value)}; expected {'true or false' if kind is bool else 'an integer'}")
     return value
 
 
-def cut_numbers(text: bytes) -> tuple[bytes, bytes | None]:
-    """A request's JSON without the numbers of its tensor, and these: "[1, 2]" or "[[1], [2]]"."""
-    found = DATA.search(text, 0, JSON_LIMIT)  # the rest of the JSON is no longer than that
-    if not found:
-        return text, None
-    start = found.end()
-    ends = [end for end in (text.find(b'"', start), text.find(b"}", start)) if end >= 0]
-    end = text.rfind(b"]", start, min(ends, default=len(text))) + 1
-    if not end:
-        return text, None
-    return text[:start] + b'"' + ELSEWHERE.encode() + b'"' + text[end:], text[start:end]
+def read_binary(raw: bytes, shape: Shape, name: str) -> np.ndarray:
+    if len(raw) != math.prod(shape):
+        raise bad(f"{name} needs {math.prod(shape)} bytes; got {len(raw)}")
+    return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
-def from_json(text: bytes, shape: list[int]) -> np.ndarray:
-    """The numbers of a JSON tensor -> uint8 of that shape. They may be flat, or nested."""
-    count = math.prod(shape)
-    try:
-        brackets = b"".join(
-            text[i : i + 2**20].translate(None, b"0123456789+-.eE \t\r\n") for i in range(0, len(text), 2**20)
-        )
-        if all(brackets != nested for nested in nestings(shape)):
-            raise ValueError(f"{brackets.count(b',') + 1} values, not nested as the shape says")
-        values = np.empty(count, np.uint8)
-        first = 0
-        for piece in pieces(text):
-            if len(piece) > 2 * PIECE:
-                raise ValueError(f"a number of {len(piece)} characters")
-            flat = piece.translate(bytes.maketrans(b"[]", b"  "))
-            numbers = np.asarray(json.loads(b"[" + flat + b"]"), dtype=np.float64)
-            if not ((numbers >= 0) & (numbers <= 255) & (numbers == np.floor(numbers))).all():
-                raise ValueError("not whole numbers from 0 to 255")
-            values[first : first + len(numbers)] = numbers
-            first += len(numbers)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise bad(
-            f"the data of input {INPUT_NAME!r} is no UINT8 tensor of shape {shape}: {show(str(error))}"
-        ) from error
-    return values.reshape(shape)
-
-
-def nestings(shape: list[int]) -> Iterator[bytes]:
-    """The brackets and commas of a JSON tensor: flat, or nested as the shape says, some neighbouring sides as one."""
-    for apart in itertools.product((False, True), repeat=len(shape) - 1):
-        sides = shape[:1]
-        for side, is_apart in zip(shape[1:], apart):
-            sides = [*sides, side] if is_apart else [*sides[:-1], sides[-1] * side]
-        text = b"[" + b"," * (sides[-1] - 1) + b"]"
-        for side in reversed(sides[:-1]):
-            text = b"[" + b",".join([text] * side) + b"]"
-        yield text
-
-
-def pieces(text: bytes) -> Iterator[bytes]:
-    """Numbers between commas, in parts of at least PIECE bytes."""
-    start = 0
-    while (end := text.find(b",", start + PIECE)) >= 0:
-        yield text[start:end]
-        start = end + 1
-    yield text[start:]
-
-
-def write_infer(
-    request: InferRequest, logits: np.ndarray, name: str, labels: list[str]
-) -> tuple[bytes, dict[str, str]]:
-    """The body and the headers of an answer."""
-    output: dict[str, Any] = {"name": OUTPUT_NAME, "datatype": "FP32", "shape": list(logits.shape)}
-    values: list[str] = []
-    if request.classes:  # the classification extension
-        order = np.argsort(-logits, axis=1, kind="stable")[:, : request.classes]
-        values = [f"{row[i]:f}:{i}:{labels[i]}" for row, best in zip(logits, order) for i in best]
-        output |= {"datatype": "BYTES", "shape": list(order.shape)}
-        encoded = [value.encode() for value in values]
-        raw = b"".join(len(value).to_bytes(4, "little") + value for value in encoded)
-    else:
-        raw = np.ascontiguousarray(logits, dtype="<f4").tobytes()
-    answer: dict[str, Any] = {"model_name": name, "model_version": VERSION}
-    if request.id is not None:
-        answer["id"] = request.id
-    answer["outputs"] = [output]
-    if request.binary:
-        output["parameters"] = {"binary_data_size": len(raw)}
-        header = json.dumps(answer).encode()
-        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(header))}
-        return header + raw, headers
-    text = json.dumps(answer).removesuffix("}]}")
-    data = ",".join(map(json.dumps, values) if request.classes else json_numbers(logits))
-    return f'{text}, "data": [{data}]}}]}}'.encode(), {"Content-Type": "application/json"}
-
-
-def json_numbers(values: np.ndarray) -> Iterator[str]:
-    """In parts; null for what is not finite."""
-    flat = values.ravel()
-    for first in range(0, len(flat), PIECE // 16):
-        yield ",".join(repr(x) if math.isfinite(x) else "null" for x in flat[first : first + PIECE // 16].tolist())
+def read_numbers(data: Any, shape: Shape) -> np.ndarray:
+    """Return the numbers of a JSON tensor, flat or nested as its shape, as uint8 of that shape."""
+    flat = isinstance(data, list) and len(data) == math.prod(shape)
+    values = [data]
+    for side in (math.prod(shape),) if flat else shape:
+        # a generator, not numpy: other threads get the interpreter in between
+        if not all(type(row) is list and len(row) == side for row in values):
+            raise bad(
+                f"the data of input {INPUT_NAME!r} must be a list of {math.prod(shape)} numbers, flat or nested as its "
+                f"shape {list(shape)}"
+            )
+        values = list(itertools.chain.from_iterable(values))
+    for value in values:
+        if type(value) not in (int, float) or not 0 <= value <= 255 or value != int(value):
+            found = show(value) if type(value) in (int, float, str) else json.dumps(value)[:20]
+            raise bad(f"the data of input {INPUT_NAME!r} has {found}; expected integers from 0 to 255")
+    return np.array(values, np.uint8).reshape(shape)
 
 
 def unpack(body: bytes, encoding: str, limit: int) -> bytes:
-    """A body in its Content-Encoding, unpacked to at most limit bytes; RequestError 413 where it is larger."""
-    if encoding in ("", "identity"):
-        return body
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise RequestError(415, f"Content-Encoding {show(encoding)}; expected gzip, deflate or none")
-    unpacked: list[bytes] = []
-    position = size = members = 0
+    """Return a body without its Content-Encoding. Raise RequestError 413 if it has more than limit bytes then."""
     try:
-        while position < len(body):  # a gzip file is one member, or several, and perhaps zeros
-            if members and not body[position] and body.count(b"\0", position) == len(body) - position:
-                break
-            members += 1
-            if members > GZIP_MEMBERS:
+        if encoding == "deflate":
+            unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # some clients mean gzip
+            unpacked = unpacker.decompress(body, limit + 1)
+            if not unpacker.eof and len(unpacked) <= limit:
+                raise EOFError("the data ends too early")
+        elif encoding in ("gzip", "x-gzip"):
+            if body.count(b"\x1f\x8b\x08") > GZIP_MEMBERS:
                 raise zlib.error(f"more than {GZIP_MEMBERS} members")
-            unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
-            while not unpacker.eof:
-                piece = body[position : position + PIECE]
-                if not piece:
-                    raise zlib.error("it ends too early")
-                unpacked.append(unpacker.decompress(piece, limit + 1 - size))
-                position += len(piece) - len(unpacker.unused_data) - len(unpacker.unconsumed_tail)
-                size += len(unpacked[-1])
-                if size > limit:
-                    raise too_large(limit)
-    except zlib.error as error:
-        raise bad(f"the body is no {encoding}: {error}") from error
-    if not members:
-        raise bad(f"the body is no {encoding}: it is empty")
-    return b"".join(unpacked)
+            unpacked = gzip.GzipFile(fileobj=io.BytesIO(body)).read(limit + 1)
+        else:
+            raise RequestError(415, f"Content-Encoding is {show(encoding)}; expected gzip, deflate or none")
+    except (OSError, EOFError, zlib.error) as error:
+        raise bad(f"the body is not valid {encoding}: {show(str(error))}") from error
+    if len(unpacked) > limit:
+        raise too_large(limit)
+    return unpacked
 
 
 def too_large(limit: int) -> RequestError:
     return RequestError(413, f"the body is larger than {limit} bytes, the limit of this server")
 
 
-def pack(body: bytes, headers: dict[str, str], accepted: str) -> tuple[bytes, dict[str, str]]:
-    """gzip or deflate, where the client takes it (RFC 9110, 12.5.3) and it is worth it."""
-    weights = accepted_codings(accepted)
-    weight, encoding = max((weights.get(name, weights.get("*", 0.0)), name) for name in ("deflate", "gzip"))
-    if weight <= 0 or weight < weights.get("identity", 0.0) or len(body) <= 1024:
-        return body, headers
-    packer = zlib.compressobj(1, wbits=31 if encoding == "gzip" else 15)
-    return packer.compress(body) + packer.flush(), headers | {"Content-Encoding": encoding}
+# ---- responses ----------------------------------------------------------------------------------------------------
 
 
-def accepted_codings(header: str) -> dict[str, float]:
-    """Of an Accept-Encoding header: each coding's weight; what is not a weight counts as 0."""
-    weights = {}
-    for part in header.lower().split(","):
-        coding, _, weight = (field.strip() for field in part.partition(";"))
-        said = re.fullmatch(r"q\s*=\s*([01](?:\.[0-9]{0,3})?)", weight)
-        weights[coding] = float(said[1]) if said else float(not weight)
-    return weights
+def write_infer(
+    request: InferRequest, logits: np.ndarray, name: str, labels: list[str]
+) -> tuple[bytes, dict[str, str]]:
+    """Return the body and the headers of the response to an inference request."""
+    output: dict[str, Any] = {"name": OUTPUT_NAME, "datatype": "FP32", "shape": list(logits.shape)}
+    values: list[str] = []
+    if request.classes:  # the classification extension
+        order = np.argsort(-logits, axis=1, kind="stable")[:, : request.classes]
+        values = [f"{row[i]:f}:{i}:{labels[i]}" for row, best in zip(logits, order) for i in best]
+        output |= {"datatype": "BYTES", "shape": list(order.shape)}
+    response: dict[str, Any] = {"model_name": name, "model_version": VERSION}
+    response |= {} if request.id is None else {"id": request.id}
+    response["outputs"] = [output]
+    if not request.binary:
+        # not json.dumps, which holds the interpreter until all numbers are written; null: not finite
+        numbers = (repr(x) if math.isfinite(x) else "null" for x in logits.ravel().tolist())
+        data = ", ".join(map(json.dumps, values) if request.classes else numbers)
+        text = json.dumps(response).removesuffix("}]}")
+        return f'{text}, "data": [{data}]}}]}}'.encode(), {"Content-Type": "application/json"}
+    if request.classes:
+        encoded = [value.encode() for value in values]
+        raw = b"".join(len(value).to_bytes(4, "little") + value for value in encoded)
+    else:
+        raw = np.ascontiguousarray(logits, dtype="<f4").tobytes()
+    output["parameters"] = {"binary_data_size": len(raw)}
+    header = json.dumps(response).encode()
+    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(header))}
+    return header + raw, headers

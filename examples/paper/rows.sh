@@ -24,10 +24,9 @@ row() { # name flags...
 }
 cnn() { row "$1" --data "$IMAGENET" --recipe imagenet-cnn "${@:2}"; }
 vit() { row "$1" --data "$IMAGENET" --recipe imagenet-vit "${@:2}"; }
-cifar() { row "$1" --data cifar100 --download --recipe cifar "${@:2}"; }
-crd() { # name model flags...: 240 epochs of 64, x 0.1 after 150, 180 and 210; the last epoch counts
-	cifar "$1" --model "examples/paper/cifar_models.py:$2" --no-small-stem \
-		--epochs 240 --batch-size 64 --lr 0.05 --step-epochs 150 180 210 --step-factor 0.1 "${@:3}"
+cifar() { row "$1" --data cifar100 --recipe cifar "${@:2}"; }
+crd() { # name model flags...: the last epoch counts
+	row "$1" --data cifar100 --recipe crd --model "examples/paper/cifar_models.py:$2" "${@:3}"
 }
 
 # NKD on ImageNet
@@ -40,8 +39,7 @@ vit nkd-deit-base --model deit_base_patch16_224 --kd nkd \
 
 # USKD on ImageNet. Three baselines have schedules of their own (ShuffleNetV2's is linear, here a cosine).
 cnn uskd-mobilenet --self-kd uskd --model mobilenetv1_100                               # 69.21 -> 70.38
-cnn uskd-mobilenet-v2 --self-kd uskd --model mobilenet_v2 --epochs 300 --lr 0.045 --weight-decay 4e-5 \
-	--step-epochs $(seq 299) --step-factor 0.98                                         # 71.86 -> 72.41
+row uskd-mobilenet-v2 --data "$IMAGENET" --recipe imagenet-mobilenet --self-kd uskd --model mobilenet_v2 # 71.86 -> 72.41
 cnn uskd-shufflenet-v2 --self-kd uskd --model shufflenet_v2_x1_0 --epochs 300 --batch-size 1024 --lr 0.5 \
 	--weight-decay 4e-5 --schedule cosine --warmup-epochs 4                             # 69.55 -> 70.30
 cnn uskd-resnet18 --self-kd uskd --model resnet18                                       # 69.90 -> 70.79

@@ -49,9 +49,12 @@ class Setting(NamedTuple):
     train: int  # images a class, the first in alphabetical order
     held_out: int  # of the others, the last, added to Tiny-ImageNet's own 50 validation images a class
     common: list[str]
-    teacher: list[str]  # of a training; or with --write-labels, of ImageNet's, asked about these images; or none
+    teacher: list[str]  # flags of the teacher's training; none: no teacher, or ImageNet's
     student: list[str]
-    copies: int = 1  # of each training image: an epoch is then so many of its own
+    copies: int = 1  # of each training image: an epoch has each of them this many times
+    views: int = (
+        0  # of each training image, about which the answers of ImageNet's teacher are stored; 0: no such teacher
+    )
 
 
 class Table(NamedTuple):
@@ -66,8 +69,7 @@ SMALL = [
     "--warmup-epochs", "1", "--cache", "device",
 ]  # fmt: skip
 LITE = [*SMALL[: SMALL.index("--cache")], "--model", f"{MODELS}:resnet8", "--crop", "none"]
-LITE_TEACHER = ["--img-size", "64", "--channels-last", "--views", "2", "--write-labels"]
-LITE_STUDENT = ["--img-size", "32", "--workers", "0", "--channels-last", "--epochs"]
+LITE_STUDENT = ["--img-size", "32", "--workers", "0", "--epochs"]
 LARGE = [
     "--recipe", "cifar", "--img-size", "64", "--batch-size", "256", "--lr", "0.2", "--schedule", "cosine",
     "--warmup-epochs", "1", "--epochs", "8", "--cache", "device",
@@ -90,13 +92,13 @@ SETTINGS = {
     ),
     # few-epochs and few-images from the photographs themselves, with the answers of a teacher that saw them larger
     "lite": Setting(
-        20, 64, train=400, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "8"],
+        20, 64, train=400, held_out=50, common=LITE, teacher=[], student=[*LITE_STUDENT, "8"], views=2,
     ),
     "lite-fits": Setting(
-        20, 64, train=50, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "16"], copies=4,
+        20, 64, train=50, held_out=50, common=LITE, teacher=[], student=[*LITE_STUDENT, "16"], copies=4, views=2,
     ),
     "lite-50": Setting(  # as many images of more classes
-        50, 64, train=160, held_out=0, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "8"],
+        50, 64, train=160, held_out=0, common=LITE, teacher=[], student=[*LITE_STUDENT, "8"], views=2,
     ),
     "lite-own": Setting(  # lite with a teacher that was trained on the same images
         20, 64, train=400, held_out=50, common=LITE,
@@ -134,7 +136,7 @@ def labels(kd: str, *flags: str) -> list[str]:
 
 
 def lite_kd(temperature: float, weight: float) -> list[str]:
-    return labels("kd", "--kd-temperature", f"{temperature:g}", "--kd-weight", f"{weight:g}")
+    return labels("kd", "--temperature", f"{temperature:g}", "--kd-weight", f"{weight:g}")
 
 
 def lite_nkd(gamma: float, temperature: float) -> list[str]:
@@ -195,7 +197,7 @@ TABLES = {
         "lite-50", 5, {**LITE_METHODS, "KD tuned here": lite_kd(1, 3), "NKD tuned here": lite_nkd(0.5, 1)}
     ),
     "lite-own": Table(
-        "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--kd-temperature", "1"], "NKD": NKD}
+        "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--temperature", "1"], "NKD": NKD}
     ),
     **{name: Table(name, 5, SELF_METHODS) for name in ("self-20", "self-50", "self-100", "self-50-fits")},
     "lite-sweep": Table(  # twelve of each, on a seed that is not reported
@@ -281,21 +283,29 @@ def result(output: Path, command: list[str]) -> dict[str, str] | None:
     }
 
 
+def write_labels(folder: Path, images: Path, setting: Setting) -> None:
+    """Store what ImageNet's teacher answers about the images; whole files of labels are kept."""
+    command = [sys.executable, "-m", "kdlite.training.teacher_labels", "--output", folder, "--data", images]
+    command += ["--teacher", f"{TEACHER}:{fetch(TEACHER)}", "--views", setting.views, "--top-k", setting.classes - 1]
+    command += ["--recipe", "cifar", "--model", f"{MODELS}:resnet8", "--img-size", setting.size, "--crop", "none"]
+    subprocess.run(list(map(str, command)), check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
 def run(name: str, flags: list[str]) -> dict[str, str]:
     """train.py, or ablation.py with one of its variants, unless that was done before."""
     variants = [flag.removeprefix("variant=") for flag in flags if flag.startswith("variant=")]
     script = [str(HERE / "ablation.py"), *variants] if variants else [str(ROOT / "train.py")]
     output = RUNS / name.replace(",", "").replace(" ", "-")
     command = [sys.executable, *script, *(flag for flag in flags if not flag.startswith("variant="))]
-    command += ["--output", str(output), "--overwrite"]
+    command += ["--output", str(output)]
     row = result(output, command)
     if row is None:
-        output.mkdir(parents=True, exist_ok=True)
-        with open(output / "log.txt", "w") as log:
-            status = subprocess.run(command, stdout=log, stderr=log).returncode
+        if (output / "args.json").exists():  # of another command, or of a run that was stopped
+            shutil.rmtree(output)
+        done = subprocess.run(command, capture_output=True, text=True)
         row = result(output, command)
-        if status or row is None:
-            raise SystemExit(f"{shlex.join(command)} ended with status {status}: see {output}/log.txt")
+        if done.returncode or row is None:
+            raise SystemExit(f"{shlex.join(command)} ended with status {done.returncode}: {done.stderr[-2000:]}")
     print(f"{name:40} top-1 {float(row['val_top1']):6.2f} %  {row['seconds_per_epoch']} s an epoch", flush=True)
     return row
 
@@ -322,15 +332,13 @@ def main() -> None:
     common = ["--data", str(images), *setting.common]
     more = shlex.split(args.flags)
     rows = {}
-    teacher, labelled = Path(), "--write-labels" in setting.teacher
-    if labelled:
+    teacher = Path()
+    if setting.views:
         teacher = RUNS / table.setting / "labels"
-        k = str(setting.classes - 1)  # all that it says of the others
-        asked = [*setting.teacher, str(teacher), "--top-k", k, "--teacher", f"{TEACHER}:{fetch(TEACHER)}", *more]
-        subprocess.run([sys.executable, str(ROOT / "train.py"), *common, *asked], check=True)  # what is there is kept
+        write_labels(teacher, images, setting)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    if setting.teacher and not labelled:
+    if setting.teacher:
         name = f"{table.setting}/teacher"
         rows["teacher", 0] = run(name, [*common, *setting.teacher, *more])
         teacher = RUNS / name / "student"

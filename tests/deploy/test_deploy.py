@@ -26,9 +26,10 @@ from students import load, model_files, write_student
 import train
 from deploy import benchmark, build, check, export, predict, quantize, triton
 from deploy.cli import UserError
+from deploy.config import FLOAT, read_config
 from deploy.preprocess import open_image, prepare
 from deploy.reference import read_reference
-from deploy.runtimes import FLOAT, products_saturate
+from deploy.runtimes import products_saturate
 from deploy.student import load_student
 from kdlite.training.data import Digits
 from kdlite.training.outputs import save_student
@@ -93,7 +94,7 @@ def test_every_runtime_sees_the_image_that_training_evaluated(trained):
     """The logits of train.py's own model and preprocessing, for each kind of artefact."""
     model, config = load_student(trained, model_files(trained))
     photo = Image.fromarray(load_sample_images().images[0])
-    to_device = train.ToDevice(config["mean"], config["std"], torch.device("cpu"), torch.contiguous_format)
+    to_device = train.ToDevice(config.mean, config.std, torch.device("cpu"), torch.contiguous_format)
     with torch.no_grad():
         expected = model.eval()(to_device(train.eval_view(photo, config)[None])).numpy()
     student = trained / "student"
@@ -153,8 +154,8 @@ def test_export_writes_the_student_alone_in_one_file_each(trained):
     )  # the weak head would add to it; batch norms are folded
     said = {p.key: json.loads(p.value) for p in graph.metadata_props}
     for key in ("label_names", "mean", "std", "input_size", "metrics"):
-        assert said[key] == config[key]
-    assert said["architecture"] == config["architecture"] == "cifar_models.py:resnet8"
+        assert said[key] == getattr(config, key)
+    assert said["architecture"] == config.architecture == "cifar_models.py:resnet8"
     assert said["input"] == "uint8 NHWC"
     (image,) = graph.graph.input
     assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -216,7 +217,7 @@ def test_export_float_nchw_takes_normalised_images(run):
     expected = load(run / "student", device="cpu").run(images)
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
     np.testing.assert_allclose(load(file).run(images), expected, atol=1e-4 * np.abs(expected).max())
-    assert load(file).metadata["input"] == FLOAT
+    assert load(file).metadata.input == FLOAT
 
 
 @pytest.mark.slow
@@ -240,8 +241,8 @@ def deployed(trained, tmp_path_factory):
     run = tmp_path_factory.mktemp("deployed") / "run"
     shutil.copytree(trained, run)
     deploy(export, run, "--precision", "fp16", "--format", "onnx")
-    deploy(quantize, run, "--target", "cpu", "--images", "64")
-    deploy(quantize, run, "--target", "tensorrt", "--images", "64", *["--reduce-range"] * SATURATES)
+    deploy(quantize, run, "--target", "cpu", "--count", "64")
+    deploy(quantize, run, "--target", "tensorrt", "--count", "64", *["--reduce-range"] * SATURATES)
     return run
 
 
@@ -290,7 +291,7 @@ def test_a_file_beside_it_makes_an_onnx_file_from_elsewhere_usable(foreign, run,
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     expected = ((images / 255).mean((1, 2)) - said["mean"]) / said["std"] @ weight
     np.testing.assert_allclose(load(file).run(images), expected, rtol=1e-4, atol=1e-5)
-    flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "--images", "20", "--threads", "1"]
+    flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "--count", "20", "--threads", "1"]
     deploy(benchmark, run, file, *flags)
     assert re.search(r"theirs.onnx +onnxruntime +CPUExecutionProvider +foreign", capsys.readouterr().out)
     deploy(triton, file, "--output", run / "models")
@@ -309,11 +310,11 @@ def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ({"input": "uint8 NHWC"}, "tensor(uint8) of [N, 32, 32, 3]; the graph has [('tensor(float)', ['N', 3, 32, 32])]"),
+    ({"input": "uint8 NHWC"}, "tensor(uint8) of [N, 32, 32, 3]; the graph has [('pixel_values', 'tensor(float)', ["),
     ({"input_size": [3, 64, 64]}, "of [N, 3, 64, 64]; the graph has"),
-    ({"label_names": ["a", "b"]}, "has 2 label_names; the graph answers ['N', 10]"),
+    ({"label_names": ["a", "b"]}, "has 2 label_names; the graph answers scores: ['N', 10]"),
     ({"std": [0, 1, 1]}, "std is [0, 1, 1]; expected a number above 0 per channel"),
-    (None, "a theirs.onnx.json beside it, with mean, std, label_names"),
+    (None, "a theirs.onnx.json next to it, with mean, std, label_names"),
 ])  # fmt: skip
 def test_what_is_said_of_a_file_from_elsewhere_must_fit(foreign, change, said):
     file, _, told = foreign
@@ -343,10 +344,21 @@ def test_labels_with_accents_whatever_the_locale(tmp_path):
     assert (tmp_path / "models/student/labels.txt").read_text(encoding="utf-8").split() == labels
 
 
-@pytest.mark.parametrize("flags", [[], ["--data"]])
-def test_check_prints_what_a_plain_loop_counts(deployed, flags, capsys):
-    """On the 256 images of reference.npz, and on the whole validation set."""
-    run = deployed
+def digit_folders(folder, count):
+    """Digits of the validation set as folder/CLASS/I.png; returns the folder."""
+    digits = Digits(train=False)
+    for i in range(count):
+        (folder / str(digits.targets[i])).mkdir(parents=True, exist_ok=True)
+        digits[i][0].save(folder / str(digits.targets[i]) / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("source", ["reference", "photographs"])
+def test_check_prints_what_a_plain_loop_counts(deployed, source, capsys, tmp_path):
+    """On the 256 images of reference.npz, and on the whole validation set as files."""
+    run, flags = deployed, []
+    if source == "photographs":
+        flags = ["--images", digit_folders(tmp_path / "val", 360)]
     deploy(check, run, "--device", "cpu", *flags)
     rows = {row["artefact"]: row for row in json.loads((run / "student/check.json").read_text())}
     assert {name: row.get("verdict") for name, row in rows.items()} == {
@@ -356,7 +368,7 @@ def test_check_prints_what_a_plain_loop_counts(deployed, flags, capsys):
 
     digits = Digits(train=False)
     picked = range(len(digits)) if flags else np.linspace(0, len(digits) - 1, 256).astype(int)
-    config = json.loads((run / "student/config.json").read_text())
+    config = read_config(run / "student")
     images = np.stack([prepare(digits[i][0], config) for i in picked])
     labels = np.array(digits.targets)[picked]
     expected = load(run / "student", device="cpu").run(images)
@@ -376,13 +388,13 @@ def test_check_prints_what_a_plain_loop_counts(deployed, flags, capsys):
     assert (run / "student/confusion.png").stat().st_size > 1000
     said = capsys.readouterr().out
     assert "1 2 5 64" in said
-    assert "taken for" in said
+    assert "worst confusions" in said
 
 
 def test_the_reference_holds_the_students_own_answers(trained):
     """Prepared validation and training images, labels, and fp32 logits of the saved weights."""
     reference = read_reference(trained / "student", None, "")
-    config = json.loads((trained / "student/config.json").read_text())
+    config = read_config(trained / "student")
     digits = Digits(train=True), Digits(train=False)
     known = [{prepare(part[i][0], config).tobytes(): part[i][1] for i in range(len(part))} for part in digits]
     assert (trained / "reference.npz").stat().st_size < 2.5e6
@@ -403,14 +415,14 @@ def damage_reference(run, how):
     elif how == "of other weights":
         model, config = load_student(run, model_files(run))
         model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
-        save_student(run / "student", model, config)
+        save_student(run / "student", model, config.to_json())
     else:
         arrays = dict(np.load(file))
         np.savez(file, **arrays | {"logits": arrays["logits"][:, :7]})
 
 
 @pytest.mark.parametrize(("how", "said"), [
-    ("gone", "no reference.npz beside"), ("truncated", "reference.npz cannot be read"),
+    ("gone", "no reference.npz next to"), ("truncated", "reference.npz cannot be read"),
     ("of other weights", "is of other weights than"), ("of other classes", "is of another student than"),
 ])  # fmt: skip
 @pytest.mark.parametrize("command", [check, quantize])
@@ -433,7 +445,7 @@ def test_check_fails_a_file_whose_weights_differ(run, capsys, scale, word):
         onnx.numpy_helper.from_array((onnx.numpy_helper.to_array(weight) * scale).astype("f4"), weight.name)
     )
     onnx.save(model, file)
-    deploy(check, run, "student.onnx", "--images", "100", "--device", "cpu", check=1)
+    deploy(check, run, "student.onnx", "--count", "100", "--device", "cpu", check=1)
     out = capsys.readouterr().out
     assert "FAIL" in out
     assert word in out
@@ -443,14 +455,15 @@ def test_check_fails_a_file_of_other_weights(run, capsys):
     save_student(
         run / "student",
         load_student(run, model_files(run))[0].apply(lambda m: None),
-        load_student(run, model_files(run))[1],
+        load_student(run, model_files(run))[1].to_json(),
     )
     deploy(check, run, "student.onnx", "--device", "cpu")  # saved again, the same
     model, config = load_student(run, model_files(run))
     with torch.no_grad():
         next(model.parameters()).mul_(1.5)
-    save_student(run / "student", model, config)
-    deploy(check, run, "student.onnx", "--device", "cpu", "--data", "--images", "8", check=1)
+    save_student(run / "student", model, config.to_json())
+    folder = digit_folders(run / "val", 20)
+    deploy(check, run, "student.onnx", "--device", "cpu", "--images", folder, "--count", "8", check=1)
     assert "made from other weights" in capsys.readouterr().out
 
 
@@ -458,13 +471,9 @@ def test_check_says_where_the_images_should_be(run, tmp_path, capsys):
     student = tmp_path / "alone"
     shutil.copytree(run / "student", student)
     deploy(check, student, check=2)
-    assert "no reference.npz beside" in capsys.readouterr().err
-    deploy(check, student, "student.onnx", "--reference", run / "reference.npz", "--images", "50", "--device", "cpu")
+    assert "no reference.npz next to" in capsys.readouterr().err
+    deploy(check, student, "student.onnx", "--reference", run / "reference.npz", "--count", "50", "--device", "cpu")
     assert "50 validation images" in capsys.readouterr().out
-    deploy(check, student, "--data", check=2)
-    assert "is not there to say where the run's images are: --data DATA does" in capsys.readouterr().err
-    deploy(check, student, "student.onnx", "--images", "50", "--device", "cpu", "--data", "digits")
-    assert "50 validation images of digits" in capsys.readouterr().out
 
 
 # ---- quantize -----------------------------------------------------------------------------------------------------
@@ -485,19 +494,19 @@ def test_quantize_writes_what_each_target_wants(deployed):
     for node in onnx.load(student / "student-int8-tensorrt.onnx").graph.node:
         assert "bias_quantized" not in " ".join(node.input)  # TensorRT takes no quantised bias
     assert (student / "student-int8-cpu.onnx").stat().st_size < 0.6 * (student / "student.onnx").stat().st_size
-    assert load(student / "student-int8-cpu.onnx").metadata["calibration"]["images"] == 64
+    assert load(student / "student-int8-cpu.onnx").metadata.calibration["images"] == 64
 
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_any_number_of_images_calibrates(run, method):
-    deploy(quantize, run, "--target", "cpu", "--images", "17", "--method", method)
+    deploy(quantize, run, "--target", "cpu", "--count", "17", "--method", method)
 
 
 def test_weights_have_7_bits_where_products_of_8_saturate(run, monkeypatch, capsys):
     """By default for this CPU; TensorRT's file keeps its 8 bits."""
     for saturates in (True, False):
         monkeypatch.setattr(quantize, "products_saturate", lambda saturates=saturates: saturates)
-        deploy(quantize, run, "--target", "cpu", "--images", "16")
+        deploy(quantize, run, "--target", "cpu", "--count", "16")
         assert ("this CPU has no VNNI" in capsys.readouterr().out) == saturates
         file = run / "student/student-int8-cpu.onnx"
         tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer]
@@ -531,12 +540,12 @@ def test_an_engine_is_built_without_a_gpu_and_refused_by_those_that_would_run_it
     said = json.loads((run / "student/student.engine.json").read_text())
     assert said["built"]["max_batch"] == 16
     assert said["label_names"] == [str(i) for i in range(10)]
-    deploy(check, run, "student.engine", "--images", "8", check=1)
+    deploy(check, run, "student.engine", "--count", "8", check=1)
     assert "needs a CUDA device" in capsys.readouterr().out
     sidecar = run / "student/student.engine.json"
     sidecar.write_text(json.dumps(said | {"built": said["built"] | {"version": "1.0"}}))
     with pytest.raises(
-        UserError, match=r"built by tensorrt_rtx 1\.0, here is .* python -m deploy\.build .*student\.onnx"
+        UserError, match=r"built by tensorrt_rtx 1\.0, here is .* build it again here, from student\.onnx"
     ):
         load(run / "student/student.engine")
     deploy(triton, run / "student/student.engine", "--output", run / "models", check=2)
@@ -549,8 +558,9 @@ def test_build_names_the_operator_that_is_not_supported(run, capsys):
     model = onnx.load(file)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((2, 2), np.float32), "square"))
     model.graph.node.append(onnx.helper.make_node("Det", ["square"], ["zero"], name="the_determinant"))
-    model.graph.output[0].name = "sum"
-    model.graph.node.append(onnx.helper.make_node("Add", ["logits", "zero"], ["sum"]))
+    (last,) = (node for node in model.graph.node if "logits" in node.output)
+    last.output[0] = "before"
+    model.graph.node.append(onnx.helper.make_node("Add", ["before", "zero"], ["logits"]))
     onnx.save(model, file)
     deploy(build, file, "--library", "tensorrt_rtx", "--report", check=1)
     assert "Det" in capsys.readouterr().out
@@ -640,18 +650,19 @@ def test_a_damaged_or_foreign_file_is_one_line(run, how, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("module", "flags", "said"), [
-    ("export", ["nowhere"], "no student/ folder"),
+    ("export", ["nowhere"], "neither a student/ folder"),
     ("export", ["run", "--format", "coreml"], "invalid choice"),
     ("check", ["run", "nothing.onnx"], "no artefact nothing.onnx"),
-    ("check", ["run", "--images", "0"], "--images must be at least 1"),
-    ("check", ["run", "--workers", "2"], "need --data"),
+    ("check", ["run", "--count", "0"], "--count must be at least 1"),
+    ("check", ["run", "--images", "nowhere"], "--images nowhere cannot be read"),
+    ("check", ["run", "--images", "run", "--reference", "run/reference.npz"], "leave out --reference"),
     ("quantize", ["run"], "--target"),
-    ("quantize", ["run", "--target", "cpu", "--images", "0"], "--images must be at least 1"),
-    ("quantize", ["run", "--target", "cpu", "--images", "999"], "but the reference has 256"),
-    ("quantize", ["run", "--target", "cpu", "--images", "8", "--op-types", "Einsum"], "no Einsum to quantise"),
-    ("check", ["--device", "cpu", "run", "--images", "8", "nothing.onnx"], "no artefact nothing.onnx"),
+    ("quantize", ["run", "--target", "cpu", "--count", "0"], "--count must be at least 1"),
+    ("quantize", ["run", "--target", "cpu", "--count", "999"], "but the reference has 256"),
+    ("quantize", ["run", "--target", "cpu", "--count", "8", "--op-types", "Einsum"], "no Einsum to quantise"),
+    ("check", ["--device", "cpu", "run", "--count", "8", "nothing.onnx"], "no artefact nothing.onnx"),
     *([] if torch.cuda.is_available() else [("benchmark", ["run", "--device", "cuda"], "no CUDA device here")]),
-    ("build", ["run/student/config.json"], "is no .onnx file"),
+    ("build", ["run/student/config.json"], "is not an .onnx file"),
     ("build", ["run/student/student.onnx", "--opt-batch", "9", "--max-batch", "4"], "--opt-batch 9"),
     ("benchmark", ["run", "--batches", "0"], "at least 1"),
     ("triton", ["run/student/student.ts"], "neither .onnx nor .engine"),
@@ -696,7 +707,7 @@ def test_nothing_is_written_where_nothing_may_be(run, capsys):
 def test_benchmark_measures_each_runtime_in_a_process_and_keeps_failed_rows(run, capsys):
     (run / "student/student.engine").write_bytes(b"ftrt" * 100)
     flags = ["--device", "cpu", "--threads", "1", "--seconds", "0.2", "--rounds", "2", "--batches", "1", "4"]
-    deploy(benchmark, run, "student.onnx", "student.ts", "student.engine", *flags, "--images", "100", check=1)
+    deploy(benchmark, run, "student.onnx", "student.ts", "student.engine", *flags, "--count", "100", check=1)
     result = json.loads((run / "student/benchmark.json").read_text())
     rows = result["rows"]
     assert [(row["artefact"], row.get("batch")) for row in rows] == [
@@ -716,7 +727,7 @@ def test_benchmark_measures_each_runtime_in_a_process_and_keeps_failed_rows(run,
 
 
 def test_json_is_all_that_is_printed_and_what_the_file_holds(trained, tmp_path, capsys):
-    flags = ["student.onnx", "--images", "8", "--device", "cpu", "--json", "--output", tmp_path]
+    flags = ["student.onnx", "--count", "8", "--device", "cpu", "--json", "--output", tmp_path]
     deploy(check, trained, *flags)
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "check.json").read_text())
     deploy(benchmark, trained, *flags, "--seconds", "0.1", "--rounds", "1", "--batches", "1")

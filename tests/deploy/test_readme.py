@@ -13,6 +13,8 @@ from students import write_student
 
 import kdlite
 import train
+from deploy.flags import get_parser, read_flags, settle_flags
+from kdlite.training import teacher_labels
 
 COMMANDS = ["export", "quantize", "build", "check", "benchmark", "serve", "triton", "pack", "predict"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,19 +109,24 @@ def test_the_pages_of_the_api_tell_every_public_name(tmp_path):
 def test_every_flag_and_command_on_a_page_exists(page):
     text = (ROOT / page).read_text()
     commands = {name: importlib.import_module(f"deploy.{name}") for name in COMMANDS}
-    parsers = [module.get_parser() for module in (train, *commands.values())]
+    parsers = [get_parser(table, "", "") for table in (train.FLAGS, teacher_labels.FLAGS)]
+    parsers += [module.get_parser() for module in commands.values()]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     theirs = {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and TensorBoard
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
     theirs |= {"--requirements"}  # of student.pyz, which knows two flags
-    theirs |= {"--jobs", "--seeds"}  # of examples/paper/tiny_imagenet.py and examples/finetune.py
+    theirs |= {"--jobs", "--seeds", "--fetch"}  # of examples/paper/tiny_imagenet.py and examples/finetune.py
     theirs |= {"--litserve", "--compare"}  # of examples/benchmark_serve.py and examples/paper/report.py
     theirs |= {"--minutes", "--share", "--triton"}  # of tests/soak.py and tests/compare_triton.py
     theirs |= {"--torchcompile", "--clip-mode"}  # of timm's train.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs
     for name, flags in re.findall(r"^(?:    )?python -m deploy\.(\w+) ([^#\n]*)", text, re.M):
         commands[name].get_parser().parse_args(shlex.split(flags.replace("\\", "")))
+    for flags in re.findall(r"^ *(?:python|torchrun\b.*) train\.py ([^#\n]*)", text, re.M):
+        train.parse_flags(shlex.split(flags.replace("...", "")))
+    for flags in re.findall(r"^ *python -m kdlite\.training\.teacher_labels ([^#\n]*)", text, re.M):
+        settle_flags(teacher_labels.FLAGS, read_flags(teacher_labels.FLAGS, shlex.split(flags)))
 
 
 @pytest.mark.trial

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deploy import tensorrt
-from deploy.runtimes import FLOAT, UINT8
+from deploy.config import FLOAT, UINT8, Metadata
 
 LABELS = ["a", "b", "c", "d", "e"]
 SHAPE = (4, 6, 3)
@@ -58,7 +58,7 @@ class Deserialised:
 
 def make(library, integrated=False, fails="", max_batch=8, layout=UINT8):
     library.fake_reset(int(integrated), ctypes.c_char_p(fails.encode()))
-    metadata = {"input": layout, "input_size": [3, 4, 6], "label_names": LABELS, "mean": [0.0] * 3, "std": [1.0] * 3}
+    metadata = Metadata(LABELS, [3, 4, 6], [0.0] * 3, [1.0] * 3, "bilinear", 1.0, input=layout)
     return tensorrt.Engine(Deserialised(library), tensorrt.Cuda(library), metadata, max_batch)
 
 

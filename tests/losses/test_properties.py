@@ -277,10 +277,10 @@ def check_config(folder, text):
     if refusal:
         assert is_one_line(refusal), repr(refusal)
         return False
-    assert all(map(math.isfinite, config["mean"] + config["std"]))
-    assert min(config["std"]) > 0
-    channels, height, width = config["input_size"]
-    if max(height, width) / config["crop"] <= LARGEST:
+    assert all(map(math.isfinite, config.mean + config.std))
+    assert min(config.std) > 0
+    channels, height, width = config.input_size
+    if max(height, width) / config.crop <= LARGEST:
         assert prepare(Image.new("RGB", (20, 10)), config).shape == (height, width, channels)
     return True
 

@@ -1,37 +1,50 @@
-"""deploy.serve: a real server process, real clients, and every mistake a client can make."""
+"""deploy.serve with Triton's client, requests at the same time, and photographs."""
 
 import asyncio
 import concurrent.futures
-import contextlib
-import dataclasses
-import gzip
 import io
 import json
-import signal
-import socket
 import struct
-import subprocess
-import sys
 import threading
-import time
 
 import numpy as np
 import pytest
-import torch
-import uvicorn
-from PIL import Image
-from serving import INFER, ONE, ROOT, SHAPE, ask, binary, of, server, tensor
+from PIL import Image, features
+from serving import (
+    INFER,
+    NAMES,
+    ONE,
+    SHAPE,
+    ask,
+    binary,
+    error_of,
+    in_process,
+    in_thread,
+    metric,
+    numbers,
+    of,
+    picture,
+    wait_until,
+)
 from sklearn.datasets import load_sample_images
 
 from deploy.preprocess import open_image, prepare
-from deploy.runtimes import load
-from deploy.serve import Limits, make_app
+from deploy.runtimes import RunOn, load, softmax
+from deploy.server.app import Limits
+
+httpclient = pytest.importorskip("tritonclient.http")
 
 
 @pytest.fixture(scope="module")
 def port(artefact):
-    with server(artefact) as (_, port):
+    with in_thread(artefact) as port:
         yield port
+
+
+@pytest.fixture(scope="module")
+def site(artefact):
+    with in_process(artefact) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -39,55 +52,57 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (3, *SHAPE), dtype=np.uint8)
 
 
-# ---- the protocol, by Triton's own client -------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def expected(artefact, images):
+    return load(artefact, RunOn("cpu")).run(images)
 
-httpclient = pytest.importorskip("tritonclient.http")
+
+def triton_input(images, http=httpclient, **options):
+    given = http.InferInput("images", images.shape, "UINT8")
+    given.set_data_from_numpy(images, **options)
+    return [given]
+
+
+# ---- Triton's own client ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
-def test_tritonclient_gets_the_runtimes_logits(port, artefact, images, binary, compression):
+def test_tritonclient_gets_the_logits_of_the_runtime(port, expected, images, binary, compression):
     with httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
-        given = httpclient.InferInput("images", images.shape, "UINT8")
-        given.set_data_from_numpy(images, binary_data=binary)
         answer = client.infer(
-            "student", [given], outputs=[httpclient.InferRequestedOutput("logits", binary_data=binary)],
-            request_id="photo 7", request_compression_algorithm=compression, response_compression_algorithm=compression,
+            "student", triton_input(images, binary_data=binary),
+            outputs=[httpclient.InferRequestedOutput("logits", binary_data=binary)], request_id="photo 7",
+            request_compression_algorithm=compression, response_compression_algorithm=compression,
         )  # fmt: skip
     assert answer.get_response()["id"] == "photo 7"
     assert answer.get_response()["model_name"] == "student"
-    np.testing.assert_allclose(answer.as_numpy("logits"), load(artefact).run(images), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(answer.as_numpy("logits"), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_tritonclient_without_outputs_and_by_version(port, artefact, images):
+def test_tritonclient_without_outputs_by_version_and_asynchronously(port, expected, images):
     with httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
-        given = httpclient.InferInput("images", images.shape, "UINT8")
-        given.set_data_from_numpy(images)
-        answers = [client.infer("student", [given]), client.infer("student", [given], model_version="1")]
-        later = [client.async_infer("student", [given]) for _ in range(5)]
-        answers += [request.get_result() for request in later]
+        given = triton_input(images)
+        answers = [client.infer("student", given), client.infer("student", given, model_version="1")]
+        answers += [request.get_result() for request in [client.async_infer("student", given) for _ in range(5)]]
     for answer in answers:
-        np.testing.assert_allclose(answer.as_numpy("logits"), load(artefact).run(images), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(answer.as_numpy("logits"), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_tritonclient_classification(port, artefact, images, binary):
-    names = ["a cat", "a dog", "<b>café</b>", "d", "e", "f", "g"]
+def test_tritonclient_classification(port, expected, images, binary):
     with httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
-        given = httpclient.InferInput("images", images.shape, "UINT8")
-        given.set_data_from_numpy(images)
         outputs = [httpclient.InferRequestedOutput("logits", binary_data=binary, class_count=3)]
-        answer = client.infer("student", [given], outputs=outputs).as_numpy("logits")
-    logits = load(artefact).run(images)
+        answer = client.infer("student", triton_input(images), outputs=outputs).as_numpy("logits")
     assert answer.shape == (3, 3)
-    for row, best in zip(logits, answer):
-        for index, said in zip(np.argsort(-row)[:3], best):
-            value, i, label = (said.decode() if isinstance(said, bytes) else said).split(":")
-            assert (int(i), label) == (index, names[index])
+    for row, best in zip(expected, answer):
+        for index, text in zip(np.argsort(-row)[:3], best):
+            value, i, label = (text.decode() if isinstance(text, bytes) else text).split(":")
+            assert (int(i), label) == (index, NAMES[index])
             assert float(value) == pytest.approx(row[index], abs=1e-5)
 
 
-def test_tritonclient_asks_about_server_and_model(port):
+def test_tritonclient_reads_what_server_and_model_are(port):
     with httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
         assert client.is_server_live()
         assert client.is_server_ready()
@@ -102,12 +117,10 @@ def test_tritonclient_asks_about_server_and_model(port):
         assert client.get_model_repository_index()[0]["name"] == "student"
 
 
-def test_tritonclient_statistics_count(artefact, images):
-    with server(artefact) as (_, port), httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
-        given = httpclient.InferInput("images", images.shape, "UINT8")
-        given.set_data_from_numpy(images)
+def test_tritonclient_statistics_and_metrics_count(artefact, images):
+    with in_thread(artefact) as port, httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
         for _ in range(4):
-            client.infer("student", [given])
+            client.infer("student", triton_input(images))
         for statistics in (client.get_inference_statistics(), client.get_inference_statistics("student")):
             (model,) = statistics["model_stats"]
             assert model["inference_count"] == 12
@@ -115,187 +128,70 @@ def test_tritonclient_statistics_count(artefact, images):
             assert model["inference_stats"]["success"]["count"] == 4
             assert model["inference_stats"]["success"]["ns"] > model["inference_stats"]["queue"]["ns"] > 0
             assert model["batch_stats"][0]["batch_size"] == 3
-        status, _, text = ask(port, "/metrics")
-        assert status == 200
-        assert 'kdlite_requests_total{endpoint="infer",status="200"} 4.0' in text.decode()
-        assert "kdlite_batch_images_sum 12.0" in text.decode()
+        assert metric(port, 'kdlite_requests_total{endpoint="infer",status="200"}') == 4
+        assert metric(port, "kdlite_batch_images_sum") == 12
+        assert metric(port, 'kdlite_queue_seconds_count{model="student"}') == 4
+        assert metric(port, 'kdlite_compute_seconds_count{model="student"}') == 4
+        assert 0 < metric(port, 'kdlite_compute_seconds_sum{model="student"}') < 5
+        assert metric(port, "process_resident_memory_bytes") > 20e6
 
 
-def test_tritonclient_in_asyncio(port, artefact, images):
+def test_tritonclient_in_asyncio(port, expected, images):
     aio = pytest.importorskip("tritonclient.http.aio")
 
     async def main():
         async with aio.InferenceServerClient(f"127.0.0.1:{port}") as client:
-            given = aio.InferInput("images", images.shape, "UINT8")
-            given.set_data_from_numpy(images)
-            answers = await asyncio.gather(*(client.infer("student", [given]) for _ in range(20)))
+            given = triton_input(images, aio)
+            answers = await asyncio.gather(*(client.infer("student", given) for _ in range(20)))
             return [answer.as_numpy("logits") for answer in answers]
 
     for logits in asyncio.run(main()):
-        np.testing.assert_allclose(logits, load(artefact).run(images), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_json_data_may_be_flat_or_nested(port, artefact, images):
-    expected = load(artefact).run(images[:1])
-    for data in (images[:1].ravel().tolist(), images[:1].tolist()):
-        status, _, body = ask(port, INFER, json.dumps({"inputs": [tensor(data=data)]}).encode())
-        assert status == 200
-        np.testing.assert_allclose(json.loads(body)["outputs"][0]["data"], expected.ravel(), rtol=1e-5, atol=1e-6)
+# ---- requests at the same time ------------------------------------------------------------------------------------
 
 
-# ---- mistakes -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("body", "headers", "said"), [
-    (b"", {}, "not a request"),
-    (b"{", {}, "not a request"),
-    (b"[]", {}, "not a request"),
-    (b"\xff\xfe", {}, "not a request"),
-    (b"[" * 100_000, {}, "not a request"),
-    (b'{"inputs": []}', {}, "not a request"),
-    (b'{"inputs": [7]}', {}, "not a request"),
-    (b'{"inputs": [{"name": "images"}]}', {}, "not a request"),
-    (json.dumps({"inputs": [tensor(data=[1]), tensor(data=[1])]}).encode(), {}, "not a request"),
-    (json.dumps({"inputs": [tensor(name="image", data=[1])]}).encode(), {}, "unknown input 'image'"),
-    (json.dumps({"inputs": [tensor(datatype="FP32", data=[1])]}).encode(), {}, "datatype 'FP32'"),
-    (json.dumps({"inputs": [tensor((1, 3, 16, 16), data=[1])]}).encode(), {}, "shape [1, 3, 16, 16]"),
-    (json.dumps({"inputs": [tensor((0, *SHAPE), data=[])]}).encode(), {}, "0 images"),
-    (json.dumps({"inputs": [tensor((9, *SHAPE), data=[])]}).encode(), {}, "9 images"),
-    (json.dumps({"inputs": [tensor((-1, *SHAPE), data=[])]}).encode(), {}, "-1 images"),
-    (json.dumps({"inputs": [tensor((1.0, *SHAPE), data=[])]}).encode(), {}, "shape [1.0"),
-    (json.dumps({"inputs": [tensor(data=[1, 2])]}).encode(), {}, "no UINT8 tensor"),
-    (json.dumps({"inputs": [tensor(data=[256] * ONE)]}).encode(), {}, "whole numbers from 0 to 255"),
-    (json.dumps({"inputs": [tensor(data=[0.5] * ONE)]}).encode(), {}, "whole numbers from 0 to 255"),
-    (json.dumps({"inputs": [tensor(data=["x"] * ONE)]}).encode(), {}, "no UINT8 tensor"),
-    (json.dumps({"inputs": [tensor()]}).encode(), {}, "no UINT8 tensor"),
-    (json.dumps({"inputs": [tensor(data=[0] * ONE)], "outputs": [{"name": "scores"}]}).encode(), {}, "'scores'"),
-    (json.dumps({"inputs": [tensor(data=[0] * ONE)], "id": 7}).encode(), {}, "id must be a string"),
-    (json.dumps({"inputs": [tensor(data=[0] * ONE)],
-                 "outputs": [{"name": "logits", "parameters": {"classification": "all"}}]}).encode(), {}, "classifi"),
-    (*binary(of(), b"\0" * (ONE - 1)), "767 came"),
-    (*binary(of(), b"\0" * (ONE + 1)), "769 came"),
-    (*binary(of(size=7), b"\0" * ONE), "binary_data_size is 7"),
-    (*binary(of(size="all"), b"\0" * ONE), "binary_data_size is all"),
-    (b"{}", {"Inference-Header-Content-Length": "3"}, "the body has 2 bytes"),
-    (b"{}", {"Inference-Header-Content-Length": "-1"}, "'-1'"),
-    (b"{}", {"Inference-Header-Content-Length": "x"}, "'x'"),
-    (b"{}", {"Content-Encoding": "gzip"}, "no gzip"),
-    (bytes.fromhex("1f8b08000000000000"), {"Content-Encoding": "gzip"}, "no gzip"),
-])  # fmt: skip
-def test_a_wrong_request_is_400_with_the_reason_and_the_server_goes_on(port, body, headers, said):
-    status, _, answer = ask(port, INFER, body, headers)
-    assert (status, said in json.loads(answer)["error"]) == (400, True), answer
-    good = json.dumps({"inputs": [tensor(data=[0] * ONE)]}).encode()
-    assert ask(port, INFER, good)[0] == 200
-
-
-@pytest.mark.parametrize(("path", "method", "status"), [
-    ("/v2/models/another/infer", "POST", 404),
-    ("/v2/models/student/versions/2/infer", "POST", 404),
-    ("/v2/models/another", "GET", 404),
-    ("/nowhere", "GET", 404),
-    ("/predict", "GET", 405),
-    (INFER, "GET", 405),
-    ("/predict?top=0", "POST", 400),
-    ("/predict?top=many", "POST", 400),
-    ("/predict", "POST", 400),
-])  # fmt: skip
-def test_a_wrong_path_or_method_says_so(port, path, method, status):
-    got, headers, answer = ask(port, path, b"no image" if method == "POST" else None, method=method)
-    assert got == status
-    assert json.loads(answer)["error"]
-    assert headers["content-type"] == "application/json"
-
-
-def test_a_body_over_the_limit_is_413(artefact):
-    with server(artefact, "--body-limit", "0.01") as (_, port):
-        assert ask(port, "/predict", b"\0" * 20_000)[0] == 413
-        packed = gzip.compress(b"\0" * 5_000_000)
-        assert len(packed) < 0.01 * 2**20
-        assert ask(port, INFER, packed, {"Content-Encoding": "gzip"})[0] == 413
-        with socket.create_connection(("127.0.0.1", port)) as chunked:  # no Content-Length to look at
-            chunked.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-            chunked.sendall(b"8000\r\n" + b"\0" * 0x8000 + b"\r\n")
-            assert b" 413 " in chunked.recv(1000)
-        assert ask(port, "/v2/health/ready")[0] == 200
-
-
-@contextlib.contextmanager
-def in_this_process(runtime, limits):
-    """The application in a thread, so that a test can hold its runtime back."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(make_app(runtime, "student", limits), log_level="error"))
-    thread = threading.Thread(target=running.run, args=([listener],))
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        running.should_exit = True
-        thread.join(30)
-
-
-def test_a_full_queue_is_503_and_requests_are_batched(artefact, images):
-    runtime = load(artefact, device="cpu")
-    gate, sizes = threading.Event(), []
+def test_a_full_queue_is_503_and_waiting_requests_share_batches(artefact, images, expected):
+    runtime, gate, sizes = load(artefact, RunOn("cpu")), threading.Event(), []
 
     def held_back(batch):
         gate.wait(30)
         sizes.append(len(batch))
         return runtime.run(batch)
 
-    body = json.dumps({"inputs": [tensor(data=images[0].ravel().tolist())]}).encode()
-    held = dataclasses.replace(runtime, run=held_back)
-    with in_this_process(held, Limits(4, 0.0, 6)) as port, concurrent.futures.ThreadPoolExecutor(20) as pool:
-        first = pool.submit(ask, port, INFER, body)
-        while True:  # until it is in the runtime's hands
-            time.sleep(0.05)
-            if b"kdlite_queue_images 0.0" in ask(port, "/metrics")[2]:
-                break
-        rest = [pool.submit(ask, port, INFER, body) for _ in range(10)]
-        while sum(request.done() for request in rest) < 4:  # six wait, which the queue may hold
-            time.sleep(0.05)
-        assert all("the queue is full" in json.loads(r.result()[2])["error"] for r in rest if r.done())
+    body = numbers(data=images[0].ravel().tolist())
+    limits = Limits(max_batch=4, max_delay_ms=0.0, queue=6)
+    with in_process(artefact, limits, run=held_back) as site, concurrent.futures.ThreadPoolExecutor(20) as pool:
+        first = pool.submit(ask, site, INFER, body)
+        wait_until(lambda: site.app.state.server.queue.taken == 1 and metric(site, "kdlite_queue_images") == 0)
+        rest = [pool.submit(ask, site, INFER, body) for _ in range(10)]
+        wait_until(lambda: sum(request.done() for request in rest) == 5)  # one runs and five wait
+        refused = [request.result() for request in rest if request.done()]
+        assert {status for status, _, _ in refused} == {503}
+        assert {headers["Retry-After"] for _, headers, _ in refused} == {"1"}
+        assert all("6 of 6 images" in json.loads(answer)["error"] for _, _, answer in refused)
+        assert error_of(site, "/predict", picture())[0] == 503  # photographs count too
         gate.set()
-        answers = [first.result(), *(r.result() for r in rest)]
-    assert sorted(status for status, _, _ in answers).count(503) == 4
-    assert sum(sizes) == 7
+        answers = [first.result(), *(request.result() for request in rest)]
+    assert sum(sizes) == 6
     assert max(sizes) == 4
-    expected = runtime.run(images[:1]).ravel()
     for status, _, answer in answers:
         if status == 200:
-            np.testing.assert_allclose(json.loads(answer)["outputs"][0]["data"], expected, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(json.loads(answer)["outputs"][0]["data"], expected[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_runtime_that_fails_is_500_and_the_server_goes_on(artefact, images):
-    runtime = load(artefact, device="cpu")
-    calls = []
-
-    def fails_once(batch):
-        calls.append(len(batch))
-        if len(calls) == 1:
-            raise RuntimeError("out of memory")
-        return runtime.run(batch)
-
-    broken = dataclasses.replace(runtime, run=fails_once)
-    body = json.dumps({"inputs": [tensor(data=images[0].ravel().tolist())]}).encode()
-    with in_this_process(broken, Limits()) as port:
-        status, _, answer = ask(port, INFER, body)
-        assert (status, json.loads(answer)["error"]) == (500, "the runtime failed: out of memory")
-        assert ask(port, INFER, body)[0] == 200
-        statistics = json.loads(ask(port, "/v2/models/student/stats")[2])["model_stats"][0]["inference_stats"]
-        assert (statistics["fail"]["count"], statistics["success"]["count"]) == (1, 1)
-
-
-def test_each_request_gets_its_own_answer_out_of_a_batch(artefact):
+def test_each_request_gets_its_own_rows_of_a_batch(artefact):
     images = np.random.default_rng(1).integers(0, 256, (40, *SHAPE), dtype=np.uint8)
-    expected = load(artefact).run(images)
+    expected = load(artefact, RunOn("cpu")).run(images)
     sizes = [1, 3, 2, 5, 8, 1, 4, 7, 2, 6, 1]
     starts = np.cumsum([0, *sizes[:-1]])
-    with server(artefact, "--max-delay", "20") as (_, port), concurrent.futures.ThreadPoolExecutor(11) as pool:
+    limits = Limits(max_delay_ms=20)
+    with in_process(artefact, limits) as site, concurrent.futures.ThreadPoolExecutor(11) as pool:
 
         def send(start, size):
             request = of((size, *SHAPE), size * ONE) | {"parameters": {"binary_data_output": True}}
-            status, headers, body = ask(port, INFER, *binary(request, images[start : start + size].tobytes()))
+            status, headers, body = ask(site, INFER, *binary(request, images[start : start + size].tobytes()))
             assert status == 200
             split = int(headers["Inference-Header-Content-Length"])
             assert json.loads(body[:split])["outputs"][0]["shape"] == [size, 7]
@@ -305,51 +201,125 @@ def test_each_request_gets_its_own_answer_out_of_a_batch(artefact):
             np.testing.assert_allclose(logits, expected[start : start + size], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_sigterm_answers_what_was_begun_and_ends_with_0(artefact):
-    body = json.dumps({"inputs": [tensor(data=[0] * ONE)]}).encode()
-    with server(artefact, "--max-delay", "1500") as (process, port):
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(ask, port, INFER, body)
-            time.sleep(0.5)
-            process.send_signal(signal.SIGTERM)
-            assert answer.result()[0] == 200
-        assert process.wait(30) == 0
-        with pytest.raises(OSError, match="refused"):
-            socket.create_connection(("127.0.0.1", port))
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_readiness_fails_when_the_thread_of_the_runtime_has_ended(artefact):
+    def end_the_thread(images):
+        raise SystemExit
 
-
-def test_a_port_that_is_taken_is_one_line(artefact, port):
-    command = [sys.executable, "-m", "deploy.serve", artefact, "--port", str(port), "--device", "cpu"]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == 2
-    assert f"cannot listen on 127.0.0.1:{port}" in answer.stderr
-    assert answer.stderr.count("\n") == 1
+    with in_process(artefact, run=end_the_thread) as site:
+        assert ask(site, "/v2/health/ready")[0] == 200
+        assert ask(site, INFER, numbers())[0] == 500
+        wait_until(lambda: ask(site, "/v2/health/ready")[0] == 503)
+        assert ask(site, "/v2/models/student/ready")[0] == 503
+        status, headers, body = ask(site, INFER, numbers())
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert "restart" in json.loads(body)["error"]
+        assert ask(site, "/v2/health/live")[0] == 200
 
 
 # ---- photographs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_predict_prepares_a_photograph_as_training_does(port, artefact, kind):
+def test_predict_prepares_a_photograph_as_training_does(site, artefact, kind):
     file = io.BytesIO()
     Image.fromarray(load_sample_images().images[0]).save(file, kind)
-    status, _, body = ask(port, "/predict?top=3", file.getvalue())
+    status, _, body = ask(site, "/predict?top=3", file.getvalue())
     assert status == 200
-    runtime = load(artefact)
-    photo = prepare(open_image(file.getvalue()), runtime.metadata)
-    logits = torch.from_numpy(runtime.run(photo[None]))[0].double()
-    best = logits.softmax(0).topk(3)
+    runtime = load(artefact, RunOn("cpu"))
+    probabilities = softmax(runtime.run(prepare(open_image(file.getvalue()), runtime.metadata)[None]))[0]
+    best = np.argsort(-probabilities)[:3]
     predictions = json.loads(body)["predictions"]
-    assert [p["index"] for p in predictions] == best.indices.tolist()
-    assert [p["probability"] for p in predictions] == pytest.approx(best.values.tolist(), rel=1e-4)
-    assert [p["label"] for p in predictions] == [runtime.metadata["label_names"][i] for i in best.indices]
+    assert [p["index"] for p in predictions] == best.tolist()
+    assert [p["probability"] for p in predictions] == pytest.approx(probabilities[best].tolist(), rel=1e-4)
+    assert [p["label"] for p in predictions] == [NAMES[i] for i in best]
 
 
-@pytest.mark.parametrize("side", [9_000, 20_000])
-def test_an_image_of_too_many_pixels_is_413(port, side):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "AVIF"])
+def test_predict_reads_the_formats_that_people_send(site, kind):
+    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
+        pytest.skip(f"this Pillow has no {kind}")
+    status, _, body = ask(site, "/predict", picture(kind))
+    assert (status, len(json.loads(body)["predictions"])) == (200, 5)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("TIFF", (20, 20)), ("BMP", (20, 20)), ("TIFF", (1, 1)), ("PPM", (9, 9))])
+def test_other_formats_need_the_flag(artefact, site, kind, size):
+    status, message = error_of(site, "/predict", picture(kind, size))
+    assert (status, f"the file is {kind}, which this server reads only with --formats" in message) == (400, True)
+    with in_process(artefact, Limits(formats=("JPEG", kind))) as other:
+        assert ask(other, "/predict", picture(kind, size))[0] == 200
+        assert error_of(other, "/predict", picture("PNG"))[0] == 400
+
+
+@pytest.mark.parametrize(("body", "reason"), [
+    (b"", "the body is empty"),
+    (b"\0\0\0\x18ftypheic" + bytes(100), "HEIC"),
+    (b"\0\0\0\x18ftypheic" + bytes(100), "heif-convert"),
+    (b"\0\0\0\x1cftypmif1" + bytes(100), "HEIC"),
+    (b"\0\0\0\x18ftypisom" + bytes(100), "a video"),
+    (b"\xff\x0a" + bytes(100), "JPEG XL"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "JPEG XL"),
+    (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+    (b"%PDF-1.7\n", "PDF"),
+    (b"<!DOCTYPE html><title>502</title>", "HTML"),
+    (b'{"image": "aGVsbG8="}', "JSON"),
+    (b"/9j/4AAQSkZJRgABAQ", "base64"),
+    (b"data:image/png;base64,iVBORw0KGgo", "base64"),
+    (b"PK\x03\x04", "zip"),
+    (b"hello", "not an image of a known format"),
+    (picture("JPEG")[:300], "cannot be read"),
+    (picture("PNG")[:60], "cannot be read"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_read_is_named(site, body, reason):
+    status, message = error_of(site, "/predict", body)
+    assert (status, reason in message) == (400, True), message
+    assert "object at" not in message
+    assert "curl" not in message  # the page shows it, too
+
+
+@pytest.mark.parametrize(("query", "reason"), [
+    ("top=0", "top is '0'"), ("top=many", "top is 'many'"), ("top=" + "9" * 5000, "top is"), ("top=-1", "top is '-1'"),
+    ("top_k=5", "unknown query parameter 'top_k'"), ("top=5&k=1", "unknown query parameter 'k'"),
+])  # fmt: skip
+def test_a_wrong_query_of_predict_is_named(site, query, reason):
+    status, message = error_of(site, f"/predict?{query}", picture())
+    assert (status, reason in message) == (400, True), message
+
+
+def form(*parts, boundary="b0"):
+    lines = [b"--%s\r\nContent-Disposition: form-data; %s\r\n\r\n%s\r\n" % (boundary.encode(), about, content)
+             for about, content in parts]  # fmt: skip
+    content_type = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    return b"".join(lines) + b"--%s--\r\n" % boundary.encode(), content_type
+
+
+def test_predict_reads_a_form_with_one_file(site):
+    expected = ask(site, "/predict", picture())[2]
+    photo = b'name="image"; filename="a.png"', picture()
+    for parts in ([photo], [(b'name="note"', b"hello"), photo, (b'name="top"', b"3")]):
+        assert ask(site, "/predict", *form(*parts))[2] == expected
+    noise = np.random.default_rng(0).integers(0, 256, (800, 1000, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.new("1", (side, side)).save(file, "PNG")
-    status, _, body = ask(port, "/predict", file.getvalue())
-    assert status == 413
-    assert "too large" in json.loads(body)["error"]
+    Image.fromarray(noise).save(file, "PNG")  # larger than what the form's parser keeps in memory by default
+    assert ask(site, "/predict", *form((b'name="image"; filename="a.png"', file.getvalue())))[0] == 200
+
+
+@pytest.mark.parametrize(("body", "headers", "reason"), [
+    (*form((b'name="a"; filename="a"', b"1"), (b'name="b"; filename="b"', b"2")), "2 files"),
+    (*form((b'name="a"', b"1")), "0 files"),
+    (*form(*[(b'name="a"', b"1")] * 200), "0 files"),
+    (b"nonsense", {"Content-Type": "multipart/form-data; boundary=b0"}, "form"),
+    (b"nonsense", {"Content-Type": "multipart/form-data"}, "boundary"),
+    (b"nonsense", {"Content-Type": "multipart/mixed; boundary=b0"}, "form-data"),
+    (*form((b'name="a"; filename="a"', b"no image")), "not an image"),
+    (*form((b'name="a"; filename="a"', b"")), "empty"),
+])  # fmt: skip
+def test_a_form_without_one_image_is_refused_with_the_reason(site, body, headers, reason):
+    status, message = error_of(site, "/predict", body, headers)
+    assert (status, reason in message) == (400, True), message
+
+
+def test_a_model_whose_logits_are_not_finite_is_500(artefact):
+    with in_process(artefact, run=lambda images: np.full((len(images), 7), np.nan, np.float32)) as site:
+        assert error_of(site, "/predict", picture()) == (500, "the model's logits are not finite")

@@ -1,43 +1,47 @@
-"""deploy.serve for those who run it: drain, reload, log, metrics, token, unix socket."""
+"""deploy.serve in operation: drain, reload, log, metrics, token, unix socket, systemd."""
 
 import concurrent.futures
 import contextlib
 import http.client
-import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from serving import (
     INFER,
     NAMES,
     ONE,
+    RAW,
+    ROOT,
     SHAPE,
     ask,
     binary,
+    error_of,
+    in_process,
     keep_alive,
+    make_server,
     metric,
+    numbers,
     of,
+    picture,
     server,
-    tensor,
     wait_until,
     write_artefact,
 )
 
-from deploy.cli import command
-from deploy.serve import get_parser, is_loopback, run
+from deploy.cli import UserError, command
+from deploy.serve import get_parser, identity, is_loopback, run
+from deploy.server.connections import listen_unix
+from deploy.server.reload import Reloader
 
-pytestmark = pytest.mark.slow  # each starts servers
-
-BODY = json.dumps({"inputs": [tensor(data=[0] * ONE)]}).encode()
-RAW = {"Inference-Header-Content-Length": "0"}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +50,15 @@ def other(tmp_path_factory):
     return write_artefact(tmp_path_factory.mktemp("other"), [f"new {name}" for name in NAMES])
 
 
-def photo():
-    file = io.BytesIO()
-    Image.new("RGB", (20, 20), (200, 30, 30)).save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.fixture
 def refused(artefact, capsys):
-    """What stderr says of a command that cannot serve."""
+    """Return the one line on stderr of a command that cannot serve."""
 
     def serve(*flags):
         assert command(get_parser(), run, [str(artefact), "--port", "0", "--device", "cpu", *map(str, flags)]) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1, said
-        return said
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1, line
+        return line
 
     return serve
 
@@ -69,43 +67,49 @@ def refused(artefact, capsys):
 
 
 def test_a_drain_answers_each_client_once_more_and_closes_its_connection(artefact):
-    with server(artefact, "--drain", "2") as (process, port):
+    with server(artefact, "--drain", "2", "--max-delay", "1500") as (process, port):
         clients = [keep_alive(port) for _ in range(64)]
         for client in clients:
             client.request("GET", "/v2")
             assert client.getresponse().read()
-        process.send_signal(signal.SIGTERM)
-        wait_until(lambda: ask(port, "/v2/health/ready")[0] == 503)
-        assert ask(port, "/v2/health/live")[0] == 200
-        for client in clients:
-            client.request("POST", INFER, BODY)
-            answer = client.getresponse()
-            assert (answer.status, answer.headers["Connection"]) == (200, "close")
-            answer.read()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            begun = pool.submit(ask, port, INFER, numbers())
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: ask(port, "/v2/health/ready")[0] == 503)
+            assert ask(port, "/v2/health/live")[0] == 200
+            for client in clients:
+                client.request("GET", "/v2/models/student")
+                answer = client.getresponse()
+                assert (answer.status, answer.headers["Connection"]) == (200, "close")
+                answer.read()
+            assert begun.result()[0] == 200
         assert process.wait(20) == 0
         assert process.stderr.read() == ""
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", port))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stalled", [
-    b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\nabc",
-    b"POST /predict HTTP/1.1\r\nHost: x\r\n",
-    b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 5000,
-], ids=["an upload", "headers", "answers that nobody reads"])  # fmt: skip
-def test_a_drain_ends_within_20_seconds_whatever_stalls(artefact, stalled):
-    with server(artefact) as (process, port), socket.create_connection(("127.0.0.1", port)) as client:
-        client.settimeout(1)
-        with contextlib.suppress(TimeoutError):
-            client.sendall(stalled)
-        time.sleep(0.3)
+def test_a_drain_ends_within_20_seconds_with_an_upload_headers_and_answers_that_stall(artefact):
+    with server(artefact) as (process, port), contextlib.ExitStack() as clients:
+        for stalled in (
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\nabc",
+            b"POST /predict HTTP/1.1\r\nHost: x\r\n",
+            b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 5000,
+        ):
+            client = clients.enter_context(socket.create_connection(("127.0.0.1", port)))
+            client.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                client.sendall(stalled)
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert time.monotonic() - started < 20
 
 
-def test_ctrl_c_ends_at_once_and_the_second_signal_waits_for_nobody(artefact):
-    with server(artefact, "--drain", "9") as (process, _):
+def test_ctrl_c_ends_at_once_and_so_does_the_second_signal(artefact):
+    default_sigint = ("env", "--default-signal=INT")  # a shell's background job ignores it
+    with server(artefact, "--drain", "9", prefix=default_sigint) as (process, _):
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
     with server(artefact, "--drain", "9") as (process, _):
@@ -116,11 +120,24 @@ def test_ctrl_c_ends_at_once_and_the_second_signal_waits_for_nobody(artefact):
         process.wait(5)
 
 
+def test_a_signal_to_the_process_group_does_not_end_a_photograph(artefact):
+    with server(artefact, "--drain", "1", prefix=("setsid",)) as (process, port):
+        assert ask(port, "/predict", picture())[0] == 200
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1:]
+        os.kill(int(child), signal.SIGTERM)
+        os.kill(int(child), signal.SIGHUP)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert ask(port, "/predict", picture())[0] == 200
+        assert process.wait(20) == 0
+        assert process.stderr.read() == ""
+
+
 # ---- another model ------------------------------------------------------------------------------------------------
 
 
-def test_sighup_changes_the_model_and_loses_no_request(artefact, other, tmp_path):
-    served = shutil.copy(artefact, tmp_path / "student.onnx")
+def test_sighup_loads_the_file_again_without_losing_a_request_and_refuses_a_bad_file(artefact, other, tmp_path):
+    served = Path(shutil.copy(artefact, tmp_path / "student.onnx"))
+    bad = [b"", b"not a model", artefact.read_bytes()[:5000], None]
     with server(served) as (process, port), concurrent.futures.ThreadPoolExecutor(4) as pool:
         stop = threading.Event()
 
@@ -131,136 +148,138 @@ def test_sighup_changes_the_model_and_loses_no_request(artefact, other, tmp_path
             return statuses
 
         asking = [pool.submit(ask_on, i) for i in range(4)]
-        before = json.loads(ask(port, "/predict?top=1", photo())[2])["predictions"][0]["label"]
+        before = json.loads(ask(port, "/predict?top=1", picture())[2])["predictions"][0]["label"]
         shutil.copy(other, served)
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: metric(port, 'kdlite_reloads_total{result="done"}') == 1)
-        after = json.loads(ask(port, "/predict?top=1", photo())[2])["predictions"][0]["label"]
+        after = json.loads(ask(port, "/predict?top=1", picture())[2])["predictions"][0]["label"]
         stop.set()
         assert [future.result() for future in asking] == [{200}] * 4
         assert not before.startswith("new ")
         assert after.startswith("new ")
         assert process.stdout.readline().endswith("loaded again\n")
 
-
-def test_a_bad_file_changes_nothing_and_is_named(artefact, tmp_path):
-    served = shutil.copy(artefact, tmp_path / "student.onnx")
-    bad = [b"", b"no model", artefact.read_bytes()[:5000], None]
-    with server(served) as (process, port):
-        expected = ask(port, INFER, BODY)[2]
+        expected = ask(port, INFER, numbers())[2]
         for count, content in enumerate(bad, 1):
             served.unlink() if content is None else served.write_bytes(content)
             process.send_signal(signal.SIGHUP)
             wait_until(lambda: metric(port, 'kdlite_reloads_total{result="refused"}') == count)  # noqa: B023
-            assert ask(port, INFER, BODY)[2] == expected
+            assert ask(port, INFER, numbers())[2] == expected
         process.terminate()
         lines = process.communicate(timeout=30)[1].splitlines()
-        assert [(str(served) in line, "the old one serves on" in line) for line in lines] == [(True, True)] * len(bad)
+        assert [(str(served) in line, "keeps the old one" in line) for line in lines] == [(True, True)] * len(bad)
 
 
-# ---- what it tells ------------------------------------------------------------------------------------------------
+def test_sighup_while_the_file_is_loaded_loads_it_again(artefact):
+    with server(artefact, slow_load=1.0) as (process, _):  # which prints "loading"
+        process.send_signal(signal.SIGHUP)
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert "CPUExecutionProvider" in lines[0]
+        assert lines[1] == "loading\n"
+        assert lines[2].endswith("loaded again\n")
+        assert process.poll() is None
 
 
-def test_the_log_has_a_line_of_json_for_each_request(artefact):
-    with server(artefact, "--log", "json") as (process, port):
+def test_reloads_follow_one_another(artefact):
+    site, running, most = make_server(artefact), [], []
+
+    def load_again():
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return site.runtime
+
+    handler = signal.getsignal(signal.SIGHUP)
+    try:
+        reloader = Reloader(load_again, "x")
+        for _ in range(5):
+            reloader.on_signal(signal.SIGHUP, None)
+        reloader.start(site)
+        wait_until(lambda: len(most) == 5)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert max(most) == 1
+
+
+# ---- log and metrics ----------------------------------------------------------------------------------------------
+
+
+def test_the_json_log_has_nothing_but_lines_of_json(artefact, tmp_path):
+    served = Path(shutil.copy(artefact, tmp_path / "student.onnx"))
+    with server(served, "--log", "json") as (process, port):
         raw = binary(of((3, *SHAPE), 3 * ONE), bytes(3 * ONE))
         answers = [
             ask(port, INFER, raw[0], raw[1] | {"X-Request-Id": "a-7"}),
             ask(port, "/predict", b"no image"),
-            ask(port, "/predict?top=1", photo(), {"X-Request-Id": "sp ace\x7f"}),
+            ask(port, "/predict?top=1", picture(), {"X-Request-Id": "sp ace\x7f"}),
         ]
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: metric(port, 'kdlite_reloads_total{result="done"}') == 1)
+        served.write_bytes(b"")
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: metric(port, 'kdlite_reloads_total{result="refused"}') == 1)
         process.terminate()
         lines = [json.loads(line) for line in process.communicate(timeout=30)[0].splitlines()]
+    messages = [line["message"] for line in lines if "message" in line]
+    assert ["loaded again" in messages[0], "keeps the old one" in messages[1]] == [True, True]
+    assert all(line["time"].endswith("+00:00") for line in lines)
+    lines = [line for line in lines if line.get("method") == "POST"]
     assert [(line["method"], line["path"], line["status"], line["images"]) for line in lines] == [
         ("POST", INFER, 200, 3), ("POST", "/predict", 400, 0), ("POST", "/predict", 200, 1)]  # fmt: skip
     assert [line["request_id"] for line in lines] == [headers["X-Request-Id"] for _, headers, _ in answers]
     assert lines[0]["request_id"] == "a-7"
     assert len({line["request_id"] for line in lines}) == 3
-    assert lines[2]["request_id"].isalnum()  # what cannot stand in a header or a line is not echoed
-    assert all(0 < line["ms"] < 60_000 and line["time"].endswith("+00:00") for line in lines)
+    assert lines[2]["request_id"].isalnum()  # an id that cannot stand in a header or a line is replaced
+    assert all(0 < line["ms"] < 60_000 for line in lines)
 
 
-def test_a_log_that_nobody_reads_stops_no_request(artefact):
+def test_a_log_that_is_not_read_stops_no_request(artefact):
     with server(artefact, "--log", "json") as (process, port):
         client = keep_alive(port)
         for _ in range(1500):  # 300 kB, more than a pipe holds
             client.request("GET", "/v2/health/live")
             assert client.getresponse().read()
+        assert metric(port, "process_open_fds") == pytest.approx(len(os.listdir(f"/proc/{process.pid}/fd")), abs=3)
         process.terminate()
         assert process.wait(20) == 0
 
 
-def test_metrics_tell_of_the_process_and_of_queue_and_runtime(artefact):
-    with server(artefact) as (process, port):
-        for _ in range(5):
-            ask(port, INFER, BODY)
-        assert metric(port, 'kdlite_queue_seconds_count{model="student"}') == 5
-        assert metric(port, 'kdlite_compute_seconds_count{model="student"}') == 5
-        assert 0 < metric(port, 'kdlite_compute_seconds_sum{model="student"}') < 5
-        assert metric(port, "process_resident_memory_bytes") > 20e6
-        assert metric(port, "process_open_fds") == pytest.approx(len(os.listdir(f"/proc/{process.pid}/fd")), abs=3)
+# ---- access -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_readiness_fails_when_the_thread_of_the_runtime_has_died(artefact):
-    from test_serve import in_this_process
-
-    from deploy.runtimes import load
-    from deploy.server.limits import Limits
-
-    runtime = load(artefact, device="cpu")
-
-    def end_the_thread(images):
-        raise SystemExit
-
-    object.__setattr__(runtime, "run", end_the_thread)
-    with in_this_process(runtime, Limits()) as port:
-        assert ask(port, "/v2/health/ready")[0] == 200
-        assert ask(port, INFER, BODY)[0] == 500
-        wait_until(lambda: ask(port, "/v2/health/ready")[0] == 503)
-        assert ask(port, "/v2/models/student/ready")[0] == 503
-        status, headers, body = ask(port, INFER, BODY)
-        assert (status, headers["Retry-After"]) == (503, "1")
-        assert "restart" in json.loads(body)["error"]
-        assert ask(port, "/v2/health/live")[0] == 200
-
-
-# ---- who may ask --------------------------------------------------------------------------------------------------
-
-
-def test_a_token_is_asked_for_by_all_but_the_page_and_the_probes(artefact, tmp_path):
-    file = tmp_path / "token"
-    file.write_text("s3cret\n")
-    with server(artefact, "--token-file", file) as (_, port):
+def test_all_paths_but_the_page_and_the_probes_need_the_token(artefact):
+    with in_process(artefact, token="s3cret") as site:
         for path in ("/", "/v2/health/live", "/v2/health/ready"):
-            assert ask(port, path)[0] == 200
-        for path in ("/v2", "/metrics", "/v2/models/student", "/nowhere", "//", "/v2/health/live/"):
-            assert ask(port, path)[0] == 401
-        for given in ("", "s3cret", "Bearer", "Bearer s3cre", "Bearer s3crets", "Basic s3cret", "Bearer caf\xe9"):
-            status, headers, body = ask(port, INFER, BODY, {"Authorization": given})
+            assert ask(site, path)[0] == 200
+        for path in ("/v2", "/metrics", "/v2/models/student", "/nowhere", "/v2/health/live/", "/predict"):
+            assert error_of(site, path) == (401, "this server needs a token: Authorization: Bearer TOKEN")
+        wrong = b"Bearer s3cre", b"Bearer s3crets", b"Basic s3cret", b"Bearer caf\xe9"
+        for given in (b"", b"s3cret", b"Bearer", *wrong):
+            status, headers, body = ask(site, INFER, numbers(), {"Authorization": given})
             assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
-            assert "token" in json.loads(body)["error"]
+            assert ("wrong token" if given in wrong else "needs a token") in json.loads(body)["error"]
         for given in ("Bearer s3cret", "bearer  s3cret"):
-            assert ask(port, INFER, BODY, {"Authorization": given})[0] == 200
+            assert ask(site, INFER, numbers(), {"Authorization": given})[0] == 200
 
 
-def test_the_token_may_come_from_the_environment(artefact):
-    with server(artefact, environment={"KDLITE_TOKEN": "t"}) as (_, port):
-        assert ask(port, "/v2")[0] == 401
-        assert ask(port, "/v2", headers={"Authorization": "Bearer t"})[0] == 200
-
-
-def test_who_serves_other_machines_says_a_token_or_that_there_is_none(artefact, refused, tmp_path, monkeypatch):
+def test_an_open_address_needs_a_token_or_a_flag_that_there_is_none(artefact, refused, tmp_path, monkeypatch):
     for host in ("0.0.0.0", "::", "", "192.168.0.7", "example.org"):
         assert "--no-token" in refused("--host", host)
     empty = tmp_path / "empty"
     empty.write_text("\n")
     assert "visible ASCII" in refused("--token-file", empty)
     assert "cannot be read" in refused("--token-file", tmp_path / "none")
-    with server(artefact, "--host", "0.0.0.0", "--no-token") as (_, port):
-        assert ask(port, "/v2")[0] == 200
+    with server(artefact, "--host", "0.0.0.0", "--token-file", write(tmp_path / "token", "s3cret\n")) as (_, port):
+        assert ask(port, "/v2")[0] == 401
+        assert ask(port, "/v2", headers={"Authorization": "Bearer s3cret"})[0] == 200
     monkeypatch.setenv("KDLITE_TOKEN", "t")
     assert "leave out" in refused("--no-token")
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
 
 
 def test_the_loopback_needs_no_token():
@@ -271,10 +290,19 @@ def test_the_loopback_needs_no_token():
 @pytest.mark.parametrize("flags", [
     ("--body-limit", "inf"), ("--body-limit", "nan"), ("--body-limit", "0"), ("--max-delay", "inf"),
     ("--max-delay", "nan"), ("--max-delay", "-1"), ("--max-batch", "0"), ("--port", "70000"), ("--drain", "nan"),
-    ("--connections", "0"), ("--queue", "4"), ("--name", "a/b"),
+    ("--connections", "0"), ("--queue", "4"), ("--name", "a/b"), ("--formats", "jpeg,eps"), ("--formats", ""),
 ], ids=" ".join)  # fmt: skip
 def test_a_flag_out_of_range_is_one_line_that_names_it(refused, flags):
     assert flags[0] in refused(*flags)
+
+
+def test_a_port_that_is_in_use_is_one_line(refused):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1:{port}" in refused("--port", port)
+
+
+# ---- a unix socket ------------------------------------------------------------------------------------------------
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -283,33 +311,64 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self.host)
 
 
-def test_a_unix_socket_is_served_and_removed(artefact, refused, tmp_path):
+def status_of(path):
+    client = UnixConnection(str(path))
+    client.request("POST", INFER, numbers())
+    status = client.getresponse().status
+    client.close()
+    return status
+
+
+def test_a_unix_socket_is_served_handed_over_and_removed(artefact, refused, tmp_path):
     path = tmp_path / "kdlite.sock"
     with socket.socket(socket.AF_UNIX) as dead:  # left behind by a server that was killed
         dead.bind(str(path))
-    with server(artefact, "--unix-socket", path) as (process, _):
-        client = UnixConnection(str(path))
-        client.request("POST", INFER, BODY)
-        assert client.getresponse().status == 200
-        client.close()
+    with server(artefact, "--unix-socket", path) as (old, _):
+        assert status_of(path) == 200
         assert "in use" in refused("--unix-socket", path)
-        process.terminate()
-        assert process.wait(20) == 0
+        stalled = UnixConnection(str(path))  # so that the old server drains for some seconds
+        stalled.connect()
+        stalled.sock.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        time.sleep(0.3)
+        old.terminate()
+        new_flags = ["--unix-socket", str(path), "--device", "cpu", "--drain", "0"]
+        path.unlink()  # a deployment that hands the path over while the old server drains
+        with server(artefact, *new_flags) as (new, _):
+            assert old.wait(20) == 0
+            assert status_of(path) == 200
+            new.terminate()
+            assert new.wait(20) == 0
     assert not path.exists()
     path.write_text("mine")
     assert str(path) in refused("--unix-socket", path)
     assert path.read_text() == "mine"
 
 
-def test_logits_that_are_not_finite_are_told_and_not_a_traceback(artefact):
-    from test_serve import in_this_process
+def test_a_socket_of_the_same_inode_is_another_socket(tmp_path):
+    path = tmp_path / "a.sock"
+    first = listen_unix(path)
+    before = identity(path)
+    assert before == identity(path)
+    with pytest.raises(UserError, match="in use"):
+        listen_unix(path)
+    first.close()  # its inode may be used again at once
+    time.sleep(0.01)
+    with listen_unix(path):
+        assert identity(path) != before
+    assert identity(tmp_path / "none") == ()
 
-    from deploy.runtimes import load
-    from deploy.server.limits import Limits
 
-    runtime = load(artefact, device="cpu")
-    object.__setattr__(runtime, "run", lambda images: np.full((len(images), 7), np.nan, np.float32))
-    with in_this_process(runtime, Limits()) as port:
-        status, _, body = ask(port, "/predict", photo())
-        assert (status, "not finite" in json.loads(body)["error"]) == (500, True)
-        assert json.loads(ask(port, INFER, BODY)[2])["outputs"][0]["data"] == [None] * 7
+# ---- systemd ------------------------------------------------------------------------------------------------------
+
+
+def test_each_file_of_the_systemd_unit_is_installed_by_a_step_of_its_comment():
+    text = (ROOT / "examples/serve/kdlite.service").read_text()
+    steps = "\n".join(line for line in text.splitlines() if line.startswith("#   "))
+    for path in re.findall(r"/(?:opt|etc)/[\w/.-]+", "\n".join(set(text.splitlines()) - set(steps.splitlines()))):
+        folder = "/opt/kdlite/venv"
+        assert path in steps or (path.startswith(folder) and f"-m venv {folder}" in steps), path
+    for made in ("requirements.txt", "student.pyz", "student.onnx"):
+        assert made in steps
+    command = re.search(r"ExecStart=(.*)", text.replace("\\\n", " "))[1].split()
+    flags = command[command.index("serve") + 1 :]
+    get_parser().parse_args(["student.onnx", *flags])

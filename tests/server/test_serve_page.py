@@ -1,24 +1,23 @@
 """The page of deploy.serve in Chromium."""
 
 import contextlib
-import io
 import json
 
 import pytest
 from PIL import Image
-from serving import ask, server
+from serving import ask, in_thread, picture
 from sklearn.datasets import load_sample_images
 
-pytestmark = pytest.mark.slow  # each starts servers
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def port(artefact):
-    with server(artefact) as (_, port):
+    with in_thread(artefact) as port:
         yield port
 
 
-@pytest.mark.parametrize("how", ["choose", "drop"])
+@pytest.mark.parametrize("how", ["drop", pytest.param("choose", marks=pytest.mark.trial)])
 def test_the_page_shows_the_five_best_of_an_image(browser, port, tmp_path, how):
     photo = tmp_path / "photo.jpg"
     Image.fromarray(load_sample_images().images[0]).save(photo)
@@ -43,28 +42,28 @@ def test_the_page_shows_the_five_best_of_an_image(browser, port, tmp_path, how):
     page.set_input_files("#file", {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": b"no image"})
     page.wait_for_selector("#error:not(:empty)")
     assert "not an image" in page.inner_text("#error")
+    assert "curl" not in page.inner_text("#error")
     assert problems == []
     page.close()
 
 
-def upload(page, name, colour):
-    file = io.BytesIO()
-    Image.new("RGB", (32, 32), colour).save(file, "PNG")
-    page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": file.getvalue()})
+def upload(page, name):
+    page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": picture()})
 
 
 def predictions(label):
     return json.dumps({"predictions": [{"label": label, "probability": 0.5, "index": 0}]})
 
 
-def test_of_two_quick_pictures_the_later_is_answered_and_the_page_says_that_it_is_busy(browser, port):
+@pytest.mark.trial
+def test_the_later_of_two_quick_pictures_is_shown_and_the_page_is_busy_until_then(browser, port):
     page = browser.new_page()
     held = []
     page.route("**/predict*", lambda route: held.append(route))  # a slow server, which answers the first picture last
     page.goto(f"http://127.0.0.1:{port}/")
-    upload(page, "first.png", "red")
+    upload(page, "first.png")
     page.wait_for_function("() => document.getElementById('busy').textContent !== ''")
-    upload(page, "second.png", "blue")
+    upload(page, "second.png")
     while len(held) < 2:
         page.wait_for_timeout(20)
     held[1].fulfill(body=predictions("the second"), content_type="application/json")
@@ -79,51 +78,55 @@ def test_of_two_quick_pictures_the_later_is_answered_and_the_page_says_that_it_i
     page.close()
 
 
-@pytest.mark.parametrize(("status", "body", "said"), [
+@pytest.mark.trial
+@pytest.mark.parametrize(("status", "body", "reason"), [
     (502, "<html><title>502 Bad Gateway</title><h1>nginx</h1></html>", "answered 502"),
     (200, "<!doctype html><title>Log in to the network</title>", "Log in to the network"),
     (503, '{"error": "the queue is full"}', "the queue is full"),
 ])  # fmt: skip
-def test_an_error_is_shown_as_whose_it_is(browser, port, status, body, said):
+def test_an_error_is_shown_with_its_origin(browser, port, status, body, reason):
     page = browser.new_page()
     page.route("**/predict*", lambda route: route.fulfill(status=status, body=body))
     page.goto(f"http://127.0.0.1:{port}/")
-    upload(page, "a.png", "red")
+    upload(page, "a.png")
     page.wait_for_selector("#error:not(:empty)")
-    assert said in page.inner_text("#error")
+    assert reason in page.inner_text("#error")
     assert "JSON" not in page.inner_text("#error")
     assert page.inner_text("#busy") == ""
     page.close()
 
 
-def test_a_server_that_is_gone_is_said_so(browser, port):
+@pytest.mark.trial
+def test_a_server_that_cannot_be_reached_is_an_error(browser, port):
     page = browser.new_page()
     page.route("**/predict*", lambda route: route.abort())
     page.goto(f"http://127.0.0.1:{port}/")
-    upload(page, "a.png", "red")
+    upload(page, "a.png")
     page.wait_for_selector("#error:not(:empty)")
     assert page.inner_text("#error") == "The server cannot be reached."
     page.close()
 
 
+@pytest.mark.trial
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone_whatever_the_labels(browser, port, scheme):
+def test_it_fits_a_phone_with_long_labels(browser, port, scheme):
     page = browser.new_page(viewport={"width": 360, "height": 640}, color_scheme=scheme)
     page.route("**/predict*", lambda route: route.fulfill(body=predictions("an_endless_label_" * 20)))
     page.goto(f"http://127.0.0.1:{port}/")
-    upload(page, "a" * 200 + ".png", "red")
+    upload(page, "a" * 200 + ".png")
     page.wait_for_selector("#answers li")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.locator("#drop").bounding_box()["height"] >= 44  # what a finger hits
     page.close()
 
 
-def test_the_page_asks_for_a_token_and_goes_on_with_it(browser, artefact):
-    with server(artefact, environment={"KDLITE_TOKEN": "s3cret"}) as (_, port):
+@pytest.mark.trial
+def test_the_page_asks_for_a_token_and_sends_it(browser, artefact):
+    with in_thread(artefact, token="s3cret") as port:
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{port}/")
         assert not page.is_visible("#token")
-        upload(page, "a.png", "red")
+        upload(page, "a.png")
         page.wait_for_selector("#token", state="visible")
         page.fill("#token", "s3cret")
         page.press("#token", "Enter")

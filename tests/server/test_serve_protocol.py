@@ -1,27 +1,32 @@
-"""What the Open Inference Protocol, Triton's extensions and the RFCs say of a request; what is posted to /predict."""
+"""Requests of the Open Inference Protocol, with Triton's extensions and the RFCs of HTTP."""
 
+import dataclasses
 import gzip
-import io
 import json
 import struct
-import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
-from serving import INFER, ONE, SHAPE, ask, of, server, tensor
+from serving import INFER, NAMES, ONE, RAW, SHAPE, ask, binary, error_of, in_process, numbers, of, tensor
 
-from deploy.runtimes import load
-from deploy.server.protocol import RequestError, pack, parse_infer, unpack, write_infer
+from deploy.runtimes import RunOn, load
+from deploy.server.app import Limits, accepts_gzip
+from deploy.server.protocol import JSON_LIMIT, RequestError, parse_infer, unpack, write_infer
 
-IMAGE = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
-LOGITS = np.linspace(-1, 1, 7, dtype=np.float32)[None]
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, *SHAPE), dtype=np.uint8)
+IMAGE = IMAGES[0]
 
 
 @pytest.fixture(scope="module")
-def port(artefact):
-    with server(artefact) as (_, port):
-        yield port
+def site(artefact):
+    with in_process(artefact) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(artefact):
+    """The logits of IMAGES."""
+    return load(artefact, RunOn("cpu")).run(IMAGES)
 
 
 def parse(request, raw=b"", header_length=None):
@@ -39,21 +44,73 @@ def flat(**changes):
     return {"inputs": [tensor(data=IMAGE.ravel().tolist())]} | changes
 
 
-def test_a_raw_request_is_one_image_and_its_answer_is_binary(port, artefact):
-    status, headers, body = ask(port, INFER, IMAGE.tobytes(), {"Inference-Header-Content-Length": "0"})
+# ---- tensors ------------------------------------------------------------------------------------------------------
+
+
+def test_json_data_may_be_flat_or_nested(site, expected):
+    for data in (IMAGES.ravel(), IMAGES):
+        request = {"inputs": [tensor(IMAGES.shape, data=data.tolist())]}
+        status, _, body = ask(site, INFER, json.dumps(request, indent=1).encode())
+        assert status == 200
+        logits = json.loads(body)["outputs"][0]["data"]
+        np.testing.assert_allclose(logits, expected.ravel(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_raw_request_is_one_image_and_its_answer_is_binary(site, expected):
+    status, headers, body = ask(site, INFER, IMAGE.tobytes(), RAW)
     split = int(headers["Inference-Header-Content-Length"])
     assert (status, json.loads(body[:split])["outputs"][0]["shape"]) == (200, [1, 7])
-    logits = struct.unpack("<7f", body[split:])
-    np.testing.assert_allclose([logits], load(artefact).run(IMAGE[None]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(struct.unpack("<7f", body[split:]), expected[0], rtol=1e-5, atol=1e-6)
     for wrong in (b"", IMAGE.tobytes() * 2, IMAGE.tobytes()[:-1]):
-        assert ask(port, INFER, wrong, {"Inference-Header-Content-Length": "0"})[0] == 400
+        assert ask(site, INFER, wrong, RAW)[0] == 400
 
 
-@pytest.mark.parametrize("path", ["", "/config", "/ready", "/stats"])
-def test_what_a_model_tells_it_tells_by_version_too(port, path):
-    assert ask(port, f"/v2/models/student{path}")[2] == ask(port, f"/v2/models/student/versions/1{path}")[2]
-    assert ask(port, f"/v2/models/student/versions/2{path}")[0] == 404
-    assert ask(port, f"/v2/models/another/versions/1{path}")[0] == 404
+@pytest.mark.parametrize("data", [
+    "[1,,2]", "[1 2]", "[01]", "[1]]", "[[1], 2]", "[1,]", "{}", "1", "null", "[-1]", "[1e-1]", "[[[[1]]]]", "[]",
+])  # fmt: skip
+def test_data_that_is_not_a_tensor_of_the_shape_is_refused(site, data):
+    data = data.replace("1", ", ".join(["1"] * ONE), 1) if data not in ("1", "[1e-1]", "[-1]") else data
+    text = json.dumps({"inputs": [tensor(data=0)]}).replace('"data": 0', f'"data": {data}')
+    assert error_of(site, INFER, text.encode())[0] == 400
+
+
+@pytest.mark.parametrize(("value", "reason"), [
+    ("256", "has 256;"), ("-1", "has -1;"), ("0.5", "has 0.5;"), ("1e400", "has inf;"), ('"1"', "has '1';"),
+    ("null", "has null;"), ("true", "has true;"), ("false", "has false;"), ("NaN", "NaN is not valid JSON"),
+    ("Infinity", "Infinity is not valid JSON"), ("-Infinity", "-Infinity is not valid JSON"),
+])  # fmt: skip
+def test_a_value_that_is_not_a_byte_is_named(site, value, reason):
+    text = numbers(data=[7] * (ONE - 1) + ["?"]).decode().replace('"?"', value)
+    status, message = error_of(site, INFER, text.encode())
+    assert (status, reason in message) == (400, True), message
+
+
+def test_a_whole_number_may_be_written_as_a_float(site):
+    assert ask(site, INFER, numbers(data=[1.0] * ONE))[0] == 200
+
+
+def test_the_order_of_keys_is_free():
+    data = json.dumps(IMAGE[None].tolist())
+    for order in ('"data": {0}, "name": "images"', '"name": "images", "data"\n:\t{0}'):
+        text = '{"id": "\\"data\\": [1]", "inputs": [{' + order + ', "datatype": "UINT8", "shape": [1, 16, 16, 3]}]}'
+        asked = parse_infer(text.replace("{0}", data).encode(), None, SHAPE, 8)
+        assert (asked.images[0] == IMAGE).all()
+        assert asked.id == '"data": [1]'
+
+
+def test_a_json_tensor_of_one_photograph_of_224_px_fits():
+    shape = (224, 224, 3)
+    for data in (np.full((1, *shape), 255), np.full(224 * 224 * 3, 255)):
+        body = json.dumps({"inputs": [tensor((1, *shape), data=data.tolist())]}).encode()
+        assert parse_infer(body, None, shape, 8).images.shape == (1, *shape)
+
+
+def test_larger_json_is_413_with_the_way_to_send_it():
+    status, message = refused({"id": "x" * JSON_LIMIT})
+    assert (status, "binary_data_size" in message) == (413, True)
+
+
+# ---- parameters ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -65,7 +122,7 @@ def test_a_parameter_of_another_type_is_refused_by_name(name, value):
     assert (status, name in message) == (400, True)
 
 
-def test_the_types_of_the_protocol_are_taken():
+def test_the_types_of_the_protocol_are_accepted():
     own = {"a": "x", "b": 1, "c": True, "d": 0.5, "priority": 1, "sequence_id": 7}
     asked = parse(flat(parameters=own | {"binary_data_output": True}, id="7"))
     assert (asked.id, asked.binary, asked.classes) == ("7", True, 0)
@@ -74,7 +131,7 @@ def test_the_types_of_the_protocol_are_taken():
     assert (asked.binary, asked.classes) == (False, 3)
 
 
-def test_an_output_asked_for_twice_is_as_it_was_asked_for_first():
+def test_the_first_of_two_equal_outputs_counts():
     asked = parse(flat(outputs=[{"name": "logits"}, {"name": "logits", "parameters": {"binary_data": True}}]))
     assert not asked.binary
 
@@ -83,40 +140,101 @@ def test_an_output_asked_for_twice_is_as_it_was_asked_for_first():
 def test_shared_memory_is_refused(where):
     region = {"shared_memory_region": "r", "shared_memory_byte_size": ONE, "shared_memory_offset": 0}
     request = flat(outputs=[{"name": "logits", "parameters": region}]) if where == "output" else of(parameters=region)
-    assert refused(request) == (400, "shared memory is not served: send and receive tensors in the body")
+    status, message = refused(request)
+    assert (status, "shared memory is not supported" in message) == (400, True)
 
 
-def test_numbers_are_found_wherever_the_tensor_has_them_and_nowhere_else():
-    data = json.dumps(IMAGE.tolist())
-    for order in ('"data": {0}, "name": "images"', '"name": "images", "data"\n:\t{0}'):
-        text = '{"id": "\\"data\\": [1]", "inputs": [{' + order + ', "datatype": "UINT8", "shape": [1, 16, 16, 3]}]}'
-        asked = parse_infer(text.replace("{0}", data).encode(), None, SHAPE, 8)
-        assert (asked.images[0] == IMAGE).all()
-        assert asked.id == '"data": [1]'
-    elsewhere = of(parameters={}) | {"parameters": {"data": 1}}
-    text = json.dumps(elsewhere).replace('"data": 1', '"data": ' + data)
-    with pytest.raises(RequestError, match="data must be 768 numbers"):
-        parse_infer(text.encode(), None, SHAPE, 8)
+# ---- mistakes -----------------------------------------------------------------------------------------------------
 
 
-def test_what_an_error_repeats_is_cut_and_can_be_written():
-    for name in ("x" * 50_000, "\ud800", ["y" * 50_000], {"z": "\udfff" * 9_000}):
+@pytest.mark.parametrize(("body", "headers", "reason"), [
+    (b"", {}, "not a request"),
+    (b"{", {}, "not a request"),
+    (b"[]", {}, "not a request"),
+    (b"\xff\xfe", {}, "not a request"),
+    (b"[" * 100_000, {}, "not a request"),
+    (b'{"inputs": []}', {}, "not a request"),
+    (b'{"inputs": [7]}', {}, "not a request"),
+    (b'{"inputs": [{"name": "images"}]}', {}, "not a request"),
+    (json.dumps({"inputs": [tensor(data=[1]), tensor(data=[1])]}).encode(), {}, "not a request"),
+    (numbers(name="image"), {}, "unknown input 'image'"),
+    (numbers(datatype="FP32"), {}, "datatype 'FP32'"),
+    (numbers(shape=(1, 3, 16, 16)), {}, "shape [1, 3, 16, 16]"),
+    (numbers(shape=(0, *SHAPE)), {}, "0 images"),
+    (numbers(shape=(9, *SHAPE)), {}, "9 images"),
+    (numbers(shape=(-1, *SHAPE)), {}, "-1 images"),
+    (numbers(shape=(1.0, *SHAPE)), {}, "shape [1.0"),
+    (numbers(data=[1, 2]), {}, "list of 768 numbers"),
+    (json.dumps({"inputs": [tensor()]}).encode(), {}, "list of 768 numbers"),
+    (json.dumps(flat(outputs=[{"name": "scores"}])).encode(), {}, "'scores'"),
+    (json.dumps(flat(id=7)).encode(), {}, "id must be a string"),
+    (*binary(of(), b"\0" * (ONE - 1)), "got 767"),
+    (*binary(of(), b"\0" * (ONE + 1)), "got 769"),
+    (*binary(of(size=7), b"\0" * ONE), "binary_data_size is 7"),
+    (*binary(of(size="all"), b"\0" * ONE), "binary_data_size is all as text"),
+    (*binary(flat(), b"\0"), "1 bytes follow the JSON"),
+    (b"{}", {"Inference-Header-Content-Length": "3"}, "the body has 2 bytes"),
+    (b"{}", {"Inference-Header-Content-Length": "-1"}, "'-1'"),
+    (b"{}", {"Inference-Header-Content-Length": "x"}, "'x'"),
+    (b"{}", {"Content-Encoding": "gzip"}, "not valid gzip"),
+    (b"{}", {"Content-Encoding": "deflate"}, "not valid deflate"),
+    (bytes.fromhex("1f8b08000000000000"), {"Content-Encoding": "gzip"}, "not valid gzip"),
+])  # fmt: skip
+def test_a_wrong_request_is_400_with_the_reason(site, body, headers, reason):
+    status, message = error_of(site, INFER, body, headers)
+    assert (status, reason in message) == (400, True), message
+    assert ask(site, INFER, numbers())[0] == 200
+
+
+def test_an_error_repeats_little_of_a_request_and_only_ascii():
+    for name in ("x" * 50_000, "\ud800", ["y" * 50_000], {"z": "\udfff" * 9_000}, "\x1b[31m"):
         status, message = refused({"inputs": [tensor(name=name, data=[])]})
         assert status == 400
-        assert len(message.encode()) < 400
+        assert len(message) < 400
+        assert message.isascii()
+        assert message.isprintable()
 
 
-@pytest.mark.parametrize(("accepted", "encoding"), [
-    ("", None), ("gzip", "gzip"), ("deflate", "deflate"), ("gzip, deflate", "gzip"), ("GZIP", "gzip"), ("br", None),
-    ("gzip;q=0", None), ("gzip; q=0.000, deflate", "deflate"), ("gzip;q=0.2, deflate;q=0.8", "deflate"),
-    ("*", "gzip"), ("*;q=0", None), ("*, gzip;q=0", "deflate"), ("identity, gzip;q=0.5", None), ("xgzip", None),
-    ("gzip;q=x", None), ("gzip;q=1.0", "gzip"), ("identity;q=0.5, gzip;q=0.8", "gzip"),
+@pytest.mark.parametrize(("path", "method", "status"), [
+    ("/v2/models/another/infer", "POST", 404),
+    ("/v2/models/student/versions/2/infer", "POST", 404),
+    ("/v2/models/another", "GET", 404),
+    ("/nowhere", "GET", 404),
+    ("/predict", "GET", 405),
+    (INFER, "GET", 405),
 ])  # fmt: skip
-def test_accept_encoding_is_read_as_rfc_9110_says(accepted, encoding):
-    body = b"a" * 5000
-    packed, headers = pack(body, {}, accepted)
-    assert headers.get("Content-Encoding") == encoding
-    assert {"gzip": gzip.decompress, "deflate": zlib.decompress, None: bytes}[encoding](packed) == body
+def test_a_wrong_path_or_method_is_an_error_in_json(site, path, method, status):
+    got, headers, answer = ask(site, path, b"" if method == "POST" else None, method=method)
+    assert got == status
+    assert json.loads(answer)["error"]
+    assert headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("path", ["/v2/", "/v2/health/live/", "/predict/"])
+def test_a_slash_at_the_end_does_not_redirect_to_the_host_that_was_sent(site, path):
+    response = site.get(path, headers={"Host": "evil.example"}, follow_redirects=False)
+    assert (response.status_code, "location" in response.headers) == (404, False)
+
+
+@pytest.mark.parametrize("path", ["", "/config", "/ready", "/stats"])
+def test_a_model_is_described_with_and_without_its_version(site, path):
+    assert ask(site, f"/v2/models/student{path}")[2] == ask(site, f"/v2/models/student/versions/1{path}")[2]
+    assert ask(site, f"/v2/models/student/versions/2{path}")[0] == 404
+    assert ask(site, f"/v2/models/another/versions/1{path}")[0] == 404
+
+
+# ---- compression --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("header", "accepted"), [
+    ("", False), ("gzip", True), ("deflate", False), ("br, gzip", True), ("br", False), ("gzip;q=0", False),
+    ("gzip; q=0.000, deflate", False), ("gzip;q=0.2, deflate;q=0.8", True), ("identity, gzip;q=0.5", True),
+    ("xgzip", False), ("gzip;q=x", False), ("gzip;q=1.0", True), ("gzip;q=0.010", True), ("*;q=0", False),
+])  # fmt: skip
+def test_gzip_is_used_for_clients_that_accept_it(site, header, accepted):
+    assert accepts_gzip(header) == accepted
+    with site.stream("GET", "/metrics", headers={"Accept-Encoding": header}) as response:
+        assert (response.headers.get("Content-Encoding") == "gzip") == accepted
 
 
 def test_gzip_may_have_several_members_and_zeros_after_them():
@@ -124,64 +242,71 @@ def test_gzip_may_have_several_members_and_zeros_after_them():
     members = [gzip.compress(text[start : start + 70_000]) for start in range(0, len(text), 70_000)]
     assert unpack(b"".join(members), "gzip", 300_000) == text
     assert unpack(b"".join(members) + bytes(100), "x-gzip", 300_000) == text
-    for wrong, status in ((members[0][:-1], 400), (members[0] + b"x", 400), (b"", 400), (b"".join(members) * 2, 413)):
+    for wrong, status in ((members[0][:-1], 400), (members[0] + b"x", 400), (b"".join(members) * 2, 413)):
         with pytest.raises(RequestError) as error:
             unpack(wrong, "gzip", 300_000)
         assert error.value.status == status
+    with pytest.raises(RequestError) as error:
+        unpack(b"", "br", 300_000)
+    assert error.value.status == 415
+
+
+# ---- answers ------------------------------------------------------------------------------------------------------
 
 
 def test_many_logits_are_written_as_json_reads_them():
     logits = np.random.default_rng(0).normal(size=(3, 21_000)).astype(np.float32)
     logits[1, 5] = np.inf
     body, _ = write_infer(parse(flat()), logits, "student", ["x"] * 21_000)
-    told = json.loads(body)["outputs"][0]["data"]
-    assert told[21_005] is None
-    told[21_005] = np.inf
-    assert (np.array(told, dtype=np.float32).reshape(logits.shape) == logits).all()
+    data = json.loads(body)["outputs"][0]["data"]
+    assert data[21_005] is None
+    data[21_005] = np.inf
+    assert (np.array(data, dtype=np.float32).reshape(logits.shape) == logits).all()
 
 
-# ---- /predict -----------------------------------------------------------------------------------------------------
+def test_classification_is_the_same_in_json_and_in_binary(site, expected):
+    output = {"name": "logits", "parameters": {"classification": 3, "binary_data": True}}
+    _, headers, body = ask(site, INFER, json.dumps(flat(outputs=[output])).encode())
+    raw, values = body[int(headers["Inference-Header-Content-Length"]) :], []
+    while raw:
+        length = int.from_bytes(raw[:4], "little")
+        values, raw = [*values, raw[4 : 4 + length].decode()], raw[4 + length :]
+    output["parameters"]["binary_data"] = False
+    body = ask(site, INFER, json.dumps(flat(outputs=[output])).encode())[2]
+    assert json.loads(body)["outputs"][0]["data"] == values
+    best = np.argsort(-expected[0])[:3]
+    assert values == [f"{expected[0][i]:f}:{i}:{NAMES[i]}" for i in best]
 
 
-def picture(kind):
-    file = io.BytesIO()
-    Image.fromarray(IMAGE).save(file, kind)
-    return file.getvalue()
+def test_logits_that_are_not_finite_are_null(artefact):
+    with in_process(artefact, run=lambda images: np.full((len(images), 7), np.nan, np.float32)) as site:
+        assert json.loads(ask(site, INFER, numbers())[2])["outputs"][0]["data"] == [None] * 7
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "GIF", "WEBP", "AVIF"])
-def test_predict_reads_what_pillow_reads(port, kind):
-    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
-        pytest.skip(f"this Pillow has no {kind}")
-    status, _, body = ask(port, "/predict", picture(kind))
-    assert (status, len(json.loads(body)["predictions"])) == (200, 5)
+def test_a_runtime_that_fails_is_500_and_the_next_request_is_answered(artefact):
+    runtime, calls = load(artefact, RunOn("cpu")), []
+
+    def fails_once(batch):
+        calls.append(len(batch))
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return runtime.run(batch)
+
+    with in_process(artefact, run=fails_once) as site:
+        assert error_of(site, INFER, numbers()) == (500, "the runtime failed: out of memory")
+        assert ask(site, INFER, numbers())[0] == 200
+        statistics = json.loads(ask(site, "/v2/models/student/stats")[2])["model_stats"][0]["inference_stats"]
+        assert (statistics["fail"]["count"], statistics["success"]["count"]) == (1, 1)
 
 
-def form(*parts, boundary="b0"):
-    lines = [b"--%s\r\nContent-Disposition: form-data; %s\r\n\r\n%s\r\n" % (boundary.encode(), about, content)
-             for about, content in parts]  # fmt: skip
-    return b"".join(lines) + b"--%s--\r\n" % boundary.encode(), {
-        "Content-Type": f"multipart/form-data; boundary={boundary}"
-    }
-
-
-def test_predict_takes_a_form_with_one_file(port):
-    expected = ask(port, "/predict", picture("PNG"))[2]
-    photo = b'name="image"; filename="a.png"', picture("PNG")
-    for parts in ([photo], [(b'name="note"', b"hello"), photo, (b'name="top"', b"3")]):
-        assert ask(port, "/predict", *form(*parts))[2] == expected
-
-
-@pytest.mark.parametrize(("body", "headers", "said"), [
-    (*form((b'name="a"; filename="a"', b"1"), (b'name="b"; filename="b"', b"2")), "more than one file"),
-    (*form((b'name="a"', b"1")), "no file"),
-    (*form(*[(b'name="a"', b"1")] * 200), "form"),
-    (b"nonsense", {"Content-Type": "multipart/form-data; boundary=b0"}, "form"),
-    (b"nonsense", {"Content-Type": "multipart/form-data"}, "boundary"),
-    (b"nonsense", {"Content-Type": "multipart/mixed; boundary=b0"}, "form-data"),
-    (*form((b'name="a"; filename="a"', b"no image")), "not an image"),
-    (b'{"image": "aGVsbG8="}', {"Content-Type": "application/json"}, "--data-binary"),
-])  # fmt: skip
-def test_a_form_that_holds_no_one_image_says_what_was_expected(port, body, headers, said):
-    status, _, answer = ask(port, "/predict", body, headers)
-    assert (status, said in json.loads(answer)["error"]) == (400, True), answer
+def test_a_body_over_the_limit_is_413_in_json(artefact):
+    with in_process(artefact, dataclasses.replace(Limits(), body_mib=0.01)) as site:
+        packed = gzip.compress(b"\0" * 5_000_000)
+        assert len(packed) < 0.01 * 2**20
+        too_large = (413, "the body is larger than 10485 bytes, the limit of this server")
+        assert error_of(site, "/predict", b"\0" * 20_000) == too_large
+        assert error_of(site, INFER, packed, {"Content-Encoding": "gzip"}) == too_large
+        chunks = (b"\0" * 5_000 for _ in range(4))  # without a Content-Length
+        assert error_of(site, "/predict", chunks, method="POST") == too_large
+        assert error_of(site, "/predict", b"", {"Content-Length": "9" * 30}, method="POST") == too_large
+        assert ask(site, "/v2/health/ready")[0] == 200

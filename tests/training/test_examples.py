@@ -35,7 +35,7 @@ if how == "stopped":
     signal.signal(signal.SIGUSR1, lambda *_: None)
     print("ready", os.getpid(), file=log, flush=True)
     signal.pause()
-    print("stopped by SIGUSR1 at step 3 of epoch 1: last.pt is saved, --resume goes on", file=log)
+    print("stopped by SIGUSR1 at step 3 of epoch 1: last.pt is saved, --resume continues", file=log)
 if how == "finished":
     print("last top-1 90.00 %, best 90.00 %", file=log)
 sys.exit(2 if how == "failed" else 0)
@@ -144,7 +144,7 @@ def test_slurm_does_not_requeue_what_is_finished(slurm):
     assert slurm.requeues() == []
     assert (slurm.output / "torchrun.txt").read_text() == (
         f"--nnodes 1 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:{29000 + int(slurm.job) % 1000} "
-        f"--rdzv-id {slurm.job} train.py finished --output runs/slurm-{slurm.job} --resume auto (ignores SIGUSR1)"
+        f"--rdzv-id {slurm.job} train.py finished --output runs/slurm-{slurm.job} --resume (ignores SIGUSR1)"
     )
 
 
@@ -181,7 +181,7 @@ def test_slurm_stops_the_real_torchrun_and_goes_on_with_it(slurm):
     assert slurm.start(*flags, str(done + 1)).wait(120) == 0
     assert slurm.requeues() == []
     log = (slurm.output / "log.txt").read_text()
-    assert re.search(rf"^going on from .*, (at step \d+ of epoch {done + 1}|after epoch {done})$", log, re.M)
+    assert re.search(rf"^resuming from .*, (at step \d+ of epoch {done + 1}|after epoch {done})$", log, re.M)
     assert re.search("^last top-1", log, re.M)
 
 
@@ -220,7 +220,7 @@ def test_pytorchjob_restarts_what_fails_and_leaves_time_to_save():
         assert "persistentVolumeClaim" in volumes[mounts["/data"]]
         (script,) = container["args"]
         assert "--output /data/" in script
-        assert "--resume auto" in script
+        assert "--resume " in script
 
 
 @pytest.mark.usefixtures("stand_in")

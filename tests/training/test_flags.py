@@ -1,13 +1,12 @@
 """deploy/flags.py: defaults that fit a folder."""
 
 import functools
-import inspect
 
 import pytest
 import torch
 
 import train
-from deploy.flags import RECIPES, pick_recipe
+from deploy.flags import RECIPES, pick_recipe, settle_flags
 
 IMAGES = [(2, 2), (5, 2), (37, 3), (200, 5), (3000, 10), (10_000, 20), (99_999, 200), (10**7, 1000)]
 
@@ -16,19 +15,17 @@ IMAGES = [(2, 2), (5, 2), (37, 3), (200, 5), (3000, 10), (10_000, 20), (99_999, 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (375, 500), (4000, 50)])
 @pytest.mark.parametrize(("images", "classes"), IMAGES)
 def test_a_picked_recipe_makes_a_run(images, classes, size, pretrained):
-    """It has a whole batch, no fewer keys than a recipe, and an optimizer and a schedule come of it."""
+    """It has a whole batch, every key of a recipe, and an optimizer and a schedule can be made of it."""
     recipe, line = pick_recipe(images, classes, size, pretrained)
     assert RECIPES["imagenet-cnn"].keys() <= recipe.keys()
-    assert recipe.keys() <= {name for flags in train.FLAGS.values() for name in flags}
     assert 2 <= recipe["batch_size"] <= images
     assert recipe["epochs"] >= 10
     assert recipe["img_size"] % 32 == 0
     assert "\n" not in line
     assert f"{images} images of {classes} classes" in line
-    defaults = {name: default for flags in train.FLAGS.values() for name, (default, *_) in flags.items()}
-    flags = defaults | recipe | {"net": torch.nn.Linear(2, 2), "updates_per_epoch": 10}
-    taken = {name: flags[name] for name in inspect.signature(train.make_optimizer).parameters}
-    _, scheduler = train.make_optimizer(**taken)
+    args, given = settle_flags(train.FLAGS, {"data": "photos"}, fitted=recipe)
+    assert (args.recipe, given["fitted"]) == ("fitted", recipe)
+    _, scheduler = train.build_optimizer(torch.nn.Linear(2, 2), args, 10)
     assert scheduler.optimizer.param_groups[0]["lr"] <= recipe["lr"]
 
 

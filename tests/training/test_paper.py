@@ -23,8 +23,12 @@ from torchvision.datasets import FakeData
 
 import train
 from deploy.cli import UserError
+from deploy.flags import settle_flags
 from deploy.student import build_model, find_architecture
 from kdlite import Teacher
+from kdlite.training import teacher_labels
+from kdlite.training.data import Data
+from kdlite.training.loading import Batch
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +51,10 @@ def rows():
         [*command, "all"], capture_output=True, text=True, check=True, env=os.environ | {"LAUNCH": "echo"}
     ).stdout.splitlines()
     return dict(zip(names, (shlex.split(line)[1:] for line in lines), strict=True))
+
+
+def settle(flags):
+    return settle_flags(train.FLAGS, train.parse_flags(flags))[0]
 
 
 # ---- the rows ----
@@ -96,25 +104,26 @@ def test_a_row_builds_its_networks_layers_and_schedule_and_takes_a_step(name, mo
     flags = rows()[name]
     assert flags[-2:] == ["--output", f"runs/paper/{name}"]
     classes, size = (100, 32) if "cifar100" in flags else (1000, 32 if "deit" in name else 64)
-    args = train.parse_args([*flags, "--batch-size", "2", "--img-size", str(size), "--device", "cpu", "--workers", "0"])
+    small = ["--batch-size", "2", "--img-size", str(size), "--device", "cpu", "--workers", "0"]
+    args = settle([*flags, *small])
     images = FakeData(8, (3, size, size), classes)
-    data = train.Data(images, images, [str(i) for i in range(classes)], (0.5,) * 3, (0.5,) * 3)
+    data = Data(images, images, [str(i) for i in range(classes)], (0.5,) * 3, (0.5,) * 3)
     teacher = None
     if args.teacher:
-        name_of_teacher, theirs = args.teacher, train.parse_args([])
+        name_of_teacher, theirs = args.teacher, settle([])
         if args.teacher.startswith("runs/paper/"):  # a row of its own
-            theirs = train.parse_args(rows()[Path(args.teacher).parts[2]])
+            theirs = settle(rows()[Path(args.teacher).parts[2]])
             name_of_teacher = theirs.model
         architecture = find_architecture(name_of_teacher, theirs.model_args, theirs.small_stem)
         teacher = Teacher(build_model(architecture, classes, size, [name_of_teacher]))
-    run = train.build(args, data, teacher)
+    _, net, _ = train.build_student(args, data)
     if args.self_kd:
-        assert (run.net.tap, run.net.head.in_features) == TAPS[name]
-    optimizer, updates = run.optimizer, run.updates_per_epoch
-    assert updates == 4
+        assert (net.tap, net.head.in_features) == TAPS[name]
+    updates = 4
+    optimizer, schedule = train.build_optimizer(net, args, updates)
     lr = []
     for step in range(0, args.epochs * updates, updates):
-        run.scheduler.step_update(step + updates // 2)
+        schedule.step_update(step + updates // 2)
         lr.append(optimizer.param_groups[0]["lr"])
     assert max(lr) == pytest.approx(args.lr, rel=0.01)
     if args.schedule == "step":
@@ -124,13 +133,32 @@ def test_a_row_builds_its_networks_layers_and_schedule_and_takes_a_step(name, mo
     else:
         assert lr[-1] < 0.01 * args.lr
 
-    before = [p.detach().clone() for p in run.net.parameters()]
-    batch = torch.randn(2, 3, size, size), torch.tensor([3, 7])
-    losses = train.forward_backward(run.net.train(), run.teacher, *batch, run.objective, run.amp, run.scaler)
+    before = [p.detach().clone() for p in net.parameters()]
+    batch = Batch(torch.randn(2, 3, size, size), torch.tensor([3, 7]), [])
+    method, scaler = train.build_method(args, data, torch.device("cpu")), torch.amp.GradScaler("cpu", enabled=False)
+    losses = train.train_step(net.train(), teacher, batch, method, None, scaler)
     assert set(losses) == {"ce"} | ({args.kd} if args.kd else set()) | ({"uskd"} if args.self_kd else set())
     assert all(loss.isfinite() for loss in losses.values())
-    train.update(run.net, optimizer, run.scaler, args.clip_grad)
-    assert not all(torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+    train.optimizer_step(net, optimizer, scaler, args.clip_grad)
+    assert not all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+# the schedules of the official configs and of the CRD protocol, whose values are in two recipes
+SCHEDULES = {
+    "nkd-resnet18": (100, 256, 0.1, 1e-4, [30, 60, 90], 0.1),
+    "uskd-mobilenet-v2": (300, 256, 0.045, 4e-5, list(range(1, 300)), 0.98),
+    "uskd-cifar-resnet18": (200, 128, 0.1, 5e-4, [60, 120, 160], 0.2),
+    "nkd-resnet56-resnet20": (240, 64, 0.05, 5e-4, [150, 180, 210], 0.1),
+    "nkd-vgg13-mobilenet_v2_half": (240, 64, 0.01, 5e-4, [150, 180, 210], 0.1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_row_has_the_schedule_of_its_protocol(name):
+    args = settle(rows()[name])
+    names = ("epochs", "batch_size", "lr", "weight_decay", "step_epochs", "step_factor")
+    assert tuple(getattr(args, flag) for flag in names) == SCHEDULES[name]
+    assert args.small_stem == (name == "uskd-cifar-resnet18")
 
 
 # ---- the networks ----
@@ -204,9 +232,10 @@ def test_train_py_calls_the_variant_in_place_of_the_loss(monkeypatch, variant, r
     weak, teacher = (None, other) if replaced == "nkd_loss" else (other, None)
     target = torch.arange(8) % 5
     term = replaced.removesuffix("_loss")
-    before = train.named_losses(logits, weak, teacher, target, kd="nkd" if teacher is not None else None)
+    method = train.Method("nkd" if teacher is not None else None)
+    before = train.loss_terms(method, logits, weak, teacher, target)
     monkeypatch.setattr(train, name, function)
-    after = train.named_losses(logits, weak, teacher, target, kd="nkd" if teacher is not None else None)
+    after = train.loss_terms(method, logits, weak, teacher, target)
     assert after.keys() == before.keys() == {"ce", term}
     assert after["ce"] == before["ce"]
     assert after[term].shape == ()
@@ -315,10 +344,12 @@ def test_what_the_networks_of_a_run_say(tmp_path, monkeypatch):
     tiny += ["--crop", "none"]  # the view that is stored is then the one that is looked at
     teacher = ["--teacher", "teacher/student", "--model-file", f"{ROOT}/tests/own_models.py:tiny"]
     run(*tiny, "--output", "teacher")
-    run(*tiny, *teacher, "--cache", "none", "--write-labels", "L", "--views", "1", "--top-k", "9")
+    labels = ["--device", "cpu", "--img-size", "16", "--crop", "none", "--views", "1", *teacher]
+    assert teacher_labels.main([*labels, "--output", "L", "--top-k", "9"]) == 0
     run(*tiny, "--kd", "nkd", "--teacher-labels", "L", "--self-kd", "uskd", "--output", "stored")
     run(*tiny, "--kd", "nkd", *teacher, "--output", "online")
-    done = subprocess.run([sys.executable, PAPER / "answers.py", "stored", "online"], capture_output=True, text=True)
+    command = [sys.executable, PAPER / "answers.py", "stored", "online", *tiny[2:4], *teacher[2:]]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said, folder = {}, ""
     for line in done.stdout.splitlines():
@@ -338,10 +369,10 @@ def test_what_the_networks_of_a_run_say(tmp_path, monkeypatch):
     assert stored == pytest.approx(rest, abs=0.011)
 
     # of three classes of nine there is no entropy to tell
-    run(*tiny, *teacher, "--cache", "none", "--write-labels", "few", "--views", "1", "--top-k", "3")
+    assert teacher_labels.main([*labels, "--output", "few", "--top-k", "3"]) == 0
     run(*tiny, "--kd", "nkd", "--temperature", "1", "--teacher-labels", "few", "--output", "some")
     with pytest.raises(UserError, match="few has 3 of 9 other classes: write labels with --top-k 9"):
-        list(load("answers").lines(Path("some")))
+        list(load("answers").report(Path("some"), tiny[2:4]))
 
 
 @pytest.mark.parametrize("name", ["", "not there"])

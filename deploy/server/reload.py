@@ -1,0 +1,65 @@
+"""Load the model's file, at the start and at each SIGHUP."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.cli import UserError, explain, first_line
+from deploy.runtimes import RunOn, Runtime, load
+from deploy.server.app import StudentServer
+from deploy.server.log import log
+
+
+def load_and_try(path: Path, max_batch: int, on: RunOn) -> Runtime:
+    """Return a runtime after a batch of one image and the largest batch, which are slow the first time."""
+    runtime = load(path, on)
+    classes = len(runtime.metadata.label_names)
+    for size in sorted({1, min(max_batch, runtime.max_batch or max_batch)}):
+        try:
+            logits = runtime.run(np.zeros((size, *runtime.image_shape), np.uint8))
+        except Exception as error:  # each runtime has exceptions of its own
+            raise UserError(f"{path} fails on a batch of {size}: {first_line(error)}") from error
+        if logits.shape != (size, classes) or not np.isfinite(logits).all():
+            raise UserError(
+                f"{path} returns logits of shape {list(logits.shape)} for a batch of {size}; expected "
+                f"[{size}, {classes}], one logit for each label, all finite"
+            )
+    return runtime
+
+
+class Reloader:
+    """Load the file again at each SIGHUP, in a thread, one after the other.
+
+    A signal before start() is served by start(): the file may have changed while it was loaded.
+    """
+
+    def __init__(self, load_again: Callable[[], Runtime], name: str) -> None:
+        self.load_again, self.name = load_again, name
+        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # put() may be called in a signal handler
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, self.on_signal)
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        self.signals.put(number)
+
+    def start(self, server: StudentServer) -> None:
+        threading.Thread(target=self.run_forever, args=(server,), name="reload", daemon=True).start()
+
+    def run_forever(self, server: StudentServer) -> None:
+        while self.signals.get():
+            try:
+                server.use(self.load_again())
+            except Exception as error:  # any error in the file: the server keeps the old one
+                server.metrics.reloads.labels("refused").inc()
+                reason = explain(error) or f"{type(error).__name__}: {first_line(error)}"
+                log.error("%s: not loaded again, the server keeps the old one: %s", self.name, reason)
+            else:
+                server.metrics.reloads.labels("done").inc()
+                log.info("%s: loaded again", self.name)
