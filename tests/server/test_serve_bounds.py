@@ -328,6 +328,20 @@ def test_requests_of_clients_that_have_left_are_not_run(artefact):
         assert metric(port, 'kdlite_requests_total{endpoint="infer",status="499"}') == 20
 
 
+def test_requests_of_clients_that_have_left_are_not_unpacked(port):
+    """200 clients, one request each, that leave after the time of 20 requests."""
+    body = gzip.compress(bytes(15 * MIB))
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n"
+    started = time.perf_counter()
+    for _ in range(5):
+        assert ask(port, INFER, body, GZIP)[0] == 413  # as JSON
+    alone = (time.perf_counter() - started) / 5
+    asyncio.run(crowd(port, 200, 20 * alone, head.encode() + body))
+    started = time.perf_counter()
+    assert ask(port, INFER, body, GZIP)[0] in (413, 503)
+    assert time.perf_counter() - started < max(1.0, 30 * alone)  # 180 requests had not been unpacked
+
+
 def test_bodies_share_a_budget(artefact):
     with in_thread(artefact, Limits(body_mib=1.0, bodies=3)) as port:
         uploads = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
