@@ -1,14 +1,14 @@
-"""How fast is every artefact here? One table, on the run's own validation images, torch eager beside it.
+"""Measure how fast every artefact is here. Prints one table, with torch eager in its first row.
 
     python -m deploy.benchmark runs/001-mobilenet_v2-uskd --threads 1
     python -m deploy.benchmark runs/001-mobilenet_v2-uskd student.onnx student-int8-cpu.onnx --batches 1 16
 
-The images are those of the run's reference.npz. A machine without torch has no row of torch eager, and says so.
+The images are those of the run's reference.npz. Without torch the table has no row of torch eager.
 
-Each runtime has a process of its own; they take turns in short rounds, so that a busy moment of the machine hits them
-all. Latency is the whole call, from uint8 images in host memory to logits there. The header names the machine and its
-load; cpu/wall is the processor time per second of each row (with one thread: under 0.95, something else was running).
-A row that failed stays, with its reason. Written to benchmark.json and benchmark.png (latency against accuracy).
+Each runtime has a process of its own. The runtimes take turns in short rounds, so that a busy moment of the machine
+hits all of them. Latency is the whole call, from uint8 images in host memory to logits there. The header describes the
+machine and its load. cpu/wall is the processor time per second of a row. A row that failed stays, with its reason.
+Writes benchmark.json and benchmark.png (latency against accuracy).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import io
 import json
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,27 +43,46 @@ from deploy.cli import (
     add_quiet,
     command,
     first_line,
+    log,
     make_folder,
     make_parser,
-    note,
+    show,
     student_folder,
     version,
     write_whole,
 )
 from deploy.config import read_config
+from deploy.per_class import save
 from deploy.reference import NAME, add_reference, find_reference, read_reference
-from deploy.runtimes import RunOn, cuda_device_count, has_torch, load, pick_device
+from deploy.runtimes import RunOn, Runtime, cuda_device_count, has_torch, load, pick_device, usable_cpus
 
 COLUMNS = {
-    "artefact": "", "runtime": "", "provider": "", "precision": "", "batch": "d", "threads": "d", "p50_ms": ".2f",
-    "p90_ms": ".2f", "p99_ms": ".2f", "images_per_s": ".0f", "times_eager": ".2f", "load_s": ".2f", "build_s": ".1f",
-    "mb": ".1f", "top1": ".2f", "cpu/wall": ".2f", "mj_per_image": ".1f", "failed": "",
-}  # fmt: skip
-PAUSE_S = 0.05  # between two turns: threads that spin for more work go to sleep
+    "artefact": "",
+    "runtime": "",
+    "provider": "",
+    "precision": "",
+    "batch": "d",
+    "threads": "d",
+    "p50_ms": ".2f",
+    "p90_ms": ".2f",
+    "p99_ms": ".2f",
+    "images_per_s": ".0f",
+    "times_eager": ".2f",
+    "load_s": ".2f",
+    "build_s": ".1f",
+    "mb": ".1f",
+    "top1": ".2f",
+    "cpu/wall": ".2f",
+    "mj_per_image": ".1f",
+    "failed": "",
+}
+GPU_FIELDS = "name,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+BUSY = 0.95  # least cpu/wall of a row on the CPU while no other program runs
+PAUSE_S = 0.05  # between two turns, so that threads that spin for more work go to sleep
 
 
 class Slice(NamedTuple):
-    """What a worker measured in one turn."""
+    """The measurements of a worker in one turn."""
 
     latencies: list[float]  # seconds
     wall_s: float
@@ -72,32 +91,34 @@ class Slice(NamedTuple):
 
 
 def work(pipe: Connection, path: Path, on: RunOn) -> None:
-    """A worker's life: load, then answer what it is asked, until None comes."""
+    """Load a runtime, then answer requests until None arrives; the loop of a worker's process."""
     meter = EnergyMeter()
     try:
         runtime = load(path, on)
         pipe.send((runtime.name, runtime.provider, runtime.metadata, runtime.load_s, runtime.max_batch))
         while (task := pipe.recv()) is not None:
             images, seconds = task
-            if seconds is None:
-                pipe.send(runtime.run(images))
-                continue
-            warm_until = time.perf_counter() + 0.2 * seconds
-            runtime.run(images)
-            while time.perf_counter() < warm_until:
-                runtime.run(images)
-            latencies: list[float] = []
-            meter.start()
-            cpu, started = time.process_time(), time.perf_counter()
-            while (before := time.perf_counter()) < started + seconds or not latencies:
-                runtime.run(images)
-                latencies.append(time.perf_counter() - before)
-            wall = time.perf_counter() - started
-            pipe.send(Slice(latencies, wall, time.process_time() - cpu, meter.stop()))
+            pipe.send(runtime.run(images) if seconds is None else time_calls(runtime, images, seconds, meter))
     except (Exception, KeyboardInterrupt) as error:
         pipe.send(UserError(first_line(error) if isinstance(error, Exception) else "interrupted"))
     finally:
         meter.close()
+
+
+def time_calls(runtime: Runtime, images: np.ndarray, seconds: float, meter: EnergyMeter) -> Slice:
+    """Warm the runtime up, then time calls for a number of seconds."""
+    warm_until = time.perf_counter() + 0.2 * seconds
+    runtime.run(images)
+    while time.perf_counter() < warm_until:
+        runtime.run(images)
+    latencies: list[float] = []
+    meter.start()
+    cpu, started = time.process_time(), time.perf_counter()
+    while (before := time.perf_counter()) < started + seconds or not latencies:
+        runtime.run(images)
+        latencies.append(time.perf_counter() - before)
+    wall = time.perf_counter() - started
+    return Slice(latencies, wall, time.process_time() - cpu, meter.stop())
 
 
 class Worker:
@@ -141,91 +162,135 @@ class Worker:
         self.process.kill()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The images to measure with, and the time."""
+
+    batches: list[np.ndarray]  # to be timed, each uint8 (N, H, W, 3)
+    validation: list[tuple[np.ndarray, np.ndarray]]  # (images, labels) for top-1; may be empty
+    seconds: float = 3.0  # of each row
+    rounds: int = 6  # turns that the seconds are split into
+
+
+@dataclass
+class Timed:
+    """A row of the table, the worker that is timed for it, and its measurements."""
+
+    row: dict[str, Any]
+    worker: Worker
+    images: np.ndarray
+    slices: list[Slice] = field(default_factory=list)
+
+
 def benchmark(
-    student: Path,
-    artefacts: list[Path],
-    batches: list[np.ndarray],
-    validation: list[tuple[np.ndarray, np.ndarray]],
-    seconds: float = 3.0,
-    rounds: int = 6,
-    eager: bool = True,
-    compile: bool = False,
-    on: RunOn = RunOn(),  # noqa: B008 - frozen
+    student: Path, artefacts: list[Path], plan: Plan, on: RunOn, eager: bool = True, compile: bool = False
 ) -> list[dict[str, Any]]:
-    """A row per runtime and batch; torch eager's come first where it is wanted, and every ratio is to them.
+    """Return a row per runtime and batch; torch eager's come first, and every ratio is to them.
 
     Args:
         student: the student/ folder
         artefacts: files that deploy/ made of it
-        batches: what to time, each uint8 (N, H, W, 3)
-        validation: (images, labels) for top-1; may be empty
-        seconds: measured of each row, in `rounds` turns
-        eager: a row of the student/ folder itself, by torch
-        compile: and one by torch.compile
+        plan: the images and the seconds
         on: where the runtimes run
+        eager: add a row of the student/ folder, run by torch
+        compile: and one run by torch.compile
     """
     torch_on = dataclasses.replace(on, device=on.device.replace("tensorrt", "cuda"))
     entries = [(student, torch_on)] if eager else []
     entries += [(student, dataclasses.replace(torch_on, compile=True))] if compile else []
     entries += [(path, on) for path in artefacts]
-    workers: list[Worker] = []
     rows: list[dict[str, Any]] = []
-    timed: list[tuple[Worker, np.ndarray, dict[str, Any], list[Slice]]] = []
+    timed: list[Timed] = []
     try:
         for path, path_on in ProgressBar(entries, "load", unit="files"):
-            weights = path / "model.safetensors" if path.is_dir() else path
-            size = weights.stat().st_size / 1e6
-            row: dict[str, Any] = {"artefact": "student/" if path.is_dir() else path.name, "mb": size}
-            try:
-                worker = Worker(path, path_on)
-                workers.append(worker)
-                row |= {
-                    "runtime": worker.name,
-                    "provider": worker.provider,
-                    "precision": worker.metadata.precision,
-                    "threads": on.threads or os.cpu_count(),
-                    "load_s": worker.load_s,
-                    "build_s": worker.metadata.built.get("build_s"),
-                }
-                if validation:
-                    hits = sum(int((worker.ask(x).argmax(1) == y).sum()) for x, y in validation)
-                    row["top1"] = 100 * hits / sum(len(y) for _, y in validation)
-            except UserError as error:
-                rows.append(row | {"failed": str(error)})
+            row, worker = open_row(path, path_on, plan.validation)
+            if worker is None:
+                rows.append(row)
                 continue
-            for images in batches:
+            for images in plan.batches:
+                timed.append(Timed(row | {"batch": len(images)}, worker, images))
+                rows.append(timed[-1].row)
                 if len(images) > (worker.max_batch or len(images)):
-                    rows.append(row | {"batch": len(images), "failed": f"the engine takes {worker.max_batch} at most"})
-                else:
-                    rows.append(row | {"batch": len(images)})
-                    timed.append((worker, images, rows[-1], []))
-
-        turns = [entry for _ in range(rounds) for entry in timed]
-        for worker, images, row, slices in ProgressBar(turns, "measure", unit="turns"):
-            if "failed" not in row:
-                try:
-                    slices.append(worker.ask(images, seconds / rounds))
-                except UserError as error:
-                    row["failed"] = str(error)
-                time.sleep(PAUSE_S)
+                    rows[-1]["failed"] = f"the engine takes {worker.max_batch} at most"
+        measure(timed, plan)
     finally:
-        for worker in workers:
+        for worker in {id(one.worker): one.worker for one in timed}.values():
             worker.close()
-
-    for _, _, row, slices in timed:
-        if "failed" not in row:
-            row |= summarise(slices, row["batch"])
-    for row in rows:
-        torchs = next((r for r in rows if r.get("batch") == row.get("batch") and r.get("runtime") == "torch"), None)
-        if torchs and "p50_ms" in torchs and "p50_ms" in row:
-            row["times_eager"] = torchs["p50_ms"] / row["p50_ms"]
+    add_ratios(rows)
     return rows
 
 
+def open_row(
+    path: Path, on: RunOn, validation: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[dict[str, Any], Worker | None]:
+    """Return the columns of a runtime that do not depend on the batch, and its worker; None if it cannot be run."""
+    weights = path / "model.safetensors" if path.is_dir() else path
+    row: dict[str, Any] = {
+        "artefact": "student/" if path.is_dir() else path.name,
+        "mb": weights.stat().st_size / 1e6,
+    }
+    worker = None
+    try:
+        worker = Worker(path, on)
+        row |= {
+            "runtime": worker.name,
+            "provider": worker.provider,
+            "precision": worker.metadata.precision,
+            "threads": on.threads or usable_cpus(),
+            "load_s": worker.load_s,
+            "build_s": worker.metadata.built.get("build_s"),
+        }
+        if validation:
+            hits = sum(int((worker.ask(images).argmax(1) == labels).sum()) for images, labels in validation)
+            row["top1"] = 100 * hits / sum(len(labels) for _, labels in validation)
+    except UserError as error:
+        if worker:
+            worker.close()
+        return row | {"failed": str(error)}, None
+    return row, worker
+
+
+def measure(timed: list[Timed], plan: Plan) -> None:
+    """Let the workers take turns and write what was measured into their rows; a row that fails keeps its reason."""
+    for one in ProgressBar([one for _ in range(plan.rounds) for one in timed], "measure", unit="turns"):
+        if "failed" in one.row:
+            continue
+        try:
+            one.slices.append(one.worker.ask(one.images, plan.seconds / plan.rounds))
+        except UserError as error:
+            one.row["failed"] = str(error)
+        time.sleep(PAUSE_S)
+    for one in timed:
+        if "failed" not in one.row:
+            one.row |= summarise(one.slices, len(one.images))
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Write times_eager: how often a row's median latency fits into torch eager's at the same batch."""
+    eager = {row.get("batch"): row.get("p50_ms") for row in rows if row.get("runtime") == "torch"}
+    for row in rows:
+        if "p50_ms" in row and eager.get(row["batch"]):
+            row["times_eager"] = eager[row["batch"]] / row["p50_ms"]
+
+
+def busy_warning(rows: list[dict[str, Any]], load: float) -> str:
+    """Return a warning if other programs took the CPU while the rows were measured, or an empty text.
+
+    load: the machine's load average before
+    """
+    shares = [row["cpu/wall"] for row in rows if "cpu/wall" in row and "cpu" in row["provider"].lower()]
+    if shares and min(shares) < BUSY:
+        return f"other programs took the CPU: the least cpu/wall is {min(shares):.2f}, expected {BUSY} or more"
+    if load > 0.75 * (os.cpu_count() or 1):
+        return f"other programs were running: the load was {load:.1f} on {os.cpu_count()} cores"
+    return ""
+
+
 def summarise(slices: list[Slice], batch: int) -> dict[str, Any]:
+    """Return the columns of a row's measurements."""
     latencies = np.concatenate([part.latencies for part in slices])
     p50, p90, p99 = np.percentile(1e3 * latencies, (50, 90, 99))
-    joules = [part.joules for part in slices]
+    joules = [part.joules for part in slices if part.joules is not None]
     images = batch * len(latencies)
     return {
         "calls": len(latencies),
@@ -234,12 +299,12 @@ def summarise(slices: list[Slice], batch: int) -> dict[str, Any]:
         "p99_ms": p99,
         "images_per_s": images / latencies.sum(),
         "cpu/wall": sum(part.cpu_s for part in slices) / sum(part.wall_s for part in slices),
-        "mj_per_image": None if None in joules else 1e3 * sum(joules) / images,  # type: ignore[arg-type]
+        "mj_per_image": 1e3 * sum(joules) / images if len(joules) == len(slices) else None,
     }
 
 
 class EnergyMeter:
-    """Joules of the GPU between start and stop by NVML, or of a Jetson's board by tegrastats; None without either."""
+    """Measures joules between start and stop: of the GPU by NVML, or of a Jetson's board by tegrastats."""
 
     def __init__(self) -> None:
         self.gpu: Any = None
@@ -252,7 +317,7 @@ class EnergyMeter:
             self.gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
             self.counter = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(self.gpu) / 1e3
             self.counter()
-        except Exception:  # no pynvml, no driver, or a GPU that does not count
+        except Exception:  # no pynvml, no driver, or a GPU without a counter
             self.gpu = None
 
     def start(self) -> None:
@@ -278,7 +343,7 @@ class EnergyMeter:
         return None
 
     def close(self) -> None:
-        """End tegrastats, where it runs."""
+        """End tegrastats if it runs."""
         if self.process:
             self.process.terminate()
             self.process.wait()
@@ -286,7 +351,7 @@ class EnergyMeter:
 
 
 def board_watts(line: str) -> float | None:
-    """The whole board's power in a line of tegrastats: VDD_IN, on AGX modules the sum of the rails."""
+    """Return the board's power in a line of tegrastats: VDD_IN, or on AGX modules the sum of the rails."""
     rails = {name: int(now) for name, now in re.findall(r"(V\w+) (\d+)mW/\d+mW", line)}
     if not rails:
         return None
@@ -294,7 +359,7 @@ def board_watts(line: str) -> float | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, device, clocks, power mode and load: what a figure means nothing without."""
+    """Return the context of the measurements: versions, device, clocks, power mode and load."""
     packages = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy")
     installed = {package: version(package) for package in packages}
     versions = {"python": platform.python_version()}
@@ -306,10 +371,10 @@ def describe_machine() -> dict[str, Any]:
         "cpu_clock": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq") or "unknown",
         "cpu_governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
         "load": "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg()),
-        "gpu": query(["nvidia-smi", "--query-gpu=name,clocks.sm,clocks.mem,power.limit,temperature.gpu",
-                      "--format=csv,noheader"]) or ("yes" if cuda_device_count() else "none"),
+        "gpu": query(["nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader"])
+        or ("yes" if cuda_device_count() else "none"),
         "power_mode": query(["nvpmodel", "-q"]) or "unknown",
-    }  # fmt: skip
+    }
     return machine
 
 
@@ -328,24 +393,19 @@ def query(program: list[str]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Latency against accuracy at the smallest batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """Draw latency against accuracy at the smallest batch."""
+    from matplotlib.figure import Figure
 
     batch = min(row["batch"] for row in rows)
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
     for row in (row for row in rows if row["batch"] == batch):
         (point,) = axis.plot(row["p50_ms"], row["top1"], "o", label=f"{row['artefact']} ({row['runtime']})")
         axis.hlines(row["top1"], row["p50_ms"], row["p90_ms"], colors=point.get_color())
     axis.set(xlabel=f"latency at batch {batch}, ms: p50, line to p90", ylabel="top-1 (%)", xlim=(0, None))
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    plt.close(figure)
-    write_whole(file, image.getvalue())
+    save(file, figure)
 
 
 def get_parser() -> Parser:
@@ -353,15 +413,16 @@ def get_parser() -> Parser:
     add_quiet(parser)
     parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
     parser.add_argument("artefacts", nargs="*", help="files to time (default: all in the folder)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images a call (default: 1 16)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="measured of each row (default: 3)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images per call (default: 1 16)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="measured time of each row (default: 3)")
     parser.add_argument("--rounds", type=int, default=6, help="turns that the seconds are split into (default: 6)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too (takes a minute to warm up)")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile too (takes a minute to warm up)")
     parser.add_argument(
-        "--images",
+        "--count",
         type=int,
         default=1000,
-        help="images for the accuracy, evenly spaced; 0: none (default: 1000, or as many as there are)",
+        metavar="N",
+        help="measure the accuracy on N images, evenly spaced; 0: no accuracy (default: 1000, or all)",
     )
     add_reference(parser)
     parser.add_argument("--output", type=Path, help="folder of benchmark.json and .png (default: the student's)")
@@ -370,54 +431,56 @@ def get_parser() -> Parser:
     return parser
 
 
+def read_images(student: Path, args: argparse.Namespace) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Return the images to time, and (images, labels) for the accuracy: of the reference, else noise and no labels."""
+    if not find_reference(student, args.reference):
+        channels, height, width = read_config(student).input_size
+        log(f"no {NAME} next to {student}: timed on noise, no accuracy")
+        return np.random.default_rng(0).integers(0, 256, (64, height, width, channels), dtype=np.uint8), []
+    reference = read_reference(student, args.reference, "").some(args.count or None)
+    images, labels = reference.images, reference.labels
+    log(f"{len(images)} validation images of the reference")
+    return images, [(images[i : i + 64], labels[i : i + 64]) for i in range(0, len(images) if args.count else 0, 64)]
+
+
 def run(args: argparse.Namespace) -> int:
-    if min(args.batches) < 1 or args.rounds < 1 or not args.seconds > 0 or args.images < 0:
-        raise UserError("--batches and --rounds must be at least 1, --seconds more than 0, --images at least 0")
+    if min(args.batches) < 1 or args.rounds < 1 or not args.seconds > 0 or args.count < 0:
+        raise UserError("--batches and --rounds must be at least 1, --seconds more than 0, --count at least 0")
     pick_device(args.device, cuda_device_count() > 0, args.allow_fallback)  # one line, not one for each row
     student = student_folder(args.student)
     artefacts = find_artefacts(student, args.artefacts)
     output = args.output or student
     make_folder(output)
-    config = read_config(student)
-    channels, height, width = config.input_size
-    validation: list[tuple[np.ndarray, np.ndarray]] = []
-    if find_reference(student, args.reference):
-        reference = read_reference(student, args.reference, "").some(args.images or None)
-        pool = reference.images
-        if args.images:
-            validation = [(pool[i : i + 64], reference.labels[i : i + 64]) for i in range(0, len(pool), 64)]
-        note(f"{len(pool)} validation images of the reference")
-    else:
-        pool = np.random.default_rng(0).integers(0, 256, (64, height, width, channels), dtype=np.uint8)
-        note(f"no {NAME} beside {student}: timed on noise, and no accuracy")
+    images, validation = read_images(student, args)
     eager = has_torch() and (student / "model.safetensors").is_file()
     if args.compile and not eager:
         raise UserError("--compile needs torch and the weights of the student")
     if not eager:
-        note("torch is not installed here, or the weights are not: no row of torch eager")
-    batches = [pool[np.arange(size) % len(pool)] for size in sorted(set(args.batches))]
-    machine = describe_machine()
-    rows = benchmark(
-        student, artefacts, batches, validation, args.seconds, args.rounds, eager, args.compile,
-        RunOn.from_args(args),
-    )  # fmt: skip
+        log("torch or the weights are not here: no row of torch eager")
+    batches = [images[np.arange(size) % len(images)] for size in sorted(set(args.batches))]
+    machine, machine_load = describe_machine(), os.getloadavg()[0]
+    plan = Plan(batches, validation, args.seconds, args.rounds)
+    rows = benchmark(student, artefacts, plan, RunOn.from_args(args), eager, args.compile)
     machine["load_after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
 
+    config = read_config(student)
     result = {"machine": machine, "model": config.architecture, "input_size": config.input_size, "rows": rows}
     text = json.dumps(result, indent=2)
     write_whole(output / "benchmark.json", text + "\n")
     if args.json:
         print(text)
     else:
-        note(f"{config.architecture} at {height}x{width}")
+        log("{} at {}x{}".format(config.architecture, *config.input_size[1:]))
         for key, value in machine.items():
-            note(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
+            log(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
         empty = {name for name in COLUMNS if all(row.get(name) is None for row in rows)}
-        note("")
-        print(table(rows, {name: form for name, form in COLUMNS.items() if name not in empty}))
-    shown = [row for row in rows if "failed" not in row and "top1" in row]
-    if shown and importlib.util.find_spec("matplotlib"):
-        plot(shown, output / "benchmark.png")
+        log("")
+        show(table(rows, {name: form for name, form in COLUMNS.items() if name not in empty}))
+    if warning := busy_warning(rows, machine_load):
+        print(f"warning: {warning}: the times and ratios are not reliable", file=sys.stderr)
+    drawn = [row for row in rows if "failed" not in row and "top1" in row]
+    if drawn and importlib.util.find_spec("matplotlib"):
+        plot(drawn, output / "benchmark.png")
     return int(any("failed" in row for row in rows))
 
 

@@ -3,10 +3,11 @@
     python -m deploy.build runs/001-mobilenet_v2-uskd/student/student-fp16.onnx --max-batch 16
     python -m deploy.build runs/001-mobilenet_v2-uskd/student/student-int8-tensorrt.onnx --report
 
-Uses the installed tensorrt (10 or 11), else TensorRT-RTX, and says which. The network is strongly typed: the precision
-is the file's own, so build fp16 from student-fp16.onnx and INT8 from student-int8-tensorrt.onnx. --report parses, says
-which nodes the library does not support, and stops; with TensorRT-RTX both work on a machine without a GPU, where the
-engine can be built and not run. The engine comes with a .json of labels, preprocessing, profile, version and GPU.
+Uses the installed tensorrt (10 or 11), else TensorRT-RTX, and prints which. The network is strongly typed: the
+precision is the file's own, so build fp16 from student-fp16.onnx and INT8 from student-int8-tensorrt.onnx. --report
+parses the file, prints the nodes that the library does not support, and builds nothing. With TensorRT-RTX both work on
+a machine without a GPU, which can build the engine but not run it. A .json next to the engine holds labels,
+preprocessing, profile, version and GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from deploy.cli import Parser, UserError, add_quiet, command, make_parser, note
+from deploy.cli import Parser, UserError, add_quiet, command, log, make_parser, show
 from deploy.tensorrt import build_engine, report
 
 
@@ -23,13 +24,15 @@ def get_parser() -> Parser:
     parser = make_parser(__doc__, "build")
     add_quiet(parser)
     parser.add_argument("onnx", type=Path, help="an ONNX file of deploy.export or deploy.quantize")
-    parser.add_argument("--report", action="store_true", help="parse, say what is supported, build nothing")
+    parser.add_argument("--report", action="store_true", help="parse, print what is supported, build nothing")
     parser.add_argument(
         "--library", choices=["tensorrt", "tensorrt_rtx"], help="(default: the first that is installed)"
     )
-    parser.add_argument("--opt-batch", type=int, help="the batch to be fastest at (default: 8, or --max-batch)")
-    parser.add_argument("--max-batch", type=int, default=64, help="the largest the engine will take (default: 64)")
-    parser.add_argument("--workspace", type=int, default=1024, help="most scratch memory, in MiB (default: 1024)")
+    parser.add_argument(
+        "--opt-batch", type=int, help="the batch that the engine is optimised for (default: 8, or --max-batch)"
+    )
+    parser.add_argument("--max-batch", type=int, default=64, help="the largest batch of the engine (default: 64)")
+    parser.add_argument("--workspace", type=int, default=1024, help="largest scratch memory, in MiB (default: 1024)")
     parser.add_argument("--timing-cache", type=Path, help="a file that makes the next build faster; tensorrt only")
     parser.add_argument("--output", type=Path, help="folder of the engine (default: that of the ONNX file)")
     return parser
@@ -42,21 +45,21 @@ def run(args: argparse.Namespace) -> int:
     if args.workspace < 1:
         raise UserError(f"--workspace must be at least 1 MiB, got {args.workspace}")
     if args.onnx.suffix != ".onnx":
-        raise UserError(f"{args.onnx} is no .onnx file: python -m deploy.export makes one from a student/ folder")
+        raise UserError(f"{args.onnx} is not an .onnx file: python -m deploy.export makes one from a student/ folder")
     if args.report:
         text, supported = report(args.onnx, args.library)
-        print(text)
+        show(text)
         return 0 if supported else 1
-    note(f"building an engine of {args.onnx}: seconds to minutes")
+    log(f"building an engine of {args.onnx}: seconds to minutes")
     file, built = build_engine(args.onnx, batches, args.workspace, args.timing_cache, args.library, args.output)
-    print(
+    show(
         f"{file}  {file.stat().st_size / 1e6:.1f} MB, built by {built['library']} {built['version']} in "
         f"{built['build_s']:.1f} s for batches of {' '.join(map(str, batches))} (smallest, usual, largest)"
     )
     if args.timing_cache and built["library"] != "tensorrt":
-        note("no timing cache was written: TensorRT-RTX has none")
+        log("TensorRT-RTX has no timing cache: none was written")
     if not built["gpu"]:
-        note("built without a GPU: not run and not compared here; deploy.check does both on a machine that has one")
+        log("built without a GPU: not run and not compared here; deploy.check does both on a machine with the GPU")
     return 0
 
 

@@ -1,26 +1,30 @@
-"""Is every artefact still the same classifier? One table over all of them.
+"""Check that every artefact is still the same classifier. Prints one table.
 
     python -m deploy.check runs/001-mobilenet_v2-uskd                     # every artefact in student/
-    python -m deploy.check runs/001-mobilenet_v2-uskd student.onnx        # these alone
-    python -m deploy.check runs/001-mobilenet_v2-uskd --data              # on the run's whole validation set
+    python -m deploy.check runs/001-mobilenet_v2-uskd student.onnx        # only these
+    python -m deploy.check runs/001-mobilenet_v2-uskd --images val/       # on the photographs of val/CLASS/
 
-The images and the student's own logits are those of the run's reference.npz: neither torch nor the data set is needed,
-so that the device that will serve can ask. --data takes the whole validation set and asks torch, on a workstation.
+The images and the student's own logits are those of the run's reference.npz, so neither torch nor the data set is
+needed and the device that will serve can run the check. --images reads photographs instead: the expected logits are
+torch's if torch and the weights are here, else those of student.onnx.
 
-Top-1 and top-5, the difference to torch's fp32 answers, how often the two agree on the class, the largest error of a
-logit and the smallest cosine between two rows of logits, at batches of 1, 2, 5 and 64. Exit status 1 when an artefact
-is outside the tolerance of its precision, cannot be run here, or was made from other weights. Written to check.json;
-beside it, of torch's own answers, per_class.csv and confusion.png.
+The columns: top-1 and top-5; the difference to the student's own top-1; how often the two agree on the class; the
+largest error of a logit and the smallest cosine between two rows of logits, at batches of 1, 2, 5 and 64. Exit status 1
+if an artefact is outside the tolerance of its precision, cannot be run here, or was made from other weights. Writes
+check.json and, of the student's own answers, per_class.csv and confusion.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
+import os
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +39,21 @@ from deploy.cli import (
     add_quiet,
     command,
     first_line,
+    log,
     make_folder,
     make_parser,
     need,
-    note,
+    printable,
+    show,
     student_folder,
     write_whole,
 )
-from deploy.config import read_config
+from deploy.config import Metadata, read_config
 from deploy.per_class import write_per_class
+from deploy.preprocess import UnreadableImage, endings, open_image, prepare
 from deploy.reference import NAME, Reference, add_reference, evenly, read_reference
-from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, load, products_saturate, source_of
+from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, load, products_saturate
 
-Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # uint8 (B, H, W, 3), class indices (B,), the student's logits (B, C)
 BATCHES = (1, 2, 5, 64)
 # What each precision may cost: largest error of a logit relative to the largest logit, smallest agreement in percent,
 # largest loss of top-1 in points. fp32's and fp16's error: five times the worst of nine architectures
@@ -57,14 +63,35 @@ TOLERANCES = {
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
     "int8": dict(error=float("inf"), agreement=90.0, drop=2.0),
 }
+INT8_ADVICE = "try quantize --method percentile, or calibrate on more images (train.py --reference N)"
 COLUMNS = {
-    "artefact": "", "provider": "", "precision": "", "top1": ".2f", "top5": ".2f", "top1_difference": "+.2f",
-    "agreement": ".2f", "max_abs_error": ".1e", "cosine": ".6f", "batches": "", "verdict": "",
-}  # fmt: skip
+    "artefact": "",
+    "provider": "",
+    "precision": "",
+    "top1": ".2f",
+    "top5": ".2f",
+    "top1_difference": "+.2f",
+    "agreement": ".2f",
+    "max_abs_error": ".1e",
+    "cosine": ".6f",
+    "batches": "",
+    "verdict": "",
+}
+UNREADABLE = 0.01  # share of the images that may be unreadable
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The images to check on, and the answers that every artefact is compared with."""
+
+    batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  # uint8 (B, H, W, 3), labels (B,), logits (B, C)
+    provider: str  # of the logits
+    weights_sha256: str
+    description: str  # of the images
 
 
 class Tally:
-    """Counts over batches of logits: accuracy, and what differs from the reference."""
+    """Counts over batches of logits: accuracy, and the differences from the expected logits."""
 
     def __init__(self) -> None:
         self.images = self.top1 = self.top5 = self.agree = 0
@@ -89,75 +116,84 @@ class Tally:
     def percent(self, count: int) -> float:
         return 100 * count / self.images
 
+    def columns(self, student: Tally) -> dict[str, Any]:
+        """Return the columns of the table; student: the tally of the expected logits."""
+        return {
+            "top1": self.percent(self.top1),
+            "top5": self.percent(self.top5),
+            "top1_difference": self.percent(self.top1) - student.percent(student.top1),
+            "agreement": self.percent(self.agree),
+            "max_abs_error": self.error,
+            "cosine": self.cosine,
+            "images": self.images,
+        }
+
+
+@dataclass
+class Candidate:
+    """An artefact that is checked; `fault` is the reason why it is not run any more."""
+
+    name: str
+    runtime: Runtime | None = None
+    fault: str = ""
+    tally: Tally = field(default_factory=Tally)
+
+    def add(self, images: np.ndarray, labels: np.ndarray, expected: np.ndarray, first: bool) -> None:
+        """Run a batch of images; the first batch at each batch size."""
+        if self.runtime is None or self.fault:
+            return
+        try:
+            self.tally.add(run_in_parts(self.runtime, images, max(BATCHES)), labels, expected)
+            if first:
+                picked = np.arange(max(BATCHES)) % len(images)
+                for size in sizes_of(self.runtime):
+                    self.tally.compare(run_in_parts(self.runtime, images[picked], size), expected[picked])
+        except Exception as error:  # each runtime has its own
+            self.fault = f"failed: {first_line(error)}"
+
+    def row(self, student: Tally) -> dict[str, Any]:
+        """Return the row of the table, with a verdict."""
+        row: dict[str, Any] = {"artefact": self.name}
+        if self.runtime:
+            row |= {"provider": self.runtime.provider, "precision": self.runtime.metadata.precision}
+        if self.fault or self.runtime is None:
+            return row | {"verdict": self.fault}
+        row |= self.tally.columns(student) | {"batches": " ".join(map(str, sizes_of(self.runtime)))}
+        return row | {"verdict": judge(row, self.tally)}
+
 
 def check_artefacts(
-    artefacts: list[Path],
-    batches: Iterable[Batch],
-    weights_sha256: str,
-    torch_student: Runtime | None = None,
-    on: RunOn = RunOn(),  # noqa: B008 - frozen
-) -> list[dict[str, Any]]:
-    """A row for the student itself and one for each artefact, with a verdict; see the module.
+    artefacts: list[Path], expected: Expected, on: RunOn
+) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    """Run the artefacts on the expected images.
 
-    Args:
-        artefacts: files that deploy/ made of the student
-        batches: validation images, their labels, and the student's own logits
-        weights_sha256: of the student's weights
-        torch_student: what computed the logits, if not reference.npz: it answers the same images at each batch size
-        on: where the artefacts are run
+    Returns:
+        A row for the student itself and one for each artefact; the labels; and the classes that the student answers
     """
-    provider = torch_student.provider if torch_student else "reference.npz"
-    rows: list[dict[str, Any]] = [{"artefact": "student/", "provider": provider, "precision": "fp32"}]
-    runtimes: dict[int, Runtime] = {}
-    for artefact in artefacts:
-        row: dict[str, Any] = {"artefact": artefact.name}
-        rows.append(row)
-        try:
-            runtime = load(artefact, on)
-            row |= {"provider": runtime.provider, "precision": runtime.metadata.precision}
-            if runtime.metadata.source.get("weights_sha256") != weights_sha256:
-                raise UserError("was made from other weights than this student's: export it again")
-            runtimes[len(rows) - 1] = runtime
-        except UserError as error:
-            row["verdict"] = f"not checked: {error}"
-
-    tallies = {0: Tally()} | {index: Tally() for index in runtimes}
-    for images, labels, expected in batches:
-        first = not tallies[0].images
-        tallies[0].add(expected, labels, expected)
-        for index, runtime in list(runtimes.items()):
-            try:
-                tallies[index].add(run_in_parts(runtime, images, max(BATCHES)), labels, expected)
-                if first:
-                    check_batches(runtime, images, expected, tallies[index])
-            except Exception as error:  # each runtime has its own
-                rows[index]["verdict"] = f"failed: {first_line(error)}"
-                del runtimes[index]
-    if not tallies[0].images:
+    candidates = [open_candidate(artefact, expected.weights_sha256, on) for artefact in artefacts]
+    student, answers = Tally(), []
+    for images, labels, logits in expected.batches:
+        for candidate in candidates:
+            candidate.add(images, labels, logits, first=not student.images)
+        student.add(logits, labels, logits)
+        answers.append((labels, logits.argmax(1)))
+    if not student.images:
         raise UserError("not one validation image could be read")
-
-    for index in [0, *runtimes]:
-        row, tally = rows[index], tallies[index]
-        row |= {
-            "top1": tally.percent(tally.top1),
-            "top5": tally.percent(tally.top5),
-            "top1_difference": tally.percent(tally.top1) - tallies[0].percent(tallies[0].top1),
-            "agreement": tally.percent(tally.agree),
-            "max_abs_error": tally.error,
-            "cosine": tally.cosine,
-            "images": tally.images,
-        }
-        if index:
-            row["batches"] = " ".join(str(size) for size in sizes_of(runtimes[index]))
-            row["verdict"] = judge(row, tally)
-    return rows
+    row = {"artefact": "student/", "provider": expected.provider, "precision": "fp32", **student.columns(student)}
+    labels, predictions = map(np.concatenate, zip(*answers))
+    return [row, *(candidate.row(student) for candidate in candidates)], labels, predictions
 
 
-def check_batches(runtime: Runtime, images: np.ndarray, expected: np.ndarray, tally: Tally) -> None:
-    """The same answers at each batch size; the largest error goes into the tally."""
-    picked = np.arange(max(BATCHES)) % len(images)
-    for size in sizes_of(runtime):
-        tally.compare(run_in_parts(runtime, images[picked], size), expected[picked])
+def open_candidate(artefact: Path, weights_sha256: str, on: RunOn) -> Candidate:
+    """Load an artefact; a file that cannot be checked keeps its reason."""
+    candidate = Candidate(artefact.name)
+    try:
+        candidate.runtime = load(artefact, on)
+        if candidate.runtime.metadata.source.get("weights_sha256") != weights_sha256:
+            raise UserError("was made from other weights than this student's: export it again")
+    except UserError as error:
+        candidate.fault = f"not checked: {error}"
+    return candidate
 
 
 def sizes_of(runtime: Runtime) -> list[int]:
@@ -166,17 +202,19 @@ def sizes_of(runtime: Runtime) -> list[int]:
 
 
 def run_in_parts(runtime: Runtime, images: np.ndarray, size: int) -> np.ndarray:
-    """The logits of all images in batches of at most size, and of what the runtime takes."""
+    """Return the logits of all images, in batches of at most `size` and of at most the runtime's largest."""
     size = min(size, runtime.max_batch or size)
     return np.concatenate([runtime.run(images[i : i + size]) for i in range(0, len(images), size)])
 
 
 def judge(row: dict[str, Any], tally: Tally) -> str:
-    """pass, or what is outside the tolerance."""
+    """Return "pass", or the measures that are outside the tolerance."""
     on_gpu = "cpu" not in row["provider"].lower()
-    precision = "fp16" if row["precision"] == "fp32" and on_gpu else row["precision"].partition("-")[0]
-    allowed = TOLERANCES[precision]
-    relative = tally.error / tally.scale
+    precision = row["precision"].partition("-")[0]
+    allowed = TOLERANCES.get("fp16" if precision == "fp32" and on_gpu else precision)
+    if allowed is None:
+        return f"not judged: no tolerance for precision {row['precision']}"
+    relative = tally.error / max(tally.scale, float(np.finfo(np.float32).tiny))
     faults = []
     if not relative <= allowed["error"]:
         faults.append(f"error {relative:.1e} of the largest logit > {allowed['error']:.0e}")
@@ -184,60 +222,131 @@ def judge(row: dict[str, Any], tally: Tally) -> str:
         faults.append(f"agreement {row['agreement']:.2f} < {allowed['agreement']} %")
     if not -row["top1_difference"] <= allowed["drop"]:
         faults.append(f"top-1 loses {-row['top1_difference']:.2f} > {allowed['drop']} points")
-    if faults and precision == "int8" and not on_gpu and products_saturate():
-        faults.append("but 8-bit products saturate on this CPU, which has no VNNI (quantize --reduce-range)")
+    if faults and precision == "int8":
+        saturates = not on_gpu and products_saturate()
+        vnni = "8-bit products saturate on this CPU, which has no VNNI: quantize --reduce-range"
+        faults.append(vnni if saturates else INT8_ADVICE)
     return f"FAIL: {'; '.join(faults)}" if faults else "pass"
 
 
-def reference_batches(reference: Reference) -> Iterator[Batch]:
+# ---- the images ----------------------------------------------------------------------------------------------------
+
+
+def from_reference(student: Path, given: Path | None, count: int | None) -> Expected:
+    """Return the images and logits of the run's reference.npz."""
+    otherwise = "or check on photographs: --images FOLDER, with a folder for each class"
+    reference = read_reference(student, given, otherwise).some(count)
+    parts = ProgressBar(reference_batches(reference), "check", len(reference.images), max(BATCHES), unit="images")
+    return Expected(parts, NAME, reference.digest, f"the {NAME} of {student}")
+
+
+def reference_batches(reference: Reference) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     for start in range(0, len(reference.images), max(BATCHES)):
         part = slice(start, start + max(BATCHES))
         yield reference.images[part], reference.labels[part], reference.logits[part]
 
 
-def validation_batches(
-    student: Path, limit: int | None, data: str, data_dir: str | None, workers: int | None, torch_student: Runtime
-) -> Iterator[Batch]:
-    """The run's whole validation set, or an evenly spaced part; data: as of --data, "" for what args.json says.
+def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) -> Expected:
+    """Return the photographs of folder/CLASS/ with the student's own logits: torch's, else those of student.onnx."""
+    files = [student / name for name in ("student.onnx", "student-fp16.onnx")]
+    if has_torch() and (student / "model.safetensors").is_file():
+        path = student
+        need("torch", "").backends.cudnn.allow_tf32 = False  # the expected logits are fp32
+        on = dataclasses.replace(on, device=on.device.replace("tensorrt", "cuda"))
+    elif found := [file for file in files if file.is_file()]:
+        path = found[0]
+        log(f"neither torch nor the weights are here: compared with {path.name}")
+    else:
+        raise UserError(f"--images compares with torch or with {files[0]}, and neither is here")
+    runtime = load(path, on)
+    photographs = list_photographs(folder, runtime.metadata.label_names)
+    photographs = [photographs[i] for i in evenly(len(photographs), count or len(photographs))]
+    shown = ProgressBar(
+        photograph_batches(photographs, runtime), "check", len(photographs), max(BATCHES), unit="images"
+    )
+    return Expected(shown, runtime.provider, str(runtime.metadata.source.get("weights_sha256")), str(folder))
 
-    What the run split off for validation is what its split.csv says.
+
+def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, int]]:
+    """Return the image files of folder/CLASS/ with their class indices, in the order of the classes.
+
+    Folders are matched with the labels in Unicode's composed form. Hidden files and __MACOSX are skipped.
+
+    Raises:
+        UserError: no such folder, no image, or a folder that is not named like a class
     """
-    from kdlite.training.data import SPLIT, open_data, read_split  # torchvision's, on a workstation
-    from kdlite.training.loading import CorruptCount, eval_view, image_progress, make_loader
-
-    file, config = student.resolve().parent / "args.json", torch_student.metadata
+    classes = {unicodedata.normalize("NFC", label): i for i, label in enumerate(label_names)}
     try:
-        flags = json.loads(file.read_bytes())["flags"] if file.is_file() else {}
-        name, folder = data or flags["data"], data_dir or flags.get("data_dir") or "data"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = "does not say" if file.is_file() else "is not there to say"
-        raise UserError(f"{file} {what} where the run's images are: --data DATA does") from error
-    source = open_data(name, folder, sides=read_split(file.with_name(SPLIT)))
-    if [str(label) for label in source.label_names] != config.label_names:
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and is_visible(path))
+    except OSError as error:
+        raise UserError(f"--images {folder} cannot be read: {error.strerror}") from error
+    by_class = {unicodedata.normalize("NFC", path.name): path for path in found}
+    if unknown := sorted(by_class.keys() - classes.keys()):
         raise UserError(
-            f"--data {name} has other classes than {student}: {', '.join(map(str, source.label_names[:3]))}, ... "
-            f"and not {', '.join(config.label_names[:3])}, ..."
+            f"--images {folder}: the student has no class {', '.join(unknown[:3])}; expected folders named like its "
+            f"{len(classes)} classes: {', '.join(label_names[:3])}, ..."
         )
-    picked = None if limit is None else evenly(len(source.val), limit)
-    view = functools.partial(eval_view, metadata=config)
-    corrupt = CorruptCount("validation", len(source.val))
-    loader = make_loader(source.val, view, max(BATCHES), False, workers=workers, indices=picked)
-    for batch in image_progress(loader, "check"):
-        corrupt.add(batch.corrupt)
-        if batch.images is not None:
-            pixels = np.ascontiguousarray(batch.images.permute(0, 2, 3, 1).numpy())
-            yield pixels, batch.labels.numpy(), torch_student.run(pixels)
+    files, others = [], 0
+    for name, path in sorted(by_class.items(), key=lambda item: classes[item[0]]):
+        inside = sorted(file for file in path.rglob("*") if is_visible(file, path) and file.is_file())
+        images = [file for file in inside if file.suffix.lower() in endings()]
+        files += [(file, classes[name]) for file in images]
+        others += len(inside) - len(images)
+    if not files:
+        raise UserError(f"--images {folder}: no image in a folder named like a class, such as {label_names[0]}/")
+    if missing := sorted(classes.keys() - by_class.keys()):
+        log(f"{folder} has no folder for {len(missing)} of {len(classes)} classes: {', '.join(missing[:3])}")
+    if others:
+        log(f"{folder}: {others} files are not images by their names")
+    return files
+
+
+def is_visible(path: Path, root: Path | None = None) -> bool:
+    parts = path.relative_to(root).parts if root else (path.name,)
+    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def photograph_batches(
+    files: list[tuple[Path, int]], runtime: Runtime
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield prepared photographs, their labels and the runtime's logits; unreadable files are printed and counted."""
+    unreadable = 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(files), max(BATCHES)):
+            part = files[start : start + max(BATCHES)]
+            paths, labels = zip(*part)
+            images = list(pool.map(read_photograph, paths, [runtime.metadata] * len(part)))
+            for path, image in zip(paths, images):
+                if isinstance(image, UnreadableImage):
+                    unreadable += 1
+                    print(printable(f"skipped an unreadable image: {path}: {image}"), file=sys.stderr)
+                    if unreadable > max(1, UNREADABLE * len(files)):
+                        raise UserError(f"{unreadable} of {len(files)} images cannot be read, more than 1 %: {path}")
+            whole = [(image, label) for image, label in zip(images, labels) if isinstance(image, np.ndarray)]
+            if whole:
+                pixels = np.stack([image for image, _ in whole])
+                yield pixels, np.array([label for _, label in whole]), run_in_parts(runtime, pixels, max(BATCHES))
+
+
+def read_photograph(path: Path, metadata: Metadata) -> np.ndarray | UnreadableImage:
+    try:
+        return prepare(open_image(path), metadata)
+    except UnreadableImage as error:
+        return error
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
 
 
 def find_artefacts(student: Path, names: list[str]) -> list[Path]:
-    """Those named, as paths or as files of the student's folder; else all that the folder holds."""
+    """Return the artefacts that are named, as paths or as files of the student's folder; by default all in it."""
     if not names:
         found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
         if found and not has_torch():
             left_out = [file for file in found if file.suffix in TORCH_KINDS]
             found = [file for file in found if file not in left_out]
             if left_out:
-                note(f"left out, since torch is not installed: {', '.join(file.name for file in left_out)}")
+                log(f"left out, since torch is not installed: {', '.join(file.name for file in left_out)}")
         if not found:
             raise UserError(f"{student} has no artefact yet: python -m deploy.export {student}")
         return found
@@ -249,10 +358,11 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Rows as text, a column per key, numbers right, a missing value as -."""
+    """Return rows as text, a column per key: numbers on the right, a missing value as -."""
     names = list(columns)
     cells = [names] + [
-        [format(row[name], columns[name]) if row.get(name) is not None else "-" for name in names] for row in rows
+        [printable(format(row[name], columns[name])) if row.get(name) is not None else "-" for name in names]
+        for row in rows
     ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     left = [not columns[name] for name in names]
@@ -267,13 +377,11 @@ def get_parser() -> Parser:
     add_quiet(parser)
     parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
     parser.add_argument("artefacts", nargs="*", help="files to check (default: all in the folder)")
-    parser.add_argument("--images", type=int, help="so many of the images, evenly spaced (default: all)")
+    parser.add_argument("--count", type=int, metavar="N", help="check on N of the images, evenly spaced (default: all)")
     add_reference(parser)
-    parser.add_argument("--data", nargs="?", const="", metavar="DATA",
-                        help="the run's whole validation set instead, and torch's own answers (needs torch, "
-                        "torchvision and timm); DATA: as train.py --data (default: what args.json says)")  # fmt: skip
-    parser.add_argument("--data-dir", help="with --data: as train.py --data-dir")
-    parser.add_argument("--workers", type=int, help="with --data: processes that decode images (default: the cores)")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="photographs in FOLDER/CLASS/ instead of the run's reference.npz"
+    )
     parser.add_argument("--output", type=Path, help="folder of check.json (default: the student's)")
     add_json(parser, "check.json")
     add_device(parser)
@@ -281,44 +389,31 @@ def get_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.images is not None and args.images < 1:
-        raise UserError(f"--images must be at least 1, got {args.images}")
-    if args.data is None and (args.data_dir or args.workers is not None):
-        raise UserError("--data-dir and --workers need --data")
+    if args.count is not None and args.count < 1:
+        raise UserError(f"--count must be at least 1, got {args.count}")
+    if args.images and args.reference:
+        raise UserError("--images reads photographs instead of the reference: leave out --reference")
     student = student_folder(args.student)
     artefacts = find_artefacts(student, args.artefacts)
     output = args.output or student
     make_folder(output)
     on = RunOn.from_args(args)
-    torch_student = None
-    batches: Iterable[Batch]
-    if args.data is None:
-        otherwise = "on a workstation, python -m deploy.check RUN --data takes the run's validation set"
-        reference = read_reference(student, args.reference, otherwise).some(args.images)
-        batches = ProgressBar(reference_batches(reference), "check", len(reference.images), max(BATCHES), unit="images")
-        digest, what = reference.digest, f"the {NAME} of {student}"
+    if args.images:
+        expected = from_photographs(student, args.images, args.count, on)
     else:
-        torch_student = load(student, dataclasses.replace(on, device=on.device.replace("tensorrt", "cuda")))
-        need("torch", "").backends.cudnn.allow_tf32 = False  # the reference is fp32
-        digest, what = source_of(student)["weights_sha256"], args.data or f"the data of {student}"
-        batches = validation_batches(student, args.images, args.data, args.data_dir, args.workers, torch_student)
-    answers: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def noted() -> Iterator[Batch]:
-        for images, labels, logits in batches:
-            answers.append((labels, logits.argmax(1)))
-            yield images, labels, logits
-
-    rows = check_artefacts(artefacts, noted(), digest, torch_student, on)
+        expected = from_reference(student, args.reference, args.count)
+    rows, labels, predictions = check_artefacts(artefacts, expected, on)
     text = json.dumps(rows, indent=2)
     write_whole(output / "check.json", text + "\n")
-    labels, predictions = map(np.concatenate, zip(*answers))
     confusions = write_per_class(output, labels, predictions, read_config(student).label_names)
     if args.json:
         print(text)
     else:
-        note(f"{rows[0]['images']} validation images of {what}; percent, against torch's fp32 logits\n")
-        print(table(rows, COLUMNS), "", *confusions, sep="\n")
+        log(
+            f"{rows[0]['images']} validation images of {expected.description}; percent, against the student's logits "
+            f"by {expected.provider}\n"
+        )
+        show(table(rows, COLUMNS), "", *confusions)
     return int(any(row["verdict"] != "pass" for row in rows[1:]))
 
 

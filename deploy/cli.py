@@ -1,6 +1,6 @@
-"""What every command shares: a user's mistake is one line and status 2, and a file is whole or not there.
+"""Rules that every command shares: a user's mistake is one line and status 2, and a file is whole or not there.
 
-Imports nothing but the standard library, so that a command which fails fails at once, on any machine.
+Imports only the standard library, so that a command that fails does so at once, on any machine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import math
 import os
 import re
@@ -22,32 +23,38 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
-# What a full, read-only or foreign disk answers a write with.
-WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # of a full or read-only disk
+MAX_JSON = 64 << 20  # bytes of a config.json or a sidecar: 100,000 labels take 3 MB
+# Control characters, which a terminal obeys, and the marks that change the direction of a text.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
-    """An error of the user's: one line on stderr and exit status 2, no traceback."""
+    """A user's mistake: one line on stderr and exit status 2, without a traceback."""
 
 
-_quiet = False  # command() sets it while it runs
+_quiet = False  # parse_and_run() sets it while a command runs
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises UserError, and expands ~/ where the shell does not: in --output=~/run."""
+
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (--help lists the flags)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """~/ is the home folder also where a shell leaves it: in --output=~/run, or quoted."""
         args, home = sys.argv[1:] if args is None else args, os.path.expanduser("~/")
         args = [re.sub("^(--[^=]+=)?~/", lambda m: (m[1] or "") + home, text) for text in args]
         return super().parse_known_args(args, namespace)
 
 
 def make_parser(doc: str | None, name: str) -> Parser:
-    """A parser whose --help is the module's docstring; name: of a command of deploy/, or a script's file name."""
+    """Return a parser whose --help is a module's docstring; name: a command of deploy/, or a script's file name."""
     return Parser(
         prog=f"python -m deploy.{name}" if "." not in name else name,
         description=doc,
@@ -58,45 +65,61 @@ def make_parser(doc: str | None, name: str) -> Parser:
 def number(
     kind: type, low: float, high: float = math.inf, above: bool = False, or_zero: bool = False
 ) -> Callable[[str], Any]:
-    """The type of a flag: a finite number from low to high, or above low, or 0."""
+    """Return the type of a flag: a finite number from low to high, or above low, or 0."""
+    return functools.partial(read_number, kind, low, high, above, or_zero)
 
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if or_zero and value == 0:
-            return value
-        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
-            span = f"between {low} and {high}" if high < math.inf else f"at least {low}"
-            span = f"0, or {span}" if or_zero else span
-            raise argparse.ArgumentTypeError(f"must be {f'greater than {low}' if above else span}, got {text}")
+
+def read_number(kind: type, low: float, high: float, above: bool, or_zero: bool, text: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if or_zero and value == 0:
         return value
-
-    return read
+    if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
+        span = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+        span = f"0, or {span}" if or_zero else span
+        raise argparse.ArgumentTypeError(f"must be {f'greater than {low}' if above else span}, got {text}")
+    return value
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "tensorrt"], default="auto",
-                        help="where to run; auto: a CUDA device if there is one. tensorrt: ONNX Runtime's TensorRT "
-                        "provider, for .onnx (default: auto)")  # fmt: skip
-    parser.add_argument("--allow-fallback", action="store_true",
-                        help="run on the CPU if --device is unavailable, instead of an error")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a runtime; 0: its own choice")
+    """Add the flags that deploy.runtimes.RunOn.from_args reads."""
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda", "tensorrt"],
+        default="auto",
+        help="where to run; auto: a CUDA device if there is one. tensorrt: ONNX Runtime's TensorRT provider, for .onnx "
+        "(default: auto)",
+    )
+    parser.add_argument(
+        "--allow-fallback", action="store_true", help="run on the CPU if --device is unavailable, instead of an error"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="CPU threads of a runtime; 0: one for each CPU that this process may use, by its affinity and its "
+        "container's quota (default: 0)",
+    )
     add_model_file(parser)
 
 
+def add_model_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model-file", metavar="FILE.py:FUNCTION", help="runs this file to build a student that is your own model"
+    )
+
+
 def add_quiet(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="results alone: no remarks, no progress")
+    parser.add_argument("--quiet", action="store_true", help="print only results: no remarks, no progress")
 
 
 def add_json(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument("--json", action="store_true", help=f"print what {name} holds, and nothing else")
+    parser.add_argument("--json", action="store_true", help=f"print the content of {name} and nothing else")
 
 
-def add_model_file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-file", metavar="FILE.py:FUNCTION",
-                        help="what builds a student that is a model of your own; runs that file")  # fmt: skip
+# ---- one line and a status -----------------------------------------------------------------------------------------
 
 
 def run_command(program: str, function: Callable[[], int | None]) -> int:
@@ -132,14 +155,81 @@ def parse_and_run(
 ) -> int | None:
     global _quiet
     args = parser.parse_intermixed_args(argv)  # files may come after flags
-    for name in ("threads", "workers"):
-        if (getattr(args, name, None) or 0) < 0:
-            raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
+    if (getattr(args, "threads", None) or 0) < 0:
+        raise UserError(f"--threads must be at least 0, got {args.threads}")
     _quiet = getattr(args, "quiet", False) or getattr(args, "json", False)
     try:
         return run(args)
     finally:
         _quiet = False
+
+
+def explain(error: Exception, advice: str = "") -> str | None:
+    """Return one line for an error that is not the program's own, or None for one that needs its traceback.
+
+    advice: appended to the line where memory ran out
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+        return f"cannot read or write: {text}"
+    advice = f"; {advice}" if advice else ""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be installed here
+        return f"out of GPU memory: use smaller batches{advice}; {text[:200]}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
+        return f"out of memory: use smaller batches{advice}; {text[:200]}"
+    frames = traceback.extract_tb(error.__traceback__)
+    cut_off = isinstance(error, (EOFError, ConnectionError)) and any("dataloader" in f.filename for f in frames)
+    if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker" in text):  # of torch
+        return f"a data loading process died, perhaps for lack of memory: use fewer{advice}; {text[:200]}"
+    return None
+
+
+def show_error(program: str, message: str) -> None:
+    """Print one line on stderr; with KDLITE_TRACEBACK=1 the traceback of the handled exception precedes it."""
+    if os.environ.get("KDLITE_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(printable(f"{program}: error: {message}"), file=sys.stderr, flush=True)
+
+
+def first_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def needs(install: str, name: str = "") -> Iterator[None]:
+    """Turn an ImportError of the body into one line.
+
+    Args:
+        install: how to install the package
+        name: __name__ of a command's module around its own imports: the command ends if it is "__main__"
+
+    Raises:
+        UserError: the package is not installed
+    """
+    try:
+        yield
+    except ImportError as error:
+        message = f"{error}: {install}"
+        if name != "__main__":
+            raise UserError(message) from error
+        show_error(f"python -m deploy.{Path(sys.argv[0]).stem}", message)
+        sys.exit(2)
+
+
+def need(module: str, install: str) -> ModuleType:
+    """Import a module that not every machine has; UserError with `install` if it is missing."""
+    with needs(install):
+        return importlib.import_module(module)
+
+
+# ---- what is printed -----------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters escaped: labels, file names and errors come from other people."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def use_backslashreplace() -> None:
@@ -149,181 +239,89 @@ def use_backslashreplace() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def note(text: str) -> None:
-    """Print a remark on stdout, unless --quiet or --json asks for results alone."""
+def show(*lines: str) -> None:
+    """Print results on stdout, with the control characters of each line escaped."""
+    print(*(printable(line) for text in lines for line in text.split("\n")), sep="\n", flush=True)
+
+
+def log(text: str) -> None:
+    """Print a remark on stdout, unless --quiet or --json asks for results only."""
     if not _quiet:
-        print(text, flush=True)
+        show(text)
 
 
 class ProgressBar:
-    """A loop that says on stderr how far it is: a bar on a terminal, elsewhere a line at times, less and less often.
+    """A loop that shows its progress on stderr: tqdm's bar on a terminal, elsewhere a line from time to time.
 
     Args:
         things: the iterable
         what: the label, a word or two
-        total: units in all; None: len(things) * each, where things have a length
+        total: units in all; None: len(things) * each, if things have a length
         each: units of a thing, such as the images of a batch
-        first: things already done, before a resume
+        first: things done before a resume
         unit: the unit's name
         shown: False in all processes but one
     """
 
-    GAP_S = 30.0, 600.0  # between two lines: at least, at most, and in between a quarter of the time so far
+    GAP_S = 30.0, 600.0  # least and most time between two lines; between them a quarter of the time so far
+    __slots__ = ("each", "first", "postfix", "shown", "things", "total", "unit", "what")
 
     def __init__(
-        self, things: Iterable[Any], what: str, total: int | None = None, each: int = 1, first: int = 0,
-        unit: str = "", shown: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        things: Iterable[Any],
+        what: str,
+        total: int | None = None,
+        each: int = 1,
+        first: int = 0,
+        unit: str = "",
+        shown: bool = True,
+    ) -> None:
         self.things, self.what, self.each, self.first = things, what, each, first
         self.unit = f" {unit}" if unit else ""
         self.total = len(things) * each if total is None and isinstance(things, Sized) else total
         self.shown = shown and not _quiet
-        self.beside = ""  # what else is told, such as the loss
+        self.postfix = ""  # printed after the rate, such as the loss
 
     def __iter__(self) -> Iterator[Any]:
-        if not self.shown:
-            yield from self.things
-            return
         bar = self.make_bar()
-        began = said = time.monotonic()
-        least, most = self.GAP_S
+        started = printed = time.monotonic()
         try:
             for count, thing in enumerate(self.things, 1):
                 yield thing
                 now = time.monotonic()
                 if bar is not None:
-                    bar.set_postfix_str(self.beside, refresh=False)
+                    bar.set_postfix_str(self.postfix, refresh=False)
                     bar.update(min(self.each, self.total - bar.n) if self.total else self.each)
-                elif now - said >= min(max((now - began) / 4, least), most):
-                    said = now
-                    print(self.line(count, now - began), file=sys.stderr, flush=True)
+                elif self.shown and now - printed >= min(max((now - started) / 4, self.GAP_S[0]), self.GAP_S[1]):
+                    printed = now
+                    print(printable(self.line(count, now - started)), file=sys.stderr, flush=True)
         finally:
             if bar is not None:
                 bar.close()
 
     def make_bar(self) -> Any:
-        """tqdm's, on a terminal of a machine that has it."""
-        if not sys.stderr.isatty():
+        """Return tqdm's bar on a terminal, or None without tqdm, without a terminal, or if nothing is shown."""
+        if not self.shown or not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
             return None
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return None
-        initial = self.first * self.each
-        return tqdm(total=self.total, desc=self.what, initial=initial, leave=False, unit=self.unit or "it")
+        done = self.first * self.each
+        bar = importlib.import_module("tqdm").tqdm
+        return bar(total=self.total, desc=printable(self.what), initial=done, leave=False, unit=self.unit or "it")
 
     def line(self, count: int, seconds: float) -> str:
         done, rate = (self.first + count) * self.each, count * self.each / seconds
-        per_second = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-        parts = [f"{self.what}: {done:,}", f"{per_second}{self.unit} a second", self.beside]
+        parts = [f"{self.what}: {done:,}", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", self.postfix]
+        parts[1] += f"{self.unit} a second"
         if self.total:
             parts[0] = f"{self.what}: {min(done, self.total):,} of {self.total:,}{self.unit}"
-            parts[2:2] = [f"{max(0.0, self.total - done) / rate / 60:.1f} min left"]
+            parts.insert(2, f"{max(0.0, self.total - done) / rate / 60:.1f} min left")
         return ", ".join(filter(None, parts))
 
 
-class Terminal:
-    """stdout or stderr that may die (a closed pipe, a terminal that is gone) while the program goes on.
-
-    log: a file that gets the same lines
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.dead = stream, False
-        self.log: Any = None
-
-    def write(self, text: str) -> int:
-        if self.log and "\r" not in text:  # which is a progress bar's
-            with contextlib.suppress(OSError):
-                self.log.write(text)
-        self.tell(lambda: self.stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        if self.log:
-            with contextlib.suppress(OSError):
-                self.log.flush()
-        self.tell(self.stream.flush)
-
-    def tell(self, what: Callable[[], Any]) -> None:
-        if self.dead:
-            return
-        try:
-            what()
-        except (OSError, ValueError):  # ValueError: the stream was closed
-            self.dead = True
-            with contextlib.suppress(Exception):  # else the interpreter fails when it flushes at its end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-@contextlib.contextmanager
-def terminals() -> Iterator[list[Terminal]]:
-    """stdout and stderr as Terminals."""
-    use_backslashreplace()
-    before = sys.stdout, sys.stderr
-    both = [Terminal(stream) for stream in before]
-    sys.stdout, sys.stderr = both  # type: ignore[assignment]
-    try:
-        yield both
-    finally:
-        sys.stdout, sys.stderr = before
-        for terminal in both:
-            if terminal.log:
-                terminal.log.close()
-
-
-def show_error(program: str, message: str) -> None:
-    """One line on stderr; with KDLITE_TRACEBACK=1, before it, the traceback of the exception being handled."""
-    if os.environ.get("KDLITE_TRACEBACK") == "1":
-        traceback.print_exc()
-    print(f"{program}: error: {message}", file=sys.stderr, flush=True)
-
-
-def explain(error: Exception) -> str | None:
-    """One line for an error that is not the program's own, None for one that deserves its traceback."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
-        return f"cannot read or write: {text}"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be installed here
-        return (
-            "out of GPU memory: a smaller batch (train.py: --batch-size, --grad-accum, leave out --cache device; "
-            f"deploy/: --batches, --max-batch, --workspace); {text[:200]}"
-        )
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
-        advice = "a smaller batch (train.py: also fewer --workers, leave out --cache device)"
-        return f"out of memory: {advice}; {text[:200]}"
-    frames = traceback.extract_tb(error.__traceback__)
-    cut_off = isinstance(error, (EOFError, ConnectionError)) and any("dataloader" in f.filename for f in frames)
-    if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker" in text):
-        return f"a data loading process died, perhaps for lack of memory: fewer --workers; {text[:200]}"
-    return None
-
-
-def first_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
-
-
-def need(module: str, install: str) -> ModuleType:
-    """Import a module that not every machine has."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{module} is not installed: {install} ({error})") from error
-
-
-def stop_without(error: ImportError, program: str, install: str) -> NoReturn:
-    """End a command whose module cannot even be imported here."""
-    show_error(f"python -m deploy.{program}", f"{error}: {install}")
-    sys.exit(2)
+# ---- files ---------------------------------------------------------------------------------------------------------
 
 
 def version(package: str) -> str:
-    """The installed version of a package; kdlite's folders may also be used without being installed."""
+    """Return the installed version of a package; kdlite's folders also work without being installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -331,20 +329,37 @@ def version(package: str) -> str:
 
 
 def student_folder(path: Path) -> Path:
-    """The student/ folder that a path means: itself, or the one in a run directory."""
+    """Return the student/ folder of a path, which is that folder or a run directory."""
     folder = path / "student" if (path / "student").is_dir() else path
     if not (folder / "config.json").is_file():
-        raise UserError(f"{path} is no student/ folder and no run directory: it has no config.json")
+        raise UserError(f"{path} is neither a student/ folder nor a run directory: it has no config.json")
     return folder
 
 
 def make_folder(folder: Path) -> None:
+    """Make a folder if it is missing; UserError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; --output names another folder") from error
+
+
+def read_file(path: Path, most: int | None = None) -> bytes:
+    """Return the content of a regular file, of at most `most` bytes.
+
+    Raises:
+        UserError: the file is missing, unreadable or too large, or it is a pipe, which would be waited for
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file")
+        if most is not None and path.stat().st_size > most:
+            raise UserError(f"{path} has {path.stat().st_size} bytes, more than {most}")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import UserError
+from deploy.cli import MAX_JSON, UserError, read_file
 
 LIBRARIES = ("torchvision", "timm", "file")
 INTERPOLATIONS = ("bicubic", "bilinear")
 UINT8, FLOAT = "uint8 NHWC", "float32 NCHW"  # what an artefact takes; float32 is normalised by the caller
 MAX_SIDE = 16_384  # pixels
+MAX_ARGUMENT = 10**6  # of a model, such as its depth: a billion layers would take minutes to refuse
 # Arguments of a model that fetch or load something, by the first letters of their names.
 LOADING = re.compile(r"(pretrained|checkpoint|weights|cache_dir|file|url|state_dict|hf_|hub_)")
 
@@ -48,7 +49,7 @@ def is_plain(value: Any, depth: int = 4) -> bool:
     """Return whether a model may get this value: a number, a text, a truth value, or a list of them."""
     if isinstance(value, (list, tuple)):
         return depth > 0 and all(is_plain(v, depth - 1) for v in value)
-    return value is None or isinstance(value, (bool, str)) or is_number(value)
+    return value is None or isinstance(value, (bool, str)) or (is_number(value) and abs(value) <= MAX_ARGUMENT)
 
 
 def is_list(value: Any, length: int | None, accepts: Callable[[Any], bool]) -> bool:
@@ -117,7 +118,8 @@ def check_arguments(arguments: dict[str, Any], where: str) -> None:
             )
         if not name.isidentifier() or not is_plain(value):
             raise UserError(
-                f"{where}: {name[:80]!r} is {repr(value)[:80]}; expected a number, a text or a list of them"
+                f"{where}: {name[:80]!r} is {repr(value)[:80]}; expected a number up to {MAX_ARGUMENT}, a text "
+                "or a list"
             )
 
 
@@ -203,10 +205,7 @@ def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
 def read_config(student: Path) -> Metadata:
     """Return the config.json of a student/ folder; UserError if it cannot be read or a field is invalid."""
     file = student / "config.json"
-    try:
-        values = read_json(file.read_bytes(), file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    values = read_json(read_file(file, MAX_JSON), file)
     former = values.get("architecture")
     if isinstance(former, dict):  # of kdlite 0.1
         values |= {ours: former[theirs] for ours, theirs in FORMER.items() if theirs in former}

@@ -1,11 +1,11 @@
-"""Write a trained student as ONNX, TorchScript and torch.export files, each run and compared before it gets its name.
+"""Write a trained student as ONNX, TorchScript and torch.export files, each compared with torch first.
 
     python -m deploy.export runs/001-mobilenet_v2-uskd/student                    # student.onnx, .ts, .pt2
     python -m deploy.export runs/001-mobilenet_v2-uskd/student --format onnx --precision fp16
 
-The files lie beside the weights. They take uint8 (N, H, W, 3), resized and cropped but not normalised, N being any
-number, and answer float32 logits (N, C); they carry labels, preprocessing, metrics and the digest of the weights.
-The student alone: no weak head, no teacher, no hooks.
+The files lie next to the weights. They take any number of images, uint8 (N, H, W, 3), resized and cropped but not
+normalised, and return float32 logits (N, C). They carry labels, preprocessing, metrics and the digest of the weights.
+They hold only the student: no weak head, no teacher, no hooks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import sys
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +33,16 @@ from deploy.cli import (
     make_folder,
     make_parser,
     need,
-    stop_without,
+    needs,
+    replacing,
+    show,
     student_folder,
     version,
 )
 from deploy.config import FLOAT, UINT8, Metadata
 from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, RunOn, as_input, load, source_of
 
-try:
+with needs("export rebuilds the network, on a workstation: pip install '.[deploy]'", __name__):
     import torch
     from timm.utils import reparameterize_model
     from torch.nn.utils import remove_weight_norm
@@ -52,8 +51,6 @@ try:
 
     from deploy.student import load_student
     from deploy.torch_runtimes import ImageClassifier
-except ImportError as missing:
-    stop_without(missing, "export", "it rebuilds the network, on a workstation: pip install '.[deploy]'")
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts", "torch.export": ".pt2"}
 # Largest |logit - torch's fp32 logit|, relative to the largest |logit|. Measured on nine architectures: fp32 at most
@@ -70,19 +67,19 @@ def export_student(
     output: Path | None = None,
     model_file: str | None = None,
 ) -> list[Path]:
-    """Export a student/ folder; returns the files, each of them checked against torch.
+    """Export a student/ folder and return the files, each of them compared with torch.
 
     Args:
         student: a student/ folder, or the run directory that holds it
         formats: any of "onnx", "torchscript", "torch.export"
-        precision: "fp32", or "fp16" for weights and arithmetic; the input and the logits stay what they are
-        layout: "uint8 NHWC", normalisation in the graph, or "float32 NCHW", normalised by the caller
+        precision: "fp32", or "fp16" for weights and arithmetic; the input and the logits keep their types
+        layout: "uint8 NHWC", normalised in the graph, or "float32 NCHW", normalised by the caller
         opset: of ONNX, 18 or 20
         output: folder of the files; default: the student's own
-        model_file: path/to/file.py:function that builds a model of the user's own
+        model_file: path/to/file.py:function that builds the user's own model
 
     Raises:
-        UserError: a student that is damaged, or cannot be exported; nothing is left half-written
+        UserError: the student is damaged or cannot be exported; no half-written file stays
     """
     student = student_folder(student)
     output = output or student
@@ -93,40 +90,36 @@ def export_student(
     batch = torch.from_numpy(as_input(images[:2], metadata))
     reference = ImageClassifier(model, config.mean, config.std, layout)
     with torch.no_grad():
-        singly = torch.from_numpy(as_input(images, metadata)).split(1)  # what a batch mixes up would show
+        singly = torch.from_numpy(as_input(images, metadata)).split(1)  # shows whether a batch mixes images up
         expected = torch.cat([reference(image) for image in singly]).numpy()
     classifier = ImageClassifier(fuse(model), config.mean, config.std, layout, half=precision == "fp16")
 
     name = "student" + ("-nchw" if layout == FLOAT else "") + ("-fp16" if precision == "fp16" else "")
-    writers: dict[str, Callable[..., None]] = {
-        "onnx": write_onnx,
-        "torchscript": write_torchscript,
-        "torch.export": write_exported,
-    }
     files = []
     make_folder(output)
     for kind in ProgressBar(formats, "export", unit="files"):
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as partial:
-            file = Path(partial) / (name + FORMATS[kind])
+        with replacing(output / (name + FORMATS[kind])) as file:
             try:
-                options = {"opset": opset} if kind == "onnx" else {}
-                writers[kind](classifier, batch, metadata, file, **options)
+                if kind == "onnx":
+                    write_onnx(classifier, batch, metadata, file, opset)
+                elif kind == "torchscript":
+                    write_torchscript(classifier, batch, metadata, file)
+                else:
+                    write_exported(classifier, batch, metadata, file)
             except (UserError, OSError):
                 raise
             except Exception as error:  # the exporters have dozens
-                what = config.architecture
-                raise UserError(f"{what} cannot be exported to {kind}: {first_line(error)}") from error
+                raise UserError(f"{config.architecture} cannot be exported to {kind}: {first_line(error)}") from error
             compare(file, images, expected, TOLERANCE[precision])
-            os.replace(file, output / file.name)
-            files.append(output / file.name)
+        files.append(output / file.name)
     return files
 
 
 def fuse(model: torch.nn.Module) -> torch.nn.Module:
-    """The same function with what only training needs folded into the weights; changes the model.
+    """Fold into the weights what only training needs, in place, and return the model.
 
-    The branches of RepVGG, MobileOne and FastViT become one convolution each, as timm does it, and a weight norm
-    becomes the weight it stands for. What comes out is compared with what went in, as every file is.
+    The branches of RepVGG, MobileOne and FastViT become one convolution each, by timm's function, and a weight norm
+    becomes the weight that it computes. The exported file is compared with the model before this change.
     """
     for module in model.modules():
         if is_parametrized(module):
@@ -139,7 +132,7 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def probe_images(config: Metadata) -> np.ndarray:
-    """Five images of noise, from dark to bright, uint8 (5, H, W, 3)."""
+    """Return five images of noise, from dark to bright: uint8 (5, H, W, 3)."""
     channels, height, width = config.input_size
     noise = np.random.default_rng(0).integers(0, 76, (5, height, width, channels))
     return (noise + 45 * np.arange(5).reshape(5, 1, 1, 1)).astype(np.uint8)
@@ -169,11 +162,13 @@ def write_onnx(classifier: ImageClassifier, batch: torch.Tensor, metadata: Metad
 def write_torchscript(classifier: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(classifier, (batch,), check_trace=False)  # compared at other batches afterwards
+        traced = torch.jit.trace(classifier, (batch,), check_trace=False)  # compare() runs other batches
         torch.jit.save(traced, str(file), _extra_files={"metadata.json": json.dumps(metadata.to_json())})
     with zipfile.ZipFile(file) as saved:
         records = {entry.filename: saved.read(entry) for entry in saved.infolist()}
-    with zipfile.ZipFile(file, "w") as plain:  # without the debug records: source lines and paths of this machine
+    with zipfile.ZipFile(
+        file, "w"
+    ) as plain:  # without the debug records, which hold source lines and paths of this machine
         for name, content in records.items():
             if not name.endswith(".debug_pkl"):
                 plain.writestr(zipfile.ZipInfo(name), content)
@@ -191,7 +186,7 @@ def write_exported(classifier: ImageClassifier, batch: torch.Tensor, metadata: M
 
 
 def compare(file: Path, images: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    """Run the file on the CPU in batches of 1, 2 and 5; what it answers must be what torch answered."""
+    """Run the file on the CPU in batches of 1, 2 and 5; UserError if its logits differ from torch's."""
     runtime = load(file, RunOn("cpu"))
     for size in (1, 2, 5):
         try:
@@ -210,13 +205,26 @@ def get_parser() -> Parser:
     parser = make_parser(__doc__, "export")
     add_quiet(parser)
     parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
-    parser.add_argument("--format", nargs="+", choices=sorted(FORMATS), default=sorted(FORMATS), metavar="FORMAT",
-                        help="onnx, torchscript, torch.export (default: all)")  # fmt: skip
     parser.add_argument(
-        "--precision", choices=["fp32", "fp16"], default="fp32", help="of arithmetic and weights (default: fp32)"
+        "--format",
+        nargs="+",
+        choices=sorted(FORMATS),
+        default=sorted(FORMATS),
+        metavar="FORMAT",
+        help="onnx, torchscript, torch.export (default: all)",
     )
-    parser.add_argument("--input", choices=["uint8", "float"], default="uint8",
-                        help="uint8: NHWC, normalised in the graph; float: NCHW, by you (default: uint8)")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "fp16"],
+        default="fp32",
+        help="precision of arithmetic and weights (default: fp32)",
+    )
+    parser.add_argument(
+        "--input",
+        choices=["uint8", "float"],
+        default="uint8",
+        help="uint8: NHWC, normalised in the graph; float: NCHW, normalised by you (default: uint8)",
+    )
     parser.add_argument("--opset", type=int, choices=[18, 20], default=18, help="ONNX opset (default: 18)")
     parser.add_argument("--output", type=Path, help="folder to write to (default: the student's)")
     add_model_file(parser)
@@ -229,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
         args.student, tuple(args.format), args.precision, layout, args.opset, args.output, args.model_file
     )
     for file in files:
-        print(f"{file}  {file.stat().st_size / 1e6:.1f} MB, same answers as torch at batches 1, 2 and 5", flush=True)
+        show(f"{file}  {file.stat().st_size / 1e6:.1f} MB, same logits as torch at batches of 1, 2 and 5")
 
 
 if __name__ == "__main__":

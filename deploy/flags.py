@@ -1,26 +1,55 @@
-"""How a run is trained unless it is told: by name, by data set, and by what a folder holds. For train.py."""
+"""Read the flags of train.py: one table, recipes, and the refusal of flags that do not go together. Imports no torch.
+
+    typed = read_flags(FLAGS, argv)                       # only the flags on the command line
+    args, given = settle_flags(FLAGS, typed, saved)       # defaults <- recipe <- resumed run <- command line
+
+This module is in deploy/ and not in kdlite/training/, because an import of anything in kdlite imports torch. That takes
+seconds, and `--help` or a mistake in the flags must not wait for it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-# Groups of defaults; any flag overrides. cifar, imagenet-cnn and imagenet-vit: the schedules and hyperparameters
-# behind the paper's tables (arXiv 2303.13005 and its official configs).
+from deploy.cli import Parser, UserError, student_folder
+from deploy.config import read_config
+
+Table = dict[str, dict[str, "Flag"]]  # group -> name -> flag
+BY_RECIPE = "by recipe"  # the default of a flag that every recipe sets
+# Values that only recipes and pretrained weights set.
+RECIPE_ONLY: dict[str, Any] = dict(eval_crop=1.0, interpolation="bilinear", random_erasing=0.0)
+RENAMED = {"kd_temperature": "temperature", "init": "pretrained"}  # flags that older run directories store
+AT_THE_START = ("val_split", "pretrained", "tap", "small_stem", "model_args")  # without effect in a resumed run
+
+CNN = dict(
+    epochs=100, batch_size=256, opt="momentum", lr=0.1, weight_decay=1e-4, schedule="step",
+    step_epochs=[30, 60, 90], step_factor=0.1, img_size=224, crop="resized", hflip=0.5, eval_crop=0.875,
+)  # fmt: skip
+CIFAR = dict(
+    epochs=200, batch_size=128, opt="momentum", lr=0.1, weight_decay=5e-4, schedule="step",
+    step_epochs=[60, 120, 160], step_factor=0.2, img_size=32, crop="pad", hflip=0.5, small_stem=True,
+    gamma=3.5, temperature=3.0, alpha=0.1, mu=0.1,
+)  # fmt: skip
+# Groups of defaults; any flag overrides them. cifar, imagenet-cnn and imagenet-vit: the schedules and hyperparameters
+# of the paper's tables (arXiv 2303.13005 and its official configs). crd: the protocol of Tian et al., arXiv 1910.10699.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": dict(
         epochs=10, batch_size=32, opt="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1,
         step_epochs=[5, 8], step_factor=0.1, img_size=32, crop="pad", hflip=0.0,
     ),
-    "cifar": dict(
-        epochs=200, batch_size=128, opt="momentum", lr=0.1, weight_decay=5e-4, schedule="step",
-        step_epochs=[60, 120, 160], step_factor=0.2, img_size=32, crop="pad", hflip=0.5, small_stem=True,
-        gamma=3.5, temperature=3.0, alpha=0.1, mu=0.1,
+    "cifar": CIFAR,
+    "crd": CIFAR | dict(
+        epochs=240, batch_size=64, lr=0.05, step_epochs=[150, 180, 210], step_factor=0.1, small_stem=False,
     ),
-    "imagenet-cnn": dict(
-        epochs=100, batch_size=256, opt="momentum", lr=0.1, weight_decay=1e-4, schedule="step",
-        step_epochs=[30, 60, 90], step_factor=0.1, img_size=224, crop="resized", hflip=0.5, eval_crop=0.875,
+    "imagenet-cnn": CNN,
+    "imagenet-mobilenet": CNN | dict(
+        epochs=300, lr=0.045, weight_decay=4e-5, step_epochs=list(range(1, 300)), step_factor=0.98,
     ),
     "imagenet-vit": dict(
         epochs=300, batch_size=1024, opt="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=5,
@@ -32,7 +61,201 @@ RECIPES: dict[str, dict[str, Any]] = {
 BY_DATA = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}  # a folder: pick_recipe
 LARGE = 100_000  # training images
 STEPS = 12_000  # optimizer steps of a run on a smaller folder, from random weights
-FINE_TUNING_STEPS = 1500  # and from pretrained ones
+FINE_TUNING_STEPS = 1500  # from pretrained weights
+
+
+class Flag:
+    """A flag of a command.
+
+    Args:
+        default: its value if nothing sets it
+        help: one line
+        needs: the flag without which this one has no effect, then the values of that flag; no values: any
+        path: whether the value may be a path, which is made absolute: a resume may start in another folder
+        options: of argparse.add_argument
+    """
+
+    def __init__(self, default: Any, help: str, needs: Sequence[str] = (), path: bool = False, **options: Any) -> None:
+        self.default, self.help, self.needs, self.path, self.options = default, help, needs, path, options
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+
+
+def get_parser(table: Table, doc: str, program: str) -> argparse.ArgumentParser:
+    """Return a parser that stores only the flags on the command line."""
+    epilog = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in recipe.items())}"
+                       for name, recipe in RECIPES.items() if len(recipe["step_epochs"]) < 10)  # fmt: skip
+    parser = Parser(prog=program, description=doc.partition("\n\n")[0], epilog=f"Recipes. {epilog}",
+                    argument_default=argparse.SUPPRESS)  # fmt: skip
+    for title, flags in table.items():
+        group = parser.add_argument_group(title)
+        for name, flag in flags.items():
+            by_recipe = any(name in recipe for recipe in RECIPES.values())
+            default = BY_RECIPE if by_recipe else flag.default
+            suffix = "" if default in (None, False, []) else f" (default: {default})"
+            group.add_argument(f"--{name.replace('_', '-')}", help=flag.help + suffix, **flag.options)
+    return parser
+
+
+def read_flags(table: Table, argv: Sequence[str] | None, doc: str = "", program: str = "train.py") -> dict[str, Any]:
+    """Return the flags on the command line by name, their paths absolute."""
+    typed = vars(get_parser(table, doc, program).parse_args(argv))
+    for name, flag in by_name(table).items():
+        value = typed.get(name)
+        if flag.path and isinstance(value, list):
+            typed[name] = [absolute(item) for item in value]
+        elif flag.path and isinstance(value, str) and value not in (*BY_DATA, *flag.options.get("choices", ())):
+            typed[name] = absolute(value)
+    if typed.get("resume") and not typed.get("output"):
+        raise UserError("--resume needs --output, the run directory to resume")
+    return typed
+
+
+def by_name(table: Table) -> dict[str, Flag]:
+    return {name: flag for flags in table.values() for name, flag in flags.items()}
+
+
+def is_code(name: Any) -> bool:
+    """Return whether a value is path/to/file.py:function."""
+    return isinstance(name, str) and re.fullmatch(r".+\.py:\w+", name) is not None
+
+
+def absolute(name: str) -> str:
+    """Return an existing path as an absolute one, ~ as the home folder; any other name as it is."""
+    path, function = (name.rpartition(":")[0], ":" + name.rpartition(":")[2]) if is_code(name) else (name, "")
+    path = os.path.expanduser(path)
+    if os.path.lexists(path) and path not in ("nkd", "kd"):
+        return os.path.abspath(path) + function
+    model, _, file = name.partition(":")  # of --teacher
+    return f"{model}:{absolute(file)}" if file and not function else name
+
+
+# ---- defaults <- recipe <- resumed run <- command line --------------------------------------------------------------
+
+
+def settle_flags(
+    table: Table, typed: dict[str, Any], saved: dict[str, Any] | None = None, fitted: dict[str, Any] | None = None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the value of every flag, and what a run directory stores of them.
+
+    Args:
+        table: the flags
+        typed: as read_flags returns them
+        saved: the second result, of the run that is resumed
+        fitted: the recipe for a folder of images (pick_recipe). Without it `args.recipe` is None for such a folder,
+            and the values that the recipe sets are not known yet.
+
+    Raises:
+        UserError: flags that do not go together, that have no effect, or that a resumed run cannot change
+    """
+    flags = by_name(table)
+    saved = check_saved(flags, saved or {}, typed)
+    given = saved | {name: typed[name] for name in typed if name not in ("resume", "output")}
+    if fitted is not None:
+        given["fitted"] = fitted
+    defaults = RECIPE_ONLY | {name: flag.default for name, flag in flags.items()}
+    args = argparse.Namespace(**{name: value for name, value in (defaults | given | typed).items() if name != "fitted"})
+    check_methods(args, typed, flags)
+    args.recipe = args.recipe or BY_DATA.get(args.data) or ("fitted" if "fitted" in given else None)
+    if args.recipe is None:
+        return args, given
+    recipe = given["fitted"] if args.recipe == "fitted" else RECIPES[args.recipe]
+    vars(args).update({name: value for name, value in recipe.items() if name not in given})
+    if "temperature" not in given:
+        args.temperature = 4.0 if vars(args).get("kd") == "kd" else recipe.get("temperature", 1.0)
+    stretch = args.epochs / recipe["epochs"]  # the recipe's milestones keep their place in a shorter run
+    if "step_epochs" not in given:
+        args.step_epochs = [epoch * stretch for epoch in args.step_epochs]
+    if "warmup_epochs" not in given:
+        args.warmup_epochs *= stretch
+    settle_size(args, given)
+    if "kd" in args:
+        check_values(args)
+    return args, given
+
+
+def check_saved(flags: dict[str, Flag], saved: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored flags of a run under their present names; refuse those that a resume must not take over."""
+    saved = {RENAMED.get(name, name): value for name, value in saved.items()}
+    known = {*flags, "fitted", *(name for recipe in RECIPES.values() for name in recipe)}
+    constant = {"momentum": 0.9, "channels_last": True, "timeout": None, "log_interval": None, "data_dir": None,
+                "download": None}  # fmt: skip
+    for name in saved.keys() - known:
+        if constant.get(name, saved[name]) not in (None, saved[name]) or name not in constant:
+            raise UserError(f"the run was started with --{name.replace('_', '-')} {saved[name]}, which this train.py "
+                            "does not have: start a new run")  # fmt: skip
+    for name, flag in flags.items():
+        value = saved.get(name)
+        values = value if isinstance(value, list) else [value]
+        code = next((value for value in values if flag.path and is_code(value)), None)
+        if code and name not in typed:
+            raise UserError(f"the run was started with code, --{name.replace('_', '-')} {code}: give that flag again; "
+                            "code that a run directory names is never run")  # fmt: skip
+        if saved and name in AT_THE_START and typed.get(name, saved.get(name)) != saved.get(name):
+            raise UserError(f"--{name.replace('_', '-')} was {saved.get(name, flag.default)} when this run began, and "
+                            "a resume cannot change it: leave the flag out, or start a new run")  # fmt: skip
+    return {name: value for name, value in saved.items() if name in known}
+
+
+def settle_size(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Make args.img_size [height, width]; a student/ folder brings its own."""
+    if os.path.isdir(args.model) and "img_size" not in given:
+        args.in_chans, *args.img_size = read_config(student_folder(Path(args.model))).input_size
+    args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
+    if len(args.img_size) not in (2, 4):
+        raise UserError("--img-size takes one number, or height and width")
+    args.img_size = args.img_size[:2]
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------------
+
+
+def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[str, Flag]) -> None:
+    """Raise unless the flags that name methods and models go together."""
+    if "kd" in args:
+        if args.teacher_labels and (not args.kd or args.teacher):
+            raise UserError("--teacher-labels needs --kd, and no --teacher")
+        if args.kd in ("nkd", "kd") and not (args.teacher or args.teacher_labels):
+            raise UserError(f"--kd {args.kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
+        if args.teacher and not args.kd:
+            raise UserError("--teacher needs --kd: nkd, kd or file.py:function")
+    for name in sorted(typed.keys() & flags.keys()):
+        if flags[name].needs:
+            other, *values = flags[name].needs
+            value = getattr(args, other)
+            if not value or (values and value not in values):
+                needed = f"--{other.replace('_', '-')} {' or '.join(values)}".rstrip()
+                raise UserError(f"--{name.replace('_', '-')} needs {needed}")
+    if os.path.isdir(args.model):
+        if typed.keys() & {"model_args", "small_stem"}:
+            raise UserError("--model is a student/ folder, which has its own arguments and stem")
+        if args.pretrained:
+            raise UserError("--pretrained and a folder as --model: a student starts from one of them")
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Raise unless the values of a training's flags go together, the recipe's among them."""
+    if args.teacher_labels:
+        args.random_erasing = 0.0  # the teacher answered about whole images; train.py prints this
+        mixing = [f"--{name} 0" for name in ("mixup", "cutmix") if getattr(args, name)]
+        mixing += ["--cache none"] * (args.cache == "device")
+        if mixing:
+            raise UserError(f"stored labels belong to single images, each cropped on its own: give {' '.join(mixing)}")
+    if args.epochs <= args.warmup_epochs:
+        raise UserError(
+            f"--warmup-epochs {args.warmup_epochs:g} is all of --epochs {args.epochs}: it must be a part of them"
+        )
+    if args.cache == "device" and (args.crop == "resized" or (args.randaugment and args.randaugment[0])):
+        raise UserError("--cache device crops and flips whole batches: give --crop pad or none, and --randaugment 0 0")
+    size = os.environ.get("WORLD_SIZE", "1")
+    processes = int(size) if size.isdecimal() else 1
+    if args.batch_size % (max(1, processes) * args.grad_accum):
+        passes = f"processes x --grad-accum = {processes} x {args.grad_accum}"
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {passes}")
+
+
+# ---- a recipe for a folder of images --------------------------------------------------------------------------------
 
 
 def pick_recipe(

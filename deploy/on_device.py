@@ -1,21 +1,30 @@
-"""What `python student.pyz ...` does: the commands of deploy/ on the student that deploy.pack put beside them.
+"""The program of `python student.pyz ...`: the commands of deploy/ on the student that deploy.pack put there.
 
-Imports the standard library alone until a command runs, so that --requirements works where nothing is installed yet.
+Nothing is unpacked: the artefact is read into memory. Imports only the standard library until a command runs, so that
+--requirements works where nothing is installed yet.
 """
 
 from __future__ import annotations
 
+import argparse
+import errno
+import functools
 import importlib
+import os
+import stat
 import sys
-import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from deploy.cli import command, first_line, show_error
+from deploy.cli import Parser, UserError, parse_and_run, run_command
 
 KINDS = (".onnx", ".engine")
 COMMANDS = ("benchmark", "build", "check", "serve")
-# The oldest of each that was tried, and what the last onnxruntime for JetPack 6 (Python 3.10, aarch64) was built for.
+OF_STUDENT = ("benchmark", "check")  # these take the student/ folder before the artefact
+WRITING = ("benchmark", "build", "check")  # these write next to the artefact by default, here into this folder
+# The oldest of each that was tried, and the limits of the last onnxruntime for JetPack 6 (Python 3.10, aarch64).
 RUNNING = """\
 numpy>=1.24,<2; python_version < "3.11" and platform_machine == "aarch64"
 numpy>=1.24; python_version >= "3.11" or platform_machine != "aarch64"
@@ -33,42 +42,124 @@ prometheus-client>=0.20
 python-multipart>=0.0.18
 """
 
+if TYPE_CHECKING:
+    SystemPath = Path
+else:
+    SystemPath = type(Path())  # PosixPath, which Python 3.10 and 3.11 can only subclass in this way
+
+
+class PackedPath(SystemPath):
+    """A path inside an archive, such as student.pyz/student/student.onnx: the commands read it as a path of the disk.
+
+    The archive is opened at each call, so that a server which loads its file again reads an archive that was replaced.
+    """
+
+    def split(self) -> tuple[Path, str]:
+        """Return the archive and the name inside it."""
+        archive = next(Path(parent) for parent in self.parents if os.path.isfile(parent))
+        return archive, self.relative_to(archive).as_posix()
+
+    def names(self) -> tuple[str, list[str]]:
+        archive, name = self.split()
+        with zipfile.ZipFile(archive) as packed:
+            return name, packed.namelist()
+
+    def is_file(self, **_: Any) -> bool:
+        name, names = self.names()
+        return name in names
+
+    def is_dir(self, **_: Any) -> bool:
+        name, names = self.names()
+        return any(other.startswith(f"{name}/") for other in names)
+
+    def exists(self, **_: Any) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def iterdir(self) -> Iterator[PackedPath]:  # type: ignore[override]
+        name, names = self.names()
+        for other in names:
+            if other.startswith(f"{name}/") and "/" not in other[len(name) + 1 :]:
+                yield self / other[len(name) + 1 :]
+
+    def read_bytes(self) -> bytes:
+        archive, name = self.split()
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                return packed.read(name)
+        except KeyError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
+
+    def stat(self, **_: Any) -> os.stat_result:
+        archive, name = self.split()
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                size = packed.getinfo(name).file_size
+        except KeyError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
+        return os.stat_result((stat.S_IFREG | 0o444, 0, 0, 1, 0, 0, size, 0, 0, 0))
+
 
 def requirements(artefact: str) -> str:
-    """What pip must install to run an artefact and to serve it."""
+    """Return the lines of requirements.txt to run an artefact and to serve it."""
     return RUNNING + (TENSORRT if artefact.endswith(".engine") else ONNX) + SERVING
 
 
 def main(argv: list[str]) -> int:
-    """A command on the packed file, or on the one that --file names; returns the exit status."""
+    """Run a command on the packed file, or on the file that --file names; return the exit status."""
     archive = Path(sys.argv[0])
-    with zipfile.ZipFile(archive) as packed, tempfile.TemporaryDirectory(prefix="student-") as folder:
-        for entry in packed.namelist():
-            if entry.startswith("student/"):
-                packed.extract(entry, folder)
-        student = Path(folder) / "student"
-        artefact = next(file for file in student.iterdir() if file.suffix in KINDS)
-        if argv and argv[0].startswith("--file="):
-            argv = ["--file", argv[0].partition("=")[2], *argv[1:]]
-        if argv[:1] == ["--file"] and len(argv) > 1:
-            artefact, argv = Path(argv[1]), argv[2:]
-        if argv == ["--requirements"]:
-            print(requirements(artefact.name), end="")
-            return 0
-        if not argv or argv[0] in ("-h", "--help"):
-            commands = " | ".join((*COMMANDS, "--requirements"))
-            print(f"usage: {archive.name} [--file FILE] photo.jpg ... | {commands}\n\nThe student is {artefact.name}; "
-                  "--file takes another, such as an engine that was built here. Each command has --help.")  # fmt: skip
-            return 0
-        name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("predict", argv)
-        try:
-            module = importlib.import_module(f"deploy.{name}")
-        except ImportError as error:
-            show_error(archive.name, f"{first_line(error)}: {archive.name} --requirements lists what to install")
-            return 2
-        parser = module.get_parser()
-        parser.prog = archive.name if name == "predict" else f"{archive.name} {name}"
-        # what is typed comes after the default, and wins
-        flags = ["--output", "."] if name in ("benchmark", "build", "check") else []
-        files = [student, artefact.resolve()] if name in ("benchmark", "check") else [artefact]
-        return command(parser, module.run, [*map(str, files), *flags, *rest])
+    return run_command(archive.name, functools.partial(dispatch, archive, argv))
+
+
+def dispatch(archive: Path, argv: list[str]) -> int | None:
+    student = PackedPath(archive / "student")
+    artefact: Path = next(file for file in student.iterdir() if file.suffix in KINDS)
+    if argv and argv[0].startswith("--file="):
+        argv = ["--file", argv[0].partition("=")[2], *argv[1:]]
+    if argv[:1] == ["--file"] and len(argv) > 1:
+        artefact, argv = Path(argv[1]), argv[2:]
+    if argv == ["--requirements"]:
+        print(requirements(artefact.name), end="")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        commands = " | ".join((*COMMANDS, "--requirements"))
+        print(
+            f"usage: {archive.name} [--file FILE] photo.jpg ... | {commands}\n\nThe student is {artefact.name}; --file "
+            "takes another one, such as an engine that was built here. Each command has --help."
+        )
+        return 0
+    name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("predict", argv)
+    try:
+        module = importlib.import_module(f"deploy.{name}")
+    except (ImportError, UserError) as error:
+        raise UserError(
+            f"{name} needs packages that are not installed ({error}): python3 {archive.name} --requirements > "
+            "requirements.txt, then pip install -r requirements.txt"
+        ) from error
+    parser: Parser = module.get_parser()
+    parser.prog = archive.name if name == "predict" else f"{archive.name} {name}"
+    describe(parser, name, artefact)
+    flags = ["--output", "."] if name in WRITING else []  # the flags that are typed come later and override it
+    files = [student, artefact.absolute()] if name in OF_STUDENT else [artefact]
+    run: Callable[[argparse.Namespace], int | None] = functools.partial(run_packed, module.run, student, artefact)
+    return run_command(parser.prog, functools.partial(parse_and_run, parser, run, [*map(str, files), *flags, *rest]))
+
+
+def describe(parser: Parser, name: str, artefact: Path) -> None:
+    """Make --help that of the device: the student is given, and no example names a run directory."""
+    first = (parser.description or "").partition("\n\n")[0]
+    parser.description = f"{first}\n\nThe student is {artefact.name}."
+    for action in parser._positionals._group_actions:  # argparse has no public way to hide an argument
+        if action.dest != "images":
+            action.help = argparse.SUPPRESS
+    parser.usage = f"{parser.prog} {'photo.jpg ... ' if name == 'predict' else ''}[flags]"
+
+
+def run_packed(
+    run: Callable[[argparse.Namespace], int | None], student: Path, artefact: Path, args: argparse.Namespace
+) -> int | None:
+    """Run a command with paths that read from the archive."""
+    packed = {str(student): student, str(artefact): artefact}
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, packed.get(str(value), value))
+    return run(args)

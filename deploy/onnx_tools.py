@@ -1,13 +1,86 @@
-"""ONNX files: their metadata, and the oldest format that their graph allows. Only `tidy` and `write` need onnx."""
+"""ONNX files: metadata, format, and references to other files. Only `tidy` and `write` need onnx."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from deploy.cli import UserError
 from deploy.config import Metadata
+
+# The fields of ONNX's protobuf messages that lead to a tensor: number -> message.
+MESSAGES: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+EXTERNAL_DATA, DATA_LOCATION = 13, 14  # of a tensor
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
+MAX_DEPTH = 100  # of nested messages; protobuf's own limit
+
+
+def refuse_external_data(content: bytes, path: Path) -> None:
+    """Raise UserError if an ONNX file names other files as its weights, which some onnxruntimes would read.
+
+    Without this a file could name /etc/passwd. A device has no onnx package, so the messages are read here.
+    """
+    try:
+        external = has_external_data(memoryview(content))
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path} is not a whole ONNX file: {error}") from error
+    if external:
+        raise UserError(f"{path} keeps weights in other files, which are not read: save it as one file")
+
+
+def has_external_data(content: memoryview, message: str = "model", depth: int = 0) -> bool:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"messages are nested deeper than {MAX_DEPTH}")
+    if message == "tensor":
+        return any(number == EXTERNAL_DATA or (number == DATA_LOCATION and value) for number, value in fields(content))
+    inner = MESSAGES[message]
+    return any(
+        has_external_data(value, inner[number], depth + 1)
+        for number, value in fields(content)
+        if number in inner and isinstance(value, memoryview)
+    )
+
+
+def fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield (number, value) of each field of a protobuf message: an integer, or bytes that are not copied."""
+    position = 0
+    while position < len(content):
+        key, position = read_varint(content, position)
+        number, kind = key >> 3, key & 7
+        if kind == VARINT:
+            value, position = read_varint(content, position)
+            yield number, value
+            continue
+        if kind not in (FIXED64, BYTES, FIXED32):
+            raise ValueError(f"field {number} has an unknown type")
+        size, position = read_varint(content, position) if kind == BYTES else (8 if kind == FIXED64 else 4, position)
+        if position + size > len(content):
+            raise ValueError(f"field {number} is cut off")
+        yield number, content[position : position + size]
+        position += size
+
+
+def read_varint(content: memoryview, position: int) -> tuple[int, int]:
+    """Return an integer of 7 bits a byte and the position after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = content[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+    raise ValueError("a number is too long")
 
 
 def read_properties(properties: dict[str, str]) -> dict[str, Any]:
@@ -32,8 +105,8 @@ def write(model: Any, metadata: Metadata, file: Path) -> None:
 def tidy(model: Any) -> None:
     """Bring an onnx.ModelProto to the oldest IR version and the opsets it uses, and drop what exporters add.
 
-    onnxruntime 1.17 reads IR 9 and older, and refuses opset imports it does not know, used or not. The exporter keeps
-    source lines and absolute paths of the user's model at every node.
+    onnxruntime 1.17 reads IR 9 and older, and refuses unknown opset imports even if no node uses them. The exporter
+    stores source lines and absolute paths of the user's model at every node.
     """
     import onnx
 

@@ -1,7 +1,7 @@
-"""How a student does on each class, and what it takes for what. Needs numpy; the picture matplotlib, if it is there.
+"""Precision and recall of each class, and the confusion matrix. Needs numpy; the picture needs matplotlib.
 
-per_class.csv   label, n, precision, recall, f1: a line for each class, in the classes' order
-confusion.png   rows are true classes, columns what they were taken for
+per_class.csv   label, n, precision, recall, f1: a line for each class, in the order of the classes
+confusion.png   rows are true classes, columns are answers
 """
 
 from __future__ import annotations
@@ -16,34 +16,32 @@ from typing import Any
 
 import numpy as np
 
-from deploy.cli import UserError, write_whole
+from deploy.cli import UserError, printable, write_whole
 
-LABELLED, NUMBERED = 60, 20  # classes up to which a confusion matrix has names, and a number in each cell
-MAX_DRAWN = 2000  # classes: with more a cell has less than a pixel
+LABELLED, NUMBERED = 60, 20  # classes up to which the picture has names, and a number in each cell
+MAX_DRAWN = 2000  # classes; with more of them a cell is smaller than a pixel
 
 
 def write_per_class(folder: Path, labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> list[str]:
     """Write per_class.csv and confusion.png.
 
     Args:
-        folder: where
-        labels, predictions: class indices (N,), the true ones and those answered
+        folder: of the two files
+        labels, predictions: class indices (N,), the true ones and the answers
         label_names: of the C classes
 
     Returns:
-        What to print: the worst confusions, and why there is no picture where there is none.
+        Lines to print: the worst confusions, and the reason if there is no picture
 
     Raises:
-        UserError: an index is of no class, or a file cannot be written
+        UserError: an index is out of range, or a file cannot be written
     """
     known = set(range(len(label_names)))
     if labels.shape != predictions.shape or not {*labels.tolist(), *predictions.tolist()} <= known:
         raise UserError(f"labels or answers do not fit the {len(known)} classes {', '.join(label_names[:3])}, ...")
     write_whole(folder / "per_class.csv", per_class_table(labels, predictions, label_names))
     lines = worst_confusions(labels, predictions, label_names)
-    lines = ["most often taken for another class:", *(f"  {line}" for line in lines)] if lines else [
-        f"none of {len(labels)} images was taken for another class"
-    ]  # fmt: skip
+    lines = ["worst confusions:", *(f"  {line}" for line in lines)] if lines else [f"all {len(labels)} are right"]
     if len(label_names) > MAX_DRAWN:
         return [*lines, f"no confusion.png: {len(label_names)} classes are more than {MAX_DRAWN}"]
     if importlib.util.find_spec("matplotlib") is None:
@@ -53,22 +51,21 @@ def write_per_class(folder: Path, labels: np.ndarray, predictions: np.ndarray, l
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """Images by true class (row) and answer (column): int64 (C, C)."""
+    """Return the number of images by true class (row) and answer (column): int64 (C, C)."""
     pairs = labels.astype(np.int64) * classes + predictions
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def per_class_table(labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> str:
-    """per_class.csv. n: images of the class; shares from 0 to 1, an empty field where there is nothing to divide by:
-    recall of a class without images, precision of one that was never answered."""
+    """Return the text of per_class.csv.
+
+    n is the number of images of the class. The shares go from 0 to 1; a share of nothing is an empty field: the recall
+    of a class without images, the precision of a class that was never answered.
+    """
     n, answered, hits = (
         np.bincount(indices, minlength=len(label_names)).tolist()
         for indices in (labels, predictions, labels[labels == predictions])
     )
-
-    def share(part: float, whole: float) -> str:
-        return f"{part / whole:.4f}" if whole else ""
-
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["label", "n", "precision", "recall", "f1"])
@@ -78,23 +75,28 @@ def per_class_table(labels: np.ndarray, predictions: np.ndarray, label_names: Se
     return text.getvalue()
 
 
+def share(part: float, whole: float) -> str:
+    return f"{part / whole:.4f}" if whole else ""
+
+
 def worst_confusions(
     labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str], count: int = 10
 ) -> list[str]:
-    """The pairs of classes with most images, as "cat taken for dog: 12 of 40"; of equal ones the larger share first."""
+    """Return the pairs of classes with most images, as "cat taken for dog: 12 of 40"; equal ones by their share."""
     wrong = labels != predictions
     pairs, images = np.unique(np.stack([labels[wrong], predictions[wrong]]), axis=1, return_counts=True)
     of = np.bincount(labels, minlength=len(label_names))
     worst = sorted(zip(images.tolist(), pairs[0].tolist(), pairs[1].tolist()), key=lambda x: (-x[0], of[x[1]], *x[1:]))
     return [
-        f"{label_names[true]} taken for {label_names[taken]}: {k} of {of[true]}" for k, true, taken in worst[:count]
+        f"{printable(label_names[true])} taken for {printable(label_names[taken])}: {k} of {of[true]}"
+        for k, true, taken in worst[:count]
     ]
 
 
 def confusion_picture(path: Path, matrix: np.ndarray, label_names: Sequence[str]) -> None:
-    """A PNG of a confusion matrix (C, C), true classes in rows, coloured by the share of the row.
+    """Draw a confusion matrix (C, C) as a PNG, true classes in rows, coloured by the share of the row.
 
-    With many classes the axes count them, in the order of label_names; a class without images is grey.
+    With many classes the axes show indices instead of names; a class without images is grey.
     """
     import matplotlib as mpl
     from matplotlib.colors import PowerNorm
@@ -108,7 +110,7 @@ def confusion_picture(path: Path, matrix: np.ndarray, label_names: Sequence[str]
     totals = matrix.sum(1, keepdims=True)
     shares = np.ma.masked_where(np.broadcast_to(totals == 0, matrix.shape), matrix / np.maximum(totals, 1))
     colours = mpl.colormaps["Blues"].with_extremes(bad="lightgrey")
-    # the root of the share: a few per cent taken for another class are still seen
+    # coloured by the root of the share, so that a few per cent are still visible
     drawn = axis.imshow(shares, cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     figure.colorbar(drawn, label="share of the images of the true class", shrink=0.7)
     order = "" if labelled else ", counted from 0 in the order of per_class.csv"
@@ -131,8 +133,9 @@ def shortened(name: str, most: int = 24) -> str:
 
 
 def save(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure as a PNG."""
     image = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font lacks becomes boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # characters that the font lacks become boxes
         figure.savefig(image, format="png", dpi=120)
     write_whole(path, image.getvalue())

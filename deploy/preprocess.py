@@ -1,14 +1,18 @@
-"""A photograph -> the uint8 array that a student takes, with numpy and Pillow alone.
+"""Turn a photograph into the uint8 array that a student takes, with numpy and Pillow only.
 
     prepare(open_image("photo.jpg"), metadata)    # uint8 (H, W, 3); open_image takes the bytes of a file as well
 
-The one function for training's evaluation, check, quantize, serve and predict. It gives bit for bit what torchvision's
-Resize and CenterCrop make of the same PIL image. A JPEG at least eight times as large as the resize asks for is decoded
-at a reduced scale, still at least four times what is asked (Image.draft): half the time, and a value moves by a few
-tenths of 255 on average. examples/benchmark_preprocess.py measures both, and how often the class changes.
+Training's evaluation, check, quantize, serve and predict all use this function. It resizes the width first and then
+the height, in two passes, so that Pillow 10 to 13 give the same bytes. Torchvision's Resize and CenterCrop with Pillow
+10 to 12 give these bytes too; Pillow 13 picks the order of the passes by the shape of the image.
 
-What a camera turned is turned upright (EXIF), before anything else. Deep greys come down to 8 bits by the range of
-their type; where no range is known, the image is refused rather than read as black or white.
+A JPEG at least eight times as large as the resize needs is decoded at a reduced scale, at least four times the size
+that is needed (Image.draft). That takes half the time and moves a value by a few tenths of 255 on average.
+examples/benchmark_preprocess.py measures both, and how often the class changes.
+
+An image is turned upright first, as its EXIF describes. A transparent image is composited on white, so that the colour
+hidden under its transparency does not matter. Deep greys become 8 bits by the range of their type. An image whose range
+is unknown is refused, because it would be read as black or white.
 """
 
 from __future__ import annotations
@@ -19,33 +23,32 @@ import io
 import math
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from deploy.config import INTERPOLATIONS, Metadata
 
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
-MAX_PIXELS = 64_000_000  # of an image brought to the student's size: a strip of 94 bytes may ask for gigabytes
+MAX_PIXELS = 64_000_000  # of an image at the student's size: a strip of 94 bytes may ask for gigabytes
+# Pillow's names of formats that it decodes itself; EPS and WMF would run other programs.
 FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-    "AVIF",
-    "JPEG2000",
-    "QOI",
-    "TGA",
-    "PCX",
-    "PSD",
-    "SGI",
-    "ICO",
-    "DDS",
-)  # Pillow's names, of pictures that it decodes itself: EPS and WMF would run other programs
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI"),
+    *("TGA", "PCX", "PSD", "SGI", "ICO", "DDS"),
+)
+BACKGROUND = (255, 255, 255)  # under transparent pixels
+# The first bytes of files that people send and Pillow does not read, and what to do.
+UNREAD = {
+    b"ftyphe": "HEIC, as iPhones make it: set the camera to Most Compatible, or convert it to JPEG",
+    b"ftypmi": "HEIF: convert it to JPEG",
+    b"\xff\x0a": "JPEG XL: convert it to JPEG or PNG",
+    b"JXL ": "JPEG XL: convert it to JPEG or PNG",
+    b"<svg": "SVG, a drawing: export it as PNG",
+    b"<?xml": "XML, perhaps an SVG drawing: export it as PNG",
+    b"%PDF": "PDF: export the page as PNG",
+    b"data:image": "text, an image in base64: send the bytes of the file",
+}
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,8 +57,8 @@ TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # EXIF's orientation -> what undoes it
-DRAFT_MARGIN = 4  # a reduced JPEG keeps at least this many times the pixels a side that the resize asks for
+}  # EXIF's orientation -> the operation that undoes it
+DRAFT_MARGIN = 4  # a reduced JPEG keeps at least this many times the pixels a side that the resize needs
 
 
 class UnreadableImage(ValueError):
@@ -63,39 +66,64 @@ class UnreadableImage(ValueError):
 
 
 class ImageTooLarge(UnreadableImage):
-    """One of so many pixels that Pillow takes it for an attack."""
+    """An image with more pixels than Pillow or this module accepts."""
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow was built with."""
+    """Return those of FORMATS that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache
 def endings() -> frozenset[str]:
-    """Of files that may be images: .jpg, .jfif, .png and so on."""
-    known = {*formats(), "MPO"}  # what phones write as .jpg, or as .mpo
+    """Return the endings of image files: .jpg, .jfif, .png and so on."""
+    known = {*formats(), "MPO"}  # phones write MPO as .jpg, or as .mpo
     return frozenset(end for end, name in Image.registered_extensions().items() if name in known)
 
 
 def open_image(file: str | Path | bytes | BinaryIO, accepted: tuple[str, ...] | None = None) -> Image.Image:
-    """The image in a file or in the bytes of one, not decoded yet; accepted: of FORMATS.
+    """Open an image file, or the bytes of one, without decoding it.
+
+    accepted: some of FORMATS; default: all
 
     Raises:
-        UnreadableImage: no image; ImageTooLarge: one of too many pixels
+        UnreadableImage: not an image; ImageTooLarge: too many pixels
     """
     try:
         if isinstance(file, (str, Path)) and not stat.S_ISREG(Path(file).stat().st_mode):
-            raise OSError("not a regular file")  # a pipe would be waited for
-        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=accepted or formats())
-    except Exception as error:  # each of Pillow's readers has errors of its own
+            raise OSError("not a regular file")  # opening a pipe would wait
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=accepted or formats())
+        image.deep_colour = is_deep_colour(image)  # type: ignore[attr-defined]  # decoding forgets it
+        return image
+    except UnidentifiedImageError:
+        raise UnreadableImage(f"not an image of a known format: {describe_start(file)}") from None
+    except Exception as error:  # each of Pillow's readers has its own errors
         raise unreadable(error) from error
 
 
+def describe_start(file: str | Path | bytes | BinaryIO) -> str:
+    """Return the format of a file that Pillow does not read, by its first bytes."""
+    try:
+        if isinstance(file, bytes):
+            start = file[:64]
+        elif isinstance(file, (str, Path)):
+            with open(file, "rb") as opened:
+                start = opened.read(64)
+        else:
+            file.seek(0)
+            start = file.read(64)
+    except (OSError, ValueError):
+        start = b""
+    if not start:
+        return "it is empty"
+    known = [text for mark, text in UNREAD.items() if mark in start[:16].lstrip().replace(b"\xef\xbb\xbf", b"")]
+    return known[0] if known else f"it starts with {start[:8]!r}"
+
+
 def orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8; 1 where there is none. Pillow itself turns a TIFF."""
+    """Return EXIF's orientation, 1 to 8, or 1 if it is missing. Pillow itself turns a TIFF."""
     value = 1
     if image.format != "TIFF":
         with contextlib.suppress(Exception):  # damaged EXIF of a good image
@@ -104,58 +132,96 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of an opened image once it stands upright."""
+    """Return (width, height) of an opened image after it is turned upright."""
     width, height = image.size
     return (height, width) if orientation(image) >= 5 else (width, height)
 
 
 def to_rgb(image: Image.Image, needed: tuple[float, float] | None = None) -> Image.Image:
-    """Decode to upright RGB of 8 bits. needed: (width, height) in pixels that the whole image will be resized to.
+    """Decode an opened image to upright RGB of 8 bits, composited on white.
+
+    needed: (width, height) in pixels to which the whole image will be resized
 
     Raises:
-        UnreadableImage: the file is damaged, or its values have no known range
+        UnreadableImage: the file is damaged, or the range of its values is unknown
     """
     try:
         turn = orientation(image)
         if needed and image.format in ("JPEG", "MPO"):
             width, height = (math.ceil(DRAFT_MARGIN * side) for side in (needed[::-1] if turn >= 5 else needed))
             image.draft(None, (width, height))  # type: ignore[arg-type]  # None keeps the mode
-        image = to_8_bits(image).convert("RGB")
+        image = composite(to_8_bits(image))
         return image.transpose(TURNS[turn]) if turn in TURNS else image
     except Exception as error:  # as above
         raise unreadable(error) from error
 
 
 def jpeg_scale(size: tuple[int, int], needed: tuple[float, float]) -> int:
-    """By which a JPEG's sides are divided while it is decoded, as Image.draft picks it."""
+    """Return the divisor of a JPEG's sides that Image.draft picks."""
     asked = [math.ceil(DRAFT_MARGIN * side) for side in needed]
     scale = min(side // most for side, most in zip(size, asked))
     return max((step for step in (8, 4, 2) if step <= scale), default=1)
 
 
+def composite(image: Image.Image) -> Image.Image:
+    """Convert to RGB; a transparent image lies on the BACKGROUND."""
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
+    return image.convert("RGB")
+
+
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Greys of more than 8 bits, which Pillow would clip to white, scaled by the range of their type."""
+    """Decode, and scale greys of more than 8 bits, which Pillow would clip to white, by the range of their type."""
     image.load()
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))  # 16 bits in 32
     if image.mode in ("I", "F") and not deep:
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
-        raise ValueError(f"pixels are {kind} of no known range: save it with 8 or 16 bits a channel")
+        raise ValueError(f"the range of its pixels, {kind}, is unknown: save it with 8 or 16 bits a channel")
+    if getattr(image, "deep_colour", False):
+        refuse_12_bits(max(high for _, high in colour_extrema(image)) << 8)
     if not deep:
         return image
     bits = 16
     if image.format == "TIFF":
-        said = image.tag_v2.get(258, 16)  # type: ignore[attr-defined]  # BitsPerSample
-        bits = said[0] if isinstance(said, tuple) else said
+        samples = image.tag_v2.get(258, 16)  # type: ignore[attr-defined]  # BitsPerSample
+        bits = samples[0] if isinstance(samples, tuple) else samples
     values = np.asarray(image)
-    if bits == 16 and 0 < values.max() < 2**12:
-        raise ValueError(
-            f"16-bit pixels of at most {values.max()}, 12 bits or fewer: scale them to 65535, or save 8 bits"
-        )
+    if isinstance(key := image.info.get("transparency"), int):  # a grey that is transparent
+        values = np.where(values == key, 2**bits - 1, values)
+    if bits == 16:
+        refuse_12_bits(int(values.max()))
     return Image.fromarray((values >> (bits - 8)).clip(0, 255).astype(np.uint8))
 
 
+def is_deep_colour(image: Image.Image) -> bool:
+    """Return whether Pillow will reduce the colours of an opened file from 16 bits to 8 as it decodes."""
+    if image.mode.startswith(("I", "F")):
+        return False
+    if image.format == "JPEG2000":  # Pillow does not report the depth
+        return True
+    tiles = getattr(image, "tile", [])
+    arguments = [x for tile in tiles for x in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))]
+    most = [x for x in arguments if isinstance(x, int)] if image.format == "PPM" else []
+    return any(";16" in x for x in arguments if isinstance(x, str)) or max(most, default=0) >= 2**15
+
+
+def colour_extrema(image: Image.Image) -> list[tuple[int, int]]:
+    """Return (lowest, highest) of each channel but the transparency."""
+    extrema: Any = image.getextrema()
+    channels = [extrema] if len(image.getbands()) == 1 else list(extrema)
+    return [pair for band, pair in zip(image.getbands(), channels) if band not in "Aa"]
+
+
+def refuse_12_bits(brightest: int) -> None:
+    """Raise ValueError if 16-bit pixels use only 12 bits: they would be read as black."""
+    if 0 < brightest <= 2**12:
+        raise ValueError("its 16-bit pixels use 12 bits or fewer: scale them to 65535, or save 8 bits")
+
+
 def prepare(image: Image.Image, metadata: Metadata) -> np.ndarray:
-    """Decode, resize and centre-crop an opened image as a student's config.json says -> uint8 (H, W, channels).
+    """Decode, resize and centre-crop an opened image as the metadata describes -> uint8 (H, W, channels).
 
     Raises:
         UnreadableImage: the file is damaged; ImageTooLarge: a strip so long that the resize would not fit in memory
@@ -165,14 +231,16 @@ def prepare(image: Image.Image, metadata: Metadata) -> np.ndarray:
     size = resized_size((width_now, height_now), metadata)
     if math.prod(size) > max(MAX_PIXELS, 4 * height * width):
         raise ImageTooLarge(f"{width_now}x{height_now} pixels would become {size[0]}x{size[1]}")
-    image = to_rgb(image, size).resize(size, RESAMPLING[metadata.interpolation])
+    image = to_rgb(image, size)
+    for step in ((size[0], image.height), size):  # width, then height: see above
+        image = image.resize(step, RESAMPLING[metadata.interpolation])
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)  # half to even, as torchvision rounds
     image = image.crop((left, top, left + width, top + height))
     return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
 
 
 def resized_size(size: tuple[int, int], metadata: Metadata) -> tuple[int, int]:
-    """(width, height) before the centre crop: a square input keeps the photograph's shape, an oblong one does not."""
+    """Return (width, height) before the centre crop: a square input keeps the image's shape, an oblong one does not."""
     height, width = metadata.input_size[1:]
     if height != width:
         return math.floor(width / metadata.crop), math.floor(height / metadata.crop)

@@ -1,7 +1,7 @@
-"""reference.npz: prepared images of a run with the student's own answers, so that a device needs no data set.
+"""reference.npz: prepared images of a run with the student's own logits, so that a device needs no data set.
 
-train.py writes it into the run directory beside student/ (never in it: it holds training images). check compares with
-its logits, quantize calibrates on its training images, benchmark times its validation images.
+train.py writes it into the run directory next to student/, not in it, because it holds training images. check compares
+with its logits, quantize calibrates on its training images, benchmark times its validation images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deploy.cli import UserError, first_line, write_whole
-from deploy.config import read_config
+from deploy.config import Metadata, read_config
 from deploy.preprocess import UnreadableImage, prepare
 from deploy.runtimes import RunOn, load, source_of
 
@@ -26,18 +26,18 @@ NAME = "reference.npz"
 class Reference(NamedTuple):
     """The arrays of the file, under these names."""
 
-    images: np.ndarray  # validation images, evenly spaced: uint8 (N, H, W, C), as deploy.preprocess.prepare makes them
+    images: np.ndarray  # validation images, evenly spaced and prepared: uint8 (N, H, W, C)
     labels: np.ndarray  # their class indices: int64 (N,)
     logits: np.ndarray  # the student's own in full precision: float32 (N, C)
     train_images: np.ndarray  # training images, evenly spaced and prepared as for evaluation: uint8 (M, H, W, C)
-    weights_sha256: np.ndarray  # of the weights that gave the logits: a string
+    weights_sha256: np.ndarray  # of the weights that computed the logits: a string
 
     @property
     def digest(self) -> str:
         return str(self.weights_sha256.item())
 
     def some(self, count: int | None) -> Reference:
-        """With only `count` of the validation images, evenly spaced; all where there are not more, or for None."""
+        """Return a reference with `count` of the validation images, evenly spaced, or with all for None."""
         if count is None or count >= len(self.images):
             return self
         picked = evenly(len(self.images), count)
@@ -45,7 +45,7 @@ class Reference(NamedTuple):
 
 
 def evenly(total: int, count: int) -> list[int]:
-    """Indices of at most count of total things, evenly spaced."""
+    """Return the indices of at most `count` of `total` things, evenly spaced."""
     return np.linspace(0, total - 1, min(count, total)).astype(int).tolist() if total else []
 
 
@@ -56,26 +56,20 @@ def write_reference(file: Path, reference: Reference) -> None:
 
 
 def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Sequence[str] = ()) -> str:
-    """Write a run's reference.npz: count images of each set and the answers of its student/, computed by torch.
+    """Write a run's reference.npz: `count` images of each set and the logits of its student/, computed by torch.
 
-    val, train: sequences of (PIL image, class index); what cannot be read is left out.
+    Args:
+        run: the run directory
+        val, train: sequences of (PIL image, class index); unreadable images are left out
+        count: images of each
+        model_files: path/to/file.py:function of the user's own model
 
     Returns:
-        What was written, for the user to read.
+        A line for the user that describes the file.
     """
     student = load(run / "student", RunOn("cpu", model_files=tuple(model_files)))
-
-    def prepared(source: Any) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = [], []
-        for index in evenly(len(source), count):
-            with contextlib.suppress(UnreadableImage):
-                image, label = source[index]
-                images.append(prepare(image, student.metadata))
-                labels.append(label)
-        channels, height, width = student.metadata.input_size
-        return np.array(images, np.uint8).reshape(-1, height, width, channels), np.array(labels, np.int64)
-
-    (images, labels), (train_images, _) = prepared(val), prepared(train)
+    images, labels = prepare_some(val, count, student.metadata)
+    train_images, _ = prepare_some(train, count, student.metadata)
     if not len(images):
         return f"no {NAME}: none of the validation images drawn for it could be read"
     logits = np.concatenate([student.run(images[i : i + 32]) for i in range(0, len(images), 32)])
@@ -85,27 +79,44 @@ def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Seq
     return f"{len(images)} validation and {len(train_images)} training images in {run / NAME}, {size:.1f} MB"
 
 
+def prepare_some(source: Any, count: int, metadata: Metadata) -> tuple[np.ndarray, np.ndarray]:
+    """Return `count` prepared images of a data set and their labels."""
+    images, labels = [], []
+    for index in evenly(len(source), count):
+        with contextlib.suppress(UnreadableImage):
+            image, label = source[index]
+            images.append(prepare(image, metadata))
+            labels.append(label)
+    channels, height, width = metadata.input_size
+    return np.array(images, np.uint8).reshape(-1, height, width, channels), np.array(labels, np.int64)
+
+
 def add_reference(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference", type=Path, help=f"(default: {NAME} of the run directory, beside student/)")
+    parser.add_argument("--reference", type=Path, help=f"(default: {NAME} of the run directory)")
 
 
 def find_reference(student: Path, given: Path | None) -> Path | None:
-    """The run's reference.npz, or the file that --reference names; None where there is none."""
+    """Return the file that --reference names, or the run's reference.npz, or None if it is missing."""
     if given and not given.is_file():
         raise UserError(f"--reference {given}: no such file")
-    beside = student.resolve().parent / NAME
-    return given or (beside if beside.is_file() else None)
+    own = student.resolve().parent / NAME
+    return given or (own if own.is_file() else None)
 
 
 def read_reference(student: Path, given: Path | None, otherwise: str) -> Reference:
-    """The reference of a student/ folder.
+    """Return the reference of a student/ folder.
+
+    Args:
+        student: the folder
+        given: the file that --reference names
+        otherwise: the advice if there is no reference
 
     Raises:
-        UserError: there is none (otherwise: what to do then), it is damaged, or of another student
+        UserError: the file is missing, damaged, or of another student
     """
     file = find_reference(student, given)
     if file is None:
-        raise UserError(f"no {NAME} beside {student} (train.py --reference N writes it): {otherwise}")
+        raise UserError(f"no {NAME} next to {student} (train.py --reference N writes it): {otherwise}")
     try:
         with np.load(file, allow_pickle=False) as arrays:
             reference = Reference(**{name: np.atleast_1d(arrays[name]) for name in Reference._fields})
@@ -114,12 +125,33 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
     config = read_config(student)
     channels, height, width = config.input_size
     count, image = len(reference.images), (height, width, channels)
-    said = [reference.images.shape, reference.train_images.shape[1:], reference.labels.shape, reference.logits.shape]
+    found = [reference.images.shape, reference.train_images.shape[1:], reference.labels.shape, reference.logits.shape]
     expected = [(count, *image), image, (count,), (count, len(config.label_names))]
-    if said != expected or not count:
-        raise UserError(f"{file} is of another student than {student}: its arrays are {said} and not {expected}")
+    if found != expected or not count:
+        raise UserError(f"{file} is of another student than {student}: its arrays are {found} and not {expected}")
+    check_values(reference, len(config.label_names), file)
     if (student / "model.safetensors").is_file() and reference.digest != source_of(student)["weights_sha256"]:
         raise UserError(
-            f"{file} is of other weights than {student}/model.safetensors: train.py --resume writes it anew"
+            f"{file} is of other weights than {student}/model.safetensors: train.py --resume writes it again"
         )
     return reference
+
+
+def check_values(reference: Reference, classes: int, file: Path) -> None:
+    """Raise UserError unless the arrays have the types and values that train.py writes."""
+    images, labels, logits, train_images, digest = reference
+    fault = (
+        "images are not uint8"
+        if images.dtype != np.uint8 or train_images.dtype != np.uint8
+        else "labels are not class indices"
+        if labels.dtype.kind not in "iu" or not ((labels >= 0) & (labels < classes)).all()
+        else "logits are not finite numbers"
+        if logits.dtype.kind != "f" or not np.isfinite(logits).all()
+        else "logits are all zero"
+        if not logits.any()
+        else "digest is not a text"
+        if digest.shape != (1,) or digest.dtype.kind != "U"
+        else ""
+    )
+    if fault:
+        raise UserError(f"{file} is damaged: its {fault}")

@@ -1,4 +1,4 @@
-"""A run directory: claimed, described and filled by train.py, read by the commands of deploy/. Needs no torch.
+"""A run directory: train.py claims, describes and fills it, the commands of deploy/ read it. Needs no torch.
 
 runs/001-mobilenet_v2-uskd/   args.json  metrics.csv  curves.png  log.txt  last.pt  previous.pt  best.pt
                               reference.npz  student/
@@ -6,6 +6,7 @@ runs/001-mobilenet_v2-uskd/   args.json  metrics.csv  curves.png  log.txt  last.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
@@ -14,32 +15,30 @@ import platform
 import re
 import shlex
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from deploy.cli import UserError, version
 
-WRITTEN = ("args.json", "split.csv", "batch.png", "metrics.csv", "curves.png", "per_class.csv", "confusion.png",
-           "log.txt", "last.pt", "previous.pt", "best.pt", "reference.npz",
-           "student/model.safetensors", "student/config.json", "student/README.md")  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
-def claim(output: str | None, model: str, method: str, resume: bool = False, overwrite: bool = False) -> Path:
-    """The directory of a run: output, or the next number under runs/, which is this run's alone.
+def claim(output: str | None, model: str, method: str, resume: bool = False) -> Path:
+    """Return the directory of a run: output, or the next number under runs/, which no other run gets.
 
     Raises:
-        UserError: output holds a run, and neither resume nor overwrite is said; or it cannot be made
+        UserError: output holds a run and resume is not set, or the directory cannot be made
     """
     try:
         if not output:
             return claim_number(Path("runs"), model, method)
         folder = Path(output)
-        if (folder / "args.json").exists() and not (resume or overwrite):
-            raise UserError(f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it")
+        if (folder / "args.json").exists() and not resume:
+            raise UserError(f"{folder} already holds a run: --resume continues it; remove the folder to start again")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     except OSError as error:
@@ -47,7 +46,7 @@ def claim(output: str | None, model: str, method: str, resume: bool = False, ove
 
 
 def claim_number(runs: Path, model: str, method: str) -> Path:
-    """runs/NNN-model-method; of several that start at once each gets a number of its own."""
+    """Make runs/NNN-model-method; of several runs that start together each gets its own number."""
     if os.path.isdir(model):
         parts = Path(model).resolve().parts
         model = parts[-2] if parts[-1] == "student" else parts[-1]
@@ -67,21 +66,41 @@ def claim_number(runs: Path, model: str, method: str) -> Path:
     return folder
 
 
+def open_in_run(path: Path, mode: str) -> IO[str]:
+    """Open a text file of a run directory, which may come from elsewhere: never through a link, never a pipe.
+
+    Raises:
+        UserError: the path is a link, a pipe or a device, or cannot be opened
+    """
+    try:
+        file = open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_no_link)  # noqa: SIM115
+    except OSError as error:
+        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise UserError(f"cannot open {path}: {reason}; remove it") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"cannot open {path}: it is not a regular file; remove it")
+    return file
+
+
+def open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run directory: one run at a time. The kernel lets go of it when a run is killed.
+    """Hold a run directory for one run at a time. The kernel releases it when a run is killed.
 
     Raises:
         UserError: another run holds it; the message names its host and process
     """
-    with open(folder / ".lock", "a+") as file:
+    with open_in_run(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise UserError(
-                f"{folder} is in use by {file.read().strip() or 'another run'}: wait, or stop it"
-            ) from error
+            holder = file.read(200).strip() or "another run"
+            raise UserError(f"{folder} is in use by {holder}: wait, or stop it") from error
         except OSError:  # a file system without locks
             pass
         file.truncate(0)
@@ -90,17 +109,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def clear(folder: Path) -> None:
-    """Remove what a run has written."""
-    for file in (*map(folder.joinpath, WRITTEN), *folder.glob("events.out.tfevents.*")):
-        file.unlink(missing_ok=True)
-
-
-def describe(flags: dict[str, Any], device: str, processes: int) -> str:
-    """args.json: what came of the flags and, under flags["given"], what was typed; versions and hardware."""
+def describe(flags: dict[str, Any], given: dict[str, Any], device: str, processes: int) -> str:
+    """Return args.json: the value of every flag, the flags that a resume takes over, versions and hardware."""
     about = {
-        "flags": {name: value for name, value in flags.items() if name not in ("given", "fitted")},
-        "given": flags["given"],
+        "flags": flags,
+        "given": given,
         "command": shlex.join(sys.argv),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "hardware": {
@@ -114,10 +127,17 @@ def describe(flags: dict[str, Any], device: str, processes: int) -> str:
 
 
 def read_given(output: Path) -> dict[str, Any]:
-    """The flags that a run was started with; nothing where there is no run yet."""
+    """Return the flags that a run was started with; {} if the directory holds no run yet.
+
+    Raises:
+        UserError: args.json is damaged, or missing next to a checkpoint
+    """
     file = output / "args.json"
     try:
-        about = json.loads(file.read_bytes()) if file.exists() else {"given": {}}
-        return dict(about["given"])
+        if not file.exists():
+            if any((output / name).exists() for name in ("last.pt", "previous.pt")):
+                raise UserError(f"{file} is missing, so the flags of the run are unknown: restore it")
+            return {}
+        return dict(json.loads(file.read_bytes())["given"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {file} to resume from: {error!r}") from error

@@ -12,12 +12,15 @@ needs no torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import hashlib
 import importlib
 import importlib.util
+import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -27,9 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from deploy.cli import UserError, first_line, need
+from deploy.cli import MAX_JSON, UserError, first_line, need, read_file
 from deploy.config import ARTEFACT, FLOAT, UINT8, Metadata, read_json
-from deploy.onnx_tools import read_properties
+from deploy.onnx_tools import read_properties, refuse_external_data
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
 SIDECAR = (
@@ -52,7 +55,7 @@ class RunOn:
     """Where and how a student is run."""
 
     device: str = "auto"  # "cpu", "cuda", "tensorrt" (for .onnx), or "auto": a CUDA device if the runtime has one
-    threads: int = 0  # CPU threads; 0: the runtime's own choice
+    threads: int = 0  # CPU threads; 0: one for each CPU that this process may use
     allow_fallback: bool = False  # run on the CPU if the device is unavailable
     model_files: tuple[str, ...] = ()  # path/to/file.py:function of the user's own models
     compile: bool = False  # a student/ folder through torch.compile
@@ -90,8 +93,8 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
             another machine
     """
     kind = "" if path.is_dir() else path.suffix or "without a suffix"
-    if kind not in LOADERS or not path.exists():
-        what = "unknown kind of artefact" if path.exists() else "no such file or folder"
+    if kind not in LOADERS or not (path.is_dir() or path.is_file()):
+        what = "unknown kind of artefact" if path.is_dir() or path.is_file() else "no such file or folder"
         raise UserError(f"{path}: {what}; expected a student/ folder, or a .ts, .pt2, .onnx or .engine file")
     if on.device == "tensorrt" and kind != ".onnx":
         raise UserError(f"--device tensorrt is ONNX Runtime's TensorRT provider; {path.name} is not an .onnx file")
@@ -107,11 +110,57 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     # auto falls back to the CPU where an onnxruntime without CUDA meets a machine with it
     on = dataclasses.replace(on, allow_fallback=on.allow_fallback or on.device == "auto")
     loaded: Runtime = load_kind(path, on)
-    return dataclasses.replace(loaded, load_s=time.perf_counter() - started)
+    run = CheckedRun(loaded.run, len(loaded.metadata.label_names), path.name)
+    return dataclasses.replace(loaded, run=run, load_s=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """Runs a student, and raises UserError unless it returns one logit for each label."""
+
+    run: Callable[[np.ndarray], np.ndarray]
+    labels: int
+    name: str
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        logits = self.run(images)
+        if logits.shape != (len(images), self.labels):
+            raise UserError(
+                f"{self.name} has {self.labels} label_names and returns logits of shape {list(logits.shape)} for "
+                f"{len(images)} images"
+            )
+        return logits
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use: its affinity, and the quota of its container."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cpus, cgroup_quota())))
+
+
+def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Return the CPUs' worth of time that the container's cgroup allows, or infinity without a quota."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return math.inf
+    quota = math.inf
+    for _, controllers, group in lines:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for folder in (root / group.lstrip("/"), root / "cpu" / group.lstrip("/"), root, root / "cpu"):
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                if (folder / "cpu.max").is_file():  # cgroup v2: "150000 100000", or "max 100000"
+                    limit, period = (folder / "cpu.max").read_text().split()
+                else:
+                    limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                if limit != "max" and int(limit) > 0:
+                    quota = min(quota, int(limit) / int(period))
+    return quota
 
 
 def pick_device(device: str, has_cuda: bool, allow_fallback: bool) -> str:
-    """ "cpu", "cuda" or "tensorrt": never another than was asked for, unless that is allowed."""
+    """Return "cpu", "cuda" or "tensorrt": the device that was asked for, or the CPU if the fallback is allowed."""
     if device == "auto":
         return "cuda" if has_cuda else "cpu"
     if device == "cpu" or has_cuda:
@@ -158,10 +207,14 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
     if device != "cpu" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds CUDA and cuDNN in torch's wheels
     options = ort.SessionOptions()
-    options.intra_op_num_threads = on.threads
+    options.intra_op_num_threads = on.threads or usable_cpus()
+    # Without this threads wait for work by spinning, which takes CPU time from every other program.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # an error is raised, or shows in get_providers()
+    content = read_file(path)
+    refuse_external_data(content, path)
     try:
-        session = ort.InferenceSession(str(path), options, providers=[wanted])
+        session = ort.InferenceSession(content, options, providers=[wanted])
     except Exception as error:  # onnxruntime has its own dozen
         raise UserError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error
     provider = session.get_providers()[0]
@@ -180,7 +233,7 @@ def onnx_metadata(session: Any, path: Path) -> Metadata:
     where, sidecar = f"the metadata of {path}", path.with_name(path.name + ".json")
     if "mean" not in values and sidecar.is_file():
         where = str(sidecar)
-        values = {"precision": "foreign", "source": {}} | read_json(sidecar.read_bytes(), sidecar)
+        values = {"precision": "foreign", "source": {}} | read_json(read_file(sidecar, MAX_JSON), sidecar)
         ports = session.get_inputs()[:1] + session.get_outputs()[:1]
         values |= {"tensors": [port.name for port in ports]}
     elif "mean" not in values:
@@ -220,14 +273,14 @@ def has_torch() -> bool:
 
 
 def source_of(student: Path) -> dict[str, str]:
-    """Which weights an artefact was made from."""
+    """Return the digest of the weights in a student/ folder, which every artefact carries."""
     folder = student / "student" if (student / "student").is_dir() else student
-    return {"weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
+    return {"weights_sha256": hashlib.sha256(read_file(folder / "model.safetensors")).hexdigest()}
 
 
 @functools.cache
 def cuda_device_count() -> int:
-    """How many CUDA devices the driver has; 0 without a driver. Asks nothing of torch or TensorRT."""
+    """Return the number of the driver's CUDA devices; 0 without a driver. Needs neither torch nor TensorRT."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -239,7 +292,7 @@ def cuda_device_count() -> int:
 
 
 def cuda_device_name() -> str | None:
-    """The name of the first CUDA device, as the driver says it."""
+    """Return the driver's name of the first CUDA device."""
     if not cuda_device_count():
         return None
     cuda, device, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.create_string_buffer(256)
@@ -249,7 +302,7 @@ def cuda_device_name() -> str | None:
 
 
 def products_saturate() -> bool:
-    """Whether this CPU adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI."""
+    """Return whether this CPU adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI."""
     try:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -258,13 +311,13 @@ def products_saturate() -> bool:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities over the last dimension, in float64."""
+    """Return probabilities over the last dimension, in float64."""
     powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
 
 def top_labels(logits: np.ndarray, labels: list[str], count: int = 5) -> list[tuple[str, float, int]]:
-    """(label, probability, class index) of the most probable classes of one image, the best first; logits: (C,)."""
+    """Return (label, probability, class index) of one image's most probable classes, best first; logits: (C,)."""
     probabilities = softmax(logits)
     best = np.argsort(-probabilities, kind="stable")[:count]
     return [(labels[i], float(probabilities[i]), int(i)) for i in best]

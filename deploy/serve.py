@@ -31,19 +31,17 @@ from deploy.cli import (
     command,
     first_line,
     make_parser,
+    needs,
     number,
-    stop_without,
 )
 from deploy.preprocess import FORMATS
 from deploy.runtimes import RunOn
 
-try:
+with needs("pip install starlette uvicorn prometheus-client python-multipart", __name__):
     from deploy.server.app import REQUEST_ID, Limits, StudentServer, make_app
     from deploy.server.connections import bounded_by_files, listen, listen_unix, make_process, serve
     from deploy.server.log import log, start_log, stop_log
     from deploy.server.reload import Reloader, load_and_try
-except ImportError as missing:
-    stop_without(missing, "serve", "pip install starlette uvicorn prometheus-client")
 
 TOKEN = "KDLITE_TOKEN"
 

@@ -1,31 +1,34 @@
-"""What a student/ folder is: its model is found, built, loaded and saved here. Needs torch, torchvision and timm.
+"""Find, build and load the model of a student/ folder. Needs torch, torchvision and timm.
 
-    model, config = load_student(Path("runs/001-mobilenet_v2-uskd/student"))
+    model, metadata = load_student(Path("runs/001-mobilenet_v2-uskd/student"))
 
-config.json says all that is needed to use the weights in model.safetensors: the architecture, the classes by name, the
-size and the preprocessing of an image.
+config.json holds all that is needed to use the weights in model.safetensors: the architecture, the names of the
+classes, the size and the preprocessing of an image.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib.util
+import math
 import os
 import re
 import sys
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torchvision
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
 from deploy.cli import UserError, first_line
@@ -35,16 +38,16 @@ from deploy.config import Metadata, check_arguments, read_config
 def find_architecture(
     name: str, arguments: Sequence[str] = (), small_stem: bool = False, input_size: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """What config.json stores of a model, enough to build it again: library, architecture, model_args, small_stem.
+    """Return the fields of config.json that build a model again: library, architecture, model_args, small_stem.
 
     Args:
-        name: torchvision's or timm's, or path/to/file.py:function
+        name: a model of torchvision or timm, or path/to/file.py:function
         arguments: "KEY=VALUE" each, passed on to the model
         small_stem: see shrink_stem
-        input_size: (channels, H, W), for those that are told it when they are built
+        input_size: (channels, H, W), for models that take it when they are built
     """
     if is_own(name):
-        library, name = "file", Path(name).name  # where the file lies is this machine's business
+        library, name = "file", Path(name).name  # the folder of the file is private
     elif is_torchvisions(name):
         library = "torchvision"
     elif timm.is_model(name):
@@ -57,7 +60,7 @@ def find_architecture(
         known = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
         near = difflib.get_close_matches(name, dict.fromkeys(known), n=5, cutoff=0.5)
         raise UserError(
-            f"unknown model {name!r}: neither torchvision's nor timm's, no student/ folder, no file.py:build; "
+            f"unknown model {name!r}: not in torchvision, not in timm, not a student/ folder, not file.py:build; "
             + (f"near matches: {', '.join(near)}" if near else "python -c 'import timm; print(timm.list_models())'")
         )
     options = {}
@@ -75,7 +78,7 @@ def find_architecture(
 
 
 def size_arguments(architecture: dict[str, Any], input_size: Sequence[int]) -> dict[str, Any]:
-    """The model's arguments, with the size of its images for those that need it, and what makes its answer a tensor."""
+    """Return the model's arguments, with the size of its images if it needs it, and so that it returns a tensor."""
     library, name = architecture["library"], architecture["architecture"]
     channels, height, width = input_size
     side = height if height == width else [height, width]
@@ -100,15 +103,15 @@ def is_torchvisions(name: str) -> bool:
 
 
 def is_own(name: str) -> bool:
-    """Whether the name is path/to/file.py:function."""
+    """Return whether the name is path/to/file.py:function."""
     return re.fullmatch(r".+\.py:\w+", name) is not None
 
 
 def pick_model_file(name: str, model_files: Sequence[str]) -> str:
-    """Of what the command line names, the path/to/file.py:function for an architecture called file.py:function.
+    """Return the path/to/file.py:function of the command line for an architecture called file.py:function.
 
     Raises:
-        UserError: there is none; code is run only if the user names its file
+        UserError: the command line does not name it; only code that the user names is run
     """
     for model_file in model_files:
         if not is_own(model_file):
@@ -116,8 +119,8 @@ def pick_model_file(name: str, model_files: Sequence[str]) -> str:
     named = [model_file for model_file in model_files if Path(model_file).name == name] or list(model_files)
     if len(named) != 1:
         raise UserError(
-            f"its model is built by code of somebody's own, {name}, which is run only if you name it: "
-            f"--model-file path/to/{name}"
+            f"its model is built by the code of {name}, which runs only if you name the file: --model-file "
+            f"path/to/{name}"
         )
     return named[0]
 
@@ -125,10 +128,13 @@ def pick_model_file(name: str, model_files: Sequence[str]) -> str:
 def build_model(
     architecture: dict[str, Any], num_classes: int, input_size: int | Sequence[int], model_files: Sequence[str] = ()
 ) -> nn.Module:
-    """The model that find_architecture or a config.json describes, with random weights.
+    """Build the model that find_architecture or a config.json describes, with random weights.
 
-    input_size: (channels, H, W), or the side of square colour images
-    model_files: what may be run where the model is somebody's own
+    Args:
+        architecture: the fields of config.json
+        num_classes: of its logits
+        input_size: (channels, H, W), or the side of square colour images
+        model_files: path/to/file.py:function of models that may be run
     """
     library, name = architecture["library"], architecture["architecture"]
     known = {"torchvision": is_torchvisions, "timm": timm.is_model}
@@ -145,16 +151,19 @@ def build_model(
                 take_channels(model, channels)
         else:
             model = timm.create_model(name, num_classes=num_classes, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # by the arguments of a config.json, which may be any
         size = f"{height} px" if height == width else f"{height}x{width} px"
-        raise UserError(f"cannot build {name} for {num_classes} classes at {size}: {error}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"cannot build {name} for {num_classes} classes at {size}: {reason}") from error
     if architecture["small_stem"]:
         shrink_stem(model)
-    return model.float()  # whatever precision the user's own comes in
+    return model.float()  # the user's own model may have another precision
 
 
 def take_channels(model: nn.Module, channels: int) -> None:
-    """Let the first convolution read so many channels."""
+    """Replace the first convolution by one that reads this number of channels."""
     name, conv = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
     parent, _, child = name.rpartition(".")
     options: Any = {key: getattr(conv, key) for key in ("kernel_size", "stride", "padding", "dilation")}
@@ -170,7 +179,7 @@ def is_folder(name: str) -> bool:
 
 
 def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    """The user's file.py:function; whatever goes wrong in there is told with its line."""
+    """Return the model of the user's file.py:function; UserError with the file's line if it fails."""
     model = call_own(own_function(name), name, num_classes=num_classes, **options)
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} must return an nn.Module, got {type(model).__name__}")
@@ -178,18 +187,18 @@ def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.
 
 
 def own_function(name: str) -> Callable[..., Any]:
-    """The function of the user's file.py:function, which is run."""
+    """Run the user's file.py and return its function."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"no file {path}, which should have {function}")
     folder = os.path.dirname(os.path.abspath(path))
     if folder not in sys.path:
-        sys.path.insert(0, folder)  # as Python does for a script: it may import its neighbours
+        sys.path.insert(0, folder)  # as for a script: the file may import its neighbours
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)  # dataclasses look themselves up there
+    sys.modules.setdefault(spec.name, module)  # dataclasses look up their module there
     call_own(spec.loader.exec_module, name, module)
     if not callable(getattr(module, function, None)):
         raise UserError(f"{path} has no function {function!r}")
@@ -197,7 +206,7 @@ def own_function(name: str) -> Callable[..., Any]:
 
 
 def call_own(function: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
-    """Call what comes from the user's file; an error is told with its line."""
+    """Call a function of the user's file; UserError with the file's line if it fails."""
     try:
         return function(*args, **options)
     except UserError:
@@ -210,10 +219,10 @@ def call_own(function: Callable[..., Any], name: str, *args: Any, **options: Any
 
 
 def shrink_stem(model: nn.Module) -> None:
-    """The usual stem for images of 64 px and less: first convolution 3x3 with stride 1, no max-pool after it."""
+    """Give the model the usual stem for images of up to 64 px: a first 3x3 convolution of stride 1, no max-pool."""
     for name, conv in model.named_modules():
         if isinstance(conv, nn.Conv2d):
-            if conv.stride[0] > 1 and conv.kernel_size != conv.stride:  # else there is nothing to shrink, or patches
+            if conv.stride[0] > 1 and conv.kernel_size != conv.stride:  # else it is small already, or cuts patches
                 stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
                 nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
                 parent, _, child = name.rpartition(".")
@@ -225,58 +234,116 @@ def shrink_stem(model: nn.Module) -> None:
 
 
 def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Module, Metadata]:
-    """The model and the config.json of a run's student/ folder, or of the run directory that holds it.
+    """Load the model and the config.json of a student/ folder, or of the run directory that holds it.
 
     Args:
-        folder: which may come from anybody: no code in it is run
-        model_files: path/to/file.py:function of models of one's own, any of which may be asked for
+        folder: may come from other people: no code in it is run, and no size in it is built before it is compared
+        model_files: path/to/file.py:function of the user's own models
 
     Raises:
-        UserError: the folder is not whole, or not what it says it is
+        UserError: the folder is damaged, or its weights do not fit its config.json
     """
     if (folder / "student").is_dir():
         folder = folder / "student"
-    config = read_config(folder)
+    metadata = read_config(folder)
+    file = folder / "model.safetensors"
     try:
-        model = build_model(config.to_json(), config.num_classes, config.input_size, model_files)
+        if not file.is_file():
+            raise UserError(f"{file} is missing or not a regular file")
+        with safe_open(file, "pt") as header:
+            shapes = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    try:
+        if metadata.library == "file":  # own code, which the user named and which may not run on the meta device
+            model = build_model(metadata.to_json(), metadata.num_classes, metadata.input_size, model_files)
+        else:
+            model = build_bounded(metadata, shapes, str(folder))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
+    load_weights(model, load_file(file), str(folder))
+    return model, metadata
+
+
+class ParameterLimit:
+    """A hook of torch that stops the building of a model with many more parameters than its file has.
+
+    It runs before a parameter is initialised, which is when its memory is first used.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        # twice: some libraries replace layers that they have built
+        self.tensors, self.elements = 2 * len(shapes) + 1000, 2 * sum(map(math.prod, shapes.values())) + 10**7
+
+    def __call__(self, module: nn.Module, name: str, parameter: Any) -> None:
+        if parameter is not None:
+            self.tensors, self.elements = self.tensors - 1, self.elements - parameter.numel()
+        if self.tensors < 0 or self.elements < 0:
+            raise UserError("its config.json describes a far larger model than model.safetensors holds")
+
+
+def build_bounded(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], where: str) -> nn.Module:
+    """Build the model of a config.json, which may describe any size, such as a million layers.
+
+    It is built without memory first and compared with the shapes in the file of weights.
+
+    Raises:
+        UserError: the model does not fit the shapes
+    """
+    fields = metadata.to_json(), metadata.num_classes, metadata.input_size
     try:
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/model.safetensors cannot be read: {first_line(error)}") from error
-    except SafetensorError as error:
-        raise UserError(f"{folder}/model.safetensors is damaged: {error}") from error
-    load_weights(model, weights, str(folder))
-    return model, config
+        with torch.device("meta"), bounded(shapes):
+            model = build_model(*fields)
+        compare_shapes(type(model).__name__, model.state_dict(), shapes, where)
+    except UserError as error:
+        if not isinstance(error.__cause__, NotImplementedError):  # torchvision's RegNet reads values as it is built
+            raise
+    with bounded(shapes):
+        return build_model(*fields)
+
+
+@contextlib.contextmanager
+def bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Limit the parameters of the models that are built in the body."""
+    hook = register_module_parameter_registration_hook(ParameterLimit(shapes))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def compare_shapes(name: str, own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise UserError, with the first three differences, unless the shapes are those of the model's tensors."""
+    differing = [f"{key} is missing" for key in own if key not in shapes]
+    differing += [f"{key} is unknown" for key in shapes if key not in own]
+    differing += [
+        f"{key} is {shapes[key]} and not {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in shapes and not is_lazy(value) and shapes[key] != tuple(value.shape)
+    ]
+    if differing:
+        raise UserError(f"{where} holds the weights of another architecture than {name}: {'; '.join(differing[:3])}")
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """load_state_dict, with one line on what differs."""
+    """Load a state_dict, with a UserError on what differs."""
     versioned = OrderedDict(weights)
     # A file of tensors has no versions of the modules' layouts, without which MNASNet refuses its own weights.
     versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     try:
         model.load_state_dict(versioned)
     except RuntimeError as error:
-        own = model.state_dict()
-        differing = [f"{k} is missing" for k in own if k not in weights]
-        differing += [f"{k} is unknown" for k in weights if k not in own]
-        differing += [
-            f"{k} is {tuple(weights[k].shape)} and not {tuple(own[k].shape)}"
-            for k in own
-            if k in weights and weights[k].shape != own[k].shape
-        ]
-        what = "; ".join(differing[:3]) or str(error)
-        raise UserError(
-            f"{where} holds the weights of another architecture than {type(model).__name__}: {what}"
-        ) from error
+        name, shapes = type(model).__name__, {key: tuple(value.shape) for key, value in weights.items()}
+        compare_shapes(name, model.state_dict(), shapes, where)
+        raise UserError(f"{where} holds the weights of another architecture than {name}: {error}") from error
 
 
 def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int, batch: int = 1) -> None:
-    """A blank batch through the model, in the mode it is in: whether it runs and what it returns.
+    """Run a blank batch through the model, in its present mode, and raise UserError unless it returns logits.
 
-    Lazy layers get their shapes here; what the batch did to the running statistics is undone.
+    Lazy layers get their shapes here. The running statistics are restored.
     """
     kept = {key: value.clone() for key, value in model.named_buffers() if not is_lazy(value)}
     try:
@@ -292,6 +359,4 @@ def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int
     if shape != (batch, num_classes):
         raise UserError(f"{name} must return logits of shape (N, {num_classes}), got {shape} for N = {batch}")
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
-        raise UserError(
-            f"{name} returns probabilities, which add up to 1: take its last softmax out, logits are needed"
-        )
+        raise UserError(f"{name} returns probabilities, whose sum is 1: take its last softmax out: logits are needed")

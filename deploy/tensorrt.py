@@ -1,6 +1,7 @@
-"""TensorRT: engines are built from ONNX files and run, without torch.
+"""TensorRT: build engines from ONNX files and run them, without torch.
 
-Memory is CUDA's own, through ctypes: see Cuda and Engine. Imported when a file or a command asks for TensorRT.
+CUDA is called through ctypes (see Cuda and Engine), so that a Jetson needs no package beside JetPack's. This module is
+imported when a file or a command needs TensorRT.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from deploy.cli import UserError, first_line, make_folder, write_whole
+from deploy.cli import MAX_JSON, UserError, first_line, make_folder, read_file, write_whole
 from deploy.config import ARTEFACT, ENGINE, UINT8, Metadata, read_json
 from deploy.runtimes import RunOn, Runtime, as_input, cuda_device_count, cuda_device_name, load, tensor_names
 
 # ---- CUDA ---------------------------------------------------------------------------------------------------------
 
 _pointer, _int, _size, _flags = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint
-# Arguments of libcudart's functions: undeclared, a pointer would be cut to an int.
+# Arguments of libcudart's functions. Without them ctypes would cut a pointer to an int.
 SIGNATURES: dict[str, list[Any]] = {
     "cudaDeviceGetAttribute": [ctypes.POINTER(_int), _int, _int],
     "cudaMalloc": [ctypes.POINTER(_pointer), _size],
@@ -48,7 +49,7 @@ INTEGRATED, CAN_MAP = 18, 19  # cudaDevAttrIntegrated, cudaDevAttrCanMapHostMemo
 
 
 class Cuda:
-    """The functions of CUDA's runtime library that running an engine takes; one that fails raises RuntimeError."""
+    """The functions of CUDA's runtime library that an engine needs; a call that fails raises RuntimeError."""
 
     def __init__(self, library: Any) -> None:
         self.library = library
@@ -64,7 +65,7 @@ class Cuda:
             raise RuntimeError(f"{name}: {reason} (CUDA error {code})")
 
     def new(self, name: str, *arguments: Any) -> int:
-        """Call a function that hands back a pointer through its first argument."""
+        """Call a function that returns a pointer through its first argument, and return the pointer."""
         pointer = _pointer()
         self.call(name, ctypes.byref(pointer), *arguments)
         return pointer.value or 0
@@ -76,7 +77,7 @@ class Cuda:
 
 
 def load_cuda() -> Cuda:
-    """libcudart of the system (JetPack's), else of NVIDIA's wheels, which TensorRT's come with."""
+    """Load libcudart of the system (JetPack's), else of NVIDIA's wheels, which TensorRT's wheels require."""
     names = [ctypes.util.find_library("cudart"), *(f"libcudart.so{end}" for end in ("", ".13", ".12", ".11.0"))]
     with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec("nvidia")
@@ -86,16 +87,16 @@ def load_cuda() -> Cuda:
         with contextlib.suppress(OSError, AttributeError):
             return Cuda(ctypes.CDLL(name))
     raise UserError(
-        "libcudart.so, CUDA's runtime library, is not found: on a Jetson apt-get install cuda-cudart-12-6 (the number "
+        "CUDA's runtime library libcudart.so is not found: on a Jetson apt-get install cuda-cudart-12-6 (the number "
         "of its CUDA), elsewhere pip install nvidia-cuda-runtime"
     )
 
 
 class Buffer:
-    """Memory for one tensor, seen from the host as an array and from the device by a pointer.
+    """Memory for one tensor: an array on the host and a pointer on the device.
 
-    Pinned host memory with device memory beside it; on a GPU that shares the host's memory one mapped block, which
-    needs no copy.
+    It is pinned host memory and a block of device memory. A GPU that shares the host's memory uses one mapped block,
+    which needs no copy.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Buffer:
             release.callback(cuda.call, "cudaFree", self.device)
 
     def copy(self, direction: int, rows: int, stream: int) -> None:
-        """Queue the copy of the first rows between host and device."""
+        """Queue a copy of the first rows between host and device."""
         if self.mapped:
             return
         host = self.array.ctypes.data
@@ -122,15 +123,15 @@ class Buffer:
 
 
 class Engine:
-    """A deserialised engine with its execution context, stream and buffers; close() frees them, last taken first."""
+    """A deserialised engine with its execution context, stream and buffers; close() frees them in the reverse order."""
 
     def __init__(self, engine: Any, cuda: Cuda, metadata: Metadata, max_batch: int, runtime: Any = None) -> None:
-        self.owners = runtime, engine  # which TensorRT wants to outlive the context
+        self.owners = runtime, engine  # TensorRT requires that they outlive the context
         channels, height, width = metadata.input_size
         uint8 = metadata.input == UINT8
         image = (height, width, channels) if uint8 else (channels, height, width)
         self.metadata, self.max_batch, self.cuda = metadata, max_batch, cuda
-        with contextlib.ExitStack() as taken:  # what was taken is given back if the next step fails
+        with contextlib.ExitStack() as taken:  # frees what was taken if the next step fails
             self.context = engine.create_execution_context()
             if self.context is None:
                 raise RuntimeError("TensorRT made no execution context: not enough GPU memory?")
@@ -139,7 +140,7 @@ class Engine:
             mapped = bool(cuda.attribute(INTEGRATED) and cuda.attribute(CAN_MAP))
             self.images = Buffer(cuda, (max_batch, *image), np.uint8 if uint8 else np.float32, mapped, taken)
             self.logits = Buffer(cuda, (max_batch, len(metadata.label_names)), np.float32, mapped, taken)
-            taken.callback(cuda.call, "cudaStreamSynchronize", self.stream)  # the first of all, as taken last
+            taken.callback(cuda.call, "cudaStreamSynchronize", self.stream)  # runs first, since it is pushed last
             self.input_name, output_name = tensor_names(metadata)
             self.context.set_tensor_address(self.input_name, self.images.device)
             self.context.set_tensor_address(output_name, self.logits.device)
@@ -167,21 +168,21 @@ class Engine:
 
 
 def load_engine(path: Path, on: RunOn) -> Runtime:
-    """An engine of deploy.build. Not run on a GPU yet; the tests run it against a libcudart of their own."""
+    """Load an engine of deploy.build. It has not run on a GPU yet; the tests run it with their own libcudart."""
     metadata = read_engine_metadata(path)
     library, version, gpu, max_batch = (metadata.built[key] for key in ("library", "version", "gpu", "max_batch"))
     trt = import_tensorrt(library)
-    again = f"build it here: python -m deploy.build {path.parent / metadata.onnx}"
+    again = f"build it again here, from {metadata.onnx}, with the command build"
     if trt.__version__ != version:
         raise UserError(f"{path} was built by {library} {version}, here is {trt.__version__}: {again}")
     here = cuda_device_name()
     if on.device == "cpu" or here is None:
-        raise UserError(f"{path}: a TensorRT engine needs a CUDA device, which is not here")
+        raise UserError(f"{path}: a TensorRT engine needs a CUDA device, and there is none here")
     if gpu and gpu != here:
         raise UserError(f"{path} was built for {gpu}, here is {here}: {again}")
     cuda = load_cuda()
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    deserialised = runtime.deserialize_cuda_engine(path.read_bytes())
+    deserialised = runtime.deserialize_cuda_engine(read_file(path))
     if deserialised is None:
         raise UserError(f"{path} cannot be read by {library} {version} on {here}: {again}")
     try:
@@ -195,12 +196,12 @@ def read_engine_metadata(path: Path) -> Metadata:
     """Return the metadata in the .json next to an engine."""
     sidecar = path.with_name(path.name + ".json")
     if not sidecar.is_file():
-        raise UserError(f"{path} has no {sidecar.name} beside it: copy both, or build it again with deploy.build")
-    return Metadata.from_json(read_json(sidecar.read_bytes(), sidecar), str(sidecar), ARTEFACT | ENGINE)
+        raise UserError(f"{path} has no {sidecar.name} next to it: copy both, or build it again with deploy.build")
+    return Metadata.from_json(read_json(read_file(sidecar, MAX_JSON), sidecar), str(sidecar), ARTEFACT | ENGINE)
 
 
 def import_tensorrt(library: str | None = None) -> ModuleType:
-    """tensorrt, else TensorRT-RTX, whose libraries come with its ONNX Runtime provider; or the one that is named."""
+    """Import the named library, or tensorrt, else TensorRT-RTX, whose libraries its ONNX Runtime provider brings."""
     names = [library] if library else ["tensorrt", "tensorrt_rtx"]
     reasons = []
     for name in names:
@@ -226,69 +227,50 @@ def build_engine(
     library: str | None = None,
     output: Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Build an engine; returns its file and what its .json says of the build.
+    """Build an engine and return its file and the description of the build in its .json.
 
     Args:
         onnx_file: of deploy.export or deploy.quantize
         batches: smallest, usual and largest batch of the optimisation profile
-        workspace_mib: most scratch memory a layer may take, in MiB
-        timing_cache: kept here, so that the next build is faster; tensorrt only
+        workspace_mib: largest scratch memory of a layer, in MiB
+        timing_cache: a file that makes the next build faster; tensorrt only
         library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
         output: folder of the engine; default: the ONNX file's own
 
     Raises:
-        UserError: no such library, no GPU where it needs one, or a file it cannot parse or build
+        UserError: no such library, no GPU where the library needs one, or a file that it cannot parse or build
     """
     metadata = read_onnx(onnx_file)
     trt = import_tensorrt(library)
-    name = library_name(trt)
     network = Network(trt, onnx_file)
     try:
         network.refuse_unsupported()
-        config = network.builder.create_builder_config()
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
-        profile = network.builder.create_optimization_profile()
-        image = tuple(network.definition.get_input(0).shape)[1:]
-        profile.set_shape(tensor_names(metadata)[0], *((size, *image) for size in batches))
-        config.add_optimization_profile(profile)
-        cache = None
-        if timing_cache and name == "tensorrt":
-            cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
-            config.set_timing_cache(cache, ignore_mismatch=False)
         started = time.perf_counter()
-        plan = network.builder.build_serialized_network(network.definition, config)
-        if plan is None:
-            raise UserError(f"{name} {trt.__version__} cannot build {onnx_file.name}: {network.log.text()}")
-        built = {
-            "library": name,
-            "version": trt.__version__,
-            "gpu": cuda_device_name(),
-            "min_batch": batches[0],
-            "opt_batch": batches[1],
-            "max_batch": batches[2],
-            "build_s": round(time.perf_counter() - started, 2),
-        }
-        engine = bytes(plan)
-        saved_cache = bytes(cache.serialize()) if cache else None
-        del plan, cache, profile, config
+        engine, cache = network.build(tensor_names(metadata)[0], batches, workspace_mib, timing_cache)
     finally:
         network.close()
-
+    built = {
+        "library": library_name(trt),
+        "version": trt.__version__,
+        "gpu": cuda_device_name(),
+        "min_batch": batches[0],
+        "opt_batch": batches[1],
+        "max_batch": batches[2],
+        "build_s": round(time.perf_counter() - started, 2),
+    }
     output = output or onnx_file.parent
     make_folder(output)
     file = output / onnx_file.with_suffix(".engine").name
+    said = dataclasses.replace(metadata, onnx=onnx_file.name, built=built)
     write_whole(file, engine)
-    write_whole(
-        file.with_name(file.name + ".json"),
-        json.dumps(dataclasses.replace(metadata, onnx=onnx_file.name, built=built).to_json(), indent=2) + "\n",
-    )
-    if timing_cache and saved_cache:
-        write_whole(timing_cache, saved_cache)
+    write_whole(file.with_name(file.name + ".json"), json.dumps(said.to_json(), indent=2) + "\n")
+    if timing_cache and cache:
+        write_whole(timing_cache, cache)
     return file, built
 
 
 def read_onnx(onnx_file: Path) -> Metadata:
-    """The metadata of a whole ONNX file of ours that is meant for TensorRT."""
+    """Return the metadata of an ONNX file that TensorRT can take."""
     metadata = load(onnx_file, RunOn("cpu")).metadata
     if metadata.precision == "int8-cpu":
         raise UserError(
@@ -298,25 +280,25 @@ def read_onnx(onnx_file: Path) -> Metadata:
 
 
 class Network:
-    """An ONNX file parsed by TensorRT, strongly typed; close() lets go in the order that does not crash."""
+    """An ONNX file parsed by TensorRT, strongly typed; close() frees it in the order that does not crash."""
 
     def __init__(self, trt: ModuleType, onnx_file: Path) -> None:
         self.trt, self.onnx_file = trt, onnx_file
         if library_name(trt) == "tensorrt" and not cuda_device_count():
             raise UserError(
-                "tensorrt parses and builds only where there is a CUDA device, which is not here: run this on the "
-                "device that will run the engine, or install TensorRT-RTX, which needs none: pip install '.[rtx]'"
+                "tensorrt parses and builds only on a machine with a CUDA device: run this on the device that will run "
+                "the engine, or install TensorRT-RTX, which needs no GPU to build: pip install '.[rtx]'"
             )
         self.log = make_log(trt)
         self.builder = trt.Builder(self.log)
         flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         self.definition = self.builder.create_network(0 if flags is None else 1 << int(flags))
         self.parser = trt.OnnxParser(self.definition, self.log)
-        self.parsed = self.parser.parse(onnx_file.read_bytes())
+        self.parsed = self.parser.parse(read_file(onnx_file))
         self.errors = [self.parser.get_error(i) for i in range(self.parser.num_errors)]
 
     def unsupported(self) -> list[str]:
-        """Each node that cannot be parsed, with the library's reason."""
+        """Return a line for each node that cannot be parsed, with the library's reason."""
         return [
             f"{error.node_operator()} {error.node_name()}: {' '.join(error.desc().splitlines()[:2])}"
             for error in self.errors
@@ -330,6 +312,26 @@ class Network:
                 f"{reasons[0]}" + (f" (and {len(reasons) - 1} more: --report)" if len(reasons) > 1 else "")
             )
 
+    def build(
+        self, input_name: str, batches: tuple[int, int, int], workspace_mib: int, timing_cache: Path | None
+    ) -> tuple[bytes, bytes | None]:
+        """Return the serialised engine and the timing cache, which TensorRT-RTX does not have."""
+        config = self.builder.create_builder_config()
+        config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
+        profile = self.builder.create_optimization_profile()
+        image = tuple(self.definition.get_input(0).shape)[1:]
+        profile.set_shape(input_name, *((size, *image) for size in batches))
+        config.add_optimization_profile(profile)
+        cache = None
+        if timing_cache and library_name(self.trt) == "tensorrt":
+            cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
+        plan = self.builder.build_serialized_network(self.definition, config)
+        if plan is None:
+            name = f"{library_name(self.trt)} {self.trt.__version__}"
+            raise UserError(f"{name} cannot build {self.onnx_file.name}: {self.log.text()}")
+        return bytes(plan), bytes(cache.serialize()) if cache else None
+
     def close(self) -> None:
         for name in ("errors", "parser", "definition", "builder"):
             self.__dict__.pop(name, None)
@@ -337,7 +339,7 @@ class Network:
 
 
 def make_log(trt: ModuleType) -> Any:
-    """A TensorRT logger that keeps errors instead of printing them."""
+    """Return a TensorRT logger that keeps errors; its base class exists only once the library is imported."""
 
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
@@ -359,7 +361,7 @@ def library_name(trt: ModuleType) -> str:
 
 
 def report(onnx_file: Path, library: str | None = None) -> tuple[str, bool]:
-    """What the library says of the file, in lines, and whether it supports all of it."""
+    """Return the library's report on a file, in lines, and whether it supports the whole file."""
     metadata = read_onnx(onnx_file)
     trt = import_tensorrt(library)
     network = Network(trt, onnx_file)

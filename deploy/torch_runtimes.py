@@ -1,6 +1,6 @@
 """The runtimes that need torch: a student/ folder, TorchScript and torch.export files.
 
-deploy.runtimes.load imports this module when it is asked for one of them.
+deploy.runtimes.load imports this module when it loads one of them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.nn import functional as F
 
 from deploy.cli import UserError, first_line
 from deploy.config import ARTEFACT, UINT8, Metadata, read_json
-from deploy.runtimes import RunOn, Runtime, as_input, pick_device, source_of
+from deploy.runtimes import RunOn, Runtime, as_input, pick_device, source_of, usable_cpus
 from deploy.student import load_student
 
-EPS = 1e-5  # of the batch norm that normalises; ONNX and cuDNN want one
+EPS = 1e-5  # of the batch norm that normalises; ONNX and cuDNN require one
 
 
 class ImageClassifier(nn.Module):
-    """A student with its normalisation in front: images -> float32 logits, whatever precision lies between."""
+    """A student with its normalisation in front: images -> float32 logits, in any precision between."""
 
     mean: Tensor
     variance: Tensor
@@ -49,10 +49,10 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.layout == UINT8:
-            # The cast comes first: TensorRT's parser refuses to permute uint8. And a batch norm, not a product and a
-            # sum: those ONNX Runtime moves in front of the permute, where they cost a quarter of an INT8 MobileNetV2.
+            # The cast comes first: TensorRT's parser refuses to permute uint8. A batch norm, because ONNX Runtime moves
+            # a product and a sum in front of the permute, where they cost a quarter of an INT8 MobileNetV2.
             images = images.float().permute(0, 3, 1, 2)
-            # In contiguous format: pooling exports an as_strided, in ONNX a Gather, for a permuted tensor.
+            # Contiguous, because pooling of a permuted tensor exports an as_strided, in ONNX a Gather.
             images = images.contiguous(memory_format=self.memory_format)
             images = F.batch_norm(images, self.mean, self.variance, eps=EPS)
         return self.model(images.to(self.dtype)).float()
@@ -61,8 +61,7 @@ class ImageClassifier(nn.Module):
 def load(path: Path, on: RunOn) -> Runtime:
     """Load a student/ folder, a .ts or a .pt2 file; see deploy.runtimes.load."""
     device = pick_device(on.device, torch.cuda.is_available(), on.allow_fallback)
-    if on.threads:
-        torch.set_num_threads(on.threads)
+    torch.set_num_threads(on.threads or min(torch.get_num_threads(), usable_cpus()))
     if path.is_dir():
         return load_torch(path, device, on)
     return {".ts": load_torchscript, ".pt2": load_exported}[path.suffix](path, device)

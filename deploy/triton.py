@@ -1,23 +1,22 @@
-"""Write a Triton model repository for an ONNX file or a TensorRT engine: the way past one machine.
+"""Write a Triton model repository for an ONNX file or a TensorRT engine, to serve from more than one machine.
 
     python -m deploy.triton runs/001-mobilenet_v2-uskd/student/student-fp16.onnx --output models --name digits
     tritonserver --model-repository models
 
 models/digits/config.pbtxt, models/digits/labels.txt and models/digits/1/model.onnx (or model.plan). Clients of
-deploy.serve work unchanged: the same names, shapes and protocol. examples/triton/ has manifests for Docker and KServe.
+deploy.serve work unchanged, with the same names, shapes and protocol.
+examples/triton/ has manifests for Docker and KServe.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-from deploy.cli import Parser, UserError, command, make_folder, make_parser
+from deploy.cli import Parser, UserError, command, make_folder, make_parser, replacing, show
 from deploy.config import UINT8, Metadata
 from deploy.runtimes import RunOn, load, tensor_names
 from deploy.tensorrt import read_engine_metadata
@@ -34,17 +33,17 @@ def write_repository(
     instances: int = 1,
     gpu: bool = True,
 ) -> Path:
-    """Write the model `name` into the repository `output`; returns its folder.
+    """Write the model `name` into the repository `output` and return its folder.
 
     Args:
         artefact: an .onnx file of deploy.export or deploy.quantize, or an .engine of deploy.build
-        max_batch: most images that Triton gathers into one call
+        max_batch: largest number of images that Triton gathers into one call
         delay_us: microseconds that a request may wait for others
         instances: copies of the model that run side by side
         gpu: run on GPUs, else on the CPU
 
     Raises:
-        UserError: not such a file, a model that is there already, an engine that takes fewer images
+        UserError: another kind of file, a model of this name in the repository, or an engine of smaller batches
     """
     if artefact.suffix not in BACKENDS:
         raise UserError(
@@ -68,22 +67,20 @@ def write_repository(
         raise UserError(f"{folder} exists already: remove it, or give another --name or --output")
     make_folder(output)
     backend, file = BACKENDS[artefact.suffix]
-    with tempfile.TemporaryDirectory(prefix=".triton-", dir=output) as partial:
-        whole = Path(partial) / name
+    with replacing(folder) as whole:
         (whole / "1").mkdir(parents=True)
         shutil.copyfile(artefact, whole / "1" / file)
         labels = "".join(f"{' '.join(x.split())}\n" for x in metadata.label_names)
         config = config_text(metadata, name, backend, max_batch, delay_us, instances, gpu)
         (whole / "labels.txt").write_text(labels, encoding="utf-8")
         (whole / "config.pbtxt").write_text(config, encoding="utf-8")
-        os.replace(whole, folder)
     return folder
 
 
 def config_text(
     metadata: Metadata, name: str, backend: str, max_batch: int, delay_us: int, instances: int, gpu: bool
 ) -> str:
-    """Triton's model configuration; dims leave out the batch."""
+    """Return Triton's model configuration; dims leave out the batch."""
     channels, height, width = metadata.input_size
     uint8 = metadata.input == UINT8
     dims = [height, width, channels] if uint8 else [channels, height, width]
@@ -103,8 +100,8 @@ instance_group [ {{ count: {instances}, kind: {"KIND_GPU" if gpu else "KIND_CPU"
 
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "triton")
-    parser.add_argument("artefact", type=Path, help="an .onnx or .engine file that deploy/ made")
-    parser.add_argument("--output", type=Path, default=Path("models"), help="the repository (default: models)")
+    parser.add_argument("artefact", type=Path, help="an .onnx or .engine file of deploy/")
+    parser.add_argument("--output", type=Path, default=Path("models"), help="the model repository (default: models)")
     parser.add_argument("--name", default="student", help="name of the model (default: student)")
     parser.add_argument("--max-batch", type=int, default=8, help="images in one call (default: 8)")
     parser.add_argument("--delay-us", type=int, default=1000, help="microseconds to wait for others (default: 1000)")
@@ -119,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     folder = write_repository(
         args.artefact, args.output, args.name, args.max_batch, args.delay_us, args.instances, not args.cpu
     )
-    print(f"{folder}: tritonserver --model-repository {args.output}")
+    show(f"{folder}: tritonserver --model-repository {args.output}")
 
 
 if __name__ == "__main__":

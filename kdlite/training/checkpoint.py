@@ -1,11 +1,14 @@
-"""What a run goes on from: its whole state, copied, written and read again. Needs torch; for train.py."""
+"""Save and restore all that a resume needs: the state of a run, its losses so far, and the thread that writes it."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,40 +18,65 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deploy.cli import UserError, write_whole
+from deploy.config import Metadata
 from deploy.student import load_weights
-from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, Ranks, from_rank_zero
+from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, Agreement, Group, StopRequest, from_rank_zero, log
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the two newest checkpoints
-MARK = b"kdlite sha256 "  # and 64 digits, which end a checkpoint
+MARK = b"kdlite sha256 "  # and 64 digits, at the end of a checkpoint
 
 
 @dataclass
 class Progress:
-    """How far a run is; a checkpoint keeps it."""
+    """The position of a run and its results so far."""
 
-    epoch: int = 0  # epochs that are done
-    step: int = 0  # optimizer steps done of the next
-    executed: int = 0  # of those; GradScaler leaves some out
-    seconds: float = 0.0  # that they took
-    lr: float = 0.0  # of the first
+    epoch: int = 0  # finished epochs
+    step: int = 0  # optimizer steps of the next epoch
+    executed: int = 0  # those that GradScaler did not skip
+    seconds: float = 0.0  # spent in that epoch
+    lr: float = 0.0  # in its first step
     best: float = -1.0  # top-1
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
-    answers: torch.Tensor | None = None  # labels and answers on the validation images, (2, N), at the best
+    answers: Tensor | None = None  # (2, N): labels and predictions of the validation images in the best epoch
+    validated: str = ""  # digest of the validation images
+    is_best: bool = False  # whether the last epoch was the best so far
 
     def __str__(self) -> str:
         return f"at step {self.step} of epoch {self.epoch + 1}" if self.step else f"after epoch {self.epoch}"
 
-    def next_epoch(self, best: float) -> None:
-        self.epoch, self.step, self.executed, self.seconds, self.lr, self.best = self.epoch + 1, 0, 0, 0.0, 0.0, best
+    def count_executed(self, *_: Any) -> None:
+        """Count a step; a hook of the optimizer, which GradScaler does not call for a skipped step."""
+        self.executed += 1
+
+    def end_epoch(self, row: dict[str, Any], answers: Tensor) -> None:
+        """Store the results of an epoch, and go to the start of the next one.
+
+        Args:
+            row: of metrics.csv
+            answers: labels and predictions of all validation images, (2, N)
+        """
+        self.rows.append(row)
+        self.is_best = math.isfinite(row["val_loss"]) and row["val_top1"] >= self.best
+        if self.is_best:
+            self.best, self.answers = row["val_top1"], answers
+        self.epoch, self.step, self.executed, self.seconds, self.lr = self.epoch + 1, 0, 0, 0.0, 0.0
+
+    def check_validation(self, digest: str) -> None:
+        """Forget the best epoch if it was measured on other validation images."""
+        if self.validated not in ("", digest):
+            log(f"the validation images are not those of the epochs before: their best top-1, {self.best:.2f} %, "
+                "does not count any more")  # fmt: skip
+            self.best, self.answers = -1.0, None
+        self.validated = digest
 
 
 class LossLog:
-    """Keeps each step's losses on the device and reads them at intervals, so that no step waits for the device."""
+    """The losses of the steps, on the device until they are read, so that no step waits for the device."""
 
     def __init__(self, skips_steps: bool) -> None:
         self.skips_steps = skips_steps  # fp16: GradScaler skips a step whose gradients are not finite
         self.waiting: list[tuple[int, Tensor]] = []
-        self.sums: dict[str, float] = {}  # with count, what a checkpoint keeps
+        self.sums: dict[str, float] = {}  # with count, the part that a checkpoint stores
         self.count = self.skipped_in_a_row = 0
 
     def add(self, step: int, losses: dict[str, Tensor]) -> None:
@@ -56,7 +84,7 @@ class LossLog:
         self.waiting.append((step, torch.stack([loss.detach() for loss in losses.values()])))
 
     def read(self) -> float:
-        """Take in the steps since the last call and return their mean loss; stop the run at one that is not finite."""
+        """Read the steps since the last call and return their mean loss; raise UserError if one is not finite."""
         steps = [step for step, _ in self.waiting]
         values = torch.stack([value for _, value in self.waiting]).double().cpu() if steps else torch.empty(0, 1)
         self.waiting = []
@@ -75,7 +103,8 @@ class LossLog:
         return float(values[finite].sum(1).mean())
 
     def means(self, device: torch.device) -> dict[str, float]:
-        """Mean of each term over all ranks since the last call, and of their sum."""
+        """Return the mean of each term over all ranks since the last call, and of their sum."""
+        self.read()
         totals = torch.tensor([*self.sums.values(), self.count], dtype=torch.float64, device=device)
         if WORLD_SIZE > 1:
             dist.all_reduce(totals)
@@ -85,22 +114,35 @@ class LossLog:
         return {"train_loss": sum(means.values())} | means
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read."""
+
+    file: str
+    content: dict[str, Any]
+
+    @property
+    def config(self) -> Metadata:
+        """The student's config.json."""
+        return Metadata.from_json(self.content["config"], self.file)
+
+
 @dataclass
 class State:
     """The parts of a run that change while it trains."""
 
-    net: nn.Module  # the student, with USKD's weak head where there is one
+    net: nn.Module  # the student, with USKD's weak head if it has one
     ema: nn.Module | None  # average of the student's weights
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    log: LossLog  # of the losses of this epoch on this rank
+    log: LossLog  # of this epoch on this rank
 
-    def copy(self, flags: dict[str, Any], config: dict[str, Any]) -> bytearray:
-        """All of it, for a thread to write. Called on every rank, whose own part is gathered; empty but on rank 0.
+    def copy(self, flags: dict[str, Any], config: Metadata) -> bytearray:
+        """Return all of it as the bytes of a checkpoint; each rank calls this, and only rank 0 gets the bytes.
 
         Raises:
-            UserError: a weight that is not finite
+            UserError: a weight is not finite
         """
         for name, model in (("weights", self.net), ("averaged weights", self.ema)):
             values = [x for x in model.state_dict().values() if x.is_floating_point()] if model else []
@@ -115,13 +157,14 @@ class State:
             own["cuda"] = torch.cuda.get_rng_state()
         parts = [own] * WORLD_SIZE
         if WORLD_SIZE > 1:
-            dist.gather_object(own, parts if IS_MAIN else None, group=Ranks.control)
+            dist.gather_object(own, parts if IS_MAIN else None, group=Group.control)
         buffer = io.BytesIO()
         if IS_MAIN:
             whole = {
                 "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "ema": self.ema.state_dict() if self.ema else None,
-                "progress": asdict(self.progress), "ranks": parts, "args": flags, "config": config,
+                "progress": asdict(self.progress), "ranks": parts, "args": flags,
+                "config": config.to_json(),
             }  # fmt: skip
             torch.save(whole, buffer)
         return bytearray(buffer.getbuffer())
@@ -129,41 +172,55 @@ class State:
     def models(self) -> list[nn.Module]:
         return [model for model in (self.net, self.ema) if model is not None]
 
-    def restore(self, saved: dict[str, Any], opt: str, label_names: list[str], where: str) -> None:
-        """Take all of it from a checkpoint; options such as --weight-decay stay ours.
+    def restore(self, checkpoint: Checkpoint, flags: dict[str, Any], config: Metadata) -> None:
+        """Take all of it from a checkpoint; options such as --weight-decay keep their present values.
+
+        Args:
+            checkpoint: the one to resume from
+            flags: of today
+            config: the student's config.json of today
 
         Raises:
-            UserError: it is of another model, optimizer or data set, or the ranks are not where rank 0 is
+            UserError: the checkpoint is of another model, optimizer or data set, the rest of its epoch would see other
+                images, or the ranks differ
         """
-        theirs = saved["config"]["label_names"]
-        if theirs != label_names:
-            differing = next((pair for pair in zip(theirs, label_names) if pair[0] != pair[1]), None)
-            what = "{} and not {}".format(*differing) if differing else f"{len(theirs)} and not {len(label_names)}"
-            raise UserError(f"{where} was trained on other classes than --data holds: {what}")
-        load_weights(self.net, saved["model"], where)
+        saved, file = checkpoint.content, checkpoint.file
+        check_classes(checkpoint.config.label_names, config.label_names, file)
+        load_weights(self.net, saved["model"], file)
         if self.ema and saved["ema"]:
-            load_weights(self.ema, saved["ema"], where)
+            load_weights(self.ema, saved["ema"], file)
         elif self.ema:
             self.ema.load_state_dict(getattr(self.net, "model", self.net).state_dict())
-        if saved["args"]["opt"] != opt:
-            raise UserError(f"{where} was saved with --opt {saved['args']['opt']}, not {opt}")
+        if saved["args"]["opt"] != flags["opt"]:
+            raise UserError(f"{file} was saved with --opt {saved['args']['opt']}, not {flags['opt']}")
         groups, ours = saved["optimizer"]["param_groups"], self.optimizer.param_groups
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in ours]:
-            raise UserError(
-                f"{where} was saved with other groups of parameters: take the same --weight-decay and --tap"
-            )
+            raise UserError(f"{file} was saved with other groups of parameters: give the same --weight-decay and --tap")
         for group, now in zip(groups, ours):
             group.update({name: value for name, value in now.items() if name != "params"})
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.progress.__dict__.update(saved["progress"])
+        self.check_epoch(checkpoint, flags, config)
         if len(saved["ranks"]) == WORLD_SIZE:
             self.restore_own(saved["ranks"][RANK])
-        elif self.progress.step and IS_MAIN:  # the same images in the same order, however many share them
+        elif self.progress.step and IS_MAIN:  # the same images in the same order, shared by another number of ranks
             self.log.sums = {k: sum(part["sums"][k] for part in saved["ranks"]) for k in saved["ranks"][0]["sums"]}
             self.log.count = sum(part["count"] for part in saved["ranks"])
         self.check_agreement()
+
+    def check_epoch(self, checkpoint: Checkpoint, flags: dict[str, Any], config: Metadata) -> None:
+        """Raise if the epoch that the checkpoint interrupts would go on with other batches."""
+        if not self.progress.step:
+            return
+        saved, before = checkpoint.content["args"], checkpoint.config.training["train_images"]
+        names = [name for name in ("batch_size", "seed", "cache") if saved[name] != flags[name]]
+        changed = [f"--{name.replace('_', '-')}" for name in names]
+        changed += ["number of training images"] * (before != config.training["train_images"])
+        if changed:
+            raise UserError(f"{checkpoint.file} is {self.progress}: the {' and the '.join(changed)} must stay the same "
+                            "until that epoch ends")  # fmt: skip
 
     def restore_own(self, own: dict[str, Any]) -> None:
         torch.set_rng_state(own["torch"])
@@ -179,82 +236,145 @@ class State:
                     buffer.copy_(buffers[name])
 
     def check_agreement(self) -> None:
-        """Raise unless every rank goes on from the same place: epoch, step, weights and number of processes."""
+        """Raise unless every rank resumes from the same place: epoch, step, weights and number of processes."""
         digest = hashlib.sha256()
         for value in self.net.parameters():
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         own = (self.progress.epoch, self.progress.step, digest.hexdigest()[:16], WORLD_SIZE)
         everyone: list[Any] = [own] * WORLD_SIZE
         if WORLD_SIZE > 1:
-            dist.all_gather_object(everyone, own, group=Ranks.control)
+            dist.all_gather_object(everyone, own, group=Group.control)
         for rank, other in enumerate(everyone):
             if other != everyone[0]:
                 raise UserError(f"rank {rank} is at epoch, step, weights, processes {other}, rank 0 at {everyone[0]}")
 
 
-def load_checkpoint(output: Path, older: bool) -> tuple[str, dict[str, Any]] | None:
-    """The newest checkpoint of a run, read by rank 0 and sent to all, who need not see the file."""
-    found = from_rank_zero(lambda: read_checkpoint(output, older))
+def check_classes(saved: list[str], label_names: list[str], file: str) -> None:
+    if saved != label_names:
+        differing = next((pair for pair in zip(saved, label_names) if pair[0] != pair[1]), None)
+        what = "{} and not {}".format(*differing) if differing else f"{len(saved)} and not {len(label_names)}"
+        raise UserError(f"{file} was trained on other classes than --data holds: {what}")
+
+
+class Saver:
+    """Save checkpoints when they are due or when a signal asks for one; a thread writes them while training continues.
+
+    Args:
+        folder: the run directory
+        state: what is saved
+        flags, config: stored with it
+        minutes: between checkpoints within an epoch; 0: only after epochs
+        stop: a signal that asks the run to stop
+    """
+
+    def __init__(
+        self, folder: Path, state: State, flags: dict[str, Any], config: Metadata, minutes: float,
+        stop: StopRequest,
+    ) -> None:  # fmt: skip
+        self.folder, self.state, self.flags, self.config = folder, state, flags, config
+        self.seconds, self.stop = 60 * minutes, stop
+        self.agreement, self.saved_at = Agreement(), time.monotonic()
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
+
+    def after_step(self) -> bool:
+        """Save if a checkpoint is due or a signal came, on any rank; return whether the run must stop."""
+        due = IS_MAIN and 0 < self.seconds < time.monotonic() - self.saved_at
+        stopping, saving = self.agreement.ask(self.stop.name is not None, due)
+        if saving or stopping:
+            self.save()
+        return stopping
+
+    def save(self, *others: Callable[[], Any], best: bool = False) -> None:
+        """Copy the state; the thread calls `others`, which write other files, and then writes the checkpoint."""
+        self.saved_at = time.monotonic()
+        self.state.log.read()
+        content = self.state.copy(self.flags, self.config)
+        if IS_MAIN:
+            self.wait()
+            self.writing = self.thread.submit(write_run, self.folder, content, others, best)
+
+    def wait(self) -> None:
+        """Wait for the thread; raise the error that it met."""
+        if self.writing:
+            self.writing.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.thread.shutdown()
+
+
+def write_run(folder: Path, content: bytearray, others: tuple[Callable[[], Any], ...], best: bool) -> None:
+    """Write the other files first, so that last.pt never knows of less than they hold."""
+    sealed = seal(content)
+    for write in others:
+        write()
+    write_checkpoint(folder, sealed, best)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """Read the newest whole checkpoint of a run on rank 0, and send it to all ranks; None if the run has none."""
+    found = from_rank_zero(lambda: read_checkpoint(folder))
     if found is None:
         return None
     file, content = found
     try:
-        return str(file), torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds
+        return Checkpoint(str(file), torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises many kinds
         raise UserError(f"{file} cannot be read as a checkpoint: {type(error).__name__}") from error
 
 
-def write_run(output: Path, content: bytearray, others: Sequence[Callable[[], Any]], best: bool) -> None:
-    """The other files, then last.pt, so that what a resume starts from knows of them."""
-    sealed = seal(content)
-    for write in others:
-        write()
-    write_checkpoint(output, sealed, best)
-
-
-# ---- as bytes -----------------------------------------------------------------------------------------------------
+# ---- bytes --------------------------------------------------------------------------------------------------------
 
 
 def seal(content: bytearray) -> bytearray:
-    """Append a digest to a zip archive, as its comment: torch.load reads it as before, and no bit changes unseen."""
+    """Append a SHA-256 digest to a zip archive, as its comment, so that torch.load reads it as before."""
     comment = len(MARK) + 64
     content[-2:] = comment.to_bytes(2, "little")  # the archive's last field
     return content + MARK + hashlib.sha256(content).hexdigest().encode()
 
 
 def is_whole(content: bytes) -> bool:
-    """Whether the bytes are those that seal() made."""
+    """Return whether the bytes are as seal() made them."""
     body, mark = memoryview(content)[: -len(MARK) - 64], bytes(content[-len(MARK) - 64 :])
     return mark == MARK + hashlib.sha256(body).hexdigest().encode()
 
 
 def write_checkpoint(folder: Path, content: bytes | bytearray, best: bool = False) -> None:
-    """The newest checkpoint; the one before it is kept. best: it is also that of the best epoch."""
+    """Write the newest checkpoint and keep the one before it; best: write best.pt too."""
     if best:
         write_whole(folder / "best.pt", content)
     write_whole(folder / LAST, content, keep=folder / PREVIOUS)
 
 
-def read_checkpoint(folder: Path, older: bool = False) -> tuple[Path, bytes] | None:
-    """The newest checkpoint of a run; None where there is none. older: take the one before if the newest is damaged.
+def read_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
+    """Return the newest whole checkpoint of a run; None if the run has not written one.
 
     Raises:
-        UserError: it is damaged, or no checkpoint of train.py; what else there is, is named
+        UserError: all checkpoints are damaged or missing, although the run has finished epochs
     """
-    files = [file for file in (folder / LAST, folder / PREVIOUS) if file.exists()]
-    damaged: list[Path] = []
-    for file in files:
+    damaged: list[str] = []
+    for file in (folder / LAST, folder / PREVIOUS):
         try:
             content = file.read_bytes()
+        except FileNotFoundError:
+            continue
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from error
         if is_whole(content):
-            if damaged and not older:
-                raise UserError(f"{damaged[0]} is damaged or no checkpoint of train.py; {file} is whole: "
-                                f"--resume auto takes it")  # fmt: skip
+            if damaged:
+                log(f"{damaged[0]} is damaged or not a checkpoint of train.py: {file} is used")
             return file, content
-        damaged.append(file)
+        damaged.append(str(file))
     if damaged:
-        names = " and ".join(map(str, damaged))
-        raise UserError(f"{names}: damaged, or no checkpoint of train.py; --overwrite starts anew")
+        raise UserError(f"{' and '.join(damaged)}: damaged, or not a checkpoint of train.py; start in a new --output")
+    if (folder / "metrics.csv").exists():
+        raise UserError(f"{folder} has finished epochs (metrics.csv), but neither {LAST} nor {PREVIOUS}: restore one, "
+                        "or start in a new --output")  # fmt: skip
     return None

@@ -1,7 +1,8 @@
-"""What --data names: the embedded digits, CIFAR, or a folder of photographs. Needs torchvision; for train.py."""
+"""Open the data set that --data names: the embedded digits, CIFAR, or a folder of photographs."""
 
 from __future__ import annotations
 
+import argparse
 import collections
 import copy
 import csv
@@ -22,27 +23,45 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 
 from deploy.cli import UserError, write_whole
+from deploy.flags import Table, is_code, pick_recipe, settle_flags
 from deploy.preprocess import UnreadableImage, endings, open_image, upright_size
 from deploy.reference import evenly
-from kdlite.training.distributed import IS_MAIN, local_rank_zero_first
+from deploy.run_directory import read_given
+from kdlite.training.distributed import from_rank_zero, local_rank_zero_first, log
 
 EXPECTED = "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or one of digits, cifar10, cifar100"
-SPLIT = "split.csv"  # of a run directory: see write_split
-# Folders of these names that hold folders are sets of images, and no classes.
+SPLIT = "split.csv"  # in a run directory: see write_split
+FOLDER = "data"  # CIFAR is downloaded into it
+# Folders with these names that hold folders are sets of images, not classes.
 SETS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 class Data(NamedTuple):
-    train: Any  # datasets of (PIL image, class index), which know their targets and classes
+    """A data set."""
+
+    train: Any  # a sequence of (PIL image, class index) with the attributes targets and classes
     val: Any
     label_names: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    split: list[tuple[str, str]] | None = None  # where val/ was split off: (file, "train" or "val"), for write_split
+    split: list[tuple[str, str]] | None = None  # (file, "train" or "val") if the images were split here
+
+    def preprocessing(self, channels: int, interpolation: str, crop: float) -> dict[str, Any]:
+        """Return mean, std, interpolation and crop for images of 3 channels, or of 1."""
+        mean, std = ([sum(x) / 3] if channels == 1 else list(x) for x in (self.mean, self.std))
+        return {"mean": mean, "std": std, "interpolation": interpolation, "crop": crop}
+
+    def digest(self, part: Any, *settings: Any) -> str:
+        """Return a digest of the names and classes of the images of train or val, and of any settings."""
+        names = part.files() if hasattr(part, "files") else map(str, range(len(part)))
+        digest = hashlib.sha256("".join(map(str, settings)).encode())
+        for name, target in zip(names, part.targets):
+            digest.update(f"{name}\0{self.label_names[int(target)]}\n".encode())
+        return digest.hexdigest()
 
 
 class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, a fifth of each class held out."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fifth of each class is held out."""
 
     classes = tuple("0123456789")
 
@@ -62,67 +81,99 @@ class Digits(Dataset):
         return Image.fromarray(self.images[index]), int(self.targets[index])
 
 
-def open_data(
-    name: str,
-    folder: str = "data",
-    download: bool = False,
-    val_split: float | None = None,
-    seed: int = 0,
-    sides: Mapping[str, str] | None = None,
-) -> Data:
-    """The data set that --data names.
+def open_data(name: str, val_split: float | None = None, seed: int = 0, sides: Mapping[str, str] | None = None) -> Data:
+    """Open a data set.
 
     Args:
-        name: digits, cifar10, cifar100 or a folder
-        folder: where cifar is kept
-        val_split: of a folder without val/, the share of each class that is kept for validation, above 0 and below 1
-        seed: of that split, which depends on nothing else than the files' names: equal on every machine
-        sides: the split of a run that goes on (read_split), which is kept; files that are new go to training
+        name: digits, cifar10, cifar100 (downloaded into data/) or a folder
+        val_split: the share of each class that is kept for validation, above 0 and below 1; for a folder without val/
+        seed: of that split, which depends only on the names of the files: it is equal on every machine
+        sides: the split of the run that is resumed (read_split); new files are added to the training images
 
     Raises:
-        UserError: it is not there or not whole, or val_split does not fit it
+        UserError: the data set is missing or damaged, or val_split does not fit it
     """
     if val_split is not None and not 0 < val_split < 1:
         raise UserError(f"--val-split must be above 0 and below 1, got {val_split:g}")
     if name in ("digits", "cifar10", "cifar100") and val_split is not None:
-        raise UserError(f"--val-split {val_split:g}: {name} has validation images of its own; leave the flag out")
+        raise UserError(f"--val-split {val_split:g}: {name} has its own validation images; leave the flag out")
     if name == "digits":
         return Data(Digits(train=True), Digits(train=False), list(Digits.classes), (0.5,) * 3, (0.5,) * 3)
     if name in ("cifar10", "cifar100"):
         cifar = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
         try:
             with local_rank_zero_first():
-                train, val = (cifar(folder, train=train, download=download) for train in (True, False))
+                train, val = (cifar(FOLDER, train=train, download=True) for train in (True, False))
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{name} in {folder!r}: {error}; --download fetches it") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name} is not in {FOLDER}/ and could not be downloaded: {reason}") from error
         return Data(train, val, train.classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     return open_folder(name, val_split, seed, sides)
+
+
+def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, dict[str, Any], Data]:
+    """Return the value of every flag, the flags that a run directory stores, and the data set.
+
+    A folder of images without --recipe gets a recipe that fits its images, which is printed.
+
+    Args:
+        table: the flags of the command
+        typed: those on the command line
+    """
+    saved, sides = {}, None
+    if typed.get("resume"):
+        folder = Path(typed["output"])
+        saved, sides = from_rank_zero(lambda: (read_given(folder), read_split(folder / SPLIT)))
+    args, given = settle_flags(table, typed, saved)
+    data = open_data(args.data, args.val_split, sides=sides)
+    if args.recipe is None:
+        pretrained = bool(args.pretrained or os.path.isdir(args.model))
+        size = from_rank_zero(lambda: median_size(data.train))
+        recipe, why = pick_recipe(len(data.train), len(data.label_names), size, pretrained, given.get("img_size"))
+        if is_code(args.model):
+            recipe = recipe | {"small_stem": False}  # a model of the user's keeps its stem
+        log(f"{why} (--recipe or any flag overrides)")
+        args, given = settle_flags(table, typed, saved, recipe)
+    return args, given, data
 
 
 # ---- a folder of photographs --------------------------------------------------------------------------------------
 
 
 class Photos(torchvision.datasets.ImageFolder):
-    """A folder for each class, named in Unicode's composed form (NFC). What is hidden (.ipynb_checkpoints, ._photo.jpg)
-    is no data; what else is left out is counted by its ending."""
+    """Images in a folder for each class. Class names are in Unicode's composed form (NFC).
+
+    Hidden files and folders (.ipynb_checkpoints, ._photo.jpg) and __MACOSX are skipped; other files that are not
+    images by their name are counted by ending.
+    """
 
     def __init__(self, root: str) -> None:
         self.left_out: collections.Counter[str] = collections.Counter()
-        super().__init__(root, loader=open_image, is_valid_file=self.is_image)
+        super().__init__(root, loader=open_image, is_valid_file=self.is_image, allow_empty=True)
+        counts = class_counts(self)
+        if empty := [name for name, count in zip(self.classes, counts) if not count]:
+            kinds = f" (skipped: {self.describe_left_out()})" if self.left_out else ""
+            raise UserError(f"{root}: no image in {abbreviate(empty)}{kinds}: add images, or remove the folder")
+
+    def describe_left_out(self) -> str:
+        kinds = [f"{count} {end or 'without ending'}" for end, count in self.left_out.most_common(8)]
+        if self.left_out.keys() & {".heic", ".heif"}:
+            kinds += ["convert HEIC to JPEG first (magick mogrify -format jpg *.heic)"]
+        return ", ".join(kinds)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        folders = sorted(visible_folders(directory), key=composed)
-        names = [composed(folder) for folder in folders]
+        folders = sorted(visible_folders(directory), key=nfc)
+        names = [nfc(folder) for folder in folders]
         if not names:
-            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+            raise UserError(f"{directory}: expected a folder for each class, found none")
         if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
             raise UserError(
-                f"{directory} has two folders {some(twice)}, which differ in Unicode form alone: merge them"
+                f"{directory} has two folders {abbreviate(twice)} that differ only in their Unicode form: merge them"
             )
         return names, {folder: index for index, folder in enumerate(folders)}
 
     def is_image(self, path: str) -> bool:
-        if os.sep + "." in path[len(self.root) :]:
+        if any(map(is_hidden, Path(path[len(self.root) :].lstrip(os.sep)).parts)):
             return False
         ending = os.path.splitext(path)[1].lower()
         if ending not in endings():
@@ -130,11 +181,11 @@ class Photos(torchvision.datasets.ImageFolder):
         return ending in endings()
 
     def files(self) -> list[str]:
-        """CLASS/FILE of each image, written alike on every machine."""
-        return [composed(path[len(self.root) :].lstrip(os.sep)).replace(os.sep, "/") for path, _ in self.samples]
+        """Return CLASS/FILE of each image, the same on every machine."""
+        return [nfc(path[len(self.root) :].lstrip(os.sep)).replace(os.sep, "/") for path, _ in self.samples]
 
     def part(self, indices: Iterable[int]) -> Photos:
-        """Some of the images, of the same classes."""
+        """Return a part of the images, with all classes."""
         part = copy.copy(self)
         part.samples = part.imgs = [self.samples[index] for index in indices]
         part.targets = [target for _, target in part.samples]
@@ -142,43 +193,42 @@ class Photos(torchvision.datasets.ImageFolder):
 
 
 def open_folder(name: str, val_split: float | None, seed: int, sides: Mapping[str, str] | None) -> Data:
+    """Open a folder with train/ and val/, or split a folder of classes."""
     root = Path(name)
     split = None
     if all(os.path.isdir(root / part) for part in ("train", "val")):
         if val_split is not None:
-            raise UserError(f"--val-split {val_split:g}: --data {name} has a val/ of its own; leave the flag out")
+            raise UserError(f"--val-split {val_split:g}: --data {name} has its own val/; leave the flag out")
         if sides is not None:
-            say(f"{root / 'val'} is there, and is taken in place of the images that the run split off")
-        train, val = (read_photos(name, root / part) for part in ("train", "val"))
+            log(f"{root / 'val'} exists now: it replaces the images that the run split off")
+        train, val = (read_photos(root / part) for part in ("train", "val"))
         compare_classes(name, train, val)
     else:
-        source = find_classes_to_split(root, unsaid=val_split is None and sides is None)
-        photos = read_photos(name, source)
+        source = find_classes_to_split(root, asks=val_split is None and sides is None)
+        photos = read_photos(source)
         files = photos.files()
         if sides is not None:
-            split, how = keep_split(files, sides), "as the run was split"
+            split, how = keep_split(files, sides), "split as the run was"
         else:
             assert val_split is not None
             split, how = draw_split(files, photos.targets, val_split, seed), f"{val_split:g} of each class"
         train, val = (photos.part(i for i, file in enumerate(files) if split[file] == s) for s in ("train", "val"))
         for part, purpose in ((train, "training"), (val, "validation")):
             if lacking := [label for label, count in zip(part.classes, class_counts(part)) if not count]:
-                raise UserError(f"--data {name}: no image of {some(lacking)} for {purpose}: a class needs at least 2")
-        say(f"{source}: classes {some(train.classes)}; {len(train)} images to train, {len(val)} to validate, {how}")
+                raise UserError(f"--data {name}: no image of {abbreviate(lacking)} for {purpose}: a class needs 2")
+        sizes = f"{len(train)} images to train, {len(val)} to validate"
+        log(f"{source}: classes {abbreviate(train.classes)}; {sizes}, {how}")
     if len(train.classes) < 2:
         raise UserError(f"--data {name} has the one class {train.classes[0]}: at least 2 are needed")
     rows = sorted(split.items()) if split else None
     return Data(train, val, train.classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, rows)
 
 
-def read_photos(name: str, root: Path) -> Photos:
-    try:
-        photos = Photos(str(root))
-    except FileNotFoundError as error:
-        raise UserError(f"--data {name}: {' '.join(str(error).split())}") from error
+def read_photos(root: Path) -> Photos:
+    photos = Photos(str(root))
     if photos.left_out:
-        kinds = ", ".join(f"{count} {end or 'without ending'}" for end, count in photos.left_out.most_common(8))
-        say(f"{root}: {sum(photos.left_out.values())} files are no images by their names: {kinds}")
+        count = sum(photos.left_out.values())
+        log(f"{root}: skipped {count} files that are not images by their names: {photos.describe_left_out()}")
     return photos
 
 
@@ -186,63 +236,64 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
     faults = []
     for here, there, part, other in (("train", "val", train, val), ("val", "train", val, train)):
         if alone := sorted(set(part.classes) - set(other.classes)):
-            faults.append(f"{here}/ has {some(alone)} and {there}/ has not")
+            faults.append(f"{here}/ has {abbreviate(alone)} and {there}/ has not")
     if faults:
         raise UserError(f"--data {name}: {'; '.join(faults)}")
     if unlike := sorted(set(train.class_to_idx) - set(val.class_to_idx)):
-        say(f"{name}: train/ and val/ write {some(map(composed, unlike))} in two Unicode forms: taken as the same")
+        log(f"{name}: train/ and val/ write {abbreviate(map(nfc, unlike))} in two Unicode forms: taken as the same")
 
 
-def find_classes_to_split(root: Path, unsaid: bool) -> Path:
-    """The folder that holds a folder for each class, train/ or root itself, where there is no val/.
+def find_classes_to_split(root: Path, asks: bool) -> Path:
+    """Return the folder that holds the class folders of a data set without val/: train/, or root itself.
 
-    unsaid: how to split it was not said
+    asks: raise with the flag that splits it
     """
     folders = visible_folders(root) if os.path.isdir(root) else []
     sets = [folder for folder in folders if folder.lower() in SETS and visible_folders(root / folder)]
     ask = "--val-split 0.1 of train.py keeps a tenth of each class for validation"
     if "train" in sets and "val" not in folders:
-        if unsaid:
+        if asks:
             others = "".join(f"; or rename {folder}/ to val/" for folder in sets if folder.lower().startswith("val"))
             raise UserError(f"--data {root}: no folder {root / 'val'}: {ask}{others}")
         return root / "train"
     missing = " and ".join(f"no folder {root / part}" for part in ("train", "val") if not os.path.isdir(root / part))
     if sets or not folders or "val" in folders:
-        held = f"; it holds {some(folders)}" if folders else ""
+        held = f"; it holds {abbreviate(folders)}" if folders else ""
         raise UserError(f"--data {root}: {missing}; expected {EXPECTED}{held}")
     if runs := [folder for folder in folders if any((root / folder).glob("[0-9]*/args.json"))]:
-        raise UserError(f"--data {root}: {some(runs)} would be a class, but holds runs of train.py: move it elsewhere")
-    if unsaid:
-        raise UserError(f"--data {root}: {missing}; if its folders are the classes ({some(folders)}), {ask}")
+        raise UserError(f"--data {root}: {abbreviate(runs)} holds runs of train.py and is not a class: move it away")
+    if asks:
+        raise UserError(f"--data {root}: {missing}; if its folders are the classes ({abbreviate(folders)}), {ask}")
     return root
 
 
 def visible_folders(folder: str | Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
 
 
-def composed(name: str) -> str:
-    """A file's name as text, in Unicode's composed form: UTF-8 whatever the locale, and macOS writes é as e and ´."""
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def nfc(name: str) -> str:
+    """Return a file's name in Unicode's composed form, read as UTF-8: macOS stores é as e and ´."""
     return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="replace"))
 
 
-def some(names: Iterable[str]) -> str:
+def abbreviate(names: Iterable[str]) -> str:
+    """Return the first five names, and the number of the others."""
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def say(line: str) -> None:
-    if IS_MAIN:
-        print(line, flush=True)
 
 
 # ---- validation images split off ----------------------------------------------------------------------------------
 
 
 def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed: int) -> dict[str, str]:
-    """File -> "train" or "val", by class: the share whose names have the smallest digests, but at least one image.
+    """Return file -> "train" or "val". Of each class the files whose names have the smallest digests validate.
 
-    A file's place depends on its name and the seed, so that a few more files leave most of the others where they were.
+    The side of a file depends on its name and the seed: a few new files leave most of the others where they are.
+    At least one file of a class validates.
     """
     members = collections.defaultdict(list)
     for file, target in zip(files, targets):
@@ -256,35 +307,35 @@ def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed:
 
 
 def keep_split(files: Sequence[str], sides: Mapping[str, str]) -> dict[str, str]:
-    """The split of a run that goes on: what is new is trained on, what is gone keeps its side for when it is back."""
+    """Return the split of a resumed run: new files train; missing files keep their side in case they return."""
     there = set(files)
     new, gone = sorted(there - set(sides)), sorted(set(sides) - there)
     if new:
-        say(f"new since this run was split, so to train on: {some(new)}")
+        log(f"new since this run was split, added to the training images: {abbreviate(new)}")
     if gone:
-        say(f"gone since this run was split: {some(gone)}")
+        log(f"missing since this run was split: {abbreviate(gone)}")
     return {**sides, **dict.fromkeys(new, "train")}
 
 
 def write_split(file: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Data.split as a CSV file: which image went where."""
+    """Write Data.split as a CSV file: the side of each image."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("file", "side"), *rows])
     write_whole(file, text.getvalue())
 
 
 def read_split(file: Path) -> dict[str, str] | None:
-    """What write_split wrote; None where there is no such file.
+    """Return the sides that write_split wrote; None if the file is missing.
 
     Raises:
-        UserError: it is no such file
+        UserError: the file is something else
     """
     if not file.exists():
         return None
     header, *rows = read_csv(file, "a run's split") or [[]]
     wrong = [row for row in rows if len(row) != 2 or row[1] not in ("train", "val")]
     if header != ["file", "side"] or wrong or not rows:
-        raise UserError(f"{file} is not a run's split: a line is not FILE,train or FILE,val: {(wrong or [header])[0]}")
+        raise UserError(f"{file} is not a run's split: expected FILE,train or FILE,val, got {(wrong or [header])[0]}")
     return dict(rows)  # type: ignore[arg-type]
 
 
@@ -296,34 +347,47 @@ def read_csv(file: Path, what: str) -> list[list[str]]:
         raise UserError(f"{file} cannot be read as {what}: {' '.join(str(error).split())}") from error
 
 
-# ---- what a data set is like --------------------------------------------------------------------------------------
+# ---- statistics of a data set --------------------------------------------------------------------------------------
 
 
 def class_counts(source: Any) -> list[int]:
-    """Images of each class of Data.train or Data.val; none is decoded."""
+    """Return the number of images of each class, without decoding any."""
     return np.bincount(source.targets, minlength=len(source.classes)).tolist()
 
 
 def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) -> list[float]:
-    """A weight for each class: of the loss of its images.
+    """Return a weight for the loss of each class; the mean over the training images is 1, so that --lr keeps its scale.
 
     Args:
-        spec: "balanced", which is n / (C * n_c), so that the mean over the n training images is 1; or a CSV file with a
-            line name,weight for each class
+        spec: "balanced", weights of n / (C * n_c); or a CSV file with a line name,weight for each class
         label_names: of the C classes
-        counts: n_c, training images of each class
+        counts: n_c, the training images of each class
 
     Raises:
-        UserError: spec is neither, or the file's names or weights do not fit
+        UserError: spec is invalid, or the names or weights of the file do not fit
     """
     if spec == "balanced":
         if absent := [name for name, count in zip(label_names, counts) if not count]:
-            raise UserError(f"--class-weights balanced: no training image of {some(absent)}")
-        return [sum(counts) / (len(counts) * count) for count in counts]
-    if not os.path.isfile(spec):
+            raise UserError(f"--class-weights balanced: no training image of {abbreviate(absent)}")
+        weights = {name: 1 / count for name, count in zip(label_names, counts)}
+    elif os.path.isfile(spec):
+        weights = read_class_weights(Path(spec))
+        lacking = [name for name in label_names if name not in weights]
+        unknown = [name for name in weights if name not in label_names]
+        if lacking or unknown:
+            fault = "lacks" if lacking else "names classes that --data does not have:"
+            raise UserError(f"{spec} {fault} {abbreviate(lacking or unknown)}")
+    else:
         raise UserError(f"--class-weights {spec}: expected balanced, or a CSV file of name,weight for each class")
+    total = sum(weights[name] * count for name, count in zip(label_names, counts))
+    if not total:
+        raise UserError(f"{spec}: the weight of every training image is 0, so nothing would be learned")
+    return [weights[name] * sum(counts) / total for name in label_names]
+
+
+def read_class_weights(file: Path) -> dict[str, float]:
     weights: dict[str, float] = {}
-    rows = read_csv(Path(spec), "class weights")
+    rows = read_csv(file, "class weights")
     for row in rows[1:] if rows and [cell.strip().lower() for cell in rows[0]] == ["name", "weight"] else rows:
         name = unicodedata.normalize("NFC", row[0].strip())
         try:
@@ -331,26 +395,18 @@ def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) 
         except (IndexError, ValueError):
             weight = math.nan
         if len(row) != 2 or not (0 <= weight < math.inf):
-            raise UserError(f"{spec}: expected name,weight with a weight of at least 0, got {','.join(row)[:100]}")
+            raise UserError(f"{file}: expected name,weight with a weight of at least 0, got {','.join(row)[:100]}")
         if name in weights:
-            raise UserError(f"{spec} names {name} twice")
+            raise UserError(f"{file} names {name} twice")
         weights[name] = weight
-    for names, fault in (
-        ([name for name in label_names if name not in weights], "lacks"),
-        ([name for name in weights if name not in label_names], "names classes that --data has not:"),
-    ):
-        if names:
-            raise UserError(f"{spec} {fault} {some(names)}")
-    if not any(weights.values()):
-        raise UserError(f"{spec}: every weight is 0, so nothing would be learned")
-    return [weights[name] for name in label_names]
+    return weights
 
 
 def median_size(photos: Photos, count: int = 200) -> tuple[int, int]:
-    """(height, width) in pixels, the median over an even sample of the files; read from their headers.
+    """Return the median (height, width) in pixels of an even sample of the files, from their headers.
 
     Raises:
-        UserError: none of the sample can be read
+        UserError: no file of the sample can be read
     """
     sizes, reason = [], ""
     for index in evenly(len(photos), count):

@@ -1,236 +1,297 @@
-"""The processes of one run: they meet and agree, a signal asks for a stop, one that is lost is noticed and named.
+"""The processes of one run: they meet, agree, stop on a signal, and end with their launcher. For train.py.
 
-For train.py, which knows of torchrun what stands in the environment.
+torchrun starts the processes, notices one that has ended and ends the others; this file relies on it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import ctypes
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.utils import distribute_bn
+from torch import nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
-from deploy.cli import UserError, show_error
+from deploy.cli import UserError, explain, first_line
 
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+MEET = timedelta(minutes=10)  # how long a process waits for the others at the start
+# How long a process waits for another in a step. A suspended job (SLURM, a paused machine) is not a lost one, and
+# torchrun notices a process that has ended.
+WAIT = timedelta(days=1)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# What a collective reports if another process has ended.
+LOST_PEER = re.compile("(?i)closed by peer|reset by peer|broken pipe|NCCL|gloo|timed out|timeout")
+
+
+def read_launch() -> tuple[int, int, int, str | None]:
+    """Return rank, local rank, number of processes, and an error in the environment that a launcher set."""
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    found = [os.environ.get(name, default) for name, default in defaults.items()]
+    if not all(value.isdecimal() for value in found):
+        return 0, 0, 1, "RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, got " + ", ".join(found)
+    rank, local_rank, size = map(int, found)
+    if rank >= max(size, 1) or not size:
+        return 0, 0, 1, f"RANK must be below WORLD_SIZE, got {rank} and {size}: start with torchrun"
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        tasks = os.environ.get(name, "1")
+        if tasks.isdecimal() and int(tasks) > 1 and "RANK" not in os.environ:
+            return 0, 0, 1, (f"{name} is {tasks}, but torchrun did not start this process: {tasks} separate runs would "
+                             f"begin. Start torchrun (examples/slurm.sh), or unset {name} for one process")  # fmt: skip
+    return rank, local_rank, size, None
+
+
+RANK, LOCAL_RANK, WORLD_SIZE, LAUNCH_ERROR = read_launch()
 IS_MAIN = RANK == 0
 
-STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")
-BEAT = 1.0  # seconds between two signs of life
-GRACE = 10.0  # seconds a process has to end by itself once another has failed
-ENDED = 2**40  # beats of a process that has ended as it should
+
+class Group:
+    """The process groups of this run; None with one process."""
+
+    steps: Any = None  # gradients, losses, statistics: gloo on CPU, NCCL on CUDA
+    control: Any = None  # objects and decisions of the host: gloo
+    store: Any = None
+
+
+# ---- signals ------------------------------------------------------------------------------------------------------
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop: its name, or None. A second signal does what it always did."""
+    """The name of the signal that asked the run to stop, or None."""
 
     def __init__(self) -> None:
         self.name: str | None = None
 
+    def receive(self, number: int, _frame: Any) -> None:
+        """Store the first signal; a launcher may forward the same one again."""
+        self.name = self.name or signal.Signals(number).name
+
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Catch the signals with which schedulers and terminals say goodbye; a SIGHUP that is ignored (nohup) stays so."""
+    """Catch the termination signals of schedulers and terminals; a SIGHUP that is ignored (nohup) stays ignored."""
     request = StopRequest()
-    numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def receive(number: int, _frame: Any) -> None:
-        request.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
-
-    if before.get(signal.SIGHUP) == signal.SIG_IGN:
-        del before[signal.SIGHUP]
-    for number in before:
-        signal.signal(number, receive)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    caught = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN or number != signal.SIGHUP]
+    for number in caught:
+        signal.signal(number, request.receive)
     try:
         yield request
     finally:
+        for number in caught:
+            signal.signal(number, before[number])
+
+
+def start_fork_server() -> Any:
+    """Return the context that starts data loading processes; a signal to the whole job does not end them.
+
+    They start from a clean process, because a fork of this one may hang on locks that its threads held. The fork server
+    inherits ignored signals, and its children inherit them from it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "torchvision"])
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    try:
+        forkserver.ensure_running()
+    finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    return context
 
 
-class Ranks:
-    """What the processes of a run know of one another, through a store, in a thread of each.
+def end_with_launcher() -> None:
+    """Have the kernel send SIGTERM to this process when torchrun ends, so that the run saves and stops. Linux only."""
+    launcher = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != launcher:  # it ended before the call
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    The thread ends its process, with one line that names the reason, when the launcher has ended, when another process
-    has given no sign of life for `patience` seconds, and when one has failed and this one does not end by itself.
+
+# ---- meeting and agreeing -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Meet the other processes, and leave the group at the end.
+
+    Raises:
+        UserError: the launcher's environment is invalid, or the other processes do not come
     """
-
-    here: Ranks | None = None  # of this process, where there are others
-    control: Any = None  # group of all processes, for what stays on the host
-
-    def __init__(self, store: Any, patience: float, rank: int = RANK, world_size: int = WORLD_SIZE) -> None:
-        """store: a connection of its own to torch.distributed's store, as its calls may block."""
-        self.store, self.rank, self.world_size, self.patience = store, rank, world_size, patience
-        self.prefix = f"kdlite/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
-        self.lock = threading.Lock()
-        self.ended = threading.Event()
-        self.watched = range(1, world_size) if rank == 0 else range(1)
-        self.thread = threading.Thread(target=self.watch, args=(os.getppid(),), daemon=True)
-        self.thread.start()
-
-    def count(self, key: str, more: int = 0) -> int:
-        """A counter that all processes share, after adding to it."""
-        with self.lock:
-            return int(self.store.add(self.prefix + key, more))
-
-    def first_to_say(self, message: str) -> bool:
-        """Whether no other process has said this yet; from now on the run counts as failed."""
-        try:
-            self.count("errors", 1)
-            return self.count("said/" + hashlib.sha256(message.encode()).hexdigest(), 1) == 1
-        except Exception:  # the store is gone, and with it whoever could have said it
-            return True
-
-    def silent(self, seconds: float = 3.5 * BEAT) -> list[int] | None:
-        """The other processes without a sign of life for so long; None where one has failed and says why itself."""
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        with contextlib.suppress(Exception):
-            before = {rank: self.count(f"beat/{rank}") for rank in others}
-            time.sleep(seconds)
-            if self.count("errors"):
-                return None
-            return [rank for rank in others if self.count(f"beat/{rank}") == before[rank] < ENDED]
-        return [0] if self.rank else []  # the store is on the machine of rank 0
-
-    def end(self) -> None:
-        """This process is done, and its silence means nothing."""
-        self.ended.set()
-        self.thread.join(2 * BEAT)
-        with contextlib.suppress(Exception):
-            self.count(f"beat/{self.rank}", ENDED)
-
-    def watch(self, parent: int) -> None:
-        now = time.monotonic()
-        beats, heard, failed = dict.fromkeys(self.watched, -1), dict.fromkeys(self.watched, now), None
-        while not self.ended.wait(BEAT):
-            if os.getppid() != parent:
-                self.give_up("the launcher has ended")
-            now = time.monotonic()
-            with contextlib.suppress(Exception):  # without the store nobody is heard of
-                self.count(f"beat/{self.rank}", 1)
-                for rank in self.watched:
-                    beat = self.count(f"beat/{rank}")
-                    if beat != beats[rank] or beat >= ENDED:
-                        beats[rank], heard[rank] = beat, now
-                if self.count("errors"):
-                    failed = failed or now
-            for rank in self.watched:
-                if now - heard[rank] > self.patience:
-                    self.give_up(f"lost rank {rank}: no sign of life for {now - heard[rank]:.0f} s (--timeout)")
-            if failed and now - failed > GRACE:
-                os._exit(2)  # waits for one that is gone; that one has said why
-
-    def give_up(self, message: str) -> None:
-        if self.first_to_say(message):
-            show_error("train.py", f"rank {self.rank}: {message}")
-        sys.stderr.flush()
-        os._exit(2)
-
-
-def connect(minutes: float) -> None:
-    """Meet the other processes; none that is lost keeps the rest waiting for longer than this."""
+    if LAUNCH_ERROR:
+        raise UserError(LAUNCH_ERROR)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher()
     if WORLD_SIZE == 1:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+        yield
         return
-    patience = timedelta(minutes=minutes)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=patience)
-    Ranks.control = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # waits as long as a download takes
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False
-    )
-    Ranks.here = Ranks(store, patience.total_seconds())
-
-
-def end_with(launcher: int) -> None:
-    """Of a single process: without its launcher nobody would know that it still runs."""
-    while os.getppid() == launcher:
-        time.sleep(BEAT)
-    show_error("train.py", "the launcher has ended")
-    os._exit(2)
-
-
-def disconnect() -> None:
-    if Ranks.here:
-        Ranks.here.end()
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=MEET))
+        store.set(f"kdlite/{RANK}", "here")
+        store.wait([f"kdlite/{rank}" for rank in range(WORLD_SIZE)], MEET)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=WAIT)
+        Group.store, Group.steps = store, dist.group.WORLD
+        Group.control = dist.new_group(backend="gloo", timeout=WAIT)
+    except (RuntimeError, ValueError, KeyError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"the {WORLD_SIZE} processes could not meet at {address}: {str(error)[:200]}") from error
+    try:
+        yield
+    finally:
         dist.destroy_process_group()
-    Ranks.here = Ranks.control = None
+
+
+@contextmanager
+def reported_once() -> Iterator[None]:
+    """Let one process raise a user's error, and end the others with status 2: they end because of it."""
+    try:
+        yield
+    except Exception as error:
+        lost = WORLD_SIZE > 1 and isinstance(error, (RuntimeError, ConnectionError)) and LOST_PEER.search(str(error))
+        if not lost and explain(error) is None:
+            raise
+        if not is_first_error():
+            raise SystemExit(2) from error
+        if lost:
+            raise UserError(f"rank {RANK} lost another process, which has ended: {first_line(error)}") from error
+        raise
+
+
+def is_first_error() -> bool:
+    """Return whether no other process of the run has met an error."""
+    if Group.store is None:
+        if not IS_MAIN:
+            time.sleep(2)  # torchrun ends rank 0, which prints, as soon as this process has ended
+        return IS_MAIN
+    try:
+        return int(Group.store.add("kdlite/errors", 1)) == 1
+    except RuntimeError:  # the process with the store has ended
+        return True
 
 
 def from_rank_zero(function: Callable[[], Any]) -> Any:
-    """What the function returns, or the UserError it raises, on rank 0, where alone it is called."""
-    answer: list[Any] = [None]
+    """Call a function on rank 0 only; return its result, or raise its UserError, on every rank."""
+    result: list[Any] = [None]
     if IS_MAIN:
         try:
-            answer[0] = function()
+            result[0] = function()
         except UserError as error:
-            answer[0] = error
+            result[0] = error
     if WORLD_SIZE > 1:
-        dist.broadcast_object_list(answer, group=Ranks.control)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
+        dist.broadcast_object_list(result, group=Group.control)
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
 
 
 @contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """For what may download: one rank of a machine fetches, then the others find it."""
+    """Let one rank of a machine download; the others find the files afterwards."""
     if WORLD_SIZE > 1 and LOCAL_RANK > 0:
-        dist.barrier(group=Ranks.control)
+        dist.barrier(group=Group.control)
     yield
     if WORLD_SIZE > 1 and LOCAL_RANK == 0:
-        dist.barrier(group=Ranks.control)
+        dist.barrier(group=Group.control)
 
 
 class Agreement:
-    """What any rank wants, known to all after the same step: the answer to one step's question comes with the next,
-    so that nobody waits."""
+    """Decide together after the same step, without waiting: the answer to one step's question comes with the next."""
 
     def __init__(self) -> None:
         self.work: Any = None
+        self.wanted = torch.empty(0, dtype=torch.int32)
 
     def ask(self, *wanted: bool) -> list[bool]:
+        """Return for each question whether any rank wanted it, as of the last call."""
         if WORLD_SIZE == 1:
             return list(wanted)
-        answer = self.read() if self.work else [False] * len(wanted)
+        answer = [False] * len(wanted)
+        if self.work:
+            self.work.wait()
+            answer = [bool(x) for x in self.wanted.tolist()]
         self.wanted = torch.tensor(wanted, dtype=torch.int32)
-        self.work = dist.all_reduce(self.wanted, dist.ReduceOp.MAX, group=Ranks.control, async_op=True)
+        self.work = dist.all_reduce(self.wanted, dist.ReduceOp.MAX, group=Group.control, async_op=True)
         return answer
 
-    def read(self) -> list[bool]:
-        self.work.wait()
-        self.work = None
-        return [bool(x) for x in self.wanted.tolist()]
 
-
-def gather(columns: Any) -> Any:
-    """The tensors (2, N) of all ranks beside one another."""
+def gather(columns: torch.Tensor) -> torch.Tensor:
+    """Return the tensors (2, N) of all ranks, concatenated in dimension 1."""
     if WORLD_SIZE == 1:
         return columns
     parts: list[Any] = [None] * WORLD_SIZE
-    dist.all_gather_object(parts, columns, group=Ranks.control)
+    dist.all_gather_object(parts, columns, group=Group.control)
     return torch.cat(parts, 1)
 
 
+def log(line: str | None) -> None:
+    """Print a line on stdout, on rank 0 only; None: nothing."""
+    if IS_MAIN and line:
+        print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """Print a warning on stderr, on rank 0 only."""
+    if IS_MAIN:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+class Exchanging(DistributedDataParallel):
+    """DistributedDataParallel that names a parameter without a gradient, for which it would wait in vain."""
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        try:
+            return super().forward(*inputs, **options)
+        except RuntimeError as error:
+            found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            if not found:
+                raise
+            names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+            unused = ", ".join(names[int(index)] for index in found[1].split()[:3])
+            raise UserError(f"the model does not use its parameter {unused}, as several processes need: remove it, or "
+                            "set its requires_grad to False") from error  # fmt: skip
+
+
+def exchange_gradients(net: Any, device: torch.device) -> Any:
+    """Wrap the network so that the processes exchange gradients, if there are several."""
+    if WORLD_SIZE == 1:
+        return net
+    ids = [device.index] if device.type == "cuda" else None
+    return Exchanging(net, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def gradient_sync(net: nn.Module, last_pass: bool) -> AbstractContextManager[None]:
+    """Return the context of a pass: DDP exchanges gradients in the last one of a step."""
+    return nullcontext() if last_pass or not isinstance(net, DistributedDataParallel) else net.no_sync()
+
+
+def average_batch_norm(*models: nn.Module) -> None:
+    """Average the ranks' batch-norm statistics, so that all evaluate the same model."""
+    if WORLD_SIZE > 1:
+        for model in models:
+            distribute_bn(model, WORLD_SIZE, reduce=True)
+
+
+# ---- the machine --------------------------------------------------------------------------------------------------
+
+
 def check_shared_memory(needed: int) -> None:
-    """Raise if /dev/shm, through which workers hand over their batches, is too small: 64 MiB in a container."""
+    """Raise if /dev/shm is too small for the batches of the data loading processes: a container has 64 MiB."""
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else needed
     if free < needed:
@@ -241,11 +302,31 @@ def check_shared_memory(needed: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
+    """Return the device that --device names, and make it the current one; UserError if it is not there."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; leave it out to train on the CPU")
+        raise UserError("--device cuda, but torch finds no CUDA device; leave the flag out to train on the CPU")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if torch.cuda.device_count() <= LOCAL_RANK:
         raise UserError(f"{torch.cuda.device_count()} GPUs, but local rank {LOCAL_RANK}: lower --nproc-per-node")
     torch.cuda.set_device(LOCAL_RANK)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
     return torch.device("cuda", LOCAL_RANK)
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """Return the autocast dtype that --amp names, None for full precision."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory so far in MiB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak >> (20 if sys.platform == "darwin" else 10)

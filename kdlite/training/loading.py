@@ -1,7 +1,7 @@
-"""How images reach a process that trains or evaluates: from workers, or kept in the device's memory. Needs torch.
+"""Load images: batches from data loading processes, or kept in the device's memory; then onto the device and mixed.
 
-Every sample's augmentation has a seed of its own: what a run sees depends on its seed and its epoch, neither on the
-workers nor on where a resume began.
+Each sample's augmentation has a seed of its own: the images of a run depend on its seed and epoch, and neither on the
+number of workers nor on the step that a resume starts from.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -27,20 +29,59 @@ from deploy.cli import ProgressBar, UserError
 from deploy.config import Metadata
 from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
 from kdlite.training.data import Digits
-from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE
+from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, start_fork_server
+
+Corrupt = tuple[str, str]  # the name of an image that cannot be read, and the reason
+Transform = Callable[[Image.Image], Tensor]
+
+# ---- from an opened image to a tensor -----------------------------------------------------------------------------
 
 
 def eval_view(image: Image.Image, metadata: Metadata) -> Tensor:
-    """Opened PIL image -> uint8 (C, H, W) as a student's config.json says; normalisation comes after, on the device."""
+    """Return an opened image as uint8 (C, H, W), prepared as a student's config.json says; not normalised."""
     return torch.from_numpy(prepare(image, metadata).copy()).permute(2, 0, 1)
 
 
+@dataclass(frozen=True)
+class View:
+    """The random crop and flip of a training image. Whole batches are erased and mixed later, on the device."""
+
+    input_size: Sequence[int]  # (channels, H, W)
+    crop: str  # resized, pad or none
+    hflip: float  # probability
+    interpolation: str
+    randaugment: Sequence[int] | None = None  # operations and magnitude
+
+    def transform(self) -> v2.Transform:
+        """Return the transform: opened image -> augmented uint8 (C, H, W)."""
+        mode = v2.InterpolationMode(self.interpolation)
+        channels, *size = self.input_size
+        height, width = size
+        if self.crop == "resized":
+            steps: list[Any] = [RandomResizedCrop(size, interpolation=mode)]
+        else:
+            steps = [functools.partial(to_rgb, needed=(width, height)), v2.Resize(size, interpolation=mode)]
+        if self.crop == "pad":
+            steps += [v2.RandomCrop(size, padding=(width // 8, height // 8))]
+        if self.hflip:
+            steps += [v2.RandomHorizontalFlip(self.hflip)]
+        if self.randaugment and self.randaugment[0]:
+            steps += [v2.RandAugment(*self.randaugment, interpolation=mode)]
+        return v2.Compose([*steps, *[v2.Grayscale()] * (channels == 1), v2.PILToTensor()])
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings that decide the crop of an image; its size only if the crop depends on it."""
+        size = list(self.input_size) if self.crop == "pad" else list(self.input_size[:1])
+        return {"crop": self.crop, "hflip": self.hflip, "randaugment": self.randaugment or [0, 0],
+                "interpolation": self.interpolation, "size": size}  # fmt: skip
+
+
 class RandomResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, of an image that is not decoded yet: of a large JPEG no more is decoded than the crop needs."""
+    """torchvision's, for an image that is not decoded yet: a large JPEG is decoded only as finely as the crop needs."""
 
     def forward(self, image: Image.Image) -> Image.Image:
         whole_width, whole_height = upright_size(image)
-        upright = torch.empty(1, whole_height, whole_width, device="meta")  # the file may lie on its side
+        upright = torch.empty(1, whole_height, whole_width, device="meta")  # EXIF may turn the file by 90 degrees
         top, left, height, width = self.make_params([upright]).values()
         image = to_rgb(image, (self.size[1] * whole_width / width, self.size[0] * whole_height / height))
         if image.size == (whole_width, whole_height):
@@ -50,53 +91,28 @@ class RandomResizedCrop(v2.RandomResizedCrop):
         return image.resize((self.size[1], self.size[0]), RESAMPLING[self.interpolation.value], box)
 
 
-def train_view(
-    input_size: Sequence[int], crop: str, hflip: float, interpolation: str, randaugment: Any = None
-) -> v2.Transform:
-    """Opened PIL image -> augmented uint8 (C, H, W). What can be done to whole batches is done on the device."""
-    mode = v2.InterpolationMode(interpolation)
-    channels, height, width = input_size
-    if crop == "resized":
-        steps: list[Any] = [RandomResizedCrop((height, width), interpolation=mode)]
-    else:
-        steps = [functools.partial(to_rgb, needed=(width, height)), v2.Resize((height, width), interpolation=mode)]
-    if crop == "pad":
-        steps += [v2.RandomCrop((height, width), padding=(width // 8, height // 8))]
-    if hflip:
-        steps += [v2.RandomHorizontalFlip(hflip)]
-    if randaugment and randaugment[0]:
-        steps += [v2.RandAugment(*randaugment, interpolation=mode)]
-    return v2.Compose([*steps, *[v2.Grayscale()] * (channels == 1), v2.PILToTensor()])
-
-
-def describe_view(
-    input_size: Sequence[int], crop: str, hflip: float, interpolation: str, randaugment: Any = None
-) -> dict[str, Any]:
-    """What decides which view of an image train_view draws: not its size, unless the size decides what is cropped."""
-    size = list(input_size) if crop == "pad" else input_size[:1]
-    return {"crop": crop, "hflip": hflip, "randaugment": randaugment or [0, 0], "interpolation": interpolation,
-            "size": list(size)}  # fmt: skip
-
-
-Corrupt = tuple[str, str]  # the name of an image that cannot be read, and why
+# ---- samples and batches ------------------------------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
-    image: Tensor | None  # uint8 (C, H, W); None where it cannot be read
+    image: Tensor | None  # uint8 (C, H, W); None if it cannot be read
     label: int
     corrupt: Corrupt | None
-    beside: tuple[Tensor, ...] = ()  # what a teacher's stored labels say of it
+    teacher: tuple[Tensor, ...] = ()  # a teacher's stored labels
+
+
+class Batch(NamedTuple):
+    images: Any  # uint8 (B, C, H, W), later normalised float; None if no image of the batch could be read
+    labels: Any  # class indices (B,), later perhaps class probabilities (B, classes)
+    corrupt: list[Corrupt]
+    teacher: tuple[Tensor, ...] = ()  # a teacher's stored labels
 
 
 class Samples(Dataset):
-    """(epoch, index) -> Sample.
+    """(epoch, index) -> Sample. With stored labels (teacher_labels.py) their seed and their views are used."""
 
-    Each sample's augmentation has a seed of its own, so it depends neither on the worker nor on the rank, and a resumed
-    run sees the same images. With stored labels (teacher_labels.py) the seed and the views are theirs, again and again.
-    """
-
-    def __init__(self, source: Any, view: Callable[[Image.Image], Tensor], seed: int = 0, stored: Any = None) -> None:
-        self.source, self.view, self.stored = source, view, stored
+    def __init__(self, source: Any, transform: Transform, seed: int = 0, stored: Any = None) -> None:
+        self.source, self.transform, self.stored = source, transform, stored
         self.seed = stored.seed if stored else seed
 
     def __len__(self) -> int:
@@ -109,7 +125,7 @@ class Samples(Dataset):
         torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * len(self) + index) % 2**63)
         try:
             image, label = self.source[index]
-            return Sample(self.view(image), label, None, self.stored(epoch, index) if self.stored else ())
+            return Sample(self.transform(image), label, None, self.stored(epoch, index) if self.stored else ())
         except UnreadableImage as error:
             samples = getattr(self.source, "samples", None)
             return Sample(None, -1, (str(samples[index][0]) if samples else f"sample {index}", str(error)))
@@ -118,9 +134,9 @@ class Samples(Dataset):
 
 
 class EpochSampler(DistributedSampler):
-    """DistributedSampler that hands the epoch on with each index, for the seed of the sample's augmentation."""
+    """DistributedSampler that returns (epoch, index), because the seed of an augmentation depends on both."""
 
-    start = 0  # samples of this rank that a resumed epoch has had
+    start = 0  # samples of this rank before the step that a resume starts from
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         super().set_epoch(epoch)
@@ -130,81 +146,90 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in itertools.islice(super().__iter__(), self.start, None))
 
 
-class Batch(NamedTuple):
-    images: Tensor | None  # uint8 (B, C, H, W); None when not one of the batch could be read
-    labels: Tensor | None
-    corrupt: list[Corrupt]
-    beside: tuple[Tensor, ...] = ()
-
-
 def collate(samples: list[Sample]) -> Batch:
     corrupt = [sample.corrupt for sample in samples if sample.corrupt]
     whole = [sample for sample in samples if sample.image is not None]
     if not whole:
         return Batch(None, None, corrupt)
-    beside = tuple(torch.stack(values) for values in zip(*(sample.beside for sample in whole)))
+    teacher = tuple(torch.stack(values) for values in zip(*(sample.teacher for sample in whole)))
     images = torch.stack([sample.image for sample in whole if sample.image is not None])
-    return Batch(images, torch.tensor([sample.label for sample in whole]), corrupt, beside)
+    return Batch(images, torch.tensor([sample.label for sample in whole]), corrupt, teacher)
 
 
-def make_loader(
-    source: Any, view: Callable[[Image.Image], Tensor], batch_size: int, train: bool, seed: int = 0,
-    workers: int | None = None, pin_memory: bool = False, indices: Sequence[int] | None = None, stored: Any = None,
-) -> DataLoader:  # fmt: skip
-    """Training: each rank a part of the shuffle, whole batches only. Evaluation: each sample on exactly one rank.
+def train_loader(
+    source: Any, transform: Transform, batch_size: int, seed: int, workers: int | None, pin_memory: bool, stored: Any
+) -> DataLoader:
+    """Return whole batches of this rank's part of the shuffle.
 
-    indices: evaluate on these alone
-    stored: a teacher's labels, of Samples
+    stored: a teacher's labels (teacher_labels.StoredLabels), or None
     """
-    dataset = Samples(source, view, seed, stored)
-    sampler: Any = [(0, index) for index in (indices or range(len(dataset)))[RANK::WORLD_SIZE]]
-    if train:
-        sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=seed, drop_last=True)
-    return data_loader(dataset, sampler, batch_size, workers, pin_memory, drop_last=train)
+    dataset = Samples(source, transform, seed, stored)
+    sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=seed, drop_last=True)
+    return data_loader(dataset, sampler, batch_size, workers, pin_memory, drop_last=True)
+
+
+def eval_loader(
+    source: Any, transform: Transform, batch_size: int, workers: int | None, pin_memory: bool = False,
+    indices: Sequence[int] | None = None,
+) -> DataLoader:  # fmt: skip
+    """Return batches of all samples, or of `indices`; each sample is on exactly one rank."""
+    dataset = Samples(source, transform)
+    sampler = [(0, index) for index in (indices or range(len(dataset)))[RANK::WORLD_SIZE]]
+    return data_loader(dataset, sampler, batch_size, workers, pin_memory)
 
 
 def data_loader(
     dataset: Samples, sampler: Any, batch_size: int, workers: int | None, pin_memory: bool, drop_last: bool = False
 ) -> DataLoader:
-    """Batches of what the sampler names; where ``workers`` is None, by as many processes as this one has cores."""
+    """Return batches of the sampler's samples. workers: processes; None: as many as this process has cores."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         own = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = 0 if isinstance(dataset.source, Digits) else own
-    context = None
-    if workers:  # processes that come from a clean one: forks of this one may hang on the locks its threads held
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["timm", "torchvision"])
     return DataLoader(
         dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=drop_last,
-        pin_memory=pin_memory, persistent_workers=workers > 0, multiprocessing_context=context,
-        worker_init_fn=end_with_the_training_process,
+        pin_memory=pin_memory, persistent_workers=workers > 0,
+        multiprocessing_context=start_fork_server() if workers else None, worker_init_fn=start_worker,
         generator=torch.Generator(),  # else starting workers would draw from the state that --resume restores
     )  # fmt: skip
 
 
-def end_with_the_training_process(_worker: int) -> None:
-    """Workers watch their parent, here the fork server, which waits for them: without this a killed run's stay."""
+def start_worker(_worker: int) -> None:
+    """Ignore signals to the whole job, and end with the training process.
 
-    def wait() -> None:
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]
-        os._exit(1)
+    A worker's parent is the fork server, which waits for its children: without this thread they would outlive a run
+    that was killed.
+    """
+    import signal
 
-    threading.Thread(target=wait, daemon=True).start()
+    for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)  # torch has set a handler of its own
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def wait_for_parent() -> None:
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os._exit(1)
 
 
 class DeviceLoader:
-    """Batches of images that were decoded once and are kept in the device's memory (--cache device).
+    """Batches of images that are decoded once and kept in the device's memory (--cache device).
 
     Each process has its share of the data set, every WORLD_SIZE-th image. In training the share is shuffled, and each
-    image cropped and flipped by itself; what is drawn depends on seed, epoch and rank alone, so that a resume agrees.
+    image is cropped and flipped on its own. The draws depend only on seed, epoch and rank, so a resume repeats them.
+
+    Args:
+        decoded: a loader of the images, neither cropped nor flipped
+        batch_size: images of a batch
+        device: where they are kept
+        view: the crop and flip of training images; None: evaluation, in order
+        seed: of shuffle, crop and flip
     """
 
     def __init__(
-        self, decoded: DataLoader, batch_size: int, device: torch.device, train: bool, seed: int = 0,
-        crop: str = "none", hflip: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.batch_size, self.train, self.seed, self.crop, self.hflip = batch_size, train, seed, crop, hflip
+        self, decoded: DataLoader, batch_size: int, device: torch.device, view: View | None = None, seed: int = 0
+    ) -> None:
+        self.batch_size, self.view, self.seed = batch_size, view, seed
         batches = list(image_progress(decoded, "decode"))
         self.corrupt = [unreadable for batch in batches for unreadable in batch.corrupt]
         whole = [batch for batch in batches if batch.images is not None]
@@ -215,7 +240,7 @@ class DeviceLoader:
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        return self.share // self.batch_size if self.train else math.ceil(self.count / self.batch_size)
+        return self.share // self.batch_size if self.view else math.ceil(self.count / self.batch_size)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         self.epoch, self.start = epoch, start
@@ -224,20 +249,20 @@ class DeviceLoader:
         device, seed = self.images.device, (self.seed * 1_000_003 + self.epoch) * WORLD_SIZE + RANK
         generator = torch.Generator(device).manual_seed(seed)
         order = torch.arange(self.count, device=device)
-        if self.train:  # every rank needs as many batches: for unreadable images others come twice
+        if self.view:  # every rank needs the same number of batches: for unreadable images others come twice
             shuffled = torch.randperm(self.count, generator=generator, device=device)
             order = shuffled[torch.arange(len(self) * self.batch_size, device=device) % self.count]
         batches = order.split(self.batch_size)
         for i in range(self.start // self.batch_size, len(batches)):
-            picked = batches[i]
-            images = self.images[picked]
+            images = self.images[batches[i]]
             generator.manual_seed((seed * 1_000_003 + i + 1) % 2**63)
-            images = crop_and_flip(images, self.crop, self.hflip, generator) if self.train else images
-            yield Batch(images, self.labels[picked], self.corrupt)
+            if self.view:
+                images = crop_and_flip(images, self.view.crop, self.view.hflip, generator)
+            yield Batch(images, self.labels[batches[i]], self.corrupt)
 
 
 def crop_and_flip(images: Tensor, crop: str, hflip: float, generator: torch.Generator) -> Tensor:
-    """--crop pad or none and --hflip of a uint8 (B, C, H, W) batch on its device, drawn for each image by itself."""
+    """Crop (pad or none) and flip each image of a uint8 (B, C, H, W) batch on its device."""
     n, _, height, width = images.shape
     draws = (torch.rand(n, 1, generator=generator, device=images.device) for _ in range(3))
     flip = next(draws) < hflip
@@ -251,27 +276,82 @@ def crop_and_flip(images: Tensor, crop: str, hflip: float, generator: torch.Gene
     return images[sample, :, row.unsqueeze(2), column.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
+# ---- on the device ------------------------------------------------------------------------------------------------
+
+
+class ToDevice:
+    """A batch of uint8 (B, C, H, W) on the host -> the same on the device, its images normalised."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.device = device
+        self.mean, self.std = (255 * torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
+
+    def __call__(self, batch: Batch) -> Batch:
+        assert batch.images is not None
+        images = self.normalise(batch.images)
+        labels, *teacher = (x.to(self.device, non_blocking=True) for x in (batch.labels, *batch.teacher))
+        return batch._replace(images=images, labels=labels, teacher=tuple(teacher))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return (images.float() - self.mean) / self.std
+
+    def undo(self, images: Tensor) -> Any:
+        """Return normalised (B, C, H, W) images as a uint8 array (B, H, W, C)."""
+        pixels = (images * self.std + self.mean).round().clamp(0, 255)
+        return pixels.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+class Augment:
+    """Augment a normalised batch on the device: random erasing, then mixup or cutmix, which make the labels soft."""
+
+    def __init__(
+        self, random_erasing: float, mixup: float, cutmix: float, num_classes: int, device: torch.device
+    ) -> None:
+        self.erase = RandomErasing(random_erasing, mode="pixel", device=device) if random_erasing else None
+        mixers = [mixer(alpha=a, num_classes=num_classes) for mixer, a in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if a]
+        self.mix = v2.RandomChoice(mixers) if mixers else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        images, labels = self.erase(batch.images) if self.erase else batch.images, batch.labels
+        if self.mix:
+            images, labels = self.mix(images, labels)
+        return batch._replace(images=images, labels=labels)
+
+
+# ---- images that cannot be read, and progress ---------------------------------------------------------------------
+
+
 class CorruptCount:
-    """Names each image that could not be read once, and stops the run when they are more than one in a hundred."""
+    """Print each image that cannot be read once; raise if they are more than 1 % of a part of the data."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.seen = what, total, set[str]()
+    def __init__(self, part: str, total: int) -> None:
+        self.part, self.total, self.seen = part, total, set[str]()
 
-    def add(self, corrupt: list[Corrupt]) -> None:
-        for name, reason in corrupt:
+    def report(self, batch: Batch) -> None:
+        for name, reason in batch.corrupt:
             if name in self.seen:
                 continue
             self.seen.add(name)
             count = len(self.seen)
-            print(f"skipped a corrupt image ({count} so far in {self.what}): {name}: {reason}", file=sys.stderr)
+            print(f"skipped a corrupt image ({count} so far in {self.part}): {name}: {reason}", file=sys.stderr)
             if count > max(1, 0.01 * self.total):
-                share = f"{count} of {self.total} {self.what} images cannot be read, more than 1 %"
+                share = f"{count} of {self.total} {self.part} images cannot be read, more than 1 %"
                 raise UserError(f"{share}: mend or remove them; the last one is {name}")
 
 
-def image_progress(loader: Any, what: str, total: int | None = None, each: int = 0, first: int = 0) -> ProgressBar:
-    """How far the first process is, in images of all processes; each: of its batch, where the loader does not say."""
+def image_progress(loader: Any, label: str, total: int | None = None, each: int = 0, first: int = 0) -> ProgressBar:
+    """Return the loader with a progress bar of rank 0, in images of all processes. each: images of a batch here."""
     each = WORLD_SIZE * (each or getattr(loader, "batch_size", None) or 1)
     if total is None and hasattr(loader, "sampler"):
         total = WORLD_SIZE * len(loader.sampler)
-    return ProgressBar(loader, what, total, each, first, "images", IS_MAIN)
+    return ProgressBar(loader, label, total, each, first, "images", IS_MAIN)
+
+
+def epoch_batches(batches: Any, epoch: int, first: int, last: int) -> ProgressBar:
+    """Return the batches `first` to `last` of an epoch, with a progress bar."""
+    sampler = getattr(batches, "sampler", batches)
+    sampler.set_epoch(epoch, first * batches.batch_size)
+    each = batches.batch_size
+    chosen = itertools.islice(batches, last - first)
+    return image_progress(chosen, f"epoch {epoch + 1}", last * each * WORLD_SIZE, each, first)

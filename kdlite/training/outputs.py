@@ -1,34 +1,264 @@
-"""What a person looks at before reading: the confusions of classes, and a batch as the network sees it. By matplotlib,
-which is imported when a picture is drawn."""
+"""Write what a run leaves for people and for deploy/: student, model card, metrics, curves, pictures, log.txt."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
+import functools
 import io
 import json
 import math
-import resource
+import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
+import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from deploy.cli import write_whole
-from deploy.per_class import save, shortened
+from deploy.cli import use_backslashreplace, write_whole
+from deploy.config import Metadata
+from deploy.flags import is_code
+from deploy.per_class import save, shortened, write_per_class
+from deploy.reference import keep_reference
+from deploy.run_directory import claim, describe, locked, open_in_run
+from kdlite import WithWeakHead
+from kdlite.training.checkpoint import Checkpoint, Progress
+from kdlite.training.data import SPLIT, Data, write_split
+from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_rank_zero, log, peak_memory
+
+# ---- the run directory --------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """The directory of a run: claimed, locked and filled by rank 0; every rank knows its path.
+
+    Args:
+        args: all flags
+        given: the flags that a resume takes over
+        data: the data set, whose split is stored
+        device: for args.json
+    """
+
+    def __init__(self, args: argparse.Namespace, given: dict[str, Any], data: Data, device: torch.device) -> None:
+        self.args, self.given, self.data, self.device = args, given, data, device
+        self.at_the_end = ExitStack()
+        self.board: Any = None
+
+    def __enter__(self) -> RunFolder:
+        self.path: Path = from_rank_zero(self.begin)
+        return self
+
+    def begin(self) -> Path:
+        """Make the directory, lock it, and write what is known before training."""
+        losses = [self.args.kd and self.args.kd.rpartition(":")[2], self.args.self_kd]
+        method = "-".join(filter(None, losses)) or "ce"
+        path = claim(self.args.output, self.args.model, method, self.args.resume)
+        self.at_the_end.enter_context(locked(path))
+        for partial in path.glob(".*.partial"):  # of a run that was killed while it saved
+            shutil.rmtree(partial, ignore_errors=True)
+        if self.data.split:
+            write_split(path / SPLIT, self.data.split)
+        log = self.at_the_end.enter_context(open_in_run(path / "log.txt", "a"))
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, Tee):
+                stream.log = log
+        cpu = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
+        write_whole(path / "args.json", describe(vars(self.args), self.given, name, WORLD_SIZE))
+        return path
+
+    def open_board(self, first_epoch: int | None) -> None:
+        """Open TensorBoard's file. first_epoch: drop the rows of a killed run from this one on."""
+        if IS_MAIN:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.path), purge_step=first_epoch)
+            self.at_the_end.callback(self.board.close)
+
+    def report_epoch(self, row: dict[str, Any], epochs: int) -> None:
+        """Print the row of an epoch, and add it to TensorBoard."""
+        if IS_MAIN:
+            print(epoch_line(row, epochs), flush=True)
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["epoch"])
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> Callable[[], None]:
+        """Return a function that writes metrics.csv; the thread that saves calls it."""
+        return functools.partial(write_metrics, self.path / "metrics.csv", list(rows))
+
+    def show_batch(self, images: np.ndarray, labels: torch.Tensor) -> None:
+        """Write batch.png: the first images as the network gets them, uint8 (N, H, W, C)."""
+        if IS_MAIN:
+            batch_picture(self.path / "batch.png", images, labels.cpu().numpy(), self.data.label_names)
+
+    def finish(self, progress: Progress) -> None:
+        """Write what describes the whole run: curves, the best epoch by class, and reference.npz."""
+        if not IS_MAIN or not progress.rows:
+            return
+        plot_curves(self.path / "curves.png", progress.rows)
+        if progress.answers is not None:
+            labels, predictions = progress.answers.numpy()
+            print(*write_per_class(self.path, labels, predictions, self.data.label_names), sep="\n")
+        if self.args.reference:
+            own = [self.args.model] if is_code(self.args.model) else self.args.model_file
+            print(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own), flush=True)
+
+    def __exit__(self, *error: Any) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, Tee) and not isinstance(error[1], Exception):
+                stream.log = None
+        if not isinstance(error[1], Exception):
+            self.at_the_end.close()
+        else:
+            self.at_the_end.pop_all()  # the error's line still goes to log.txt; the process ends after it
+
+
+class Tee:
+    """A stream that goes on when its terminal or pipe has closed, and that copies lines to log.txt."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.log: Any = None
+
+    def write(self, text: str) -> int:
+        if self.log and "\r" not in text:  # which a progress bar prints
+            with contextlib.suppress(OSError, ValueError):
+                self.log.write(text)
+        self.forward(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.log:
+            with contextlib.suppress(OSError, ValueError):
+                self.log.flush()
+        self.forward(self.stream.flush)
+
+    def forward(self, method: Callable[..., Any], *values: Any) -> None:
+        try:
+            method(*values)
+        except (OSError, ValueError):  # ValueError: the stream was closed
+            with contextlib.suppress(Exception):  # else the interpreter fails when it flushes at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def tee() -> Iterator[None]:
+    """Replace stdout and stderr by Tees."""
+    use_backslashreplace()
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Tee(sys.stdout), Tee(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        log = sys.stdout.log  # type: ignore[attr-defined]
+        sys.stdout, sys.stderr = before
+        if log:
+            log.close()
+
+
+# ---- metrics ------------------------------------------------------------------------------------------------------
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the whole file each time: a resumed run drops the rows after its checkpoint, and no row is half-written."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))  # a resume may add some
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_whole(path, text.getvalue())
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """Return the line that is printed after an epoch."""
+    terms = {name[5:]: value for name, value in row.items() if name.startswith("loss_")}
+    each = f" ({', '.join(f'{name} {value:.3f}' for name, value in terms.items())})" if len(terms) > 1 else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}{each}  "
+        f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g}  "
+        f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s"
+        + (f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else "")
+    )
+
+
+def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write losses and accuracies over the epochs as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses = [name for name in rows[-1] if "loss" in name]
+    for axis, names, label in zip(figure.subplots(1, 2), (losses, ["val_top1", "val_top5"]), ("loss", "accuracy (%)")):
+        for name in names:
+            axis.plot([row["epoch"] for row in rows], [row.get(name, math.nan) for row in rows], label=name)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    save(path, figure)
+
+
+def describe_method(args: argparse.Namespace) -> str:
+    """Return the losses of a run in words."""
+    smoothing = f" with label smoothing {args.label_smoothing:g}" if args.label_smoothing else ""
+    kd = args.kd and args.kd.rpartition(":")[2]
+    return " + ".join(filter(None, [f"cross-entropy{smoothing}", kd, args.self_kd]))
+
+
+def report_start(
+    args: argparse.Namespace, data: Data, config: Metadata, net: nn.Module, stored: Any,
+    device: torch.device, amp: torch.dtype | None, folder: Path,
+) -> None:  # fmt: skip
+    student = net.model if isinstance(net, WithWeakHead) else net
+    millions = sum(p.numel() for p in student.parameters()) / 1e6
+    teacher = f" with {args.teacher or stored}" if args.teacher or stored else ""
+    tap = f" at {net.tap}" if isinstance(net, WithWeakHead) else ""
+    sizes = f"{len(data.train)} training and {len(data.val)} validation images"
+    machine = f"{WORLD_SIZE} x {device}, {str(amp or torch.float32).removeprefix('torch.')}"
+    log(f"{args.model} ({millions:.2f} M parameters), {config.training['method']}{teacher}{tap}; {sizes} of "
+        f"{config.num_classes} classes; {machine} -> {folder}")  # fmt: skip
+
+
+def report_resume(args: argparse.Namespace, resumed: Checkpoint | None, progress: Progress) -> None:
+    if resumed:
+        log(f"resuming from {resumed.file}, {progress}")
+        if progress.epoch >= args.epochs:
+            log(f"the run has had its {args.epochs} epochs: nothing is trained; a larger --epochs continues it")
+    elif args.resume:
+        log(f"no checkpoint in {args.output} yet: a new run starts")
+
+
+def report_stop(stop: StopRequest, progress: Progress, folder: Path) -> None:
+    name = stop.name or "a signal to another rank"
+    log(f"stopped by {name} {progress}: {folder}/last.pt is saved, --resume continues")
+
+
+def report_end(progress: Progress, folder: Path, started: float, device: torch.device) -> None:
+    if progress.rows:
+        log(f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {folder}/student; "
+            f"{time.monotonic() - started:.0f} s, {peak_memory(device)} MiB of memory at most")  # fmt: skip
+        log(f"next: python -m deploy.export {folder}")
+
+
+# ---- the first batch ----------------------------------------------------------------------------------------------
 
 
 def batch_picture(path: Path, images: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> None:
-    """A PNG of a batch's first 32 images with their labels.
+    """Write the first 32 images of a batch with their labels as a PNG.
 
     Args:
         path: the file
         images: uint8 (N, H, W, 3) or (N, H, W, 1)
-        labels: class indices (N,), or shares (N, C) where images are mixed: the two largest are told
+        labels: class indices (N,), or class probabilities (N, C), of which the two largest are shown
         label_names: of the C classes
     """
     from matplotlib.figure import Figure
@@ -36,9 +266,9 @@ def batch_picture(path: Path, images: np.ndarray, labels: np.ndarray, label_name
     count = min(len(images), 32)
     columns = min(count, 8)
     height, width = images.shape[1:3]
-    gap, line = max(1, width // 16), max(1, width // 8)  # between images; of a caption, which has up to two
+    gap, line = max(1, width // 16), max(1, width // 8)  # between images; of a caption, which has one or two
     step = height + gap + 2 * line, width + gap
-    # one picture and one axis: 32 axes take a second and a quarter
+    # one picture on one axis, because 32 axes take 1.25 seconds
     grid = np.full((math.ceil(count / columns) * step[0], columns * step[1], 3), 255, np.uint8)
     corners = [(i // columns * step[0] + 2 * line, i % columns * step[1]) for i in range(count)]
     for image, (top, left) in zip(images, corners):
@@ -54,7 +284,7 @@ def batch_picture(path: Path, images: np.ndarray, labels: np.ndarray, label_name
 
 
 def caption(label: Any, label_names: Sequence[str]) -> str:
-    """The name of a class, or of two with their shares in percent."""
+    """Return the name of a class, or of two with their probabilities in percent."""
     shares = np.asarray(label)
     if shares.ndim == 0:
         return shortened(label_names[int(shares)])
@@ -64,7 +294,39 @@ def caption(label: Any, label_names: Sequence[str]) -> str:
     return "\n".join(f"{shortened(label_names[i], 18)} {100 * shares[i]:.0f} %" for i in largest)
 
 
-# ---- the student, and its model card
+# ---- the student and its model card -------------------------------------------------------------------------------
+
+
+def save_student(folder: Path, model: nn.Module, config: Metadata, later: bool = False) -> Callable[[], None]:
+    """Write the plain student, without weak head and optimizer: the files that deploy/ needs and that people share.
+
+    later: copy the weights now, and write when the returned function is called
+    """
+    weights = safetensors_bytes({name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()})
+    content = {"format": 2} | config.to_json()
+    if config.library == "timm":
+        content |= {"pretrained_cfg": timm_config(config)}
+    write = functools.partial(write_student, folder, weights, content, model_card(config))
+    if not later:
+        write()
+    return write
+
+
+def write_student(folder: Path, weights: bytes, content: dict[str, Any], card: str) -> None:
+    write_whole(folder / "model.safetensors", weights)
+    write_whole(folder / "config.json", json.dumps(content, indent=2) + "\n")
+    file = folder / "README.md"
+    if not file.exists() or MARK in file.read_text(encoding="utf-8", errors="replace"):
+        write_whole(file, card)
+
+
+def timm_config(config: Metadata) -> dict[str, Any]:
+    """Return the part of config.json by which timm prepares images, and finds the first and the last layer."""
+    known = timm.get_pretrained_cfg(config.architecture).to_dict()
+    kept = {key: known[key] for key in ("first_conv", "classifier", "fixed_input_size", "pool_size") if key in known}
+    names = ("input_size", "num_classes", "mean", "std", "interpolation", "label_names")
+    return kept | {name: getattr(config, name) for name in names} | {"crop_pct": config.crop}
+
 
 MARK = "<!-- Written by kdlite at every save of the student, until this line is removed. -->"
 LOADING = {
@@ -86,118 +348,41 @@ load_model(model, "student/model.safetensors")
 model.eval()
 ```
 """,
-    "file": "The network is built by code that does not come with it: the function `{architecture}`.\n",
+    "file": "The network is built by code that is not in this folder: the function `{architecture}`.\n",
+    "changed": "Its first layers are not the library's own: `deploy.student.load_student` of kdlite loads it.\n",
 }
 
 
-def model_card(config: dict[str, Any]) -> str:
-    """Markdown under a metadata header in YAML, of a student's config.json."""
-    about, metrics = config.get("training", {}), config.get("metrics", {})
-    quoted = json.dumps  # a JSON string is a YAML string
-    library = config["library"] if config["library"] in ("timm", "torchvision") else "kdlite"
-    data, sizes = about.get("data", "unknown"), (about.get("train_images", "?"), about.get("val_images", "?"))
-    lines = [
+def model_card(config: Metadata) -> str:
+    """Return the README.md of a student/ folder: Markdown under the Hugging Face Hub's metadata header."""
+    about, metrics = config.training, config.metrics
+    library = config.library if config.library in ("timm", "torchvision") else "kdlite"
+    header = [
         "---", f"library_name: {library}", "pipeline_tag: image-classification", "license: other",
         "license_name: unknown", "tags:", "- image-classification", "- knowledge-distillation", "- kdlite", "---", MARK,
-        "", f"# {config['architecture']}, {config['num_classes']} classes", "",
+        "", f"# {config.architecture}, {config.num_classes} classes", "",
         f"Trained by kdlite: {about.get('method', 'method unknown')}.", "",
     ]  # fmt: skip
+    sizes = about.get("train_images", "?"), about.get("val_images", "?")
     facts = {
-        "data": "{}, {} training and {} validation images".format(data, *sizes),
-        "weights began as": about.get("began", "noise"),
+        "data": "{}, {} training and {} validation images".format(about.get("data", "unknown"), *sizes),
+        "weights at the start": about.get("began", "random"),
         "teacher": about.get("teacher"),
         "epochs": f"{metrics.get('epoch', '?')}, the best of {about.get('epochs', '?')}",
-        "input": "{} channels, {} x {} pixels".format(*config["input_size"])
-        + f", {config['interpolation']}, {100 * config['crop']:g} % of the resized side",
-        "mean and std of the normalisation": f"{config['mean']}, {config['std']}",
+        "input": "{} channels, {} x {} pixels".format(*config.input_size)
+        + f", {config.interpolation}, {100 * config.crop:g} % of the resized side",
+        "mean and std of the normalisation": f"{config.mean}, {config.std}",
     }
     if "val_top1" in metrics:
         facts["accuracy on the validation images"] = (
             f"top-1 {metrics['val_top1']:.2f} %, top-5 {metrics['val_top5']:.2f} % (n = {sizes[1]})"
         )
-    lines += [f"- {name}: {value}" for name, value in facts.items() if value]
+    lines = [*header, *(f"- {name}: {value}" for name, value in facts.items() if value)]
     lines += ["- licence of the weights: *to be filled in, here and in the header*"]
     lines += ["- licence of the data: *to be filled in*", "", "## Use", ""]
-    plain = not config["small_stem"] and not (library == "torchvision" and config["input_size"][0] != 3)
-    usable = config["library"] == "file" or plain
-    lines += [LOADING[config["library"]].replace("{architecture}", config["architecture"])] if usable else [
-        "Its first layers are not the library's own: `deploy.student.load_student` of kdlite loads it.\n"
-    ]  # fmt: skip
-    names = ", ".join(map(quoted, config["label_names"][:20]))
-    more = f" and {config['num_classes'] - 20} more, in config.json" if config["num_classes"] > 20 else ""
+    changed = config.small_stem or (library == "torchvision" and config.input_size[0] != 3)
+    kind = "changed" if changed and config.library != "file" else config.library
+    lines += [LOADING[kind].replace("{architecture}", config.architecture)]
+    names = ", ".join(map(json.dumps, config.label_names[:20]))
+    more = f" and {config.num_classes - 20} more, in config.json" if config.num_classes > 20 else ""
     return "\n".join([*lines, f"Classes, in the order of the logits: {names}{more}.", ""])
-
-
-def timm_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The block of config.json by which timm makes a model's images, and finds its first and last layers."""
-    known = timm.get_pretrained_cfg(config["architecture"]).to_dict()
-    kept = {key: known[key] for key in ("first_conv", "classifier", "fixed_input_size", "pool_size") if key in known}
-    ours = {key: config[key] for key in ("input_size", "num_classes", "mean", "std", "interpolation", "label_names")}
-    return kept | ours | {"crop_pct": config["crop"]}
-
-
-def save_student(folder: Path, model: nn.Module, config: dict[str, Any], later: bool = False) -> Callable[[], None]:
-    """Write what deploy/ needs and people share: the plain student, no weak head, no optimizer.
-
-    later: write when what is returned is called; the weights are copied now
-    """
-    values = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    weights = safetensors_bytes(values)
-    whole = {"format": 2} | config | ({"pretrained_cfg": timm_config(config)} if config["library"] == "timm" else {})
-
-    def write() -> None:
-        write_whole(folder / "model.safetensors", weights)
-        write_whole(folder / "config.json", json.dumps(whole, indent=2) + "\n")
-        card = folder / "README.md"
-        if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
-            write_whole(card, model_card(config))
-
-    if not later:
-        write()
-    return write
-
-
-# ---- metrics
-
-
-def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The whole file each time: a resumed run drops the rows after its checkpoint, and no row is half-written."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))  # a resume may add some
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_whole(path, text.getvalue())
-
-
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """What is printed of an epoch."""
-    terms = ", ".join(f"{name[5:]} {value:.3f}" for name, value in row.items() if name.startswith("loss_"))
-    return (
-        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f} ({terms})  "
-        f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g}  "
-        f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s"
-        + (f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else "")
-    )
-
-
-def resident_mib() -> int:
-    """The most memory that this process has had, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak >> (20 if sys.platform == "darwin" else 10)
-
-
-def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Losses and accuracies over the epochs, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses = [name for name in rows[-1] if "loss" in name]
-    for axis, names, label in zip(figure.subplots(1, 2), (losses, ["val_top1", "val_top5"]), ("loss", "accuracy (%)")):
-        for name in names:
-            axis.plot([row["epoch"] for row in rows], [row.get(name, math.nan) for row in rows], label=name)
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.legend()
-        axis.grid(alpha=0.3)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_whole(path, image.getvalue())

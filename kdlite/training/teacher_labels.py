@@ -1,23 +1,29 @@
-"""A teacher's answers, stored once and trained from many times: train.py --write-labels and --teacher-labels.
+"""Store a teacher's answers once, and train from them many times: train.py --kd nkd --teacher-labels FOLDER.
 
-A view is a training image as one epoch crops and flips it. What is drawn for it depends on a seed, the view's number
-and the image's alone, so that a student sees the images again that the teacher saw. A folder of labels holds
+    python -m kdlite.training.teacher_labels --data photos/ --teacher resnet50 --output labels/ --views 10
+    python train.py --data photos/ --kd nkd --teacher-labels labels/ --model mobilenet_v2
 
-    labels.json          what the answers are of: files, transform, seed, teacher, k, views
+A view is a training image as one epoch crops and flips it. Its draws depend only on a seed, the number of the view and
+the number of the image, so that a student gets the same crops as the teacher. A folder of labels holds
+
+    labels.json          what the answers belong to: files, transform, seed, teacher, k, views
     000-00000000.npy     view 0, from image 0 on, up to 16,384 rows: log T_t of the label, float32; the k largest of
-    000-00016384.npy     the other classes: log T_i, float16; which they are, uint16 or int32 (fields target, logprobs,
+    000-00016384.npy     the other classes: log T_i, float16; their indices, uint16 or int32 (fields target, logprobs,
                          indices). Then the CRC-32 of all that, 4 bytes, least significant first, which numpy ignores
 
-A log-probability of -inf is no class; a whole row of them is an image that could not be read, which is then left out,
-and counted, in training too. Needs torch; knows no model.
+A log-probability of -inf is padding. A row of them is an image that could not be read, which training skips too.
+The command takes train.py's flags for data, model and teacher: those of the training that follows.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
 import json
+import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,32 +35,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deploy.cli import UserError, write_whole
+from deploy.cli import UserError, number, run_command, write_whole
 from deploy.config import check_fields, is_count, read_json
+from deploy.flags import BY_RECIPE, RECIPES, Flag, Table, read_flags, settle_flags
 from deploy.preprocess import UnreadableImage
+from deploy.reference import evenly
 from deploy.run_directory import locked
-from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, Ranks, StopRequest, from_rank_zero
-from kdlite.training.loading import CorruptCount, Samples, data_loader, image_progress
+from kdlite import Teacher, top_k_logprobs
+from kdlite.training import distributed
+from kdlite.training.data import Data, open_run
+from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, Group, StopRequest, from_rank_zero, log
+from kdlite.training.loading import CorruptCount, Samples, ToDevice, Transform, View, data_loader, image_progress
+from kdlite.training.teacher_classes import warn_of_teacher
+from kdlite.training.weights import load_teacher, open_student
 
 HEADER = "labels.json"
-ROWS = 2**14  # of a file: what a writer that is stopped loses at most
+ROWS = 2**14  # of a file: a writer that is stopped loses at most these
+BATCH = 64  # images that the teacher is asked about at once
+SAMPLED = 1000  # files whose content the header's digest covers
 
-# What must agree where a student trains from labels, and what labels.json calls it.
+# The fields that must agree with a student's run, and their names in messages.
 OF_IMAGES = {"images": "number of training images", "files": "digest of their names and classes", "classes": "classes",
-             "view": "transform", "draws": "how a view is drawn from its seed"}  # fmt: skip
+             "view": "transform", "draws": "formula of a view's seed"}  # fmt: skip
 OF_TEACHER = {"teacher": "teacher", "seed": "seed of the views", "views": "number of views", "k": "k"}
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "images": (lambda x: is_count(x, 10**10), "a number from 1 on"),
+    "images": (lambda x: is_count(x, 10**10), "a number of at least 1"),
     "files": (lambda x: isinstance(x, str), "a digest"),
-    "classes": (lambda x: is_count(x, 2**31 - 1) and x > 1, "a number from 2 on"),
+    "classes": (lambda x: is_count(x, 2**31 - 1) and x > 1, "a number of at least 2"),
     "view": (lambda x: isinstance(x, dict), "a dictionary"),
     "draws": (lambda x: isinstance(x, str), "a formula"),
     "teacher": (lambda x: isinstance(x, dict) and {"name", "digest"} <= x.keys(), "a dictionary with name and digest"),
-    "seed": (lambda x: is_count(x) or x == 0, "a number from 0 on"),
+    "seed": (lambda x: is_count(x) or x == 0, "a number of at least 0"),
     "views": (lambda x: is_count(x, 10**5), "a number from 1 to 100,000"),
-    "k": (lambda x: is_count(x, 10**5), "a number from 1 on"),
+    "k": (lambda x: is_count(x, 10**5), "a number of at least 1"),
 }
 DRAWS = "((seed * 1000003 + view) * images + index) % 2**63, torch.manual_seed"
+Answers = tuple[Tensor, Tensor, Tensor]  # log T_t (B,), log T_i (B, k), indices (B, k)
+
+
+# ---- labels.json --------------------------------------------------------------------------------------------------
 
 
 def row_type(k: int, classes: int) -> np.dtype[Any]:
@@ -62,18 +81,27 @@ def row_type(k: int, classes: int) -> np.dtype[Any]:
     return np.dtype([("target", "<f4"), ("logprobs", "<f2", (k,)), ("indices", index, (k,))])
 
 
-def describe_images(source: Any, label_names: list[str], view: dict[str, Any]) -> dict[str, Any]:
-    """The fields of labels.json that the images and their transform give."""
-    names = source.files() if hasattr(source, "files") else map(str, range(len(source)))
+def describe_images(data: Data, view: View) -> dict[str, Any]:
+    """Return the fields of labels.json that belong to the training images and their transform."""
+    content = from_rank_zero(functools.partial(digest_of_content, data.train))
+    header = {"images": len(data.train), "files": data.digest(data.train), "classes": len(data.label_names)}
+    return header | {"content": content, "view": view.describe(), "draws": DRAWS}
+
+
+def digest_of_content(images: Any) -> str:
+    """Return a digest of the files' sizes, and of an even sample of their contents: a replaced file changes it."""
+    paths = [path for path, _ in getattr(images, "samples", [])]
     digest = hashlib.sha256()
-    for name, target in zip(names, source.targets):
-        digest.update(f"{name}\0{label_names[int(target)]}\n".encode())
-    return {"images": len(source), "files": digest.hexdigest(), "classes": len(label_names), "view": view,
-            "draws": DRAWS}  # fmt: skip
+    for path in paths:
+        digest.update(f"{os.stat(path).st_size}\n".encode())
+    for index in evenly(len(paths), SAMPLED):
+        if os.path.isfile(paths[index]):  # a pipe would block
+            digest.update(hashlib.sha256(Path(paths[index]).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def digest_of(model: nn.Module) -> str:
-    """Of the weights and buffers, whatever device they are on."""
+    """Return a digest of the weights and buffers, the same on every device."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -86,14 +114,18 @@ def read_header(folder: Path) -> dict[str, Any]:
     try:
         header = read_json(file.read_bytes(), file)
     except OSError as error:
-        reason = f"{error.strerror}: {HEADER}"
-        raise UserError(f"no teacher's labels in {folder}: {reason}; --write-labels makes them") from error
+        raise UserError(
+            f"no teacher's labels in {folder}: {error.strerror}: {HEADER}; python -m kdlite.training.teacher_labels "
+            "writes them"
+        ) from error
     check_fields(header, FIELDS, str(file))
     return header
 
 
 def compare(folder: Path, header: dict[str, Any], ours: dict[str, Any], fields: dict[str, str]) -> None:
-    """Raise at the first field that differs from what this run has."""
+    """Raise UserError at the first field that differs from this run's."""
+    if "content" in header and "images" in fields:  # labels of before 2026-11-28 have none
+        fields = {**fields, "content": "digest of the files' contents"}
     for name, words in fields.items():
         theirs, mine = header[name], ours[name]
         if isinstance(mine, dict) and isinstance(theirs, dict):
@@ -104,27 +136,80 @@ def compare(folder: Path, header: dict[str, Any], ours: dict[str, Any], fields: 
             raise UserError(f"the labels in {folder} are of another {words}: {theirs} there, {mine} here")
 
 
+# ---- files of rows ------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A file, and the images of its rows."""
+
+    view: int
+    start: int  # its first image
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.view:03}-{self.start:08}.npy"
+
+
+def parts(header: dict[str, Any]) -> Iterator[Part]:
+    for view in range(header["views"]):
+        for start in range(0, header["images"], ROWS):
+            yield Part(view, start, min(ROWS, header["images"] - start))
+
+
+def find_fault(file: Path, header: dict[str, Any], rows: int) -> str | None:
+    """Return the fault of a file of labels, None for none: it is damaged, or its values are not log-probabilities."""
+    try:
+        content = file.read_bytes()
+        array = np.load(io.BytesIO(content))
+        whole = array.dtype == row_type(header["k"], header["classes"]) and array.shape == (rows,)
+        if not whole or content[-4:] != checksum(content[:-4]):
+            return "not whole"
+    except Exception:  # numpy raises many kinds for a damaged file
+        return "missing or not whole"
+    return find_invalid(array["target"], array["logprobs"], array["indices"], header["classes"])
+
+
+def find_invalid(log_t: np.ndarray, top: np.ndarray, indices: np.ndarray, classes: int) -> str | None:
+    """Return the fault of answers, None for none: log-probabilities of distinct classes that sum to at most 1."""
+    log_t, top, indices = log_t.astype(np.float64), top.astype(np.float64), indices.astype(np.int64)
+    with np.errstate(over="ignore"):
+        total = np.exp(log_t) + np.exp(top).sum(1)
+    if not (total <= 1.01).all():
+        return f"probabilities of {classes} classes that sum to {total.max():.4g} in an image"
+    stored = top > -np.inf
+    if (stored & ((indices < 0) | (indices >= classes))).any():
+        return f"an index outside of {classes} classes"
+    distinct = np.sort(np.where(stored, indices, -1 - np.arange(indices.shape[1])), 1)
+    return "a class twice in an image" if (distinct[:, 1:] == distinct[:, :-1]).any() else None
+
+
+def checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
+
+
 class StoredLabels:
-    """(view, index) -> log T_t, log T_i (k,) and indices (k,), read from the files as they are asked for."""
+    """(view, index) -> log T_t, log T_i (k,) and indices (k,), read from the files when they are needed.
+
+    Args:
+        folder: of the labels
+        ours: describe_images of this run
+
+    Raises:
+        UserError: the labels are missing, damaged, or of other images or another transform
+    """
 
     def __init__(self, folder: Path, ours: dict[str, Any]) -> None:
-        """ours: what describe_images says of this run's images.
-
-        Raises:
-            UserError: no labels, of other images or another transform, or not all of them
-        """
         self.folder, self.header = folder, read_header(folder)
         compare(folder, self.header, ours, OF_IMAGES)
-        self.seed, self.views = self.header["seed"], self.header["views"]
-        self.dtype = row_type(self.header["k"], self.header["classes"])
-        self.files: dict[tuple[int, int], np.ndarray] = {}  # of the view that was asked for last
-        missing = from_rank_zero(
-            lambda: [p.name for p in parts(self.header) if not is_whole(folder / p.name, self.dtype, p.rows)]
-        )
-        if missing:
+        self.seed, self.views, self.k = (self.header[name] for name in ("seed", "views", "k"))
+        self.files: dict[tuple[int, int], np.ndarray] = {}  # of the view that was read last
+        faults = from_rank_zero(functools.partial(find_faults, folder, self.header))
+        if faults:
+            part, fault = faults[0]
             raise UserError(
-                f"{len(missing)} files of labels are missing or not whole in {folder}, the first is {missing[0]}: "
-                "the same --write-labels goes on"
+                f"{len(faults)} files of labels in {folder} are invalid, the first is {part.name}: {fault}; the same "
+                "kdlite.training.teacher_labels command writes missing and damaged ones again"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,7 +219,7 @@ class StoredLabels:
         start = index // ROWS * ROWS
         if (view, start) not in self.files:
             self.files = {key: file for key, file in self.files.items() if key[0] == view}
-            self.files[view, start] = np.load(self.folder / file_name(view, start), mmap_mode="r")
+            self.files[view, start] = np.load(self.folder / Part(view, start, ROWS).name, mmap_mode="r")
         row = self.files[view, start][index - start]
         if row["target"] == -np.inf and not np.isfinite(row["logprobs"]).any():
             raise UnreadableImage("it could not be read when its labels were written")
@@ -145,34 +230,21 @@ class StoredLabels:
         )
 
     def __str__(self) -> str:
-        k, views, teacher = (self.header[name] for name in ("k", "views", "teacher"))
-        return f"{teacher['name']} ({teacher['digest'][:8]}), top-{k} of {views} views drawn from seed {self.seed}"
+        teacher = self.header["teacher"]
+        views = f"{self.views} views drawn from seed {self.seed}"
+        return f"{teacher['name']} ({teacher['digest'][:8]}), top-{self.k} of {views}"
 
 
-def file_name(view: int, start: int) -> str:
-    return f"{view:03}-{start:08}.npy"
+def find_faults(folder: Path, header: dict[str, Any]) -> list[tuple[Part, str]]:
+    found = ((part, find_fault(folder / part.name, header, part.rows)) for part in parts(header))
+    return [(part, fault) for part, fault in found if fault]
 
 
-class Part(NamedTuple):
-    """A file, and what its rows are of."""
-
-    view: int
-    start: int  # its first image
-    rows: int
-
-    @property
-    def name(self) -> str:
-        return file_name(self.view, self.start)
-
-
-def parts(header: dict[str, Any]) -> Iterator[Part]:
-    for view in range(header["views"]):
-        for start in range(0, header["images"], ROWS):
-            yield Part(view, start, min(ROWS, header["images"] - start))
+# ---- writing ------------------------------------------------------------------------------------------------------
 
 
 class Keys:
-    """(view, index) of each row of some files: what a DataLoader samples."""
+    """The sampler of a DataLoader: (view, index) of each row of some files."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
@@ -184,22 +256,8 @@ class Keys:
         return ((part.view, part.start + i) for part in self.parts for i in range(part.rows))
 
 
-def is_whole(file: Path, dtype: np.dtype[Any], rows: int) -> bool:
-    """Whether these rows are there, as they were written."""
-    try:
-        content = file.read_bytes()
-        array = np.load(io.BytesIO(content))
-        return array.dtype == dtype and array.shape == (rows,) and content[-4:] == checksum(content[:-4])
-    except Exception:  # whatever numpy raises of a file that is damaged
-        return False
-
-
-def checksum(content: bytes) -> bytes:
-    return zlib.crc32(content).to_bytes(4, "little")
-
-
 class Position:
-    """In place of stored labels where they are written: which view and image a sample is."""
+    """Stands for stored labels while they are written: returns the view and the index of a sample."""
 
     def __init__(self, seed: int, views: int) -> None:
         self.seed, self.views = seed, views
@@ -208,95 +266,203 @@ class Position:
         return (torch.tensor([view, index]),)
 
 
-@contextmanager
-def begin_labels(folder: Path, header: dict[str, Any]) -> Iterator[None]:
-    """Make the folder and hold it, or raise where it has labels of something else, or another writer."""
-    with ExitStack() as at_the_end:
+class Writer:
+    """Fill the rows of this rank's files, and write each file when all its images have been seen."""
 
-        def begin() -> None:
-            check_fields(header, FIELDS, str(folder / HEADER))
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make {folder}: {error.strerror}") from error
-            at_the_end.enter_context(locked(folder))
-            if (folder / HEADER).exists():
-                compare(folder, read_header(folder), header, OF_IMAGES | OF_TEACHER)
-            else:
-                write_whole(folder / HEADER, json.dumps(header, indent=1))
+    def __init__(self, folder: Path, header: dict[str, Any], mine: Sequence[Part]) -> None:
+        self.folder, self.header, self.mine = folder, header, mine
+        self.dtype = row_type(header["k"], header["classes"])
+        self.ends = list(itertools.accumulate(part.rows for part in mine))
+        self.rows: dict[tuple[int, int], np.ndarray] = {}
+        self.seen = self.done = 0
 
-        from_rank_zero(begin)
-        yield
+    def add(self, positions: list[list[int]], answers: Answers) -> None:
+        """Store the answers about images at (view, index)."""
+        log_t, top, indices = (x.cpu().numpy() for x in answers)
+        if fault := find_invalid(log_t, top, indices, self.header["classes"]):
+            raise UserError(f"the teacher's answers are invalid: {fault}; for NaN the cause may be --amp: --amp off")
+        self.seen += len(positions)
+        for (view, index), *row in zip(positions, log_t, top, indices):
+            start = index // ROWS * ROWS
+            if (view, start) not in self.rows:
+                self.rows[view, start] = unread_rows(min(ROWS, self.header["images"] - start), self.dtype)
+            self.rows[view, start][index - start] = tuple(row)
 
-
-def write_labels(
-    folder: Path, header: dict[str, Any], source: Any, view: Callable[..., Tensor],
-    ask: Callable[[Tensor, Tensor], tuple[Tensor, ...]], batch_size: int, workers: int | None, pin_memory: bool,
-    images_per_s: float | None, stop: StopRequest,
-) -> bool:  # fmt: skip
-    """Ask the teacher about every view of every image, a share of the files each rank; False: a rank was asked to stop.
-
-    Files that are there and whole stay as they are: so a writer goes on that was stopped.
-
-    Args:
-        view: opened PIL image -> uint8 (C, H, W), with what is drawn for it
-        ask: (images uint8 (B, C, H, W), labels (B,)) -> log T_t (B,), log T_i (B, k), indices (B, k)
-        images_per_s: what the processes of this run were seen to do, for the time that is said
-    """
-    dtype = row_type(header["k"], header["classes"])
-    # asked of one process alone: the others may write already
-    todo = from_rank_zero(lambda: [p for p in parts(header) if not is_whole(folder / p.name, dtype, p.rows)])
-    rows, rows_in_all = sum(part.rows for part in todo), header["images"] * header["views"]
-    if IS_MAIN:
-        minutes = f", about {rows / images_per_s / 60:.0f} min" if images_per_s else ""
-        there = f", {rows_in_all - rows} there already" if rows < rows_in_all else ""
-        print(f"labels of {rows_in_all} views ({header['images']} images x {header['views']}){there}: "
-              f"{rows_in_all * dtype.itemsize / 1e6:.1f} MB{minutes}", flush=True)  # fmt: skip
-    mine = todo[RANK::WORLD_SIZE]
-    dataset = Samples(source, view, stored=Position(header["seed"], header["views"]))
-    corrupt, seen, done = CorruptCount("training", header["images"]), 0, 0
-    ends, files = list(itertools.accumulate(part.rows for part in mine)), dict[tuple[int, int], np.ndarray]()
-    loader = data_loader(dataset, Keys(mine), batch_size, workers, pin_memory)
-    for batch in image_progress(loader, "ask the teacher", rows):
-        corrupt.add(batch.corrupt)
-        seen += len(batch.corrupt)
-        if batch.images is not None:
-            positions: Any = batch.beside[0].tolist()
-            seen += len(positions)
-            answers = [x.cpu().numpy() for x in ask(batch.images, batch.labels)]
-            check_answers(answers[0], answers[1], answers[2], header["classes"])
-            for (number, index), *row in zip(positions, *answers):
-                start = index // ROWS * ROWS
-                if (number, start) not in files:
-                    files[number, start] = nothing_known(min(ROWS, header["images"] - start), dtype)
-                files[number, start][index - start] = tuple(row)
-        while done < len(ends) and seen >= ends[done]:
-            part = mine[done]
+    def write(self) -> None:
+        while self.done < len(self.ends) and self.seen >= self.ends[self.done]:
+            part = self.mine[self.done]
             content = io.BytesIO()
-            np.save(content, files.pop((part.view, part.start), nothing_known(part.rows, dtype)))
-            write_whole(folder / part.name, content.getvalue() + checksum(content.getvalue()))
-            done += 1
-        if stop.name:
-            break
-    whole = torch.tensor(done == len(ends), dtype=torch.int32)
-    if WORLD_SIZE > 1:  # one may have a file less than another, and waits for it
-        dist.all_reduce(whole, dist.ReduceOp.MIN, group=Ranks.control)
-    return bool(whole)
+            np.save(content, self.rows.pop((part.view, part.start), unread_rows(part.rows, self.dtype)))
+            write_whole(self.folder / part.name, content.getvalue() + checksum(content.getvalue()))
+            self.done += 1
 
 
-def check_answers(log_t: np.ndarray, top: np.ndarray, indices: np.ndarray, classes: int) -> None:
-    """Raise unless they are log-probabilities of classes; NaN is none."""
-    with np.errstate(over="ignore"):
-        together = np.exp(log_t.astype(np.float64)) + np.exp(top.astype(np.float64)).sum(1)
-    if not (together <= 1.01).all() or not ((indices >= 0) & (indices < classes)).all():
-        raise UserError(
-            f"the teacher's answers are no probabilities of {classes} classes, which sum to {together.max():.4g} in an "
-            "image: of NaN the cause may be --amp, which --amp off leaves out"
-        )
-
-
-def nothing_known(rows: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """Of images that cannot be read: no class has a probability."""
+def unread_rows(rows: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Return rows of images that cannot be read: no class has a probability."""
     file = np.zeros(rows, dtype)
     file["target"] = file["logprobs"] = -np.inf
     return file
+
+
+@contextmanager
+def lock_labels(folder: Path, header: dict[str, Any]) -> Iterator[None]:
+    """Create and lock the folder; raise UserError if it has labels of something else, or another writer."""
+    with ExitStack() as at_the_end:
+        from_rank_zero(functools.partial(begin_labels, folder, header, at_the_end))
+        yield
+
+
+def begin_labels(folder: Path, header: dict[str, Any], at_the_end: ExitStack) -> None:
+    check_fields(header, FIELDS, str(folder / HEADER))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}") from error
+    at_the_end.enter_context(locked(folder))
+    if (folder / HEADER).exists():
+        compare(folder, read_header(folder), header, OF_IMAGES | OF_TEACHER)
+    else:
+        write_whole(folder / HEADER, json.dumps(header, indent=1))
+
+
+def write_labels(
+    folder: Path, header: dict[str, Any], images: Any, transform: Transform, ask: Callable[[Tensor, Tensor], Answers],
+    workers: int | None, stop: StopRequest,
+) -> bool:  # fmt: skip
+    """Ask the teacher about every view of every image; the ranks share the files.
+
+    Whole files stay as they are, so that the same call continues after a stop.
+
+    Args:
+        folder, header: as lock_labels has made them
+        images: the training images
+        transform: View.transform()
+        ask: (images uint8 (B, C, H, W), labels (B,)) -> Answers
+        workers: data loading processes
+        stop: a signal that asks for a stop
+
+    Returns:
+        Whether all files are written; False: a rank was asked to stop
+    """
+    todo = from_rank_zero(lambda: [part for part, _ in find_faults(folder, header)])
+    rows, all_rows = sum(part.rows for part in todo), header["images"] * header["views"]
+    there = f", {all_rows - rows} there already" if rows < all_rows else ""
+    size = all_rows * row_type(header["k"], header["classes"]).itemsize / 1e6
+    log(f"labels of {all_rows} views ({header['images']} images x {header['views']}){there}: {size:.1f} MB")
+    writer = Writer(folder, header, todo[RANK::WORLD_SIZE])
+    dataset = Samples(images, transform, stored=Position(header["seed"], header["views"]))
+    corrupt, pin = CorruptCount("training", header["images"]), torch.cuda.is_available()
+    for batch in image_progress(data_loader(dataset, Keys(writer.mine), BATCH, workers, pin), "ask the teacher", rows):
+        corrupt.report(batch)
+        writer.seen += len(batch.corrupt)
+        if batch.images is not None:
+            writer.add(batch.teacher[0].tolist(), ask(batch.images, batch.labels))
+        writer.write()
+        if stop.name:
+            break
+    whole = torch.tensor(writer.done == len(writer.ends), dtype=torch.int32)
+    if WORLD_SIZE > 1:  # a rank may have fewer files than another, and waits for it
+        dist.all_reduce(whole, dist.ReduceOp.MIN, group=Group.control)
+    return bool(whole)
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+COUNT = number(int, 1)
+FLAGS: Table = {  # those with a name of train.py's mean the same
+    "labels": {
+        "output": Flag(None, "the folder of labels; the same command continues after a stop", required=True),
+        "views": Flag(10, "epochs of crops and flips that the teacher is asked about", type=COUNT),
+        "top_k": Flag(None, "classes to store of each answer (default: 10)", type=COUNT),
+        "seed": Flag(0, "seed of the views", type=number(int, 0, 2**32 - 1)),
+    },
+    "teacher": {
+        "teacher": Flag(None, "the teacher, as train.py takes it", path=True, required=True),
+        "teacher_classes": Flag(None, "file of lines CLASS,THE TEACHER'S NAME OR COLUMN", path=True),
+    },
+    "the training that follows": {
+        "data": Flag("digits", "digits, cifar10, cifar100 or a folder", path=True),
+        "val_split": Flag(None, "share of each class to validate on", type=number(float, 0, 1, above=True)),
+        "img_size": Flag(BY_RECIPE, "pixels a side, or height and width", type=COUNT, nargs="+"),
+        "in_chans": Flag(3, "channels that the student gets", type=int, choices=[1, 3]),
+        "crop": Flag(BY_RECIPE, "random crop", choices=["resized", "pad", "none"]),
+        "hflip": Flag(BY_RECIPE, "probability of a horizontal flip", type=number(float, 0, 1)),
+        "randaugment": Flag(None, "operations (0: off) and magnitude", type=number(int, 0, 30), nargs=2),
+        "model": Flag("mobilenet_v2", "the student: its weights may decide size and preprocessing", path=True),
+        "model_args": Flag([], "arguments of the student", nargs="+", metavar="KEY=VALUE"),
+        "model_file": Flag([], "file.py:build of a student/ folder's own model; runs that file", path=True, nargs="+"),
+        "pretrained": Flag(False, "as train.py's", path=True, nargs="?", const=True, metavar="FILE"),
+        "recipe": Flag(None, "as train.py's", choices=sorted(RECIPES)),
+    },
+    "machine": {
+        "workers": Flag(None, "data loading processes per process", type=number(int, 0)),
+        "device": Flag("auto", "where the teacher runs", choices=["auto", "cpu", "cuda"]),
+        "amp": Flag("auto", "mixed precision", choices=["auto", "bf16", "fp16", "off"]),
+    },
+}  # fmt: skip
+
+
+class Asker:
+    """Ask the teacher about a batch; after 2,000 images print how often it is right."""
+
+    def __init__(self, teacher: Teacher, to_device: ToDevice, amp: torch.dtype | None, k: int, classes: int) -> None:
+        self.teacher, self.to_device, self.amp, self.k, self.classes = teacher, to_device, amp, k, classes
+        self.seen: list[np.ndarray] = []
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, labels: Tensor) -> Answers:
+        images, labels = self.to_device.normalise(images), labels.to(self.to_device.device)
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+            logits = self.teacher(images)
+        if len(self.seen) * BATCH < 2000:
+            self.seen.append(torch.stack([labels, logits.argmax(1)]).cpu().numpy())
+            if len(self.seen) * BATCH >= 2000:
+                self.report()
+        return top_k_logprobs(logits, labels, self.k)
+
+    def report(self) -> None:
+        labels, predictions = np.concatenate(self.seen, 1)
+        log(f"the teacher is right on {100 * (labels == predictions).mean():.2f} % of the first {len(labels)} views")
+        if IS_MAIN:
+            warn_of_teacher(labels, predictions, self.classes)
+
+
+def run(argv: list[str] | None = None) -> None:
+    with distributed.reported_once():
+        typed = read_flags(FLAGS, argv, __doc__ or "", "teacher_labels")
+        settle_flags(FLAGS, typed)
+    with distributed.stop_signals() as stop, distributed.process_group(), distributed.reported_once():
+        args, _, data = open_run(FLAGS, typed)
+        classes = len(data.label_names)
+        k = min(10, classes - 1) if args.top_k is None else args.top_k
+        if k >= classes:
+            raise UserError(f"--top-k {k}: {classes} classes have {classes - 1} next to the label")
+        _, config, _ = open_student(  # only its preprocessing matters here
+            args.model, args.model_args, False, args.model_file, data.label_names, [args.in_chans, *args.img_size],
+            data.preprocessing(args.in_chans, args.interpolation, args.eval_crop), args.pretrained,
+        )  # fmt: skip
+        loaded = load_teacher(args.teacher, config, args.model_file, args.teacher_classes)
+        log(loaded.report)
+        device = distributed.pick_device(args.device)
+        teacher = loaded.wrap(config).to(device=device).to(memory_format=torch.channels_last)
+        view = View(config.input_size, args.crop, args.hflip, config.interpolation, args.randaugment)
+        source = {"name": os.path.basename(args.teacher), "digest": digest_of(teacher),
+                  "size": list(teacher.size or ()), "seen_at": list(config.input_size)}  # fmt: skip
+        header = describe_images(data, view) | {"teacher": source, "seed": args.seed, "views": args.views, "k": k}
+        ask = Asker(
+            teacher, ToDevice(config.mean, config.std, device), distributed.pick_amp(args.amp, device), k, classes
+        )
+        folder = Path(os.path.expanduser(args.output))
+        with lock_labels(folder, header):
+            whole = write_labels(folder, header, data.train, view.transform(), ask, args.workers, stop)
+        reason = stop.name or "a signal to another rank"
+        log(f"--kd nkd --teacher-labels {folder} trains from them" if whole else
+            f"stopped by {reason}: whole files in {folder} are kept, the same command continues")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("teacher_labels", functools.partial(run, argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -65,13 +65,11 @@ def test_the_worst_confusions_are_counted_and_in_order():
 @pytest.mark.slow
 def test_the_files_and_what_is_printed(tmp_path):
     lines = write_per_class(tmp_path, np.array([0, 0, 1]), np.array([1, 0, 1]), ["chat, café", "dog"])
-    assert lines == ["most often taken for another class:", "  chat, café taken for dog: 1 of 2"]
+    assert lines == ["worst confusions:", "  chat, café taken for dog: 1 of 2"]
     rows = list(csv.DictReader((tmp_path / "per_class.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["label"] for row in rows] == ["chat, café", "dog"]
     assert (tmp_path / "confusion.png").stat().st_size > 1000
-    assert write_per_class(tmp_path, np.array([1]), np.array([1]), ["cat", "dog"]) == [
-        "none of 1 images was taken for another class"
-    ]
+    assert write_per_class(tmp_path, np.array([1]), np.array([1]), ["cat", "dog"]) == ["all 1 are right"]
 
 
 def test_more_classes_than_can_be_drawn_are_said(tmp_path):

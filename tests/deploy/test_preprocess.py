@@ -4,6 +4,7 @@ import io
 import os
 
 import numpy as np
+import PIL
 import pytest
 import timm
 import torch
@@ -18,6 +19,7 @@ from deploy.preprocess import ImageTooLarge, UnreadableImage, endings, open_imag
 from kdlite.training import loading
 
 PHOTOS = load_sample_images().images
+PILLOW = int(PIL.__version__.partition(".")[0])
 NORMALISATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -35,8 +37,12 @@ def torchvisions(image, config):
     """Resize and CenterCrop of an RGB image, as torchvision's and timm's evaluation transforms put them together."""
     height, width = config.input_size[1:]
     sides = [int(side / config.crop) for side in (height, width)]
-    resize = v2.Resize(sides[0] if height == width else sides, InterpolationMode(config.interpolation))
-    return np.asarray(v2.Compose([v2.RGB(), resize, v2.CenterCrop((height, width))])(image))
+    how = InterpolationMode(config.interpolation)
+    resizes = [v2.Resize(sides[0] if height == width else sides, how)]
+    if PILLOW >= 13:  # which resizes the height first if that is faster; 10 to 12 resize the width first
+        wide, high = resizes[0](image).size
+        resizes = [v2.Resize((image.height, wide), how), v2.Resize((high, wide), how)]
+    return np.asarray(v2.Compose([v2.RGB(), *resizes, v2.CenterCrop((height, width))])(image))
 
 
 @pytest.mark.slow
@@ -123,7 +129,7 @@ def test_a_large_jpeg_is_decoded_at_no_less_than_four_times_what_is_asked(large,
     monkeypatch.setattr(Image.Image, "resize", spy)
     ours = prepare(open_image(large), config(side, side))
     monkeypatch.undo()
-    ((width, height),) = sizes
+    (width, height), _ = sizes  # of the two passes
     assert min(width, height) >= 4 * side or (width, height) == (4000, 3000)
     assert (width < 4000) == (side <= 3000 // 8)
     expected = torchvisions(Image.open(io.BytesIO(large)), config(side, side))
@@ -228,9 +234,12 @@ def test_deep_greys_are_scaled_by_the_range_of_their_type(file):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        (grey_file((GREY / 255).astype(np.float32), "TIFF"), "floating-point numbers of no known range"),
-        (grey_file(GREY.astype(np.float32) * 4, "TIFF"), "floating-point numbers of no known range"),
-        (grey_file(GREY.astype(np.int32) * 1000, "TIFF"), "32-bit integers of no known range"),
+        (
+            grey_file((GREY / 255).astype(np.float32), "TIFF"),
+            "the range of its pixels, floating-point numbers, is unknown",
+        ),
+        (grey_file(GREY.astype(np.float32) * 4, "TIFF"), "the range of its pixels, floating-point numbers, is unknown"),
+        (grey_file(GREY.astype(np.int32) * 1000, "TIFF"), "the range of its pixels, 32-bit integers, is unknown"),
         (grey_file(GREY.astype(np.uint16) << 4, "PNG"), "12 bits or fewer: scale them to 65535, or save 8 bits"),
         (b"PF 8 8 -1.0\n" + np.zeros((8, 8, 3), np.float32).tobytes(), "floating|identify|PF"),
     ],
@@ -251,7 +260,7 @@ def test_a_black_image_of_16_bits_is_black():
 @pytest.mark.parametrize("damage", [b"no image", b"", "truncated"])
 def test_a_damaged_file_is_one_kind_of_error(damage):
     whole = jpeg(Image.fromarray(PHOTOS[0]))
-    with pytest.raises(UnreadableImage, match=r"\w+Error: "):
+    with pytest.raises(UnreadableImage, match=r"OSError: |not an image of a known format: "):
         to_rgb(open_image(whole[: len(whole) // 2] if damage == "truncated" else damage))
 
 
@@ -266,7 +275,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 def test_what_would_run_another_program_is_no_image():
     assert {".jpg", ".jfif", ".png", ".webp", ".avif", ".gif", ".tif", ".bmp"} <= endings()
     assert not {".eps", ".ps", ".wmf", ".pdf", ".mpg"} & endings()
-    with pytest.raises(UnreadableImage, match="cannot identify"):
+    with pytest.raises(UnreadableImage, match="not an image of a known format"):
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
 
 

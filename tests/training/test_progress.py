@@ -45,7 +45,7 @@ def test_what_ends_within_half_a_minute_says_nothing(clock, capsys):
 def test_what_was_done_before_is_counted_and_not_in_the_rate(clock, capsys):
     progress = cli.ProgressBar(iter(range(50)), "epoch 3", total=1000, each=10, first=50, unit="images")
     for _ in progress:
-        progress.beside = "loss 1.25"
+        progress.postfix = "loss 1.25"
         clock[0] += 40
     first = capsys.readouterr().err.splitlines()[0]
     assert first == "epoch 3: 510 of 1,000 images, 0.25 images a second, 32.7 min left, loss 1.25"
@@ -62,7 +62,7 @@ def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     progress = cli.ProgressBar(range(5), "measure", each=2, unit="images")
     for _ in progress:
-        progress.beside = "loss 1.25"
+        progress.postfix = "loss 1.25"
     text = sys.stderr.getvalue()
     assert "measure" in text
     assert "/10" in text
@@ -79,7 +79,7 @@ def test_a_loop_that_is_left_early_leaves_no_bar(monkeypatch):
 
 def test_quiet_and_json_leave_remarks_and_progress_out(clock, capsys):
     def work(args):
-        cli.note("a remark")
+        cli.log("a remark")
         for _ in cli.ProgressBar(range(3), "work"):
             clock[0] += 100
         print("the result")

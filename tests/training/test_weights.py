@@ -399,7 +399,7 @@ def test_the_card_is_one_the_hub_reads_and_stays_a_users_own_once_its_mark_is_go
     assert "test_efficientnet, 3 classes" in card.text
     (student / "README.md").write_text("mine")
     model, config = load_student(student)
-    save_student(student, model, config.to_json())
+    save_student(student, model, config)
     assert (student / "README.md").read_text() == "mine"
 
 
