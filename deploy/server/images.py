@@ -35,7 +35,7 @@ from deploy.preprocess import (
 from deploy.server.protocol import RequestError, bad, show
 
 DECODE_S = 10.0  # CPU time of one photograph
-MEMORY = 2**30  # bytes that a process may allocate
+MEMORY = 3 * 2**29  # bytes that a process may allocate: 64 million transparent pixels need 2**30
 LARGE_IMAGE = MAX_PIXELS // 16  # pixels: larger photographs are decoded one at a time, because of their memory
 SCANS = 20  # in a progressive JPEG of MAX_PIXELS: each passes over the whole image; cameras and editors write 10
 

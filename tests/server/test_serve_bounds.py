@@ -295,13 +295,15 @@ def test_a_crowd_that_leaves_costs_the_next_client_no_wait(port):
     Image.fromarray(noise).resize((2000, 1500)).save(file, "JPEG", quality=88)
     photo = file.getvalue()
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(photo)
+    assert ask(port, "/predict", photo)[0] == 200  # starts a decoder
     started = time.perf_counter()
-    assert ask(port, "/predict", photo)[0] == 200
-    alone = time.perf_counter() - started
+    for _ in range(10):
+        assert ask(port, "/predict", photo)[0] == 200
+    alone = (time.perf_counter() - started) / 10
     asyncio.run(crowd(port, 900, 2.0, head + photo))
     started = time.perf_counter()
     assert ask(port, "/predict", photo)[0] in (200, 503)
-    assert time.perf_counter() - started < max(1.0, 20 * alone)
+    assert time.perf_counter() - started < max(1.0, 150 * alone)  # 900 photographs take 450 times as long on two cores
 
 
 def test_requests_of_clients_that_have_left_are_not_run(artefact):
