@@ -1,7 +1,14 @@
 """deploy.preprocess: a photograph becomes torchvision's bits, and nearly so where a large JPEG is read small."""
 
+import hashlib
 import io
 import os
+import struct
+import subprocess
+import sys
+import venv
+import zlib
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -250,8 +257,182 @@ def test_greys_of_no_known_range_are_refused(file, message):
         to_rgb(open_image(file))
 
 
+def png(values, colour):
+    """A 16-bit PNG, which Pillow does not write in colour; values: (H, W, C); colour: the type in the file."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+COLOUR = PHOTOS[0][:64, :64].astype(np.uint16)
+OPAQUE = np.full((64, 64, 1), 65535, np.uint16)
+
+
+def deep_colour(shift):
+    """Files of 16-bit colours, whose values are the photograph's times a power of two."""
+    values = COLOUR << shift
+    return {
+        "png": png(values, 2),
+        "png with alpha": png(np.concatenate([values, OPAQUE], 2), 6),
+        "grey png with alpha": png(np.concatenate([values[..., :1], OPAQUE], 2), 4),
+        "ppm": b"P6 64 64 65535\n" + values.astype(">u2").tobytes(),
+    }
+
+
+@pytest.mark.parametrize("kind", deep_colour(8))
+def test_deep_colours_of_12_bits_are_refused_and_of_16_bits_read(kind):
+    """As greys are: read by their high byte, they would be black."""
+    values = np.asarray(to_rgb(open_image(deep_colour(8)[kind]))).astype(int)
+    expected = COLOUR[..., :1] if kind.startswith("grey") else COLOUR
+    assert np.abs(values - expected).max() <= 1
+    with pytest.raises(UnreadableImage, match="12 bits or fewer: scale them to 65535, or save 8 bits"):
+        prepare(open_image(deep_colour(4)[kind]), config(32, 32))
+
+
+def test_colours_whose_format_has_12_bits_are_read():
+    file = b"P6 64 64 4095\n" + (COLOUR << 4).astype(">u2").tobytes()
+    assert np.abs(np.asarray(to_rgb(open_image(file))).astype(int) - COLOUR).max() <= 1
+
+
+@pytest.mark.parametrize("colour", [2, 6])
+def test_a_black_image_of_deep_colours_is_black(colour):
+    values = np.zeros((8, 8, 4 if colour == 6 else 3), np.uint16)
+    values[..., 3:] = 65535
+    assert not np.asarray(to_rgb(open_image(png(values, colour)))).any()
+
+
+# ---- transparency --------------------------------------------------------------------------------------------------
+
+
+def logo(hidden):
+    """A red square on a transparent ground, and the colour hidden under the transparency."""
+    values = np.zeros((40, 60, 4), np.uint8)
+    values[..., :3] = hidden
+    values[10:30, 10:30] = 200, 30, 30, 255
+    return Image.fromarray(values)
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})])
+def test_the_colour_under_transparency_does_not_matter(kind, options):
+    """Two encodings of one logo are one image, on white."""
+    images = [to_rgb(open_image(saved(logo(hidden), kind, **options))) for hidden in ((0, 0, 0), (255, 0, 255))]
+    assert np.array_equal(*map(np.asarray, images))
+    assert images[0].getpixel((0, 0)) == (255, 255, 255)
+    assert images[0].getpixel((20, 20)) == (200, 30, 30)
+
+
+@pytest.mark.parametrize(
+    "mode", ["LA", "PA", "RGBa", "P", "P with alphas", "L with a key", "RGB with a key", "1", "GIF"]
+)
+def test_transparency_of_every_kind_is_white(mode):
+    image = logo((0, 0, 0))
+    if mode in ("LA", "RGBa"):
+        ours = image.convert(mode)
+    elif mode == "PA":
+        ours = image.convert("P").convert("PA")
+        ours.putalpha(image.getchannel("A"))
+    elif mode.startswith("P"):
+        ours = Image.new("P", image.size, 0)
+        ours.putpalette([0, 0, 0, 200, 30, 30])
+        ours.paste(1, (10, 10, 30, 30))
+        key = bytes([0, 255]) if "alphas" in mode else 0
+        ours = open_image(saved(ours, "PNG", transparency=key))
+    elif mode == "GIF":
+        ours = open_image(saved(image, "GIF"))
+    else:
+        shape = (40, 60, 3) if mode.startswith("RGB") else (40, 60)
+        values = np.zeros(shape, np.uint8)
+        values[10:30, 10:30] = 90
+        one = Image.fromarray(values > 0 if mode == "1" else values)
+        ours = open_image(saved(one, "PNG", transparency=(0, 0, 0) if mode.startswith("RGB") else 0))
+    rgb = to_rgb(ours)
+    assert rgb.getpixel((0, 0)) == (255, 255, 255)
+    assert rgb.getpixel((20, 20)) != (255, 255, 255) or mode == "1"
+
+
+def test_a_transparent_grey_of_16_bits_is_white():
+    values = np.full((40, 60), 7, np.uint16)
+    values[10:30, 10:30] = 90 << 8
+    file = saved(Image.fromarray(values), "PNG", transparency=7)
+    rgb = to_rgb(open_image(file))
+    if open_image(file).info.get("transparency") is not None:
+        assert rgb.getpixel((0, 0)) == (255, 255, 255)
+    assert rgb.getpixel((20, 20)) == (90, 90, 90)
+
+
+def test_half_transparent_pixels_are_mixed_with_white():
+    image = Image.new("RGBA", (8, 8), (0, 100, 200, 128))
+    assert np.abs(np.array(to_rgb(image).getpixel((0, 0))) - (127, 177, 227)).max() <= 1
+
+
+def test_training_sees_the_same_colours():
+    """Its crops are decoded by the same function."""
+    crop = loading.RandomResizedCrop(16, scale=(1, 1), interpolation=InterpolationMode.BILINEAR)
+    crops = [np.asarray(crop(open_image(saved(logo(hidden), "PNG")))) for hidden in ((0, 0, 0), (255, 0, 255))]
+    assert np.array_equal(*crops)
+
+
 def test_a_black_image_of_16_bits_is_black():
     assert not np.asarray(to_rgb(open_image(grey_file(np.zeros((8, 8), np.uint16), "PNG")))).any()
+
+
+# ---- Pillow 10 to 13 -----------------------------------------------------------------------------------------------
+
+SHAPES = """
+import hashlib, sys
+import numpy as np
+from PIL import Image
+from deploy.config import Metadata
+from deploy.preprocess import prepare
+random, digest = np.random.default_rng(0), hashlib.sha256()
+for i in range(600):
+    height, width = random.integers(4, 250, 2)
+    image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    sides = [int(side) for side in random.integers(8, 200, 2)] if i % 2 else [int(random.integers(8, 200))] * 2
+    how, crop = ("bilinear", "bicubic")[i // 2 % 2], (1.0, 0.875)[i // 4 % 2]
+    digest.update(prepare(image, Metadata(["a"], [3, *sides], [0.5] * 3, [0.2] * 3, how, crop)).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_a_shape_that_pillow_13_resizes_in_another_order_has_the_bytes_of_pillow_12():
+    """One side grows and the other shrinks. The digests are those of Pillow 10.4, 11.3, 12.2 and 13.0."""
+    random = np.random.default_rng(1)
+    tall = Image.fromarray(random.integers(0, 256, (200, 40, 3), dtype=np.uint8))
+    digests = [
+        hashlib.sha256(prepare(tall, wanted).tobytes()).hexdigest()[:16]
+        for wanted in (config(96, 192), config(64, 64, 0.875), config(96, 192, 1.0, "bicubic"))
+    ]
+    assert digests == ["0e0bb3c47adb7087", "93356a31a26349b4", "7242be4ce9383a08"]
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("version", ["10.4.0", "11.3.0", "12.2.0", "13.0.0"])
+def test_any_shape_has_the_same_bytes_with_every_pillow(version, tmp_path):
+    """With the wheels of each, fetched by pip; no torch."""
+    venv.create(tmp_path, with_pip=True)
+    python = tmp_path / "bin/python"
+    fetched = subprocess.run([python, "-m", "pip", "install", "-q", f"pillow=={version}", "numpy"], capture_output=True)
+    if fetched.returncode:
+        pytest.skip("pip cannot fetch Pillow here")
+    root = str(Path(__file__).resolve().parents[2])
+    digests = [
+        subprocess.run(
+            [one, "-c", SHAPES], env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, check=True
+        ).stdout
+        for one in (python, sys.executable)
+    ]
+    assert digests[0] == digests[1]
 
 
 # ---- what cannot be read ------------------------------------------------------------------------------------------
