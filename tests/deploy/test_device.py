@@ -209,7 +209,7 @@ def test_check_and_benchmark_print_their_tables(device, made, tmp_path):
 
 
 def test_check_reads_photographs_without_torch(device, made, tmp_path):
-    """The expected logits are those of student.onnx, which the output tells."""
+    """The expected logits are those of student.onnx, and the output names it."""
     run = shutil.copytree(made, tmp_path / "run")
     for i, label in enumerate(("cat", "dog", "café", "cat")):
         (run / "val" / label).mkdir(parents=True, exist_ok=True)

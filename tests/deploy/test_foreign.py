@@ -165,7 +165,7 @@ def test_metadata_that_contradicts_the_graph_is_one_line(deployed, tmp_path, cha
 
 @pytest.mark.parametrize("labels", [["one"], [f"{i}" for i in range(11)]])
 def test_a_file_with_more_or_fewer_labels_than_logits_is_an_error(run, labels):
-    """ONNX without the number of classes, and TorchScript, whose graph does not tell it."""
+    """ONNX without the number of classes, and TorchScript, whose graph does not have it."""
     file = run / "student/student.ts"
     with zipfile.ZipFile(file) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}

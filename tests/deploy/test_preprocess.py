@@ -1,4 +1,4 @@
-"""deploy.preprocess: a photograph becomes torchvision's bits, and nearly so where a large JPEG is read small."""
+"""deploy.preprocess: the bytes are torchvision's, or close to them where a large JPEG is reduced as it is decoded."""
 
 import hashlib
 import io
@@ -125,7 +125,7 @@ def large():
 
 
 @pytest.mark.parametrize("side", [96, 3000 // 8, 376])
-def test_a_large_jpeg_is_decoded_at_no_less_than_four_times_what_is_asked(large, side, monkeypatch):
+def test_a_large_jpeg_is_decoded_at_four_times_the_needed_size_or_more(large, side, monkeypatch):
     sizes = []
     resize = Image.Image.resize
 
@@ -145,7 +145,7 @@ def test_a_large_jpeg_is_decoded_at_no_less_than_four_times_what_is_asked(large,
     assert (difference.max() == 0) == (width == 4000)
 
 
-def test_a_training_crop_of_a_large_jpeg_reads_no_more_than_it_needs(large):
+def test_a_training_crop_of_a_large_jpeg_decodes_only_the_needed_scale(large):
     """The same box as torchvision's, drawn from the same state; all of the image where the box is small."""
     crop = loading.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)
     theirs = v2.Compose([v2.RGB(), v2.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)])
@@ -163,11 +163,11 @@ def test_a_training_crop_of_a_large_jpeg_reads_no_more_than_it_needs(large):
         assert np.array_equal(ours, np.asarray(theirs(open_image(jpeg(small)))))
 
 
-# ---- what a camera turned -----------------------------------------------------------------------------------------
+# ---- EXIF orientation -----------------------------------------------------------------------------------------
 
 
 def turned(photo, orientation, kind, **options):
-    """A file of the photo that has to be turned as EXIF's orientation says, to be the photo again."""
+    """Return a file of the turned photo whose EXIF orientation describes how to turn it back."""
     undo = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # Image.Transpose, the inverse of each
     for method in undo[orientation]:
         photo = photo.transpose(Image.Transpose(method))
@@ -205,7 +205,7 @@ def test_a_large_jpeg_that_lies_on_its_side_is_reduced_and_stands_upright(orient
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"", b"Exif\0\0II*\0\xff\xff\xff\xff"])
-def test_damaged_exif_does_not_lose_the_image(exif):
+def test_an_image_with_damaged_exif_is_read(exif):
     photo = Image.fromarray(PHOTOS[0][:40, :60])
     assert to_rgb(open_image(jpeg(photo, exif=exif))).size == (60, 40)
 
@@ -228,7 +228,7 @@ GREY = PHOTOS[0][:64, :64, 0]
         grey_file(GREY.astype(np.uint16) << 8, "PNG"),
         grey_file(GREY.astype(np.uint16) << 8, "TIFF"),
         b"P5 64 64 65535\n" + (GREY.astype(np.uint16) << 8).astype(">u2").tobytes(),  # which Pillow opens with 32 bits
-        b"P5 64 64 4095\n" + (GREY.astype(np.uint16) << 4).astype(">u2").tobytes(),  # 12 bits, and says so
+        b"P5 64 64 4095\n" + (GREY.astype(np.uint16) << 4).astype(">u2").tobytes(),  # the file describes its 12 bits
         b"P5 64 64 255\n" + GREY.tobytes(),
     ],
     ids=["png", "tiff", "pgm16", "pgm12", "pgm8"],
@@ -252,7 +252,7 @@ def test_deep_greys_are_scaled_by_the_range_of_their_type(file):
     ],
     ids=["float01", "float1000", "int32", "12in16", "pfm"],
 )
-def test_greys_of_no_known_range_are_refused(file, message):
+def test_greys_of_unknown_range_are_refused(file, message):
     with pytest.raises(UnreadableImage, match=message):
         to_rgb(open_image(file))
 
@@ -435,17 +435,43 @@ def test_any_shape_has_the_same_bytes_with_every_pillow(version, tmp_path):
     assert digests[0] == digests[1]
 
 
-# ---- what cannot be read ------------------------------------------------------------------------------------------
+# ---- unreadable files ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", [b"no image", b"", "truncated"])
-def test_a_damaged_file_is_one_kind_of_error(damage):
+def test_a_damaged_file_raises_one_kind_of_error(damage):
     whole = jpeg(Image.fromarray(PHOTOS[0]))
     with pytest.raises(UnreadableImage, match=r"OSError: |not an image of a known format: "):
         to_rgb(open_image(whole[: len(whole) // 2] if damage == "truncated" else damage))
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+NOT_READ = {
+    b"": "it is empty",
+    b"\0\0\0\x18ftypheic\0\0": "HEIC, as iPhones make it",
+    b"\0\0\0 ftypmif1": "HEIF: convert",
+    b"\xff\x0a\x7f": "JPEG XL",
+    b"\0\0\0\x0cJXL \r\n": "JPEG XL",
+    b"\xef\xbb\xbf<?xml version": "SVG drawing: export",
+    b"\n<svg xmlns=": "SVG, a drawing",
+    b"%PDF-1.7": "PDF: export the page",
+    b"data:image/png;base64,": "base64",
+    b"hello there": "it starts with b'hello th'",
+}
+
+
+@pytest.mark.parametrize(("content", "message"), NOT_READ.items())
+def test_a_format_that_is_not_read_is_named(content, message, tmp_path):
+    """Of bytes, of a path and of a stream; and no address of an object of Python."""
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    for file in (content, path, str(path), io.BytesIO(content)):
+        with pytest.raises(UnreadableImage, match="not an image of a known format: ") as error:
+            open_image(file)
+        assert message in str(error.value)
+        assert " at 0x" not in str(error.value)
+
+
+def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(UnreadableImage, match="not a regular file"):
         open_image(tmp_path / "pipe.jpg")
@@ -453,14 +479,14 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         open_image(str(tmp_path))
 
 
-def test_what_would_run_another_program_is_no_image():
+def test_formats_that_would_run_another_program_are_not_read():
     assert {".jpg", ".jfif", ".png", ".webp", ".avif", ".gif", ".tif", ".bmp"} <= endings()
     assert not {".eps", ".ps", ".wmf", ".pdf", ".mpg"} & endings()
     with pytest.raises(UnreadableImage, match="not an image of a known format"):
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
 
 
-def test_a_missing_file_and_a_bomb_are_told():
+def test_a_missing_file_and_a_decompression_bomb_are_errors():
     with pytest.raises(UnreadableImage, match="No such file"):
         open_image("nowhere.jpg")
     file = io.BytesIO()
