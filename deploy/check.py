@@ -58,7 +58,7 @@ from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, loa
 BATCHES = (1, 2, 5, 64)
 # Tolerances by precision: largest error of a logit relative to the largest logit, smallest agreement in percent,
 # largest loss of top-1 in points. fp32's and fp16's error: five times the worst of nine architectures
-# (tests/deploy/test_deploy.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
+# (tests/deploy/test_export.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
