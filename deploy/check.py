@@ -65,19 +65,17 @@ TOLERANCES = {
     "int8": dict(error=float("inf"), agreement=90.0, drop=2.0),
 }
 INT8_ADVICE = "try quantize --method percentile, or calibrate on more images (train.py --reference N)"
-COLUMNS = {
-    "artefact": "",
-    "provider": "",
-    "precision": "",
-    "top1": ".2f",
-    "top5": ".2f",
-    "top1_difference": "+.2f",
-    "agreement": ".2f",
-    "max_abs_error": ".1e",
-    "cosine": ".6f",
-    "batches": "",
-    "verdict": "",
-}
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return the columns of a table, name -> format, from words like top1:.2f."""
+    return dict(word.split(":") for word in text.split())
+
+
+COLUMNS = parse_columns(
+    "artefact: provider: precision: top1:.2f top5:.2f top1_difference:+.2f agreement:.2f max_abs_error:.1e cosine:.6f "
+    "batches: verdict:"
+)
 UNREADABLE = 0.01  # share of the images that may be unreadable
 
 
