@@ -148,9 +148,11 @@ def describe(parser: Parser, name: str, artefact: Path) -> None:
     """Make --help that of the device: the student is given, and no example names a run directory."""
     first = (parser.description or "").partition("\n\n")[0]
     parser.description = f"{first}\n\nThe student is {artefact.name}."
-    for action in parser._positionals._group_actions:  # argparse has no public way to hide an argument
-        if action.dest != "images":
+    for action in parser._actions:  # argparse has no public way to hide an argument
+        if action.dest in ("student", "artefact", "artefacts", "onnx", "model_file"):
             action.help = argparse.SUPPRESS
+        elif action.dest == "output":
+            action.help = "the folder to write to (default: this one)"
     parser.usage = f"{parser.prog} {'photo.jpg ... ' if name == 'predict' else ''}[flags]"
 
 

@@ -327,6 +327,8 @@ def test_its_help_is_that_of_the_device(device, pyz, tmp_path):
         assert text.startswith(f"usage: student.pyz {' '.join(command)}".strip())
         assert "python -m deploy" not in text.partition("options:")[0]
         assert "The student is student.onnx." in text
+        assert "--model-file" not in text
+        assert ("(default: this one)" in text) == (command[:1] in (["check"], ["benchmark"], ["build"]))
 
 
 def large_photo():
