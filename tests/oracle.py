@@ -42,10 +42,10 @@ def nkd_row_gradient(student, teacher, t, gamma, temperature):
     ]
 
 
-def nkd_sparse_row(student, t, teacher_target, teacher_top, gamma):
-    """NKD where of the teacher log T_t and log T_i of some classes are known, ``teacher_top`` a dict by class.
+def nkd_topk_row(student, t, teacher_target, teacher_top, gamma):
+    """NKD from log T_t and log T_i of some classes of the teacher, ``teacher_top`` a dict by class.
 
-    What is left of either side is one class.
+    All other classes count as one on both sides.
     """
     log_n, n = log_softmax(student, leave_out=t), softmax(student, leave_out=t)
     not_t = -math.expm1(teacher_target)  # 1 - T_t

@@ -39,7 +39,7 @@ class USKDTask(ClassificationTask):  # trains WithWeakHead(...); evaluates and s
         student = unwrap_model(model := super().get_eval_model(module, ema))
         return student.model if isinstance(student, WithWeakHead) else model
 
-    def get_task_state(self, module=None, ema=False):  # the head goes beside the student, for resuming
+    def get_task_state(self, module=None, ema=False):  # stores the head next to the student, to resume
         return {"head": unwrap_model(module or self.get_trainable_module(ema)).head.state_dict()}
 
     def load_task_state(self, state, strict=True, module=None, ema=False):

@@ -48,7 +48,7 @@ def tf_kd(s, t, y):
 
 
 def ps_kd(s, t, y):
-    """Of the paper's whole objective, the cross-entropy with soft targets, what is left beside the cross-entropy."""
+    """The paper's objective, the cross-entropy with soft targets, minus the cross-entropy."""
     log_s = log_softmax(s)
     soft = [0.8 * p + 0.2 * (i == y) for i, p in enumerate(softmax(t))]
     return -math.fsum(a * b for a, b in zip(soft, log_s)) + log_s[y]

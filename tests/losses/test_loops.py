@@ -1,7 +1,7 @@
-"""The loops of examples/loops, run as their users run them, and what each must not get wrong in its library.
+"""The loops of examples/loops, run as users run them: gradients, checkpoints, resuming, several processes.
 
-They run in processes forked from one that has imported the libraries, since the imports cost more than the loops; with
-two processes, in the environment that torchrun makes.
+They run in processes forked from one that has imported the libraries, because the imports cost more than the loops.
+Runs with two processes get the environment of torchrun.
 """
 
 import importlib.util
@@ -28,18 +28,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("loops")]
 
 
 def load(name):
-    """The names that a loop defines, without its run."""
+    """Return the names that a loop defines, without running it."""
     return runpy.run_path(str(ROOT / "examples" / "loops" / name))
 
 
 def loop(name, *argv):
-    """A run of the loop, as from the command line."""
+    """Run the loop, as from the command line."""
     sys.argv = [name, *map(str, argv)]
     runpy.run_path(str(ROOT / "examples" / "loops" / name), run_name="__main__")
 
 
 def loop_under_sgd(name, *argv):
-    """The same run with SGD for AdamW, which takes the same step whatever the gradient is multiplied with."""
+    """Run with SGD instead of AdamW, whose step does not depend on the scale of the gradient."""
     torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
     loop(name, *argv)
 
@@ -71,7 +71,7 @@ def forked():
 
 @pytest.fixture
 def run(forked, tmp_path):
-    """``run(function, *args, processes=1)``: what the first process printed."""
+    """Return ``run(function, *args, processes=1)``, which returns the output of the first process."""
 
     def run(function, *args, processes=1):
         environments = [{}]
@@ -109,14 +109,14 @@ def assert_equal(ours, theirs, **tolerance):
 
 
 def nkd_gradient(logits, teacher_logits, labels, gamma=1.5):
-    """d (sum of cross-entropy + NKD) / d logits, rows (R, C), by the derivation on paper."""
+    """Return d (sum of cross-entropy + NKD) / d logits, rows (R, C), by the derivation on paper."""
     ce = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
     rows = zip(logits.tolist(), teacher_logits.tolist(), labels.tolist())
     return ce + torch.tensor([oracle.nkd_row_gradient(s, t, y, gamma, 1.0) for s, t, y in rows])
 
 
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.name)
-def test_a_loop_fits_a_screen_and_its_name_hides_no_library(path):
+def test_a_loop_is_short_and_its_name_is_not_a_library(path):
     assert len(path.read_text().splitlines()) <= 90
     assert importlib.util.find_spec(path.stem) is None  # its folder comes first on sys.path
 
@@ -211,7 +211,7 @@ FAST = ["--optim", "sgd", "--learning_rate", "0.1", "--max_steps", "6"]
 
 @pytest.fixture(scope="module")
 def trained(forked, tmp_path_factory):
-    """The Trainer's loop on one process, its whole batch at once."""
+    """Run the Trainer's loop on one process, with the whole batch at once."""
     output = tmp_path_factory.mktemp("trained")
     child = forked(target=_child, args=({}, output / "log.txt", loop, ("hf_trainer.py", "--output_dir", output, *FAST)))
     child.start()
@@ -425,7 +425,7 @@ def test_lightning_on_two_devices_equals_one(run, tmp_path):
 
 
 def fit_whole_batches(output, devices):
-    """Whatever their order, since Lightning gives several devices an order of its own."""
+    """Train on whole batches, because Lightning orders the images of several devices differently."""
     its = load("lightning_module.py")
     torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
     its["L"].seed_everything(0)
@@ -449,7 +449,7 @@ def test_a_segmentation_loop_learns_from_the_pixels_that_count(run):
     assert float(lines["cross_entropy"]) < 1.5  # 2.4 before: the logarithm of 11
 
 
-def test_segmentation_has_the_gradient_of_the_paper_and_none_at_255():
+def test_segmentation_has_the_gradient_of_the_paper_and_zero_at_255():
     its = load("segmentation.py")
     x, y = its["scene"](torch.arange(1))
     y[:, :56] = 255  # fewer pixels for the oracle

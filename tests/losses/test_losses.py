@@ -1,4 +1,4 @@
-"""nkd_loss and uskd_loss: what they compute, on what they work, what they refuse.
+"""nkd_loss and uskd_loss: their values and gradients, their inputs, their errors.
 
 Most properties hold for both, so most tests run twice: ``loss(a, b, target)`` is nkd_loss with student and teacher
 logits, or uskd_loss with strong and weak logits.
@@ -162,7 +162,7 @@ def test_uskd_ranks_probabilities_as_the_paper_does_not_log_probabilities():
 
 
 @pytest.mark.parametrize("c", [2, 10])
-def test_at_two_classes_nothing_is_left_to_distil_but_the_target(c):
+def test_with_two_classes_the_non_target_term_is_zero(c):
     student, teacher, target = inputs(8, c)
     with_non_target = nkd_loss(student, teacher, target, gamma=100.0)
     assert (with_non_target == nkd_loss(student, teacher, target, gamma=0.0)).item() is (c == 2)
@@ -236,7 +236,7 @@ def test_uskd_gradient_leaves_weights_and_ranking_constant():
         torch.testing.assert_close(a, torch.tensor(e, dtype=torch.float64))
 
 
-def test_teacher_gets_no_gradient_even_if_it_asks():
+def test_a_teacher_that_requires_grad_gets_no_gradient():
     student, teacher, target = inputs(4, 5)
     student.requires_grad_(), teacher.requires_grad_()
     nkd_loss(student, teacher, target).backward()
@@ -297,7 +297,7 @@ def test_one_unbatched_sample(loss):
 
 @BOTH
 @pytest.mark.parametrize("ignore_index", [-100, 3])
-def test_ignored_rows_count_for_nothing(loss, ignore_index):
+def test_ignored_rows_have_no_loss_and_no_gradient(loss, ignore_index):
     a, b, target = inputs(10, 5)
     target[target == 3] = 4
     target[[0, 4, 5]] = ignore_index
@@ -317,7 +317,7 @@ def test_ignored_rows_count_for_nothing(loss, ignore_index):
 @BOTH
 @pytest.mark.parametrize("n", [0, 4])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_with_no_target_kept_it_does_as_cross_entropy(loss, n, reduction):
+def test_without_a_target_the_loss_is_that_of_cross_entropy(loss, n, reduction):
     a, b, target = inputs(n, 5)
     target = torch.full_like(target, -100)
     value, grads = gradients(loss, a, b, target, reduction=reduction)
@@ -454,12 +454,12 @@ def test_a_language_models_vocabulary(loss, device):
     expected, expected_grads = gradients(loss, a.double(), b.double(), target)
     torch.testing.assert_close(value.cpu().double(), expected, rtol=1e-5, atol=0)
     for g, e in zip(grads, expected_grads):
-        # USKD: among so many classes a few near-ties rank differently in float32 than in float64
+        # USKD: with this number of classes a few near-ties rank differently in float32 and float64
         assert relative_l2(g.cpu(), e) < (1e-6 if loss is nkd_loss else 1e-4)
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_nkd_leaves_out_a_class_that_student_and_teacher_both_mask(soft):
+def test_nkd_ignores_a_class_that_student_and_teacher_both_mask(soft):
     """A padded vocabulary: logits of -inf, where cross_entropy is finite too."""
     student, teacher, target = inputs(4, 9)
     padded = [torch.cat([x, torch.full((4, 3), -torch.inf)], dim=1) for x in (student, teacher)]
@@ -495,7 +495,7 @@ def test_uskd_of_a_soft_target_row_of_zeros_is_zero():
 
 
 class NoSync(TorchDispatchMode):
-    """Fails on what reads a value on the host, or makes a shape depend on the data."""
+    """Fail on an operation that reads a value on the host, or makes a shape depend on the data."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "index.Tensor", "is_nonzero")
 
@@ -507,7 +507,7 @@ class NoSync(TorchDispatchMode):
 
 @BOTH
 @pytest.mark.parametrize("soft", [False, True])
-def test_nothing_in_forward_or_backward_waits_for_the_device(loss, soft):
+def test_forward_and_backward_do_not_wait_for_the_device(loss, soft):
     a, b, target = inputs(8, 10)
     target = mixed_targets(target, 10) if soft else target
     with NoSync():
@@ -517,7 +517,7 @@ def test_nothing_in_forward_or_backward_waits_for_the_device(loss, soft):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @BOTH
 @pytest.mark.parametrize("soft", [False, True])
-def test_no_synchronisation_on_cuda(loss, soft):
+def test_forward_and_backward_do_not_synchronise_on_cuda(loss, soft):
     a, b, target = inputs(8, 10, device="cuda")
     target = mixed_targets(target.cpu(), 10).cuda() if soft else target
     gradients(loss, a, b, target)
@@ -536,13 +536,13 @@ def test_compiles_whole_with_dynamic_shapes(loss, soft):
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     for n, c in ((4, 10), (6, 10), (5, 7)):
         a, b, target = inputs(n, c, dtype=torch.float32)
-        target = mixed_targets(target, c).float() if soft else target
+        target = mixed_targets(target, c).float() if soft else target.index_fill(0, torch.tensor([2]), -100)
         value, grads = gradients(compiled, a, b, target)
-        expected, expected_grads = gradients(loss, a, b, target)
-        torch.testing.assert_close(value, expected)
+        expected, expected_grads = gradients(loss, a.double(), b.double(), target)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
         assert len(grads) == len(expected_grads)
         for g, e in zip(grads, expected_grads):
-            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
+            assert relative_l2(g, e) < (1e-6 if soft else 3e-7)
 
 
 @pytest.mark.slow
@@ -576,7 +576,7 @@ def test_functional_transforms(loss):
     torch.testing.assert_close(per_sample_grad[2], torch.func.grad(loss)(a[2], b[2], target[2]))
 
 
-# ---- what they refuse ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -607,7 +607,7 @@ def test_functional_transforms(loss):
     ],
 )
 @BOTH
-def test_bad_input_is_refused_with_what_was_seen(loss, change, error, message):
+def test_the_error_for_bad_input_shows_the_input(loss, change, error, message):
     call = dict(a=torch.zeros(4, 5), b=torch.zeros(4, 5), target=torch.zeros(4).long()) | change
     with pytest.raises(error, match=message):
         loss(call.pop("a"), call.pop("b"), call.pop("target"), **call)
@@ -646,7 +646,7 @@ def test_a_weight_that_is_not_a_number_is_a_type_error(value, soft):
     for loss, *tensors, name in calls:
         with pytest.raises(TypeError, match=f"{name} must be a Python number, got"):
             loss(*tensors, target, **{name: value})
-    if not soft and value is not None:  # None is no cap
+    if not soft and value is not None:  # None disables the cap
         for name in ("gamma", "temperature", "ce_weight", "logit_scale", "softcap", "teacher_softcap"):
             with pytest.raises(TypeError, match=f"{name} must be a Python number, got"):
                 nkd_linear_loss(a, a, b, b, torch.zeros(4).long(), **{name: value})
@@ -654,16 +654,16 @@ def test_a_weight_that_is_not_a_number_is_a_type_error(value, soft):
 
 @pytest.mark.slow
 @BOTH
-@pytest.mark.parametrize("bad", [5, -1])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_class_out_of_range_is_an_error(loss, bad, compiled):
+def test_a_class_out_of_range_is_an_error(loss, compiled):
     a, b, target = inputs(4, 5, dtype=torch.float32)
-    target[2] = bad
     if compiled:
         torch._dynamo.reset()
         loss = torch.compile(loss)
-    with pytest.raises((RuntimeError, IndexError), match=r"out of (bounds|range)"):
-        loss(a, b, target)
+    for bad in (5, -1):
+        target[2] = bad
+        with pytest.raises((RuntimeError, IndexError), match=r"out of (bounds|range)"):
+            loss(a, b, target)
 
 
 # ---- one batch over two processes ----
@@ -694,7 +694,7 @@ def shared_batch():
 
 
 @pytest.mark.trial
-def test_with_a_group_uskds_batch_is_that_of_all_its_processes(tmp_path):
+def test_uskd_with_a_group_uses_the_batch_of_all_processes(tmp_path):
     mp.spawn(_half_of_a_batch, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for kind, (x, weight, target) in shared_batch().items():
