@@ -67,9 +67,9 @@ def build(library, name, size):
 @pytest.mark.slow
 @pytest.mark.parametrize(("library", "name", "size", "tap", "channels"), ARCHITECTURES)
 def test_the_default_tap_and_the_channels_of_an_architecture(library, name, size, tap, channels):
-    with torch.device("meta"):
-        model = build(library, name, size)
-        student = WithWeakHead(model, num_classes=7, example_input=torch.zeros(1, 3, size, size))
+    with torch.device("cpu" if name.startswith("regnet_") else "meta"):  # its constructor reads a value
+        model = build(library, name, size).to("meta")
+    student = WithWeakHead(model, num_classes=7, example_input=torch.zeros(1, 3, size, size, device="meta"))
     assert default_tap(model) == student.tap == tap
     assert student.head.in_features == channels
 
