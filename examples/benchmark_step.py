@@ -1,15 +1,14 @@
-"""What distillation adds to a training step: train.py's own step beside a minimal loop, and beside its own floor.
+"""Measure the cost of distillation in a training step: train.py's step, a minimal loop, and the teacher's forward pass.
 
     python examples/benchmark_step.py                    # 224 px, synthetic: about 5 minutes on a CPU
     python examples/benchmark_step.py --models resnet18 --img-size 64 --batch-size 128 --data photos/
 
-Of each model these take a step in turn: a minimal loop written here (cross-entropy, no kdlite, no train.py), train.py's
-step for cross-entropy, for USKD, for NKD with the teacher and from its stored top-10, and the teacher's forward pass
-alone. A ratio is the median over the rounds of the ratio within a round: "minimal" is the minimal loop's time over
-train.py's cross-entropy, "USKD" and "stored" their times over cross-entropy, "NKD" its time over the floor, which is
-cross-entropy and then the teacher's forward pass. Memory is the peak of a step above what lies there before it. Weights
-and images are random: neither changes the time. Then, by itself, how many images a second the data pipeline delivers:
-``--data`` as train.py takes it.
+For each model these take a step in turn: a minimal loop in this file (cross-entropy, without kdlite and train.py);
+train.py's step for cross-entropy, for USKD, for NKD with the teacher and for NKD from its stored top-10; the teacher's
+forward pass. A ratio is the median of the ratios within the rounds: "minimal" is the time of the minimal loop over that
+of train.py's cross-entropy; "USKD" and "stored" are over cross-entropy; "NKD" is over the sum of cross-entropy and the
+teacher's forward pass. Memory is the peak of a step above the memory before it. Weights and images are random, which
+does not change the time. At the end: how many images a second the data pipeline delivers (``--data`` as train.py's).
 """
 
 import argparse

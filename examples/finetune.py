@@ -5,12 +5,15 @@
 
 photos/ has train/CLASS/ and val/CLASS/; the classes are named by WordNet id or by ImageNet's names. A package index
 ships the weights of EfficientNet-Lite0 (student, 17 MB) and Lite2 (teacher, 23 MB; both Apache-2.0), so no model hub is
-needed. Four rows of runs are kept under runs/finetune, and a finished run is not repeated. Prints top-1 of the last
-epoch, mean and standard deviation over the seeds.
+needed. The runs of four rows are kept under runs/finetune; a run is repeated only if its command changes. Prints
+top-1 of the last epoch, mean and standard deviation over the seeds.
 """
 
 import argparse
 import csv
+import json
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,24 +62,36 @@ def fetch(name: str, file: Path | None = None) -> Path:
     return file
 
 
+def train_once(flags: list, output: Path) -> float:
+    """Return top-1 of the last epoch of a run. Train it first, unless the same command has finished it.
+
+    A run of another command in `output` is removed, and a run of this command that was stopped is resumed.
+    """
+    command = list(map(str, [sys.executable, ROOT / "train.py", *flags, "--output", output, "--resume"]))
+    try:
+        before = json.loads((output / "args.json").read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    if before not in (None, shlex.join(command[1:])):
+        shutil.rmtree(output)
+    if not (output / "curves.png").exists():  # written at the end of a run
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open(output.parent / "log.txt", "a", encoding="utf-8") as log:
+            if subprocess.run(command, stdout=log, stderr=log).returncode:
+                raise UserError(f"the run in {output} failed: see {log.name}")
+    with open(output / "metrics.csv", encoding="utf-8") as file:
+        return float(list(csv.DictReader(file))[-1]["val_top1"])
+
+
 def compare(data: Path, seeds: int, flags: list[str]) -> None:
     """Run the four rows, and print a table. flags: of train.py, for every run."""
-    weights = ["--pretrained", str(fetch(STUDENT))]
+    weights = ["--pretrained", fetch(STUDENT)]
     teacher = ["--kd", "nkd", "--teacher", f"{TEACHER}:{fetch(TEACHER)}"]
-    rows = {"noise": [], "noise, NKD": teacher, "ImageNet": weights, "ImageNet, NKD": [*weights, *teacher]}
+    rows = {"random": [], "random, NKD": teacher, "ImageNet": weights, "ImageNet, NKD": [*weights, *teacher]}
     print(f"| {STUDENT} starts from | top-1 % | seeds |\n|---|---|---|")
     for name, own in rows.items():
-        top1 = []
-        for seed in range(seeds):
-            output = RUNS / f"{name.replace(', ', '-').lower()}-{seed}"
-            if not (output / "curves.png").exists():  # written at the end of a run
-                run = ["--data", data, "--seed", seed, "--output", output, "--resume"]
-                command = list(map(str, [sys.executable, ROOT / "train.py", "--model", STUDENT, *own, *flags, *run]))
-                with open(RUNS / "log.txt", "a", encoding="utf-8") as log:
-                    if subprocess.run(command, stdout=log, stderr=log).returncode:
-                        raise UserError(f"the run in {output} failed: see {RUNS}/log.txt")
-            with open(output / "metrics.csv", encoding="utf-8") as file:
-                top1.append(float(list(csv.DictReader(file))[-1]["val_top1"]))
+        run = ["--model", STUDENT, "--data", data, *own, *flags, "--seed"]
+        top1 = [train_once([*run, seed], RUNS / f"{name.replace(', ', '-').lower()}-{seed}") for seed in range(seeds)]
         spread = f" +- {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
         print(f"| {name} | {statistics.mean(top1):.1f}{spread} | {len(top1)} |", flush=True)
 

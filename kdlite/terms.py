@@ -201,5 +201,5 @@ def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def cross_entropy(weights: Tensor, log_probs: Tensor) -> Tensor:
-    """- sum_i weights_i log_probs_i over the last dimension; a weight of 0 removes its class, also with log 0."""
+    """- sum_i weights_i log_probs_i over the last dimension; a weight of 0 removes a class, even with a log of -inf."""
     return -(weights * log_probs.masked_fill(weights == 0, 0.0)).sum(-1)

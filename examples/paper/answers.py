@@ -1,4 +1,4 @@
-"""Measure what the networks of a run answer about its images: the student, USKD's weak head, the teacher or its labels.
+"""Measure the answers of a run's networks about its images: student, USKD's weak head, teacher or stored labels.
 
     python examples/paper/answers.py RUN ... [--model FILE.py:BUILD]
 

@@ -1,4 +1,4 @@
-"""The README's Python runs as written, block after block, and so do the examples."""
+"""The Python of the pages runs as written, block after block; their commands and links are right."""
 
 import importlib
 import re
@@ -31,13 +31,13 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
 
 
-def test_no_page_has_python_that_no_test_runs():
+def test_a_test_runs_the_python_of_every_page():
     assert {str(page.relative_to(ROOT)) for page in PAGES if blocks(page)} == {
         "README.md", "examples/training.md", "deploy/README.md",
     }  # fmt: skip
 
 
-def test_the_readme_is_read_in_five_minutes():
+def test_the_readme_is_at_most_150_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
@@ -51,7 +51,7 @@ def test_the_python_in_the_readme_runs():
 
 
 @pytest.mark.trial
-def test_the_python_in_the_readme_is_typed(tmp_path):
+def test_mypy_accepts_the_python_in_the_readme(tmp_path):
     (tmp_path / "pasted.py").write_text("\n".join(blocks("README.md")))
     mypy = [sys.executable, "-m", "mypy", "--config-file=", "--strict", "--ignore-missing-imports", "pasted.py"]
     done = subprocess.run(mypy, cwd=tmp_path, capture_output=True, text=True)
@@ -59,7 +59,7 @@ def test_the_python_in_the_readme_is_typed(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchvisions_own_lines_open_a_student(tmp_path, monkeypatch):
+def test_the_lines_for_torchvision_open_a_student(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_student(Path("RUN/student"), "mobilenet_v2", 32, arguments=["width_mult=0.25"])
     (block,) = blocks("examples/training.md")
@@ -69,7 +69,7 @@ def test_torchvisions_own_lines_open_a_student(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_client_on_the_page_of_the_server_gets_an_answer(artefact):
+def test_the_client_on_the_servers_page_gets_an_answer(artefact):
     (block,) = blocks("deploy/README.md")
     with server(artefact) as (_, port):
         names = {}
@@ -77,7 +77,7 @@ def test_the_client_on_the_page_of_the_server_gets_an_answer(artefact):
     assert names["logits"].shape == (1, len(NAMES))
 
 
-def test_every_link_on_a_page_leads_somewhere():
+def test_every_link_on_a_page_has_a_target():
     def anchors(page):
         titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
         return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
@@ -94,7 +94,7 @@ def test_every_link_on_a_page_leads_somewhere():
 
 
 @pytest.mark.slow
-def test_the_pages_of_the_api_tell_every_public_name(tmp_path):
+def test_the_api_pages_have_every_public_name(tmp_path):
     pytest.importorskip("pdoc")
     command = (ROOT / "Makefile").read_text().partition("$(BIN)/pdoc")[2].partition("\n")[0]
     made = shlex.split(command.replace("build/docs", str(tmp_path)))
@@ -115,7 +115,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs = {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and TensorBoard
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
-    theirs |= {"--requirements"}  # of student.pyz, which knows two flags
+    theirs |= {"--requirements"}  # of student.pyz
     theirs |= {"--jobs", "--seeds", "--fetch"}  # of examples/paper/tiny_imagenet.py and examples/finetune.py
     theirs |= {"--litserve", "--compare"}  # of examples/benchmark_serve.py and examples/paper/report.py
     theirs |= {"--minutes", "--share", "--triton"}  # of tests/soak.py and tests/compare_triton.py
