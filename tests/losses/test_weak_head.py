@@ -337,6 +337,8 @@ def test_a_class_token_that_cannot_be_counted_is_asked_for():
 
     with pytest.raises(ValueError, match=r"'blocks.1', shape \(2, 17, 8\), has two readings: pass pooling="):
         WithWeakHead(Unfolded(), example_input=torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match=r'pooling="class token" needs \(N, L, C\), but layer .* \(2, 8, 8, 8\)'):
+        WithWeakHead(Net(), "layer1", example_input=images(), pooling="class token")
     student = WithWeakHead(Unfolded(), example_input=torch.zeros(1, 3, 16, 16), pooling="class token")
     assert student(torch.zeros(2, 3, 16, 16))[1].shape == (2, 5)
 
