@@ -1,4 +1,4 @@
-"""A language model of Hugging Face: NKD from whole logits, without the logits, and from a teacher's served top-k.
+"""A language model of Hugging Face: NKD from logits, from hidden states, and from the top-k of a served teacher.
 
 python examples/loops/language_model.py
 """
@@ -50,7 +50,7 @@ def from_hidden(tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def from_top_k(tokens: Tensor, labels: Tensor, k: int = 20) -> Tensor:
-    """From the answers of a server: log-probabilities of the text's tokens, and of the k best at each position."""
+    """The loss from the answers of a server: log-probabilities of the text's tokens, and of the k best at each position."""
     with torch.no_grad():
         logprobs = teacher(tokens).logits[:, :-1, :VOCABULARY].log_softmax(-1)
         own, (served, index) = logprobs.gather(2, tokens[:, 1:, None]).squeeze(2), logprobs.topk(k)

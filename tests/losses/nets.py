@@ -39,7 +39,7 @@ class Entry(nn.Module):
 
 
 class Transpose(nn.Module):
-    """(N, L, C) -> (L, N, C) and, called again, back: tokens first, as nn.TransformerEncoder has them."""
+    """Swap (N, L, C) and (L, N, C): nn.TransformerEncoder has tokens first."""
 
     def forward(self, x):
         return x.transpose(0, 1)

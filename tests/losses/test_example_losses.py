@@ -87,7 +87,7 @@ def test_certain_networks_have_finite_losses_and_gradients(name):
     assert student.grad.isfinite().all()
 
 
-def test_a_loss_fits_a_screen_and_names_its_paper():
+def test_a_loss_is_short_and_names_its_paper():
     import inspect
 
     for name in ("dkd", "standardised_kd", "wttm", "dist", "tf_kd", "ps_kd"):

@@ -66,7 +66,7 @@ def test_compiled_gives_the_plain_loss(loss, dtype, plain):
     ("dtype", "scale", "bound"), [("float32", 1.0, 3e-7), ("float16", 65536.0, 3e-4), ("bfloat16", 1.0, 2.5e-3)]
 )
 def test_the_gradient_is_rounded_once(loss, std, dtype, scale, bound):
-    """fp16 with the loss scale of AMP: divided by N before the scale is applied, a part of it would be flushed to 0."""
+    """With the loss scale of AMP in fp16: a division by N before the scale would flush a part of it to 0."""
     a, b, target = inputs(256, 1000, std=std, dtype=getattr(torch, dtype))
     # without the ranking, whose near-ties float64 may order differently, and without label smoothing, whose gradient
     # has nearly one value, and so one rounding error
@@ -79,7 +79,7 @@ def test_the_gradient_is_rounded_once(loss, std, dtype, scale, bound):
 
 @BOTH
 @pytest.mark.parametrize("margin", [-40.0, -5.0, 5.0, 40.0])  # of the target over the others
-def test_no_digit_is_lost_to_certainty(loss, margin):
+def test_a_certain_target_loses_no_digits(loss, margin):
     a, b, target = inputs(16, 50, std=1.0, dtype=torch.float32)
     a, b = (x + margin * F.one_hot(target, 50) for x in (a, b))
     value, grads = gradients(loss, a, b, target)
@@ -92,7 +92,7 @@ def test_no_digit_is_lost_to_certainty(loss, margin):
 
 
 @pytest.mark.parametrize(("loss", "by_masks"), [(nkd_loss, nkd_by_masks), (uskd_loss, uskd_by_masks)])
-def test_the_benchmark_compares_like_with_like(loss, by_masks):
+def test_the_formulas_of_the_benchmark_equal_the_losses(loss, by_masks):
     a, b, target = inputs(16, 50)
     value, grads = gradients(by_masks, a, b, target)
     expected, expected_grads = gradients(loss, a, b, target)
@@ -110,7 +110,7 @@ def test_the_benchmark_compares_like_with_like(loss, by_masks):
     [(nkd_loss, False, 2.1), (nkd_loss, True, 1.1), (uskd_loss, False, 6.0), (uskd_loss, True, 4.1)],
 )
 @pytest.mark.parametrize("shape", [(1024, 1000), pytest.param((100, 12000), marks=pytest.mark.trial)])
-def test_peak_memory_in_tensors_as_large_as_the_logits(loss, compiled, bound, shape):
+def test_the_peak_memory_is_a_few_times_that_of_the_logits(loss, compiled, bound, shape):
     a, b, target = inputs(*shape, dtype=torch.float32)
     a.requires_grad_(), b.requires_grad_()
     torch._dynamo.reset()
@@ -135,7 +135,7 @@ def test_the_backward_keeps_no_tensor_as_large_as_the_logits_but_zipf_weights(lo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @BOTH
 @pytest.mark.parametrize("compiled", [False, True])
-def test_can_be_captured_in_a_cuda_graph(loss, compiled):
+def test_a_cuda_graph_can_capture_the_loss(loss, compiled):
     a, b, target = inputs(64, 1000, dtype=torch.float32, device="cuda")
     a.requires_grad_(), b.requires_grad_()
     expected, expected_grads = gradients(loss, a, b, target)
@@ -154,7 +154,7 @@ def test_can_be_captured_in_a_cuda_graph(loss, compiled):
         torch.testing.assert_close(grad, e)
 
 
-# ---- who gets plain autograd ----
+# ---- the cases that get plain autograd ----
 
 
 def test_uskd_can_be_differentiated_twice():
@@ -173,7 +173,7 @@ def test_uskd_can_be_differentiated_twice():
 
 
 @BOTH
-def test_forward_mode_derivatives(loss):
+def test_forward_mode_derivatives_are_right(loss):
     a, b, target = inputs(4, 6)
     tangent = torch.randn_like(a)
     with forward_ad.dual_level():
@@ -182,7 +182,7 @@ def test_forward_mode_derivatives(loss):
 
 
 @BOTH
-def test_hessian_by_func(loss):
+def test_the_hessian_of_torch_func_is_right(loss):
     a, b, target = inputs(2, 4)
     hessian = torch.func.hessian(lambda x: loss(x, b, target))(a)
     jacobian = torch.func.jacrev(lambda x: torch.func.grad(lambda y: loss(y, b, target))(x))(a)
@@ -199,7 +199,7 @@ def test_a_fake_tensor_has_the_shape_of_the_loss(loss):
 
 
 @pytest.mark.slow
-def test_compiled_with_a_teacher_made_under_inference_mode():
+def test_a_compiled_loss_takes_a_teacher_made_under_inference_mode():
     student, teacher, target = inputs(4, 6, dtype=torch.float32)
     expected, (expected_grad,) = gradients(nkd_loss, student, teacher, target)
     torch._dynamo.reset()
@@ -216,7 +216,7 @@ def test_compiled_with_a_teacher_made_under_inference_mode():
 
 
 @BOTH
-def test_logits_that_are_parameters(loss):
+def test_the_logits_may_be_parameters(loss):
     a, b, target = inputs(4, 6, dtype=torch.float32)
     parameter = torch.nn.Parameter(a)
     loss(parameter, b, target).backward()
@@ -263,7 +263,7 @@ def test_linear_loss_is_the_loss_of_the_logits(options, logits_at_a_time, monkey
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
-def test_linear_loss_in_lower_precision(dtype, bound, monkeypatch):
+def test_linear_loss_takes_lower_precision(dtype, bound, monkeypatch):
     monkeypatch.setattr(kdlite.linear, "LOGITS_AT_A_TIME", 100)
     args, biases = linear_inputs(dtype=dtype)
     value, grads = linear_gradients(nkd_linear_loss, args, biases)
@@ -313,7 +313,7 @@ def test_linear_loss_without_a_target_is_nan_as_cross_entropy(n):
         assert (grad == 0).all()
 
 
-def test_linear_loss_with_a_frozen_classifier_or_without_gradients():
+def test_linear_loss_works_with_a_frozen_classifier_and_without_gradients():
     args, biases = linear_inputs()
     args[0].requires_grad_()
     nkd_linear_loss(*args, **biases).backward()
@@ -324,7 +324,7 @@ def test_linear_loss_with_a_frozen_classifier_or_without_gradients():
 
 
 @pytest.mark.slow
-def test_linear_loss_compiles_whole_and_transforms():
+def test_linear_loss_compiles_whole_and_works_under_torch_func():
     args, biases = linear_inputs(dtype=torch.float32)
     expected, expected_grads = linear_gradients(nkd_linear_loss, args, biases)
     torch._dynamo.reset()
@@ -346,13 +346,13 @@ def unfused_capped(hidden, weight, teacher_hidden, teacher_weight, target, *, bi
 
 
 @pytest.mark.parametrize("logits_at_a_time", [100, 10**6])
-def test_linear_loss_caps_the_logits(logits_at_a_time, monkeypatch):
+def test_linear_loss_applies_the_softcap(logits_at_a_time, monkeypatch):
     monkeypatch.setattr(kdlite.linear, "LOGITS_AT_A_TIME", logits_at_a_time)
     args, biases = linear_inputs()
     actual = linear_gradients(nkd_linear_loss, args, biases, **CAPS, ce_weight=1.0)
     torch.testing.assert_close(actual, linear_gradients(unfused_capped, args, biases))
     by_func = torch.func.grad(lambda hidden: nkd_linear_loss(hidden, *args[1:], **biases, **CAPS, ce_weight=1.0))
-    torch.testing.assert_close(by_func(args[0]), actual[1][0])  # which holds the logits whole
+    torch.testing.assert_close(by_func(args[0]), actual[1][0])  # this way holds all logits
 
 
 def top_k_of(args, biases):
@@ -380,7 +380,10 @@ def test_linear_loss_takes_a_teachers_top_k(options, logits_at_a_time, monkeypat
     expected = gradients(whole, **options)
     actual = gradients(nkd_linear_loss, None, None, target, teacher_top_k=top_k, **options)
     torch.testing.assert_close(actual, expected)
-    served = top_k[0].view(3, 7), *(x.view(3, 7, 4) for x in top_k[1:])  # k stands last, as in hidden states
+    served = (
+        top_k[0].view(3, 7),
+        *(x.view(3, 7, 4) for x in top_k[1:]),
+    )  # k in the last dimension, as hidden states have it
     folded = nkd_linear_loss(args[0].view(3, 7, -1), args[1], None, None, target.view(3, 7), bias=biases["bias"],
                              teacher_top_k=served, **options)  # fmt: skip
     torch.testing.assert_close(folded, expected[0])

@@ -66,7 +66,7 @@ def test_a_deepcopy_of_a_tapped_model_has_no_live_tap():
         torch.testing.assert_close(tap.pop(), expected)
 
 
-# ---- what the hook keeps ----
+# ---- the kept output ----
 
 
 @pytest.mark.slow

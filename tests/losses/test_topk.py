@@ -20,7 +20,7 @@ def value_and_gradient(loss, student, *args, **options):
 
 
 def topk(student, teacher, target, k=3, **options):
-    """nkd_topk_loss of a teacher whose logits are known."""
+    """Return nkd_topk_loss of a teacher with known logits."""
     return nkd_topk_loss(student, *top_k_logprobs(teacher, target, k), target, **options)
 
 
@@ -53,7 +53,7 @@ def test_with_every_class_it_is_nkd(shape, reduction):
 
 
 # The table of kdlite/README.md: teachers whose non-target probabilities are power laws of rank.
-TEACHERS = {  # classes, T_t, exponent, k, what the k hold; cosines of the two ways
+TEACHERS = {  # classes, T_t, exponent, k, mass of the k; cosines of the two ways
     "C 1,000, flat, k 10": (1000, 0.56, 1.08, 10, 0.46, 0.929, 0.996),
     "C 1,000, peaked, k 10": (1000, 0.84, 1.67, 10, 0.86, 0.997, 0.9997),
     "C 1,000, flat, k 50": (1000, 0.56, 1.12, 50, 0.70, 0.986, 0.9996),
@@ -123,7 +123,7 @@ def test_a_top_k_of_the_target_alone_gives_the_target_term():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.uint64])
 def test_indices_of_any_integers_name_the_same_classes(dtype):
-    """Those of labels on disk are uint16; 255 of uint8 is a class, though torch takes it for -1."""
+    """Labels on disk are uint16; 255 of uint8 is a class, although torch compares it equal to -1."""
     student, teacher, target = inputs(6, 300)
     target_logprob, top, index = top_k_logprobs(teacher, target, 3)
     index[:, 0], index[:, 1:] = 255, index[:, 1:] % 250
@@ -136,7 +136,7 @@ def test_without_labels_padding_is_never_the_largest_class():
     top, index = teacher.log_softmax(1).topk(3)
     expected = nkd_topk_loss(student[1:], None, top[1:], index[1:], None)
     padded = F.pad(top, (1, 0), value=0.0), F.pad(index, (1, 0), value=-1)
-    padded[1][0] = -1  # a whole row, as where a sequence is padded: ignored
+    padded[1][0] = -1  # a whole row, as in a padded sequence: ignored
     value, grad = value_and_gradient(nkd_topk_loss, student, None, *padded, None)
     torch.testing.assert_close(value, expected)
     assert (grad[0] == 0).all()
@@ -194,7 +194,7 @@ def test_a_log_probability_above_0_by_rounding_is_0():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rounded_log_probabilities_stay_near(dtype):
-    """They may sum to more than 1; the error is that of the rounding."""
+    """They may sum to more than 1; the error is as small as the rounding."""
     student, teacher, target = inputs(64, 20, std=3.0)
     target_logprob, top, index = top_k_logprobs(teacher, target, 10)
     expected = nkd_topk_loss(student, target_logprob, top, index, target)
@@ -245,7 +245,7 @@ def test_a_class_that_the_student_masks_and_the_teacher_does_not_name_is_ignored
     torch.testing.assert_close(grad, F.pad(expected_grad, (0, 1)))
 
 
-def test_two_classes_and_an_empty_batch():
+def test_two_classes_and_an_empty_batch_work():
     student, teacher, target = inputs(4, 2)
     torch.testing.assert_close(topk(student, teacher, target, k=1), nkd_loss(student, teacher, target))
     value, grad = value_and_gradient(topk, torch.zeros(0, 5), torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))
@@ -253,7 +253,7 @@ def test_two_classes_and_an_empty_batch():
     assert grad.shape == (0, 5)
 
 
-def test_gradcheck_and_no_gradient_for_the_teacher():
+def test_gradcheck_passes_and_the_teacher_has_no_gradient():
     student, teacher, target = inputs(4, 6)
     target_logprob, top, index = top_k_logprobs(teacher, target, 3)
     top.requires_grad_()
@@ -314,7 +314,7 @@ def test_it_compiles_whole_with_dynamic_shapes():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_functional_transforms():
+def test_torch_func_gives_the_same_numbers():
     student, teacher, target = inputs(4, 10)
     grad = torch.func.grad(topk)(student, teacher, target)
     torch.testing.assert_close(grad, value_and_gradient(topk, student, teacher, target)[1])

@@ -49,7 +49,7 @@ def test_the_checkpoint_has_the_head_and_the_plain_student_does_not():
 
 
 def test_the_dry_forward_changes_nothing():
-    """BatchNorm statistics, the mode of a frozen layer, the random state and the caller's grads stay as they were."""
+    """It keeps BatchNorm statistics, the mode of a frozen layer, the random state and the caller's gradients."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 5))
     model[1].eval()
     state = copy.deepcopy(model.state_dict())
@@ -240,7 +240,7 @@ def test_a_larger_input_shows_the_channels_of_a_sequence():
     example = torch.randn(1, 2, 100)
     conv = classifier(nn.Conv1d(2, 16, 3), nn.ReLU(), width=16)
     assert WithWeakHead(conv, "0", example_input=example).head.in_features == 16
-    assert WithWeakHead(conv, "1", example_input=example).head.in_features == 16  # a layer that has no width of its own
+    assert WithWeakHead(conv, "1", example_input=example).head.in_features == 16  # a layer without parameters
     linear = classifier(nn.Linear(6, 16), nn.GELU(), Permute(0, 2, 1), width=16)  # (N, L, C)
     student = WithWeakHead(linear, "1", example_input=torch.randn(1, 100, 6))
     assert student.head.in_features == 16
@@ -329,7 +329,7 @@ def test_the_class_token_is_found_by_counting_the_positions(options, size, pooli
 
 def test_a_class_token_that_cannot_be_counted_is_asked_for():
     class Unfolded(Tokens):
-        """Its patches come from no convolution."""
+        """It makes patches without a convolution."""
 
         def __init__(self):
             super().__init__()
@@ -562,7 +562,7 @@ def _rank(rank, world, path):
     torch.save([p.grad for p in ddp.parameters()], f"{path}/grads{rank}.pt")
     with pytest.raises(ValueError, match=r"inside DistributedDataParallel already.*WithWeakHead first"):
         WithWeakHead(nn.parallel.DistributedDataParallel(Net()), "layer1", example_input=images())
-    with FeatureTap(ddp, "model.layer2") as tap:  # a path of the model inside DDP, as its user knows it
+    with FeatureTap(ddp, "model.layer2") as tap:  # a path in the model inside DDP
         ddp(images())
         assert tap.pop().shape == (2, 16, 4, 4)
     dist.destroy_process_group()
