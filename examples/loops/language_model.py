@@ -50,7 +50,7 @@ def from_hidden(tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def from_top_k(tokens: Tensor, labels: Tensor, k: int = 20) -> Tensor:
-    """The loss from the answers of a server: log-probabilities of the text's tokens, and of the k best at each position."""
+    """The loss from a server's answers: log-probabilities of the text's tokens, and of the k best at each position."""
     with torch.no_grad():
         logprobs = teacher(tokens).logits[:, :-1, :VOCABULARY].log_softmax(-1)
         own, (served, index) = logprobs.gather(2, tokens[:, 1:, None]).squeeze(2), logprobs.topk(k)

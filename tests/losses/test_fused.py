@@ -384,8 +384,16 @@ def test_linear_loss_takes_a_teachers_top_k(options, logits_at_a_time, monkeypat
         top_k[0].view(3, 7),
         *(x.view(3, 7, 4) for x in top_k[1:]),
     )  # k in the last dimension, as hidden states have it
-    folded = nkd_linear_loss(args[0].view(3, 7, -1), args[1], None, None, target.view(3, 7), bias=biases["bias"],
-                             teacher_top_k=served, **options)  # fmt: skip
+    folded = nkd_linear_loss(
+        args[0].view(3, 7, -1),
+        args[1],
+        None,
+        None,
+        target.view(3, 7),
+        bias=biases["bias"],
+        teacher_top_k=served,
+        **options,
+    )
     torch.testing.assert_close(folded, expected[0])
 
 
@@ -433,10 +441,17 @@ def test_linear_loss_of_a_top_k_compiles_whole():
     ],
 )
 def test_linear_loss_refuses_a_top_k_that_does_not_fit(change, message):
-    call = dict(
-        hidden=torch.zeros(4, 3), weight=torch.zeros(5, 3), teacher_hidden=None, teacher_weight=None,
-        target=torch.zeros(4).long(), teacher_top_k=(torch.zeros(4), torch.zeros(4, 2), torch.ones(4, 2).long()),
-    ) | change  # fmt: skip
+    call = (
+        dict(
+            hidden=torch.zeros(4, 3),
+            weight=torch.zeros(5, 3),
+            teacher_hidden=None,
+            teacher_weight=None,
+            target=torch.zeros(4).long(),
+            teacher_top_k=(torch.zeros(4), torch.zeros(4, 2), torch.ones(4, 2).long()),
+        )
+        | change
+    )
     with pytest.raises(ValueError, match=message):
         nkd_linear_loss(**call)
 
@@ -489,10 +504,16 @@ def test_linear_loss_never_holds_the_logits(monkeypatch):
     ],
 )
 def test_linear_loss_refuses_bad_input(change, error, message):
-    call = dict(
-        hidden=torch.zeros(4, 3), weight=torch.zeros(5, 3), teacher_hidden=torch.zeros(4, 2),
-        teacher_weight=torch.zeros(5, 2), target=torch.zeros(4).long(),
-    ) | change  # fmt: skip
+    call = (
+        dict(
+            hidden=torch.zeros(4, 3),
+            weight=torch.zeros(5, 3),
+            teacher_hidden=torch.zeros(4, 2),
+            teacher_weight=torch.zeros(5, 2),
+            target=torch.zeros(4).long(),
+        )
+        | change
+    )
     with pytest.raises(error, match=message):
         nkd_linear_loss(**call)
 

@@ -79,8 +79,14 @@ def run(forked, tmp_path):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])
-            shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port, TORCHELASTIC_RUN_ID="test", GLOO_SOCKET_IFNAME="lo")  # fmt: skip
+            shared = dict(
+                WORLD_SIZE=str(processes),
+                LOCAL_WORLD_SIZE=str(processes),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                TORCHELASTIC_RUN_ID="test",
+                GLOO_SOCKET_IFNAME="lo",
+            )
             environments = [shared | dict(RANK=str(i), LOCAL_RANK=str(i), GROUP_RANK="0") for i in range(processes)]
         logs = [tmp_path / f"log{i}.txt" for i in range(processes)]
         children = [forked(target=_child, args=(e, log, function, args)) for e, log in zip(environments, logs)]
@@ -245,17 +251,23 @@ def test_the_trainer_on_two_processes_equals_one(trained, run, tmp_path):
     run(loop, "hf_trainer.py", "--output_dir", tmp_path, "--per_device_train_batch_size", 32, *FAST, processes=2)
     for kind in ("nkd", "uskd"):
         assert_equal(
-            weights(tmp_path / kind / "model.safetensors"), weights(trained / kind / "model.safetensors"),
-            rtol=1e-4, atol=1e-5,
-        )  # fmt: skip
+            weights(tmp_path / kind / "model.safetensors"),
+            weights(trained / kind / "model.safetensors"),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_the_trainer_under_accumulation_and_checkpointing_equals_one_pass(trained, run, tmp_path):
     flags = ["--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"]
     run(loop, "hf_trainer.py", "--output_dir", tmp_path, *flags, *FAST)
     # USKD's batch mean is each pass's own
-    assert_equal(weights(tmp_path / "nkd" / "model.safetensors"), weights(trained / "nkd" / "model.safetensors"),
-                 rtol=1e-4, atol=1e-5)  # fmt: skip
+    assert_equal(
+        weights(tmp_path / "nkd" / "model.safetensors"),
+        weights(trained / "nkd" / "model.safetensors"),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_each_model_of_the_trainer_resumes_from_its_own_checkpoints(run, tmp_path):
@@ -281,11 +293,15 @@ def loop_in(folder, name, *argv):
 
 
 TAPS = {
-    "ViT": ("vit.layers.1", 32), "DeiT": ("deit.layers.1", 32), "Dinov2": ("dinov2.encoder.layer.1", 32),
-    "ResNet": ("resnet.encoder.stages.2", 48), "ConvNext": ("convnext.encoder.stages.2", 48),
-    "MobileNetV1": ("mobilenet_v1.layer.21", 128), "MobileNetV2": ("mobilenet_v2.layer.15", 112),
+    "ViT": ("vit.layers.1", 32),
+    "DeiT": ("deit.layers.1", 32),
+    "Dinov2": ("dinov2.encoder.layer.1", 32),
+    "ResNet": ("resnet.encoder.stages.2", 48),
+    "ConvNext": ("convnext.encoder.stages.2", 48),
+    "MobileNetV1": ("mobilenet_v1.layer.21", 128),
+    "MobileNetV2": ("mobilenet_v2.layer.15", 112),
     "Swin": ("swin.encoder.layers.2.blocks.1", 64),
-}  # fmt: skip
+}
 
 
 def test_hugging_faces_classifiers_have_a_default_tap_and_can_be_checkpointed(run):
@@ -300,11 +316,15 @@ def assert_taps():
     stages = dict(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1])
     blocks = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8)
     options = {
-        "ViT": blocks, "DeiT": blocks, "Dinov2": blocks,
-        "ResNet": dict(embedding_size=16, **stages), "ConvNext": stages,
-        "MobileNetV1": dict(depth_multiplier=0.25), "MobileNetV2": dict(depth_multiplier=0.35),
+        "ViT": blocks,
+        "DeiT": blocks,
+        "Dinov2": blocks,
+        "ResNet": dict(embedding_size=16, **stages),
+        "ConvNext": stages,
+        "MobileNetV1": dict(depth_multiplier=0.25),
+        "MobileNetV2": dict(depth_multiplier=0.35),
         "Swin": dict(image_size=64, embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=2),
-    }  # fmt: skip
+    }
     for name, (tap, channels) in TAPS.items():
         torch.manual_seed(0)
         config = getattr(transformers, f"{name}Config")(num_labels=5, **options[name])
@@ -343,9 +363,18 @@ def assert_step_of_the_trainer(output):
     gradients = {name: p.grad for name, p in student.named_parameters()}
     student.zero_grad()
     args = TrainingArguments(
-        output, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=3, optim="sgd", learning_rate=1,
-        max_grad_norm=0, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        optim="sgd",
+        learning_rate=1,
+        max_grad_norm=0,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     its["NKDTrainer"](student, args, train_dataset=its["data"][:12]).train()
     taken = {name: before[name] - p.detach() for name, p in student.named_parameters()}
     assert_equal(taken, gradients, rtol=1e-3, atol=1e-5)
@@ -409,8 +438,9 @@ def assert_lightning_checkpoint(path, accuracy):
     its = load("lightning_module.py")
     keys = torch.load(path, weights_only=True)["state_dict"].keys()
     assert keys == {f"student.model.{name}" for name in its["cnn"](8).state_dict()} | {
-        "student.head.weight", "student.head.bias",
-    }  # fmt: skip
+        "student.head.weight",
+        "student.head.bias",
+    }
     restored = its["Classifier"].load_from_checkpoint(path)
     plain = restored.student.close().eval()
     right = (plain(its["images"][1400:]).argmax(1) == its["labels"][1400:]).float().mean()

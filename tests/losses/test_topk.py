@@ -213,8 +213,9 @@ def test_it_is_exact_if_the_teacher_is_certain():
     expected = oracle.nkd_topk_row(student, 0, log_t[0], {1: log_t[1], 2: log_t[2], 3: log_t[3]}, 1.5)
     for dtype, rel in ((torch.float64, 1e-8), (torch.float32, 1e-6)):
         served = torch.tensor(log_t[:1], dtype=dtype), torch.tensor([log_t[1:4]], dtype=dtype)
-        loss = nkd_topk_loss(torch.tensor([student], dtype=dtype), *served, torch.tensor([[1, 2, 3]]),
-                               torch.tensor([0]))  # fmt: skip
+        loss = nkd_topk_loss(
+            torch.tensor([student], dtype=dtype), *served, torch.tensor([[1, 2, 3]]), torch.tensor([0])
+        )
         assert loss.item() == pytest.approx(expected, rel=rel)
     teacher = torch.tensor([[20.0, 0.0, 1.0, 2.0]])  # from logits in float32: 1 - T_t is 2e-8
     narrow, wide = (top_k_logprobs(x, torch.tensor([0]), 2) for x in (teacher, teacher.double()))
@@ -346,9 +347,13 @@ def test_torch_func_gives_the_same_numbers():
     ],
 )
 def test_the_error_for_bad_input_shows_the_input(change, error, message):
-    call = dict(student_logits=torch.zeros(4, 8), teacher_target_logprob=torch.zeros(4),
-                teacher_logprobs=torch.zeros(4, 3), teacher_indices=torch.arange(3).expand(4, 3),
-                target=torch.zeros(4).long())  # fmt: skip
+    call = dict(
+        student_logits=torch.zeros(4, 8),
+        teacher_target_logprob=torch.zeros(4),
+        teacher_logprobs=torch.zeros(4, 3),
+        teacher_indices=torch.arange(3).expand(4, 3),
+        target=torch.zeros(4).long(),
+    )
     with pytest.raises(error, match=message):
         nkd_topk_loss(**call | change)
 
@@ -373,8 +378,12 @@ def test_the_error_for_served_tokens_in_the_last_dimension_names_the_dimension()
     ],
 )
 def test_log_probabilities_that_do_not_fit_are_refused(change, error, message):
-    call = dict(student_target=torch.zeros(4), student_top=torch.zeros(4, 3), teacher_target=torch.zeros(4),
-                teacher_top=torch.zeros(4, 3))  # fmt: skip
+    call = dict(
+        student_target=torch.zeros(4),
+        student_top=torch.zeros(4, 3),
+        teacher_target=torch.zeros(4),
+        teacher_top=torch.zeros(4, 3),
+    )
     with pytest.raises(error, match=message):
         nkd_from_logprobs(**call | change)
 

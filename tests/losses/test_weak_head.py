@@ -273,8 +273,12 @@ def test_a_model_of_one_size_is_read_by_the_shape_of_its_images(shape, width):
 
 @pytest.mark.parametrize(("height", "width"), [(16, 32), (32, 16)])
 def test_the_positions_of_an_image_keep_its_proportions(height, width):
-    model = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), Permute(0, 2, 3, 1), nn.Flatten(),
-                          nn.Linear(6 * height * width // 4, 5))  # fmt: skip
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, stride=2, padding=1),
+        Permute(0, 2, 3, 1),
+        nn.Flatten(),
+        nn.Linear(6 * height * width // 4, 5),
+    )
     example = torch.zeros(1, 1, height, width)
     assert WithWeakHead(model, "0", example_input=example).pooling == "channels first"
     assert WithWeakHead(model, "1", example_input=example).pooling == "channels last"
