@@ -331,6 +331,25 @@ def test_the_class_token_is_found_by_counting_the_positions(options, size, pooli
         torch.testing.assert_close(weak_logits, student.head(read(tap.pop())))
 
 
+@pytest.mark.parametrize("pooling", ["none", "class token", "channels first", "channels last"])
+def test_a_later_in_place_layer_does_not_change_the_pooled_feature(pooling):
+    torch.manual_seed(0)
+    shape = {"none": (8,), "class token": (4, 8), "channels first": (8, 4, 4), "channels last": (4, 4, 8)}[pooling]
+    layers = fixed_size(*shape)
+    model = nn.Sequential(*layers[:2], nn.ReLU(inplace=True), *layers[2:])
+    asked = None if pooling == "none" else pooling
+    student = WithWeakHead(model, "1", example_input=images(), pooling=asked)
+    _, weak_logits = student(images())
+    feature = layers[:2](images())
+    if pooling == "class token":
+        feature = feature[:, 0]
+    elif pooling != "none":
+        feature = feature.flatten(2).mean(2) if pooling == "channels first" else feature.flatten(1, 2).mean(1)
+    torch.testing.assert_close(weak_logits, student.head(feature))
+    weak_logits.sum().backward()
+    assert layers[0][1].weight.grad.abs().sum() > 0
+
+
 def test_a_class_token_that_cannot_be_counted_is_asked_for():
     class Unfolded(Tokens):
         """It makes patches without a convolution."""
