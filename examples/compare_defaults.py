@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from finetune import train_once
+from finetune import UserError, run_command, train_once
 
 RUNS = Path("runs/defaults")
 # name: classes of the sorted list, images a class to train on and to validate on, pixels, epochs
@@ -77,10 +77,10 @@ def make_folder(source: Path, folder: Path, classes: slice, train: int, val: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the unpacked Tiny-ImageNet")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each setting (default: 2)")
     args, more = parser.parse_known_args()
     if not (args.source / "train").is_dir():
-        parser.error(f"{args.source} has no train/ folder")
+        raise UserError(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")
     for name, (classes, train, val, size, _) in FOLDERS.items():
         if not (RUNS / "images" / name).exists():
             partial = RUNS / "images" / f"{name}.partial"
@@ -101,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("compare_defaults.py", main))
