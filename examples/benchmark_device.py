@@ -59,8 +59,10 @@ def run(args: argparse.Namespace) -> None:
                 raise UserError(f"{name}: {result.stderr.strip().splitlines()[-1]}")
             rows.append(json.loads(result.stdout))
         median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        print(f"{name}: {median['cpu_s']:.2f} CPU s, {median['mib']:.0f} MiB, {median['modules']:.0f} modules, "
-              f"{median['packages']:.0f} packages of {median['disk_mb']:.0f} MB on disk")  # fmt: skip
+        print(
+            f"{name}: {median['cpu_s']:.2f} CPU s, {median['mib']:.0f} MiB, {median['modules']:.0f} modules, "
+            f"{median['packages']:.0f} packages of {median['disk_mb']:.0f} MB on disk"
+        )
 
 
 parser = make_parser(__doc__, "benchmark_device.py")

@@ -51,8 +51,10 @@ def run(args: argparse.Namespace) -> None:
     rounds = [[1e3 * prepared(large, config, reduced)[1] for reduced in (False, True)] for _ in range(args.rounds)]
     whole, reduced = (statistics.median(times) for times in zip(*rounds))
     ratio = statistics.median(a / b for a, b in rounds)
-    print(f"a JPEG of 4000x3000, {len(large) / 1e6:.1f} MB, for {config.input_size[1:]}: CPU ms {whole:.0f} whole, "
-          f"{reduced:.0f} at a reduced scale: {ratio:.2f} times as fast (median of {args.rounds})")  # fmt: skip
+    print(
+        f"a JPEG of 4000x3000, {len(large) / 1e6:.1f} MB, for {config.input_size[1:]}: CPU ms {whole:.0f} whole, "
+        f"{reduced:.0f} at a reduced scale: {ratio:.2f} times as fast (median of {args.rounds})"
+    )
 
     random = np.random.default_rng(0)
     differences, same, sure = [], [], []

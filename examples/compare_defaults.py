@@ -40,7 +40,7 @@ SETTINGS = {
         "20x450": [*DIGITS, "--lr", "1e-3", "--batch-size", "64", "--crop", "resized"],
         "5x40": CIFAR,
     },
-}  # fmt: skip
+}
 
 
 def student(num_classes: int, stride: int) -> nn.Module:
@@ -91,11 +91,13 @@ def main() -> None:
     for setting, of_folder in SETTINGS.items():
         cells = []
         for name, (*_, size, epochs) in FOLDERS.items():
-            shared = ["--data", RUNS / "images" / name, "--model", f"{__file__}:of_{size}_px", "--img-size", size,
-                      "--epochs", epochs, "--device", "cpu", "--workers", 0, "--reference", 0]  # fmt: skip
+            shared = f"--img-size {size} --epochs {epochs} --device cpu --workers 0 --reference 0".split()
+            shared += ["--data", str(RUNS / "images" / name), "--model", f"{__file__}:of_{size}_px"]
             run = f"{name}-{list(SETTINGS).index(setting)}"
-            found = [train_once([*shared, *of_folder[name], *more, "--seed", seed], RUNS / f"{run}-{seed}")
-                     for seed in range(args.seeds)]  # fmt: skip
+            found = [
+                train_once([*shared, *of_folder[name], *more, "--seed", seed], RUNS / f"{run}-{seed}")
+                for seed in range(args.seeds)
+            ]
             cells.append(", ".join(f"{x:.1f}" for x in found))
         print(f"| {setting} | {' | '.join(cells)} |", flush=True)
 

@@ -296,6 +296,15 @@ def test_only_training_images_are_copied(tmp_path):
     ]
 
 
+def test_the_flags_of_every_table_go_together():
+    tiny_imagenet = load("tiny_imagenet")
+    for table in tiny_imagenet.TABLES.values():
+        setting = tiny_imagenet.SETTINGS[table.setting]
+        rows_of_flags = [[*setting.student, *(flag.format(teacher="T") for flag in row)] for row in table.runs.values()]
+        for flags in [*rows_of_flags, *[setting.teacher] * bool(setting.teacher)]:
+            settle(["--data", "images", *setting.common, *(flag for flag in flags if not flag.startswith("variant="))])
+
+
 def test_the_command_that_stores_labels_has_flags_that_go_together(tmp_path, monkeypatch):
     tiny_imagenet = load("tiny_imagenet")
     commands = []
