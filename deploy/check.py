@@ -56,7 +56,7 @@ from deploy.run_directory import SPLIT, read_split
 from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, load, products_saturate
 
 BATCHES = (1, 2, 5, 64)
-# What each precision may cost: largest error of a logit relative to the largest logit, smallest agreement in percent,
+# Tolerances by precision: largest error of a logit relative to the largest logit, smallest agreement in percent,
 # largest loss of top-1 in points. fp32's and fp16's error: five times the worst of nine architectures
 # (tests/deploy/test_deploy.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
 TOLERANCES = {

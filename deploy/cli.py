@@ -317,59 +317,6 @@ class ProgressBar:
         return ", ".join(filter(None, parts))
 
 
-class Terminal:
-    """stdout or stderr that may die (a closed pipe, a terminal that is gone) while the program goes on.
-
-    log: a file that gets the same lines
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.dead = stream, False
-        self.log: Any = None
-
-    def write(self, text: str) -> int:
-        if self.log and "\r" not in text:  # which is a progress bar's
-            with contextlib.suppress(OSError):
-                self.log.write(text)
-        self.tell(lambda: self.stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        if self.log:
-            with contextlib.suppress(OSError):
-                self.log.flush()
-        self.tell(self.stream.flush)
-
-    def tell(self, what: Callable[[], Any]) -> None:
-        if self.dead:
-            return
-        try:
-            what()
-        except (OSError, ValueError):  # ValueError: the stream was closed
-            self.dead = True
-            with contextlib.suppress(Exception):  # else the interpreter fails when it flushes at its end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-@contextlib.contextmanager
-def terminals() -> Iterator[list[Terminal]]:
-    """stdout and stderr as Terminals."""
-    use_backslashreplace()
-    before = sys.stdout, sys.stderr
-    both = [Terminal(stream) for stream in before]
-    sys.stdout, sys.stderr = both  # type: ignore[assignment]
-    try:
-        yield both
-    finally:
-        sys.stdout, sys.stderr = before
-        for terminal in both:
-            if terminal.log:
-                terminal.log.close()
-
-
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 

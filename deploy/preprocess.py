@@ -48,6 +48,8 @@ UNREAD = {
     b"<?xml": "XML, perhaps an SVG drawing: export it as PNG",
     b"%PDF": "PDF: export the page as PNG",
     b"data:image": "text, an image in base64: send the bytes of the file",
+    b"/9j/4": "text, a JPEG in base64: send the bytes of the file",
+    b"iVBORw0K": "text, a PNG in base64: send the bytes of the file",
 }
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

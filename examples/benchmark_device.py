@@ -1,8 +1,8 @@
-"""Measure the cost for a device to run and to serve an ONNX file: python examples/benchmark_device.py STUDENT.onnx
+"""Measure the cost of running and serving an ONNX file on a device: python examples/benchmark_device.py STUDENT.onnx
 
-One process imports deploy.serve; another loads the file and runs it once. Prints CPU seconds, peak of resident memory,
-number of modules, and the disk size of the imported packages with all that they require. For a comparison --python is
-the interpreter of another environment, and --tree another checkout of this repository.
+Measures the imports of deploy.serve, and loading the file and running it once, each in a process of its own: CPU
+seconds, the peak of resident memory, modules, and the size on disk of the imported packages and those they require.
+--python is the interpreter of the environment, --tree another checkout of this repository to compare with.
 """
 
 import argparse
@@ -50,28 +50,24 @@ def run(args: argparse.Namespace) -> None:
     if not args.artefact.is_file():
         raise UserError(f"{args.artefact}: no such file")
     print(f"{args.python}, {args.tree}, median of {args.rounds}")
-    for name, program in PROGRAMS.items():
+    for what, program in PROGRAMS.items():
         program = MEASURE.format(program=program.format(file=str(args.artefact.resolve())))
         rows = []
         for _ in range(args.rounds):
             result = subprocess.run([args.python, "-c", program], cwd=args.tree, capture_output=True, text=True)
             if result.returncode:
-                raise UserError(f"{name}: {result.stderr.strip().splitlines()[-1]}")
+                raise UserError(f"{what}: {result.stderr.strip().splitlines()[-1]}")
             rows.append(json.loads(result.stdout))
         median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        print(
-            f"{name}: {median['cpu_s']:.2f} CPU s, {median['mib']:.0f} MiB, {median['modules']:.0f} modules, "
-            f"{median['packages']:.0f} packages of {median['disk_mb']:.0f} MB on disk"
-        )
+        print(f"{what}: {median['cpu_s']:.2f} CPU s, {median['mib']:.0f} MiB, {median['modules']:.0f} modules, "
+              f"{median['packages']:.0f} packages of {median['disk_mb']:.0f} MB on disk")  # fmt: skip
 
 
 parser = make_parser(__doc__, "benchmark_device.py")
 parser.add_argument("artefact", type=Path, help="an .onnx file of deploy.export")
-parser.add_argument("--python", default=sys.executable, help="interpreter to measure (default: this one)")
-parser.add_argument(
-    "--tree", type=Path, default=Path(__file__).resolve().parents[1], help="checkout (default: this one)"
-)
-parser.add_argument("--rounds", type=int, default=5, help="processes of each kind (default: 5)")
+parser.add_argument("--python", default=sys.executable, help="(default: this one)")
+parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1], help="(default: this one)")
+parser.add_argument("--rounds", type=int, default=5)
 
 if __name__ == "__main__":
     sys.exit(command(parser, run))

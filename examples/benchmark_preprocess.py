@@ -1,8 +1,8 @@
-"""Measure the effect of reading large JPEGs at a reduced scale: python examples/benchmark_preprocess.py STUDENT PHOTOS
+"""Measure what reading large JPEGs at a reduced scale saves: python examples/benchmark_preprocess.py STUDENT PHOTOS
 
-Time: the largest photograph, enlarged to 12 megapixels, is prepared for the student with and without the reduced scale,
-in turns. Change: square crops of all photographs, each at least eight times as large as the student's resize, are saved
-as JPEGs. Prints the mean difference of a value after the resize, and how often the student's class is the same.
+Time: prepares the largest photograph, resized to 12 megapixels, with and without the reduced scale, in turns. Change:
+prepares square crops of all photographs, each at least eight times as large as the student's resize and saved as a
+JPEG, both ways. Prints the mean difference of a value after the resize, and how often the class is the same.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MARGIN = preprocess.DRAFT_MARGIN
 
 
 def prepared(file: bytes, config: Metadata, reduced: bool) -> tuple[np.ndarray, float]:
-    """Return the prepared image and the CPU seconds."""
+    """Return the prepared image and the CPU seconds that it took."""
     preprocess.DRAFT_MARGIN = MARGIN if reduced else 10**6
     started = time.process_time()
     return preprocess.prepare(preprocess.open_image(file), config), time.process_time() - started
@@ -45,16 +45,14 @@ def run(args: argparse.Namespace) -> None:
     side = 2 * MARGIN * min(preprocess.resized_size((1, 1), config))
     photos = [photo for photo in photos if min(photo.size) >= side]
     if not photos:
-        raise UserError(f"{args.photos} has no JPEG of at least {side} pixels a side, eight times the student's resize")
+        raise UserError(f"{args.photos} has no JPEG of at least {side} pixels a side, eight times the resize")
 
     large = jpeg(max(photos, key=lambda photo: photo.width).resize((4000, 3000), Image.Resampling.BICUBIC))
     rounds = [[1e3 * prepared(large, config, reduced)[1] for reduced in (False, True)] for _ in range(args.rounds)]
     whole, reduced = (statistics.median(times) for times in zip(*rounds))
     ratio = statistics.median(a / b for a, b in rounds)
-    print(
-        f"a JPEG of 4000x3000, {len(large) / 1e6:.1f} MB, for {config.input_size[1:]}: CPU ms {whole:.0f} whole, "
-        f"{reduced:.0f} at a reduced scale: {ratio:.2f} times as fast (median of {args.rounds})"
-    )
+    print(f"a JPEG of 4000x3000, {len(large) / 1e6:.1f} MB, for {config.input_size[1:]}: CPU ms {whole:.0f} whole, "
+          f"{reduced:.0f} at a reduced scale: {ratio:.2f} times as fast (median of {args.rounds})")  # fmt: skip
 
     random = np.random.default_rng(0)
     differences, same, sure = [], [], []
@@ -69,20 +67,18 @@ def run(args: argparse.Namespace) -> None:
         same.append(logits.argmax() == others.argmax())
         sure.append(softmax(logits).max() > 0.5)
     same, sure = np.array(same), np.array(sure)
-    certain = (
-        f" (on {100 * same[sure].mean():.1f} % of the {sure.sum()} with a probability above 0.5)" if sure.any() else ""
-    )
-    difference, equal = np.mean(differences), f"{100 * same.mean():.1f} %{certain}"
+    certain = f"{100 * same[sure].mean():.1f} %" if sure.any() else "none"
     print(
-        f"{args.crops} crops of {len(photos)} photographs: mean difference {difference:.2f} of 255, same class {equal}"
+        f"{args.crops} crops of {len(photos)} photographs: mean difference {np.mean(differences):.2f} of 255; the same "
+        f"class for {100 * same.mean():.1f} %, and for {certain} of the {sure.sum()} with a probability above 0.5"
     )
 
 
 parser = make_parser(__doc__, "benchmark_preprocess.py")
-parser.add_argument("student", type=Path, help="a student/ folder, or a file that deploy/ made from it")
+parser.add_argument("student", type=Path, help="a student/ folder or an artefact of it")
 parser.add_argument("photos", type=Path, help="a folder of large JPEG photographs")
-parser.add_argument("--crops", type=int, default=500, help="(default: 500)")
-parser.add_argument("--rounds", type=int, default=11, help="of the time (default: 11)")
+parser.add_argument("--crops", type=int, default=500)
+parser.add_argument("--rounds", type=int, default=11)
 
 if __name__ == "__main__":
     sys.exit(command(parser, run))

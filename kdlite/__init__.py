@@ -1,4 +1,4 @@
-"""Knowledge distillation in two loss functions: with a teacher (NKD) and without one (USKD)."""
+"""Knowledge distillation in two loss functions: with a teacher (NKD) and without a teacher (USKD)."""
 
 from .hooks import FeatureTap
 from .layers import default_tap

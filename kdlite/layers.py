@@ -6,9 +6,8 @@ import re
 
 from torch import nn
 
-# Layers that the structure alone does not give, by class name; -k counts children from the end. The paper's
-# layers (official configs, checked by channel count) come first, then "the last stage but one" of the others,
-# then the same layers where Hugging Face has them.
+# Layers that the structure does not show, by class name; -k counts children from the end. First the paper's layers
+# (official configs, checked by channel count), then the last stage but one of others, then those of Hugging Face.
 _DEFAULT_TAPS = {
     "MobileNetV2": "features.-2",  # features.17, 320 channels
     "ShuffleNetV2": "stage4",  # 464 channels
@@ -95,13 +94,13 @@ def _in_backbone(model: nn.Module) -> list[str]:
 
 
 def _from_feature_info(model: nn.Module) -> str | None:
-    """timm models list their stages themselves."""
+    """Read the stages that a timm model lists."""
     info = getattr(model, "feature_info", None)
     stages = list(getattr(info, "info", info) or [])
     if len(stages) < 2:
         return None
     if len({stage.get("reduction") for stage in stages}) == 1:
-        return None  # a plain transformer: see _middle_block
+        return None  # a plain transformer: _middle_block finds its layer
     if isinstance(getattr(model, "conv_head", None), nn.Conv2d) and hasattr(model, "bn2"):
         # MobileNetV2 and EfficientNet: a 1x1 convolution before the pooling is the last stage
         return str(stages[-1]["module"])
@@ -124,14 +123,15 @@ def _from_table(model: nn.Module) -> str | None:
 
 
 def _middle_block(model: nn.Module) -> str | None:
-    """Block L/2 of the one container of L >= 4 blocks of one kind."""
+    """Return block L/2 of a container of L >= 4 blocks of one kind and width."""
     for container in ("blocks", "encoder.layers", "layers", "encoder.layer"):
         try:
             blocks = list(model.get_submodule(container).named_children())
         except AttributeError:
             continue
         kinds = {type(block) for _, block in blocks}
-        if len(blocks) >= 4 and len(kinds) == 1 and nn.Sequential not in kinds and _keeps_width(blocks):
+        are_stages = nn.Sequential in kinds and len(blocks) <= 6
+        if len(blocks) >= 4 and len(kinds) == 1 and not are_stages and _keeps_width(blocks):
             return f"{container}.{blocks[len(blocks) // 2 - 1][0]}"
     return None
 
@@ -141,7 +141,7 @@ def _keeps_width(blocks: list[tuple[str, nn.Module]]) -> bool:
 
 
 def _last_stage_but_one(model: nn.Module) -> str | None:
-    """layer1..4, stage1..4, block1..4, denseblock1..4, or a container of stages."""
+    """Find layer1..4, stage1..4, block1..4, denseblock1..4, or a container of stages."""
     for container in ("", "features", "trunk_output"):
         try:
             children = [name for name, _ in model.get_submodule(container).named_children()]
@@ -162,7 +162,7 @@ def _last_stage_but_one(model: nn.Module) -> str | None:
 
 
 def _before_last_pool_but_one(model: nn.Module) -> str | None:
-    """VGG: stages end at each max-pool of one long ``features``."""
+    """Find the stages of VGG: each ends at a max-pool of one long ``features``."""
     features = getattr(model, "features", None)
     pools = (
         [i for i, m in enumerate(features) if isinstance(m, nn.MaxPool2d)]

@@ -25,7 +25,7 @@ from .inputs import (
 from .terms import nkd_rows
 from .topk import check_top_k, largest_class, nkd_rows_topk
 
-# Logits held at a time, of student and teacher each: 88 MiB in float32. Fewer, and going over the weights costs more.
+# Logits held at a time, for student and teacher each: 88 MiB in float32. With fewer, reading the weights costs more.
 LOGITS_AT_A_TIME = 22 * 2**20
 
 
@@ -276,7 +276,7 @@ def sum_of_rows(student: Linear, teacher: Linear | TopK, rows: ClassIndices | No
         total = student.hidden.new_zeros((), dtype=wide)
         count, classes = len(student.hidden), len(student.weight)
         size = max(1, LOGITS_AT_A_TIME // classes)
-        # preallocate the logits: allocating per chunk costs more than the loss
+        # preallocate the logits: an allocation per chunk costs more than the loss
         buffer = student.hidden.new_empty(min(size, count), classes)
         teacher_buffer = teacher.hidden.new_empty(buffer.shape) if isinstance(teacher, Linear) else None
         for start in range(0, count, size):
@@ -356,7 +356,7 @@ def accumulate(grads: list[Tensor | None], d_logits: Tensor, student: Linear, i:
 
 
 class WithGradients(torch.autograd.Function):
-    """The total, whose gradients for hidden, weight and bias are computed already."""
+    """Return the total; its gradients for hidden, weight and bias are computed already."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, *inputs_and_grads: Tensor | None) -> Tensor:
@@ -367,7 +367,7 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        # in place: autograd itself refuses a second backward, which would find them changed
+        # in place: autograd refuses a second backward, which would read changed gradients
         scale = torch.mul if torch.compiler.is_compiling() else Tensor.mul_
         grads = (None if x is None else scale(x, d_total).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
         return None, *grads, None, None, None

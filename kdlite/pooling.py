@@ -113,11 +113,13 @@ def choose_layer(layers: list[str], seen: dict[str, Seen], batch: int) -> str:
         if layer in seen and len(seen[layer].shape) >= 2 and seen[layer].shape[0] == batch:
             return layer
     usable = [name for name, output in seen.items() if name and len(output.shape) > 2 and output.shape[0] == batch]
-    usable.sort(key=lambda name: name.count("."))
+    middle = usable[len(usable) // 4 :]
+    middle = middle[: len(middle) - len(usable) // 4]  # in the order in which they ran
+    middle.sort(key=lambda name: name.count("."))
     found = f"returns {seen[layers[0]].text}" if layers[0] in seen else "does not run"
     raise ValueError(
         f"layer {layers[0]!r} must return a feature for a batch of {batch}, but {found}; these would do: "
-        + (", ".join(usable[:8]) or "none")
+        + (", ".join(middle[:6]) or "none")
     )
 
 

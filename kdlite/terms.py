@@ -1,4 +1,4 @@
-"""All the mathematics, on one page: the loss of each row in ordinary autograd, with the paper's symbols.
+"""All the mathematics on one page: the loss of each row in plain autograd, with the paper's symbols.
 
 These are the definitions; :mod:`kdlite.fused` computes the hard-label ones with less memory and fewer passes.
 
@@ -191,7 +191,7 @@ def odds(logits: Tensor, label: Tensor) -> Tensor:
 
 def log_odds(logits: Tensor, label: Tensor) -> Tensor:
     """log(p / (1 - p)) of each row's label, (R,): p is its sigmoid, log p its logsigmoid, however near 0 or 1."""
-    # gather is what refuses a label out of range: with an error on CPU, a device assert on CUDA
+    # gather refuses a label out of range: with an error on CPU, a device assert on CUDA
     return (logits.gather(1, label.unsqueeze(1)) - log_sum_others(logits, label)).squeeze(1)
 
 
@@ -201,5 +201,5 @@ def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def cross_entropy(weights: Tensor, log_probs: Tensor) -> Tensor:
-    """- sum_i weights_i log_probs_i over the last dimension; a weight of 0 takes its class out, whatever its log is."""
+    """- sum_i weights_i log_probs_i over the last dimension; a weight of 0 removes a class, even with a log of -inf."""
     return -(weights * log_probs.masked_fill(weights == 0, 0.0)).sum(-1)

@@ -160,6 +160,7 @@ def photograph_target(folder: Path) -> Callable[[bytes], None]:
     from PIL import Image
 
     from deploy.config import Metadata
+    from deploy.preprocess import formats
     from deploy.server.images import decode
     from deploy.server.protocol import RequestError
 
@@ -170,7 +171,7 @@ def photograph_target(folder: Path) -> Callable[[bytes], None]:
         """Decode a file, or a form if the first line is its Content-Type."""
         kind, _, body = data.partition(b"\n") if data.startswith(b"multipart/") else (b"", b"", data)
         try:
-            array = decode(body, kind.decode("latin-1"), config, MAX_PIXELS)
+            array = decode(body, kind.decode("latin-1"), config, formats(), MAX_PIXELS)
         except RequestError as error:
             check_refusal(error)
             return

@@ -1,18 +1,23 @@
-"""Students for tests: any architecture with random weights that tell images apart."""
+"""Students for tests: any architecture, with random weights that give different images different classes."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from deploy import runtimes
 from deploy.config import Metadata
-from deploy.student import build_model, find_architecture
+from deploy.preprocess import prepare
+from deploy.reference import keep_reference
+from deploy.student import build_model, find_architecture, load_student
 from kdlite.training.outputs import save_student
 
 
 def write_student(folder, name, img_size, label_names=10, arguments=()):
-    """A student/ folder of a library's architecture, its batch norms calibrated and its logits well apart."""
+    """Write a student/ folder of an architecture, with calibrated batch norms and logits that differ."""
     torch.manual_seed(0)
     if isinstance(label_names, int):
         label_names = [f"class {i}" for i in range(label_names)]
@@ -23,18 +28,42 @@ def write_student(folder, name, img_size, label_names=10, arguments=()):
         for _ in range(10):
             model(torch.randn(16, *input_size))
         *_, classifier = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-        classifier.weight.normal_(0, 0.1)  # else the logits of some are 1e-9 and all agree for nothing
-    config = {
+        classifier.weight.normal_(0, 0.1)  # else some logits are 1e-9, and every comparison passes
+    config = Metadata(
+        label_names=label_names,
+        input_size=input_size,
+        mean=[0.485, 0.456, 0.406][: input_size[0]],
+        std=[0.229, 0.224, 0.225][: input_size[0]],
+        interpolation="bilinear",
+        crop=1.0,
+        num_classes=len(label_names),
         **architecture,
-        "num_classes": len(label_names),
-        "label_names": label_names,
-        "mean": [0.485, 0.456, 0.406][: input_size[0]],
-        "std": [0.229, 0.224, 0.225][: input_size[0]],
-        "input_size": input_size,
-        "interpolation": "bilinear",
-        "crop": 1.0,
-    }
-    save_student(folder, model, Metadata.from_json(config, str(folder)))
+    )
+    save_student(folder, model, config)
+    return folder
+
+
+def write_run(folder, name, img_size, label_names=10, arguments=(), images=40):
+    """Write a run directory with a student and its reference.npz.
+
+    The images are pieces of photographs with the student's own labels; close calls, which fp16 and INT8 may change, are
+    left out.
+    """
+    student = write_student(folder / "student", name, img_size, label_names, arguments)
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    corners = np.random.default_rng(0).integers(0, 340, (6 * images, 2)).tolist()
+    pieces = [photos[i % 2].crop((x, y, x + 90, y + 80)) for i, (x, y) in enumerate(corners)]
+    model, metadata = load_student(student, model_files(student))
+    prepared = np.stack([prepare(piece, metadata) for piece in pieces])
+    *_, classifier = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    with torch.no_grad():  # centred logits: else most images are of one class
+        classifier.bias -= torch.from_numpy(load(student, device="cpu").run(prepared).mean(0))
+    save_student(student, model, metadata)
+    logits = load(student, device="cpu").run(prepared)
+    second, first = np.sort(logits)[:, -2:].T
+    clear = np.sort(np.argsort(second - first)[: 2 * images])
+    samples = [(pieces[i], int(logits[i].argmax())) for i in clear]
+    keep_reference(folder, samples[:images], samples[images:], images, model_files(student))
     return folder
 
 
@@ -45,11 +74,11 @@ OWN = {
 
 
 def model_files(path):
-    """What a user says as --model-file of a run directory or a student/ folder, if its model is one of ours."""
+    """Return the --model-file of a run directory or a student/ folder, if its model is one of the tests' own."""
     folder = path / "student" if (path / "student").is_dir() else path
     try:
         name = json.loads((folder / "config.json").read_text())["architecture"]
-    except (OSError, ValueError, KeyError, TypeError):  # a test has spoilt it
+    except (OSError, ValueError, KeyError, TypeError):  # a test has damaged it
         return []
     file, _, function = name.partition(":")
     return [f"{OWN[file]}:{function}"] if file in OWN else []

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import numpy as np
@@ -49,10 +49,12 @@ from deploy.server.protocol import (
 )
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
+HEADER_LENGTH = "inference-header-content-length"
 LARGE_JSON = 2**14  # bytes: more is not parsed in the event loop
 LARGE_ANSWER = 20_000  # logits: more are not written in the event loop
 OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # need no token: probes have none
 ENDPOINTS = ("infer", "predict", "metrics", "ready", "live", "stats", "config")  # labels of /metrics
+Result = TypeVar("Result")
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -141,10 +143,8 @@ class StudentServer:
         runtime = self.runtime
         with contextlib.ExitStack() as taken:
             body = await self.read_body(request, taken)
-            asked = await self.parse(body, request.headers.get("inference-header-content-length"), runtime)
-            self.queue.take(len(asked.images), taken)
-            request.scope["images"] = len(asked.images)
-            logits = await until_left(request, self.batcher.infer(runtime, asked.images))
+            self.queue.take(1, taken)
+            asked, logits = await until_left(request, self.run_tensor(request, runtime, body, taken))
         written = asked, logits, self.name, runtime.metadata.label_names
         small = logits.size <= LARGE_ANSWER
         content, headers = write_infer(*written) if small else await self.in_thread(write_infer, *written)
@@ -160,9 +160,7 @@ class StudentServer:
         with contextlib.ExitStack() as taken:
             body = await self.read_body(request, taken)
             self.queue.take(1, taken)
-            content_type = request.headers.get("content-type", "")
-            logits = await until_left(request, self.classify(runtime, body, content_type))
-        request.scope["images"] = 1
+            logits = await until_left(request, self.run_photograph(request, runtime, body, taken))
         if not np.isfinite(logits).all():
             raise RequestError(500, "the model's logits are not finite")
         best = top_labels(logits[0], runtime.metadata.label_names, int(top))
@@ -195,7 +193,7 @@ class StudentServer:
             )
 
     async def read_body(self, request: Request, taken: contextlib.ExitStack) -> bytes:
-        """Return the unpacked body. Raise RequestError if it is too large or too slow."""
+        """Return the body. Raise RequestError if it is too large or too slow."""
         declared = request.headers.get("content-length", "0")
         if len(declared) > 18 or (whole_number(declared) or 0) > self.body_limit:
             raise too_large(self.body_limit)
@@ -212,31 +210,43 @@ class StudentServer:
                 self.uploads.discard(upload)
         if upload.cancelled_caught:
             raise RequestError(408, "the body took too long")
-        encoding = request.headers.get("content-encoding", "").strip().lower()
-        if encoding in ("", "identity"):
-            return bytes(body)
-        unpacked: bytes = await self.in_thread(unpack, bytes(body), encoding, self.body_limit)
-        self.bodies.take(len(unpacked), taken)
-        return unpacked
+        return bytes(body)
 
-    async def parse(self, body: bytes, header_length: str | None, runtime: Runtime) -> InferRequest:
+    async def unpack(self, request: Request, body: bytes, taken: contextlib.ExitStack) -> bytes:
+        encoding = request.headers.get("content-encoding", "").strip().lower()
+        if encoding not in ("", "identity"):
+            body = await self.in_thread(unpack, body, encoding, self.body_limit)
+            self.bodies.take(len(body), taken)
+        return body
+
+    async def run_tensor(
+        self, request: Request, runtime: Runtime, body: bytes, taken: contextlib.ExitStack
+    ) -> tuple[InferRequest, np.ndarray]:
+        """Return an inference request and its logits (N, C)."""
+        body, header_length = await self.unpack(request, body, taken), request.headers.get(HEADER_LENGTH)
         given = body, header_length, runtime.image_shape, self.batcher.largest_batch(runtime)
         text = len(body) if header_length is None else whole_number(header_length) or 0
-        return parse_infer(*given) if text <= LARGE_JSON else await self.in_thread(parse_infer, *given)
+        asked = parse_infer(*given) if text <= LARGE_JSON else await self.in_thread(parse_infer, *given)
+        self.queue.take(len(asked.images) - 1, taken)
+        request.scope["images"] = len(asked.images)
+        return asked, await self.batcher.infer(runtime, asked.images)
+
+    async def run_photograph(
+        self, request: Request, runtime: Runtime, body: bytes, taken: contextlib.ExitStack
+    ) -> np.ndarray:
+        """Return the logits (1, C) of a photograph."""
+        body, content_type = await self.unpack(request, body, taken), request.headers.get("content-type", "")
+        metadata = dataclasses.replace(runtime.metadata, label_names=[], training={}, metrics={}, others={})
+        images = await self.decoders.decode(body, content_type, metadata)
+        if isinstance(images, int):
+            self.pixels.take(images, taken)
+            images = await self.large_decoder.decode(body, content_type, metadata)
+        assert isinstance(images, np.ndarray)
+        request.scope["images"] = 1
+        return await self.batcher.infer(runtime, images)
 
     async def in_thread(self, work: Callable[..., Any], *given: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.parser, work, *given)
-
-    async def classify(self, runtime: Runtime, body: bytes, content_type: str) -> np.ndarray:
-        """Return the logits (1, C) of a photograph."""
-        metadata = dataclasses.replace(runtime.metadata, label_names=[], training={}, metrics={}, others={})
-        with contextlib.ExitStack() as taken:
-            images = await self.decoders.decode(body, content_type, metadata)
-            if isinstance(images, int):
-                self.pixels.take(images, taken)
-                images = await self.large_decoder.decode(body, content_type, metadata)
-        assert isinstance(images, np.ndarray)
-        return await self.batcher.infer(runtime, images)
 
     # ---- content of describe() ----
 
@@ -303,7 +313,7 @@ def make_app(server: StudentServer, token: str | None = None) -> Starlette:
     return app
 
 
-async def until_left(request: Request, work: Coroutine[Any, Any, np.ndarray]) -> np.ndarray:
+async def until_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Return the result of the work, or cancel it when the client closes its connection. The body has been read."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
     try:

@@ -10,6 +10,8 @@ import threading
 from datetime import datetime, timezone
 from logging.handlers import QueueHandler, QueueListener
 
+from deploy.cli import printable
+
 LINES = 10_000  # that may wait to be written
 log = logging.getLogger("deploy.serve")
 
@@ -21,6 +23,13 @@ class JsonFormatter(logging.Formatter):
         when = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         fields = record.args if isinstance(record.args, dict) else {"message": record.getMessage()}
         return json.dumps({"time": when} | fields)
+
+
+class TextFormatter(logging.Formatter):
+    """A line of text: messages repeat texts of files, which may have control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class LossyHandler(QueueHandler):
@@ -46,9 +55,9 @@ def start_log(as_json: bool) -> QueueListener:
     logging.raiseExceptions = False  # a closed stdout is not an error of the server
     out, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     errors.setLevel(logging.WARNING)
-    if as_json:
-        out.setFormatter(JsonFormatter())
-    else:
+    errors.setFormatter(TextFormatter())
+    out.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    if not as_json:
         out.addFilter(lambda record: record.levelno < logging.WARNING)
     thread = QueueListener(queue.Queue(LINES), out)
     thread.start()

@@ -20,17 +20,13 @@ from deploy.server.log import log
 def load_and_try(path: Path, max_batch: int, on: RunOn) -> Runtime:
     """Return a runtime after a batch of one image and the largest batch, which are slow the first time."""
     runtime = load(path, on)
-    classes = len(runtime.metadata.label_names)
     for size in sorted({1, min(max_batch, runtime.max_batch or max_batch)}):
         try:
             logits = runtime.run(np.zeros((size, *runtime.image_shape), np.uint8))
         except Exception as error:  # each runtime has exceptions of its own
             raise UserError(f"{path} fails on a batch of {size}: {first_line(error)}") from error
-        if logits.shape != (size, classes) or not np.isfinite(logits).all():
-            raise UserError(
-                f"{path} returns logits of shape {list(logits.shape)} for a batch of {size}; expected "
-                f"[{size}, {classes}], one logit for each label, all finite"
-            )
+        if not np.isfinite(logits).all():
+            raise UserError(f"{path} returns logits that are not finite for a black image")
     return runtime
 
 

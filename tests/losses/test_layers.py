@@ -114,6 +114,57 @@ def test_swin_is_read_with_its_channels_last(height, width):
     assert student.head.in_features == 384
 
 
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "mobilenetv3_small_100", "ghostnet_100", "resnet18", "convnext_atto"]
+)
+def test_a_checkpointed_model_runs_its_default_tap_with_equal_gradients(name):
+    """timm checkpoints the blocks of a stage, not the stage."""
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    student = WithWeakHead(build("timm", name, 64), example_input=images(2, 32))
+    student.model.eval()  # no dropout, and the same statistics in both forwards
+    gradients = []
+    for enable in (False, True):
+        student.model.set_grad_checkpointing(enable)
+        student.zero_grad()
+        logits, weak_logits = student(images(2, 32))
+        (F.cross_entropy(logits, torch.tensor([1, 2])) + weak_logits.square().sum()).backward()
+        gradients.append([p.grad.clone() for p in student.parameters()])
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+class Stages(nn.Module):
+    """Two kinds of blocks that suggest a layer: ``layer1`` to ``layer3`` do not run, or return no feature."""
+
+    def __init__(self, runs):
+        super().__init__()
+        self.layer1, self.layer2, self.layer3 = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(4))
+        self.fc, self.runs = nn.Linear(3, 5), runs
+
+    def forward(self, x):
+        for layer in self.blocks if self.runs == "blocks" else (self.layer1, self.layer2, self.layer3):
+            x = layer(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("runs", "tap"), [("blocks", "blocks.1"), ("layers", "layer2")])
+def test_the_next_candidate_is_tried_where_the_default_does_not_run(runs, tap):
+    assert WithWeakHead(Stages(runs), example_input=images()).tap == tap
+
+
+def test_the_error_for_a_default_without_a_feature_names_layers_that_would_do():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("hrnet_w18_small", num_classes=5)
+    with pytest.raises(
+        ValueError, match=r"layer 'stage3' must return a feature .* returns list; these would do: "
+    ) as error:
+        WithWeakHead(model, example_input=images(2, 64))
+    for layer in str(error.value).rpartition("these would do: ")[2].split(", "):
+        assert WithWeakHead(model, layer, example_input=images(2, 64))(images(2, 64))[1].shape == (2, 5)
+
+
 def test_a_backbone_inside_a_classifier_is_found():
     torchvision = pytest.importorskip("torchvision")
     backbone = torchvision.models.resnet18()

@@ -635,6 +635,23 @@ def test_bad_weights_are_refused(loss, options):
         loss(a, b, target, **options)
 
 
+@pytest.mark.parametrize("value", [torch.tensor(1.5), torch.nn.Parameter(torch.ones(4)), np.ones(4), None, "1"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_weight_that_is_not_a_number_is_a_type_error(value, soft):
+    """A learnable weight or a temperature per sample has no gradient in these losses, so it is refused."""
+    a, b, target = inputs(4, 5)
+    target = mixed_targets(target, 5) if soft else target
+    calls = [(nkd_loss, a, b, name) for name in ("gamma", "temperature")]
+    calls += [(uskd_loss, a, b, name) for name in ("alpha", "beta", "mu", "label_smoothing")]
+    for loss, *tensors, name in calls:
+        with pytest.raises(TypeError, match=f"{name} must be a Python number, got"):
+            loss(*tensors, target, **{name: value})
+    if not soft and value is not None:  # None is no cap
+        for name in ("gamma", "temperature", "ce_weight", "logit_scale", "softcap", "teacher_softcap"):
+            with pytest.raises(TypeError, match=f"{name} must be a Python number, got"):
+                nkd_linear_loss(a, a, b, b, torch.zeros(4).long(), **{name: value})
+
+
 @pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("bad", [5, -1])

@@ -295,13 +295,15 @@ def test_a_crowd_that_leaves_costs_the_next_client_no_wait(port):
     Image.fromarray(noise).resize((2000, 1500)).save(file, "JPEG", quality=88)
     photo = file.getvalue()
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(photo)
+    assert ask(port, "/predict", photo)[0] == 200  # starts a decoder
     started = time.perf_counter()
-    assert ask(port, "/predict", photo)[0] == 200
-    alone = time.perf_counter() - started
+    for _ in range(10):
+        assert ask(port, "/predict", photo)[0] == 200
+    alone = (time.perf_counter() - started) / 10
     asyncio.run(crowd(port, 900, 2.0, head + photo))
     started = time.perf_counter()
     assert ask(port, "/predict", photo)[0] in (200, 503)
-    assert time.perf_counter() - started < max(1.0, 20 * alone)
+    assert time.perf_counter() - started < max(1.0, 150 * alone)  # 900 photographs take 450 times as long on two cores
 
 
 def test_requests_of_clients_that_have_left_are_not_run(artefact):
@@ -326,6 +328,20 @@ def test_requests_of_clients_that_have_left_are_not_run(artefact):
         assert ask(port, INFER, numbers())[0] == 200
         assert len(sizes) == 2
         assert metric(port, 'kdlite_requests_total{endpoint="infer",status="499"}') == 20
+
+
+def test_requests_of_clients_that_have_left_are_not_unpacked(port):
+    """200 clients, one request each, that leave after the time of 20 requests."""
+    body = gzip.compress(bytes(15 * MIB))
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n"
+    started = time.perf_counter()
+    for _ in range(5):
+        assert ask(port, INFER, body, GZIP)[0] == 413  # as JSON
+    alone = (time.perf_counter() - started) / 5
+    asyncio.run(crowd(port, 200, 20 * alone, head.encode() + body))
+    started = time.perf_counter()
+    assert ask(port, INFER, body, GZIP)[0] in (413, 503)
+    assert time.perf_counter() - started < max(1.0, 30 * alone)  # 180 requests had not been unpacked
 
 
 def test_bodies_share_a_budget(artefact):

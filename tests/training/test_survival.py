@@ -1,5 +1,6 @@
 """train.py is killed, stopped, resumed, started twice, given damaged checkpoints: nothing is lost, nothing mixed up."""
 
+import functools
 import json
 import os
 import re
@@ -49,6 +50,11 @@ def when(condition, seconds=60):
         time.sleep(0.02)
 
 
+def stop_and_call(function, *args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return function(*args)
+
+
 def same_weights(a, b):
     states = [torch.load(Path(name) / "last.pt", weights_only=True)["model"] for name in (a, b)]
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -80,15 +86,9 @@ def log(output):
 
 
 def test_a_stop_during_evaluation_leaves_it_for_the_resume(monkeypatch, capsys):
-    evaluate = train.evaluate
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args)
-
     run(*TINY, "--epochs", 2, "--output", "whole")
     with monkeypatch.context() as patched:
-        patched.setattr(train, "evaluate", interrupted)
+        patched.setattr(train, "evaluate", functools.partial(stop_and_call, train.evaluate))
         run(*TINY, "--epochs", 2, "--output", "out")
     assert "stopped by SIGTERM at step 44 of epoch 1" in capsys.readouterr().out
     run("--output", "out", "--resume", *OWN)
@@ -97,14 +97,8 @@ def test_a_stop_during_evaluation_leaves_it_for_the_resume(monkeypatch, capsys):
 
 @pytest.mark.parametrize("batch_size", [16, 1024])
 def test_within_an_epoch_the_batches_cannot_change(batch_size, monkeypatch, capsys):
-    evaluate = train.evaluate
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args)
-
     with monkeypatch.context() as patched:
-        patched.setattr(train, "evaluate", interrupted)
+        patched.setattr(train, "evaluate", functools.partial(stop_and_call, train.evaluate))
         run(*TINY, "--output", "out")
     line = refused(capsys, "--output", "out", "--resume", *OWN, "--batch-size", batch_size)
     assert "out/last.pt is at step 44 of epoch 1: the --batch-size must stay the same" in line
@@ -134,6 +128,82 @@ def test_a_lost_process_ends_the_others_soon_with_its_name(victim):
     assert two.returncode != 0
 
 
+def test_a_signal_to_every_process_of_a_job_saves_although_the_loader_is_the_bottleneck(tmp_path):
+    """A scheduler signals the whole process group, sometimes twice: loading processes must outlive it."""
+    photos = random_kills.make_photos(tmp_path / "photos")
+    flags = [*TINY, "--epochs", 400, "--data", photos, "--batch-size", 8, "--workers", 2, "--save-every", 0]
+    job = start(*flags, "--output", "out", start_new_session=True)
+    when(Path("out/last.pt").exists)
+    for _ in range(2):
+        os.killpg(job.pid, signal.SIGTERM)
+        time.sleep(0.02)
+    text, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, text
+    assert "stopped by SIGTERM" in text
+    assert "out/last.pt is saved" in text
+
+
+@pytest.mark.trial
+def test_a_suspended_job_goes_on():
+    """SIGSTOP and SIGCONT, as SLURM suspends a job: both ranks wait for one another without a timeout."""
+    two = start(*TINY, "--epochs", 30, "--output", "out", ranks=2)
+    when(lambda: Path("out/last.pt").exists())
+    processes = random_kills.ranks(Path("out"))
+    for number, seconds in ((signal.SIGSTOP, 20), (signal.SIGCONT, 0)):
+        for process in processes:
+            os.kill(process, number)
+        time.sleep(seconds)
+    text, _ = two.communicate(timeout=200)
+    assert two.returncode == 0, text
+    assert "last top-1" in text
+
+
+def test_a_parameter_without_a_gradient_is_named_on_two_ranks():
+    two = start(*TINY, "--model", f"{MODELS}:unused", "--output", "out", ranks=2)
+    text = random_kills.finish(two, Path("out"), 60)
+    assert "the model does not use its parameter forgotten.weight, forgotten.bias" in text
+    assert f'File "{ROOT}/train.py"' not in text
+    assert two.returncode != 0
+
+
+# ---- the launcher ----
+
+
+@pytest.mark.parametrize(("environment", "message"), [
+    ({"RANK": "x", "WORLD_SIZE": "2"}, "must be whole numbers, got x, 0, 2"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be below WORLD_SIZE, got 2 and 2"),
+    ({"WORLD_SIZE": "0"}, "RANK must be below WORLD_SIZE, got 0 and 0"),
+    ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS is 2, but torchrun did not start this process"),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4, but torchrun did not start this process"),
+])  # fmt: skip
+def test_a_bad_launch_is_named(environment, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert message in ranks.read_launch()[3]
+
+
+def test_torchrun_within_a_slurm_job_is_a_good_launch(monkeypatch):
+    for name, value in {"SLURM_NTASKS": "2", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.read_launch() == (1, 1, 2, None)
+
+
+@pytest.mark.parametrize("port", ["in use", "99999", "x"])
+def test_processes_that_cannot_meet_end_with_one_line(port):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        number = str(taken.getsockname()[1]) if port == "in use" else port
+        launch = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": number}
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, TINY)], capture_output=True, text=True,
+                              env=os.environ | launch, timeout=100)  # fmt: skip
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.strip().splitlines() if "train.py: error" in line]
+    assert len(lines) == 1
+    assert "the 2 processes could not meet at 127.0.0.1" in lines[0]
+    assert "Traceback" not in done.stderr
+
+
 # ---- one run a directory ----
 
 
@@ -154,6 +224,95 @@ def test_a_lock_does_not_outlive_a_killed_run():
     assert killed.returncode == -signal.SIGKILL
     with run_directory.locked(Path()):
         pass
+
+
+# ---- a run directory from elsewhere ----
+
+
+def test_code_that_a_run_directory_names_is_never_run(tmp_path, capsys):
+    run(*TINY, "--output", "out")
+    Path("evil.py").write_text("open('ran', 'w')\n\ndef loss(student, teacher, target):\n    return student.sum()\n")
+    about = json.loads(Path("out/args.json").read_text())
+    for name, value in (("kd", "evil.py:loss"), ("teacher", "evil.py:loss"), ("model_file", ["evil.py:loss"])):
+        given = about["given"] | {name: f"{tmp_path}/{value}" if isinstance(value, str) else value}
+        Path("out/args.json").write_text(json.dumps(about | {"given": given}))
+        line = refused(capsys, "--output", "out", "--resume", *OWN, "--epochs", 2)
+        assert f"the run was started with code, --{name.replace('_', '-')}" in line
+    Path("out/args.json").write_text(json.dumps(about))
+    assert "started with code, --model" in refused(capsys, "--output", "out", "--resume", "--epochs", 2)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", [".lock", "log.txt"])
+def test_a_link_in_a_run_directory_is_not_followed(name, capsys):
+    run(*TINY, "--output", "out")
+    Path("precious").write_text("mine")
+    Path("out", name).unlink()
+    Path("out", name).symlink_to(Path("precious").absolute())
+    line = refused(capsys, "--output", "out", "--resume", *OWN, "--epochs", 2)
+    assert f"cannot open out/{name}: it is a link; remove it" in line
+    assert Path("precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["args.json", "metrics.csv", "last.pt"])
+def test_a_link_in_the_place_of_a_written_file_is_replaced(name):
+    run(*TINY, "--output", "out")
+    Path("precious").write_bytes(Path("out", name).read_bytes())
+    before = Path("precious").read_bytes()
+    Path("out", name).unlink()
+    Path("out", name).symlink_to(Path("precious").absolute())
+    run("--output", "out", "--resume", *OWN, "--epochs", 2)
+    assert Path("precious").read_bytes() == before
+    assert not Path("out", name).is_symlink()
+
+
+# ---- what a resume may change ----
+
+
+def test_the_best_epoch_does_not_count_with_other_validation_images(tmp_path, capsys):
+    photos = random_kills.make_photos(tmp_path / "photos")
+    flags = [*TINY, "--data", photos, "--batch-size", 64, "--workers", 0]
+    run(*flags, "--output", "out")
+    state = torch.load("out/last.pt", weights_only=True)
+    for file in (photos / "val/china").iterdir():
+        if file.stem not in ("0", "1"):
+            file.unlink()
+    capsys.readouterr()
+    run("--output", "out", "--resume", *OWN, "--epochs", 2)
+    assert f"their best top-1, {state['progress']['best']:.2f} %, does not count any more" in capsys.readouterr().out
+    progress = torch.load("out/last.pt", weights_only=True)["progress"]
+    assert progress["best"] == progress["rows"][1]["val_top1"]
+    assert progress["answers"].shape == (2, 18)
+
+
+def test_a_resume_without_a_checkpoint_never_replaces_finished_epochs(capsys):
+    run(*TINY, "--epochs", 2, "--output", "out")
+    for name in ("last.pt", "previous.pt"):
+        Path("out", name).unlink()
+    line = refused(capsys, *TINY, "--output", "out", "--resume")
+    assert "out has finished epochs (metrics.csv), but neither last.pt nor previous.pt" in line
+    Path("out/last.pt").write_bytes(Path("out/best.pt").read_bytes())
+    Path("out/args.json").unlink()
+    assert "args.json is missing, so the flags of the run are unknown" in (
+        refused(capsys, *TINY, "--output", "out", "--resume")
+    )
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--seed", 5], "the --seed must stay the same"), (["--pretrained", "x.pth"], "--pretrained was False"),
+    (["--val-split", 0.5], "--val-split was None when this run began"), (["--small-stem"], "--small-stem was False"),
+])  # fmt: skip
+def test_a_flag_without_effect_on_a_resumed_run_is_refused(flags, message, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", functools.partial(stop_and_call, train.evaluate))
+        run(*TINY, "--output", "out")
+    assert message in refused(capsys, "--output", "out", "--resume", *OWN, *flags)
+
+
+def test_a_run_that_has_had_its_epochs_says_so(capsys):
+    run(*TINY, "--output", "out")
+    run("--output", "out", "--resume", *OWN)
+    assert "the run has had its 1 epochs: nothing is trained; a larger --epochs continues it" in capsys.readouterr().out
 
 
 # ---- checkpoints ----
@@ -358,4 +517,4 @@ def test_images_that_memory_cannot_keep_are_said(capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert line.startswith("train.py: error: out of memory: ")
-    assert "leave out --cache device" in line
+    assert "out of memory: use smaller batches" in line

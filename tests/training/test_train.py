@@ -562,7 +562,7 @@ def test_the_teachers_accuracy_is_said_first_and_a_poor_one_warned_of(capsys):
 
 def test_a_softmax_at_the_end_is_found_before_training(capsys):
     flags = [*TINY, "--kd", "nkd", "--teacher", f"{MODELS}:softmax"]
-    assert "returns probabilities, which add up to 1: take its last softmax out" in refused(capsys, *flags)
+    assert "returns probabilities, whose sum is 1: take its last softmax out" in refused(capsys, *flags)
     assert "returns probabilities" in refused(capsys, *TINY, "--model", f"{MODELS}:softmax")
 
 

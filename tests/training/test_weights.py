@@ -26,7 +26,7 @@ from deploy.config import Metadata
 from deploy.student import build_model, find_architecture, load_student
 from kdlite import Teacher, WithWeakHead, nkd_loss
 from kdlite.training.outputs import save_student
-from kdlite.training.teacher_classes import match
+from kdlite.training.teacher_classes import match, pick_columns, warn_of_teacher
 from kdlite.training.weights import load_matching, load_teacher, open_student, read_weights
 
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
@@ -318,6 +318,30 @@ def test_a_teachers_weights_may_be_in_a_file_with_its_classes_told(tmp_path):
         Path("classes.csv").write_text(text)
         with pytest.raises(UserError, match=said):
             load_teacher("resnet18:resnet.pth", student, classes_file="classes.csv")
+
+
+def test_a_number_in_the_classes_file_is_a_name_if_the_teacher_has_that_name(tmp_path):
+    """A teacher of the classes 0 to 10, in string order: its column 2 is the class 10."""
+    names = sorted(map(str, range(11)))
+    (tmp_path / "classes.csv").write_text("".join(f"{name},{name}\n" for name in names))
+    columns, _ = pick_columns("t", names, 11, names, str(tmp_path / "classes.csv"))
+    assert columns == list(range(11))
+    columns, _ = pick_columns("t", None, 11, names, str(tmp_path / "classes.csv"))
+    assert columns == [int(name) for name in names]
+
+
+@pytest.mark.parametrize(("predictions", "classes", "warned"), [
+    ([0, 1] * 50, 2, None), ([0, 1] * 49 + [1, 0], 2, None), ([1, 0] * 50, 2, "in another order"),
+    ([int(str(i)[::-1]) if i > 9 else i for i in range(20)] * 5, 92, None), ([0] * 100, 2, "not better than chance"),
+    ([(i + 3) % 10 for i in range(10)] * 10, 10, "in another order"), ([0] * 100, 10, "not better than chance"),
+])  # fmt: skip
+def test_a_teacher_is_warned_of_when_it_is_of_no_use_or_has_its_classes_in_another_order(
+    predictions, classes, warned, capsys
+):
+    labels = np.arange(100) % (classes if classes <= 10 else 20)
+    warn_of_teacher(labels, np.array(predictions), classes)
+    err = capsys.readouterr().err
+    assert warned in err if warned else not err
 
 
 # ---- grey, oblong ----

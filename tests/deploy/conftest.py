@@ -1,0 +1,30 @@
+"""A run directory with every kind of artefact, made once."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import deploy
+from students import write_run
+
+from deploy import export, quantize
+from deploy.runtimes import products_saturate
+
+RESNET = Path(__file__).resolve().parents[2] / "examples/paper/cifar_models.py"
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory):
+    """A run of a small ResNet, which is an own model, with all its files; not to be changed."""
+    run = write_run(tmp_path_factory.mktemp("deploy") / "run", f"{RESNET}:resnet8", 32, images=80)
+    deploy(export, run)
+    deploy(export, run, "--precision", "fp16", "--format", "onnx")
+    deploy(quantize, run, "--target", "cpu", "--count", "64")
+    deploy(quantize, run, "--target", "tensorrt", "--count", "64", *["--reduce-range"] * products_saturate())
+    return run
+
+
+@pytest.fixture
+def run(deployed, tmp_path):
+    """A copy of it, to change."""
+    return shutil.copytree(deployed, tmp_path / "run")

@@ -1,0 +1,285 @@
+"""deploy.check and reference.npz: the table is what a plain loop counts, and a file that differs fails."""
+
+import csv
+import json
+import shutil
+import unicodedata
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from commands import deploy, refused
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from students import load, model_files, write_run
+
+from deploy import check, quantize
+from deploy.config import read_config
+from deploy.preprocess import open_image, prepare
+from deploy.reference import keep_reference, read_reference
+from deploy.student import load_student
+from kdlite.training.outputs import save_student
+
+PHOTO = Image.fromarray(load_sample_images().images[0])
+
+
+def write_photographs(folder, label_names, images=64):
+    """Pieces of a photograph as folder/CLASS/I.png, a class after the other."""
+    for i in range(images):
+        path = folder / label_names[i % len(label_names)] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PHOTO.crop((7 * i, 3 * i, 7 * i + 90, 3 * i + 80)).save(path)
+    return folder
+
+
+def rows_of(run):
+    return {row["artefact"]: row for row in json.loads((run / "student/check.json").read_text())}
+
+
+@pytest.mark.parametrize("source", ["reference", "photographs"])
+def test_the_table_is_what_a_plain_loop_counts(deployed, source, capsys, tmp_path):
+    config = read_config(deployed / "student")
+    if source == "photographs":
+        folder = write_photographs(tmp_path / "val", config.label_names)
+        deploy(check, deployed, "--device", "cpu", "--images", folder, check=None)
+        files = sorted(folder.rglob("*.png"))
+        images = np.stack([prepare(open_image(file), config) for file in files])
+        labels = np.array([config.label_names.index(file.parent.name) for file in files])
+    else:
+        deploy(check, deployed, "--device", "cpu")
+        reference = read_reference(deployed / "student", None, "")
+        images, labels = reference.images, reference.labels
+    rows = rows_of(deployed)
+    exact = {"student.onnx", "student.pt2", "student.ts"}
+    assert rows.keys() == {
+        "student/",
+        *exact,
+        "student-fp16.onnx",
+        "student-int8-cpu.onnx",
+        "student-int8-tensorrt.onnx",
+    }
+    passed = {name for name, row in rows.items() if row.get("verdict") == "pass"}
+    assert exact <= passed  # of photographs whose label the student does not give, fp16 and INT8 may change some
+    assert source == "photographs" or passed == rows.keys() - {"student/"}
+    expected = load(deployed / "student", device="cpu").run(images)
+    for name, row in rows.items():
+        logits = load(deployed / "student" / name.replace("student/", ""), device="cpu").run(images)
+        assert row["images"] == len(labels)
+        assert row["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
+        assert row["agreement"] == pytest.approx(100 * (logits.argmax(1) == expected.argmax(1)).mean())
+        assert row["max_abs_error"] == pytest.approx(np.abs(logits - expected).max(), abs=1e-5, rel=0.1)
+    with open(deployed / "student/per_class.csv", encoding="utf-8") as file:
+        hits = sum(float(row["recall"] or 0) * int(row["n"]) for row in csv.DictReader(file))
+    assert hits == pytest.approx((expected.argmax(1) == labels).sum(), abs=0.1)  # recalls have four digits
+    assert (deployed / "student/confusion.png").stat().st_size > 1000
+    assert "1 2 5 64" in capsys.readouterr().out
+
+
+def test_json_is_the_only_output_and_the_content_of_the_file(deployed, tmp_path, capsys):
+    deploy(check, deployed, "student.onnx", "--count", "8", "--device", "cpu", "--json", "--output", tmp_path)
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "check.json").read_text())
+
+
+# ---- photographs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def accented(tmp_path_factory):
+    """A student whose classes have accents, without artefacts."""
+    from students import OWN
+
+    name = f"{OWN['own_models.py']}:tiny"
+    return write_run(tmp_path_factory.mktemp("accented") / "run", name, 16, ["chêne", "érable", "pin"])
+
+
+def from_folder(run, folder, count=None):
+    from deploy.runtimes import RunOn
+
+    on = RunOn("cpu", model_files=tuple(model_files(run)))
+    return check.from_photographs(run / "student", folder, count, on)
+
+
+def test_folders_match_the_labels_in_either_form_of_unicode(accented, tmp_path):
+    names = [unicodedata.normalize("NFD", name) for name in read_config(accented / "student").label_names]
+    write_photographs(tmp_path / "val", names, 9)
+    _, labels, _ = next(iter(from_folder(accented, tmp_path / "val").batches))
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_hidden_files_and_those_of_archives_are_skipped(accented, tmp_path, capsys):
+    folder = write_photographs(tmp_path / "val", ["chêne", "érable", "pin"], 6)
+    (folder / "__MACOSX/chêne").mkdir(parents=True)
+    (folder / "__MACOSX/chêne/000.png").write_bytes(b"resource fork")
+    (folder / ".git").mkdir()
+    (folder / "pin/.DS_Store").write_bytes(b"")
+    (folder / "pin/._000.png").write_bytes(b"resource fork")
+    (folder / "pin/notes.txt").write_text("")
+    images, _, _ = next(iter(from_folder(accented, folder).batches))
+    assert len(images) == 6
+    assert "1 files are not images by their names" in capsys.readouterr().out
+
+
+def test_a_folder_of_no_class_is_an_error_and_a_class_without_folder_a_remark(accented, tmp_path, capsys):
+    folder = write_photographs(tmp_path / "val", ["chêne", "érable"], 6)
+    from_folder(accented, folder)
+    assert "no folder for 1 of 3 classes: pin" in capsys.readouterr().out
+    write_photographs(folder, ["sapin"], 1)
+    with pytest.raises(check.UserError, match="the student has no class sapin; expected folders named like its 3"):
+        from_folder(accented, folder)
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ("missing", "cannot be read: No such file"), ("a file", "cannot be read: Not a directory"),
+    ("empty", "no image in a folder named like a class"), ("the parent", "has no class val; expected folders named"),
+])  # fmt: skip
+def test_a_folder_without_photographs_is_one_line(accented, tmp_path, how, message):
+    folder = tmp_path / "val"
+    if how == "a file":
+        folder.write_text("")
+    elif how == "empty":
+        (folder / "pin").mkdir(parents=True)
+    elif how == "the parent":
+        write_photographs(folder, ["pin"], 2)
+        folder = tmp_path
+    with pytest.raises(check.UserError, match=message):
+        from_folder(accented, folder)
+
+
+def test_a_few_unreadable_images_are_counted_and_many_are_an_error(accented, tmp_path, capsys):
+    folder = write_photographs(tmp_path / "val", ["chêne", "érable", "pin"], 9)
+    (folder / "pin/002.png").write_bytes(b"not an image")
+    assert sum(len(images) for images, _, _ in from_folder(accented, folder).batches) == 8
+    assert "skipped an unreadable image" in capsys.readouterr().err
+    (folder / "pin/005.png").write_bytes(b"")
+    with pytest.raises(check.UserError, match="2 of 9 images cannot be read, more than 1 %"):
+        list(from_folder(accented, folder).batches)
+
+
+def test_a_count_picks_photographs_of_all_classes(accented, tmp_path):
+    folder = write_photographs(tmp_path / "val", ["chêne", "érable", "pin"], 30)
+    _, labels, _ = next(iter(from_folder(accented, folder, 6).batches))
+    assert sorted(set(labels.tolist())) == [0, 1, 2]
+    assert len(labels) == 6
+
+
+# ---- files that differ ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "word"), [(1.3, "error"), (np.nan, "error"), (-1.0, "agreement")])
+def test_a_file_whose_weights_differ_fails(run, capsys, scale, word):
+    file = run / "student/student.onnx"
+    model = onnx.load(file)
+    (bias,) = (t for t in model.graph.initializer if t.name in ("model.classifier.bias", "model.fc.bias"))
+    (weight,) = (t for t in model.graph.initializer if t.name == bias.name.replace("bias", "weight"))
+    values = (onnx.numpy_helper.to_array(weight) * scale).astype("f4")
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, file)
+    deploy(check, run, "student.onnx", "--device", "cpu", check=1)
+    out = capsys.readouterr().out
+    assert "FAIL" in out
+    assert word in out
+
+
+def test_a_file_of_other_weights_fails(run, capsys):
+    deploy(check, run, "student.onnx", "--device", "cpu")
+    model, config = load_student(run, model_files(run))
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    save_student(run / "student", model, config)
+    folder = write_photographs(run / "val", config.label_names, 8)
+    deploy(check, run, "student.onnx", "--device", "cpu", "--images", folder, check=1)
+    assert "made from other weights" in capsys.readouterr().out
+
+
+def test_a_failed_int8_file_comes_with_advice():
+    tally = check.Tally()
+    tally.images, tally.scale = 100, 1.0
+    row = {"provider": "CUDAExecutionProvider", "precision": "int8-tensorrt", "agreement": 70.0, "top1_difference": 0.0}
+    verdict = check.judge(row, tally)
+    assert verdict.startswith("FAIL: agreement 70.00 < 90.0 %; ")
+    assert "quantize --method percentile" in verdict
+    assert check.judge(row | {"agreement": 95.0}, tally) == "pass"
+
+
+# ---- reference.npz -------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_holds_prepared_images_and_the_students_own_logits(run):
+    student = run / "student"
+    config = read_config(student)
+    pieces = [PHOTO.crop((i, i, i + 60, i + 50)) for i in range(30)]
+    val, train = [(piece, i % 10) for i, piece in enumerate(pieces[:20])], [(piece, 0) for piece in pieces[20:]]
+    line = keep_reference(run, val, train, 5, model_files(run))
+    assert line.startswith("5 validation and 5 training images in ")
+    reference = read_reference(student, None, "")
+    picked = [0, 4, 9, 14, 19]
+    np.testing.assert_array_equal(reference.images, [prepare(pieces[i], config) for i in picked])
+    assert reference.labels.tolist() == [i % 10 for i in picked]
+    np.testing.assert_array_equal(reference.train_images[[0, -1]], [prepare(pieces[i], config) for i in (20, 29)])
+    expected = load(student, device="cpu").run(reference.images)
+    np.testing.assert_allclose(reference.logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def change_reference(run, **arrays):
+    file = run / "reference.npz"
+    np.savez(file, **dict(np.load(file)) | arrays)
+
+
+@pytest.mark.parametrize("command", [check, quantize])
+@pytest.mark.parametrize(("how", "message"), [
+    ("missing", "no reference.npz next to"), ("truncated", "reference.npz cannot be read"),
+    ("of other weights", "is of other weights than"), ("of other classes", "is of another student than"),
+])  # fmt: skip
+def test_a_reference_that_does_not_fit_is_one_line(run, how, message, command, capfd):
+    file = run / "reference.npz"
+    if how == "missing":
+        file.unlink()
+    elif how == "truncated":
+        file.write_bytes(file.read_bytes()[:5000])
+    elif how == "of other weights":
+        change_reference(run, weights_sha256=np.array("0" * 64))
+    else:
+        change_reference(run, logits=np.load(file)["logits"][:, :7])
+    flags = ["--target", "cpu"] if command is quantize else []
+    assert message in refused(capfd, command, run, *flags)
+
+
+def test_another_reference_can_be_named(run, tmp_path, capsys):
+    student = shutil.copytree(run / "student", tmp_path / "alone")
+    deploy(check, student, "student.onnx", "--reference", run / "reference.npz", "--count", "50", "--device", "cpu")
+    assert "50 validation images" in capsys.readouterr().out
+
+
+FLOATS = np.zeros((80, 10), np.float32)
+DAMAGED = {
+    "logits of nan": {"logits": FLOATS * np.nan},
+    "logits of infinity": {"logits": FLOATS + np.inf},
+    "logits of zeros": {"logits": FLOATS},
+    "logits of texts": {"logits": FLOATS.astype(str)},
+    "logits of integers": {"logits": FLOATS.astype(int)},
+    "logits of dates": {"logits": FLOATS.astype("M8[s]")},
+    "complex logits": {"logits": FLOATS.astype(complex)},
+    "labels of floats": {"labels": np.zeros(80)},
+    "labels of texts": {"labels": np.full(80, "cat")},
+    "negative labels": {"labels": np.full(80, -1)},
+    "labels of other classes": {"labels": np.full(80, 10)},
+    "labels of truth values": {"labels": np.ones(80, bool)},
+    "images of floats": {"images": np.zeros((80, 32, 32, 3))},
+    "training images of floats": {"train_images": np.zeros((80, 32, 32, 3))},
+    "no images": {"images": np.zeros((0, 32, 32, 3), np.uint8)},
+    "one number": {"images": np.uint8(3)},
+    "a digest of numbers": {"weights_sha256": np.array(3)},
+    "several digests": {"weights_sha256": np.array(["a", "b"])},
+    "objects": {"labels": np.array([None] * 80)},
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_reference_is_one_line(deployed, tmp_path, how):
+    """Its arrays may have any type, shape and value."""
+    file = tmp_path / "reference.npz"
+    np.savez(file, **dict(np.load(deployed / "reference.npz")) | DAMAGED[how])
+    with pytest.raises(check.UserError, match=r"reference\.npz (is|cannot)") as error:
+        read_reference(deployed / "student", file, "")
+    assert "\n" not in str(error.value)

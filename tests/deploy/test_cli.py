@@ -1,0 +1,150 @@
+"""deploy.cli: one line and a status; files that are whole; foreign texts without control characters."""
+
+import os
+import sys
+
+import pytest
+
+from deploy import cli
+from deploy.cli import UserError, printable, replacing, run_command, write_whole
+
+
+@pytest.mark.parametrize(("error", "status", "line"), [
+    (UserError("two\nlines"), 2, "p: error: two lines"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(28, "No space left on device"), 2, "p: error: cannot read or write: [Errno 28] No space left on device"),
+    (MemoryError(), 2, "p: error: out of memory: use smaller batches; "),
+    (UserError("\x1b[31mred\x07"), 2, "p: error: \\x1b[31mred\\x07"),
+])  # fmt: skip
+def test_an_exception_is_one_line_and_a_status(error, status, line, capsys):
+    def fail():
+        raise error
+
+    assert run_command("p", fail) == status
+    assert capsys.readouterr().err.strip("\n") == line
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command("p", lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(("result", "status"), [(None, 0), (1, 1)])
+def test_the_status_is_that_of_the_function(result, status):
+    assert run_command("p", lambda: result) == status
+
+
+@pytest.mark.parametrize("text", ["\x1b]0;title\x07", "a\rb", "a\nb", "\x9b31m", "\u202egnp.exe", "\x7f", "\u2028"])
+def test_control_characters_are_escaped(text):
+    escaped = printable(text)
+    assert escaped.isprintable()
+    assert escaped.encode().decode("unicode_escape") == text
+
+
+def test_letters_of_any_script_are_not_escaped():
+    text = "chêne 橘 Ω 'a\\b' \U0001f98a"
+    assert printable(text) == text
+
+
+def test_results_and_remarks_are_escaped(capsys):
+    cli.show("one\x1b[2J", "two\nthree\r")
+    cli.log("four\x08")
+    assert capsys.readouterr().out == "one\\x1b[2J\ntwo\nthree\\r\nfour\\x08\n"
+
+
+@pytest.mark.parametrize("name", ["__main__", "deploy.export"])
+def test_a_missing_package_ends_a_command_and_is_an_error_elsewhere(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/deploy/export.py"])
+    with pytest.raises(SystemExit if name == "__main__" else UserError) as raised, cli.needs("pip install x", name):
+        import a_missing_package  # noqa: F401
+    if name == "__main__":
+        assert raised.value.code == 2
+        line = capsys.readouterr().err
+        assert line == "python -m deploy.export: error: No module named 'a_missing_package': pip install x\n"
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_a_file_is_replaced_whole_and_the_former_kept(tmp_path):
+    write_whole(tmp_path / "new/a.txt", "1")
+    write_whole(tmp_path / "new/a.txt", b"2", keep=tmp_path / "new/b.txt")
+    assert (tmp_path / "new/a.txt").read_text() == "2"
+    assert (tmp_path / "new/b.txt").read_text() == "1"
+    assert names(tmp_path / "new") == ["a.txt", "b.txt"]
+
+
+def test_a_folder_is_written_in_one_step(tmp_path):
+    with replacing(tmp_path / "model") as partial:
+        partial.mkdir()
+        (partial / "weights").write_text("1")
+        assert not (tmp_path / "model").exists()
+    assert names(tmp_path / "model") == ["weights"]
+    assert names(tmp_path) == ["model"]
+
+
+def write_and_fail(path, error):
+    with replacing(path) as partial:
+        partial.write_text("2")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, UserError])
+def test_after_an_error_the_former_file_stays_alone(tmp_path, error):
+    write_whole(tmp_path / "a.txt", "1")
+    with pytest.raises(error):
+        write_and_fail(tmp_path / "a.txt", error("no"))
+    assert (tmp_path / "a.txt").read_text() == "1"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_an_error_of_the_disk_is_one_line(tmp_path):
+    write_whole(tmp_path / "a.txt", "1")
+    with pytest.raises(UserError, match=r"could not save .*a\.txt: No space left on device; the former one is kept"):
+        write_and_fail(tmp_path / "a.txt", OSError(28, "No space left on device"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not save"):
+        write_whole(tmp_path / "file/below.txt", "1")
+    assert names(tmp_path) == ["a.txt", "file"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    """Neither through the file itself nor through a name that others can predict."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("a.txt", "a.txt.partial", ".a.txt.partial", "b.txt"):
+        (folder / name).symlink_to(victim)
+    write_whole(folder / "a.txt", "1", keep=folder / "b.txt")
+    write_whole(folder / "a.txt", "2")
+    assert victim.read_text() == "precious"
+    assert (folder / "a.txt").read_text() == "2"
+    assert not (folder / "a.txt").is_symlink()
+
+
+def test_partial_files_have_names_that_differ(tmp_path):
+    with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
+        assert first != second
+        assert first.parent.stat().st_mode & 0o077 == 0
+        first.write_text("1")
+        second.write_text("2")
+    assert (tmp_path / "a").read_text() == "1"  # renamed last
+
+
+@pytest.mark.parametrize("how", ["pipe", "folder", "missing", "large"])
+def test_only_a_regular_file_of_a_bounded_size_is_read(tmp_path, how):
+    path = tmp_path / "config.json"
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "folder":
+        path.mkdir()
+    elif how == "large":
+        path.write_bytes(b"0" * 11)
+    message = {"large": "has 11 bytes, more than 10", "missing": "cannot be read: No such file"}
+    with pytest.raises(UserError, match=message.get(how, "is not a regular file")):
+        cli.read_file(path, 10)
