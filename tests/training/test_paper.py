@@ -357,6 +357,7 @@ def test_own_ranks_counts_the_ranks_of_the_student_alone():
     assert load("answers").own_ranks(student, weak, torch.arange(8)) == pytest.approx(100 * shared / 40)
 
 
+@pytest.mark.whole_runs
 def test_answers_measures_student_weak_head_teacher_and_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--epochs", "1", "--img-size", "16"]
