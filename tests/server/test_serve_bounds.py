@@ -49,6 +49,7 @@ HEAD = json.dumps({"inputs": [tensor()]})[:-3].encode() + b', "data": '
 def served(artefact):
     """(process, port)"""
     with server(artefact) as running:
+        assert ask(running[1], "/predict", picture())[0] == 200  # starts a decoder
         yield running
 
 
