@@ -102,7 +102,7 @@ def test_every_link_on_a_page_has_a_target():
         assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_the_api_pages_have_every_public_name(tmp_path):
     pytest.importorskip("pdoc")
     command = (ROOT / "Makefile").read_text().partition("$(BIN)/pdoc")[2].partition("\n")[0]
