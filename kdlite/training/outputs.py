@@ -221,7 +221,7 @@ def report_start(
     student = net.model if isinstance(net, WithWeakHead) else net
     millions = sum(p.numel() for p in student.parameters()) / 1e6
     teacher = f" with {args.teacher or stored}" if args.teacher or stored else ""
-    tap = f" at {net.tap}" if isinstance(net, WithWeakHead) else ""
+    tap = f" at {net.tap}, {net.pooling}" if isinstance(net, WithWeakHead) else ""
     sizes = f"{len(data.train)} training and {len(data.val)} validation images"
     machine = f"{WORLD_SIZE} x {device}, {str(amp or torch.float32).removeprefix('torch.')}"
     log(f"{args.model} ({millions:.2f} M parameters), {config.training['method']}{teacher}{tap}; {sizes} of "

@@ -41,6 +41,15 @@ def test_the_readme_is_at_most_150_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+@pytest.mark.parametrize("folder", ["kdlite", "kdlite/training", "deploy", "deploy/server"])
+def test_the_house_on_its_page_has_every_file(folder):
+    house = (ROOT / "CONTRIBUTING.md").read_text().partition("## The house")[2].partition("## Where")[0]
+    missing = (
+        {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"} - set(re.findall(r"\w+\.py", house))
+    )
+    assert not missing
+
+
 @pytest.mark.slow
 def test_the_python_in_the_readme_runs():
     names = {}
