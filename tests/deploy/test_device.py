@@ -338,6 +338,15 @@ def large_photo():
     return file.getvalue()
 
 
+def wait_for_reload(address, result):
+    for _ in range(300):
+        with urllib.request.urlopen(f"{address}/metrics", timeout=30) as page:
+            if re.search(rf'^kdlite_reloads_total{{.*"{result}".*}} 1', page.read().decode(), re.M):
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"no reload was {result} in 30 s")
+
+
 def test_it_serves_on_when_its_file_is_replaced_and_leaves_nothing(device, pyz, made, expected, tmp_path):
     """By another file under its name or by other bytes in it: what the server starts later still works."""
     copy, temporary = shutil.copy(pyz, tmp_path / "student.pyz"), tmp_path / "tmp"
@@ -350,13 +359,13 @@ def test_it_serves_on_when_its_file_is_replaced_and_leaves_nothing(device, pyz, 
         with urllib.request.urlopen(f"{address}/predict", large_photo(), timeout=60) as response:
             assert response.status == 200
         assert labels_of_server(address, made / "photo.jpg") == expected
-        process.send_signal(signal.SIGHUP)  # the bad file is refused, the old student stays
-        time.sleep(1)
+        process.send_signal(signal.SIGHUP)
+        wait_for_reload(address, "refused")  # the old student stays
         assert labels_of_server(address, made / "photo.jpg") == expected
         shutil.copy(pyz, tmp_path / "new.pyz")
         os.replace(tmp_path / "new.pyz", copy)
         process.send_signal(signal.SIGHUP)
-        time.sleep(1)
+        wait_for_reload(address, "done")
         assert labels_of_server(address, made / "photo.jpg") == expected
     assert not [path.name for path in temporary.iterdir() if path.name != ".ses"]  # of onnxruntime
 
