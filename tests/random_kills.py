@@ -165,7 +165,7 @@ def main() -> int:
         photos, wholes = make_photos(Path(name) / "photos"), {}
         print("| killed | kills | runs | equal to the bit |\n|---|---|---|---|")
         for kind in args.kinds:
-            one = kind in ("worker", "save")
+            one = kind not in TWO_RANKS
             if one not in wholes:
                 output = Path(name) / f"whole-{one}"
                 finish(start(output, kind, photos), output, 300)
