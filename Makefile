@@ -1,4 +1,4 @@
-# make demo, serve-demo, test, test-all, test-quick, test-matrix, bench, docs, lint: each makes .venv once, and does its job.
+# make demo, serve-demo, test, test-all, test-quick, test-matrix, bench, docs, lint. Each makes .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from deploy.cli import UserError, number, run_command
@@ -119,6 +120,10 @@ def parse_flags(argv: list[str] | None = None) -> dict[str, Any]:
 
 def check_flags() -> None:
     parse_flags()
+    needed = ("torch", "torchvision", "timm", "safetensors", "sklearn", "matplotlib", "tensorboard")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise UserError(f"{', '.join(missing)} not installed here: pip install -c constraints.txt -e '.[train]', or "
+                        "activate the environment that has it")  # fmt: skip
 
 
 # --help and a mistake in the flags end here, because the import of torch takes seconds.

@@ -52,31 +52,30 @@ from deploy.config import Metadata, read_config
 from deploy.per_class import write_per_class
 from deploy.preprocess import UnreadableImage, endings, open_image, prepare
 from deploy.reference import NAME, Reference, add_reference, evenly, read_reference
+from deploy.run_directory import SPLIT, read_split
 from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, load, products_saturate
 
 BATCHES = (1, 2, 5, 64)
-# What each precision may cost: largest error of a logit relative to the largest logit, smallest agreement in percent,
+# Tolerances by precision: largest error of a logit relative to the largest logit, smallest agreement in percent,
 # largest loss of top-1 in points. fp32's and fp16's error: five times the worst of nine architectures
-# (tests/deploy/test_deploy.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
+# (tests/deploy/test_export.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
     "int8": dict(error=float("inf"), agreement=90.0, drop=2.0),
 }
 INT8_ADVICE = "try quantize --method percentile, or calibrate on more images (train.py --reference N)"
-COLUMNS = {
-    "artefact": "",
-    "provider": "",
-    "precision": "",
-    "top1": ".2f",
-    "top5": ".2f",
-    "top1_difference": "+.2f",
-    "agreement": ".2f",
-    "max_abs_error": ".1e",
-    "cosine": ".6f",
-    "batches": "",
-    "verdict": "",
-}
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return the columns of a table, name -> format, from words like top1:.2f."""
+    return dict(word.split(":") for word in text.split())
+
+
+COLUMNS = parse_columns(
+    "artefact: provider: precision: top1:.2f top5:.2f top1_difference:+.2f agreement:.2f max_abs_error:.1e cosine:.6f "
+    "batches: verdict:"
+)
 UNREADABLE = 0.01  # share of the images that may be unreadable
 
 
@@ -259,12 +258,24 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
     else:
         raise UserError(f"--images compares with torch or with {files[0]}, and neither is here")
     runtime = load(path, on)
-    photographs = list_photographs(folder, runtime.metadata.label_names)
+    photographs = without_training_images(list_photographs(folder, runtime.metadata.label_names), folder, student)
     photographs = [photographs[i] for i in evenly(len(photographs), count or len(photographs))]
     shown = ProgressBar(
         photograph_batches(photographs, runtime), "check", len(photographs), max(BATCHES), unit="images"
     )
     return Expected(shown, runtime.provider, str(runtime.metadata.source.get("weights_sha256")), str(folder))
+
+
+def without_training_images(photographs: list[tuple[Path, int]], folder: Path, student: Path) -> list[tuple[Path, int]]:
+    """Return the photographs that the run of this student did not train on, by its split.csv; all without that file."""
+    sides = read_split(student.resolve().parent / SPLIT) or {}
+    names = [unicodedata.normalize("NFC", file.relative_to(folder).as_posix()) for file, _ in photographs]
+    kept = [one for one, name in zip(photographs, names) if sides.get(name) != "train"]
+    if len(kept) < len(photographs):
+        log(f"{len(photographs) - len(kept)} of {len(photographs)} photographs were training images and are skipped")
+    if not kept:
+        raise UserError(f"--images {folder}: every photograph was a training image of this student")
+    return kept
 
 
 def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, int]]:

@@ -163,8 +163,8 @@ def quantize_file(source: Path, file: Path, images: np.ndarray, metadata: Metada
     if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         raise UserError(f"{source} has no {' or '.join(op_types or [])} to quantise: see --op-types")
     calibration = dataclasses.asdict(recipe) | {"images": len(images), "op_types": op_types}
-    said = dataclasses.replace(metadata, precision=f"int8-{recipe.target}", calibration=calibration)
-    onnx_tools.write(model, said, file)
+    described = dataclasses.replace(metadata, precision=f"int8-{recipe.target}", calibration=calibration)
+    onnx_tools.write(model, described, file)
 
 
 def quantize_options(quantization: Any, target: str) -> dict[str, Any]:

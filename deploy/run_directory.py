@@ -6,8 +6,10 @@ runs/001-mobilenet_v2-uskd/   args.json  metrics.csv  curves.png  log.txt  last.
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -17,13 +19,14 @@ import shlex
 import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from deploy.cli import UserError, version
+from deploy.cli import UserError, version, write_whole
 
+SPLIT = "split.csv"
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
@@ -141,3 +144,36 @@ def read_given(output: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_bytes())["given"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {file} to resume from: {error!r}") from error
+
+
+# ---- validation images that a run split off -------------------------------------------------------------------------
+
+
+def write_split(file: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Write the side of each image, train or val, as a CSV file. rows: (CLASS/FILE, side)."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("file", "side"), *rows])
+    write_whole(file, text.getvalue())
+
+
+def read_split(file: Path) -> dict[str, str] | None:
+    """Return the sides that write_split wrote; None if the file is missing.
+
+    Raises:
+        UserError: the file is something else
+    """
+    if not file.exists():
+        return None
+    header, *rows = read_csv(file, "a run's split") or [[]]
+    wrong = [row for row in rows if len(row) != 2 or row[1] not in ("train", "val")]
+    if header != ["file", "side"] or wrong or not rows:
+        raise UserError(f"{file} is not a run's split: expected FILE,train or FILE,val, got {(wrong or [header])[0]}")
+    return dict(rows)  # type: ignore[arg-type]
+
+
+def read_csv(file: Path, what: str) -> list[list[str]]:
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            return [row for row in csv.reader(lines) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read as {what}: {' '.join(str(error).split())}") from error

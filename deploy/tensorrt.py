@@ -1,6 +1,6 @@
 """TensorRT: build engines from ONNX files and run them, without torch.
 
-CUDA is called through ctypes (see Cuda and Engine), so that a Jetson needs no package beside JetPack's. This module is
+CUDA is called through ctypes (see Cuda and Engine), so that a Jetson needs no package besides JetPack's. This module is
 imported when a file or a command needs TensorRT.
 """
 
@@ -177,7 +177,7 @@ def load_engine(path: Path, on: RunOn) -> Runtime:
         raise UserError(f"{path} was built by {library} {version}, here is {trt.__version__}: {again}")
     here = cuda_device_name()
     if on.device == "cpu" or here is None:
-        raise UserError(f"{path}: a TensorRT engine needs a CUDA device, and there is none here")
+        raise UserError(f"{path}: a TensorRT engine needs a CUDA device; this machine has none")
     if gpu and gpu != here:
         raise UserError(f"{path} was built for {gpu}, here is {here}: {again}")
     cuda = load_cuda()
@@ -261,9 +261,9 @@ def build_engine(
     output = output or onnx_file.parent
     make_folder(output)
     file = output / onnx_file.with_suffix(".engine").name
-    said = dataclasses.replace(metadata, onnx=onnx_file.name, built=built)
+    described = dataclasses.replace(metadata, onnx=onnx_file.name, built=built)
     write_whole(file, engine)
-    write_whole(file.with_name(file.name + ".json"), json.dumps(said.to_json(), indent=2) + "\n")
+    write_whole(file.with_name(file.name + ".json"), json.dumps(described.to_json(), indent=2) + "\n")
     if timing_cache and cache:
         write_whole(timing_cache, cache)
     return file, built

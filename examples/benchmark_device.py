@@ -1,8 +1,8 @@
-"""What a device pays to run and serve an ONNX file: python examples/benchmark_device.py STUDENT.onnx
+"""Measure the cost of running and serving an ONNX file on a device: python examples/benchmark_device.py STUDENT.onnx
 
-In processes of their own: the imports of deploy.serve, and the file loaded and run once. CPU seconds, the peak of
-resident memory, modules; and on disk the packages that were imported, with all that those require. --python names the
-interpreter of an environment to ask, and --tree another checkout of this repository, to compare with.
+Measures the imports of deploy.serve, and loading the file and running it once, each in a process of its own: CPU
+seconds, the peak of resident memory, modules, and the size on disk of the imported packages and those they require.
+--python is the interpreter of the environment, --tree another checkout of this repository to compare with.
 """
 
 import argparse

@@ -81,7 +81,8 @@ def nkd_by_terms(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def uskd_by_terms(strong: Tensor, weak: Tensor, target: Tensor) -> Tensor:
-    return terms.uskd_rows(strong, weak, target, torch.ones_like(target, dtype=torch.bool), 1.0, 0.1, 0.005, 0.1).mean()
+    weights = terms.USKDWeights(1.0, 0.1, 0.005, 0.1)
+    return terms.uskd_rows(strong, weak, target, torch.ones_like(target, dtype=torch.bool), weights).mean()
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""What reading large JPEGs at a reduced scale saves and changes: python examples/benchmark_preprocess.py STUDENT PHOTOS
+"""Measure what reading large JPEGs at a reduced scale saves: python examples/benchmark_preprocess.py STUDENT PHOTOS
 
-Time: the largest of the photographs, brought to 12 megapixels, prepared for the student with and without the reduced
-scale, in turns. Change: square crops of all of them, each at least eight times as large as the student's resize, saved
-as JPEGs; the mean difference of a value after the resize, and on how many the student names the same class.
+Time: prepares the largest photograph, resized to 12 megapixels, with and without the reduced scale, in turns. Change:
+prepares square crops of all photographs, each at least eight times as large as the student's resize and saved as a
+JPEG, both ways. Prints the mean difference of a value after the resize, and how often the class is the same.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MARGIN = preprocess.DRAFT_MARGIN
 
 
 def prepared(file: bytes, config: Metadata, reduced: bool) -> tuple[np.ndarray, float]:
-    """The image, and the CPU seconds it took."""
+    """Return the prepared image and the CPU seconds that it took."""
     preprocess.DRAFT_MARGIN = MARGIN if reduced else 10**6
     started = time.process_time()
     return preprocess.prepare(preprocess.open_image(file), config), time.process_time() - started
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     side = 2 * MARGIN * min(preprocess.resized_size((1, 1), config))
     photos = [photo for photo in photos if min(photo.size) >= side]
     if not photos:
-        raise UserError(f"{args.photos} has no JPEG of at least {side} pixels a side, eight times what is asked")
+        raise UserError(f"{args.photos} has no JPEG of at least {side} pixels a side, eight times the resize")
 
     large = jpeg(max(photos, key=lambda photo: photo.width).resize((4000, 3000), Image.Resampling.BICUBIC))
     rounds = [[1e3 * prepared(large, config, reduced)[1] for reduced in (False, True)] for _ in range(args.rounds)]
@@ -68,13 +68,14 @@ def run(args: argparse.Namespace) -> None:
         sure.append(softmax(logits).max() > 0.5)
     same, sure = np.array(same), np.array(sure)
     certain = f"{100 * same[sure].mean():.1f} %" if sure.any() else "none"
-    print(f"{args.crops} crops of {len(photos)} photographs: mean difference {np.mean(differences):.2f} of 255; the "
-          f"same class on {100 * same.mean():.1f} %, and on {certain} of the {sure.sum()} of which the student is more "
-          "than half sure")  # fmt: skip
+    print(
+        f"{args.crops} crops of {len(photos)} photographs: mean difference {np.mean(differences):.2f} of 255; the same "
+        f"class for {100 * same.mean():.1f} %, and for {certain} of the {sure.sum()} with a probability above 0.5"
+    )
 
 
 parser = make_parser(__doc__, "benchmark_preprocess.py")
-parser.add_argument("student", type=Path, help="a student/ folder or a file that deploy/ made of it")
+parser.add_argument("student", type=Path, help="a student/ folder or an artefact of it")
 parser.add_argument("photos", type=Path, help="a folder of large JPEG photographs")
 parser.add_argument("--crops", type=int, default=500)
 parser.add_argument("--rounds", type=int, default=11)

@@ -1,15 +1,14 @@
-"""What distillation adds to a training step: train.py's own step beside a minimal loop, and beside its own floor.
+"""Measure the cost of distillation in a training step: train.py's step, a minimal loop, and the teacher's forward pass.
 
     python examples/benchmark_step.py                    # 224 px, synthetic: about 5 minutes on a CPU
     python examples/benchmark_step.py --models resnet18 --img-size 64 --batch-size 128 --data photos/
 
-Of each model these take a step in turn: a minimal loop written here (cross-entropy, no kdlite, no train.py), train.py's
-step for cross-entropy, for USKD, for NKD with the teacher and from its stored top-10, and the teacher's forward pass
-alone. A ratio is the median over the rounds of the ratio within a round: "minimal" is the minimal loop's time over
-train.py's cross-entropy, "USKD" and "stored" their times over cross-entropy, "NKD" its time over the floor, which is
-cross-entropy and then the teacher's forward pass. Memory is the peak of a step above what lies there before it. Weights
-and images are random: neither changes the time. Then, by itself, how many images a second the data pipeline delivers:
-``--data`` as train.py takes it.
+For each model these take a step in turn: a minimal loop in this file (cross-entropy, without kdlite and train.py);
+train.py's step for cross-entropy, for USKD, for NKD with the teacher and for NKD from its stored top-10; the teacher's
+forward pass. A ratio is the median of the ratios within the rounds: "minimal" is the time of the minimal loop over that
+of train.py's cross-entropy; "USKD" and "stored" are over cross-entropy; "NKD" is over the sum of cross-entropy and the
+teacher's forward pass. Memory is the peak of a step above the memory before it. Weights and images are random, which
+does not change the time. At the end: how many images a second the data pipeline delivers (``--data`` as train.py's).
 """
 
 import argparse
@@ -19,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -29,26 +27,33 @@ from torchvision.datasets import FakeData
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
+from deploy.cli import run_command
+from deploy.flags import settle_flags
 from deploy.student import build_model, find_architecture
 from examples.benchmark_losses import machine, peak_of_call, wait_for
 from kdlite import Teacher, top_k_logprobs
+from kdlite.training.checkpoint import LossLog
+from kdlite.training.data import Data, open_run
+from kdlite.training.distributed import pick_amp, pick_device
+from kdlite.training.loading import Batch, ToDevice
 
 TEACHERS = {"resnet18": "resnet34", "mobilenet_v2": "resnet50", "deit_tiny_patch16_224": "deit3_small_patch16_224"}
 CLASSES = 1000
-Batch = tuple[Tensor, Tensor]
 
 
-def parse(model: str, args: argparse.Namespace, *method: str) -> argparse.Namespace:
+def settle(model: str, args: argparse.Namespace, *method: str) -> argparse.Namespace:
+    """Return train.py's flags of a run of this model."""
     recipe = "imagenet-vit" if "deit" in model else "imagenet-cnn"
     flags = ["--model", model, "--recipe", recipe, "--img-size", str(args.img_size), "--amp", args.amp]
     flags += ["--batch-size", str(args.batch_size), "--device", args.device, "--workers", "0"]
-    return train.parse_args([*flags, *(["--compile"] if args.compile else []), *method])
+    typed = train.parse_flags([*flags, *(["--compile"] if args.compile else []), *method])
+    return settle_flags(train.FLAGS, typed)[0]
 
 
-def imaginary_data(args: argparse.Namespace) -> train.Data:
-    """As many images and classes as a run needs to be built; none is ever looked at."""
+def imaginary_data(args: argparse.Namespace) -> Data:
+    """Return a data set from which a run is built; its images are never read."""
     images = FakeData(2 * args.batch_size, (3, args.img_size, args.img_size), CLASSES)
-    return train.Data(images, images, [str(i) for i in range(CLASSES)], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return Data(images, images, [str(i) for i in range(CLASSES)], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def compiled(net: nn.Module, flags: argparse.Namespace) -> nn.Module:
@@ -56,7 +61,7 @@ def compiled(net: nn.Module, flags: argparse.Namespace) -> nn.Module:
 
 
 def make_teacher(name: str, flags: argparse.Namespace) -> Teacher:
-    """A network of random weights with the student's own preprocessing."""
+    """Return a network of random weights with the student's own preprocessing."""
     teacher = Teacher(build_model(find_architecture(name), CLASSES, [3, *flags.img_size])).to(
         flags.device, memory_format=torch.channels_last
     )
@@ -64,70 +69,79 @@ def make_teacher(name: str, flags: argparse.Namespace) -> Teacher:
     return teacher
 
 
-def step_of_train(
-    batch: Batch, teacher: Teacher | None, flags: argparse.Namespace, data: train.Data, stored: Any = None
-) -> Callable:
-    """train.py's step, optimizer and all; stored: what stands in the teacher's place."""
-    run = train.build(flags, data, teacher)
-    log = train.LossLog(skips_steps=False)
-    net = compiled(run.net, flags).train()
+class TrainStep:
+    """train.py's step with its optimizer. A batch with stored answers gets no teacher."""
 
-    def step() -> None:
-        losses = train.forward_backward(net, stored or run.teacher, *batch, run.objective, run.amp, run.scaler)
-        log.add(0, losses)
-        train.update(run.net, run.optimizer, run.scaler, flags.clip_grad)
-        log.waiting.clear()
+    def __init__(self, batch: Batch, teacher: Teacher | None, flags: argparse.Namespace, data: Data) -> None:
+        device = batch.images.device
+        _, net, _ = train.build_student(flags, data)
+        self.net = net.to(device).to(memory_format=torch.channels_last)
+        self.parallel = compiled(self.net, flags).train()
+        self.optimizer, _ = train.build_optimizer(self.net, flags, 1)
+        self.method, self.amp = train.build_method(flags, data, device), pick_amp(flags.amp, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+        self.batch, self.teacher, self.clip_grad = batch, teacher, flags.clip_grad
+        self.log = LossLog(skips_steps=False)
 
-    return step
-
-
-def minimal_step(model: str, batch: Batch, flags: argparse.Namespace) -> Callable[[], None]:
-    """What anyone would write for the same model, optimizer and precision."""
-    images, target = batch
-    net = build_model(find_architecture(model), CLASSES, [3, *flags.img_size])
-    net = net.to(images.device, memory_format=torch.channels_last).train()
-    amp = train.pick_amp(flags.amp, images.device)
-    choice = torch.optim.AdamW if flags.opt == "adamw" else torch.optim.SGD
-    options = {} if flags.opt == "adamw" else dict(momentum=0.9)
-    optimizer = choice(net.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, **options)
-    scaler = torch.amp.GradScaler(images.device.type, enabled=amp == torch.float16)
-    run = compiled(net, flags)
-
-    def step() -> None:
-        with torch.autocast(images.device.type, amp, enabled=amp is not None):
-            loss = F.cross_entropy(run(images), target, label_smoothing=flags.label_smoothing)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    return step
+    def __call__(self) -> None:
+        losses = train.train_step(self.parallel, self.teacher, self.batch, self.method, self.amp, self.scaler)
+        self.log.add(0, losses)
+        train.optimizer_step(self.net, self.optimizer, self.scaler, self.clip_grad)
+        self.log.waiting.clear()
 
 
-def teacher_forward(teacher: nn.Module, images: Tensor, amp: torch.dtype | None) -> Callable[[], None]:
-    def forward() -> None:
-        with torch.autocast(images.device.type, amp, enabled=amp is not None):
-            teacher(images)
+class MinimalStep:
+    """A step without kdlite and train.py, of the same model, optimizer and precision."""
 
-    return forward
+    def __init__(self, model: str, batch: Batch, flags: argparse.Namespace) -> None:
+        net = build_model(find_architecture(model), CLASSES, [3, *flags.img_size])
+        self.net = compiled(net.to(batch.images.device, memory_format=torch.channels_last).train(), flags)
+        self.images, self.target, self.smoothing = batch.images, batch.labels, flags.label_smoothing
+        self.amp = pick_amp(flags.amp, self.images.device)
+        choice, options = (torch.optim.AdamW, {}) if flags.opt == "adamw" else (torch.optim.SGD, {"momentum": 0.9})
+        self.optimizer = choice(net.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, **options)
+        self.scaler = torch.amp.GradScaler(self.images.device.type, enabled=self.amp == torch.float16)
+
+    def __call__(self) -> None:
+        with torch.autocast(self.images.device.type, self.amp, enabled=self.amp is not None):
+            loss = F.cross_entropy(self.net(self.images), self.target, label_smoothing=self.smoothing)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+class TeacherForward:
+    """A teacher's forward pass alone."""
+
+    def __init__(self, teacher: nn.Module, images: Tensor, amp: torch.dtype | None) -> None:
+        self.teacher, self.images, self.amp = teacher, images, amp
+
+    def __call__(self) -> None:
+        with torch.autocast(self.images.device.type, self.amp, enabled=self.amp is not None):
+            self.teacher(self.images)
 
 
 def bench_model(model: str, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    batch = images.to(memory_format=torch.channels_last), torch.randint(CLASSES, (args.batch_size,), device=device)
-    plain, name, data = parse(model, args), TEACHERS[model], imaginary_data(args)
+    labels = torch.randint(CLASSES, (args.batch_size,), device=device)
+    batch = Batch(images.to(memory_format=torch.channels_last), labels, [])
+    answers = top_k_logprobs(torch.randn(args.batch_size, CLASSES, device=device), labels, k=10)
+    plain, name, data = settle(model, args), TEACHERS[model], imaginary_data(args)
+    with_nkd, with_uskd = (
+        settle(model, args, "--kd", "nkd", "--teacher", name),
+        settle(model, args, "--self-kd", "uskd"),
+    )
     teacher = make_teacher(name, plain)
-    with_kd = parse(model, args, "--kd", "nkd", "--teacher", name)
-    stored = top_k_logprobs(torch.randn(args.batch_size, CLASSES, device=device), batch[1], k=10)
-    steps = {
-        "minimal loop, cross-entropy": minimal_step(model, batch, plain),
-        "train.py, cross-entropy": step_of_train(batch, None, plain, data),
-        "train.py, USKD": step_of_train(batch, None, parse(model, args, "--self-kd", "uskd"), data),
-        f"train.py, NKD with {name}": step_of_train(batch, teacher, with_kd, data),
-        "train.py, NKD from stored labels": step_of_train(batch, teacher, with_kd, data, stored),
-        f"{name} forward": teacher_forward(teacher, batch[0], train.pick_amp(plain.amp, device)),
+    steps: dict[str, Callable[[], None]] = {
+        "minimal loop, cross-entropy": MinimalStep(model, batch, plain),
+        "train.py, cross-entropy": TrainStep(batch, None, plain, data),
+        "train.py, USKD": TrainStep(batch, None, with_uskd, data),
+        f"train.py, NKD with {name}": TrainStep(batch, teacher, with_nkd, data),
+        "train.py, NKD from stored labels": TrainStep(batch._replace(teacher=answers), None, with_nkd, data),
+        f"{name} forward": TeacherForward(teacher, batch.images, pick_amp(plain.amp, device)),
     }
     for step in steps.values():
         step(), step()
@@ -165,28 +179,28 @@ def bench_model(model: str, args: argparse.Namespace) -> None:
 
 
 def bench_data(args: argparse.Namespace) -> None:
-    """Images a second to a normalised batch on the device, from files and, if they are small, from its memory."""
-    data_flags = ["--data", args.data, "--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
-    workers = [] if args.workers is None else ["--workers", str(args.workers)]
+    """Print how many images a second become a normalised batch, from files and, if they are small, from the cache."""
+    argv = ["--data", args.data, "--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
+    argv += ["--device", args.device, *([] if args.workers is None else ["--workers", str(args.workers)])]
     print(f"\ndata pipeline: {args.data} at {args.img_size} px")
     for cache in ("none", "device"):
         crop = ["--crop", "pad"] if cache == "device" else []
-        flags = train.parse_args([*data_flags, "--device", args.device, "--cache", cache, *crop, *workers])
-        data = train.open_data(flags.data)
+        flags, _, data = open_run(train.FLAGS, train.parse_flags([*argv, "--cache", cache, *crop]))
         if cache == "device" and len(data.train) * 3 * args.img_size**2 > 2**31:
             continue
+        device, (_, _, config) = pick_device(flags.device), train.build_student(flags, data)
         began = time.perf_counter()
-        run = train.build(flags, data)
+        loader, _ = train.build_loaders(flags, data, config, None, device)
         decoding = time.perf_counter() - began
-        loader, to_device = run.train_loader, run.to_device
+        to_device = ToDevice(config.mean, config.std, device)
         seen, started = 0, 0.0
         while seen == 0 or time.perf_counter() < started + args.seconds:
-            for images, *_ in loader:
-                to_device(images)
+            for batch in loader:
+                to_device(batch)
                 if not started:  # the workers have started
                     started = time.perf_counter()
                     continue
-                seen += len(images)
+                seen += len(batch.labels)
                 if time.perf_counter() > started + args.seconds:
                     break
         wait_for(args.device)
@@ -200,29 +214,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(TEACHERS), choices=list(TEACHERS))
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, help="default: 16 on a CPU, 256 on a GPU")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each kind, at least 2 (default: 15)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="as train.py's")
     parser.add_argument("--compile", action="store_true", help="torch.compile students and teacher")
     parser.add_argument("--data", default="digits", help="for the data pipeline, as train.py's")
     parser.add_argument("--workers", type=int, help="for the data pipeline, as train.py's")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of the data pipeline")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of the data pipeline (default: 10)")
     args = parser.parse_args()
     if args.batch_size is None:
         args.batch_size = 256 if args.device == "cuda" else 16
     if args.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {args.rounds}")
-    try:
-        train.pick_device(args.device)
-        parse(args.models[0], args)  # refuses bad sizes before anything is built
-        print(machine(args.device))
-        for model in args.models:
-            bench_model(model, args)
-        bench_data(args)
-    except train.UserError as error:
-        print(f"benchmark_step.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    pick_device(args.device)  # refuses a device that is not there
+    print(machine(args.device))
+    for model in args.models:
+        bench_model(model, args)
+    bench_data(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmark_step.py", main))

@@ -1,16 +1,14 @@
-"""A run's own defaults for a folder of photographs, beside three settings that people make by hand.
+"""Compare a run's own defaults for a folder of photographs with three settings that people make by hand.
 
     python examples/compare_defaults.py SOURCE --seeds 2      # the table of README.md: 24 runs, an hour on a core
 
-SOURCE has train/nXXXXXXXX/*.JPEG of Tiny-ImageNet, 64 px. Three folders are made of its training images, of classes
-that nothing was chosen by. Runs are kept under runs/defaults; one that is complete is not repeated. Prints top-1 of the
-last epoch of each seed.
+SOURCE has train/nXXXXXXXX/*.JPEG of Tiny-ImageNet, 64 px. Its training images make three folders, of classes that no
+default was chosen on. Runs are kept under runs/defaults; a run is repeated only if its command changes. Prints top-1 of
+the last epoch of each seed.
 """
 
 import argparse
-import csv
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,9 +16,11 @@ from PIL import Image
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from finetune import train_once
+
 RUNS = Path("runs/defaults")
-# name: classes of the sorted list, images a class to train on and, after those, to validate on, pixels, epochs
+# name: classes of the sorted list, images a class to train on and to validate on, pixels, epochs
 FOLDERS = {
     "10x300": (slice(3, 203, 20), 300, 100, 32, 10),
     "20x450": (slice(5, 205, 10), 450, 50, 64, 4),
@@ -44,7 +44,7 @@ SETTINGS = {
 
 
 def student(num_classes: int, stride: int) -> nn.Module:
-    """A ResNet of one block a stage, 0.3 M parameters, whose first convolution is 3x3."""
+    """Return a ResNet with one block a stage, 0.3 M parameters and a 3x3 first convolution."""
     net = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes, channels=(16, 32, 64, 128))
     net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16), nn.Identity()
     first = net.layer1[0]
@@ -74,15 +74,6 @@ def make_folder(source: Path, folder: Path, classes: slice, train: int, val: int
                 )
 
 
-def top1(output: Path, flags: list[str]) -> float:
-    if not (output / "curves.png").exists():  # which ends a run
-        with open(RUNS / "log.txt", "a", encoding="utf-8") as log:
-            command = [sys.executable, ROOT / "train.py", *flags, "--output", output, "--overwrite"]
-            subprocess.run(list(map(str, command)), check=True, stdout=log, stderr=log)
-    with open(output / "metrics.csv", encoding="utf-8") as file:
-        return float(list(csv.DictReader(file))[-1]["val_top1"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the unpacked Tiny-ImageNet")
@@ -103,7 +94,7 @@ def main() -> None:
             shared = ["--data", RUNS / "images" / name, "--model", f"{__file__}:of_{size}_px", "--img-size", size,
                       "--epochs", epochs, "--device", "cpu", "--workers", 0, "--reference", 0]  # fmt: skip
             run = f"{name}-{list(SETTINGS).index(setting)}"
-            found = [top1(RUNS / f"{run}-{seed}", [*shared, *of_folder[name], *more, "--seed", seed])
+            found = [train_once([*shared, *of_folder[name], *more, "--seed", seed], RUNS / f"{run}-{seed}")
                      for seed in range(args.seeds)]  # fmt: skip
             cells.append(", ".join(f"{x:.1f}" for x in found))
         print(f"| {setting} | {' | '.join(cells)} |", flush=True)

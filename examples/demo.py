@@ -1,13 +1,13 @@
-"""The whole road on the embedded digits: a teacher, a plain, an NKD and a USKD student, and its deployment.
+"""Train a teacher and three students on the embedded digits, and deploy one student.
 
     make demo
 
-Every run is train.py, and every step to deployment a command of deploy/, as a user would call it; this file only reads
-the run directories.
+Each step is a command that a user would type, of train.py or deploy/. This file starts them and reads the results.
 """
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +22,7 @@ RUNS = {
     "NKD": [*STUDENT, "--kd", "nkd", "--teacher", str(OUTPUT / "teacher/student")],
     "USKD": [*STUDENT, "--self-kd", "uskd"],
 }
-# from the NKD student to a quantised file that is checked and timed
+# the NKD student becomes a quantised file, which is checked and timed
 DEPLOY = [
     ["deploy.export", "--format", "onnx"],
     ["deploy.quantize", "--target", "cpu"],
@@ -35,7 +35,9 @@ def main() -> int:
     table = []
     for name, flags in RUNS.items():
         output = OUTPUT / name.lower()
-        command = ["train.py", *flags, "--output", str(output), "--overwrite"]
+        if (output / "args.json").exists():  # a former demo
+            shutil.rmtree(output)
+        command = ["train.py", *flags, "--output", str(output)]
         print(f"\n$ python {' '.join(command)}", flush=True)
         started = time.time()
         status = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode

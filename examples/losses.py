@@ -1,7 +1,7 @@
-"""Losses that people compare with, each from its paper's formula: for train.py --kd examples/losses.py:dkd, or a loop.
+"""Losses for comparison, each from its paper's formula: for train.py --kd examples/losses.py:dkd, or for a loop.
 
-All are of (student_logits, teacher_logits, target), (N, C), (N, C) and (N,) class indices, return a value for each row,
-(N,), but for dist, and are added to the cross-entropy. The weights are defaults to be tuned, as with any teacher.
+Arguments: student_logits (N, C), teacher_logits (N, C), target (N,) class indices. Each returns a value for each row
+(N,), except dist. The losses are added to the cross-entropy. Tune their weights for your teacher.
 """
 
 import torch
@@ -10,14 +10,20 @@ from torch.nn import functional as F
 
 
 def kl(teacher_log_p: Tensor, student_log_p: Tensor) -> Tensor:
-    """KL(teacher || student) of each row; where both rule a class out it adds nothing."""
+    """Return KL(teacher || student) of each row; a class that the teacher excludes adds 0."""
     p = teacher_log_p.exp()
     return (p * (teacher_log_p - student_log_p).masked_fill(p == 0, 0.0)).sum(1)
 
 
-def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor,
-        alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> Tensor:  # fmt: skip
-    """Decoupled KD, arXiv 2203.08679: alpha KL(b^T || b^S) + beta KL(p^T || p^S), times temperature squared.
+def dkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    """Return decoupled KD, arXiv 2203.08679: alpha KL(b^T || b^S) + beta KL(p^T || p^S), times temperature squared.
 
     b: the target's probability and that of all the others together; p: the distribution over the others.
     """
@@ -29,9 +35,10 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor,
     return temperature**2 * (alpha * binary + beta * kl(*(m.log_softmax(1) for m in masked)))
 
 
-def standardised_kd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor,
-                    weight: float = 9.0, temperature: float = 2.0) -> Tensor:  # fmt: skip
-    """KD of logits that each row's mean and standard deviation are taken out of, arXiv 2403.01733."""
+def standardised_kd(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, weight: float = 9.0, temperature: float = 2.0
+) -> Tensor:
+    """Return KD of logits with the mean and standard deviation of each row removed, arXiv 2403.01733."""
     student, teacher = (
         (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-12).sqrt() / temperature
         for x in (student_logits, teacher_logits)
@@ -40,31 +47,43 @@ def standardised_kd(student_logits: Tensor, teacher_logits: Tensor, target: Tens
 
 
 def wttm(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
-    """Weighted transformed teacher matching, arXiv 2402.11148: sum_i T_i^(1/temperature) KL(T^(1/temperature) || S).
+    """Return weighted transformed teacher matching (arXiv 2402.11148), sum_i T_i^(1/tau) KL(T^(1/tau) || S).
 
-    The temperature is the teacher's alone, and each row is weighted by the power sum of the teacher's probabilities.
+    Only the teacher has the temperature tau. The power sum of the teacher's probabilities weights each row.
     """
     power_sum = (teacher_logits.log_softmax(1) / temperature).exp().sum(1)
     return power_sum * kl((teacher_logits / temperature).log_softmax(1), student_logits.log_softmax(1))
 
 
-def dist(student_logits: Tensor, teacher_logits: Tensor, target: Tensor,
-         beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Tensor:  # fmt: skip
-    """DIST, arXiv 2205.10536: 1 - Pearson's correlation of rows (beta), and of columns (gamma), one value a batch."""
-
-    def distance(a: Tensor, b: Tensor, dim: int) -> Tensor:
-        a, b = (x - x.mean(dim, keepdim=True) for x in (a, b))
-        return 1 - F.cosine_similarity(a, b, dim=dim, eps=1e-8).mean()
-
+def dist(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return DIST (arXiv 2205.10536), 1 - Pearson's correlation of rows (beta) and of columns (gamma): one value."""
     s, t = ((x / temperature).softmax(1) for x in (student_logits, teacher_logits))
-    return temperature**2 * (beta * distance(s, t, 1) + gamma * distance(s, t, 0))
+    return temperature**2 * (beta * pearson_distance(s, t, 1) + gamma * pearson_distance(s, t, 0))
 
 
-def tf_kd(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor,
-          weight: float = 1.0, correct: float = 0.99, temperature: float = 20.0) -> Tensor:  # fmt: skip
-    """Teacher-free KD by regularisation, arXiv 1909.11723: a teacher made by hand, ``correct`` at the target.
+def pearson_distance(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    a, b = (x - x.mean(dim, keepdim=True) for x in (a, b))
+    return 1 - F.cosine_similarity(a, b, dim=dim, eps=1e-8).mean()
 
-    weight * temperature^2 * KL(p^d || S), both at the temperature; the teacher's logits are not used.
+
+def tf_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    weight: float = 1.0,
+    correct: float = 0.99,
+    temperature: float = 20.0,
+) -> Tensor:
+    """Return teacher-free KD by regularisation (arXiv 1909.11723): the teacher is uniform except at the target.
+
+    weight * temperature^2 * KL(p^d || S), both at the temperature; correct: p^d at the target. Ignores teacher_logits.
     """
     classes = student_logits.shape[1]
     p_d = torch.full_like(student_logits, (1 - correct) / (classes - 1)).scatter(1, target.unsqueeze(1), correct)
@@ -73,9 +92,9 @@ def tf_kd(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor,
 
 
 def ps_kd(student_logits: Tensor, past_logits: Tensor, target: Tensor, alpha: float = 0.8) -> Tensor:
-    """Progressive self-KD, arXiv 2006.12000, as what it adds to the cross-entropy: alpha * (H(past, S) - H(target, S)).
+    """Return the addition of progressive self-KD (arXiv 2006.12000): alpha * (H(past, S) - H(target, S)).
 
-    past_logits: of the student itself one epoch before. The paper's alpha grows with the epochs, to 0.8 at the end.
+    past_logits: of the student itself, one epoch before. The paper's alpha grows with the epochs to 0.8 at the end.
     """
     log_s = student_logits.log_softmax(1)
     past = -(past_logits.softmax(1) * log_s).sum(1)

@@ -1,10 +1,10 @@
-"""One page of any runs of train.py: table, curves, calibration, what the labels say, confusions, latency.
+"""Write one page about runs of train.py: table, curves, calibration, soft labels, confusions, latency.
 
-    python examples/report.py runs/*                     # runs/report.html, which needs nothing beside it
+    python examples/report.py runs/*                     # writes runs/report.html, a file that needs no other
 
-Takes what is there: args.json, metrics.csv and student/ of each run; reference.npz for calibration and sample images,
-and that of the teacher's run for its answers; confusion.png; student/benchmark.json of deploy.benchmark. What a section
-lacks it says.
+Reads args.json, metrics.csv and student/ of each run; if they are there, also reference.npz for calibration and sample
+images (the teacher's run's for its answers), confusion.png, and student/benchmark.json of deploy.benchmark. A section
+without its file prints which one is missing.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,19 +44,19 @@ svg, img.wide { max-width: 100%; height: auto } .photo { width: 6rem; image-rend
 .bar { display: grid; grid-template-columns: 8rem 7rem 3rem; gap: .4rem; font-size: .8rem; align-items: center }
 .bar span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap } .bar b { font-weight: normal }
 .bar i { background: #4878a8; height: .7rem; display: block } .bar.target i { background: #d08030 }
-.said { color: #666 }
+.remark { color: #666 }
 """
 
 
 class Run(NamedTuple):
-    name: str  # of the folder, or its path where two have the same
+    name: str  # of the folder, or its path if another run has that name
     folder: Path
     flags: dict[str, Any]  # of args.json
     epochs: list[int]
     top1: list[float]  # after each, %
     labels: list[str]  # the classes' names
     reference: Reference | None
-    lacks: str  # why there is no reference
+    missing: str  # the reason, if there is no reference
 
     @property
     def method(self) -> str:
@@ -70,7 +71,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, name: str = "") -> Run | None:
-    """None where it is not a run, or not one whole epoch of it."""
+    """Return a run; None if the folder is not a run or has no finished epoch."""
     try:
         flags = json.loads((folder / "args.json").read_text(encoding="utf-8"))["flags"]
         with open(folder / "metrics.csv", encoding="utf-8") as file:
@@ -80,16 +81,16 @@ def read_run(folder: Path, name: str = "") -> Run | None:
         flags["model"]
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
-    reference, lacks = None, ""
+    reference, missing = None, ""
     try:
-        reference = read_reference(folder / "student", None, "train.py --output RUN --resume does")
+        reference = read_reference(folder / "student", None, "train.py --output RUN --resume writes it")
     except UserError as error:
-        lacks = str(error)
-    return Run(name or folder.name, folder, flags, epochs, top1, labels, reference, lacks) if epochs else None
+        missing = str(error)
+    return Run(name or folder.name, folder, flags, epochs, top1, labels, reference, missing) if epochs else None
 
 
 class Calibration(NamedTuple):
-    """Of each bin that holds an image: mean confidence, accuracy, share of the images; and the error of all."""
+    """Mean confidence, accuracy and share of the images of each bin that is not empty, and the error over all."""
 
     confidence: np.ndarray
     accuracy: np.ndarray
@@ -98,10 +99,9 @@ class Calibration(NamedTuple):
 
 
 def calibration(p: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
-    """The expected calibration error of Guo et al. 2017, arXiv 1706.04599: mean over images of their bin's
-    |accuracy - confidence|.
+    """Return the expected calibration error (Guo et al. 2017, arXiv 1706.04599) and its bins.
 
-    p: probabilities (N, C); labels: (N,)
+    The error is the mean over the images of |accuracy - confidence| of their bins. p: (N, C); labels: (N,).
     """
     confidence, right = p.max(1), p.argmax(1) == labels
     of_image = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -112,10 +112,13 @@ def calibration(p: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibrat
 
 
 def teachers_logits(run: Run) -> tuple[np.ndarray | None, str]:
-    """Of the run's reference images, where the teacher's own run kept the same ones; else None, and why."""
+    """Return the teacher's logits on the run's reference images; or None, and the reason.
+
+    They are in the reference.npz of the teacher's own run, if it has the same images.
+    """
     teacher = run.flags.get("teacher")
     if run.flags.get("teacher_labels"):
-        return None, "The teacher is not shown: its stored labels are of other images. "
+        return None, "The teacher is not shown: its stored labels belong to other images. "
     if not teacher or run.reference is None:
         return None, ""
     try:
@@ -123,20 +126,20 @@ def teachers_logits(run: Run) -> tuple[np.ndarray | None, str]:
     except UserError:
         known = None
     if known is None or known.reference is None or known.labels != run.labels:
-        return None, "The teacher is not shown: it is no run that is there, with a reference of the same classes. "
+        return None, "The teacher is not shown: no run of it with a reference of the same classes was found. "
     if not np.array_equal(known.reference.images, run.reference.images):
-        return None, "The teacher is not shown: its run kept other images, or another size of them. "
+        return None, "The teacher is not shown: the reference of its run has other images, or another size. "
     return known.reference.logits, ""
 
 
 def without_target(weights: np.ndarray, target: int) -> np.ndarray:
-    """Renormalised over the other classes."""
+    """Return the weights of the other classes, normalised to a sum of 1."""
     weights = np.where(np.arange(len(weights)) == target, 0.0, weights)
     return weights / weights.sum()
 
 
 def soft_label(run: Run, teacher: np.ndarray | None, index: int) -> tuple[str, np.ndarray] | None:
-    """What an image's loss asks for: the weights in words, and the label of the classes other than the target, (C,)."""
+    """Return an image's soft label: its weights in words, and its values (C,) over the classes except the target."""
     assert run.reference is not None
     target, flags = int(run.reference.labels[index]), run.flags
     if flags.get("kd") == "nkd" and teacher is not None:
@@ -153,7 +156,7 @@ def soft_label(run: Run, teacher: np.ndarray | None, index: int) -> tuple[str, n
 
 
 def bars(values: np.ndarray, labels: list[str], target: int) -> str:
-    """The largest values, a line each: name, bar, number."""
+    """Return the largest values as HTML, a line each: name, bar, number."""
     lines = []
     for i in np.argsort(-values, kind="stable")[:BARS]:
         lines.append(
@@ -169,19 +172,19 @@ def picture(png: bytes, alternative: str, style: str) -> str:
 
 
 def remark(text: str) -> str:
-    return f'<p class="said">{html.escape(text)}</p>'
+    return f'<p class="remark">{html.escape(text)}</p>'
 
 
 def samples(run: Run) -> str:
-    """The first reference image of each of the first classes: teacher, student and soft label side by side."""
+    """Return a table of the first reference image of each of the first classes: teacher, student, soft label."""
     title = f"<h3>{html.escape(run.name)} ({html.escape(run.method)})</h3>"
     if run.reference is None:
-        return title + remark(run.lacks)
+        return title + remark(run.missing)
     teacher, remarks = teachers_logits(run)
     if run.flags.get("self_kd"):
         remarks += (
-            "Z is ranked here by the student alone; in training the weak head, which is not kept, has its say too. "
-            "The mean in P_t is over the reference images; in training, over a batch. "
+            "Z is ranked here by the student alone; in training also by the weak head, which is not kept. "
+            "The mean in P_t is over the reference images here, and over a batch in training. "
         )
     rows = []
     for index in sorted(np.unique(run.reference.labels, return_index=True)[1])[:SAMPLES]:
@@ -197,14 +200,15 @@ def samples(run: Run) -> str:
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     heads = "<th>image</th><th>teacher T</th><th>student S</th><th>the loss's soft label</th>"
-    remarks += "An image of each of the first classes, the first there is; the target's bars are orange."
+    remarks += "The first reference image of each of the first classes; the target's bars are orange."
     return f"{title}{remark(remarks)}<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def plot(draw: Callable[[plt.Axes], None], alternative: str, size: tuple[float, float] = (8, 4.2)) -> str:
-    """An SVG, inline."""
+@contextmanager
+def plot(body: list[str], alternative: str, size: tuple[float, float] = (8, 4.2)) -> Iterator[plt.Axes]:
+    """Give axes to draw on, and append them to the page as an inline SVG. alternative: the text for screen readers."""
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    draw(axes)
+    yield axes
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
@@ -212,7 +216,7 @@ def plot(draw: Callable[[plt.Axes], None], alternative: str, size: tuple[float, 
     figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)
     svg = text.getvalue()
-    return f'<figure role="img" aria-label="{html.escape(alternative)}">{svg[svg.index("<svg") :]}</figure>'
+    body.append(f'<figure role="img" aria-label="{html.escape(alternative)}">{svg[svg.index("<svg") :]}</figure>')
 
 
 def table(runs: list[Run], calibrations: dict[str, Calibration]) -> str:
@@ -227,14 +231,14 @@ def table(runs: list[Run], calibrations: dict[str, Calibration]) -> str:
     sizes = sorted({len(run.reference.labels) for run in runs if run.reference is not None})
     images = f"{' or '.join(map(str, sizes))} images of {NAME}" if sizes else f"images of {NAME}, which no run has"
     about = (
-        f"Top-1 on a run's validation images, one run a row. ECE: expected calibration error in {BINS} bins, on the "
+        f"A run in each row, top-1 on its validation images. ECE: expected calibration error in {BINS} bins, on the "
     )
     about += f"{images}."
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>{remark(about)}"
 
 
 def timings(run: Run) -> list[dict[str, Any]]:
-    """Rows of deploy.benchmark at batch 1 that have an accuracy too."""
+    """Return the rows of deploy.benchmark at batch 1 that have an accuracy too."""
     try:
         rows = json.loads((run.folder / "student/benchmark.json").read_text(encoding="utf-8"))["rows"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -243,7 +247,7 @@ def timings(run: Run) -> list[dict[str, Any]]:
 
 
 def page(runs: list[Run]) -> str:
-    """The whole page."""
+    """Return the whole page as HTML."""
     calibrations = {
         run.name: calibration(softmax(run.reference.logits), run.reference.labels)
         for run in runs
@@ -251,42 +255,36 @@ def page(runs: list[Run]) -> str:
     }
     timed = [(run.name, row) for run in runs for row in timings(run)]
     distilled = [run for run in runs if run.flags.get("kd") or run.flags.get("self_kd")]
-
-    def curves(axes: plt.Axes) -> None:
+    body = ["<h1>Runs</h1><h2>Table</h2>", table(runs, calibrations), "<h2>Curves</h2>"]
+    with plot(body, "top-1 by epoch of each run") as axes:
         for run in runs:
             axes.plot(run.epochs, run.top1, label=run.name)
         axes.set(xlabel="epoch", ylabel="top-1, %")
-
-    def reliability(axes: plt.Axes) -> None:
-        axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-        for name, known in calibrations.items():
-            label = f"{name}, ECE {100 * known.error:.1f} %"
-            axes.scatter(known.confidence, known.accuracy, 4 + 400 * known.share, alpha=0.6, label=label)
-        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-
-    def latency(axes: plt.Axes) -> None:
-        for number, (name, row) in enumerate(timed):
-            label = f"{name}/{row['artefact']}, {row['precision']}, {row['provider']}"
-            axes.plot(row["p50_ms"], row["top1"], "osD^v"[number % 5], label=label)
-        axes.set(xlabel="ms an image, batch 1, median", ylabel="top-1, %", xlim=(0, None))
-
-    body = ["<h1>Runs</h1><h2>Table</h2>", table(runs, calibrations)]
-    body += ["<h2>Curves</h2>", plot(curves, "top-1 by epoch of each run")]
     if calibrations:
-        body += ["<h2>Reliability</h2>", plot(reliability, "accuracy against confidence of each run", (5, 5))]
-        body.append(remark("A dot a bin, as large as its share of the images."))
+        body.append("<h2>Reliability</h2>")
+        with plot(body, "accuracy against confidence of each run", (5, 5)) as axes:
+            axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+            for name, known in calibrations.items():
+                label = f"{name}, ECE {100 * known.error:.1f} %"
+                axes.scatter(known.confidence, known.accuracy, 4 + 400 * known.share, alpha=0.6, label=label)
+            axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+        body.append(remark("A dot is a bin; its size is the bin's share of the images."))
     if distilled:
-        body += ["<h2>What the labels say</h2>", *map(samples, distilled)]
+        body += ["<h2>Soft labels</h2>", *map(samples, distilled)]
     for run in runs:
         file = run.folder / "confusion.png"
         if file.is_file():
-            body.append(f"<h2>What is taken for what: {html.escape(run.name)}</h2>")
+            body.append(f"<h2>Confusions: {html.escape(run.name)}</h2>")
             body.append(picture(file.read_bytes(), f"confusion matrix of {run.name}", "wide"))
     body.append("<h2>Latency against accuracy</h2>")
     if timed:
-        body.append(plot(latency, "top-1 against latency of each file"))
+        with plot(body, "top-1 against latency of each file") as axes:
+            for number, (name, row) in enumerate(timed):
+                label = f"{name}/{row['artefact']}, {row['precision']}, {row['provider']}"
+                axes.plot(row["p50_ms"], row["top1"], "osD^v"[number % 5], label=label)
+            axes.set(xlabel="ms for an image, batch 1, median", ylabel="top-1, %", xlim=(0, None))
     else:
-        body.append(remark(f"Not measured: python -m deploy.benchmark RUN does, and needs {NAME} for the accuracy."))
+        body.append(remark(f"Not measured: run python -m deploy.benchmark RUN; the accuracy needs {NAME}."))
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Runs</title>'
     return (
         f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(body)}</body></html>\n'
@@ -294,8 +292,8 @@ def page(runs: list[Run]) -> str:
 
 
 parser = make_parser(__doc__, "report.py")
-parser.add_argument("runs", nargs="+", type=Path, help="run directories; files among them are passed over")
-parser.add_argument("-o", "--output", type=Path, help="(default: report.html beside the first run)")
+parser.add_argument("runs", nargs="+", type=Path, help="run directories; files among them are skipped")
+parser.add_argument("-o", "--output", type=Path, help="the page (default: report.html next to the first run)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -309,11 +307,11 @@ def run(args: argparse.Namespace) -> None:
     runs = [known for known in found.values() if known]
     if not runs:
         raise UserError(
-            f"no run of train.py among {', '.join(map(str, args.runs))}: a folder with args.json, metrics.csv of an "
-            "epoch at least, and student/"
+            f"no run of train.py among {', '.join(map(str, args.runs))}: expected a folder with args.json, metrics.csv "
+            "of at least one epoch, and student/"
         )
     for folder in (folder for folder, known in found.items() if not known):
-        print(f"left out: {folder} is no run of train.py, or has no whole epoch", file=sys.stderr)
+        print(f"skipped: {folder} is not a run of train.py, or has no finished epoch", file=sys.stderr)
     output = args.output or Path(os.path.abspath(runs[0].folder)).parent / "report.html"
     write_whole(output, page(runs))
     print(output)

@@ -1,9 +1,9 @@
 #!/bin/bash
-# Train on several nodes, in as many pieces as the time limit makes of it:
+# Train on several nodes, in as many jobs as the time limit requires:
 #
 #     sbatch examples/slurm.sh --data /imagenet --model resnet50 --self-kd uskd
 #
-# from the repository, on a disk that all nodes share, with torchrun in PATH. The run is kept in runs/slurm-JOB.
+# Start it in the repository, on a disk that all nodes share, with torchrun in PATH. The run is in runs/slurm-JOB.
 #SBATCH --job-name=kdlite
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,29 +14,29 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
-# B: the batch shell alone is signalled, and passes it on to the ranks of its node, which tell the others. Without B: it
-# goes to the tasks of the job step, which under proctrack/cgroup means torchrun and not the ranks it has started.
+# B: only the batch shell gets the signal, and sends it to the ranks of its node; these stop the others. Without B: the
+# tasks of the job step get it, which under proctrack/cgroup are torchrun and not the ranks that it started.
 set -uo pipefail
 
 output=runs/slurm-$SLURM_JOB_ID # a requeued job keeps its number
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 launcher=$(mktemp)
 signalled=
-# shellcheck disable=SC2064  # of this file
+# shellcheck disable=SC2064  # expand it now
 trap "rm -f '$launcher'" EXIT
 trap 'trap "" USR1; signalled=1; pkill -USR1 -P "$(cat "$launcher")"' USR1
 
-# torchrun would die of the signal; what is ignored stays so across exec, and train.py catches it all the same.
+# The signal would end torchrun, so it is ignored, also after exec; train.py still catches it.
 # shellcheck disable=SC2016  # the tasks expand it
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     trap "" USR1
     [ "$SLURM_NODEID" != 0 ] || echo $$ >"$0"
     exec torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --rdzv-backend c10d "$@"' \
     "$launcher" --rdzv-endpoint "$first:$((29000 + SLURM_JOB_ID % 1000))" --rdzv-id "$SLURM_JOB_ID" \
-    train.py "$@" --output "$output" --resume auto &
+    train.py "$@" --output "$output" --resume &
 wait $!
 status=$?
-if [ -n "$signalled" ]; then # which ended the first wait
+if [ -n "$signalled" ]; then # the signal ended the first wait
     wait $!
     status=$?
 fi

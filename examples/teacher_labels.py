@@ -1,10 +1,11 @@
-"""Labels for train.py --teacher-labels from a teacher that is no torch module: an ONNX file here.
+"""Store the answers of a teacher that is not a torch module, here an ONNX file, for train.py --teacher-labels.
 
-    python examples/teacher_labels.py teacher.onnx labels/ --data photos/ --views 4     # the other flags are train.py's
+    python examples/teacher_labels.py teacher.onnx labels/ --views 4 --data photos/ --model mobilenet_v2
     python train.py --kd nkd --teacher-labels labels/ --data photos/ --model mobilenet_v2
 
-The ONNX file is one of deploy/'s (or another with a FILE.onnx.json beside it, see deploy/README.md) of the data's own
-classes in their order, for images of the student's size. from_answers is for a language model's server.
+The ONNX file is one of deploy/'s, or another with a FILE.onnx.json next to it (deploy/README.md). Its classes are those
+of the data in their order, and its images have the student's size. The flags after --top-k are train.py's.
+from_answers is for the server of a language model.
 """
 
 import argparse
@@ -18,19 +19,22 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from deploy.cli import UserError, show_error
-from deploy.runtimes import load
+from deploy.cli import UserError, run_command
+from deploy.runtimes import Runtime, load
 from kdlite import top_k_logprobs
-from kdlite.training.distributed import stop_signals
-from kdlite.training.teacher_labels import begin_labels, describe_images, write_labels
+from kdlite.training.data import open_run
+from kdlite.training.distributed import log, stop_signals
+from kdlite.training.teacher_labels import Answers, describe_images, lock_labels, write_labels
 
 
-def from_answers(answers: list[dict[int, float]], labels: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What nkd_topk_loss takes, of answers as servers of language models give them.
+def from_answers(answers: list[dict[int, float]], labels: list[int], k: int) -> Answers:
+    """Return the arguments of nkd_topk_loss from a server's answers: log T_t (N,), log T_i (N, k), indices (N, k).
 
-    answers: of each prediction the log-probabilities by token, the label's own among them: of vLLM's prompt_logprobs
-        {token: x.logprob for token, x in position.items()} of each position but the first, which is None
-    labels: the tokens; -100 where nothing is to be learnt
+    Args:
+        answers: log-probabilities by token for each prediction, the label's among them; from vLLM's prompt_logprobs
+            {token: x.logprob for token, x in position.items()} of each position except the first, which is None
+        labels: the tokens; -100 where nothing is to be learned
+        k: classes to keep
     """
     log_t = torch.tensor([a[t] if t >= 0 else 0.0 for a, t in zip(answers, labels, strict=True)])
     others = [sorted(((p, i) for i, p in a.items() if i != t), reverse=True)[:k] for a, t in zip(answers, labels)]
@@ -39,45 +43,45 @@ def from_answers(answers: list[dict[int, float]], labels: list[int], k: int) -> 
     return log_t, top.float(), index.long()
 
 
+class Asker:
+    """Ask an exported teacher about a batch of images."""
+
+    def __init__(self, teacher: Runtime, k: int) -> None:
+        self.teacher, self.k = teacher, k
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Answers:
+        logits = self.teacher.run(images.permute(0, 2, 3, 1).numpy())  # uint8 (B, H, W, C), as every file of deploy/
+        return top_k_logprobs(torch.from_numpy(logits), labels, self.k)
+
+
 def write(file: Path, folder: Path, views: int, k: int, flags: list[str]) -> None:
-    args = train.parse_args(flags)
-    run = train.build(args)
-    teacher, k = load(file), min(k, len(run.data.label_names) - 1)
-    if teacher.metadata.label_names != run.data.label_names:
-        raise UserError(f"{file} knows other classes than --data, or in another order")
-    size, ours = teacher.metadata.input_size, run.config["input_size"]
-    if list(size) != list(ours):
-        raise UserError(f"{file} is for images of {size}, and the student's are {ours}: say --img-size")
-
-    def ask(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = teacher.run(images.permute(0, 2, 3, 1).numpy())  # uint8, as every artefact of deploy/ takes them
-        return top_k_logprobs(torch.from_numpy(logits), labels, k)
-
-    header = describe_images(run.data.train, run.data.label_names, train.describe_view(*run.view))
+    """Store the answers about all views of the training images. flags: of train.py."""
+    teacher = load(file)
+    args, _, data = open_run(train.FLAGS, train.parse_flags(flags))
+    _, _, config = train.build_student(args, data)  # its weights may decide size and preprocessing
+    k, size, ours = min(k, len(data.label_names) - 1), teacher.metadata.input_size, config.input_size
+    if teacher.metadata.label_names != data.label_names:
+        raise UserError(f"the classes of {file} are not those of --data, or in another order")
+    if size != ours:
+        raise UserError(f"{file} is for images of {size}, and the student's are {ours}: give --img-size")
+    view = train.build_view(args, config)
     source = {"name": file.name, "digest": hashlib.sha256(file.read_bytes()).hexdigest()}
-    header |= {"teacher": source, "seed": args.seed, "views": views, "k": k}
-    with stop_signals() as stop, begin_labels(folder, header):
-        whole = write_labels(
-            folder, header, run.data.train, train.train_view(*run.view), ask, 64, args.workers, False, None, stop
-        )
+    header = describe_images(data, view) | {"teacher": source, "seed": args.seed, "views": views, "k": k}
+    with stop_signals() as stop, lock_labels(folder, header):
+        whole = write_labels(folder, header, data.train, view.transform(), Asker(teacher, k), args.workers, stop)
     if not whole:
-        print(f"stopped by {stop.name}: what is whole in {folder} is kept, the same command goes on")
+        log(f"stopped by {stop.name}: whole files in {folder} are kept, the same command continues")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--views", type=int, default=10)
     parser.add_argument("--top-k", type=int, default=10)
     args, flags = parser.parse_known_args()
-    try:
-        write(args.teacher, args.folder, args.views, args.top_k, flags)
-    except UserError as error:
-        show_error("teacher_labels.py", str(error))
-        return 2
-    return 0
+    write(args.teacher, args.folder, args.views, args.top_k, flags)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("teacher_labels.py", main))

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Do two hosts without a shared disk train the same weights as one host with two processes? In a new run, and in a
-# resumed one of which only the first host has the checkpoint.
+# Check that two hosts without a shared disk train the same weights as one host with two processes: in a new run, and in
+# a resumed run whose checkpoint is on the first host alone.
 #
-#     sudo examples/two_hosts.sh        exit status 0: bitwise the same; 1: not; 77: no right to make the two hosts
+#     sudo examples/two_hosts.sh        exit status 0: bitwise equal; 1: different; 77: not allowed to make the hosts
 #
-# The hosts are network namespaces of this machine, joined by a veth pair; a mount of its own gives each its own disk.
+# The hosts are network namespaces of this machine, joined by a veth pair; a mount gives each its own disk.
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -14,7 +14,7 @@ addresses=(10.77.0.1 10.77.0.2)
 work=$(mktemp -d)
 mkdir "$work/disk1" "$work/disk2" "$work/run"
 export OMP_NUM_THREADS=1
-flags=(--model "$root/tests/own_models.py:tiny" --img-size 16 --self-kd uskd --device cpu --reference 0 --timeout 1)
+flags=(--model "$root/tests/own_models.py:tiny" --img-size 16 --self-kd uskd --device cpu --reference 0)
 
 # shellcheck disable=SC2329  # the trap calls it
 clean_up() {
@@ -42,8 +42,8 @@ make_hosts() {
     done
 }
 
-# on_host 0|1 FLAGS...: one process of two; $work/run is the host's own disk. is_host: both namespaces have the name of
-# this machine, by which torchrun would know where the rendezvous is.
+# on_host 0|1 FLAGS...: one process of two; $work/run is the host's own disk. is_host: torchrun would find the host of the
+# rendezvous by its name, but both namespaces have the name of this machine.
 on_host() {
     # shellcheck disable=SC2016  # the inner shell expands them
     GLOO_SOCKET_IFNAME=eth0 exec ip netns exec "${hosts[$1]}" bash -c 'mount --bind "$0" "$1" && exec "${@:2}"' \
@@ -91,7 +91,7 @@ on_one_host --epochs 2
 compare "two hosts and one, 2 epochs"
 
 on_two_hosts --epochs 3 --resume
-grep -q 'going on from .*, after epoch 2' "$work/host1.log" || fail "$work/host1.log"
+grep -q 'resuming from .*, after epoch 2' "$work/host1.log" || fail "$work/host1.log"
 on_one_host --epochs 3 --resume
 compare "two hosts and one, resumed for a third epoch with the checkpoint on the first host alone"
 exit "$different"

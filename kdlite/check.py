@@ -1,32 +1,47 @@
-"""Is your own NKD the paper's? Compare a function's gradient with the formula's, on twenty cases.
+"""Is your own NKD the paper's? Compare its gradient with the formula's on twenty cases.
 
     python -m kdlite.check my_file.py:nkd_loss
-    python -m kdlite.check my_file.py:nkd_loss --gamma 3.5 --temperature 3     # if these are fixed inside
+    python -m kdlite.check my_file.py:NKDLoss --gamma 3.5 --temperature 3     # constants inside it
 
-The function is called as (student_logits, teacher_logits, target), with gamma= and temperature= where it takes them, on
-(N, C) float32 logits and (N,) class indices, and returns the mean over the batch. Its value may differ by a constant (a
-KL divergence in place of the cross-entropy): training follows the gradient. Prints a line a case and ends with status 0
-where all are right, 1 where one is not, with the mistake by name where it is a known one, and 2 where it cannot be run.
+Takes a function, a class, an instance or a functools.partial that returns the mean over the batch, without the
+cross-entropy. Calls it with (N, C) float32 logits of student and teacher and (N,) class indices, in each order, and
+varies its numbers: two of them must act as gamma and temperature, by any name. A constant inside is estimated from the
+gradient, unless --gamma or --temperature gives it. The value may differ by a constant (a KL divergence instead of the
+cross-entropy), because training follows the gradient.
+
+Prints the verdict first, then the call, then a line for each case. Exit status: 0 if all are right, 1 if one is wrong
+(with the name of a known mistake), 2 if it cannot run.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .terms import is_class, nkd_rows
 
-Loss = Callable[..., Tensor]
+Formula = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]  # s, t, y, gamma, temperature -> mean
+Order = tuple[str, ...]  # of "student", "teacher", "target" in the parameters of the loss
+
+# ---- cases --------------------------------------------------------------------------------------------------------
+
+GRID = (1.0, 0.5, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 16.0, 20.0)  # temperatures
+SETTINGS = [(1.5, 1.0), (1.0, 1.0), (3.5, 3.0), (1.5, 2.0)]  # gamma, temperature
+EXTREME = ("logits around 1,000", "a certain student and teacher")
 
 
 class Case(NamedTuple):
@@ -38,163 +53,398 @@ class Case(NamedTuple):
     temperature: float
 
 
-def cases(gamma: float | None = None, temperature: float | None = None) -> list[Case]:
-    """Twenty; with gamma or temperature given, of these alone."""
+def cases() -> list[Case]:
     g = torch.Generator().manual_seed(0)
     found = []
-    settings = [(1.5, 1.0), (1.0, 1.0), (3.5, 3.0), (1.5, 2.0)]
-    for index, (own_gamma, own_temperature) in enumerate(settings):
+    for gamma, temperature in SETTINGS:
         for name, n, c, std, offset in (
             ("ten classes", 8, 10, 2.0, 0.0),
             ("two classes", 4, 2, 2.0, 0.0),
             ("a hundred classes, peaked", 4, 100, 6.0, 0.0),
-            ("logits around 1,000", 4, 10, 2.0, 1000.0),
-            ("a certain student and teacher", 4, 10, 60.0, 0.0),
+            (EXTREME[0], 4, 10, 2.0, 1000.0),
+            (EXTREME[1], 4, 10, 60.0, 0.0),
         ):
             student, teacher = (offset + std * torch.randn(n, c, generator=g) for _ in range(2))
-            target = torch.randint(c, (n,), generator=g)
-            options = own_gamma if gamma is None else gamma, own_temperature if temperature is None else temperature
-            if (gamma, temperature) != (None, None) and index:
-                name = f"{name}, other draws"
-            found.append(Case(name, student, teacher, target, *options))
+            found.append(Case(name, student, teacher, torch.randint(c, (n,), generator=g), gamma, temperature))
     return found
 
 
 # ---- the formula, and what is often written for it ----------------------------------------------------------------
 
 
-def right(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    return nkd_rows(s, t, y, gamma, temperature).mean()
+def right(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
+    return nkd_rows(s, t, y, g, T).mean()
 
 
-def parts(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The target term, and log-softmaxes at the temperature, (N, C)."""
-    target = -(t.softmax(1) * s.log_softmax(1)).gather(1, y.unsqueeze(1)).squeeze(1)
-    return target, (s / temperature).log_softmax(1), (t / temperature).softmax(1)
+def target_rows(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """- T_t log S_t."""
+    return nkd_rows(s, t, y, 0.0, 1.0)
 
 
-def target_kept(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    target, log_s, p = parts(s, t, y, temperature)
-    return (target - gamma * temperature**2 * (p * log_s).sum(1)).mean()
+def other_rows(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
+    """The non-target part with its factor gamma T^2."""
+    return nkd_rows(s, t, y, g, T) - target_rows(s, t, y)
 
 
-def not_normalised(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    target, log_s, p = parts(s, t, y, temperature)
-    return (target - gamma * temperature**2 * (p * log_s).masked_fill(is_class(s, y), 0.0).sum(1)).mean()
+def p_of(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
 
 
-def without_power(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    return right(s, t, y, gamma / temperature**2, temperature)
+def ce(p: Tensor, q: Tensor) -> Tensor:
+    """Cross-entropy of two binary distributions."""
+    return -(p * q.log() + (1 - p) * (1 - q).log())
 
 
-def single_power(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    return right(s, t, y, gamma / temperature, temperature)
+def with_epsilon(s: Tensor, t: Tensor, y: Tensor, g: float, T: float, target: float, others: float) -> Tensor:
+    """Log(p + epsilon), with an epsilon for each term."""
+    n_t, n_s = ((x / T).masked_fill(is_class(x, y), -torch.inf).softmax(1) for x in (t, s))
+    other_terms = -(n_t * (n_s + others).log()).masked_fill(is_class(s, y), 0.0).sum(1)
+    return (-p_of(t, y) * (p_of(s, y) + target).log() + g * T**2 * other_terms).mean()
 
 
-def target_at_temperature(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    _, log_s, p = parts(s, t, y, temperature)
-    target = -(p * log_s).gather(1, y.unsqueeze(1)).squeeze(1)
-    return (target + nkd_rows(s, t, y, gamma, temperature) - nkd_rows(s, t, y, 0.0, temperature)).mean()
+def target_kept(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
+    return (target_rows(s, t, y) - g * T**2 * ((t / T).softmax(1) * (s / T).log_softmax(1)).sum(1)).mean()
 
 
-def no_target(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    return (nkd_rows(s, t, y, gamma, temperature) - nkd_rows(s, t, y, 0.0, temperature)).mean()
+def not_normalised(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
+    products = ((t / T).softmax(1) * (s / T).log_softmax(1)).masked_fill(is_class(s, y), 0.0)
+    return (target_rows(s, t, y) - g * T**2 * products.sum(1)).mean()
 
 
-def with_cross_entropy(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    return right(s, t, y, gamma, temperature) + torch.nn.functional.cross_entropy(s, y)
+def one_divided(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
+    """Only the teacher's logits are divided by the temperature."""
+    return (target_rows(s, t, y) + T**2 * other_rows(s, t / T, y, g, 1.0)).mean()
 
 
-def plain_kd(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    _, log_s, p = parts(s, t, y, temperature)
-    return -(temperature**2) * (p * log_s).sum(1).mean()
+PARTS = "the non-target part"
+FORMULAS: list[tuple[str, Formula]] = [
+    (f"the target is kept in {PARTS}: mask its logit by -inf before the softmax", target_kept),
+    (f"{PARTS} is not normalised: divide both sides by 1 minus the target's probability", not_normalised),
+    (f"{PARTS} lacks the temperature squared", lambda s, t, y, g, T: right(s, t, y, g / T**2, T)),
+    (f"{PARTS} has the temperature once, not squared", lambda s, t, y, g, T: right(s, t, y, g / T, T)),
+    ("only the teacher's logits are divided by the temperature: divide the student's too", one_divided),
+    (
+        "only the teacher's logits are divided by the temperature, without its square: divide the student's too",
+        lambda s, t, y, g, T: one_divided(s, t, y, g / T**2, T),
+    ),
+    (
+        "only the student's logits are divided by the temperature: divide the teacher's too",
+        lambda s, t, y, g, T: (target_rows(s, t, y) + T**2 * other_rows(s / T, t, y, g, 1.0)).mean(),
+    ),
+    (f"{PARTS} is missing", lambda s, t, y, g, T: target_rows(s, t, y).mean()),
+    (
+        "the target term is at the temperature; it is at 1",
+        lambda s, t, y, g, T: (target_rows(s / T, t / T, y) + other_rows(s, t, y, g, T)).mean(),
+    ),
+    (
+        "the target term is at the temperature, with its square; it is at 1",
+        lambda s, t, y, g, T: (T**2 * target_rows(s / T, t / T, y) + other_rows(s, t, y, g, T)).mean(),
+    ),
+    (
+        "the target term has no gradient: it must weigh the student's own log-probability",
+        lambda s, t, y, g, T: other_rows(s, t, y, g, T).mean(),
+    ),
+    (
+        "the target term is the cross-entropy: weigh it by the teacher's probability of the target",
+        lambda s, t, y, g, T: F.cross_entropy(s, y) + other_rows(s, t, y, g, T).mean(),
+    ),
+    (
+        "the target term is weighed by the batch mean of the teacher's probability: use each row's own",
+        lambda s, t, y, g, T: p_of(t, y).mean() * F.cross_entropy(s, y) + other_rows(s, t, y, g, T).mean(),
+    ),
+    (
+        "the target term is DKD's binary KL at the temperature: it is -T_t log S_t, at temperature 1",
+        lambda s, t, y, g, T: (T**2 * ce(p_of(t / T, y), p_of(s / T, y)) + other_rows(s, t, y, g, T)).mean(),
+    ),
+    (
+        "the target term is a binary KL: it is -T_t log S_t",
+        lambda s, t, y, g, T: (ce(p_of(t, y), p_of(s, y)) + other_rows(s, t, y, g, T)).mean(),
+    ),
+    (
+        "the cross-entropy is in it: NKD is compared without it, and added to it",
+        lambda s, t, y, g, T: right(s, t, y, g, T) + F.cross_entropy(s, y),
+    ),
+    (
+        "this is classic temperature KD, not NKD",
+        lambda s, t, y, g, T: -(T**2) * ((t / T).softmax(1) * (s / T).log_softmax(1)).sum(1).mean(),
+    ),
+    ("the sum over the batch is returned, not its mean", lambda s, t, y, g, T: nkd_rows(s, t, y, g, T).sum()),
+    (
+        "the mean is over rows and classes: sum over the classes, then take the mean over the batch",
+        lambda s, t, y, g, T: right(s, t, y, g, T) / s.shape[1],
+    ),
+    (
+        f'{PARTS} is a mean over the classes, as by kl_div(reduction="mean"): use "batchmean"',
+        lambda s, t, y, g, T: (target_rows(s, t, y) + other_rows(s, t, y, g, T) / s.shape[1]).mean(),
+    ),
+    (
+        f'{PARTS} is a mean over the non-target classes, as by kl_div(reduction="mean"): use "batchmean"',
+        lambda s, t, y, g, T: (target_rows(s, t, y) + other_rows(s, t, y, g, T) / (s.shape[1] - 1)).mean(),
+    ),
+    *(
+        ("log(p + epsilon) changes the gradient: use log_softmax", functools.partial(with_epsilon, target=a, others=b))
+        for epsilon in (10.0**-power for power in range(2, 13))
+        for a, b in ((epsilon, epsilon), (epsilon, 0.0), (0.0, epsilon))
+    ),
+]
+DIGITS_LOST = "it loses its digits where a probability is near 0 or 1: use log_softmax, not the log of a softmax"
+UNKNOWN = "the mistake is not a known one: compare it with kdlite/README.md, term by term"
 
 
-def batch_sum(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    return nkd_rows(s, t, y, gamma, temperature).sum()
+# ---- the loss to check --------------------------------------------------------------------------------------------
+
+TARGETS = {"target", "targets", "label", "labels", "gt", "gt_label", "gt_labels", "y", "y_true", "ground_truth"}
+# names that promise a role, the likeliest first
+GAMMAS = ("gamma", "alpha", "beta", "weight", "lam", "lamb", "lambda_")
+TEMPERATURES = ("temperature", "temp", "tau", "t", "kd_t", "lam", "lamb", "lambda_")
 
 
-def mean_over_classes(s: Tensor, t: Tensor, y: Tensor, gamma: float, temperature: float) -> Tensor:
-    return right(s, t, y, gamma, temperature) / s.shape[1]
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-MISTAKES: dict[str, Loss] = {
-    "the target is kept in the non-target part: mask its logit by -inf before the softmax": target_kept,
-    "the non-target part is not normalised: divide both sides by 1 minus the target's probability": not_normalised,
-    "the non-target part lacks the temperature squared": without_power,
-    "the non-target part has the temperature once, not squared": single_power,
-    "the target term is at the temperature; it is at 1": target_at_temperature,
-    "the target term has no gradient: it must weigh the student's own log-probability": no_target,
-    "the cross-entropy is in it: NKD is compared without it, and added to it": with_cross_entropy,
-    "this is classic temperature KD, not NKD": plain_kd,
-    "the sum over the batch is returned, not its mean": batch_sum,
-    "the mean is over rows and classes: sum over the classes, then take the mean over the batch": mean_over_classes,
-}
+class Subject:
+    """A function, class, instance or partial: the numbers that it takes, and a call with others."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+        self.is_object = not isinstance(loss, type) and not inspect.isroutine(loss)
+        self.is_object &= not isinstance(loss, functools.partial)
+        call = getattr(loss, "forward", loss.__call__) if isinstance(loss, type) or self.is_object else loss
+        parameters = list(inspect.signature(call).parameters.values())[isinstance(loss, type) :]  # without self
+        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        target = next((name for name in names if name.lower() in TARGETS), None)
+        logits = [name for name in names if name != target][: 3 if target is None else 2]
+        self.tensors = sorted(logits if target is None else [*logits, target], key=names.index)
+        self.by_position = self.tensors == names[:3] or len(self.tensors) < 3
+        self.orders = [
+            order
+            for order in itertools.permutations(("student", "teacher", "target"))
+            if target is None or order.index("target") == self.tensors.index(target)
+        ]
+        self.built = inspect.signature(loss).parameters if isinstance(loss, type) else {}
+        self.called = {p.name: p for p in parameters if p.name in names and p.name not in self.tensors}
+        attributes = {name: x for name, x in vars(loss).items() if name[0] != "_"} if self.is_object else {}
+        defaults = {name: p.default for name, p in [*self.built.items(), *self.called.items()]} | attributes
+        # an argument without a default: any number, to see whether it acts as gamma or temperature
+        defaults = {name: 1.0 if x is inspect.Parameter.empty else x for name, x in defaults.items()}
+        self.numbers: dict[str, float] = {name: x for name, x in defaults.items() if is_number(x)}
+        self.others = {name: x for name, x in defaults.items() if isinstance(x, (bool, str)) and name != "training"}
+
+    def __call__(self, order: Order, tensors: dict[str, Tensor], numbers: dict[str, float]) -> Any:
+        loss = self.loss
+        if isinstance(loss, type):
+            loss = loss(**{name: numbers[name] for name in self.built if name in numbers})
+        elif self.is_object:
+            loss = copy.copy(loss)
+            for name in vars(loss).keys() & numbers.keys():
+                setattr(loss, name, numbers[name])
+        options = {name: numbers[name] for name in self.called if name in numbers}
+        if self.by_position:
+            return loss(*(tensors[role] for role in order), **options)
+        return loss(**{name: tensors[role] for name, role in zip(self.tensors, order)}, **options)
+
+    def gradient(self, order: Order, case: Case, numbers: dict[str, float]) -> tuple[Tensor, bool]:
+        """Return the gradient of the student's logits, and whether the teacher's have one."""
+        leaves = [x.clone().requires_grad_() for x in (case.student, case.teacher)]
+        tensors = dict(student=leaves[0].clone(), teacher=leaves[1].clone(), target=case.target.clone())
+        value = self(order, tensors, numbers)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"the loss must return the mean over the batch, one value, got {what}")
+        if not value.requires_grad:
+            return torch.zeros_like(leaves[0]), False
+        found = torch.autograd.grad(value, leaves, allow_unused=True)
+        teacher = found[1] is not None and bool((found[1] != 0).any())
+        return found[0] if found[0] is not None else torch.zeros_like(leaves[0]), teacher
+
+
+class Numbers(NamedTuple):
+    """What each number of the loss does, seen by doubling it."""
+
+    base: dict[str, float]
+    live: list[str]  # those that must be gamma and temperature
+    without_effect: list[str]
+
+
+def find_roles(subject: Subject, order: Order, probe: Case) -> Numbers:
+    base = dict(subject.numbers)
+    live: list[str] = []
+    without_effect: list[str] = []
+    before, _ = subject.gradient(order, probe, base)
+    target = gradient(right, probe, 0.0, 1.0)
+    for name, value in subject.numbers.items():
+        changed = 2.0 * value if value else 1.0
+        try:
+            after, _ = subject.gradient(order, probe, base | {name: changed})
+        except Exception:  # a number of another kind, such as the number of classes
+            continue
+        if is_close(after, before):
+            without_effect.append(name)
+        elif value and (is_close(after, before * (changed / value)) or is_close(after - before, target * value)):
+            base[name] = 1.0  # a weight of the whole loss, or of its target term
+        else:
+            live.append(name)
+    return Numbers(base, live, without_effect)
 
 
 # ---- comparing ----------------------------------------------------------------------------------------------------
 
 
-def gradient(loss: Loss, case: Case, dtype: torch.dtype, **options: float) -> tuple[Tensor, Tensor | None]:
-    """For the student's logits, and for the teacher's where there is one."""
-    student, teacher = (x.to(dtype).requires_grad_() for x in (case.student, case.teacher))
-    value = loss(student, teacher, case.target, **options)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise TypeError(f"the function must return the mean over the batch, got {what}")
-    found = torch.autograd.grad(value, (student, teacher), allow_unused=True)
-    return found[0] if found[0] is not None else torch.zeros_like(student), found[1]
+class Attempt(NamedTuple):
+    """The loss, called in one order with two of its numbers as gamma and temperature."""
+
+    order: Order
+    gamma: str | None
+    temperature: str | None
+    numbers: Numbers
+    actual: list[tuple[Case, Tensor]]
+    into_teacher: bool
 
 
 def is_close(actual: Tensor, expected: Tensor) -> bool:
-    return bool(((actual.double() - expected).norm() <= 1e-3 * expected.norm() + 1e-7).item())
+    return bool(((actual.double() - expected.double()).norm() <= 1e-3 * expected.norm() + 1e-7).item())
 
 
-def check(loss: Loss, gamma: float | None = None, temperature: float | None = None) -> tuple[list[str], str | None]:
-    """A line a case, and what is wrong; None: nothing.
+def gradient(formula: Formula, case: Case, gamma: float, temperature: float) -> Tensor:
+    student = case.student.double().requires_grad_()
+    value = formula(student, case.teacher.double(), case.target, gamma, temperature)
+    if not value.requires_grad:
+        return torch.zeros_like(student)
+    return torch.autograd.grad(value, student)[0]
+
+
+def attempts(subject: Subject, order: Order) -> list[Attempt]:
+    """Return one attempt for each pair of numbers that may be gamma and temperature."""
+    numbers = find_roles(subject, order, cases()[0])
+    pairs: list[tuple[str | None, str | None]] = list(itertools.permutations(numbers.live, 2))
+    if len(numbers.live) == 1:
+        pairs = [(numbers.live[0], None), (None, numbers.live[0])]
+    pairs.sort(key=lambda pair: likelihood(pair[0], GAMMAS) + likelihood(pair[1], TEMPERATURES))
+    return [attempt(subject, order, numbers, *pair) for pair in pairs or [(None, None)]]
+
+
+def likelihood(name: str | None, names: tuple[str, ...]) -> int:
+    return names.index(name.lower()) if name and name.lower() in names else len(names)
+
+
+def attempt(subject: Subject, order: Order, numbers: Numbers, gamma: str | None, temperature: str | None) -> Attempt:
+    actual, into_teacher = [], False
+    for case in cases():
+        values = dict(numbers.base)
+        values |= {} if gamma is None else {gamma: case.gamma}
+        values |= {} if temperature is None else {temperature: case.temperature}
+        found, flows = subject.gradient(order, case, values)
+        actual.append((case, found))
+        into_teacher |= flows
+    return Attempt(order, gamma, temperature, numbers, actual, into_teacher)
+
+
+def estimate(formula: Formula, tried: Attempt, gamma: float | None, temperature: float | None) -> tuple[float, float]:
+    """Return gamma and temperature of the first case: as varied or given, else those that fit its gradient best."""
+    case, actual = tried.actual[0]
+    gamma = case.gamma if tried.gamma else gamma
+    temperature = case.temperature if tried.temperature else temperature
+    if gamma is not None and temperature is not None:
+        return gamma, temperature
+    best, smallest = (gamma or 1.5, temperature or 1.0), torch.inf
+    for candidate in GRID if temperature is None else [temperature]:
+        fitted = gamma
+        if fitted is None:  # the gradient is linear in gamma
+            zero, one = (gradient(formula, case, g, candidate) for g in (0.0, 1.0))
+            slope = one - zero
+            squared = float(slope.square().sum())
+            fitted = float(((actual.double() - zero) * slope).sum()) / squared if squared > 1e-12 else 1.5
+        distance = float((gradient(formula, case, fitted, candidate) - actual.double()).norm())
+        if distance < smallest * (1 - 1e-6):
+            best, smallest = (fitted, candidate), distance
+    return best
+
+
+def compare(formula: Formula, tried: Attempt, constants: tuple[float, float]) -> Iterator[tuple[Case, float]]:
+    """Yield each case with the gamma and temperature that the loss had, and the relative error of its gradient."""
+    for case, actual in tried.actual:
+        gamma = case.gamma if tried.gamma else constants[0]
+        temperature = case.temperature if tried.temperature else constants[1]
+        expected = gradient(formula, case, gamma, temperature)
+        error = float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-12))
+        right_here = is_close(actual, expected)
+        yield case._replace(gamma=gamma, temperature=temperature), 0.0 if right_here else error
+
+
+class Result(NamedTuple):
+    mistake: str | None  # None: right
+    notes: list[str]  # how the loss was called
+    lines: list[str]  # one for each case
+
+
+def check(loss: Any, gamma: float | None = None, temperature: float | None = None) -> Result:
+    """Compare the gradient of a loss with that of the paper's NKD.
 
     Args:
-        loss: (student_logits, teacher_logits, target) -> mean; may take gamma= and temperature=
-        gamma: that is fixed inside; None: 1.5, or what it is told
-        temperature: likewise, 1
+        loss: function, class, instance or partial of student logits, teacher logits and target, in any order.
+        gamma: the constant inside it; None: varied if one of its numbers acts as gamma, else estimated.
+        temperature: the constant inside it; None: as gamma.
 
     Raises:
         TypeError: it does not return one value.
+        Exception: an error of the loss itself.
     """
-    names = inspect.signature(loss).parameters
-    takes = {name for name in ("gamma", "temperature") if name in names}
-    gamma = gamma if "gamma" in takes or gamma is not None else 1.5
-    temperature = temperature if "temperature" in takes or temperature is not None else 1.0
-    lines, wrong, into_teacher, not_finite = [], [], False, False
-    for number, case in enumerate(cases(gamma, temperature), start=1):
-        told = {name: getattr(case, name) for name in takes}
-        actual, teachers = gradient(loss, case, torch.float32, **told)
-        expected, _ = gradient(right, case, torch.float64, gamma=case.gamma, temperature=case.temperature)
-        into_teacher |= teachers is not None and bool((teachers != 0).any())
-        finite = bool(actual.isfinite().all())
-        not_finite |= not finite
-        verdict = "right"
-        if not is_close(actual, expected):
-            off = (actual.double() - expected).norm() / expected.norm()
-            verdict = f"wrong: the gradient is off by {off:.1%}" if finite else "wrong: the gradient is not finite"
-            wrong.append((case, actual))
-        lines.append(f"{number:2} gamma {case.gamma:g}, temperature {case.temperature:g}, {case.name}: {verdict}")
-    if not wrong:
-        return lines, "gradient flows into the teacher: detach its logits" if into_teacher else None
-    for words, mistake in MISTAKES.items():
-        theirs = [gradient(mistake, c, torch.float64, gamma=c.gamma, temperature=c.temperature)[0] for c, _ in wrong]
-        seen = [is_close(actual, e) for (_, actual), e in zip(wrong, theirs) if actual.isfinite().all()]
-        if seen and all(seen):
-            return lines, words
-    if not_finite or all("certain" in c.name or "1,000" in c.name for c, _ in wrong):
-        return (
-            lines,
-            "it loses its digits where a probability is near 0 or 1: take log_softmax, not the log of a softmax",
-        )
-    return lines, "no mistake that is known here: compare it with kdlite/README.md, term by term"
+    subject = Subject(loss)
+    tried: list[Attempt] = []
+    failure: Exception | None = None
+    for order in subject.orders:
+        try:
+            tried += attempts(subject, order)
+        except Exception as error:  # the arguments may fit in another order
+            failure = failure or error
+    if not tried and failure is not None:
+        raise failure
+    for words, formula in [("", right), *FORMULAS]:
+        for one in tried:
+            constants = estimate(formula, one, gamma, temperature)
+            skip = EXTREME if words else ()  # a mistake may lose digits there too
+            found = compare(formula, one, constants)
+            if constants[0] > 1e-3 and all(not error for case, error in found if case.name not in skip):
+                return report(subject, one, constants, words or side_mistake(one))
+    constants = estimate(right, tried[0], gamma, temperature)
+    errors = list(compare(right, tried[0], constants))
+    finite = all(bool(actual.isfinite().all()) for _, actual in tried[0].actual)
+    digits = not finite or all(not error or case.name in EXTREME for case, error in errors)
+    return report(subject, tried[0], constants, DIGITS_LOST if digits else UNKNOWN)
 
 
-def load(name: str) -> Loss:
+def side_mistake(tried: Attempt) -> str | None:
+    """Return what is wrong with a loss whose gradient is right."""
+    if tried.into_teacher:
+        return "gradient flows into the teacher: detach its logits"
+    idle = [name for name in tried.numbers.without_effect if name.lower() in GAMMAS + TEMPERATURES]
+    return f"{idle[0]} has no effect" if idle and not (tried.gamma and tried.temperature) else None
+
+
+def report(subject: Subject, tried: Attempt, constants: tuple[float, float], mistake: str | None) -> Result:
+    notes = [f"called as ({', '.join(tried.order)})"]
+    for role, name, constant in zip(("gamma", "temperature"), (tried.gamma, tried.temperature), constants):
+        notes.append(f"{role}: varied by {name}" if name else f"{role}: {constant:.4g}, a constant inside")
+    if mistake is None and tried.gamma is None and constants[1] != 1:
+        squared = constants[0] * constants[1] ** 2
+        notes.append(f"if you meant gamma {squared:.4g}, the temperature squared is missing")
+    varied = {tried.gamma, tried.temperature, *tried.numbers.without_effect}
+    rest = {name: tried.numbers.base[name] for name in subject.numbers if name not in varied} | subject.others
+    if rest:
+        notes.append("not varied: " + ", ".join(f"{name}={value!r}" for name, value in rest.items()))
+    lines = []
+    for number, ((case, error), (_, actual)) in enumerate(zip(compare(right, tried, constants), tried.actual), 1):
+        off = f"off by {error:.1%}" if actual.isfinite().all() else "not finite"
+        verdict = f"wrong: the gradient is {off}" if error else "right"
+        lines.append(f"{number:2} gamma {case.gamma:.4g}, temperature {case.temperature:g}, {case.name}: {verdict}")
+    return Result(mistake, notes, lines)
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def load(name: str) -> Any:
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path or name}: expected path/to/file.py:function")
@@ -207,26 +457,30 @@ def load(name: str) -> Loss:
     spec.loader.exec_module(module)
     found: Any = getattr(module, function, None)
     if not callable(found):
-        raise AttributeError(f"{path} has no function {function!r}")
-    return found  # type: ignore[no-any-return]
+        raise AttributeError(f"{path} has no function or class {function!r}")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("function", help="path/to/file.py:function")
-    parser.add_argument("--gamma", type=float, help="that the function has inside (default: 1.5)")
-    parser.add_argument("--temperature", type=float, help="that the function has inside (default: 1)")
+    parser.add_argument("loss", help="path/to/file.py:name of a function, class, instance or partial")
+    parser.add_argument("--gamma", type=float, help="gamma, if it is a constant inside (default: estimated)")
+    parser.add_argument(
+        "--temperature", type=float, help="temperature, if it is a constant inside (default: estimated)"
+    )
     args = parser.parse_args(argv)
     try:
-        lines, mistake = check(load(args.function), args.gamma, args.temperature)
-    except Exception as error:  # of the user's file, whatever it is
+        result = check(load(args.loss), args.gamma, args.temperature)
+    except Exception as error:  # the user's file may raise anything
         if os.environ.get("KDLITE_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"kdlite.check: error: {args.function}: {type(error).__name__}: {error}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        print(f"kdlite.check: error: {args.loss}: {type(error).__name__}: {message}", file=sys.stderr)
         return 2
-    print(*lines, sep="\n")
-    print(f"wrong: {mistake}" if mistake else "right: the gradient is the paper's in all cases")
-    return 1 if mistake else 0
+    right_everywhere = f"right: the gradient is the paper's in all {len(result.lines)} cases"
+    print(f"wrong: {result.mistake}" if result.mistake else right_everywhere)
+    print(*result.notes, *result.lines, sep="\n")
+    return 1 if result.mistake else 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The hard-label terms of :mod:`kdlite.terms` without their memory: logits are read once forward, once more backward.
+"""The hard-label terms of :mod:`kdlite.terms` with less memory: the logits are read once forward, once more backward.
 
-Each forward saves a few numbers of a row, each backward is elementwise in the logits, so nothing as large as the logits
-is stored but gradients (and USKD's Zipf weights). ``torch.compile`` turns each into a pass or two; eager walks over
-chunks of rows that stay in the cache. Both apply the incoming gradient in float32, before it is rounded to the logits'
-dtype. ``make bench`` shows what this gains over the terms.
+Each forward saves a few numbers per row, and each backward is elementwise in the logits. So no tensor as large as the
+logits is stored, except the gradients and USKD's Zipf weights. ``torch.compile`` makes one or two passes of each; eager
+code goes over chunks of rows that fit in the cache. Both apply the incoming gradient in float32, before it is rounded
+to the logits' dtype. ``make bench`` compares speed and memory with the terms.
 
-Within a row everything is a difference to the largest logit other than the label's: exact however large a common offset
-is, and however certain the label.
+Within a row every number is a difference to the largest logit other than the label's, so the result is exact for any
+common offset and any certainty.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from . import terms
-from .terms import is_class, zipf_weights
+from .terms import USKDWeights, is_class, zipf_weights
 
-# Elements of a chunk. CPU: 1 MiB in float32, the size of a core's L2 cache. Elsewhere a chunk only bounds the memory.
+# Elements of a chunk. CPU: 1 MiB in float32, the size of a core's L2 cache. On other devices it bounds the memory.
 CHUNK_ELEMENTS = {"cpu": 2**18}
 CHUNK_ELEMENTS_ELSEWHERE = 2**24
 
 
 def can_fuse(*logits: Tensor) -> bool:
-    """True unless something must trace through the functions here: torch.func, forward-mode AD, export, a subclass."""
+    """Return False for torch.func, forward-mode AD, export and subclasses, which must trace through the functions."""
     if torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():
@@ -38,29 +38,29 @@ def can_fuse(*logits: Tensor) -> bool:
     return all(type(x) in (Tensor, Parameter) and unpack_dual(x).tangent is None for x in logits)  # type: ignore
 
 
-@torch.compiler.assume_constant_result  # type: ignore  # asked while tracing, again where another kind of tensor comes
+@torch.compiler.assume_constant_result  # type: ignore  # evaluated while tracing, again for another kind of tensor
 def is_export_or_inference(x: Tensor) -> bool:
-    """A compiler cannot trace is_inference, and that of torch 2.11 takes itself for an export."""
+    """Return True under export and for inference tensors: a compiler cannot trace is_inference."""
     return torch.compiler.is_exporting() or x.is_inference()
 
 
 def saveable(x: Tensor) -> Tensor:
-    """``x``, or a copy if it was made under inference_mode: such a tensor cannot be saved for backward."""
+    """Return ``x``, or a copy if it is an inference tensor, which cannot be saved for backward."""
     return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
 
 
 def wants_second_gradient() -> bool:
-    """In a backward: whether it runs with create_graph."""
+    """Return, in a backward, whether it runs with create_graph."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def in_chunks(
     function: Callable[..., tuple[Tensor, ...]], rows: list[Tensor], *options: Any, into: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, ...]:
-    """``function(*rows, *options)``, eagerly a chunk of rows at a time; each result has one row per input row.
+    """Return ``function(*rows, *options)``, computed by chunks of rows; each result has one row per input row.
 
-    A compiler gets all rows at once, and makes loops of its own. ``into``: where results may be written, one of the
-    rows even.
+    A compiler gets all rows at once, because it makes its own loops. ``into``: tensors for the results; one of the rows
+    may be among them.
     """
     count, classes = rows[0].shape
     size = max(1, CHUNK_ELEMENTS.get(rows[0].device.type, CHUNK_ELEMENTS_ELSEWHERE) // classes)
@@ -79,14 +79,14 @@ def in_chunks(
 
 
 def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float) -> Tensor:
-    """:func:`kdlite.terms.nkd_rows`; only where :func:`can_fuse`."""
-    # None, not 1: under a compiler with dynamic shapes a number is a symbol, on which a Function cannot branch
+    """:func:`kdlite.terms.nkd_rows`; requires :func:`can_fuse`."""
+    # None, not 1: with dynamic shapes a number is a symbol for the compiler, and a Function cannot branch on it
     loss: Tensor = NKDRows.apply(student, teacher, label, gamma, None if temperature == 1 else temperature)
     return loss
 
 
 class NKDSaved(NamedTuple):
-    """What the gradient needs of a row, each (R, 1)."""
+    """The numbers of a row that the gradient needs, each (R, 1)."""
 
     target_slope: Tensor  # T_t (1 - S_t)
     student_max: Tensor  # largest logit other than the label's
@@ -97,7 +97,7 @@ class NKDSaved(NamedTuple):
 
 
 class NKDRows(torch.autograd.Function):
-    """The loss of each row, (R,), with a gradient for the student's logits alone."""
+    """The loss of each row, (R,), with a gradient for the student's logits only."""
 
     @staticmethod
     def forward(
@@ -122,7 +122,7 @@ class NKDRows(torch.autograd.Function):
 def nkd_forward(
     student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float | None, ce_weight: float = 0.0
 ) -> tuple[Tensor, ...]:
-    """The loss with ``ce_weight`` times the cross-entropy, (R, 1), then the fields of NKDSaved."""
+    """Return the loss plus ``ce_weight`` times the cross-entropy, (R, 1), then the fields of NKDSaved."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     student, student_t, student_max = mask_label(student, label, dtype)
     teacher, teacher_t, teacher_max = mask_label(teacher, label, dtype)
@@ -139,7 +139,7 @@ def nkd_forward(
         n_s = normalize(student.div_(temperature), zero)
         n_t = normalize(teacher.sub_(teacher_max).div_(temperature), zero)
         gamma = gamma * temperature**2
-    # - sum_i N(T)_i log N(S)_i; finite, so that a weight of 0 takes a class out: 0 * -inf would be NaN
+    # - sum_i N(T)_i log N(S)_i; finite, so that a weight of 0 removes a class: 0 * -inf is NaN
     dot = n_t.scale * n_t.weights.mul_(student.clamp_(min=-1e30)).sum(1, keepdim=True)
     loss = target_term - gamma * (n_s.of_max.log() + dot)
     return loss, *NKDSaved(target_slope, student_max, teacher_max, s_max, n_s.of_max, n_t.of_max)
@@ -148,9 +148,9 @@ def nkd_forward(
 def nkd_backward(
     student: Tensor, teacher: Tensor, label: Tensor, d_loss: Tensor, *saved_and_options: Any
 ) -> tuple[Tensor]:
-    """d loss / d student, (R, C); the options are gamma and the temperature.
+    """Return d loss / d student, (R, C); the options are gamma and the temperature.
 
-    Of the two terms, where T_t (1 - S_t) is ``target_slope``::
+    The two terms, with T_t (1 - S_t) in ``target_slope``::
 
         d target / d s_i     =  T_t (1 - S_t) N(S)_i      d target / d s_t  =  - T_t (1 - S_t)
         d non_target / d s_i =  (N(S^temperature)_i - N(T^temperature)_i) / temperature
@@ -173,17 +173,14 @@ def nkd_backward(
 # ---- USKD ---------------------------------------------------------------------------------------------------------
 
 
-def uskd_rows(
-    strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor,
-    alpha: float, beta: float, mu: float, smoothing: float, group: Any = None,
-) -> Tensor:  # fmt: skip
-    """:func:`kdlite.terms.uskd_rows`; only where :func:`can_fuse`."""
-    loss: Tensor = USKDRows.apply(strong, weak, label, valid, alpha, beta, mu, smoothing, group)
+def uskd_rows(strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weights: USKDWeights) -> Tensor:
+    """:func:`kdlite.terms.uskd_rows`; requires :func:`can_fuse`."""
+    loss: Tensor = USKDRows.apply(strong, weak, label, valid, weights)
     return loss
 
 
 class USKDSaved(NamedTuple):
-    """What the gradient needs of a row, each (R, 1) but z."""
+    """The numbers of a row that the gradient needs, each (R, 1) except z."""
 
     one_minus_s: Tensor  # 1 - S_t
     one_minus_w: Tensor  # 1 - W_t
@@ -199,23 +196,21 @@ class USKDRows(torch.autograd.Function):
     """The loss of each row, (R,), with gradients for the strong and the weak logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any, strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor,
-        alpha: float, beta: float, mu: float, smoothing: float, group: Any,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weights: USKDWeights) -> Tensor:
+        alpha, beta, mu, smoothing, group = weights
         minus_log_s, non_target, weak_term, *saved = in_chunks(uskd_forward, [strong, weak, label], smoothing)
         alpha_p = alpha * terms.target_weight(minus_log_s.squeeze(1), valid, group).unsqueeze(1)
         ctx.save_for_backward(saveable(strong), saveable(weak), label, valid, alpha_p, *saved)
-        ctx.options = alpha, beta, mu, smoothing, group
+        ctx.weights = weights
         return (alpha_p * minus_log_s + beta * non_target + mu * weak_term).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         strong, weak, label, valid, alpha_p, *saved = ctx.saved_tensors
-        _, beta, mu, smoothing, _ = ctx.options
+        _, beta, mu, smoothing, _ = ctx.weights
         grads: tuple[Tensor | None, ...]
         if wants_second_gradient():
-            loss = terms.uskd_rows(strong, weak, label, valid, *ctx.options)
+            loss = terms.uskd_rows(strong, weak, label, valid, ctx.weights)
             logits = [x for x, wanted in zip((strong, weak), ctx.needs_input_grad) if wanted]
             found = iter(torch.autograd.grad(loss, logits, d_loss, create_graph=True))
             grads = tuple(next(found) if wanted else None for wanted in ctx.needs_input_grad[:2])
@@ -223,11 +218,11 @@ class USKDRows(torch.autograd.Function):
             d_loss = d_loss.unsqueeze(1)
             rows = [strong, weak, label, d_loss * alpha_p, d_loss * beta, d_loss * mu, *saved]
             grads = in_chunks(uskd_backward, rows, smoothing)
-        return *grads, None, None, None, None, None, None, None
+        return *grads, None, None, None
 
 
 def uskd_forward(strong: Tensor, weak: Tensor, label: Tensor, smoothing: float) -> tuple[Tensor, ...]:
-    """- log S_t, the non-target and the weak term, each (R, 1), then the fields of USKDSaved."""
+    """Return - log S_t, the non-target and the weak term, each (R, 1), then the fields of USKDSaved."""
     dtype = torch.promote_types(strong.dtype, torch.float32)
     strong, strong_t, strong_max = mask_label(strong, label, dtype)
     weak, weak_t, weak_max = mask_label(weak, label, dtype)
@@ -243,8 +238,8 @@ def uskd_forward(strong: Tensor, weak: Tensor, label: Tensor, smoothing: float) 
     z = zipf_weights(set_label_column(r, label, strong_t.exp() * s_max + weak_t.exp() * w_max))
     del r
     z_sum = z.sum(1, keepdim=True) - z.gather(1, label.unsqueeze(1))
-    non_target = -log_s_max - strong.mul_(z).sum(1, keepdim=True) / z_sum  # where the label's logit is 0
-    # - sum_i V~_i log W_i, V~ one-hot but for `smoothing`, spread over all classes
+    non_target = -log_s_max - strong.mul_(z).sum(1, keepdim=True) / z_sum  # the label's logit is 0 here
+    # - sum_i V~_i log W_i, V~ one-hot, with `smoothing` spread over all classes
     weak_term = torch.logaddexp(weak_t, -log_w_max) - (1 - smoothing) * weak_t - smoothing * weak_mean
 
     minus_log_odds = -strong_t - log_s_max
@@ -254,12 +249,17 @@ def uskd_forward(strong: Tensor, weak: Tensor, label: Tensor, smoothing: float) 
 
 
 def uskd_backward(
-    strong: Tensor, weak: Tensor, label: Tensor, d_target: Tensor, d_non_target: Tensor, d_weak_term: Tensor,
+    strong: Tensor,
+    weak: Tensor,
+    label: Tensor,
+    d_target: Tensor,
+    d_non_target: Tensor,
+    d_weak_term: Tensor,
     *saved_and_options: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """d loss / d strong and d loss / d weak, (R, C); the option is the smoothing.
+) -> tuple[Tensor, Tensor]:
+    """Return d loss / d strong and d loss / d weak, (R, C); the option is the smoothing.
 
-    Of the three terms, before their weights::
+    The three terms, before their weights::
 
         d target / d s_i      =  (1 - S_t) N(S)_i          d target / d s_t  =  - (1 - S_t)
         d non_target / d s_i  =  N(S)_i - N(Z)_i
@@ -282,23 +282,23 @@ def uskd_backward(
 
 
 def mask_label(rows: Tensor, label: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """A copy of the rows with -inf for the label's logit, that logit, and the largest of the others, (R, 1)."""
+    """Return a copy of the rows with -inf for the label's logit, that logit, and the largest other one, (R, 1)."""
     rows = rows.to(dtype, copy=True)
-    # gather is what refuses a label out of range: with an error on CPU, a device assert on CUDA
+    # gather refuses a label out of range: with an error on CPU, a device assert on CUDA
     target = rows.gather(1, label.unsqueeze(1))
     rows = set_label_column(rows, label, -math.inf)
     return rows, target, rows.amax(1, keepdim=True)
 
 
 def set_label_column(rows: Tensor, label: Tensor, value: Tensor | float) -> Tensor:
-    """The rows with ``value``, (R, 1), in the label's column; the caller gives up ``rows``."""
-    if torch.compiler.is_compiling():  # a mask costs little there, while a scatter would store the rows
+    """Return the rows with ``value``, (R, 1), in the label's column; modifies ``rows`` in place."""
+    if torch.compiler.is_compiling():  # a mask costs little there, but a scatter stores the rows
         return torch.where(is_class(rows, label), value, rows)
     return rows.scatter_(1, label.unsqueeze(1), value)
 
 
 class Normalized(NamedTuple):
-    """N(.) of masked rows: ``weights * scale``. A compiler saves the pass that would divide by the sum."""
+    """N(.) of masked rows: ``weights * scale``. Under a compiler this saves the pass that divides by the sum."""
 
     weights: Tensor  # (R, C)
     scale: Tensor | float  # (R, 1)
@@ -306,7 +306,7 @@ class Normalized(NamedTuple):
 
 
 def normalize(rows: Tensor, row_max: Tensor) -> Normalized:
-    """N(.) of rows whose label is masked and whose largest logit is ``row_max``."""
+    """Return N(.) of rows with a masked label and the largest logit ``row_max``."""
     if torch.compiler.is_compiling():
         exp = (rows - row_max).exp()
         of_max = 1 / exp.sum(1, keepdim=True)
@@ -318,7 +318,7 @@ def normalize(rows: Tensor, row_max: Tensor) -> Normalized:
 def recompute_n(
     rows: Tensor, label: Tensor, row_max: Tensor, of_max: Tensor, temperature: float | None = None
 ) -> Tensor:
-    """N(.) of the rows again, in the backward; the label's column is left to the caller."""
+    """Return N(.) of the rows, in the backward; the caller sets the label's column."""
     if torch.compiler.is_compiling():
         rows = rows.to(row_max.dtype) - row_max
         return (rows if temperature is None else rows / temperature).exp() * of_max
@@ -327,5 +327,5 @@ def recompute_n(
 
 
 def cast_with_label_column(grad: Tensor, label: Tensor, at_label: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient in the logits' dtype, with its value in the label's column."""
+    """Return the gradient in the logits' dtype, with ``at_label`` in the label's column."""
     return grad.to(dtype).scatter_(1, label.unsqueeze(1), at_label.to(dtype))

@@ -1,15 +1,16 @@
-"""What a target may be, and what the losses do with it.
+"""Check logits and targets, and flatten them to rows.
 
-A target is given as to :func:`torch.nn.functional.cross_entropy`: class indices, with ``ignore_index``, or
-class probabilities (mixup, cutmix, smoothed labels); logits have their classes in dimension 1 and any number
-of trailing dimensions. Inside, everything is rows: ``(R, C)`` logits, one row per target.
+Targets are those of :func:`torch.nn.functional.cross_entropy`: class indices, with ``ignore_index``, or class
+probabilities (mixup, cutmix, smoothed labels). Logits have their classes in dimension 1 and any number of trailing
+dimensions. The losses work on rows: ``(R, C)`` logits, one row per target.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,33 +31,30 @@ class ClassProbabilities(NamedTuple):
     probs: Tensor  # (R, C)
 
 
+# ---- logits -------------------------------------------------------------------------------------------------------
+
+
 def check_tensors(**values: object) -> None:
-    """Raise unless each is a tensor; the names are those of the caller's arguments."""
+    """Raise unless each value is a dense tensor; the names are the caller's arguments."""
     for name, value in values.items():
-        if isinstance(value, Tensor):
-            if value.is_nested or value.layout != torch.strided:
-                kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-                raise TypeError(f"{name} must be a dense tensor, got a {kind} one: pad it, or use .to_dense()")
-            continue
-        hint = "use torch.as_tensor(...)"
-        if hasattr(value, "logits"):
-            hint = f"pass its .logits, not the whole {type(value).__name__}"
-        elif isinstance(value, Mapping):
-            hint = f"pick one of its entries, as {name}[{next(iter(value), 'out')!r}]"
-        elif isinstance(value, tuple):
-            hint = "pick the tensor of logits out of it"
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: {hint}")
+        if not isinstance(value, Tensor):
+            hint = ": pass its .logits" if hasattr(value, "logits") else ""
+            hint = ": pass one of its entries" if not hint and isinstance(value, (Mapping, tuple)) else hint
+            raise TypeError(f"{name} must be a tensor, got {describe(value)}{hint}")
+        if value.is_nested or value.layout != torch.strided:
+            kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+            raise TypeError(f"{name} must be a dense tensor, got a {kind} one: pad it, or use .to_dense()")
 
 
 def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> None:
-    """Raise unless both are tensors, floating point, of one shape, with at least two classes."""
+    """Raise unless both are floating point, of one shape, on one device, with at least two classes."""
     check_tensors(**{name: logits, other_name: other})
-    for tensor, label in ((logits, name), (other, other_name)):
-        check_floating(tensor, label)
+    check_floating(logits, name)
+    check_floating(other, other_name)
     if logits.shape != other.shape:
         raise ValueError(
             f"{name} and {other_name} must have one shape, got {tuple(logits.shape)} and {tuple(other.shape)}"
-            + _how_to_match(logits, other, name, other_name)
+            + cut_hint(logits.shape, other.shape)
         )
     if logits.device != other.device:
         raise ValueError(f"{name} and {other_name} must be on one device, got {logits.device} and {other.device}")
@@ -78,40 +76,85 @@ def check_integers(tensor: Tensor, name: str) -> None:
 
 
 def check_classes(logits: Tensor, name: str) -> None:
-    """Raise unless there are classes, two at least."""
+    """Raise unless the logits have at least two classes."""
     if logits.ndim == 0:
         raise ValueError(f"{name} must be (N, C), (N, C, d1, ...) or (C,), got a scalar")
     if logits.shape[class_dim(logits)] < 2:
         raise ValueError(
-            f"{name} must have at least 2 classes in dimension {class_dim(logits)}, got shape {tuple(logits.shape)}: "
-            "with one class nothing is left once the target is taken out"
+            f"{name} must have at least 2 classes in dimension {class_dim(logits)}, got shape {tuple(logits.shape)}"
         )
 
 
-def _how_to_match(logits: Tensor, other: Tensor, name: str, other_name: str) -> str:
-    """What to pass where one of two logits has more classes, as the padded vocabulary of a language model."""
-    different = [d for d in range(logits.ndim) if logits.ndim == other.ndim and logits.shape[d] != other.shape[d]]
-    if different not in ([1], [logits.ndim - 1]):
-        return ""
-    (dim,) = different
-    wide = other_name if other.shape[dim] > logits.shape[dim] else name
-    kept = f"[{':, ' if dim == 1 else '..., '}:{min(logits.shape[dim], other.shape[dim])}]"
-    hint = f": if the classes beyond are padding, pass {wide}{kept}"
-    return hint if dim == 1 else f"{hint}, and both with their classes in dimension 1, {_move_classes(logits)}"
+def cut_hint(shape: torch.Size, other: torch.Size) -> str:
+    """Return a hint if one of two shapes has more classes, as the padded vocabulary of a language model."""
+    different = [d for d, (a, b) in enumerate(zip(shape, other)) if a != b] if len(shape) == len(other) else []
+    if different in ([min(1, len(shape) - 1)], [len(shape) - 1]):  # the classes, or where others have theirs
+        return f": cut padded classes to {min(shape[different[0]], other[different[0]])}"
+    return ""
 
 
-def _move_classes(logits: Tensor) -> str:
-    """How logits with their classes last are passed."""
-    return "as logits.transpose(1, 2)" if logits.ndim == 3 else "as logits.movedim(-1, 1)"
+def find_logits(output: Any, where: str | int | None) -> Tensor:
+    """Return the logits in a model's output.
+
+    Args:
+        output: a tensor, or a dict, tuple, list or object that holds one.
+        where: key, index or attribute; None: "logits", or the only entry of a dict.
+
+    Raises:
+        TypeError: the output does not hold them.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = None
+    if isinstance(output, Mapping):
+        key = next(iter(output), None) if where is None and len(output) == 1 else where
+        found = output.get("logits" if key is None else key)
+    elif isinstance(where, int):
+        found = output[where] if isinstance(output, (tuple, list)) and len(output) > where else None
+    elif where or not isinstance(output, tuple):  # the entries of a tuple have no names: ask
+        found = getattr(output, where or "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    entry = repr(next(iter(output), "logits")) if isinstance(output, Mapping) else "0"
+    raise TypeError(
+        f"the model must return logits, got {describe(output)}: pass logits={entry}, or disable auxiliary outputs"
+    )
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    entries = f" of {', '.join(map(repr, value))}" if isinstance(value, Mapping) else ""
+    return f"{type(value).__name__}{entries}"
+
+
+# ---- options ------------------------------------------------------------------------------------------------------
 
 
 def check_options(reduction: str, **non_negative: float) -> None:
-    """Raise unless the reduction is known and every weight is a non-negative, finite number."""
+    """Raise unless the reduction exists and every weight is a finite number >= 0."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     for name, value in non_negative.items():
+        check_number(name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+
+
+def check_positive(**positive: float) -> None:
+    """Raise unless every value is a finite number > 0."""
+    for name, value in positive.items():
+        check_number(name, value)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real):  # no loss has a gradient for its weights
+        raise TypeError(f"{name} must be a Python number, got {describe(value)}")
+
+
+# ---- targets and rows ---------------------------------------------------------------------------------------------
 
 
 def class_dim(logits: Tensor) -> int:
@@ -119,35 +162,32 @@ def class_dim(logits: Tensor) -> int:
 
 
 def label_shape_of(logits: Tensor) -> torch.Size:
-    """(N, C, d1, ...) -> (N, d1, ...): of class indices."""
+    """Return (N, d1, ...) of (N, C, d1, ...): the shape of class indices."""
     dim = class_dim(logits)
     return logits.shape[:dim] + logits.shape[dim + 1 :]
 
 
 def as_rows(logits: Tensor) -> Tensor:
-    """(N, C, d1, ...) or (C,) -> (R, C)."""
+    """Return (N, C, d1, ...) or (C,) as (R, C)."""
     if logits.ndim == 2:
         return logits
     return logits.movedim(class_dim(logits), -1).reshape(-1, logits.shape[class_dim(logits)])
 
 
 def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndices | ClassProbabilities:
-    """Check ``target`` against ``logits`` and bring it to rows; told apart by the number of dimensions."""
+    """Check ``target`` against ``logits`` and return it as rows; its number of dimensions decides what it is."""
     check_tensors(target=target)
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise TypeError(f"ignore_index must be an integer of 64 bits, got {ignore_index!r}")
     probs_shape, label_shape = tuple(logits.shape), tuple(label_shape_of(logits))
-    as_probs = target.ndim == logits.ndim  # decided without the sizes, which may be symbols under torch.compile
+    as_probs = target.ndim == logits.ndim  # without the sizes, which may be symbols under torch.compile
     fits = tuple(target.shape) == (probs_shape if as_probs else label_shape)
     if not fits or not (target.is_floating_point() if as_probs else is_integer(target)):
+        classes_last = logits.ndim > 2 and tuple(target.shape) == probs_shape[:-1]
         raise (TypeError if fits else ValueError)(
             f"target must be class indices, integers of shape {label_shape}, or class probabilities, floating point "
             f"of shape {probs_shape}; got {target.dtype} of shape {tuple(target.shape)}"
-            + (
-                f": the classes must be in dimension 1, pass them {_move_classes(logits)}"
-                if logits.ndim > 2 and tuple(target.shape) == probs_shape[:-1]
-                else ""
-            )
+            + (": move the classes to dimension 1" if classes_last else "")
         )
     if as_probs:
         if ignore_index >= 0:
@@ -155,13 +195,13 @@ def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndic
         return ClassProbabilities(as_rows(target.detach()).to(torch.promote_types(logits.dtype, torch.float32)))
     label = target.reshape(-1).long()
     valid = label != ignore_index
-    if torch.compiler.is_compiling():  # torch 2.11 would count a negative index from the end: out of range it goes
+    if torch.compiler.is_compiling():  # torch 2.11 counts a negative index from the end: make it too large instead
         label = label.where(label >= 0, probs_shape[class_dim(logits)])
     return ClassIndices(label * valid, valid)
 
 
 def reduce(loss: Tensor, target: ClassIndices | ClassProbabilities, reduction: str, logits_shape: torch.Size) -> Tensor:
-    """Rows of loss to what ``reduction`` asks for, as cross_entropy does it: 0/0 is NaN for "mean"."""
+    """Reduce the rows of a loss as cross_entropy does: the "mean" of no target is 0/0, NaN."""
     if isinstance(target, ClassIndices):
         loss = loss.where(target.valid, 0.0)
     if reduction == "none":

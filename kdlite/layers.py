@@ -1,4 +1,4 @@
-"""Which layer USKD reads when the user names none."""
+"""Choose the layer that USKD reads by default."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import re
 
 from torch import nn
 
-# Layers that the structure alone does not give, by class name; -k counts children from the end. The paper's
-# layers (official configs, checked by channel count) come first, then "the last stage but one" of the others,
-# then the same layers where Hugging Face has them.
+# Layers that the structure does not show, by class name; -k counts children from the end. First the paper's layers
+# (official configs, checked by channel count), then the last stage but one of others, then those of Hugging Face.
 _DEFAULT_TAPS = {
     "MobileNetV2": "features.-2",  # features.17, 320 channels
     "ShuffleNetV2": "stage4",  # 464 channels
@@ -30,66 +29,78 @@ _DEFAULT_TAPS = {
 
 
 def default_tap(model: nn.Module) -> str:
-    """The layer USKD reads when none is named: the last stage but one, or block L/2 of a plain transformer.
+    """Return the layer that USKD reads by default: the end of the last stage but one, or block L/2 of a transformer.
 
     Args:
         model: a classifier of torchvision, timm or Hugging Face, or one whose stages follow their naming; also one
             that holds such a model as its backbone.
 
     Returns:
-        Its dotted path, as :class:`FeatureTap` takes it.
+        The layer's dotted path, as :class:`FeatureTap` takes it. Of a stage it is the last block, which returns the
+        same tensor: activation checkpointing calls blocks, not stages.
 
     Raises:
-        ValueError: the structure says nothing; name the layer yourself.
+        ValueError: the model has another structure.
 
     Source: the paper's choices (official configs of yzd-v/cls_KD), extended to other models by structure.
 
     Example:
-        >>> stages = {f"layer{i}": nn.Identity() for i in (1, 2, 3, 4)}
+        >>> stages = {f"layer{i}": nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for i in (1, 2, 3, 4)}
         >>> default_tap(nn.ModuleDict(stages))
-        'layer3'
+        'layer3.1'
     """
-    layer = _find(model)
-    if layer is None:
+    return default_taps(model)[0]
+
+
+def default_taps(model: nn.Module) -> list[str]:
+    """Return the default and, after it, the other layers that the structure suggests."""
+    layers = list(dict.fromkeys(_last_block(model, layer) for layer in _candidates(model)))
+    if not layers:
         children = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(
-            f"no default tap for {type(model).__name__}: name a layer, one of its children or below: {children}"
-        )
+        raise ValueError(f"no default tap for {type(model).__name__}: pass tap=, a layer in {children}")
+    return layers
+
+
+def _candidates(model: nn.Module) -> list[str]:
+    layers = [
+        _from_feature_info(model),
+        _from_table(model),
+        _middle_block(model),
+        _last_stage_but_one(model),
+        _before_last_pool_but_one(model),
+        *_in_backbone(model),
+    ]
+    return [layer for layer in layers if layer]
+
+
+def _last_block(model: nn.Module, layer: str) -> str:
+    module = model.get_submodule(layer)
+    while type(module) in (nn.Sequential, nn.ModuleList) and len(names := list(module._modules)):
+        layer = f"{layer}.{names[-1]}"
+        module = model.get_submodule(layer)
     return layer
 
 
-def _find(model: nn.Module) -> str | None:
-    return (
-        _from_feature_info(model)
-        or _from_table(model)
-        or _middle_block(model)
-        or _last_stage_but_one(model)
-        or _before_last_pool_but_one(model)
-        or _in_backbone(model)
-    )
-
-
-def _in_backbone(model: nn.Module) -> str | None:
-    """A classifier around a backbone: what Hugging Face says is one, or the first child where it outweighs the rest."""
+def _in_backbone(model: nn.Module) -> list[str]:
+    """Look into the backbone: the one that Hugging Face names, or the first child if it outweighs the rest."""
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     first = next((name for name, size in sizes.items() if size), "")
     backbone = getattr(model, "base_model_prefix", "")
     if backbone not in sizes:
         backbone = first
         if not first or 2 * sizes[first] <= sum(sizes.values()):
-            return None
-    layer = _find(model.get_submodule(backbone))
-    return layer and f"{backbone}.{layer}"
+            return []
+    return [f"{backbone}.{layer}" for layer in _candidates(model.get_submodule(backbone))]
 
 
 def _from_feature_info(model: nn.Module) -> str | None:
-    """timm models list their stages themselves."""
+    """Read the stages that a timm model lists."""
     info = getattr(model, "feature_info", None)
     stages = list(getattr(info, "info", info) or [])
     if len(stages) < 2:
         return None
     if len({stage.get("reduction") for stage in stages}) == 1:
-        return None  # a plain transformer: see _middle_block
+        return None  # a plain transformer: _middle_block finds its layer
     if isinstance(getattr(model, "conv_head", None), nn.Conv2d) and hasattr(model, "bn2"):
         # MobileNetV2 and EfficientNet: a 1x1 convolution before the pooling is the last stage
         return str(stages[-1]["module"])
@@ -112,14 +123,15 @@ def _from_table(model: nn.Module) -> str | None:
 
 
 def _middle_block(model: nn.Module) -> str | None:
-    """Block L/2 of the one container of L >= 4 blocks of one kind."""
+    """Return block L/2 of a container of L >= 4 blocks of one kind and width."""
     for container in ("blocks", "encoder.layers", "layers", "encoder.layer"):
         try:
             blocks = list(model.get_submodule(container).named_children())
         except AttributeError:
             continue
         kinds = {type(block) for _, block in blocks}
-        if len(blocks) >= 4 and len(kinds) == 1 and nn.Sequential not in kinds and _keeps_width(blocks):
+        are_stages = nn.Sequential in kinds and len(blocks) <= 6
+        if len(blocks) >= 4 and len(kinds) == 1 and not are_stages and _keeps_width(blocks):
             return f"{container}.{blocks[len(blocks) // 2 - 1][0]}"
     return None
 
@@ -129,7 +141,7 @@ def _keeps_width(blocks: list[tuple[str, nn.Module]]) -> bool:
 
 
 def _last_stage_but_one(model: nn.Module) -> str | None:
-    """layer1..4, stage1..4, block1..4, denseblock1..4, or a container of stages."""
+    """Find layer1..4, stage1..4, block1..4, denseblock1..4, or a container of stages."""
     for container in ("", "features", "trunk_output"):
         try:
             children = [name for name, _ in model.get_submodule(container).named_children()]
@@ -150,7 +162,7 @@ def _last_stage_but_one(model: nn.Module) -> str | None:
 
 
 def _before_last_pool_but_one(model: nn.Module) -> str | None:
-    """VGG: stages end at each max-pool of one long ``features``."""
+    """Find the stages of VGG: each ends at a max-pool of one long ``features``."""
     features = getattr(model, "features", None)
     pools = (
         [i for i, m in enumerate(features) if isinstance(m, nn.MaxPool2d)]

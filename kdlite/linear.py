@@ -1,9 +1,10 @@
-"""NKD from hidden states: classifiers and loss together, for so many classes that the logits would not fit."""
+"""NKD from hidden states: classifiers and loss together, for vocabularies whose logits do not fit in memory."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,16 +12,48 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .fused import can_fuse, in_chunks, nkd_backward, nkd_forward
-from .inputs import ClassIndices, check_integers, check_options, check_tensors, read_target, reduce
+from .inputs import (
+    ClassIndices,
+    check_integers,
+    check_options,
+    check_positive,
+    check_tensors,
+    cut_hint,
+    read_target,
+    reduce,
+)
 from .terms import nkd_rows
-from .topk import check_top_k, largest, nkd_rows_topk
+from .topk import check_top_k, largest_class, nkd_rows_topk
 
-# Logits held at a time, of student and teacher each: 88 MiB in float32. Fewer, and going over the weights costs more.
+# Logits held at a time, for student and teacher each: 88 MiB in float32. With fewer, reading the weights costs more.
 LOGITS_AT_A_TIME = 22 * 2**20
 
-Linear = tuple[Tensor, Tensor, Tensor | None]  # hidden as rows, weight, bias
-TopK = tuple[Tensor, Tensor, Tensor]  # log T_t (R,), log T_i (R, k), indices (R, k)
-Cap = tuple[float, float | None]  # logit scale and softcap
+
+class Linear(NamedTuple):
+    """A classifier and its input: the logits are softcap(scale * linear(hidden, weight, bias))."""
+
+    hidden: Tensor  # (R, D)
+    weight: Tensor  # (C, D)
+    bias: Tensor | None  # (C,)
+    scale: float
+    softcap: float | None
+
+
+class TopK(NamedTuple):
+    """A teacher's log-probabilities."""
+
+    target: Tensor  # log T_t, (R,)
+    top: Tensor  # log T_i, (R, k)
+    indices: Tensor  # (R, k)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The numbers of the loss."""
+
+    gamma: float
+    temperature: float | None  # None: 1
+    ce_weight: float
 
 
 def nkd_linear_loss(
@@ -43,30 +76,30 @@ def nkd_linear_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Normalized KD loss of ``linear(hidden, weight, bias)``, whose logits are never held whole.
+    """Return the NKD loss of ``linear(hidden, weight, bias)`` without holding all logits.
 
     Equal to ``nkd_loss(logits, teacher_logits, target) + ce_weight * cross_entropy(logits, target)``, computed a few
-    rows at a time, with the gradients. NKD is added to the cross-entropy, which would need the logits again: give
-    ``ce_weight=1.0`` to have both. Under autocast the products are in its dtype, the loss is float32.
+    rows at a time, together with the gradients. NKD is added to the cross-entropy, which needs the logits too: pass
+    ``ce_weight=1.0`` for both. Under autocast the products have its dtype, the loss is float32.
 
-    A served teacher hands out no hidden states: give None for them and for its weight, and ``teacher_top_k``. The loss
-    is then :func:`kdlite.nkd_topk_loss`, at temperature 1.
+    For a served teacher, which returns log-probabilities, pass None for its hidden states and weight, and
+    ``teacher_top_k``. The loss is then :func:`kdlite.nkd_topk_loss`, at temperature 1.
 
     Args:
         hidden: (..., D), the student's last hidden states, any floating dtype.
         weight: (C, D), the student's classifier; C >= 2.
         teacher_hidden: (..., E); no gradient flows into it, nor into the other arguments of the teacher.
         teacher_weight: (C, E).
-        target: class indices, integers of shape (...); None takes the teacher's largest class.
+        target: class indices, integers of shape (...); None: the teacher's largest class (for unlabelled data).
         bias: (C,), the student's.
         teacher_bias: (C,).
-        teacher_top_k: log T_t (...), log T_i (..., k) and their indices (..., k), as :func:`kdlite.nkd_topk_loss`
-            takes them, but with k last; under torch.compile the student's logits are then held whole.
-        logit_scale: the logits are ``logit_scale * linear(...)``,
-        softcap: and then ``softcap * tanh(logits / softcap)``; None: no cap.
+        teacher_top_k: log T_t (...), log T_i (..., k) and their indices (..., k), as for :func:`kdlite.nkd_topk_loss`,
+            but with k last; under torch.compile all logits of the student are then held.
+        logit_scale: factor of the logits, a number.
+        softcap: the scaled logits become ``softcap * tanh(logits / softcap)``; None: no cap.
         teacher_logit_scale: the teacher's.
         teacher_softcap: the teacher's.
-        ce_weight: how much cross-entropy is added.
+        ce_weight: weight of the cross-entropy that is added.
         gamma: as in :func:`kdlite.nkd_loss`.
         temperature: as in :func:`kdlite.nkd_loss`.
         ignore_index: targets of this class index add nothing and are not counted by "mean".
@@ -74,12 +107,12 @@ def nkd_linear_loss(
 
     Returns:
         The loss, float32 (float64 for float64 input); gradients have the dtypes of ``hidden``, ``weight`` and ``bias``.
-        They can be taken once: a second derivative is an error.
+        A second derivative is an error.
 
     Raises:
-        ValueError: shapes that do not fit, reduction="none", a weight or temperature out of range, a teacher given
-            twice or not at all.
-        TypeError: what should be floating point or an integer is not.
+        ValueError: shapes that do not fit, reduction="none", a weight or temperature out of range, two teachers or
+            none.
+        TypeError: a tensor of the wrong dtype, a weight that is a tensor.
 
     Source: the loss, Yang et al., ICCV 2023, arXiv 2303.13005.
 
@@ -91,60 +124,55 @@ def nkd_linear_loss(
     """
     check_tensors(hidden=hidden, weight=weight)
     check_options(reduction, gamma=gamma, ce_weight=ce_weight)
-    caps = {"logit_scale": logit_scale, "softcap": softcap, "teacher_logit_scale": teacher_logit_scale,
-            "teacher_softcap": teacher_softcap}  # fmt: skip
-    for name, value in (caps | {"temperature": temperature}).items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    caps = {"softcap": softcap, "teacher_softcap": teacher_softcap}
+    check_positive(
+        temperature=temperature,
+        logit_scale=logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        **{name: cap for name, cap in caps.items() if cap is not None},
+    )
     if reduction == "none":
-        raise ValueError(
-            'reduction must be "mean" or "sum": the gradient is computed with the loss, for all rows at once'
-        )
+        raise ValueError('reduction must be "mean" or "sum": the gradient is computed with the loss')
     shape = hidden.shape[:-1] if target is None else target_shape(target)
-    student = check_linear(hidden, weight, bias, shape, "")
+    student = check_linear(Linear(hidden, weight, bias, logit_scale, softcap), shape, "")
     teacher: Linear | TopK
     if teacher_top_k is None:
         if teacher_hidden is None or teacher_weight is None:
-            raise ValueError("a teacher is missing: give teacher_hidden and teacher_weight, or teacher_top_k")
+            raise ValueError("a teacher is missing: pass teacher_hidden and teacher_weight, or teacher_top_k")
         check_tensors(teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
-        teacher = check_linear(teacher_hidden, teacher_weight, teacher_bias, shape, "teacher_")
-        check_as_many(weight, teacher_weight)
+        teacher = Linear(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
+        teacher = check_linear(teacher, shape, "teacher_")
+        if len(weight) != len(teacher_weight):
+            raise ValueError(
+                f"weight and teacher_weight must have one number of classes, got {tuple(weight.shape)} and "
+                f"{tuple(teacher_weight.shape)}" + cut_hint(weight.shape[:1], teacher_weight.shape[:1])
+            )
     else:
         if any(x is not None for x in (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)):
-            raise ValueError("teacher_top_k takes the place of the teacher's other arguments: give None for them")
-        if not isinstance(teacher_top_k, (tuple, list)) or len(teacher_top_k) != 3:
-            raise ValueError("teacher_top_k must be three tensors: log T_t (or None), log T_i and their indices")
+            raise ValueError("teacher_top_k replaces the teacher's other arguments: pass None for them")
         if temperature != 1 or teacher_logit_scale != 1:
-            raise ValueError("teacher_top_k is of temperature 1: what the rest would weigh at another, nobody knows")
-        teacher, target, ignore_index = read_top_k(*teacher_top_k, target, shape, ignore_index)
+            raise ValueError(
+                "teacher_top_k requires temperature=1 and teacher_logit_scale=1: kdlite/README.md#questions"
+            )
+        teacher, target, ignore_index = read_top_k(teacher_top_k, target, shape, ignore_index)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        student, teacher = cast(student, dtype), teacher if teacher_top_k else cast(teacher, dtype)
+        student, teacher = cast(student, dtype), teacher if isinstance(teacher, TopK) else cast(teacher, dtype)
     rows = None if target is None else as_indices(target.reshape(-1), student, ignore_index)
-    cap, teacher_cap = (logit_scale, softcap), (teacher_logit_scale, teacher_softcap)
-    plain = not can_fuse(*(x for x in (*student, *teacher) if x is not None))
+    weights = Weights(gamma, None if temperature == 1 else temperature, ce_weight)
     with torch.autocast(device, enabled=False):
-        if plain or (teacher_top_k and torch.compiler.is_compiling()):
-            logits = capped(F.linear(*student), *cap)
-            if teacher_top_k:
-                assert rows is not None  # target is
-                loss = nkd_rows_topk(logits, rows, *teacher, gamma)  # type: ignore[arg-type]
-            else:
-                teacher_logits = capped(F.linear(*teacher), *teacher_cap)
-                rows = rows or as_indices(teacher_logits.argmax(1), student, -100)
-                loss = nkd_rows(logits, teacher_logits, rows.label, gamma, temperature)
-            loss = loss + ce_weight * F.cross_entropy(logits.to(loss.dtype), rows.label, reduction="none")
-            return reduce(loss, rows, reduction, logits.shape)
-        total: Tensor = NKDLinear.apply(
-            *student, *teacher, *(rows or (None, None)), cap, teacher_cap, bool(teacher_top_k), ce_weight, gamma,
-            None if temperature == 1 else temperature, torch.is_grad_enabled(),
-        )  # fmt: skip
+        if must_hold_logits(student, teacher):
+            return loss_of_logits(student, teacher, rows, weights, reduction)
+        total = sum_of_rows(student, teacher, rows, weights)
     if reduction == "sum":
         return total
-    count = rows.valid.sum() if rows else torch.full_like(total, len(student[0]))
-    # as cross_entropy, NaN with a gradient of 0 where every target is ignored
+    count = rows.valid.sum() if rows else torch.full_like(total, len(student.hidden))
+    # as cross_entropy, NaN with a gradient of 0 if every target is ignored
     return torch.where(count > 0, total / count.clamp(min=1), math.nan)
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------
 
 
 def target_shape(target: Tensor) -> torch.Size:
@@ -154,32 +182,35 @@ def target_shape(target: Tensor) -> torch.Size:
 
 
 def as_indices(target: Tensor, student: Linear, ignore_index: int) -> ClassIndices:
-    like_logits = student[0].new_empty(target.numel(), 1).expand(-1, len(student[1]))
+    like_logits = student.hidden.new_empty(target.numel(), 1).expand(-1, len(student.weight))
     rows = read_target(target, like_logits, ignore_index)
     assert isinstance(rows, ClassIndices)
     return rows
 
 
 def read_top_k(
-    target_logprob: Tensor | None, logprobs: Tensor, indices: Tensor, target: Tensor | None, shape: torch.Size,
-    ignore_index: int,
-) -> tuple[TopK, Tensor, int]:  # fmt: skip
-    """The teacher as rows; the target, or its largest classes, of which none is ignored."""
+    given: tuple[Tensor | None, Tensor, Tensor], target: Tensor | None, shape: torch.Size, ignore_index: int
+) -> tuple[TopK, Tensor, int]:
+    """Return the teacher as rows, the target or the teacher's largest classes, and the index to ignore."""
+    if not isinstance(given, (tuple, list)) or len(given) != 3:
+        raise ValueError("teacher_top_k must be three tensors: log T_t (or None), log T_i and their indices")
+    target_logprob, logprobs, indices = given
     check_top_k(target_logprob, logprobs, indices, target, shape, dim=len(shape))
     if target_logprob is None or target is None:
-        target_logprob, target = largest(logprobs, indices, -1)
+        target_logprob, target = largest_class(logprobs, indices, -1)
         ignore_index = -100
     k = logprobs.shape[-1]
-    return (target_logprob.reshape(-1), logprobs.reshape(-1, k), indices.reshape(-1, k)), target, ignore_index
+    return TopK(target_logprob.reshape(-1), logprobs.reshape(-1, k), indices.reshape(-1, k)), target, ignore_index
 
 
-def cast(classifier: Linear, dtype: torch.dtype) -> Linear:
-    hidden, weight, bias = classifier
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+def cast(linear: Linear, dtype: torch.dtype) -> Linear:
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    return linear._replace(hidden=linear.hidden.to(dtype), weight=linear.weight.to(dtype), bias=bias)
 
 
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: torch.Size, prefix: str) -> Linear:
-    """The arguments of a classifier as rows; raise unless they fit each other and a target of that shape."""
+def check_linear(linear: Linear, shape: torch.Size, prefix: str) -> Linear:
+    """Return the classifier with its hidden states as rows; raise unless they fit a target of that shape."""
+    hidden, weight, bias = linear[:3]
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{prefix}{name} must be floating point, got {tensor.dtype}")
@@ -196,116 +227,147 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: tor
         )
     if len(weight) < 2:
         raise ValueError(f"{prefix}weight must have at least 2 classes, got {tuple(weight.shape)}")
-    return hidden.reshape(-1, hidden.shape[-1]), weight, bias
+    return linear._replace(hidden=hidden.reshape(-1, hidden.shape[-1]))
 
 
-def check_as_many(weight: Tensor, teacher_weight: Tensor) -> None:
-    classes, teacher_classes = len(weight), len(teacher_weight)
-    if classes != teacher_classes:
-        longer = "weight" if classes > teacher_classes else "teacher_weight"
-        raise ValueError(
-            f"weight and teacher_weight must have one number of classes; got {tuple(weight.shape)} and "
-            f"{tuple(teacher_weight.shape)}: if the classes beyond are padding, pass "
-            f"{longer}[:{min(classes, teacher_classes)}]"
-        )
+# ---- all logits at once, in plain autograd ------------------------------------------------------------------------
 
 
-class NKDLinear(torch.autograd.Function):
-    """The sum over rows; its gradients, of that sum, are made in the forward, while the logits of a row exist."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_1: Tensor, teacher_2: Tensor,
-        teacher_3: Tensor | None, label: Tensor | None, valid: Tensor | None, cap: Cap, teacher_cap: Cap, sparse: bool,
-        ce_weight: float, gamma: float, temperature: float | None, grad_enabled: bool,
-    ) -> Tensor:  # fmt: skip
-        """The teacher's three are those of a Linear, or of a TopK where ``sparse``."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
-        d_hidden, d_weight, d_bias = (
-            torch.empty_like(x, dtype=wide) if want and x is not None else None
-            for x, want in zip((hidden, weight, bias), wanted)
-        )
-        total = hidden.new_zeros((), dtype=wide)
-        size = max(1, LOGITS_AT_A_TIME // len(weight))
-        # preallocate the logits: allocating per chunk costs more than the loss
-        buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
-        teacher_buffer = None if sparse else teacher_1.new_empty(buffer.shape)
-        for start in range(0, max(len(hidden), 1), size):
-            i = slice(start, start + size)
-            student = linear_out(buffer, hidden[i], weight, bias, cap)
-            slope = cap_slope(student, *cap)
-            if teacher_buffer is None:
-                assert label is not None
-                assert valid is not None
-                assert teacher_3 is not None
-                rows, top_k = ClassIndices(label[i], valid[i]), (teacher_1[i], teacher_2[i], teacher_3[i])
-                loss, d_logits = topk_with_gradient(student, rows, top_k, gamma, ce_weight)
-            else:
-                teacher = linear_out(teacher_buffer, teacher_1[i], teacher_2, teacher_3, teacher_cap)
-                labels = teacher.argmax(1) if label is None else label[i]
-                included = torch.ones_like(labels, dtype=wide) if valid is None else valid[i].to(wide)
-                loss, *stats = in_chunks(nkd_forward, [student, teacher, labels], gamma, temperature, ce_weight)
-                loss = loss.squeeze(1).where(included > 0, 0.0).sum()
-                if any(wanted):  # the gradient takes the place of the student's logits
-                    saved = [student, teacher, labels, included.unsqueeze(1), *stats]
-                    (d_logits,) = in_chunks(nkd_backward, saved, gamma, temperature, into=(student,))
-            total = total + loss
-            if not any(wanted):
-                continue
-            d_logits = d_logits if slope is None else d_logits.mul_(slope)
-            if d_hidden is not None:
-                d_hidden[i] = d_logits @ weight
-            if d_weight is not None and d_weight.dtype == d_logits.dtype:
-                d_weight.addmm_(d_logits.T, hidden[i], beta=0 if start == 0 else 1)
-            elif d_weight is not None:
-                part = d_logits.T @ hidden[i]
-                d_weight.copy_(part) if start == 0 else d_weight.add_(part)
-            if d_bias is not None:
-                part = d_logits.sum(0, dtype=wide)
-                d_bias.copy_(part) if start == 0 else d_bias.add_(part)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        # in place: autograd itself refuses a second backward, which would find them changed
-        scale = torch.mul if torch.compiler.is_compiling() else Tensor.mul_
-        grads = (None if x is None else scale(x, d_total).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return *grads, *[None] * 12
+def must_hold_logits(student: Linear, teacher: Linear | TopK) -> bool:
+    """Return True for torch.func and the like, and for a top-k under a compiler, which cannot trace its gradient."""
+    tensors = [x for x in (*student, *teacher) if isinstance(x, Tensor)]
+    return not can_fuse(*tensors) or (isinstance(teacher, TopK) and torch.compiler.is_compiling())
 
 
-def linear_out(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: Cap) -> Tensor:
-    """Logits in the first rows of ``buffer``."""
-    logits = torch.mm(hidden, weight.T, out=buffer[: len(hidden)])
-    logits = logits if bias is None else logits.add_(bias)
-    scale, softcap = cap
-    logits = logits if scale == 1 else logits.mul_(scale)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+def loss_of_logits(
+    student: Linear, teacher: Linear | TopK, rows: ClassIndices | None, weights: Weights, reduction: str
+) -> Tensor:
+    logits = whole_logits(student)
+    if isinstance(teacher, TopK):
+        assert rows is not None
+        loss = nkd_rows_topk(logits, rows, *teacher, weights.gamma)
+    else:
+        teacher_logits = whole_logits(teacher)
+        rows = rows or as_indices(teacher_logits.argmax(1), student, -100)
+        loss = nkd_rows(logits, teacher_logits, rows.label, weights.gamma, weights.temperature or 1.0)
+    ce = F.cross_entropy(logits.to(loss.dtype), rows.label, reduction="none")
+    return reduce(loss + weights.ce_weight * ce, rows, reduction, logits.shape)
 
 
-def capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+def whole_logits(linear: Linear) -> Tensor:
+    hidden, weight, bias, scale, softcap = linear
+    logits = F.linear(hidden, weight, bias)
     logits = logits if scale == 1 else scale * logits
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
-def cap_slope(logits: Tensor, scale: float, softcap: float | None) -> Tensor | float | None:
-    """d logits / d linear(...), from the logits; None: 1."""
-    if softcap is None:
-        return None if scale == 1 else scale
-    return scale * (1 - (logits / softcap).square_())
+# ---- a few rows at a time -----------------------------------------------------------------------------------------
 
 
-def topk_with_gradient(
-    student: Tensor, rows: ClassIndices, top_k: TopK, gamma: float, ce_weight: float
-) -> tuple[Tensor, Tensor]:
-    """The sum of the rows' losses, and its gradient for their logits."""
+def sum_of_rows(student: Linear, teacher: Linear | TopK, rows: ClassIndices | None, weights: Weights) -> Tensor:
+    """Return the sum over rows; its gradients are made at once, while the logits of a row exist."""
+    inputs = student[:3]
+    wide = torch.promote_types(student.hidden.dtype, torch.float32)
+    grads = [
+        torch.zeros_like(x, dtype=wide) if x is not None and x.requires_grad and torch.is_grad_enabled() else None
+        for x in inputs
+    ]
+    with torch.no_grad():
+        total = student.hidden.new_zeros((), dtype=wide)
+        count, classes = len(student.hidden), len(student.weight)
+        size = max(1, LOGITS_AT_A_TIME // classes)
+        # preallocate the logits: an allocation per chunk costs more than the loss
+        buffer = student.hidden.new_empty(min(size, count), classes)
+        teacher_buffer = teacher.hidden.new_empty(buffer.shape) if isinstance(teacher, Linear) else None
+        for start in range(0, count, size):
+            i = slice(start, start + size)
+            logits = logits_of_rows(student, i, buffer)
+            slope = cap_slope(student, logits)
+            if isinstance(teacher, Linear):
+                assert teacher_buffer is not None
+                teacher_logits = logits_of_rows(teacher, i, teacher_buffer)
+                part = None if rows is None else ClassIndices(rows.label[i], rows.valid[i])
+                loss, d_logits = dense_rows(logits, teacher_logits, part, weights, any(g is not None for g in grads))
+            else:
+                assert rows is not None
+                part = ClassIndices(rows.label[i], rows.valid[i])
+                loss, d_logits = topk_rows(logits, TopK(*(x[i] for x in teacher)), part, weights)
+            total = total + loss
+            if d_logits is not None:
+                accumulate(grads, d_logits if slope is None else d_logits.mul_(slope), student, i)
+    result: Tensor = WithGradients.apply(total, *inputs, *grads)
+    return result
+
+
+def logits_of_rows(linear: Linear, i: slice, buffer: Tensor) -> Tensor:
+    """Write the logits into the first rows of ``buffer``."""
+    hidden = linear.hidden[i]
+    logits = torch.mm(hidden, linear.weight.T, out=buffer[: len(hidden)])
+    logits = logits if linear.bias is None else logits.add_(linear.bias)
+    logits = logits if linear.scale == 1 else logits.mul_(linear.scale)
+    return logits if linear.softcap is None else logits.div_(linear.softcap).tanh_().mul_(linear.softcap)
+
+
+def cap_slope(linear: Linear, logits: Tensor) -> Tensor | float | None:
+    """Return d logits / d linear(...), from the logits; None: 1."""
+    if linear.softcap is None:
+        return None if linear.scale == 1 else linear.scale
+    return linear.scale * (1 - (logits / linear.softcap).square_())
+
+
+def dense_rows(
+    student: Tensor, teacher: Tensor, rows: ClassIndices | None, weights: Weights, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the sum of the rows' losses, and its gradient, which overwrites the student's logits."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    label = teacher.argmax(1) if rows is None else rows.label
+    included = torch.ones_like(label, dtype=wide) if rows is None else rows.valid.to(wide)
+    options = weights.gamma, weights.temperature
+    loss, *stats = in_chunks(nkd_forward, [student, teacher, label], *options, weights.ce_weight)
+    loss = loss.squeeze(1).where(included > 0, 0.0).sum()
+    if not wants_gradient:
+        return loss, None
+    saved = [student, teacher, label, included.unsqueeze(1), *stats]
+    return loss, in_chunks(nkd_backward, saved, *options, into=(student,))[0]
+
+
+def topk_rows(student: Tensor, teacher: TopK, rows: ClassIndices, weights: Weights) -> tuple[Tensor, Tensor]:
+    """Return the sum of the rows' losses, and its gradient."""
     with torch.enable_grad():
         logits = student.detach().requires_grad_()
-        loss = nkd_rows_topk(logits, rows, *top_k, gamma)
-        loss = loss + ce_weight * F.cross_entropy(logits.to(loss.dtype), rows.label, reduction="none")
-        loss = loss.where(rows.valid, 0.0).sum()
+        loss = nkd_rows_topk(logits, rows, *teacher, weights.gamma)
+        ce = F.cross_entropy(logits.to(loss.dtype), rows.label, reduction="none")
+        loss = (loss + weights.ce_weight * ce).where(rows.valid, 0.0).sum()
         (d_logits,) = torch.autograd.grad(loss, logits)
     return loss.detach(), d_logits
+
+
+def accumulate(grads: list[Tensor | None], d_logits: Tensor, student: Linear, i: slice) -> None:
+    """Add the rows ``i`` to the gradients of hidden, weight and bias."""
+    d_hidden, d_weight, d_bias = grads
+    if d_hidden is not None:
+        d_hidden[i] = d_logits @ student.weight
+    if d_weight is not None and d_weight.dtype == d_logits.dtype:
+        d_weight.addmm_(d_logits.T, student.hidden[i])
+    elif d_weight is not None:
+        d_weight.add_(d_logits.T @ student.hidden[i])
+    if d_bias is not None:
+        d_bias.add_(d_logits.sum(0, dtype=d_bias.dtype))
+
+
+class WithGradients(torch.autograd.Function):
+    """Return the total; its gradients for hidden, weight and bias are computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *inputs_and_grads: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*inputs_and_grads[3:])
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs_and_grads[:3]]
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        # in place: autograd refuses a second backward, which would read changed gradients
+        scale = torch.mul if torch.compiler.is_compiling() else Tensor.mul_
+        grads = (None if x is None else scale(x, d_total).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return None, *grads, None, None, None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from . import fused, terms
-from .inputs import ClassIndices, as_rows, check_logits, check_options, class_dim, read_target, reduce
+from .inputs import ClassIndices, as_rows, check_logits, check_options, check_positive, class_dim, read_target, reduce
 
 
 def nkd_loss(
@@ -20,7 +18,7 @@ def nkd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Normalized KD loss; ADD it to the cross-entropy, it does not replace it.
+    r"""Return the normalized KD loss; ADD it to the cross-entropy, it does not replace it.
 
     With S and T the softmax of student and teacher, t the target class, and N(.) the renormalisation over the
     C - 1 classes other than t, where a power is a temperature (the paper's lambda) before the softmax (eq. 7)::
@@ -35,7 +33,7 @@ def nkd_loss(
         student_logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
         teacher_logits: the same shape, of any floating dtype; no gradient flows into it.
         target: class indices, (N,), (N, d1, ...) or (), or class probabilities of the logits' shape, constant;
-            None takes the teacher's largest class, for who has no labels.
+            None: the teacher's largest class (for unlabelled data).
         gamma: weight of the non-target term. The paper's: 1.5 for ImageNet CNNs, 1.0 for ViTs, 3.5 for CIFAR-100.
         temperature: of the non-target term. The paper's: 1.0 on ImageNet, 3.0 on CIFAR-100.
         ignore_index: targets of this class index add nothing and are not counted by "mean".
@@ -46,7 +44,8 @@ def nkd_loss(
 
     Raises:
         ValueError: shapes that do not fit, one class, gamma < 0, temperature <= 0, an unknown reduction.
-        TypeError: logits that are not floating point, class indices that are not integers.
+        TypeError: logits that are not floating point, class indices that are not integers, a weight or temperature
+            that is not a number: the loss has no gradient for them.
 
     Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
     Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv 2303.13005.
@@ -60,8 +59,7 @@ def nkd_loss(
     """
     check_logits(student_logits, teacher_logits, "student_logits", "teacher_logits")
     check_options(reduction, gamma=gamma)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+    check_positive(temperature=temperature)
     if target is None:
         target, ignore_index = teacher_logits.argmax(class_dim(teacher_logits)), -100
     rows = read_target(target, student_logits, ignore_index)

@@ -1,4 +1,4 @@
-"""A teacher that stays what it was: frozen, in eval mode, fed with its own normalisation and size."""
+"""A frozen teacher: eval mode, no gradient, its own normalisation and input size."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .hooks import find_logits
+from .inputs import find_logits
 
 
 class Teacher(nn.Module):
     """A frozen classifier for :func:`kdlite.nkd_loss`, called with the student's own batch.
 
-    It is always in eval mode, whatever ``.train()`` is called on it or around it, computes no gradient, and brings the
-    images to the normalisation and the size that it was trained with.
+    It stays in eval mode, also if ``.train()`` is called on it or on a module around it, and computes no gradient. It
+    converts the images to the normalisation and the size of its own training.
 
     Args:
-        model: from images (N, channels, H, W) to an output that is, or holds, logits (N, C); taken as it is, with its
-            weights.
-        mean: of the teacher's normalisation, a value per channel, for pixels from 0 to 1.
-        std: likewise.
-        student_mean: of the normalisation that the batch comes with.
-        student_std: likewise. Without these four the batch is passed on as it comes.
-        size: (H, W) in pixels that the teacher takes; None: as they come.
-        columns: which of the teacher's classes each of the student's is, where it knows more or another order; the
-            softmax of the loss then renormalises over these. None: all, in their order.
-        logits: where they are in an output that is no tensor, as in :class:`WithWeakHead`.
+        model: from images (N, channels, H, W) to an output that is, or holds, logits (N, C).
+        mean: the teacher's mean, one value per channel, for pixels from 0 to 1.
+        std: the teacher's standard deviation, one value per channel.
+        student_mean: the mean with which the batch is normalised.
+        student_std: the standard deviation of that. Without these four the batch is not changed.
+        size: (H, W) in pixels for the teacher; None: the size of the batch.
+        columns: the teacher's class for each class of the student, if the teacher has more classes or another order;
+            the softmax of the loss then renormalises over them. None: all classes in their order.
+        logits: key, attribute or index of the logits in the output, as in :class:`WithWeakHead`.
 
     Raises:
-        ValueError: some of the four are given and not all; the batch is on another device than the teacher.
-        TypeError: an output in which the logits are not found.
+        ValueError: one of the four without the others; the batch is on another device than the teacher.
+        TypeError: the logits are not found in the output.
 
     Example:
         >>> teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), size=(2, 2)).train()
@@ -57,7 +56,7 @@ class Teacher(nn.Module):
         self.size = None if size is None else tuple(size)
         given = [x for x in (mean, std, student_mean, student_std) if x is not None]
         if len(given) not in (0, 4):
-            raise ValueError("mean, std, student_mean and student_std go together: give all four, or none")
+            raise ValueError("mean, std, student_mean and student_std go together: pass all four, or none")
         self.scale: Tensor | None
         self.shift: Tensor | None
         scale = shift = None
@@ -71,14 +70,14 @@ class Teacher(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Eval mode, whatever is asked for."""
+        """Always stay in eval mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         here = next(self.model.parameters(), images).device
         if images.device != here:
-            raise ValueError(f"the teacher is on {here}, the images are on {images.device}: move it with .to(...)")
+            raise ValueError(f"the teacher is on {here}, the images are on {images.device}: move the teacher")
         if self.scale is not None and self.shift is not None:
             images = images * self.scale + self.shift
         if self.size is not None and tuple(images.shape[2:]) != self.size:

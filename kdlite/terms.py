@@ -1,4 +1,4 @@
-"""All the mathematics, on one page: the loss of each row in ordinary autograd, with the paper's symbols.
+"""All the mathematics on one page: the loss of each row in plain autograd, with the paper's symbols.
 
 These are the definitions; :mod:`kdlite.fused` computes the hard-label ones with less memory and fewer passes.
 
@@ -10,7 +10,7 @@ over the C - 1 classes other than t. Losses are (R,), float32 at least. Source: 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,29 +40,23 @@ def nkd_rows_soft(student: Tensor, teacher: Tensor, probs: Tensor, gamma: float,
 
 
 def expected_non_target(student: Tensor, teacher: Tensor, probs: Tensor) -> Tensor:
-    """- sum_k V_k sum_{i != k} N_k(T)_i log N_k(S)_i, (R,), where N_k leaves out class k.
+    """- sum_k V_k sum_{i != k} N_k(T)_i log N_k(S)_i, (R,), where N_k excludes class k.
 
     Two facts make it one pass over the classes. log N_k(S)_i = log S_i - log(1 - S_k), and the N_k(T) mix to
 
         sum_k V_k N_k(T)_i = T_i * (sum_k V_k / (1 - T_k)  -  V_i / (1 - T_i)).
 
-    Both lose every digit for a class near certainty. At most one class of a row is above one half, the largest:
-    that one is taken out by masking, and what is left has 1 - S_k and 1 - T_k of at least one half.
+    Both lose every digit for a class near certainty. At most one class of a row is above one half, the largest: it is
+    masked, and the other classes have 1 - S_k and 1 - T_k of at least one half.
     """
     student_top, teacher_top = student.detach().argmax(1), teacher.argmax(1)
-
-    def pick(values: Tensor, label: Tensor) -> Tensor:
-        return values.gather(1, label.unsqueeze(1))
-
-    def drop(values: Tensor, label: Tensor) -> Tensor:
-        return values.masked_fill(is_class(values, label), 0.0)
 
     # k = the student's largest class
     top_term = pick(probs, student_top).squeeze(1) * cross_entropy(
         log_normalized(teacher, student_top).exp(), log_normalized(student, student_top)
     )
 
-    # every other k: V is `rest`, sum_k V_k N_k(T) is `mixed`, again with the teacher's largest class by itself
+    # the other k: V is `rest`, sum_k V_k N_k(T) is `mixed`, again with the teacher's largest class by itself
     rest = drop(probs, student_top)
     t, log_s = teacher.softmax(1), student.log_softmax(1)
     ratio = drop(rest / (1 - t), teacher_top)
@@ -77,14 +71,22 @@ def expected_non_target(student: Tensor, teacher: Tensor, probs: Tensor) -> Tens
 # ---- USKD ---------------------------------------------------------------------------------------------------------
 
 
-def uskd_rows(
-    strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor,
-    alpha: float, beta: float, mu: float, smoothing: float, group: Any = None,
-) -> Tensor:  # fmt: skip
+class USKDWeights(NamedTuple):
+    """The weights of the three terms, the smoothing of V~, and the processes that share a batch."""
+
+    alpha: float
+    beta: float
+    mu: float
+    label_smoothing: float
+    group: Any = None  # a ProcessGroup; None: this process alone
+
+
+def uskd_rows(strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weights: USKDWeights) -> Tensor:
     """L_uskd = - alpha P_t log S_t  -  beta sum_{i != t} N(Z)_i log N(S)_i  -  mu sum_i V~_i log W_i.
 
-    valid: (R,) bool, the rows that the mean in P_t is over; group: the processes whose rows it is over.
+    valid: (R,) bool, the rows of the mean in P_t.
     """
+    alpha, beta, mu, smoothing, group = weights
     strong = centred(strong)
     weak = centred(weak).to(strong.dtype)
     minus_log_s = -F.logsigmoid(log_odds(strong, label))
@@ -93,11 +95,9 @@ def uskd_rows(
     return alpha * target_term + beta * uskd_non_target(strong, weak, label) + mu * weak_term
 
 
-def uskd_rows_soft(
-    strong: Tensor, weak: Tensor, probs: Tensor,
-    alpha: float, beta: float, mu: float, smoothing: float, group: Any = None,
-) -> Tensor:  # fmt: skip
-    """The expectation of L_uskd over the label; the non-target term over the two largest labels of a row alone."""
+def uskd_rows_soft(strong: Tensor, weak: Tensor, probs: Tensor, weights: USKDWeights) -> Tensor:
+    """The expectation of L_uskd over the label; its non-target term takes the two largest labels of a row only."""
+    alpha, beta, mu, smoothing, group = weights
     strong = centred(strong)
     weak = centred(weak).to(strong.dtype)
     log_s = strong.log_softmax(1)
@@ -133,7 +133,7 @@ def target_weight(minus_log_s: Tensor, valid: Tensor, group: Any = None) -> Tens
 
 
 def batch_mean(values: Tensor, counted: Tensor, group: Any) -> Tensor:
-    """Sum of the values by sum of ``counted``, both (R,), over all processes of the group; None: over this one."""
+    """The sum of the values by the sum of ``counted``, both (R,), over the processes of the group; None: this one."""
     totals = torch.stack([values.sum(), counted.sum().to(values.dtype)])
     if group is not None:
         dist.all_reduce(totals, group=group)
@@ -144,9 +144,8 @@ def batch_mean(values: Tensor, counted: Tensor, group: Any) -> Tensor:
 def zipf_weights(scores: Tensor) -> Tensor:
     """1 / rank_i by descending score, (R, C), for scores >= 0; ties are ranked by class index.
 
-    The sum, by which the paper divides, is left to the caller.
+    The caller divides by their sum.
     """
-    # sorting the bits as integers is 1.2 to 1.4 times as fast, and was not worth its explanation
     order = scores.argsort(dim=1, descending=True, stable=True)
     reciprocals = torch.arange(1, scores.shape[1] + 1, device=scores.device, dtype=scores.dtype).reciprocal_()
     return torch.empty_like(scores).scatter_(1, order, reciprocals.expand_as(scores))
@@ -170,6 +169,16 @@ def is_class(logits: Tensor, label: Tensor) -> Tensor:
     return torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32) == label.int().unsqueeze(1)
 
 
+def pick(values: Tensor, label: Tensor) -> Tensor:
+    """The column of each row's label, (R, 1)."""
+    return values.gather(1, label.unsqueeze(1))
+
+
+def drop(values: Tensor, label: Tensor) -> Tensor:
+    """The values with 0 in the column of each row's label."""
+    return values.masked_fill(is_class(values, label), 0.0)
+
+
 def log_sum_others(logits: Tensor, label: Tensor) -> Tensor:
     """log sum_{i != label} exp z_i, (R, 1), never by subtraction from the whole sum."""
     return logits.masked_fill(is_class(logits, label), -torch.inf).logsumexp(1, keepdim=True)
@@ -182,7 +191,7 @@ def odds(logits: Tensor, label: Tensor) -> Tensor:
 
 def log_odds(logits: Tensor, label: Tensor) -> Tensor:
     """log(p / (1 - p)) of each row's label, (R,): p is its sigmoid, log p its logsigmoid, however near 0 or 1."""
-    # gather is what refuses a label out of range: with an error on CPU, a device assert on CUDA
+    # gather refuses a label out of range: with an error on CPU, a device assert on CUDA
     return (logits.gather(1, label.unsqueeze(1)) - log_sum_others(logits, label)).squeeze(1)
 
 
@@ -192,5 +201,5 @@ def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def cross_entropy(weights: Tensor, log_probs: Tensor) -> Tensor:
-    """- sum_i weights_i log_probs_i over the last dimension; a weight of 0 takes its class out, whatever its log is."""
+    """- sum_i weights_i log_probs_i over the last dimension; a weight of 0 removes a class, even with a log of -inf."""
     return -(weights * log_probs.masked_fill(weights == 0, 0.0)).sum(-1)

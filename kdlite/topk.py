@@ -1,7 +1,7 @@
-"""NKD from a teacher's top-k: labels that were stored once, or that a server hands out.
+"""NKD from a teacher's top-k: stored labels, or the answers of a server.
 
-Of the teacher the log-probabilities of the target t and of k other classes K are known. The classes that are left are
-one class, the rest, on both sides: r is its probability, T_r of the teacher and S_r of the student.
+The teacher's log-probabilities of the target t and of k other classes K are given. All other classes count as one class
+r, the rest, on both sides, with probabilities T_r and S_r.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from .inputs import (
 )
 from .terms import centred, cross_entropy, is_class, log_odds
 
+# Probabilities above 1 by more than the rounding of bfloat16 are not probabilities.
+MOST_PROBABILITY = 1.05
+
 
 def nkd_topk_loss(
     student_logits: Tensor,
@@ -39,26 +42,26 @@ def nkd_topk_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""NKD from a teacher's log-probabilities of the target and of k classes; ADD it to the cross-entropy.
+    r"""Return NKD from a teacher's log-probabilities of the target and of k classes; ADD it to the cross-entropy.
 
-    With K the k classes but the target, and r all that are left as one class::
+    With K the k classes without the target, and r all other classes as one::
 
         L_nkd = - T_t log S_t  -  gamma * sum_{i in K and r} N(T)_i log N(S)_i
 
-    Equal to :func:`kdlite.nkd_loss` at temperature 1 where K holds every other class. There is no other temperature:
-    what the rest would weigh at another one, nobody knows. A softmax over K alone would be another loss: it takes the
-    rest for impossible.
+    Equal to :func:`kdlite.nkd_loss` at temperature 1 if K holds every other class. Other temperatures are impossible,
+    because the mass of the rest at another temperature is unknown. A softmax over K alone is another loss, which gives
+    the rest probability 0.
 
-    The target may be among the k, and is left out. A class with an index of -1 or a log-probability of -inf is none,
-    where a server found fewer than k. Log-probabilities are at temperature 1, of any floating dtype; those of a target
-    near certainty should be float32.
+    The target may be among the k, and is ignored there. Entries with index -1 or log-probability -inf are padding.
+    Log-probabilities are at temperature 1, of any floating dtype; use float32 for a target near certainty. A NaN among
+    them makes the loss NaN, and so do probabilities that sum to more than 1.05.
 
     Args:
         student_logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
-        teacher_target_logprob: log T_t, of the target's shape; None where ``target`` is.
-        teacher_logprobs: log T_i, (N, k, d1, ...): k stands where the logits have C.
-        teacher_indices: which classes these are, integers of the same shape, no class twice.
-        target: class indices, (N,), (N, d1, ...) or (); None takes the teacher's largest class of the k.
+        teacher_target_logprob: log T_t, of the target's shape; None if ``target`` is None.
+        teacher_logprobs: log T_i, (N, k, d1, ...): k in the dimension of C.
+        teacher_indices: the classes i, integers of the same shape, no class twice.
+        target: class indices, (N,), (N, d1, ...) or (); None: the teacher's largest class (for unlabelled data).
         gamma: as in :func:`kdlite.nkd_loss`.
         ignore_index: targets of this class index add nothing and are not counted by "mean".
         reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
@@ -68,7 +71,8 @@ def nkd_topk_loss(
 
     Raises:
         ValueError: shapes that do not fit, one class, gamma < 0, an unknown reduction.
-        TypeError: logits or log-probabilities that are not floating point, indices or targets that are not integers.
+        TypeError: logits or log-probabilities that are not floating point, indices or targets that are not integers, a
+            gamma that is a tensor.
 
     Source: the loss, Yang et al., ICCV 2023, arXiv 2303.13005, eq. 7.
 
@@ -87,11 +91,11 @@ def nkd_topk_loss(
     label_shape = label_shape_of(student_logits)
     check_top_k(teacher_target_logprob, teacher_logprobs, teacher_indices, target, label_shape, dim)
     if teacher_target_logprob is None or target is None:
-        teacher_target_logprob, target = largest(teacher_logprobs, teacher_indices, dim)
+        teacher_target_logprob, target = largest_class(teacher_logprobs, teacher_indices, dim)
         ignore_index = -100
     rows = read_target(target, student_logits, ignore_index)
     if not isinstance(rows, ClassIndices):
-        raise ValueError("target must be class indices: a top-k does not say what another target's share would be")
+        raise ValueError("target must be class indices, got class probabilities, which need the whole teacher")
     top, index = as_rows(teacher_logprobs), as_rows(teacher_indices)
     loss = nkd_rows_topk(as_rows(student_logits), rows, teacher_target_logprob.reshape(-1), top, index, gamma)
     return reduce(loss, rows, reduction, student_logits.shape)
@@ -100,17 +104,17 @@ def nkd_topk_loss(
 def nkd_from_logprobs(
     student_target: Tensor, student_top: Tensor, teacher_target: Tensor, teacher_top: Tensor, *, gamma: float = 1.5
 ) -> Tensor:
-    """The loss of :func:`nkd_topk_loss` from log-probabilities alone, one value a prediction.
+    """Return the loss of :func:`nkd_topk_loss` from log-probabilities alone, one value per prediction.
 
     For logits that are not in one place: a vocabulary split over devices, a fused classifier. The student's
-    probabilities of the rest are what is left, 1 - S_t - sum_K S_i, which float32 knows to 1e-7: pass float64 where the
-    student may be certain.
+    probability of the rest is 1 - S_t - sum_K S_i, with an error of 1e-7 in float32: pass float64 if the student may be
+    certain.
 
     Args:
         student_target: log S_t, (...).
-        student_top: log S_i of the k classes, (..., k), none of them the target.
+        student_top: log S_i of the k classes, (..., k), without the target.
         teacher_target: log T_t, (...); no gradient flows into it, nor into teacher_top.
-        teacher_top: log T_i of the same classes, (..., k); -inf where there are fewer.
+        teacher_top: log T_i of the same classes, (..., k); -inf is padding.
         gamma: as in :func:`kdlite.nkd_loss`.
 
     Returns:
@@ -127,8 +131,9 @@ def nkd_from_logprobs(
         >>> print(f"{nkd_from_logprobs(s[0], s[1:3], t[0], t[1:3]):.4f}")
         1.9983
     """
-    given = {"student_target": student_target, "student_top": student_top,
-             "teacher_target": teacher_target, "teacher_top": teacher_top}  # fmt: skip
+    given = dict(
+        student_target=student_target, student_top=student_top, teacher_target=teacher_target, teacher_top=teacher_top
+    )
     check_tensors(**given)
     for name, tensor in given.items():
         check_logprob(tensor, name)
@@ -137,28 +142,28 @@ def nkd_from_logprobs(
     if shapes[0] != shapes[2] or shapes[1] != shapes[3] or shapes[1][:-1] != shapes[0] or not shapes[1]:
         raise ValueError(f"{', '.join(given)} must be (...), (..., k), (...) and (..., k), got {shapes}")
     dtype = torch.promote_types(student_target.dtype, torch.float32)
-    told = teacher_top > -math.inf
+    given_top = teacher_top != -math.inf
     student_target = student_target.to(dtype).clamp(max=-torch.finfo(dtype).tiny)
     log_n = student_top.to(dtype) - log1mexp(student_target).unsqueeze(-1)
-    sum_n = log_n.masked_fill(~told, -torch.finfo(dtype).max).logsumexp(-1)
+    sum_n = log_n.masked_fill(~given_top, -torch.finfo(dtype).max).logsumexp(-1)
     log_n_rest = log1mexp(sum_n.clamp(max=-torch.finfo(dtype).eps))
     return nkd_terms(student_target, log_n, log_n_rest, teacher_target, teacher_top, gamma)
 
 
 def top_k_logprobs(teacher_logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`nkd_topk_loss` takes of a teacher, from its logits: to be stored, or sent.
+    """Return the teacher's part of :func:`nkd_topk_loss` from its logits, to be stored or sent.
 
     Args:
         teacher_logits: (N, C), (N, C, d1, ...) or (C,).
-        target: class indices, (N,), (N, d1, ...) or (); any where nothing is to be learnt, as -100.
-        k: how many classes, at most C - 1.
+        target: class indices, (N,), (N, d1, ...) or (); any index for a target that is ignored later, such as -100.
+        k: number of classes, at most C - 1.
 
     Returns:
-        log T_t of the target's shape; log T_i and the indices (int64) of the k largest other classes, (N, k, d1, ...).
+        log T_t in the target's shape; log T_i and the indices (int64) of the k largest other classes, (N, k, d1, ...).
         Float32 at least.
 
     Raises:
-        ValueError: a target of another shape, k that is not from 1 to C - 1.
+        ValueError: a target of another shape, k outside 1 to C - 1.
         TypeError: logits that are not floating point, a target that is not integers.
 
     Example:
@@ -196,12 +201,13 @@ def nkd_rows_topk(
 ) -> Tensor:
     """The loss of each row, (R,), from the student's logits (R, C) and the teacher's k classes, (R, k)."""
     student, label, index = centred(student), rows.label.unsqueeze(1), index.long()
-    told = rows.valid.unsqueeze(1) & (index != -1) & (index != label) & (teacher_top != -math.inf)
-    index = index.where(told, label)  # what is none points to the target, which is masked anyway
-    teacher_target = teacher_target.where(rows.valid, 0.0)  # of an ignored row it may be anything
-    teacher_top = teacher_top.where(told, -math.inf)
+    is_target = (index == label) & ~teacher_top.isnan()  # a NaN there must reach the loss too
+    given = rows.valid.unsqueeze(1) & (index != -1) & ~is_target & (teacher_top != -math.inf)
+    index = index.where(given, label)  # padding points at the target, which is masked below
+    teacher_target = teacher_target.where(rows.valid, 0.0)  # undefined for ignored rows
+    teacher_top = teacher_top.where(given, -math.inf)
 
-    top = student.gather(1, index).masked_fill(~told, -math.inf)
+    top = student.gather(1, index).masked_fill(~given, -math.inf)
     known = torch.zeros_like(student, dtype=torch.bool).scatter(1, torch.cat([index, label], 1), True)
     rest = student.masked_fill(known, -math.inf)
     no_rest = (rest == -math.inf).all(1, keepdim=True)  # logsumexp of nothing has no gradient
@@ -217,13 +223,16 @@ def nkd_terms(
 ) -> Tensor:
     """- T_t log S_t  -  gamma * (sum_{i in K} N(T)_i log N(S)_i  +  N(T)_r log N(S)_r).
 
-    log_n: log N(S) of K, (..., k); log_n_rest: log N(S)_r, (...), -inf where no class is left. The teacher's are plain
-    log-probabilities, which may be rounded: where K holds more than 1 - T_t, K's own sum is taken for that.
+    log_n: log N(S) of K, (..., k); log_n_rest: log N(S)_r, (...), -inf if K holds every other class. The teacher's
+    log-probabilities may be rounded: if K holds more than 1 - T_t, the sum over K replaces it.
     """
     teacher_target, teacher_top = (x.detach().to(log_s_t.dtype) for x in (teacher_target, teacher_top))
-    told = teacher_top > -math.inf
+    given = teacher_top != -math.inf
+    # without waiting for the device an error is impossible: NaN shows that these are not log-probabilities
+    total = teacher_target.exp() + teacher_top.exp().sum(-1)
+    teacher_target = teacher_target.clamp(max=0).where(total <= MOST_PROBABILITY, math.nan)
     log_others = torch.maximum(log1mexp(teacher_target), teacher_top.logsumexp(-1))
-    n_t = (teacher_top - log_others.unsqueeze(-1)).exp().where(told, 0.0)
+    n_t = (teacher_top - log_others.unsqueeze(-1)).exp().where(given, 0.0)
     n_t_rest = (1 - n_t.sum(-1)).clamp(min=0).where(log_n_rest > -math.inf, 0.0)
     weights = torch.cat([n_t, n_t_rest.unsqueeze(-1)], -1)
     log_n = torch.cat([log_n, log_n_rest.unsqueeze(-1)], -1)
@@ -231,25 +240,26 @@ def nkd_terms(
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, exact from 0, where it is -inf, to -inf."""
+    """log(1 - exp(x)) for x <= 0, exact from 0 (-inf) to -inf."""
     near = x > -math.log(2)
     return torch.where(near, (-torch.expm1(x.where(near, -1.0))).log(), torch.log1p(-x.where(~near, -1.0).exp()))
 
 
-# ---- what a teacher's top-k may be ----------------------------------------------------------------------------------
+# ---- arguments ----------------------------------------------------------------------------------------------------
 
 
 def check_top_k(
-    target_logprob: Tensor | None, logprobs: Tensor, indices: Tensor, target: Tensor | None,
-    label_shape: torch.Size, dim: int,
-) -> None:  # fmt: skip
-    """Raise unless they fit a target of ``label_shape``, with the k classes in dimension ``dim``."""
+    target_logprob: Tensor | None,
+    logprobs: Tensor,
+    indices: Tensor,
+    target: Tensor | None,
+    label_shape: torch.Size,
+    dim: int,
+) -> None:
+    """Raise unless the tensors fit a target of ``label_shape``, with the k classes in dimension ``dim``."""
     check_tensors(teacher_logprobs=logprobs, teacher_indices=indices)
     if (target_logprob is None) != (target is None):
-        raise ValueError(
-            "teacher_target_logprob and target go together: give both, or None for both, which takes the teacher's "
-            "largest class"
-        )
+        raise ValueError("teacher_target_logprob and target go together: pass both, or None for both")
     if target_logprob is not None:
         check_tensors(teacher_target_logprob=target_logprob)
     for name, tensor in (("teacher_target_logprob", target_logprob), ("teacher_logprobs", logprobs)):
@@ -263,7 +273,7 @@ def check_top_k(
         wanted.insert(dim, "k")
         raise ValueError(
             f"teacher_logprobs and teacher_indices must be ({', '.join(wanted)}) with k >= 1, got {shape} and "
-            f"{tuple(indices.shape)}" + (": move the classes there, as .transpose(1, 2)" if logprobs.ndim == 3 else "")
+            f"{tuple(indices.shape)}" + (f": move the k classes to dimension {dim}" if logprobs.ndim > 2 else "")
         )
     if target_logprob is not None and target_logprob.shape != label_shape:
         raise ValueError(
@@ -272,11 +282,11 @@ def check_top_k(
         )
 
 
-def largest(logprobs: Tensor, indices: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The teacher's largest class and its log-probability, for who has no labels; -100, ignored, where it has none."""
+def largest_class(logprobs: Tensor, indices: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the log-probability and the index of the teacher's largest class; -100, ignored, if all is padding."""
     indices = indices.long()
     logprob, best = logprobs.masked_fill(indices == -1, -math.inf).max(dim, keepdim=True)
-    label = indices.gather(dim, best).where(logprob > -math.inf, -100)
+    label = indices.gather(dim, best).where(logprob != -math.inf, -100)
     return logprob.squeeze(dim), label.squeeze(dim)
 
 

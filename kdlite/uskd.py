@@ -22,7 +22,7 @@ def uskd_loss(
     reduction: str = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Universal self-KD loss; ADD it to the cross-entropy, it does not replace it.
+    r"""Return the universal self-KD loss; ADD it to the cross-entropy, it does not replace it.
 
     With S the softmax of ``logits``, W that of ``weak_logits``, t the target class, and N(.) the renormalisation
     over the C - 1 classes other than t::
@@ -35,12 +35,12 @@ def uskd_loss(
 
     R is of probabilities, as in the paper and unlike the official code since July 2023. The batch mean is over the
     targets that are not ignored; with ``group``, over those of all its processes. Ties in R are ranked by class
-    index. Z weights every class, so a class masked by a logit of -inf makes the loss infinite: leave such classes out
-    of the logits.
+    index. Z weights every class, so a class masked by a logit of -inf makes the loss infinite: remove such classes
+    from the logits.
 
     For class probabilities V the loss is its expectation over the label: the first term becomes
     ``- alpha * sum_k V_k P_k log S_k`` with ``P_k = S_k^2 + 1 - mean_batch(sum_k V_k S_k^2)``; the second, which needs
-    a ranking, takes the two largest labels of a row (of equal ones, either), renormalised to sum to 1; the third is
+    a ranking, takes the two largest labels of a row (any of equal ones), renormalised to sum to 1; the third is
     already linear in V. For a one-hot row each equals the hard-label term.
 
     Args:
@@ -62,7 +62,8 @@ def uskd_loss(
     Raises:
         ValueError: shapes that do not fit, one class, a negative weight, label_smoothing outside [0, 1], an
             unknown reduction.
-        TypeError: logits that are not floating point, class indices that are not integers.
+        TypeError: logits that are not floating point, class indices that are not integers, a weight that is not a
+            number: the loss has no gradient for it.
 
     Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
     Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv 2303.13005.
@@ -79,10 +80,11 @@ def uskd_loss(
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     rows = read_target(target, logits, ignore_index)
+    weights = terms.USKDWeights(alpha, beta, mu, label_smoothing, group)
     strong, weak = as_rows(logits), as_rows(weak_logits)
     if isinstance(rows, ClassIndices):
         uskd_rows = fused.uskd_rows if fused.can_fuse(strong, weak) else terms.uskd_rows
-        loss = uskd_rows(strong, weak, rows.label, rows.valid, alpha, beta, mu, label_smoothing, group)
+        loss = uskd_rows(strong, weak, rows.label, rows.valid, weights)
     else:
-        loss = terms.uskd_rows_soft(strong, weak, rows.probs, alpha, beta, mu, label_smoothing, group)
+        loss = terms.uskd_rows_soft(strong, weak, rows.probs, weights)
     return reduce(loss, rows, reduction, logits.shape)

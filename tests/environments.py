@@ -1,4 +1,4 @@
-"""Environments with some of this one's packages and nothing else: what a device has, or a machine with torch alone."""
+"""Make virtual environments with some of this one's packages: those of a device, or only torch."""
 
 import importlib.metadata
 import re
@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 
 def with_requirements(name, seen=None):
-    """A distribution and all that it requires here, by name, as far as it is installed."""
+    """Return the names of a distribution and of all installed ones that it requires."""
     seen = set() if seen is None else seen
     try:
         requires = importlib.metadata.requires(name) or []
@@ -24,7 +24,7 @@ def with_requirements(name, seen=None):
 
 
 def make_environment(folder, *names):
-    """A fresh virtual environment with links to these distributions and what they require; returns its Python."""
+    """Make a virtual environment with links to these distributions and those they require; returns its Python."""
     venv.create(folder, with_pip=False)
     site = next(folder.glob("lib/python*/site-packages"))
     for distribution in set().union(*map(with_requirements, names)):
@@ -37,6 +37,6 @@ def make_environment(folder, *names):
 
 
 def installed(pattern):
-    """The one installed distribution whose name matches, such as onnxruntime or onnxruntime-gpu."""
+    """Return the installed distribution whose name matches, such as onnxruntime or onnxruntime-gpu."""
     names = {d.metadata["Name"] for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return next(name for name in sorted(names) if re.fullmatch(pattern, name))

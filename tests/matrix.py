@@ -1,11 +1,11 @@
-"""The wheel in a clean environment of each Python, with the oldest torch that it takes and with the newest tested.
+"""Test the wheel in a clean environment of each Python, with the oldest and with the newest tested torch.
 
     make test-matrix                          # or: python tests/matrix.py 3.10 3.13
-    python tests/matrix.py 3.12 --torch 2.11  # some of it
+    python tests/matrix.py 3.12 --torch 2.11  # a part
 
-Builds wheel and sdist and checks them with twine, then for each python3.X in the path and each torch: a fresh
-environment, the wheel, the examples in kdlite's docstrings. An environment is removed before the next is made; each is
-some GB of downloads. Exit status 1 where something failed, or a Python was not there.
+Build wheel and sdist, and check them with twine. For each python3.X in the path and each torch, make an environment,
+install the wheel and run the examples in kdlite's docstrings. Each environment is some GB of downloads, and is removed
+before the next one. Exit status 1 if a step failed or a Python is missing.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.exit(failed > 0 or tried == 0)
 
 
 def torches() -> list[str]:
-    """The lower bound in pyproject.toml, and the version in constraints.txt."""
+    """Return the lower bound in pyproject.toml and the version in constraints.txt."""
     oldest = re.search(r'^dependencies = \["torch>=([\d.]+)"\]', (ROOT / "pyproject.toml").read_text(), re.M)
     newest = re.search(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)
     assert oldest
@@ -56,7 +56,7 @@ def main() -> int:
         (wheel,) = dist.glob("*.whl")
         for version in args.pythons:
             python = shutil.which(f"python{version}")
-            if not python or not done(python, "--version"):  # pyenv has names in the path without a Python behind them
+            if not python or not done(python, "--version"):  # pyenv's commands also exist for a missing Python
                 print(f"Python {version}: not in the path", flush=True)
                 wrong += 1
                 continue

@@ -4,7 +4,7 @@
     python tests/random_kills.py --rounds 2 --kinds rank
 
 Two processes under torchrun (worker, save: one, with two data loading processes); a checkpoint at nearly every step.
-A round kills the run up to three times and then lets it end; each start says --resume auto, as a job script does.
+A round kills the run up to three times and then lets it end; each start has --resume, as in a job script.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def start(output: Path, kind: str, photos: Path) -> subprocess.Popen:
     data = ["--batch-size", "32"] if two else ["--data", str(photos), "--batch-size", "8", "--workers", "2"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if two else []
     return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train.py"), *FLAGS, *data, "--output", str(output), "--resume", "auto"],
+        [sys.executable, *launcher, str(ROOT / "train.py"), *FLAGS, *data, "--output", str(output), "--resume"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(output),
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def kill(run: subprocess.Popen, kind: str, output: Path) -> None:
         time.sleep(0.01)
     time.sleep(random.uniform(0, 1.0 if kind in ("rank", "launcher", "signal") else 3.0))
     if kind == "save":
-        while run.poll() is None and not list(output.glob("*.partial")):
+        while run.poll() is None and not list(output.glob(".*.partial")):
             time.sleep(0.0002)
     if run.poll() is not None or not processes(output):
         return

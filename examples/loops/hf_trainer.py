@@ -1,21 +1,24 @@
-"""Hugging Face's Trainer: NKD and USKD on a ViT, under accumulation and on several processes; every flag of its own.
+"""Hugging Face's Trainer: NKD and USKD on a ViT, with accumulation and several processes; it takes the Trainer's flags.
 
 python examples/loops/hf_trainer.py --output_dir OUTPUT
 torchrun --nproc-per-node 2 examples/loops/hf_trainer.py --output_dir OUTPUT --per_device_train_batch_size 32
 """
+
+import copy
 
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 from transformers import HfArgumentParser, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from kdlite import WithWeakHead, nkd_loss, uskd_loss
 
 
 class NKDTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]  # the Trainer's own loss, label smoothing and all, may take them out
+        labels = inputs["labels"]  # the Trainer's own loss may remove them
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             with torch.no_grad():
@@ -38,11 +41,10 @@ class USKDTrainer(Trainer):  # its model is WithWeakHead(...)
 
 
 def vit(width: int) -> ViTForImageClassification:
-    config = ViTConfig(
-        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4, num_attention_heads=4, image_size=8,
-        patch_size=4, num_channels=1, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return ViTForImageClassification(config)
+    sizes = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4, num_attention_heads=4)
+    images = dict(image_size=8, patch_size=4, num_channels=1, num_labels=10)
+    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return ViTForImageClassification(ViTConfig(**sizes, **images, **dropout))
 
 
 digits = load_digits()
@@ -50,12 +52,16 @@ images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  
 data = [{"pixel_values": x, "labels": int(y)} for x, y in zip(images, digits.target)]
 
 
-def fit(trainer_class, model, args: TrainingArguments) -> None:
-    trainer = trainer_class(
-        model, args, train_dataset=data[:1408], eval_dataset=data[1408:],
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())},
-    )  # fmt: skip
-    trainer.train(args.resume_from_checkpoint)
+def accuracy(p) -> dict[str, float]:
+    return {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())}
+
+
+def fit(trainer_class, model, args: TrainingArguments, folder: str) -> None:
+    args = copy.copy(args)
+    args.output_dir = f"{args.output_dir}/{folder}"  # each model has its own checkpoints
+    sets = dict(train_dataset=data[:1408], eval_dataset=data[1408:])
+    trainer = trainer_class(model, args, **sets, compute_metrics=accuracy)
+    trainer.train(get_last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         print(f"{trainer_class.__name__:<12} {metrics['eval_accuracy']:.1%}, loss {metrics['eval_loss']:.3f}")
@@ -63,17 +69,18 @@ def fit(trainer_class, model, args: TrainingArguments) -> None:
 
 if __name__ == "__main__":
     parser = HfArgumentParser(TrainingArguments)
-    parser.set_defaults(
-        num_train_epochs=2, per_device_train_batch_size=64, per_device_eval_batch_size=128, learning_rate=3e-3,
-        report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy="no", save_strategy="no",
-        remove_unused_columns=False, label_names=["labels"],  # both are guessed from a forward that names its arguments
-    )  # fmt: skip
+    parser.set_defaults(output_dir="runs/hf", num_train_epochs=2, learning_rate=3e-3, save_strategy="no")
+    parser.set_defaults(per_device_train_batch_size=64, per_device_eval_batch_size=128, report_to="none", use_cpu=True)
+    parser.set_defaults(disable_tqdm=True, logging_strategy="no")
+    # the Trainer would guess these two from the names of forward's arguments
+    parser.set_defaults(remove_unused_columns=False, label_names=["labels"])
     (args,) = parser.parse_args_into_dataclasses()
     set_seed(0)
-    teacher, student, student_with_head = vit(96), vit(48), WithWeakHead(vit(48))
-    fit(Trainer, teacher, args)
+    teacher, student = vit(96), vit(48)
+    student_with_head = WithWeakHead(vit(48), example_input=images[:2])
+    fit(Trainer, teacher, args, "teacher")
     teacher.eval().requires_grad_(False)
-    fit(NKDTrainer, student, args)
+    fit(NKDTrainer, student, args, "nkd")
     student.save_pretrained(f"{args.output_dir}/nkd")
-    fit(USKDTrainer, student_with_head, args)
+    fit(USKDTrainer, student_with_head, args, "uskd")
     student_with_head.close().save_pretrained(f"{args.output_dir}/uskd")  # the plain student, for from_pretrained

@@ -31,17 +31,20 @@ def cnn(width: int) -> nn.Module:
 
 
 class Classifier(L.LightningModule):
-    """Cross-entropy alone, or with a teacher NKD and USKD added to it."""
+    """Trained with the cross-entropy, or, if ``distil``, with NKD and USKD added to it.
 
-    def __init__(self, width: int, teacher: nn.Module | None = None) -> None:
+    The checkpoint holds no teacher: load_from_checkpoint(path) restores the student.
+    """
+
+    def __init__(self, width: int, distil: bool = False, teacher: nn.Module | None = None) -> None:
         super().__init__()
-        self.save_hyperparameters("width")
-        self.student = cnn(width) if teacher is None else WithWeakHead(cnn(width), example_input=images[:2])
-        self.teacher = (Teacher(teacher),) if teacher is not None else ()  # in a tuple: no part of the checkpoint
+        self.save_hyperparameters("width", "distil")
+        self.student = WithWeakHead(cnn(width), example_input=images[:2]) if distil else cnn(width)
+        self.teacher = (Teacher(teacher),) if teacher is not None else ()  # a tuple, so not a submodule
 
     def training_step(self, batch, _):
         x, y = batch
-        if not self.teacher:
+        if not self.hparams.distil:
             return F.cross_entropy(self.student(x), y)
         logits, weak_logits = self.student(x)
         teacher_logits = self.teacher[0].to(self.device)(x)
@@ -63,10 +66,9 @@ class Classifier(L.LightningModule):
 
 def fit(model: Classifier, output: str, devices: int, batch_size: int = 64) -> ModelCheckpoint:
     best = ModelCheckpoint(output, filename=f"{model.hparams.width}", monitor="accuracy", mode="max")
-    trainer = L.Trainer(
-        max_epochs=4, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", callbacks=[best],
-        logger=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    place = dict(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto")
+    trainer = L.Trainer(max_epochs=4, callbacks=[best], **place, **quiet)
     trainer.fit(model, DataLoader(train, batch_size // devices, shuffle=True), DataLoader(val, batch_size=128))
     trainer.print(f"width {model.hparams.width}: {best.best_model_score:.1%}")
     return best
@@ -77,4 +79,4 @@ if __name__ == "__main__":
     devices = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     L.seed_everything(0)
     fit(teacher := Classifier(32), output, devices)
-    fit(Classifier(8, teacher.student), output, devices)
+    fit(Classifier(8, distil=True, teacher=teacher.student), output, devices)

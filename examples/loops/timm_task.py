@@ -1,7 +1,7 @@
 """timm: NKD and USKD as two tasks, with its own EMA, checkpoints and resume. In a copy of timm's train.py take one of
 
     task = NKDTask(student_model=model, teacher_model=args.kd_model_name, criterion=train_loss_fn, device=device)
-    task = USKDTask(WithWeakHead(model), train_loss_fn, device=device)
+    task = USKDTask(WithWeakHead(model), train_loss_fn, device=device)  # example_input= if it takes another size
 python examples/loops/timm_task.py [OUTPUT]
 """
 
@@ -77,4 +77,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     fit(ClassificationTask(teacher := vit(96), nn.CrossEntropyLoss()), output)
     fit(NKDTask(vit(48), teacher, nn.CrossEntropyLoss()), output)
-    fit(USKDTask(WithWeakHead(vit(48)), nn.CrossEntropyLoss()), output)
+    fit(USKDTask(WithWeakHead(vit(48), example_input=images[:2]), nn.CrossEntropyLoss()), output)

@@ -1,6 +1,6 @@
-"""train.py with one loss replaced, for the ablations: by a part of it, or by what the paper's official code computes.
+"""Run train.py with one loss replaced, for the ablations: by a part of it, or by the formula of the official code.
 
-python examples/paper/ablation.py nkd_without_target --kd nkd --teacher ... # then any flags of train.py
+python examples/paper/ablation.py nkd_without_target --kd nkd --teacher ...    # any flags of train.py
 """
 
 import sys
@@ -20,7 +20,7 @@ from kdlite.terms import centred, cross_entropy, log_normalized
 def nkd_without_target(
     student: Tensor, teacher: Tensor, target: Tensor, *, gamma: float, temperature: float, reduction: str
 ) -> Tensor:
-    """NKD's non-target term alone, of each row: eq. 7 of the paper without its first term."""
+    """Return NKD's non-target term of each row: eq. 7 of the paper without its first term."""
     assert reduction == "none"
     student, teacher = (centred(logits) / temperature for logits in (student, teacher.detach()))
     n_t = log_normalized(teacher, target).exp()
@@ -30,7 +30,7 @@ def nkd_without_target(
 def uskd_ranked_by_log(
     logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float, beta: float, mu: float, **means: Any
 ) -> Tensor:
-    """USKD of each row as the official code has it since July 2023: log S takes the place of S in the ranking.
+    """Return USKD of each row as in the official code since July 2023, which ranks by log S instead of S.
 
     means: reduction and group, of uskd_loss
     """
@@ -54,6 +54,6 @@ VARIANTS: dict[str, tuple[str, Any]] = {
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
-        sys.exit(f"ablation.py: error: say which variant: {', '.join(VARIANTS)}")
+        sys.exit(f"ablation.py: error: expected a variant first, one of {', '.join(VARIANTS)}")
     setattr(train, *VARIANTS[sys.argv[1]])
     sys.exit(train.main(sys.argv[2:]))

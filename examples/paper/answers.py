@@ -1,17 +1,18 @@
-"""What the networks of a run say of its images: the student, USKD's weak head, the teacher or its stored labels.
+"""Measure the answers of a run's networks about its images: student, USKD's weak head, teacher or stored labels.
 
-    python examples/paper/answers.py RUN ...       # run directories of train.py, with their last.pt
+    python examples/paper/answers.py RUN ... [--model FILE.py:BUILD]
 
-A line a network, of the training images and of the validation images, neither cropped nor flipped (but stored labels
-are of their first view, as it was drawn); the student with the weights that are trained, not with their average
-(--ema-decay):
+RUN is a run directory of train.py with a last.pt. A run of code, such as --model FILE.py:BUILD, needs that flag again.
 
-    top-1       how often the largest probability is the label's, %
-    label       its mean probability: S_t or T_t
-    spread      the standard deviation of its square, by which P_t differs from the label in USKD's target term
-    entropy     of the other classes, normalized among themselves, in nats; beside it what a uniform answer has
+Prints a line for each network, on the training and on the validation images, without crop and flip. Stored labels are
+those of the first view, as it was drawn. The student has the weights that are trained, not their average (--ema-decay).
 
-And of USKD, in %: how many of the first five ranks of R (Zipf's weights go by them) are the student's own.
+    top-1       accuracy, %
+    label       mean probability of the label: S_t or T_t
+    spread      standard deviation of its square, by which P_t differs from the label in USKD's target term
+    entropy     of the other classes, normalised among themselves, in nats; then that of a uniform answer
+
+For USKD also: the share of the first five ranks of R, by which Zipf's weights are given, that the student alone gives.
 """
 
 import argparse
@@ -20,26 +21,27 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
-from deploy.cli import UserError, show_error
+from deploy.cli import UserError, run_command
 from deploy.config import Metadata
-from deploy.preprocess import UnreadableImage
 from deploy.student import load_weights
-from kdlite import WithWeakHead
+from kdlite import Teacher, WithWeakHead
 from kdlite.terms import cross_entropy, is_class, log_normalized, odds
 from kdlite.training.checkpoint import load_checkpoint
-from kdlite.training.data import SPLIT, read_split
-from kdlite.training.loading import eval_view, make_loader
+from kdlite.training.data import open_run
+from kdlite.training.distributed import pick_device
+from kdlite.training.loading import ToDevice, eval_loader, eval_view
 from kdlite.training.teacher_labels import StoredLabels
 
 
 def describe(logits: Tensor, target: Tensor) -> str:
-    """Of (N, C) logits and (N,) labels."""
+    """Return the four measures of logits (N, C) with labels (N,)."""
     logits = logits.double()
     top1 = 100 * (logits.argmax(1) == target).double().mean()
     label = logits.softmax(1).gather(1, target.unsqueeze(1))
@@ -52,7 +54,7 @@ def describe(logits: Tensor, target: Tensor) -> str:
 
 
 def own_ranks(student: Tensor, weak: Tensor, target: Tensor, first: int = 5) -> float:
-    """The part in percent of the first ranks of R_i = W_i / (1 - W_t) + S_i / (1 - S_t) that S alone would give."""
+    """Return how many of the first ranks of R_i = W_i / (1 - W_t) + S_i / (1 - S_t) S alone gives, in percent."""
     first = min(first, student.shape[1] - 1)
     own = odds(student.double(), target)
     both = own + odds(weak.double(), target)
@@ -62,74 +64,70 @@ def own_ranks(student: Tensor, weak: Tensor, target: Tensor, first: int = 5) -> 
 
 
 @torch.inference_mode()
-def answers(run: train.Training, images: object) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits by who gives them, and the labels, of a part of the data."""
-    run.net.eval()
-    if isinstance(run.net, WithWeakHead):
-        run.net.training = True  # its own mode alone: it gives both logits, of a student that is in eval mode
-    given: dict[str, list[Tensor]] = {}
-    labels = []
-    view = functools.partial(eval_view, metadata=Metadata.from_json(run.config, "the student"))
-    for batch in make_loader(images, view, 256, False):
+def collect_logits(
+    net: nn.Module, teacher: Teacher | None, images: Any, config: Metadata, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the logits (N, C) of each network, by its name, and the labels (N,)."""
+    net.eval()
+    if isinstance(net, WithWeakHead):
+        net.training = True  # the wrapper alone returns both logits; the student in it stays in eval mode
+    logits: dict[str, list[Tensor]] = {}
+    labels, to_device = [], ToDevice(config.mean, config.std, device)
+    for batch in eval_loader(images, functools.partial(eval_view, metadata=config), 256, workers=0):
         if batch.corrupt:
-            raise UserError(f"{batch.corrupt[0][0]} cannot be read: answers are of all images")
-        seen = run.to_device(batch.images)
-        student, weak = run.net(seen) if isinstance(run.net, WithWeakHead) else (run.net(seen), None)
-        for who, logits in (("student", student), ("weak head", weak), ("teacher", run.teacher and run.teacher(seen))):
-            if logits is not None:
-                given.setdefault(who, []).append(logits.cpu())
+            raise UserError(f"{batch.corrupt[0][0]} cannot be read: answers.py needs every image")
+        x = to_device.normalise(batch.images)
+        student, weak = net(x) if isinstance(net, WithWeakHead) else (net(x), None)
+        for name, values in (("student", student), ("weak head", weak), ("teacher", teacher and teacher(x))):
+            if values is not None:
+                logits.setdefault(name, []).append(values.cpu())
         labels.append(batch.labels)
-    return {who: torch.cat(logits) for who, logits in given.items()}, torch.cat(labels)
+    return {name: torch.cat(values) for name, values in logits.items()}, torch.cat(labels)
 
 
-def stored_answers(stored: StoredLabels, target: Tensor) -> Tensor:
-    """Log-probabilities (N, C) of the first view of each training image.
+def stored_logprobs(stored: StoredLabels, target: Tensor, classes: int) -> Tensor:
+    """Return the log-probabilities (N, C) of the first view of each training image.
 
     Raises:
-        UserError: some classes were not stored, so that the others would be taken for all
+        UserError: the labels hold only some of the classes, so the entropy over all is unknown
     """
-    k, others = stored.header["k"], stored.header["classes"] - 1
-    if k < others:
-        raise UserError(f"{stored.folder} has {k} of {others} other classes: write labels with --top-k {others}")
-    rows = torch.full((len(target), others + 1), -torch.inf, dtype=torch.float64)
-    for index, label in enumerate(target):
-        of_label, of_others, classes = stored(0, index)
-        rows[index, classes.where(of_others > -torch.inf, label)] = of_others.double()
-        rows[index, label] = of_label.double()
-    return rows
+    if stored.k < classes - 1:
+        needed = f"write labels with --top-k {classes - 1}"
+        raise UserError(f"{stored.folder} has {stored.k} of {classes - 1} other classes: {needed}")
+    rows = [stored(0, index) for index in range(len(target))]
+    return train.all_logprobs(tuple(map(torch.stack, zip(*rows))), target, classes)
 
 
-def lines(folder: Path) -> Iterator[str]:
-    args = train.parse_args(["--output", str(folder), "--resume"])
-    loaded = load_checkpoint(folder, older=False)
-    if loaded is None:
-        raise UserError(f"{folder} has no last.pt: a run of train.py is wanted")
-    where, saved = loaded
-    run = train.build(args, known=saved["config"], sides=read_split(folder / SPLIT))
-    load_weights(run.net, saved["model"], where)
-    yield f"{folder}, {saved['progress']['epoch']} epochs"
-    for part, images in (("training", run.data.train), ("validation", run.data.val)):
-        given, target = answers(run, images)
-        if run.stored and part == "training":
-            given["labels"] = stored_answers(run.stored, target)
-        for who, logits in given.items():
-            yield f"  {part:10}  {who:9}  {describe(logits, target)}"
-        if "weak head" in given:
-            yield f"  {part:10}  own ranks  {own_ranks(given['student'], given['weak head'], target):.1f} %"
+def report(folder: Path, flags: list[str]) -> Iterator[str]:
+    """Yield the lines of a run. flags: of train.py, those that name code."""
+    args, _, data = open_run(train.FLAGS, train.parse_flags(["--output", str(folder), "--resume", *flags]))
+    resumed = load_checkpoint(folder)
+    if resumed is None:
+        raise UserError(f"{folder} has no last.pt: expected a run directory of train.py")
+    device = pick_device(args.device)
+    _, net, config = train.build_student(args, data, resumed)
+    source = train.build_teacher(args, data, config, resumed)
+    teacher = source.to(device) if isinstance(source, Teacher) else None
+    load_weights(net, resumed.content["model"], resumed.file)
+    yield f"{folder}, {resumed.content['progress']['epoch']} epochs"
+    for part, images in (("training", data.train), ("validation", data.val)):
+        logits, target = collect_logits(net.to(device), teacher, images, config, device)
+        if isinstance(source, StoredLabels) and part == "training":
+            logits["labels"] = stored_logprobs(source, target, config.num_classes)
+        for name, values in logits.items():
+            yield f"  {part:10}  {name:9}  {describe(values, target)}"
+        if "weak head" in logits:
+            yield f"  {part:10}  own ranks  {own_ranks(logits['student'], logits['weak head'], target):.1f} %"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    for folder in parser.parse_args().runs:
-        try:
-            for line in lines(folder):
-                print(line, flush=True)
-        except (UserError, UnreadableImage) as error:
-            show_error("answers.py", str(error))
-            return 2
-    return 0
+    args, flags = parser.parse_known_args()
+    for folder in args.runs:
+        for line in report(folder, flags):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("answers.py", main))

@@ -1,13 +1,14 @@
-"""The networks for 32x32 images that CIFAR-100 distillation is measured with and neither torchvision nor timm has.
+"""Networks for 32x32 images of the literature on CIFAR-100 distillation, which neither torchvision nor timm has.
 
     python train.py --data cifar100 --model examples/paper/cifar_models.py:resnet8x4 ...
 
-The protocol is that of Tian et al. 2020 (CRD, arXiv 1910.10699), whose tables name these networks. Residual networks:
-He et al. 2016 (arXiv 1512.03385, section 4.2), with projection shortcuts; wide ones: Zagoruyko and Komodakis 2016
-(arXiv 1605.07146). Blocks are torchvision's wherever it has them.
+The tables of Tian et al. 2020 (CRD, arXiv 1910.10699) name these networks. Residual networks: He et al. 2016
+(arXiv 1512.03385, section 4.2), with projection shortcuts; wide ones: Zagoruyko and Komodakis 2016 (arXiv 1605.07146).
+The blocks are torchvision's where it has them.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from torchvision.ops import Conv2dNormActivation
 
 
 def classifier(num_classes: int, channels: int, **layers: nn.Module) -> nn.Sequential:
-    """Layers, global average pooling, a linear classifier; He's initialisation of the convolutions."""
+    """Return layers, global average pooling and a linear classifier; the convolutions have He's initialisation."""
     head = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(channels, num_classes)}
     model = nn.Sequential(OrderedDict(**layers, **head))
     for module in model.modules():
@@ -28,26 +29,35 @@ def classifier(num_classes: int, channels: int, **layers: nn.Module) -> nn.Seque
     return model
 
 
+def stage(
+    block: Callable[[int, int, int], nn.Module], channels_in: int, channels: int, blocks: int, stride: int = 2
+) -> nn.Sequential:
+    """Return blocks of (channels_in, channels, stride); the first one changes channels and size."""
+    first = block(channels_in, channels, stride)
+    return nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+def basic_block(channels_in: int, channels: int, stride: int) -> nn.Module:
+    """Return torchvision's block, with a projection as the shortcut if the channels differ."""
+    shortcut = None
+    if channels_in != channels:
+        shortcut = nn.Sequential(conv1x1(channels_in, channels, stride), nn.BatchNorm2d(channels))
+    return BasicBlock(channels_in, channels, stride, shortcut)
+
+
 def resnet(num_classes: int, depth: int = 20, width: int = 16, stem: int | None = None) -> nn.Module:
-    """6n + 2 layers: three stages of n blocks with width, 2 x width and 4 x width channels."""
+    """Return a network of 6n + 2 layers: three stages of n blocks with width, 2 x width and 4 x width channels."""
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"depth must be 6n + 2 (8, 14, 20, ...), got {depth}")
-
-    def stage(channels_in: int, channels: int, stride: int) -> nn.Sequential:
-        shortcut = None
-        if channels_in != channels:
-            shortcut = nn.Sequential(conv1x1(channels_in, channels, stride), nn.BatchNorm2d(channels))
-        first = BasicBlock(channels_in, channels, stride, shortcut)
-        return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(depth // 6 - 1)))
-
+    blocks = depth // 6
     stem = stem or width
     return classifier(
         num_classes,
         4 * width,
         stem=nn.Sequential(conv3x3(3, stem), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)),
-        layer1=stage(stem, width, 1),
-        layer2=stage(width, 2 * width, 2),
-        layer3=stage(2 * width, 4 * width, 2),
+        layer1=stage(basic_block, stem, width, blocks, stride=1),
+        layer2=stage(basic_block, width, 2 * width, blocks),
+        layer3=stage(basic_block, 2 * width, 4 * width, blocks),
     )
 
 
@@ -58,7 +68,7 @@ resnet8x4, resnet32x4 = (partial(resnet, depth=depth, width=64, stem=32) for dep
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before each of two convolutions; the projection, if any, comes after the first pair."""
+    """Two convolutions, each after batch norm and ReLU. A projection gets the input after the first norm and ReLU."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -75,19 +85,15 @@ class PreActivationBlock(nn.Module):
 
 
 def wrn(num_classes: int, depth: int = 40, width: int = 2) -> nn.Module:
-    """A wide residual network of 6n + 4 layers, width x 16, 32 and 64 channels."""
-
-    def stage(channels_in: int, channels: int, stride: int) -> nn.Sequential:
-        first = PreActivationBlock(channels_in, channels, stride)
-        return nn.Sequential(first, *(PreActivationBlock(channels, channels, 1) for _ in range(depth // 6 - 1)))
-
+    """Return a wide residual network of 6n + 4 layers, with width x 16, 32 and 64 channels."""
+    blocks = depth // 6
     return classifier(
         num_classes,
         64 * width,
         stem=conv3x3(3, 16),
-        layer1=stage(16, 16 * width, 1),
-        layer2=stage(16 * width, 32 * width, 2),
-        layer3=stage(32 * width, 64 * width, 2),
+        layer1=stage(PreActivationBlock, 16, 16 * width, blocks, stride=1),
+        layer2=stage(PreActivationBlock, 16 * width, 32 * width, blocks),
+        layer3=stage(PreActivationBlock, 32 * width, 64 * width, blocks),
         norm=nn.Sequential(nn.BatchNorm2d(64 * width), nn.ReLU(inplace=True)),
     )
 
@@ -98,7 +104,7 @@ wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2 = (
 
 
 def vgg(num_classes: int, convolutions: int = 1) -> nn.Module:
-    """VGG with batch norm: that many convolutions at each of five widths, three poolings, one linear layer."""
+    """Return VGG with batch norm: `convolutions` at each of five widths, three poolings, one linear layer."""
     widths: list[str | int] = []
     for width in (64, 128, 256):
         widths += [*[width] * convolutions, "M"]
@@ -109,7 +115,7 @@ vgg8, vgg13 = (partial(vgg, convolutions=n) for n in (1, 2))
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block with plain ReLU, and with its first 1x1 convolution even where that does not expand."""
+    """MobileNetV2's block with plain ReLU; it always has the first 1x1 convolution, also without an expansion."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -126,7 +132,7 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenet_v2_half(num_classes: int) -> nn.Module:
-    """MobileNetV2 of half the width; strides fit 32 px (Sandler et al. 2018, table 2, but for them)."""
+    """Return MobileNetV2 of half the width (Sandler et al. 2018, table 2), with strides for 32 px."""
     stages, channels_in = [], 16
     for expansion, channels, blocks, stride in (
         (1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1),
@@ -150,7 +156,7 @@ class ShuffleUnit(nn.Module):
 
     def __init__(self, channels_in: int, channels: int, stride: int, groups: int = 3) -> None:
         super().__init__()
-        branch = channels - channels_in if stride == 2 else channels  # the shortcut brings the others
+        branch = channels - channels_in if stride == 2 else channels  # the shortcut has the other channels
         hidden = branch // 4
         first_groups = 1 if channels_in == 24 else groups
         self.layers = nn.Sequential(
@@ -167,24 +173,19 @@ class ShuffleUnit(nn.Module):
 
 
 def shufflenet_v1(num_classes: int) -> nn.Module:
-    """ShuffleNet with 3 groups; the stem keeps 32 px."""
-
-    def stage(channels_in: int, channels: int, blocks: int) -> nn.Sequential:
-        first = ShuffleUnit(channels_in, channels, 2)
-        return nn.Sequential(first, *(ShuffleUnit(channels, channels, 1) for _ in range(blocks - 1)))
-
+    """Return ShuffleNet with 3 groups and a stem that keeps 32 px."""
     return classifier(
         num_classes,
         960,
         stem=Conv2dNormActivation(3, 24, 1),
-        layer1=stage(24, 240, 4),
-        layer2=stage(240, 480, 8),
-        layer3=stage(480, 960, 4),
+        layer1=stage(ShuffleUnit, 24, 240, 4),
+        layer2=stage(ShuffleUnit, 240, 480, 8),
+        layer3=stage(ShuffleUnit, 480, 960, 4),
     )
 
 
 def shufflenet_v2(num_classes: int) -> nn.Module:
-    """torchvision's, with a stem that keeps 32 px."""
+    """Return torchvision's network with a stem that keeps 32 px."""
     model = ShuffleNetV2([4, 8, 4], [24, 116, 232, 464, 1024], num_classes=num_classes)
     model.conv1, model.maxpool = Conv2dNormActivation(3, 24, 1), nn.Identity()
     return model

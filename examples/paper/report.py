@@ -1,9 +1,9 @@
-"""The tables in README.md and examples/paper/README.md, and the plots, from results/*.csv.
+"""Write the tables in README.md and examples/paper/README.md, and the plots, from results/*.csv.
 
-    python examples/paper/report.py            # writes them anew; --check says whether they are what the files say
+    python examples/paper/report.py            # writes them; --check fails if a table differs from its file
     python examples/paper/report.py --compare few-images KD NKD    # the paired t-test between two rows
 
-Between <!-- table NAME --> and <!-- end --> a page holds the table of results/NAME.csv; summary is of the first two.
+The table of results/NAME.csv is between <!-- table NAME --> and <!-- end -->; `summary` has the first two settings.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from scipy.stats import ttest_1samp
 
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parents[1] / "README.md", HERE / "README.md"]
-BASELINE, TUNED = "cross-entropy", "KD tuned"  # the second: of the tables that have it
-SELF = {classes: f"self-{classes}" for classes in (20, 50, 100)}  # of as many images in all
+BASELINE, TUNED = "cross-entropy", "KD tuned"  # only some tables have the second
+SELF = {classes: f"self-{classes}" for classes in (20, 50, 100)}  # the same number of images in all
 
 
 def read(name: str) -> dict[str, dict[int, dict[str, str]]]:
-    """Method: seed: the row of results/NAME.csv."""
+    """Return the rows of results/NAME.csv by method and seed."""
     table: dict[str, dict[int, dict[str, str]]] = {}
     with open(HERE / f"results/{name}.csv", newline="") as file:
         for row in csv.DictReader(file):
@@ -39,19 +39,19 @@ def column(rows: dict[int, dict[str, str]], key: str) -> list[float]:
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Mean +- standard deviation over seeds."""
+    """Return mean +- standard deviation over seeds."""
     deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def baseline_of(method: str, table: dict[str, dict[int, dict[str, str]]]) -> str:
-    """Cross-entropy, of the same network where the table has several."""
+    """Return the row of cross-entropy, of the same network if the table has several."""
     own = method.partition(" ")[0] + " " + BASELINE
     return own if own in table else BASELINE
 
 
 def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> list[float]:
-    """What a method gains over another in top-1, seed by seed; empty where there is nothing to compare."""
+    """Return the gains in top-1 of a method over another, seed by seed; empty if they cannot be compared."""
     rows, base = table[method], table.get(base_name, {})
     if method in ("teacher", base_name) or rows.keys() != base.keys():
         return []
@@ -59,7 +59,7 @@ def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]
 
 
 def over(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
-    """The gain's mean and deviation, and p of a paired t-test; empty where there is nothing to compare, or one seed."""
+    """Return the gain's mean and deviation, and p of a paired t-test; empty without a pair of at least two seeds."""
     values = gains(base_name, method, table)
     if len(values) < 2:
         return "", ""
@@ -83,7 +83,7 @@ def markdown(name: str) -> str:
 
 
 def summary() -> str:
-    """Both settings side by side."""
+    """Return the table of both settings."""
     few_epochs, few_images = read("few-epochs"), read("few-images")
     lines = [
         "| trained with | underfits: top-1 % | over cross-entropy | fits: top-1 % | over cross-entropy |",
@@ -98,7 +98,7 @@ def summary() -> str:
 
 
 def plot(name: str) -> None:
-    """A dot a run, a bar from the mean to a standard deviation on both sides; the line is cross-entropy's mean."""
+    """Plot a dot for each run, the mean and a standard deviation on both sides; the line is cross-entropy's mean."""
     table = {method: column(rows, "val_top1") for method, rows in read(name).items() if method != "teacher"}
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.35 * len(table)), layout="constrained")
     for y, (method, values) in enumerate(table.items()):
@@ -117,11 +117,11 @@ def plot(name: str) -> None:
 
 
 def plot_classes() -> None:
-    """What is gained over cross-entropy without a teacher, by number of classes: means and standard errors."""
+    """Plot the gain over cross-entropy without a teacher by number of classes: means and standard errors."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     tables = {classes: read(name) for classes, name in SELF.items()}
     for i, method in enumerate(("label smoothing", "Tf-KD", "USKD")):
-        found = {  # beside each other
+        found = {  # shifted, so that the methods do not overlap
             classes * 1.03 ** (i - 1): gains(BASELINE, method, table)
             for classes, table in tables.items()
             if len(gains(BASELINE, method, table)) > 1
@@ -143,22 +143,22 @@ def plot_classes() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is out of date")
+    parser.add_argument("--check", action="store_true", help="only compare; status 1 if a table is out of date")
     parser.add_argument(
-        "--compare", nargs=3, metavar=("TABLE", "METHOD", "OTHER"), help="print what one gains over another"
+        "--compare", nargs=3, metavar=("TABLE", "METHOD", "OTHER"), help="print the gain of a row over another"
     )
     args = parser.parse_args()
     if args.compare:
         name, method, other = args.compare
-        known = {file.stem for file in HERE.glob("results/*.csv")}
-        if name not in known:
-            parser.error(f"no table {name}: one of {', '.join(sorted(known))}")
+        names = {file.stem for file in HERE.glob("results/*.csv")}
+        if name not in names:
+            parser.error(f"no table {name}: expected one of {', '.join(sorted(names))}")
         table = read(name)
         if missing := {method, other} - table.keys():
-            parser.error(f"{name} has no {missing.pop()!r}: one of {', '.join(table)}")
+            parser.error(f"{name} has no {missing.pop()!r}: expected one of {', '.join(table)}")
         gain, p = over(other, method, table)
         if not p:
-            parser.error(f"{method} and {other} are no two methods of the same two seeds or more")
+            parser.error(f"{method} and {other}: expected two methods with the same seeds, at least two")
         print(f"{gain}, p = {p}")
         return 0
     status = 0

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One command for each row of the paper's tables, and for the CRD protocol's pairs on CIFAR-100.
+# A command for each row of the paper's tables, and for the CRD protocol's pairs on CIFAR-100.
 #
 #   bash examples/paper/rows.sh                                     # lists the rows
 #   bash examples/paper/rows.sh nkd-resnet18                        # runs one
-#   LAUNCH=echo bash examples/paper/rows.sh all                     # shows their commands
+#   LAUNCH=echo bash examples/paper/rows.sh all                     # prints their commands
 #   LAUNCH="torchrun --nproc-per-node 8" IMAGENET=/data/imagenet bash examples/paper/rows.sh uskd-resnet50
 #
-# After the commands: top-1 in %, baseline -> with the method, as the paper's authors report them (arXiv 2303.13005 and
-# its official repository). None of these runs is ours: README.md here says what we measured.
+# After the commands: the authors' top-1 in %, baseline -> with the method (arXiv 2303.13005 and its official repository).
+# We ran none of them; README.md in this folder has our own measurements.
 set -euo pipefail
 LAUNCH=${LAUNCH:-python}
 IMAGENET=${IMAGENET:-/imagenet}
@@ -24,10 +24,9 @@ row() { # name flags...
 }
 cnn() { row "$1" --data "$IMAGENET" --recipe imagenet-cnn "${@:2}"; }
 vit() { row "$1" --data "$IMAGENET" --recipe imagenet-vit "${@:2}"; }
-cifar() { row "$1" --data cifar100 --download --recipe cifar "${@:2}"; }
-crd() { # name model flags...: 240 epochs of 64, x 0.1 after 150, 180 and 210; the last epoch counts
-	cifar "$1" --model "examples/paper/cifar_models.py:$2" --no-small-stem \
-		--epochs 240 --batch-size 64 --lr 0.05 --step-epochs 150 180 210 --step-factor 0.1 "${@:3}"
+cifar() { row "$1" --data cifar100 --recipe cifar "${@:2}"; }
+crd() { # name model flags...: the last epoch counts
+	row "$1" --data cifar100 --recipe crd --model "examples/paper/cifar_models.py:$2" "${@:3}"
 }
 
 # NKD on ImageNet
@@ -38,10 +37,9 @@ vit nkd-deit-tiny --model deit_tiny_patch16_224 --kd nkd \
 vit nkd-deit-base --model deit_base_patch16_224 --kd nkd \
 	--teacher deit3_large_patch16_224.fb_in22k_ft_in1k                                  # 81.76 -> 84.96
 
-# USKD on ImageNet. Three baselines have schedules of their own (ShuffleNetV2's is linear, here a cosine).
+# USKD on ImageNet. Three baselines have other schedules (ShuffleNetV2's is linear; here it is a cosine).
 cnn uskd-mobilenet --self-kd uskd --model mobilenetv1_100                               # 69.21 -> 70.38
-cnn uskd-mobilenet-v2 --self-kd uskd --model mobilenet_v2 --epochs 300 --lr 0.045 --weight-decay 4e-5 \
-	--step-epochs $(seq 299) --step-factor 0.98                                         # 71.86 -> 72.41
+row uskd-mobilenet-v2 --data "$IMAGENET" --recipe imagenet-mobilenet --self-kd uskd --model mobilenet_v2 # 71.86 -> 72.41
 cnn uskd-shufflenet-v2 --self-kd uskd --model shufflenet_v2_x1_0 --epochs 300 --batch-size 1024 --lr 0.5 \
 	--weight-decay 4e-5 --schedule cosine --warmup-epochs 4                             # 69.55 -> 70.30
 cnn uskd-resnet18 --self-kd uskd --model resnet18                                       # 69.90 -> 70.79
@@ -57,7 +55,7 @@ cifar teacher-resnet34 --model resnet34
 cifar nkd-cifar-resnet18 --model resnet18 --kd nkd --teacher runs/paper/teacher-resnet34/student
 cifar uskd-cifar-resnet18 --model resnet18 --self-kd uskd                               # 78.58 -> 79.90
 
-# The CRD protocol on CIFAR-100: teachers, seven pairs of one style, four mixed ones
+# The CRD protocol on CIFAR-100: teachers, seven pairs of the same style, four mixed pairs
 for teacher in wrn_40_2 resnet56 resnet110 resnet32x4 vgg13; do
 	crd "teacher-$teacher" $teacher
 done
@@ -75,6 +73,6 @@ pair resnet32x4 shufflenet_v2 --lr 0.01
 pair wrn_40_2 shufflenet_v1 --lr 0.01
 
 if [[ "$WANTED" != "  " && $FOUND == 0 ]]; then
-	echo "rows.sh: error: no row named$WANTED: without a name it lists them" >&2
+	echo "rows.sh: error: no row named$WANTED: without a name rows.sh lists them" >&2
 	exit 2
 fi

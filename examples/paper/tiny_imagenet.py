@@ -1,4 +1,4 @@
-"""The losses on real photographs: whole tables of train.py runs on Tiny-ImageNet, one row a run in results/*.csv.
+"""Run whole tables of train.py on Tiny-ImageNet: the losses on photographs, a row for each run in results/*.csv.
 
     python examples/paper/tiny_imagenet.py SOURCE few-epochs    # CPU: 20 classes at 32 px, a student that underfits
     python examples/paper/tiny_imagenet.py SOURCE few-images    # CPU: ... one that fits its training set
@@ -8,14 +8,14 @@
     python examples/paper/tiny_imagenet.py SOURCE lite-sharp    # CPU: ... at temperatures below 1
     python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: the methods with that teacher, seeds paired
     python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits; also lite-fits-sweep
-    python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher of their own
+    python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher trained on them
     python examples/paper/tiny_imagenet.py SOURCE lite-50       # CPU: as lite, 50 classes; also lite-50-sweep
     python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: no teacher, 50 classes; also self-20, self-100
     python examples/paper/tiny_imagenet.py SOURCE self-50-fits  # CPU: ... 50 classes, a student that fits
     python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, four networks
 
-SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are kept under runs/tiny_imagenet;
-one that is complete is not repeated. README.md says how the settings were chosen. Then: python examples/paper/report.py
+SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are kept under runs/tiny_imagenet,
+and a finished run is not repeated. README.md has the choice of the settings. Then run examples/paper/report.py.
 """
 
 import argparse
@@ -42,16 +42,19 @@ MODELS = HERE / "cifar_models.py"
 
 
 class Setting(NamedTuple):
-    """Images, and flags of train.py that all runs share."""
+    """The images of a table, and flags of train.py that its runs share."""
 
     classes: int
     size: int  # pixels
     train: int  # images a class, the first in alphabetical order
     held_out: int  # of the others, the last, added to Tiny-ImageNet's own 50 validation images a class
     common: list[str]
-    teacher: list[str]  # of a training; or with --write-labels, of ImageNet's, asked about these images; or none
+    teacher: list[str]  # flags of the teacher's training; none: no teacher, or ImageNet's
     student: list[str]
-    copies: int = 1  # of each training image: an epoch is then so many of its own
+    copies: int = 1  # of each training image: an epoch has each of them this many times
+    views: int = (
+        0  # of each training image, about which the answers of ImageNet's teacher are stored; 0: no such teacher
+    )
 
 
 class Table(NamedTuple):
@@ -66,8 +69,7 @@ SMALL = [
     "--warmup-epochs", "1", "--cache", "device",
 ]  # fmt: skip
 LITE = [*SMALL[: SMALL.index("--cache")], "--model", f"{MODELS}:resnet8", "--crop", "none"]
-LITE_TEACHER = ["--img-size", "64", "--channels-last", "--views", "2", "--write-labels"]
-LITE_STUDENT = ["--img-size", "32", "--workers", "0", "--channels-last", "--epochs"]
+LITE_STUDENT = ["--img-size", "32", "--workers", "0", "--epochs"]
 LARGE = [
     "--recipe", "cifar", "--img-size", "64", "--batch-size", "256", "--lr", "0.2", "--schedule", "cosine",
     "--warmup-epochs", "1", "--epochs", "8", "--cache", "device",
@@ -88,21 +90,21 @@ SETTINGS = {
         teacher=["--model", f"{MODELS}:resnet20", "--epochs", "100"],
         student=["--model", f"{MODELS}:resnet8", "--epochs", "64", "--crop", "none"],
     ),
-    # few-epochs and few-images from the photographs themselves, with the answers of a teacher that saw them larger
+    # few-epochs and few-images with the answers of a teacher that got larger images
     "lite": Setting(
-        20, 64, train=400, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "8"],
+        20, 64, train=400, held_out=50, common=LITE, teacher=[], student=[*LITE_STUDENT, "8"], views=2,
     ),
     "lite-fits": Setting(
-        20, 64, train=50, held_out=50, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "16"], copies=4,
+        20, 64, train=50, held_out=50, common=LITE, teacher=[], student=[*LITE_STUDENT, "16"], copies=4, views=2,
     ),
-    "lite-50": Setting(  # as many images of more classes
-        50, 64, train=160, held_out=0, common=LITE, teacher=LITE_TEACHER, student=[*LITE_STUDENT, "8"],
+    "lite-50": Setting(  # the same number of images, of more classes
+        50, 64, train=160, held_out=0, common=LITE, teacher=[], student=[*LITE_STUDENT, "8"], views=2,
     ),
     "lite-own": Setting(  # lite with a teacher that was trained on the same images
         20, 64, train=400, held_out=50, common=LITE,
         teacher=["--model", f"{MODELS}:resnet20", *LITE_STUDENT, "16"], student=[*LITE_STUDENT, "8"],
     ),
-    # few-epochs without its teacher, and with the same 8,000 images in all, of more classes
+    # few-epochs without its teacher; always 8,000 images in all, also of more classes
     **{
         f"self-{classes}": Setting(
             classes, 32, train=8000 // classes, held_out=50, common=SMALL, teacher=[],
@@ -110,7 +112,7 @@ SETTINGS = {
         )
         for classes in (20, 50, 100)
     },
-    "self-50-fits": Setting(  # few-images with as many images, of more classes
+    "self-50-fits": Setting(  # few-images with the same number of images, of more classes
         50, 32, train=20, held_out=50, common=SMALL, teacher=[],
         student=["--model", f"{MODELS}:resnet8", "--epochs", "16", "--crop", "none"], copies=4,
     ),
@@ -134,7 +136,7 @@ def labels(kd: str, *flags: str) -> list[str]:
 
 
 def lite_kd(temperature: float, weight: float) -> list[str]:
-    return labels("kd", "--kd-temperature", f"{temperature:g}", "--kd-weight", f"{weight:g}")
+    return labels("kd", "--temperature", f"{temperature:g}", "--kd-weight", f"{weight:g}")
 
 
 def lite_nkd(gamma: float, temperature: float) -> list[str]:
@@ -195,35 +197,35 @@ TABLES = {
         "lite-50", 5, {**LITE_METHODS, "KD tuned here": lite_kd(1, 3), "NKD tuned here": lite_nkd(0.5, 1)}
     ),
     "lite-own": Table(
-        "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--kd-temperature", "1"], "NKD": NKD}
+        "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--temperature", "1"], "NKD": NKD}
     ),
     **{name: Table(name, 5, SELF_METHODS) for name in ("self-20", "self-50", "self-100", "self-50-fits")},
-    "lite-sweep": Table(  # twelve of each, on a seed that is not reported
+    "lite-sweep": Table(  # twelve of each method, on a seed that is not reported
         "lite", 1, first_seed=100,
         runs={
             "cross-entropy": [],
             **{f"KD T {t} weight {w}": lite_kd(t, w) for t in (1, 2, 4, 8) for w in (1, 3)},
             **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g in (0.25, 0.5, 1.5, 3.5) for t in (1, 2)},
-            # the best lay at the edge of these: towards smaller weights
+            # the best were at the edge of these: smaller weights
             **{f"KD T {t} weight {w}": lite_kd(t, w) for t, w in ((1, 0.3), (2, 0.1), (2, 0.25), (4, 0.06))},
             **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for t, g in ((1, 0.1), (2, 0.1), (4, 0.06), (4, 0.25))},
         },
     ),
-    "lite-sharp": Table(  # ... at temperatures that sharpen the teacher's answers about the other classes
+    "lite-sharp": Table(  # temperatures that sharpen the teacher's answers about the other classes
         "lite", 1, first_seed=100,
         runs={
             **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g, t in ((3.5, 0.5), (1.5, 0.5), (6, 0.5), (6, 0.25))},
             **{f"KD T 0.5 weight {w}": lite_kd(0.5, w) for w in (1, 3)},
         },
     ),
-    "lite-fits-sweep": Table(  # ... of larger weights and temperatures, where the student fits
+    "lite-fits-sweep": Table(  # larger weights and temperatures, where the student fits
         "lite-fits", 1, first_seed=100,
         runs={
             **{f"KD T {t} weight {w}": lite_kd(t, w) for t, w in ((1, 1), (1, 3), (2, 3), (2, 9), (4, 1), (4, 3))},
             **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g, t in ((1.5, 1), (3.5, 1), (1.5, 3), (3.5, 3), (7, 3))},
         },
     ),
-    "lite-50-sweep": Table(  # ... the neighbours of what was best with 20 classes
+    "lite-50-sweep": Table(  # the neighbours of the best with 20 classes
         "lite-50", 1, first_seed=100,
         runs={
             **{f"KD T {t} weight {w}": lite_kd(t, w) for t, w in ((1, 1), (1, 3), (2, 1), (0.5, 3))},
@@ -242,7 +244,7 @@ TABLES = {
 
 
 def make_images(source: Path, target: Path, setting: Setting) -> None:
-    """Every so many classes in alphabetical order, each image resized and stored without loss."""
+    """Write the images of evenly spaced classes in alphabetical order, resized and stored without loss."""
     classes = sorted(path.name for path in (source / "train").iterdir())
     for name in classes[:: max(1, len(classes) // setting.classes)][: setting.classes]:
         train, val = (sorted((source / part / name).rglob("*.JPEG")) for part in ("train", "val"))
@@ -262,7 +264,7 @@ def make_images(source: Path, target: Path, setting: Setting) -> None:
 
 
 def result(output: Path, command: list[str]) -> dict[str, str] | None:
-    """The last epoch of the run in output, with what args.json says of it; None if it is not this command's, whole."""
+    """Return the last epoch of a run and facts of args.json; None if the run is of another command, or not finished."""
     try:
         about = json.loads((output / "args.json").read_text())
         with open(output / "metrics.csv") as file:
@@ -281,21 +283,29 @@ def result(output: Path, command: list[str]) -> dict[str, str] | None:
     }
 
 
+def write_labels(folder: Path, images: Path, setting: Setting) -> None:
+    """Store the answers of ImageNet's teacher about the images; whole files of labels are kept."""
+    command = [sys.executable, "-m", "kdlite.training.teacher_labels", "--output", folder, "--data", images]
+    command += ["--teacher", f"{TEACHER}:{fetch(TEACHER)}", "--views", setting.views, "--top-k", setting.classes - 1]
+    command += ["--recipe", "cifar", "--model", f"{MODELS}:resnet8", "--img-size", setting.size, "--crop", "none"]
+    subprocess.run(list(map(str, command)), check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
 def run(name: str, flags: list[str]) -> dict[str, str]:
-    """train.py, or ablation.py with one of its variants, unless that was done before."""
+    """Run train.py, or ablation.py with a variant, unless the run is finished; return its row."""
     variants = [flag.removeprefix("variant=") for flag in flags if flag.startswith("variant=")]
     script = [str(HERE / "ablation.py"), *variants] if variants else [str(ROOT / "train.py")]
     output = RUNS / name.replace(",", "").replace(" ", "-")
     command = [sys.executable, *script, *(flag for flag in flags if not flag.startswith("variant="))]
-    command += ["--output", str(output), "--overwrite"]
+    command += ["--output", str(output)]
     row = result(output, command)
     if row is None:
-        output.mkdir(parents=True, exist_ok=True)
-        with open(output / "log.txt", "w") as log:
-            status = subprocess.run(command, stdout=log, stderr=log).returncode
+        if (output / "args.json").exists():  # another command, or a run that was stopped
+            shutil.rmtree(output)
+        done = subprocess.run(command, capture_output=True, text=True)
         row = result(output, command)
-        if status or row is None:
-            raise SystemExit(f"{shlex.join(command)} ended with status {status}: see {output}/log.txt")
+        if done.returncode or row is None:
+            raise SystemExit(f"{shlex.join(command)} ended with status {done.returncode}: {done.stderr[-2000:]}")
     print(f"{name:40} top-1 {float(row['val_top1']):6.2f} %  {row['seconds_per_epoch']} s an epoch", flush=True)
     return row
 
@@ -304,8 +314,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("source", type=Path, help="the unpacked Tiny-ImageNet")
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--seeds", type=int, help="how many (default: as many as the table's rows were given)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, on CPU, with one thread each")
+    parser.add_argument("--seeds", type=int, help="of each row (default: the table's)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at the same time, on CPU, with one thread each (default: 1)"
+    )
     parser.add_argument("--flags", default="", help="more flags of train.py for every run, to try the table small")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where the table is written")
     args = parser.parse_args()
@@ -322,15 +334,13 @@ def main() -> None:
     common = ["--data", str(images), *setting.common]
     more = shlex.split(args.flags)
     rows = {}
-    teacher, labelled = Path(), "--write-labels" in setting.teacher
-    if labelled:
+    teacher = Path()
+    if setting.views:
         teacher = RUNS / table.setting / "labels"
-        k = str(setting.classes - 1)  # all that it says of the others
-        asked = [*setting.teacher, str(teacher), "--top-k", k, "--teacher", f"{TEACHER}:{fetch(TEACHER)}", *more]
-        subprocess.run([sys.executable, str(ROOT / "train.py"), *common, *asked], check=True)  # what is there is kept
+        write_labels(teacher, images, setting)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    if setting.teacher and not labelled:
+    if setting.teacher:
         name = f"{table.setting}/teacher"
         rows["teacher", 0] = run(name, [*common, *setting.teacher, *more])
         teacher = RUNS / name / "student"
@@ -338,13 +348,13 @@ def main() -> None:
     for seed in range(table.first_seed, table.first_seed + (args.seeds or table.seeds)):
         for method, flags in table.runs.items():
             filled = [flag.format(teacher=teacher) for flag in flags]
-            shared = [known for known in METHODS if METHODS[known] == flags]  # with the setting's own table
+            shared = [known for known in METHODS if METHODS[known] == flags]  # shared with the setting's own table
             name = f"{table.setting}/{shared[0] if shared else method}-{seed}"
             runs[method, seed] = (name, [*common, *setting.student, *filled, *more, "--seed", str(seed)])
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             rows |= zip(runs, pool.map(lambda arguments: run(*arguments), runs.values()))
-        except BaseException:  # one failed, or Ctrl-C: those that wait need not begin
+        except BaseException:  # a run failed, or Ctrl-C: the waiting ones do not start
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
-import csv
 import hashlib
-import io
 import math
 import os
 import statistics
@@ -22,15 +20,14 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 
-from deploy.cli import UserError, write_whole
+from deploy.cli import UserError
 from deploy.flags import Table, is_code, pick_recipe, settle_flags
 from deploy.preprocess import UnreadableImage, endings, open_image, upright_size
 from deploy.reference import evenly
-from deploy.run_directory import read_given
+from deploy.run_directory import SPLIT, read_csv, read_given, read_split
 from kdlite.training.distributed import from_rank_zero, local_rank_zero_first, log
 
 EXPECTED = "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or one of digits, cifar10, cifar100"
-SPLIT = "split.csv"  # in a run directory: see write_split
 FOLDER = "data"  # CIFAR is downloaded into it
 # Folders with these names that hold folders are sets of images, not classes.
 SETS = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -315,36 +312,6 @@ def keep_split(files: Sequence[str], sides: Mapping[str, str]) -> dict[str, str]
     if gone:
         log(f"missing since this run was split: {abbreviate(gone)}")
     return {**sides, **dict.fromkeys(new, "train")}
-
-
-def write_split(file: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write Data.split as a CSV file: the side of each image."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("file", "side"), *rows])
-    write_whole(file, text.getvalue())
-
-
-def read_split(file: Path) -> dict[str, str] | None:
-    """Return the sides that write_split wrote; None if the file is missing.
-
-    Raises:
-        UserError: the file is something else
-    """
-    if not file.exists():
-        return None
-    header, *rows = read_csv(file, "a run's split") or [[]]
-    wrong = [row for row in rows if len(row) != 2 or row[1] not in ("train", "val")]
-    if header != ["file", "side"] or wrong or not rows:
-        raise UserError(f"{file} is not a run's split: expected FILE,train or FILE,val, got {(wrong or [header])[0]}")
-    return dict(rows)  # type: ignore[arg-type]
-
-
-def read_csv(file: Path, what: str) -> list[list[str]]:
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            return [row for row in csv.reader(lines) if row]
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read as {what}: {' '.join(str(error).split())}") from error
 
 
 # ---- statistics of a data set --------------------------------------------------------------------------------------

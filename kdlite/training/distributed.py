@@ -169,7 +169,10 @@ def reported_once() -> Iterator[None]:
         if not is_first_error():
             raise SystemExit(2) from error
         if lost:
-            raise UserError(f"rank {RANK} lost another process, which has ended: {first_line(error)}") from error
+            raise UserError(
+                f"rank {RANK}: another process has ended, or does not answer ({first_line(error)[:120]}); --resume "
+                "continues from the last checkpoint"
+            ) from error
         raise
 
 

@@ -29,10 +29,10 @@ from deploy.config import Metadata
 from deploy.flags import is_code
 from deploy.per_class import save, shortened, write_per_class
 from deploy.reference import keep_reference
-from deploy.run_directory import claim, describe, locked, open_in_run
+from deploy.run_directory import SPLIT, claim, describe, locked, open_in_run, write_split
 from kdlite import WithWeakHead
 from kdlite.training.checkpoint import Checkpoint, Progress
-from kdlite.training.data import SPLIT, Data, write_split
+from kdlite.training.data import Data
 from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_rank_zero, log, peak_memory
 
 # ---- the run directory --------------------------------------------------------------------------------------------

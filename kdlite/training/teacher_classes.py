@@ -13,7 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from timm.data import ImageNetInfo
 
 from deploy.cli import UserError
-from kdlite.training.data import abbreviate, read_csv
+from deploy.run_directory import read_csv
+from kdlite.training.data import abbreviate
 from kdlite.training.distributed import warn
 
 

@@ -56,11 +56,11 @@ def test_results_and_remarks_are_escaped(capsys):
 def test_a_missing_package_ends_a_command_and_is_an_error_elsewhere(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/deploy/export.py"])
     with pytest.raises(SystemExit if name == "__main__" else UserError) as raised, cli.needs("pip install x", name):
-        import a_package_that_nobody_has  # noqa: F401
+        import a_missing_package  # noqa: F401
     if name == "__main__":
         assert raised.value.code == 2
         line = capsys.readouterr().err
-        assert line == "python -m deploy.export: error: No module named 'a_package_that_nobody_has': pip install x\n"
+        assert line == "python -m deploy.export: error: No module named 'a_missing_package': pip install x\n"
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

@@ -1,35 +1,138 @@
-"""A device without torch: an environment of numpy, Pillow, a runtime and the server's packages, nothing else."""
+"""Who imports whom; and a device without torch: numpy, Pillow, a runtime and the server's packages."""
 
+import ast
 import contextlib
 import csv
 import importlib.util
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import urllib.request
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
+from commands import deploy
 from environments import installed, make_environment
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from students import load, model_files, write_student
+from students import load, model_files, write_run
 
+from deploy import quantize
 from deploy.export import export_student
 from deploy.preprocess import open_image, prepare
-from deploy.quantize import quantize_student
-from deploy.reference import NAME, Reference, write_reference
-from deploy.runtimes import source_of, top_labels
+from deploy.reference import NAME
+from deploy.runtimes import top_labels
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 SERVER = ("starlette", "uvicorn", "prometheus-client", "python-multipart")
-FOREIGN = ("torch", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "safetensors", "onnx", "kdlite", "train")
+
+# ---- the arrows ----------------------------------------------------------------------------------------------------
+
+FORMAT = ("cli", "config", "preprocess", "run_directory", "reference", "per_class", "student", "runtimes")  # a student
+FORMAT = tuple(f"deploy.{name}" for name in FORMAT)
+# The files, and all that they may import besides the standard library. "deploy.*" are the files of the folder without
+# its folders; a package in brackets is imported inside a function, because not every machine has it. The first row
+# that matches a file holds.
+ARROWS = {
+    "kdlite/*.py": ("torch", "kdlite", "kdlite.*"),
+    "kdlite/training/*.py": (
+        *("torch", "torchvision", "timm", "safetensors", "numpy", "PIL", "scipy"),
+        *("kdlite", "kdlite.training.*", *FORMAT, "deploy.flags"),
+        *("[sklearn]", "[matplotlib]", "[torch.utils.tensorboard]"),
+    ),
+    "train.py": ("torch", "timm", "kdlite", "kdlite.training.*", *FORMAT, "deploy.flags"),
+    "deploy/server/*.py": (
+        *("deploy.*", "deploy.server.*", "numpy", "PIL"),
+        *("anyio", "starlette", "uvicorn", "h11", "prometheus_client", "python_multipart"),
+    ),
+    "deploy/serve.py": ("deploy.*", "deploy.server.*"),
+    "deploy/student.py": ("deploy.*", "torch", "torchvision", "timm", "safetensors"),
+    "deploy/export.py": ("deploy.*", "torch", "timm", "numpy", "[onnx]", "[onnxscript]"),
+    "deploy/torch_runtimes.py": ("deploy.*", "torch", "numpy"),
+    "deploy/flags.py": ("deploy.*",),
+    "deploy/*.py": (
+        *("deploy.*", "numpy", "PIL"),
+        *("[matplotlib]", "[onnx]", "[onnxruntime]", "[pynvml]", "[tqdm]", "[torch]"),
+        *("[tensorrt]", "[tensorrt_rtx_bindings]", "[onnxruntime_ep_nv_tensorrt_rtx]"),
+    ),
+}
+
+
+def files_of_the_house():
+    files = [ROOT / "train.py", *(ROOT / "kdlite").rglob("*.py"), *(ROOT / "deploy").rglob("*.py")]
+    return sorted(str(file.relative_to(ROOT)) for file in files)
+
+
+def imports_of(name):
+    """(module, whether it is imported at the top) of each import in a file, relative names made whole."""
+    tree = ast.parse((ROOT / name).read_text(), name)
+    package = name.removesuffix(".py").split("/")[:-1]
+    inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        found = []
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) + 1 - node.level]] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from deploy import cli` imports deploy.cli; `from kdlite import nkd_loss` imports kdlite
+            submodules = [alias.name for alias in node.names if is_module(module, alias.name)]
+            found = [f"{module}.{alias}" for alias in submodules] if submodules else [module]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "need",
+        ):
+            found = [node.args[0].value] if node.args and isinstance(node.args[0], ast.Constant) else []
+        for module in found:
+            if module.partition(".")[0] not in sys.stdlib_module_names:
+                yield module, id(node) not in inside
+
+
+def is_module(package, name):
+    folder = ROOT / package.replace(".", "/")
+    return (folder / f"{name}.py").is_file() or (folder / name).is_dir()
+
+
+def may_import(allowed, module, at_top):
+    folder = module.rpartition(".")[0]
+    is_folder = (ROOT / module.replace(".", "/")).is_dir()
+    entries = {entry.strip("[]") for entry in allowed if not (at_top and entry.startswith("["))}
+    if module.partition(".")[0] in ("kdlite", "deploy", "train"):
+        return module in entries or (f"{folder}.*" in entries and not is_folder)
+    return any(module == entry or module.startswith(f"{entry}.") for entry in entries)
+
+
+@pytest.mark.parametrize("name", files_of_the_house())
+def test_a_file_imports_only_what_the_table_allows(name):
+    parents = str(Path(name).parent)
+    rows = (
+        row for pattern, row in ARROWS.items() if Path(name).match(pattern) and str(Path(pattern).parent) == parents
+    )
+    allowed = next(rows)
+    assert not [module for module, at_top in imports_of(name) if not may_import(allowed, module, at_top)]
+
+
+@pytest.mark.parametrize(("pattern", "module", "at_top"), [
+    ("kdlite/*.py", "numpy", True), ("kdlite/*.py", "kdlite.training", True), ("kdlite/*.py", "deploy.cli", False),
+    ("kdlite/training/*.py", "deploy.export", True), ("kdlite/*.py", "kdlite.training.data", True),
+    ("kdlite/training/*.py", "train", True),
+    ("train.py", "deploy.server.app", True), ("deploy/*.py", "kdlite", False), ("deploy/*.py", "torch", True),
+    ("deploy/*.py", "train", False), ("deploy/*.py", "timm", False), ("deploy/*.py", "matplotlib", True),
+    ("deploy/server/*.py", "torch", False), ("deploy/student.py", "kdlite.training.data", False),
+])  # fmt: skip
+def test_the_table_allows_nothing_else(pattern, module, at_top):
+    assert not may_import(ARROWS[pattern], module, at_top)
+
+
+# ---- an environment without torch ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -44,50 +147,45 @@ def device(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run directory with ONNX files and a reference, made where there is torch."""
-    run = tmp_path_factory.mktemp("made") / "run"
-    student = write_student(run / "student", f"{MODELS}:tiny", 16, ["cat", "dog", "café", "d", "e", "f"])
-    images = np.random.default_rng(0).integers(0, 256, (70, 16, 16, 3), dtype=np.uint8)
-    logits = load(student, device="cpu").run(images)
-    digest = np.array(source_of(student)["weights_sha256"])
-    write_reference(run / NAME, Reference(images[:40], logits[:40].argmax(1), logits[:40], images[40:], digest))
-    export_student(student, model_file=model_files(student)[0])
-    quantize_student(student / "student.onnx", images, "cpu")
+    names = ["cat", "dog", "café", "d", "e", "f"]
+    run = write_run(tmp_path_factory.mktemp("made") / "run", f"{MODELS}:tiny", 16, names)
+    export_student(run / "student", model_file=model_files(run)[0])
+    deploy(quantize, run, "--target", "cpu")
     Image.fromarray(load_sample_images().images[0]).save(run / "photo.jpg")
     return run
 
 
-def on(device, *command, cwd=None, status=0, output="stdout"):
-    """What a command on the device prints."""
-    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+def on(device, *command, cwd=None, status=0, output="stdout", **environment):
+    """The output of a command on the device."""
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"} | environment
     cwd = cwd or device.parents[2]
     result = subprocess.run([device, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == status, result.stderr
     return getattr(result, output)
 
 
-def modules_after(device, program):
-    return set(on(device, "-c", f"{program}\nimport sys\nprint(*sys.modules)").split())
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("python", ["the device's", "this one"])
-def test_the_light_modules_load_nothing_foreign(device, python):
-    """Here, where torch could be imported, as well as there."""
-    light = "serve, check, benchmark, build, triton, predict, pack, quantize, tensorrt"
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from deploy import {light}"
-    loaded = modules_after(device if python == "the device's" else Path(sys.executable), program)
-    assert not loaded & set(FOREIGN)
-    assert not any(name.startswith("deploy.") and name.split(".")[1] in ("student", "export") for name in loaded)
+def test_light_modules_load_nothing_else_even_where_torch_is_installed():
+    """By all that they import at the top, directly or not."""
+    light = "serve, check, benchmark, build, triton, predict, pack, quantize, tensorrt, on_device"
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from deploy import {light}; print(*sys.modules)"
+    loaded = set(on(Path(sys.executable), "-c", program).split())
+    foreign = (
+        "torch",
+        "torchvision",
+        "timm",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+        "safetensors",
+        "onnx",
+        "kdlite",
+        "train",
+    )
+    assert not loaded & {*foreign, "deploy.student", "deploy.export", "deploy.torch_runtimes"}
 
 
-def test_few_modules_import_torch_and_none_train():
-    sources = {path.name: path.read_text() for path in (ROOT / "deploy").glob("*.py")}
-    importers = {name for name, text in sources.items() if re.search(r"^ *(import|from) torch\b", text, re.M)}
-    assert importers == {"student.py", "torch_runtimes.py", "export.py"}
-    assert not [name for name, text in sources.items() if re.search(r"^ *(?:import|from) train\b", text, re.M)]
-
-
-def test_check_and_benchmark_give_their_tables(device, made, tmp_path):
+def test_check_and_benchmark_print_their_tables(device, made, tmp_path):
     run = shutil.copytree(made, tmp_path / "run")
     out = on(device, "-m", "deploy.check", run, "--device", "cpu")
     assert "left out, since torch is not installed: student.pt2, student.ts" in out
@@ -110,45 +208,62 @@ def test_check_and_benchmark_give_their_tables(device, made, tmp_path):
     assert rows[-1]["top1"] == 100
 
 
-def test_what_needs_torch_says_so_in_one_line(device, made):
-    for command, said in (
-        (["-m", "deploy.export", made], "No module named 'torch'"),
-        (["-m", "deploy.predict", made, made / "photo.jpg"], "needs torch, torchvision and timm"),
-        (["-m", "deploy.quantize", made, "--target", "cpu"], "No module named 'onnx': pip install onnx"),
-        (["-m", "deploy.build", made / "student/student.onnx"], "On a Jetson, JetPack has tensorrt"),
-    ):
-        err = on(device, *command, status=2, output="stderr")
-        assert said in err
-        assert err.count("\n") == 1, err
+def test_check_reads_photographs_without_torch(device, made, tmp_path):
+    """The expected logits are those of student.onnx, and the output names it."""
+    run = shutil.copytree(made, tmp_path / "run")
+    for i, label in enumerate(("cat", "dog", "café", "cat")):
+        (run / "val" / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(load_sample_images().images[0][10 * i :, :300]).save(run / "val" / label / f"{i}.jpg")
+    out = on(device, "-m", "deploy.check", run, "student.onnx", "--images", run / "val", "--device", "cpu")
+    assert "neither torch nor the weights are here: compared with student.onnx" in out
+    rows = json.loads((run / "student/check.json").read_text())
+    assert [(row["images"], row.get("verdict")) for row in rows] == [(4, None), (4, "pass")]
 
 
-def test_triton_repository(device, made, tmp_path):
+@pytest.mark.parametrize(("command", "message"), [
+    (["export", "RUN"], "No module named 'torch': export rebuilds the network, on a workstation"),
+    (["predict", "RUN", "RUN/photo.jpg"], "needs torch, torchvision and timm"),
+    (["quantize", "RUN", "--target", "cpu"], "No module named 'onnx': pip install onnx"),
+    (["build", "RUN/student/student.onnx"], "On a Jetson, JetPack has tensorrt"),
+])  # fmt: skip
+def test_a_command_that_needs_another_package_is_one_line(device, made, command, message):
+    name, *flags = [word.replace("RUN", str(made)) for word in command]
+    err = on(device, "-m", f"deploy.{name}", *flags, status=2, output="stderr")
+    assert message in err
+    assert err.count("\n") == 1, err
+
+
+def test_a_triton_repository_is_written_without_torch(device, made, tmp_path):
     on(device, "-m", "deploy.triton", made / "student/student.onnx", "--output", tmp_path / "models")
     assert "[16, 16, 3]" in (tmp_path / "models/student/config.pbtxt").read_text()
 
 
 @contextlib.contextmanager
-def server(*command):
+def server(*command, **environment):
+    """A server's process; gives it and its address."""
     process = subprocess.Popen(
-        [*map(str, command), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(command[0].parents[2])},
-    )  # fmt: skip
+        [*map(str, command), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(command[0].parents[2])} | environment,
+    )
     try:
         line = process.stdout.readline()
         assert "http://" in line, process.stderr.read()
-        yield line.split()[-1]
+        yield process, line.split()[-1]
     finally:
         process.terminate()
         _, err = process.communicate(timeout=30)
         assert process.returncode == 0, err
 
 
-def answer_of_server(address, photo):
+def labels_of_server(address, photo):
     with urllib.request.urlopen(f"{address}/predict", photo.read_bytes(), timeout=30) as response:
         return [(p["label"], round(100 * p["probability"], 1)) for p in json.load(response)["predictions"]]
 
 
-def answer_of_command(text):
+def labels_of_command(text):
     return [(label, float(percent)) for label, percent in re.findall(r"(\w+) ([\d.]+)%", text)]
 
 
@@ -160,14 +275,14 @@ def expected(made):
     return [(label, round(100 * p, 1)) for label, p, _ in top_labels(logits, runtime.metadata.label_names)]
 
 
-def test_predict_and_serve_answer_as_torch_does(device, made, expected):
+def test_predict_and_serve_print_the_labels_of_torch(device, made, expected):
     student, photo = made / "student/student.onnx", made / "photo.jpg"
-    assert answer_of_command(on(device, "-m", "deploy.predict", student, photo)) == expected
-    with server(device, "-m", "deploy.serve", student) as address:
-        assert answer_of_server(address, photo) == expected
+    assert labels_of_command(on(device, "-m", "deploy.predict", student, photo)) == expected
+    with server(device, "-m", "deploy.serve", student) as (_, address):
+        assert labels_of_server(address, photo) == expected
 
 
-# ---- one file -----------------------------------------------------------------------------------------------------
+# ---- one file ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -178,50 +293,118 @@ def pyz(device, made, tmp_path_factory):
     return file
 
 
-def test_the_archive_holds_what_runs_and_nothing_of_the_machine(pyz, made):
+def test_the_archive_holds_the_programs_and_nothing_of_the_machine(pyz, made):
     with zipfile.ZipFile(pyz) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
     assert {"__main__.py", "student/student.onnx", "student/config.json", "deploy/server/page.html"} <= contents.keys()
-    assert not {name for name in contents if re.search("torch|train|student\\.py|export|npz|safetensors", name)}
+    assert not {name for name in contents if re.search("torch|train|student\\.py|export|npz|safetensors|flags", name)}
     assert not [
         name for name, content in contents.items() if str(made).encode() in content or str(ROOT).encode() in content
     ]
     assert pyz.stat().st_size < 200_000
+    assert os.access(pyz, os.X_OK)
 
 
-def test_its_commands_run_alone(device, pyz, made, expected, tmp_path):
+def test_its_commands_run_alone_and_write_nothing_else(device, pyz, made, expected, tmp_path):
+    """Also where the folder of temporary files cannot be written to."""
+    nowhere = {"TMPDIR": "/proc"}
     for file in ("photo.jpg", NAME):
         shutil.copy(made / file, tmp_path)
-    assert answer_of_command(on(device, pyz, "photo.jpg", cwd=tmp_path)) == expected
-    with server(device, pyz, "serve") as address:
-        assert answer_of_server(address, tmp_path / "photo.jpg") == expected
-        with urllib.request.urlopen(address, timeout=30) as page:
-            assert b"Drop an image" in page.read()
+    assert labels_of_command(on(device, pyz, "photo.jpg", cwd=tmp_path, **nowhere)) == expected
     flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "2"]
     assert "timed on noise" in on(device, pyz, "benchmark", *flags, cwd=tmp_path)
     assert json.loads((tmp_path / "benchmark.json").read_text())["rows"][0]["p50_ms"] > 0
     on(device, pyz, "check", "--reference", NAME, cwd=tmp_path)
     assert json.loads((tmp_path / "check.json").read_text())[1]["verdict"] == "pass"
-    assert "usage: student.pyz" in on(device, pyz, cwd=tmp_path)
+    assert "usage: student.pyz" in on(device, pyz, cwd=tmp_path, **nowhere)
+    written = {"photo.jpg", NAME, "benchmark.json", "check.json", "per_class.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == written
 
 
-def test_its_mistakes_are_one_line(device, pyz, tmp_path):
-    for command, said in (
-        (["nothing.jpg"], "student.pyz: error: cannot read nothing.jpg"),
-        (["check"], "student.pyz check: error: no reference.npz"),
-        (["serve", "--port", "-1"], "student.pyz serve: error: cannot listen"),
-        (["benchmark", "--nonsense"], "student.pyz benchmark: error: unrecognized arguments"),
-        (["--file", "nothing.engine", "photo.jpg"], "nothing.engine: no such file"),
-        (["--file=nothing.engine", "photo.jpg"], "nothing.engine: no such file"),
-        (["build"], "student.pyz build: error: tensorrt"),
-    ):
-        err = on(device, pyz, *command, cwd=tmp_path, status=2, output="stderr")
-        assert said in err
-        assert err.count("\n") == 1, err
-    assert "onnxruntime" in on(Path(sys.executable), "-S", pyz, "--requirements", cwd=tmp_path)  # nothing is installed
-    bare = on(Path(sys.executable), "-S", pyz, "photo.jpg", cwd=tmp_path, status=2, output="stderr")
-    assert "student.pyz --requirements > requirements.txt" in bare
-    assert bare.count("\n") == 1
+def test_its_help_is_that_of_the_device(device, pyz, tmp_path):
+    for command in (["check"], ["benchmark"], ["build"], ["serve"], []):
+        text = on(device, pyz, *(command or ["photo.jpg"]), "--help", cwd=tmp_path)
+        assert text.startswith(f"usage: student.pyz {' '.join(command)}".strip())
+        assert "python -m deploy" not in text.partition("options:")[0]
+        assert "The student is student.onnx." in text
+
+
+def large_photo():
+    """More pixels than the server decodes in its own process."""
+    file = io.BytesIO()
+    Image.new("RGB", (2500, 2000), (200, 30, 30)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_it_serves_on_when_its_file_is_replaced_and_leaves_nothing(device, pyz, made, expected, tmp_path):
+    """By another file under its name or by other bytes in it: what the server starts later still works."""
+    copy, temporary = shutil.copy(pyz, tmp_path / "student.pyz"), tmp_path / "tmp"
+    temporary.mkdir()
+    with server(device, copy, "serve", TMPDIR=str(temporary)) as (process, address):
+        assert labels_of_server(address, made / "photo.jpg") == expected
+        with urllib.request.urlopen(address, timeout=30) as page:
+            assert b"Drop an image" in page.read()
+        Path(copy).write_bytes(b"not an archive")
+        with urllib.request.urlopen(f"{address}/predict", large_photo(), timeout=60) as response:
+            assert response.status == 200
+        assert labels_of_server(address, made / "photo.jpg") == expected
+        process.send_signal(signal.SIGHUP)  # the bad file is refused, the old student stays
+        time.sleep(1)
+        assert labels_of_server(address, made / "photo.jpg") == expected
+        shutil.copy(pyz, tmp_path / "new.pyz")
+        os.replace(tmp_path / "new.pyz", copy)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(1)
+        assert labels_of_server(address, made / "photo.jpg") == expected
+    assert not [path.name for path in temporary.iterdir() if path.name != ".ses"]  # of onnxruntime
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (["nothing.jpg"], "student.pyz: error: cannot read nothing.jpg"),
+    (["check"], "student.pyz check: error: no reference.npz"),
+    (["serve", "--port", "-1"], "student.pyz serve: error: cannot listen"),
+    (["benchmark", "--nonsense"], "student.pyz benchmark: error: unrecognized arguments"),
+    (["--file", "nothing.engine", "photo.jpg"], "nothing.engine: no such file"),
+    (["--file=nothing.engine", "photo.jpg"], "nothing.engine: no such file"),
+    (["build"], "student.pyz build: error: tensorrt"),
+])  # fmt: skip
+def test_its_mistakes_are_one_line(device, pyz, tmp_path, command, message):
+    err = on(device, pyz, *command, cwd=tmp_path, status=2, output="stderr")
+    assert message in err
+    assert err.count("\n") == 1, err
+
+
+def test_where_nothing_is_installed_it_prints_what_to_install(pyz, tmp_path):
+    bare = Path(sys.executable)  # -S: without site-packages
+    assert "onnxruntime" in on(bare, "-S", pyz, "--requirements", cwd=tmp_path)
+    for command in ("photo.jpg", "serve"):
+        err = on(bare, "-S", pyz, command, cwd=tmp_path, status=2, output="stderr")
+        assert "student.pyz --requirements > requirements.txt" in err
+        assert "python -m" not in err
+        assert err.count("\n") == 1
+
+
+def test_a_path_in_an_archive_reads_like_a_path_of_the_disk(pyz, tmp_path):
+    import pickle
+
+    from deploy.on_device import PackedPath
+
+    student = PackedPath(pyz / "student")
+    file = pickle.loads(pickle.dumps(student / "student.onnx"))
+    assert {path.name for path in student.iterdir()} == {"config.json", "student.onnx"}
+    assert (student.is_dir(), student.is_file(), file.is_dir(), file.is_file()) == (True, False, False, True)
+    assert len(file.read_bytes()) == file.stat().st_size > 1000
+    assert file.with_name("student.onnx.json").exists() is False
+    for missing in (student / "no", PackedPath(tmp_path / "no.pyz/student")):
+        assert missing.exists() is False
+        for read in (missing.read_bytes, missing.stat):
+            with pytest.raises(FileNotFoundError):
+                read()
+    (tmp_path / "bad.pyz").write_bytes(b"not an archive")
+    bad = PackedPath(tmp_path / "bad.pyz/student")
+    assert bad.exists() is False
+    with pytest.raises(OSError, match="not a whole archive"):
+        bad.read_bytes()
 
 
 def test_another_file_and_an_engine_can_be_packed(device, made, pyz, tmp_path):
@@ -230,39 +413,48 @@ def test_another_file_and_an_engine_can_be_packed(device, made, pyz, tmp_path):
     metadata = load(made / "student/student.onnx", device="cpu").metadata
     built = {"library": "tensorrt", "version": "10.3.0", "gpu": "Orin", "max_batch": 8}
     (tmp_path / "student.engine").write_bytes(b"ftrt")
-    (tmp_path / "student.engine.json").write_text(
-        json.dumps(metadata.to_json() | {"onnx": "student.onnx", "built": built})
-    )
+    values = metadata.to_json() | {"onnx": "student.onnx", "built": built}
+    (tmp_path / "student.engine.json").write_text(json.dumps(values))
     on(device, "-m", "deploy.pack", made, "--file", tmp_path / "student.engine", "-o", tmp_path / "engine.pyz")
     assert "JetPack's own" in on(device, tmp_path / "engine.pyz", "--requirements")
-    for command in (
-        [tmp_path / "engine.pyz"],
-        [pyz, "--file", tmp_path / "student.engine"],
-    ):  # found, and TensorRT is not
+    for command in ([tmp_path / "engine.pyz"], [pyz, "--file", tmp_path / "student.engine"]):
+        # the engine is found, and TensorRT is not
         assert "tensorrt: not installed" in on(device, *command, made / "photo.jpg", status=2, output="stderr")
 
 
-def test_its_requirements_resolve_for_the_pythons_of_jetpack(device, pyz):
+def test_a_file_from_elsewhere_is_packed_with_its_sidecar(device, made, tmp_path, expected):
+    import onnx
+
+    model = onnx.load(made / "student/student.onnx")
+    properties = {p.key: json.loads(p.value) for p in model.metadata_props}
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "theirs.onnx")
+    keys = ("mean", "std", "label_names", "input_size", "interpolation", "crop", "input")
+    (tmp_path / "theirs.onnx.json").write_text(json.dumps({key: properties[key] for key in keys}))
+    on(device, "-m", "deploy.pack", made, "--file", tmp_path / "theirs.onnx", "-o", tmp_path / "theirs.pyz")
+    assert labels_of_command(on(device, tmp_path / "theirs.pyz", made / "photo.jpg")) == expected
+
+
+def wanted(lines, version, machine):
+    """The specifier of each package that pip would install there."""
     from packaging.requirements import Requirement
 
-    lines = [Requirement(line) for line in on(device, pyz, "--requirements").splitlines() if not line.startswith("#")]
+    environment = {"python_version": version, "platform_machine": machine}
+    needs = [Requirement(line) for line in lines if not line.startswith("#")]
+    needs = [need for need in needs if need.marker is None or need.marker.evaluate(environment)]
+    names = {need.name: need.specifier for need in needs}
+    assert len(names) == len(needs)
+    return names
 
-    def wanted(version, machine):
-        environment = {"python_version": version, "platform_machine": machine}
-        names = {}
-        for line in lines:
-            if line.marker is None or line.marker.evaluate(environment):
-                assert line.name not in names
-                names[line.name] = line.specifier
-        return names
 
-    jetpack6 = wanted("3.10", "aarch64")
+def test_its_requirements_resolve_for_the_pythons_of_jetpack(device, pyz):
+    lines = on(device, pyz, "--requirements").splitlines()
+    jetpack6 = wanted(lines, "3.10", "aarch64")
     assert jetpack6.keys() == {"numpy", "pillow", "onnxruntime", *SERVER}
     assert "1.23.2" in jetpack6["onnxruntime"]
     assert "1.24.0" not in jetpack6["onnxruntime"]  # the last for that Python on aarch64 is 1.23.2
     assert "2.0" not in jetpack6["numpy"]
-    assert "2.2" in wanted("3.12", "aarch64")["numpy"]
-    assert os.access(pyz, os.X_OK)
+    assert "2.2" in wanted(lines, "3.12", "aarch64")["numpy"]
 
 
 def test_an_engine_is_built_without_torch(made, tmp_path):
@@ -279,7 +471,7 @@ def test_an_engine_is_built_without_torch(made, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"input_size": None}, {"input_size": [3, 0, 16]}, {"label_names": "cat"}])
 @pytest.mark.parametrize("command", ["check", "benchmark"])
-def test_a_config_that_lacks_what_is_read_is_one_line(device, made, tmp_path, command, changes):
+def test_a_config_with_an_invalid_field_is_one_line(device, made, tmp_path, command, changes):
     run = shutil.copytree(made, tmp_path / "run")
     config = json.loads((run / "student/config.json").read_text()) | changes
     (run / "student/config.json").write_text(json.dumps(config))

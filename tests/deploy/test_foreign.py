@@ -1,6 +1,7 @@
 """Files of other people are data: they name no code, no other file and no size that is built before it is compared."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -162,9 +163,20 @@ def test_metadata_that_contradicts_the_graph_is_one_line(deployed, tmp_path, cha
         assert "has 1 label_names" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("text", [b'"bilinear"', b"images", b"logits"])
+def test_a_text_that_is_not_utf_8_is_one_line(deployed, tmp_path, text, capfd):
+    """In the metadata, or the name of the input or the output; onnxruntime prints nothing of its own."""
+    content = (deployed / "student/student.onnx").read_bytes()
+    (tmp_path / "student.onnx").write_bytes(content.replace(text, text[:1] + b"\xff" + text[2:]))
+    with pytest.raises(UserError, match=r"student\.onnx (has a text that is not UTF-8|cannot be loaded)") as error:
+        load(tmp_path / "student.onnx", device="cpu")
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("labels", [["one"], [f"{i}" for i in range(11)]])
 def test_a_file_with_more_or_fewer_labels_than_logits_is_an_error(run, labels):
-    """ONNX without the number of classes, and TorchScript, whose graph does not tell it."""
+    """ONNX without the number of classes, and TorchScript, whose graph does not have it."""
     file = run / "student/student.ts"
     with zipfile.ZipFile(file) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -241,17 +253,18 @@ def test_a_pipe_in_place_of_a_file_is_one_line(deployed, tmp_path, name):
     (run / "student/student.engine").write_bytes(b"ftrt")
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
+    on = RunOn("cpu", model_files=(str(ROOT / "examples/paper/cifar_models.py:resnet8"),))
+    if name == "reference.npz":
+        read = functools.partial(read_reference, run / "student", run / name, "")
+    elif name.endswith(("config.json", "safetensors")):
+        read = functools.partial(runtimes.load, run / "student", on)
+    else:
+        read = functools.partial(runtimes.load, run / name.removesuffix(".json"), on)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(60)
     try:
         with pytest.raises(UserError) as error:
-            if name == "reference.npz":
-                read_reference(run / "student", run / name, "")
-            elif name.endswith(("config.json", "safetensors")):
-                on = RunOn("cpu", model_files=(str(ROOT / "examples/paper/cifar_models.py:resnet8"),))
-                runtimes.load(run / "student", on)
-            else:
-                runtimes.load(run / name.removesuffix(".json"), RunOn("cpu"))
+            read()
     finally:
         signal.alarm(0)
     assert "\n" not in str(error.value)

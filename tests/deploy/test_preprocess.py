@@ -1,7 +1,14 @@
-"""deploy.preprocess: a photograph becomes torchvision's bits, and nearly so where a large JPEG is read small."""
+"""deploy.preprocess: the bytes are torchvision's, or close to them where a large JPEG is reduced as it is decoded."""
 
+import hashlib
 import io
 import os
+import struct
+import subprocess
+import sys
+import venv
+import zlib
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -118,7 +125,7 @@ def large():
 
 
 @pytest.mark.parametrize("side", [96, 3000 // 8, 376])
-def test_a_large_jpeg_is_decoded_at_no_less_than_four_times_what_is_asked(large, side, monkeypatch):
+def test_a_large_jpeg_is_decoded_at_four_times_the_needed_size_or_more(large, side, monkeypatch):
     sizes = []
     resize = Image.Image.resize
 
@@ -138,7 +145,7 @@ def test_a_large_jpeg_is_decoded_at_no_less_than_four_times_what_is_asked(large,
     assert (difference.max() == 0) == (width == 4000)
 
 
-def test_a_training_crop_of_a_large_jpeg_reads_no_more_than_it_needs(large):
+def test_a_training_crop_of_a_large_jpeg_decodes_only_the_needed_scale(large):
     """The same box as torchvision's, drawn from the same state; all of the image where the box is small."""
     crop = loading.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)
     theirs = v2.Compose([v2.RGB(), v2.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)])
@@ -156,11 +163,11 @@ def test_a_training_crop_of_a_large_jpeg_reads_no_more_than_it_needs(large):
         assert np.array_equal(ours, np.asarray(theirs(open_image(jpeg(small)))))
 
 
-# ---- what a camera turned -----------------------------------------------------------------------------------------
+# ---- EXIF orientation -----------------------------------------------------------------------------------------
 
 
 def turned(photo, orientation, kind, **options):
-    """A file of the photo that has to be turned as EXIF's orientation says, to be the photo again."""
+    """Return a file of the turned photo whose EXIF orientation describes how to turn it back."""
     undo = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # Image.Transpose, the inverse of each
     for method in undo[orientation]:
         photo = photo.transpose(Image.Transpose(method))
@@ -198,7 +205,7 @@ def test_a_large_jpeg_that_lies_on_its_side_is_reduced_and_stands_upright(orient
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"", b"Exif\0\0II*\0\xff\xff\xff\xff"])
-def test_damaged_exif_does_not_lose_the_image(exif):
+def test_an_image_with_damaged_exif_is_read(exif):
     photo = Image.fromarray(PHOTOS[0][:40, :60])
     assert to_rgb(open_image(jpeg(photo, exif=exif))).size == (60, 40)
 
@@ -221,7 +228,7 @@ GREY = PHOTOS[0][:64, :64, 0]
         grey_file(GREY.astype(np.uint16) << 8, "PNG"),
         grey_file(GREY.astype(np.uint16) << 8, "TIFF"),
         b"P5 64 64 65535\n" + (GREY.astype(np.uint16) << 8).astype(">u2").tobytes(),  # which Pillow opens with 32 bits
-        b"P5 64 64 4095\n" + (GREY.astype(np.uint16) << 4).astype(">u2").tobytes(),  # 12 bits, and says so
+        b"P5 64 64 4095\n" + (GREY.astype(np.uint16) << 4).astype(">u2").tobytes(),  # the file describes its 12 bits
         b"P5 64 64 255\n" + GREY.tobytes(),
     ],
     ids=["png", "tiff", "pgm16", "pgm12", "pgm8"],
@@ -245,26 +252,226 @@ def test_deep_greys_are_scaled_by_the_range_of_their_type(file):
     ],
     ids=["float01", "float1000", "int32", "12in16", "pfm"],
 )
-def test_greys_of_no_known_range_are_refused(file, message):
+def test_greys_of_unknown_range_are_refused(file, message):
     with pytest.raises(UnreadableImage, match=message):
         to_rgb(open_image(file))
+
+
+def png(values, colour):
+    """A 16-bit PNG, which Pillow does not write in colour; values: (H, W, C); colour: the type in the file."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+COLOUR = PHOTOS[0][:64, :64].astype(np.uint16)
+OPAQUE = np.full((64, 64, 1), 65535, np.uint16)
+
+
+def deep_colour(shift):
+    """Files of 16-bit colours, whose values are the photograph's times a power of two."""
+    values = COLOUR << shift
+    return {
+        "png": png(values, 2),
+        "png with alpha": png(np.concatenate([values, OPAQUE], 2), 6),
+        "grey png with alpha": png(np.concatenate([values[..., :1], OPAQUE], 2), 4),
+        "ppm": b"P6 64 64 65535\n" + values.astype(">u2").tobytes(),
+    }
+
+
+@pytest.mark.parametrize("kind", deep_colour(8))
+def test_deep_colours_of_12_bits_are_refused_and_of_16_bits_read(kind):
+    """As greys are: read by their high byte, they would be black."""
+    values = np.asarray(to_rgb(open_image(deep_colour(8)[kind]))).astype(int)
+    expected = COLOUR[..., :1] if kind.startswith("grey") else COLOUR
+    assert np.abs(values - expected).max() <= 1
+    with pytest.raises(UnreadableImage, match="12 bits or fewer: scale them to 65535, or save 8 bits"):
+        prepare(open_image(deep_colour(4)[kind]), config(32, 32))
+
+
+def test_colours_whose_format_has_12_bits_are_read():
+    file = b"P6 64 64 4095\n" + (COLOUR << 4).astype(">u2").tobytes()
+    assert np.abs(np.asarray(to_rgb(open_image(file))).astype(int) - COLOUR).max() <= 1
+
+
+@pytest.mark.parametrize("colour", [2, 6])
+def test_a_black_image_of_deep_colours_is_black(colour):
+    values = np.zeros((8, 8, 4 if colour == 6 else 3), np.uint16)
+    values[..., 3:] = 65535
+    assert not np.asarray(to_rgb(open_image(png(values, colour)))).any()
+
+
+# ---- transparency --------------------------------------------------------------------------------------------------
+
+
+def logo(hidden):
+    """A red square on a transparent ground, and the colour hidden under the transparency."""
+    values = np.zeros((40, 60, 4), np.uint8)
+    values[..., :3] = hidden
+    values[10:30, 10:30] = 200, 30, 30, 255
+    return Image.fromarray(values)
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})])
+def test_the_colour_under_transparency_does_not_matter(kind, options):
+    """Two encodings of one logo are one image, on white."""
+    images = [to_rgb(open_image(saved(logo(hidden), kind, **options))) for hidden in ((0, 0, 0), (255, 0, 255))]
+    assert np.array_equal(*map(np.asarray, images))
+    assert images[0].getpixel((0, 0)) == (255, 255, 255)
+    assert images[0].getpixel((20, 20)) == (200, 30, 30)
+
+
+@pytest.mark.parametrize(
+    "mode", ["LA", "PA", "RGBa", "P", "P with alphas", "L with a key", "RGB with a key", "1", "GIF"]
+)
+def test_transparency_of_every_kind_is_white(mode):
+    image = logo((0, 0, 0))
+    if mode in ("LA", "RGBa"):
+        ours = image.convert(mode)
+    elif mode == "PA":
+        ours = image.convert("P").convert("PA")
+        ours.putalpha(image.getchannel("A"))
+    elif mode.startswith("P"):
+        ours = Image.new("P", image.size, 0)
+        ours.putpalette([0, 0, 0, 200, 30, 30])
+        ours.paste(1, (10, 10, 30, 30))
+        key = bytes([0, 255]) if "alphas" in mode else 0
+        ours = open_image(saved(ours, "PNG", transparency=key))
+    elif mode == "GIF":
+        ours = open_image(saved(image, "GIF"))
+    else:
+        shape = (40, 60, 3) if mode.startswith("RGB") else (40, 60)
+        values = np.zeros(shape, np.uint8)
+        values[10:30, 10:30] = 90
+        one = Image.fromarray(values > 0 if mode == "1" else values)
+        ours = open_image(saved(one, "PNG", transparency=(0, 0, 0) if mode.startswith("RGB") else 0))
+    rgb = to_rgb(ours)
+    assert rgb.getpixel((0, 0)) == (255, 255, 255)
+    assert rgb.getpixel((20, 20)) != (255, 255, 255) or mode == "1"
+
+
+def test_a_transparent_grey_of_16_bits_is_white():
+    values = np.full((40, 60), 7, np.uint16)
+    values[10:30, 10:30] = 90 << 8
+    file = saved(Image.fromarray(values), "PNG", transparency=7)
+    rgb = to_rgb(open_image(file))
+    if open_image(file).info.get("transparency") is not None:
+        assert rgb.getpixel((0, 0)) == (255, 255, 255)
+    assert rgb.getpixel((20, 20)) == (90, 90, 90)
+
+
+def test_half_transparent_pixels_are_mixed_with_white():
+    image = Image.new("RGBA", (8, 8), (0, 100, 200, 128))
+    assert np.abs(np.array(to_rgb(image).getpixel((0, 0))) - (127, 177, 227)).max() <= 1
+
+
+def test_training_sees_the_same_colours():
+    """Its crops are decoded by the same function."""
+    crop = loading.RandomResizedCrop(16, scale=(1, 1), interpolation=InterpolationMode.BILINEAR)
+    crops = [np.asarray(crop(open_image(saved(logo(hidden), "PNG")))) for hidden in ((0, 0, 0), (255, 0, 255))]
+    assert np.array_equal(*crops)
 
 
 def test_a_black_image_of_16_bits_is_black():
     assert not np.asarray(to_rgb(open_image(grey_file(np.zeros((8, 8), np.uint16), "PNG")))).any()
 
 
-# ---- what cannot be read ------------------------------------------------------------------------------------------
+# ---- Pillow 10 to 13 -----------------------------------------------------------------------------------------------
+
+SHAPES = """
+import hashlib, sys
+import numpy as np
+from PIL import Image
+from deploy.config import Metadata
+from deploy.preprocess import prepare
+random, digest = np.random.default_rng(0), hashlib.sha256()
+for i in range(600):
+    height, width = random.integers(4, 250, 2)
+    image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    sides = [int(side) for side in random.integers(8, 200, 2)] if i % 2 else [int(random.integers(8, 200))] * 2
+    how, crop = ("bilinear", "bicubic")[i // 2 % 2], (1.0, 0.875)[i // 4 % 2]
+    digest.update(prepare(image, Metadata(["a"], [3, *sides], [0.5] * 3, [0.2] * 3, how, crop)).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_a_shape_that_pillow_13_resizes_in_another_order_has_the_bytes_of_pillow_12():
+    """One side grows and the other shrinks. The digests are those of Pillow 10.4, 11.3, 12.2 and 13.0."""
+    random = np.random.default_rng(1)
+    tall = Image.fromarray(random.integers(0, 256, (200, 40, 3), dtype=np.uint8))
+    digests = [
+        hashlib.sha256(prepare(tall, wanted).tobytes()).hexdigest()[:16]
+        for wanted in (config(96, 192), config(64, 64, 0.875), config(96, 192, 1.0, "bicubic"))
+    ]
+    assert digests == ["0e0bb3c47adb7087", "93356a31a26349b4", "7242be4ce9383a08"]
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("version", ["10.4.0", "11.3.0", "12.2.0", "13.0.0"])
+def test_any_shape_has_the_same_bytes_with_every_pillow(version, tmp_path):
+    """With the wheels of each, fetched by pip; no torch."""
+    venv.create(tmp_path, with_pip=True)
+    python = tmp_path / "bin/python"
+    fetched = subprocess.run([python, "-m", "pip", "install", "-q", f"pillow=={version}", "numpy"], capture_output=True)
+    if fetched.returncode:
+        pytest.skip("pip cannot fetch Pillow here")
+    root = str(Path(__file__).resolve().parents[2])
+    digests = [
+        subprocess.run(
+            [one, "-c", SHAPES], env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, check=True
+        ).stdout
+        for one in (python, sys.executable)
+    ]
+    assert digests[0] == digests[1]
+
+
+# ---- unreadable files ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", [b"no image", b"", "truncated"])
-def test_a_damaged_file_is_one_kind_of_error(damage):
+def test_a_damaged_file_raises_one_kind_of_error(damage):
     whole = jpeg(Image.fromarray(PHOTOS[0]))
     with pytest.raises(UnreadableImage, match=r"OSError: |not an image of a known format: "):
         to_rgb(open_image(whole[: len(whole) // 2] if damage == "truncated" else damage))
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+NOT_READ = {
+    b"": "it is empty",
+    b"\0\0\0\x18ftypheic\0\0": "HEIC, as iPhones make it",
+    b"\0\0\0 ftypmif1": "HEIF: convert",
+    b"\xff\x0a\x7f": "JPEG XL",
+    b"\0\0\0\x0cJXL \r\n": "JPEG XL",
+    b"\xef\xbb\xbf<?xml version": "SVG drawing: export",
+    b"\n<svg xmlns=": "SVG, a drawing",
+    b"%PDF-1.7": "PDF: export the page",
+    b"data:image/png;base64,": "base64",
+    b"hello there": "it starts with b'hello th'",
+}
+
+
+@pytest.mark.parametrize(("content", "message"), NOT_READ.items())
+def test_a_format_that_is_not_read_is_named(content, message, tmp_path):
+    """Of bytes, of a path and of a stream; and no address of an object of Python."""
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    for file in (content, path, str(path), io.BytesIO(content)):
+        with pytest.raises(UnreadableImage, match="not an image of a known format: ") as error:
+            open_image(file)
+        assert message in str(error.value)
+        assert " at 0x" not in str(error.value)
+
+
+def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(UnreadableImage, match="not a regular file"):
         open_image(tmp_path / "pipe.jpg")
@@ -272,14 +479,14 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         open_image(str(tmp_path))
 
 
-def test_what_would_run_another_program_is_no_image():
+def test_formats_that_would_run_another_program_are_not_read():
     assert {".jpg", ".jfif", ".png", ".webp", ".avif", ".gif", ".tif", ".bmp"} <= endings()
     assert not {".eps", ".ps", ".wmf", ".pdf", ".mpg"} & endings()
     with pytest.raises(UnreadableImage, match="not an image of a known format"):
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
 
 
-def test_a_missing_file_and_a_bomb_are_told():
+def test_a_missing_file_and_a_decompression_bomb_are_errors():
     with pytest.raises(UnreadableImage, match="No such file"):
         open_image("nowhere.jpg")
     file = io.BytesIO()

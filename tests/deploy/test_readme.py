@@ -1,4 +1,4 @@
-"""The README's Python runs as written, block after block, and so do the examples."""
+"""The Python of the pages runs as written, block after block; their commands and links are right."""
 
 import importlib
 import re
@@ -13,6 +13,8 @@ from students import write_student
 
 import kdlite
 import train
+from deploy.flags import get_parser, read_flags, settle_flags
+from kdlite.training import teacher_labels
 
 COMMANDS = ["export", "quantize", "build", "check", "benchmark", "serve", "triton", "pack", "predict"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,13 +31,13 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
 
 
-def test_no_page_has_python_that_no_test_runs():
+def test_a_test_runs_the_python_of_every_page():
     assert {str(page.relative_to(ROOT)) for page in PAGES if blocks(page)} == {
         "README.md", "examples/training.md", "deploy/README.md",
     }  # fmt: skip
 
 
-def test_the_readme_is_read_in_five_minutes():
+def test_the_readme_is_at_most_150_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
@@ -49,7 +51,7 @@ def test_the_python_in_the_readme_runs():
 
 
 @pytest.mark.trial
-def test_the_python_in_the_readme_is_typed(tmp_path):
+def test_mypy_accepts_the_python_in_the_readme(tmp_path):
     (tmp_path / "pasted.py").write_text("\n".join(blocks("README.md")))
     mypy = [sys.executable, "-m", "mypy", "--config-file=", "--strict", "--ignore-missing-imports", "pasted.py"]
     done = subprocess.run(mypy, cwd=tmp_path, capture_output=True, text=True)
@@ -57,7 +59,7 @@ def test_the_python_in_the_readme_is_typed(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchvisions_own_lines_open_a_student(tmp_path, monkeypatch):
+def test_the_lines_for_torchvision_open_a_student(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_student(Path("RUN/student"), "mobilenet_v2", 32, arguments=["width_mult=0.25"])
     (block,) = blocks("examples/training.md")
@@ -67,7 +69,7 @@ def test_torchvisions_own_lines_open_a_student(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_client_on_the_page_of_the_server_gets_an_answer(artefact):
+def test_the_client_on_the_servers_page_gets_an_answer(artefact):
     (block,) = blocks("deploy/README.md")
     with server(artefact) as (_, port):
         names = {}
@@ -75,7 +77,7 @@ def test_the_client_on_the_page_of_the_server_gets_an_answer(artefact):
     assert names["logits"].shape == (1, len(NAMES))
 
 
-def test_every_link_on_a_page_leads_somewhere():
+def test_every_link_on_a_page_has_a_target():
     def anchors(page):
         titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
         return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
@@ -91,8 +93,8 @@ def test_every_link_on_a_page_leads_somewhere():
         assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
-@pytest.mark.slow
-def test_the_pages_of_the_api_tell_every_public_name(tmp_path):
+@pytest.mark.trial
+def test_the_api_pages_have_every_public_name(tmp_path):
     pytest.importorskip("pdoc")
     command = (ROOT / "Makefile").read_text().partition("$(BIN)/pdoc")[2].partition("\n")[0]
     made = shlex.split(command.replace("build/docs", str(tmp_path)))
@@ -107,19 +109,24 @@ def test_the_pages_of_the_api_tell_every_public_name(tmp_path):
 def test_every_flag_and_command_on_a_page_exists(page):
     text = (ROOT / page).read_text()
     commands = {name: importlib.import_module(f"deploy.{name}") for name in COMMANDS}
-    parsers = [module.get_parser() for module in (train, *commands.values())]
+    parsers = [get_parser(table, "", "") for table in (train.FLAGS, teacher_labels.FLAGS)]
+    parsers += [module.get_parser() for module in commands.values()]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     theirs = {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and TensorBoard
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
-    theirs |= {"--requirements"}  # of student.pyz, which knows two flags
-    theirs |= {"--jobs", "--seeds"}  # of examples/paper/tiny_imagenet.py and examples/finetune.py
+    theirs |= {"--requirements"}  # of student.pyz
+    theirs |= {"--jobs", "--seeds", "--fetch"}  # of examples/paper/tiny_imagenet.py and examples/finetune.py
     theirs |= {"--litserve", "--compare"}  # of examples/benchmark_serve.py and examples/paper/report.py
     theirs |= {"--minutes", "--share", "--triton"}  # of tests/soak.py and tests/compare_triton.py
     theirs |= {"--torchcompile", "--clip-mode"}  # of timm's train.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs
     for name, flags in re.findall(r"^(?:    )?python -m deploy\.(\w+) ([^#\n]*)", text, re.M):
         commands[name].get_parser().parse_args(shlex.split(flags.replace("\\", "")))
+    for flags in re.findall(r"^ *(?:python|torchrun\b.*) train\.py ([^#\n]*)", text, re.M):
+        train.parse_flags(shlex.split(flags.replace("...", "")))
+    for flags in re.findall(r"^ *python -m kdlite\.training\.teacher_labels ([^#\n]*)", text, re.M):
+        settle_flags(teacher_labels.FLAGS, read_flags(teacher_labels.FLAGS, shlex.split(flags)))
 
 
 @pytest.mark.trial

@@ -1,4 +1,4 @@
-"""deploy.tensorrt: an engine's memory, copies and freeing, against a libcudart made for the test. No GPU, no engine."""
+"""deploy.tensorrt: memory and copies of an engine, with a libcudart written for the test. No GPU, no engine."""
 
 import ctypes
 import gc
@@ -31,7 +31,7 @@ def library(tmp_path_factory):
 
 
 class Context:
-    """TensorRT's execution context, as far as an engine is run by it: a launch in the stream of the fake library."""
+    """The part of TensorRT's execution context that an engine uses: a launch in the stream of the fake library."""
 
     def __init__(self, library):
         self.library, self.addresses, self.shape = library, {}, None
@@ -63,7 +63,7 @@ def make(library, integrated=False, fails="", max_batch=8, layout=UINT8):
 
 
 def calls(library):
-    """What was called since the last look, by name."""
+    """Return the names of the calls since the last reset."""
     names = [line.split()[0] for line in library.fake_log().decode().splitlines()]
     return [name for name in names if name != "cudaDeviceGetAttribute"]
 
@@ -84,7 +84,7 @@ def test_an_engine_answers_every_batch_it_takes(library, integrated):
         np.testing.assert_array_equal(engine.run(batch), logits(batch))
 
 
-def test_an_answer_stays_when_the_next_batch_runs(library):
+def test_the_next_batch_does_not_change_earlier_logits(library):
     engine = make(library)
     first = engine.run(images(2, 0))
     engine.run(images(2, 1))
@@ -101,7 +101,7 @@ def test_a_call_copies_in_runs_copies_out_and_waits(library):
     ]  # fmt: skip
 
 
-def test_on_an_integrated_gpu_nothing_is_copied(library):
+def test_an_integrated_gpu_copies_nothing(library):
     engine = make(library, integrated=True)
     assert calls(library) == ["cudaStreamCreate", *["cudaHostAlloc", "cudaHostGetDevicePointer"] * 2]
     assert f"cudaHostAlloc {8 * 72} 2" in library.fake_log().decode()  # mapped
@@ -121,7 +121,7 @@ def test_float_input_is_normalised_nchw(library):
 @pytest.mark.slow
 @pytest.mark.parametrize("integrated", [False, True])
 @pytest.mark.parametrize("by", ["close", "garbage"])
-def test_all_is_freed_in_the_opposite_order(library, integrated, by):
+def test_memory_is_freed_in_the_reverse_order(library, integrated, by):
     gc.collect()
     before = library.fake_open()
     engine = make(library, integrated)
@@ -130,7 +130,7 @@ def test_all_is_freed_in_the_opposite_order(library, integrated, by):
     library.fake_reset(int(integrated), b"")
     if by == "close":
         engine.close()
-        engine.close()  # again is nothing
+        engine.close()  # a second call does nothing
         with pytest.raises(RuntimeError, match="closed"):
             engine.run(images(1))
     else:
@@ -142,7 +142,7 @@ def test_all_is_freed_in_the_opposite_order(library, integrated, by):
 
 
 @pytest.mark.parametrize("fails", ["cudaStreamCreate", "cudaHostAlloc", "cudaMalloc", "cudaDeviceGetAttribute"])
-def test_what_was_taken_before_a_failure_is_freed(library, fails):
+def test_memory_taken_before_a_failure_is_freed(library, fails):
     gc.collect()
     before = library.fake_open()
     with pytest.raises(RuntimeError, match=rf"{fails}: out of memory \(CUDA error 2\)"):
@@ -167,7 +167,7 @@ def test_a_batch_that_is_too_large_or_empty_is_refused(library):
             engine.run(images(count))
 
 
-def test_a_machine_without_the_library_is_told_what_to_install(monkeypatch):
+def test_a_missing_library_is_an_error_with_the_package_to_install(monkeypatch):
     def nothing(name):
         raise OSError(name)
 

@@ -1,10 +1,13 @@
-"""python -m kdlite.check: is somebody's own NKD the paper's?"""
+"""python -m kdlite.check: is your own NKD the paper's?"""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 from torch.nn import functional as F
 
 from kdlite import check, nkd_loss
@@ -26,7 +29,7 @@ def nkd_loss(student_logits, teacher_logits, target, gamma=1.5, temperature=1.0)
     n_t = F.softmax(teacher_logits[others].view(n) / temperature, 1)
     return (target_term + gamma * temperature**2 * F.kl_div(log_n, n_t, reduction="none").sum(1)).mean()
 '''
-CHANGES = {  # what is written in its place, and the mistake that is named
+CHANGES = {  # code, its replacement, and the name of the mistake
     "view(n) / temperature, 1)\n    n_t = F.softmax(teacher_logits[others].view(n) / temperature, 1)": (
         "view(n) / temperature, 1)\n    log_n = F.log_softmax(student_logits / temperature, 1)\n"
         "    n_t = F.softmax(teacher_logits / temperature, 1)",
@@ -40,7 +43,7 @@ CHANGES = {  # what is written in its place, and the mistake that is named
     ),
     "log_n = F.log_softmax(student_logits[others].view(n) / temperature, 1)": (
         "log_n = F.softmax(student_logits[others].view(n) / temperature, 1).log()",
-        "take log_softmax, not the log of a softmax",
+        "use log_softmax, not the log of a softmax",
     ),
     "gamma * temperature**2": ("gamma", "the non-target part lacks the temperature squared"),
     "temperature**2 *": ("temperature *", "has the temperature once, not squared"),
@@ -59,7 +62,7 @@ CHANGES = {  # what is written in its place, and the mistake that is named
         "return F.cross_entropy(student_logits, target) + (target_term",
         "the cross-entropy is in it",
     ),
-    "target_term + ": ("0.5 * target_term + ", "no mistake that is known here"),
+    "target_term + ": ("0.5 * target_term + ", "the mistake is not a known one"),
 }
 
 
@@ -69,26 +72,149 @@ def function(text):
     return names["nkd_loss"]
 
 
-@pytest.mark.parametrize("loss", [nkd_loss, function(HAND)])
-def test_what_is_right_is_right_in_twenty_cases(loss):
-    lines, mistake = check.check(loss)
-    assert mistake is None
-    assert len(lines) == 20
-    assert all(line.endswith(": right") for line in lines)
+hand = function(HAND)
+
+
+class Official(nn.Module):
+    """In the form of the official code: a class with two arguments that the loss ignores."""
+
+    def __init__(self, name, use_this, temp=1.0, gamma=1.5):
+        super().__init__()
+        self.temp, self.gamma = temp, gamma
+
+    def forward(self, logit_s, logit_t, gt_label):
+        return hand(logit_s, logit_t, gt_label, self.gamma, self.temp)
+
+
+class Callable:
+    def __init__(self, T=4.0):
+        self.T = T
+
+    def __call__(self, teacher, student, y):
+        return hand(student, teacher, y, 1.5, self.T)
+
+
+RIGHT = {  # a right copy, and the notes about its call
+    "kdlite": (nkd_loss, ["gamma: varied by gamma", "temperature: varied by temperature"]),
+    "a function": (hand, ["called as (student, teacher, target)"]),
+    "a class": (Official, ["gamma: varied by gamma", "temperature: varied by temp"]),
+    "an instance": (Official("nkd", True, 3.0, 3.5), ["gamma: varied by gamma", "temperature: varied by temp"]),
+    "an object": (Callable(), ["called as (teacher, student, target)", "gamma: 1.5, a constant inside"]),
+    "a partial": (functools.partial(hand, gamma=3.5, temperature=3.0), ["gamma: varied by gamma"]),
+    "other names": (lambda a, b, y, tau=1.0, lam=1.0: hand(a, b, y, lam, tau), ["gamma: varied by lam"]),
+    "unknown names": (lambda a, b, c, w=1.0, k=1.0: hand(a, b, c, w, k), ["temperature: varied by k"]),
+    "by position": (lambda s, t, y, alpha, T: hand(s, t, y, alpha, T), ["gamma: varied by alpha"]),
+    "other defaults": (lambda s, t, y, gamma=3.5, temp=3: hand(s, t, y, gamma, temp), ["temperature: varied by temp"]),
+    "the teacher first": (lambda a, b, target: hand(b, a, target), ["called as (teacher, student, target)"]),
+    "the target first": (lambda label, a, b: hand(a, b, label), ["called as (target, student, teacher)"]),
+    "a later target": (lambda a, b, T=1.0, target=None: hand(a, b, target, 1.5, T), ["temperature: varied by T"]),
+    "constants": (lambda s, t, y: hand(s, t, y, 3.5, 3.0), ["gamma: 3.5, a constant inside"]),
+    "a weight": (lambda s, t, y, weight=2.0, T=1.0, g=1.5: weight * hand(s, t, y, g, T), ["not varied: weight=1.0"]),
+    "a reduction": (lambda s, t, y, reduction="mean": hand(s, t, y), ["not varied: reduction='mean'"]),
+    "positional only": (lambda *tensors: hand(*tensors), ["gamma: 1.5, a constant inside"]),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_a_right_copy_is_right_in_twenty_cases(kind):
+    loss, notes = RIGHT[kind]
+    result = check.check(loss)
+    assert result.mistake is None
+    assert len(result.lines) == 20
+    assert all(line.endswith(": right") for line in result.lines)
+    assert set(notes) <= set(result.notes)
 
 
 @pytest.mark.parametrize("written", CHANGES)
 def test_a_mistake_is_named(written):
     instead, named = CHANGES[written]
     assert HAND.count(written) == 1
-    lines, mistake = check.check(function(HAND.replace(written, instead)))
-    assert named in mistake
-    assert len(lines) == 20
+    result = check.check(function(HAND.replace(written, instead)))
+    assert named in result.mistake
+    assert len(result.lines) == 20
 
 
-def test_every_mistake_that_has_a_name_is_tried():
-    named = {words for words in check.MISTAKES if any(part in words for _, part in CHANGES.values())}
-    assert check.MISTAKES.keys() - named == {"this is classic temperature KD, not NKD"}  # below
+def others(s, t, y, gamma, temperature):
+    return hand(s, t, y, gamma, temperature) - hand(s, t, y, 0.0, temperature)
+
+
+def target_of(s, y):
+    return s.softmax(1).gather(1, y[:, None]).squeeze(1)
+
+
+def binary_kl(s, t, y, epsilon=1e-7):
+    p, q = target_of(s, y), target_of(t, y).detach()
+    return (q * (q / p.clamp(min=epsilon)).log() + (1 - q) * ((1 - q) / (1 - p).clamp(min=epsilon)).log()).mean()
+
+
+def mean_of_classes(s, t, y, gamma, temperature):
+    mask = ~F.one_hot(y, s.shape[1]).bool()
+    s, t = (x[mask].view(len(y), -1) / temperature for x in (s, t.detach()))
+    log_s, t = s.log_softmax(1), t.softmax(1)
+    return gamma * temperature**2 * F.kl_div(log_s, t, reduction="none").mean()
+
+
+def with_epsilon(s, t, y, gamma, temperature, epsilon=1e-6):
+    mask = F.one_hot(y, s.shape[1]).bool()
+    n_s, n_t = ((x / temperature).masked_fill(mask, -torch.inf).softmax(1) for x in (s, t.detach()))
+    rest = (n_t * (n_s + epsilon).log()).masked_fill(mask, 0.0).sum(1)
+    return (-target_of(t, y).detach() * (target_of(s, y) + epsilon).log() - gamma * temperature**2 * rest).mean()
+
+
+WRONG = {  # copies under other names: a wrong copy is never called right
+    "no square": (lambda a, b, y, temp=1.0: hand(a, b, y, 1.5 / temp**2, temp), "lacks the temperature squared"),
+    "no square, unknown names": (
+        lambda a, b, c, w=1.5, k=1.0: hand(a, b, c, w / k**2, k),
+        "lacks the temperature squared",
+    ),
+    "only the teacher": (
+        lambda s, t, y, lam=1.0, alpha=1.5: hand(s, t, y, 0.0) + lam**2 * others(s, t / lam, y, alpha, 1.0),
+        "only the teacher's logits are divided by the temperature",
+    ),
+    "gamma ignored": (lambda s, t, y, tau=1.0, gamma=1.5: hand(s, t, y, 1.5, tau), "gamma has no effect"),
+    "temperature ignored": (lambda s, t, y, T=4.0: hand(s, t, y), "T has no effect"),
+    "one term": (lambda s, t, y: hand(s, t, y, 0.0), "the non-target part is missing"),
+    "fasterai": (
+        lambda pred, teacher_pred, T=4, alpha=1.0, beta=8.0, target=None: (
+            alpha * T**2 * binary_kl(pred / T, teacher_pred / T, target) + others(pred, teacher_pred, target, beta, T)
+        ),
+        "DKD's binary KL at the temperature",
+    ),
+    "DeepKD": (
+        lambda s, t, y, gamma=1.5: (
+            target_of(t, y).mean().detach() * F.cross_entropy(s, y) + others(s, t, y, gamma, 1.0)
+        ),
+        "weighed by the batch mean of the teacher's probability",
+    ),
+    "cross-entropy": (
+        lambda s, t, y, gamma=1.5: F.cross_entropy(s, y) + others(s, t, y, gamma, 1.0),
+        "the target term is the cross-entropy",
+    ),
+    "epsilon": (lambda s, t, y, gamma=1.5, temp=1.0: with_epsilon(s, t, y, gamma, temp), "log(p + epsilon)"),
+    "kl mean": (
+        lambda s, t, y, gamma=1.5, temp=1.0: hand(s, t, y, 0.0) + mean_of_classes(s, t, y, gamma, temp),
+        'a mean over the non-target classes, as by kl_div(reduction="mean")',
+    ),
+    "an unknown use of a number": (
+        lambda s, t, y, gamma=1.5, k=1.0: hand(s, t, y, gamma, 1.0) + (k - 1) * s.square().mean(),
+        "not a known one",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_copy_with_other_names_is_wrong(kind):
+    loss, mistake = WRONG[kind]
+    assert mistake in check.check(loss).mistake
+
+
+def test_every_formula_of_the_table_has_a_gradient_of_its_own():
+    probe = check.cases()[0]
+    found = [(words, check.gradient(formula, probe, 3.5, 2.0)) for words, formula in check.FORMULAS]
+    found.append(("right", check.gradient(check.right, probe, 3.5, 2.0)))
+    for i, (words, gradient) in enumerate(found):
+        same = [name for name, other in found[:i] if name != words and check.is_close(gradient, other)]
+        assert not same or "epsilon" in words + same[0], (words, same)  # a small epsilon is right here
 
 
 def test_classic_distillation_is_recognised():
@@ -96,51 +222,52 @@ def test_classic_distillation_is_recognised():
         log_s, t = (student / temperature).log_softmax(1), (teacher.detach() / temperature).softmax(1)
         return temperature**2 * F.kl_div(log_s, t, reduction="batchmean")
 
-    assert check.check(kd)[1] == "this is classic temperature KD, not NKD"
+    assert check.check(kd).mistake == "this is classic temperature KD, not NKD"
 
 
-def test_weights_that_are_fixed_inside_are_told():
-    def fixed(student, teacher, target):
-        return nkd_loss(student, teacher, target, gamma=3.5, temperature=3.0)
-
-    assert check.check(fixed, gamma=3.5, temperature=3.0)[1] is None
-    assert check.check(fixed)[1] is not None
+def test_constants_that_are_given_are_not_estimated():
+    loss = RIGHT["constants"][0]
+    assert check.check(loss, gamma=3.5, temperature=3.0).mistake is None
+    assert check.check(loss, gamma=3.5, temperature=1.0).mistake is not None
+    without_square = functools.partial(lambda s, t, y: hand(s, t, y, 3.5 / 9, 3.0))
+    assert "if you meant gamma 3.5, the temperature squared is missing" in check.check(without_square).notes
+    assert "lacks the temperature squared" in check.check(without_square, gamma=3.5, temperature=3.0).mistake
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_line_a_case_and_ends_with_0_where_all_are_right(tmp_path):
+def test_the_command_prints_the_verdict_first_and_exits_with_0_if_all_are_right(tmp_path):
     (tmp_path / "mine.py").write_text(HAND)
     environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
     command = [sys.executable, "-m", "kdlite.check", "mine.py:nkd_loss"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 21
-    assert done.stdout.splitlines()[-1] == "right: the gradient is the paper's in all cases"
+    lines = done.stdout.splitlines()
+    assert lines[0] == "right: the gradient is the paper's in all 20 cases"
+    assert lines[1] == "called as (student, teacher, target)"
+    assert sum(line.endswith(": right") for line in lines) == 20
 
 
-def test_a_mistake_is_status_1_and_what_cannot_be_called_2(tmp_path, capsys, monkeypatch):
+def test_a_mistake_is_status_1_and_a_failed_call_is_status_2(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("wrong.py").write_text(HAND.replace("gamma * temperature**2", "gamma"))
     assert check.main(["wrong.py:nkd_loss"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "wrong: the non-target part lacks the temperature squared"
+    assert capsys.readouterr().out.splitlines()[0] == "wrong: the non-target part lacks the temperature squared"
     assert check.main(["wrong.py:nothing"]) == 2
-    said = capsys.readouterr().err
-    assert said == "kdlite.check: error: wrong.py:nothing: AttributeError: wrong.py has no function 'nothing'\n"
+    error = "AttributeError: wrong.py has no function or class 'nothing'\n"
+    assert capsys.readouterr().err == f"kdlite.check: error: wrong.py:nothing: {error}"
 
 
-def test_what_returns_no_mean_is_an_error(tmp_path, capsys):
+def test_a_loss_that_returns_rows_is_an_error(tmp_path, capsys):
     (tmp_path / "rows.py").write_text("import torch\ndef loss(s, t, y): return s.sum(1)\n")
     assert check.main([f"{tmp_path}/rows.py:loss"]) == 2
-    assert "must return the mean over the batch, got a tensor of shape (8,)" in capsys.readouterr().err
+    assert "must return the mean over the batch, one value, got shape (8,)" in capsys.readouterr().err
 
 
-def test_the_gradient_is_compared_at_every_size_of_it():
-    """A loss that is right but for one case is wrong."""
-
+def test_a_loss_that_is_wrong_in_one_case_is_wrong():
     def almost(student, teacher, target, gamma, temperature):
         loss = nkd_loss(student, teacher, target, gamma=gamma, temperature=temperature)
         return loss * (1.01 if student.shape[1] == 100 and temperature == 3 else 1.0)
 
-    lines, mistake = check.check(almost)
-    assert [line for line in lines if "wrong: the gradient is off by 1.0%" in line]
-    assert mistake is not None
+    result = check.check(almost)
+    assert [line for line in result.lines if "wrong: the gradient is off by 1.0%" in line]
+    assert result.mistake is not None

@@ -164,7 +164,9 @@ def test_uskd_can_be_differentiated_twice():
     assert torch.autograd.gradgradcheck(lambda w: uskd_loss(strong, w, target, alpha=0.0, beta=0.0), weak)
     (grad,) = torch.autograd.grad(uskd_loss(strong, weak, target), strong, create_graph=True)
     (second,) = torch.autograd.grad(grad.square().sum(), strong)
-    plain_rows = terms.uskd_rows(strong, weak, target, torch.ones(4, dtype=torch.bool), 1.0, 0.1, 0.005, 0.1)
+    plain_rows = terms.uskd_rows(
+        strong, weak, target, torch.ones(4, dtype=torch.bool), terms.USKDWeights(1.0, 0.1, 0.005, 0.1)
+    )
     (grad,) = torch.autograd.grad(plain_rows.mean(), strong, create_graph=True)
     (expected,) = torch.autograd.grad(grad.square().sum(), strong)
     torch.testing.assert_close(second, expected)
@@ -414,10 +416,10 @@ def test_linear_loss_of_a_top_k_compiles_whole():
     ("change", "message"),
     [
         (dict(teacher_top_k=None), "a teacher is missing"),
-        (dict(teacher_hidden=torch.zeros(4, 2)), "takes the place of the teacher's other arguments"),
-        (dict(teacher_softcap=30.0), "takes the place"),
-        (dict(temperature=2.0), "of temperature 1"),
-        (dict(teacher_logit_scale=2.0), "of temperature 1"),
+        (dict(teacher_hidden=torch.zeros(4, 2)), "replaces the teacher's other arguments"),
+        (dict(teacher_softcap=30.0), "replaces"),
+        (dict(temperature=2.0), "requires temperature=1"),
+        (dict(teacher_logit_scale=2.0), "requires temperature=1"),
         (dict(softcap=0.0), "softcap must be > 0 and finite, got 0"),
         (dict(logit_scale=math.inf), "logit_scale must be > 0 and finite, got inf"),
         (dict(weight=torch.zeros(1, 3)), "at least 2"),

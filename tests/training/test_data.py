@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from students import load, write_student
+from students import write_student
 
-from deploy.check import validation_batches
-from deploy.cli import UserError
-from kdlite.training.data import Digits, class_counts, class_weights, median_size, open_data, read_split, write_split
+from deploy import check
+from deploy.cli import UserError, command
+from deploy.export import export_student
+from deploy.run_directory import read_split, write_split
+from kdlite.training.data import Digits, class_counts, class_weights, median_size, open_data
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
@@ -86,7 +88,7 @@ def test_two_folders_whose_names_look_alike_are_refused(tmp_path):
 def test_hidden_folders_alone_are_no_classes(tmp_path):
     make(tmp_path / "train", {".cache": 1})
     make(tmp_path / "val", {".cache": 1})
-    assert "find any class folder in photos/train" in refusal(tmp_path)
+    assert "photos/train: expected a folder for each class, found none" in refusal(tmp_path)
 
 
 # ---- --val-split ----
@@ -128,9 +130,10 @@ def test_the_split_depends_on_names_and_seed_alone(tmp_path):
 @pytest.mark.slow
 def test_the_split_is_the_same_in_another_process_and_locale(tmp_path):
     split = open_data(str(make(tmp_path, {NFC: 30, "dog": 20})), val_split=0.3).split
-    program = f"""import json; from deploy import cli, datasets
+    program = f"""import json; from deploy import cli
+from kdlite.training.data import open_data
 cli.use_backslashreplace()
-print(json.dumps(datasets.open_data({str(tmp_path)!r}, val_split=0.3).split))"""
+print(json.dumps(open_data({str(tmp_path)!r}, val_split=0.3).split))"""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | locale, capture_output=True)
     assert result.returncode == 0, result.stderr
@@ -165,9 +168,9 @@ def test_a_run_that_goes_on_keeps_its_split(tmp_path, capsys):
     assert set(files(data.val)) < {file for file, side in rows if side == "val"}
     assert dict(rows).items() < dict(data.split).items()  # what is gone has its place when it comes back
     said = capsys.readouterr().out
-    assert "new since this run was split, so to train on: cat/20.jpg, cat/21.jpg" in said
+    assert "new since this run was split, added to the training images: cat/20.jpg, cat/21.jpg" in said
     assert "and 35 more" in said
-    assert f"gone since this run was split: {gone}\n" in said
+    assert f"missing since this run was split: {gone}\n" in said
 
 
 def test_a_run_goes_on_only_where_each_class_can_still_be_validated(tmp_path):
@@ -177,15 +180,16 @@ def test_a_run_goes_on_only_where_each_class_can_still_be_validated(tmp_path):
     assert "no image of eel for validation" in refusal(folder, sides=sides)
 
 
-def test_check_takes_the_validation_images_that_a_run_split_off(tmp_path):
+def test_check_reads_only_the_validation_images_that_a_run_split_off(tmp_path, capsys):
     folder = make(tmp_path / "photos", {"cat": 12, "dog": 8})
-    student = write_student(tmp_path / "run/student", f"{MODELS}:tiny", 16, ["cat", "dog"])
-    (tmp_path / "run/args.json").write_text(json.dumps({"flags": {"data": str(folder)}}))
+    write_student(tmp_path / "run/student", f"{MODELS}:tiny", 16, ["cat", "dog"])
     write_split(tmp_path / "run/split.csv", open_data(str(folder), val_split=0.5, seed=3).split)
-    network = load(student, device="cpu")
-    batches = list(validation_batches(student, None, "", None, 0, network))
-    assert np.concatenate([labels for _, labels, _ in batches]).tolist() == [0] * 6 + [1] * 4
-    assert batches[0][0].shape == (10, 16, 16, 3)
+    export_student(tmp_path / "run/student", ("onnx",), model_file=f"{MODELS}:tiny")
+    flags = [tmp_path / "run", "--images", folder, "--model-file", f"{MODELS}:tiny", "--device", "cpu"]
+    assert command(check.get_parser(), check.run, list(map(str, flags))) == 0
+    assert "10 of 20 photographs were training images and are skipped" in capsys.readouterr().out
+    row, *_ = json.loads((tmp_path / "run/student/check.json").read_text())
+    assert row["images"] == 10
 
 
 @pytest.mark.parametrize(("content", "said"), [
@@ -207,7 +211,7 @@ def test_no_split_is_no_error(tmp_path):
     (["train/cat", "train/dog"], {}, "no folder photos/val: --val-split 0.1 of train.py keeps a tenth of each class"),
     (["train/cat", "train/dog", "valid/cat"], {}, "for validation; or rename valid/ to val/"),
     (["cat", "dog"], {}, "if its folders are the classes (cat, dog), --val-split 0.1 of train.py keeps a tenth"),
-    (["train/cat", "val/cat"], dict(val_split=0.1), "--val-split 0.1: --data photos has a val/ of its own"),
+    (["train/cat", "val/cat"], dict(val_split=0.1), "--val-split 0.1: --data photos has its own val/"),
     (["training/cat", "Validation/cat"], dict(val_split=0.1), "no folder photos/train and no folder photos/val; expec"),
     (["training/cat", "Validation/cat"], dict(val_split=0.1), "it holds Validation, training"),
     (["val/cat", "val/dog"], dict(val_split=0.1), "no folder photos/train; expected"),
@@ -224,19 +228,19 @@ def test_a_folder_that_cannot_be_split_gets_one_line(tmp_path, tree, options, sa
 
 def test_a_class_of_a_single_image_is_refused_by_name(tmp_path):
     make(tmp_path, {"cat": 9, "dog": 1, "eel": 1})
-    assert "no image of dog, eel for validation: a class needs at least 2" in refusal(tmp_path, val_split=0.1)
+    assert "no image of dog, eel for validation: a class needs 2" in refusal(tmp_path, val_split=0.1)
 
 
 def test_what_has_validation_images_is_not_split():
     for name in ("digits", "cifar10"):
-        with pytest.raises(UserError, match=f"{name} has validation images of its own"):
+        with pytest.raises(UserError, match=f"{name} has its own validation images"):
             open_data(name, val_split=0.1)
 
 
 def test_the_pictures_of_earlier_runs_are_no_class(tmp_path):
     make(tmp_path, {"cat": 2, "dog": 2, "runs/001-resnet18-ce": 2})
     (tmp_path / "runs/001-resnet18-ce/args.json").touch()
-    assert "runs would be a class, but holds runs of train.py" in refusal(tmp_path, val_split=0.5)
+    assert "runs holds runs of train.py and is not a class" in refusal(tmp_path, val_split=0.5)
 
 
 def test_validation_images_that_have_come_are_taken_and_said(tmp_path, capsys):
@@ -244,7 +248,7 @@ def test_validation_images_that_have_come_are_taken_and_said(tmp_path, capsys):
     sides = dict(open_data(str(tmp_path), val_split=0.25).split)
     make(tmp_path / "val", {"cat": 3, "dog": 3})
     assert len(open_data(str(tmp_path), sides=sides).val) == 6
-    assert "val is there, and is taken in place of the images that the run split off" in capsys.readouterr().out
+    assert "val exists now: it replaces the images that the run split off" in capsys.readouterr().out
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -273,12 +277,13 @@ def test_cifar_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.CIFAR10._load_meta",
                         lambda self: setattr(self, "classes", list("abcdefghij")))  # fmt: skip
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
+    folder = tmp_path / "data/cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         batch = {"data": np.zeros((4, 3072), np.uint8), "labels": [0, 0, 3, 8]}
         (folder / name).write_bytes(pickle.dumps(batch))
-    data = open_data("cifar10", str(tmp_path))
+    data = open_data("cifar10")
     assert class_counts(data.train) == [10, 0, 0, 5, 0, 0, 0, 0, 5, 0]
 
 
@@ -291,14 +296,17 @@ def test_balanced_weights_give_each_class_the_same_share_and_the_images_a_mean_o
 @pytest.mark.parametrize("header", ["", "Name,Weight\n", "\ufeffname,weight\n"])
 def test_weights_come_from_a_file(tmp_path, header):
     (tmp_path / "w.csv").write_text(f'{header}dog,0\n"{NFD}, au lait", 2.5\n\n', encoding="utf-8")
-    assert class_weights(str(tmp_path / "w.csv"), [f"{NFC}, au lait", "dog"], [1, 1]) == [2.5, 0]
+    assert class_weights(str(tmp_path / "w.csv"), [f"{NFC}, au lait", "dog"], [1, 1]) == [2, 0]
+    small = "\n".join(["cat,0.01", "dog,0.1"])  # one over the counts: the mean over the images stays 1
+    (tmp_path / "w.csv").write_text(small)
+    assert class_weights(str(tmp_path / "w.csv"), ["cat", "dog"], [100, 10]) == pytest.approx([0.55, 5.5])
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("a,1\n", "lacks b"), ("a,1\nb,1\nc,1\nd,2\n", "names classes that --data has not: c, d"),
+    ("a,1\n", "lacks b"), ("a,1\nb,1\nc,1\nd,2\n", "names classes that --data does not have: c, d"),
     ("a,1\nb,-1\n", "weight of at least 0, got b,-1"), ("a,1\nb,inf\n", "at least 0, got b,inf"),
     ("a,nan\nb,1\n", "got a,nan"), ("a,1\nb,one\n", "got b,one"), ("a\nb\n", "got a"), ("a,1,2\nb,1\n", "got a,1,2"),
-    ("a,1\na,2\nb,1\n", "names a twice"), ("a,0\nb,0\n", "every weight is 0"), ("", "lacks a, b"),
+    ("a,1\na,2\nb,1\n", "names a twice"), ("a,0\nb,0\n", "the weight of every training image is 0"), ("", "lacks a, b"),
     (None, "expected balanced, or a CSV file"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_get_one_line(tmp_path, text, said):

@@ -1,4 +1,4 @@
-"""Many hosts: examples/two_hosts.sh, slurm.sh and pytorchjob.yaml do what they say, as far as one machine can tell."""
+"""Several hosts: examples/two_hosts.sh, slurm.sh and pytorchjob.yaml, as far as one machine can test them."""
 
 import json
 import os
@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 SLURM, JOB = EXAMPLES / "slurm.sh", EXAMPLES / "pytorchjob.yaml"
 TINY = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--img-size", "16", "--reference", "0"]
 
-# ends as its first flag says; "stopped" waits for the signal, with which train.py leaves, while torchrun ignores it
+# Ends by its first flag. "stopped" waits for the signal that stops train.py and that torchrun ignores.
 STAND_IN = """#!{python}
 import os, pathlib, signal, subprocess, sys
 flags = sys.argv[sys.argv.index("train.py") + 1 :]
@@ -35,14 +35,14 @@ if how == "stopped":
     signal.signal(signal.SIGUSR1, lambda *_: None)
     print("ready", os.getpid(), file=log, flush=True)
     signal.pause()
-    print("stopped by SIGUSR1 at step 3 of epoch 1: last.pt is saved, --resume goes on", file=log)
+    print("stopped by SIGUSR1 at step 3 of epoch 1: last.pt is saved, --resume continues", file=log)
 if how == "finished":
     print("last top-1 90.00 %, best 90.00 %", file=log)
 sys.exit(2 if how == "failed" else 0)
 '''
 sys.exit(subprocess.run([sys.executable, "-c", rank, flags[0], output / "log.txt"]).returncode)
 """
-# of srun's own options none takes a word of its own
+# The script gives no option of srun with a separate value.
 SRUN = """#!/bin/bash
 echo "srun $*" >>"$CALLS"
 while [[ $1 == -* ]]; do shift; done
@@ -70,7 +70,7 @@ def stand_in(tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Start the script as Slurm would, on one node of a cluster that writes down what it is told."""
+    """Start the script as Slurm would, on one node of a cluster that records its commands."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         executable(tmp_path / "bin" / name, text)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
@@ -106,7 +106,7 @@ def wait_for(file, text, seconds=120):
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sh")), ids=lambda path: path.name)
-def test_scripts_have_no_findings(script):
+def test_shellcheck_accepts_the_scripts(script):
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{BIN}:{os.environ['PATH']}")
     if not shellcheck:
@@ -116,7 +116,7 @@ def test_scripts_have_no_findings(script):
 
 
 @pytest.mark.trial
-def test_two_hosts_without_a_shared_disk_train_what_one_host_does():
+def test_two_hosts_without_a_shared_disk_train_the_weights_of_one_host():
     done = subprocess.run([EXAMPLES / "two_hosts.sh"], capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
@@ -127,8 +127,8 @@ def test_two_hosts_without_a_shared_disk_train_what_one_host_does():
 # ---- Slurm ----
 
 
-def test_slurm_gives_one_torchrun_a_node_signals_the_batch_shell_and_may_requeue():
-    head = SLURM.read_text().partition("set -")[0]  # sbatch reads no directive after the first command
+def test_slurm_starts_one_torchrun_a_node_signals_the_batch_shell_and_may_requeue():
+    head = SLURM.read_text().partition("set -")[0]  # sbatch ignores directives after the first command
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", head, re.M))
     assert len(directives) == SLURM.read_text().count("#SBATCH")
     assert int(directives["nodes"]) > 1
@@ -139,17 +139,17 @@ def test_slurm_gives_one_torchrun_a_node_signals_the_batch_shell_and_may_requeue
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_slurm_does_not_requeue_what_is_finished(slurm):
+def test_slurm_does_not_requeue_a_finished_run(slurm):
     assert slurm.start("finished").wait(60) == 0
     assert slurm.requeues() == []
     assert (slurm.output / "torchrun.txt").read_text() == (
         f"--nnodes 1 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:{29000 + int(slurm.job) % 1000} "
-        f"--rdzv-id {slurm.job} train.py finished --output runs/slurm-{slurm.job} --resume auto (ignores SIGUSR1)"
+        f"--rdzv-id {slurm.job} train.py finished --output runs/slurm-{slurm.job} --resume (ignores SIGUSR1)"
     )
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_slurm_requeues_once_what_the_signal_has_stopped(slurm):
+def test_slurm_requeues_a_run_that_the_signal_stopped_once(slurm):
     job = slurm.start("stopped")
     wait_for(slurm.output / "log.txt", r"^ready \d+$")
     job.send_signal(signal.SIGUSR1)
@@ -160,7 +160,7 @@ def test_slurm_requeues_once_what_the_signal_has_stopped(slurm):
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_slurm_does_not_requeue_what_has_failed(slurm):
+def test_slurm_does_not_requeue_a_failed_run(slurm):
     slurm.output.mkdir(parents=True)
     (slurm.output / "log.txt").write_text("stopped by SIGUSR1 at step 3 of epoch 1\n")  # an earlier time
     assert slurm.start("failed").wait(60) == 2
@@ -168,7 +168,7 @@ def test_slurm_does_not_requeue_what_has_failed(slurm):
 
 
 @pytest.mark.trial
-def test_slurm_stops_the_real_torchrun_and_goes_on_with_it(slurm):
+def test_slurm_stops_and_resumes_the_real_torchrun(slurm):
     flags = [*TINY, "--self-kd", "uskd", "--epochs"]
     job = slurm.start(*flags, "500")
     wait_for(slurm.output / "log.txt", "^epoch 1/500")
@@ -181,7 +181,7 @@ def test_slurm_stops_the_real_torchrun_and_goes_on_with_it(slurm):
     assert slurm.start(*flags, str(done + 1)).wait(120) == 0
     assert slurm.requeues() == []
     log = (slurm.output / "log.txt").read_text()
-    assert re.search(rf"^going on from .*, (at step \d+ of epoch {done + 1}|after epoch {done})$", log, re.M)
+    assert re.search(rf"^resuming from .*, (at step \d+ of epoch {done + 1}|after epoch {done})$", log, re.M)
     assert re.search("^last top-1", log, re.M)
 
 
@@ -196,7 +196,7 @@ def job():
     return yaml.safe_load(JOB.read_text())
 
 
-def test_pytorchjob_is_what_kubeflows_own_models_accept():
+def test_kubeflows_own_models_accept_the_pytorchjob():
     training = pytest.importorskip("kubeflow.training", reason="needs the package kubeflow-training")
     client = training.ApiClient()
     assert client.client_side_validation
@@ -204,7 +204,7 @@ def test_pytorchjob_is_what_kubeflows_own_models_accept():
     assert client.sanitize_for_serialization(read) == job()  # an unknown key would be lost
 
 
-def test_pytorchjob_restarts_what_fails_and_leaves_time_to_save():
+def test_the_pytorchjob_restarts_failed_pods_and_leaves_time_to_save():
     assert (job()["apiVersion"], job()["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     replicas = job()["spec"]["pytorchReplicaSpecs"]
     assert {spec["restartPolicy"] for spec in replicas.values()} == {"OnFailure"}
@@ -220,12 +220,12 @@ def test_pytorchjob_restarts_what_fails_and_leaves_time_to_save():
         assert "persistentVolumeClaim" in volumes[mounts["/data"]]
         (script,) = container["args"]
         assert "--output /data/" in script
-        assert "--resume auto" in script
+        assert "--resume " in script
 
 
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize(("how", "status"), [("finished", 0), ("stopped", 1), ("failed", 2)])
-def test_pytorchjob_a_pod_succeeds_only_at_the_end_of_the_training(tmp_path, how, status):
+def test_a_pod_succeeds_only_at_the_end_of_the_training(tmp_path, how, status):
     (container,) = pods()["Master"]["containers"]
     (script,) = container["args"]
     script = script.replace("/data/runs", str(tmp_path)).replace("train.py ", f"train.py {how} ")
@@ -233,5 +233,5 @@ def test_pytorchjob_a_pod_succeeds_only_at_the_end_of_the_training(tmp_path, how
     pod = subprocess.Popen([*container["command"], script], env=env)
     if how == "stopped":
         rank = wait_for(tmp_path / "kdlite/log.txt", r"^ready (\d+)$")
-        os.kill(int(rank[1]), signal.SIGUSR1)  # as when another pod has to go
+        os.kill(int(rank[1]), signal.SIGUSR1)  # as after the eviction of another pod
     assert pod.wait(60) == status

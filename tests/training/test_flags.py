@@ -1,14 +1,21 @@
 """deploy/flags.py: defaults that fit a folder."""
 
 import functools
-import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from running import args_of
 
 import train
-from deploy.flags import RECIPES, pick_recipe
+from deploy.cli import UserError
+from deploy.flags import RECIPES, pick_recipe, settle_flags
+from kdlite.training import teacher_labels
 
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES = [(2, 2), (5, 2), (37, 3), (200, 5), (3000, 10), (10_000, 20), (99_999, 200), (10**7, 1000)]
 
 
@@ -16,19 +23,17 @@ IMAGES = [(2, 2), (5, 2), (37, 3), (200, 5), (3000, 10), (10_000, 20), (99_999, 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (375, 500), (4000, 50)])
 @pytest.mark.parametrize(("images", "classes"), IMAGES)
 def test_a_picked_recipe_makes_a_run(images, classes, size, pretrained):
-    """It has a whole batch, no fewer keys than a recipe, and an optimizer and a schedule come of it."""
+    """It has a whole batch, every key of a recipe, and an optimizer and a schedule can be made of it."""
     recipe, line = pick_recipe(images, classes, size, pretrained)
     assert RECIPES["imagenet-cnn"].keys() <= recipe.keys()
-    assert recipe.keys() <= {name for flags in train.FLAGS.values() for name in flags}
     assert 2 <= recipe["batch_size"] <= images
     assert recipe["epochs"] >= 10
     assert recipe["img_size"] % 32 == 0
     assert "\n" not in line
     assert f"{images} images of {classes} classes" in line
-    defaults = {name: default for flags in train.FLAGS.values() for name, (default, *_) in flags.items()}
-    flags = defaults | recipe | {"net": torch.nn.Linear(2, 2), "updates_per_epoch": 10}
-    taken = {name: flags[name] for name in inspect.signature(train.make_optimizer).parameters}
-    _, scheduler = train.make_optimizer(**taken)
+    args, given = settle_flags(train.FLAGS, {"data": "photos"}, fitted=recipe)
+    assert (args.recipe, given["fitted"]) == ("fitted", recipe)
+    _, scheduler = train.build_optimizer(torch.nn.Linear(2, 2), args, 10)
     assert scheduler.optimizer.param_groups[0]["lr"] <= recipe["lr"]
 
 
@@ -52,3 +57,56 @@ def test_pretrained_weights_keep_their_stem_and_are_tuned_gently():
     assert tuned["lr"] < new["lr"] / 2
     assert tuned["epochs"] < new["epochs"] / 2
     assert tuned["img_size"] > new["img_size"]
+
+
+# ---- the table ----
+
+
+def test_flags_are_read_without_torch():
+    program = "import sys; from deploy import flags; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    for flags, status in ((["--help"], 0), (["--kd", "nkd"], 2), (["--epochs", "0"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "train.py", *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == status
+        assert not re.search(r"\| +torch\b", done.stderr)
+
+
+def test_every_flag_of_the_labels_command_means_what_it_means_in_train():
+    ours = {name: flag for group in train.FLAGS.values() for name, flag in group.items()}
+    theirs = {name: flag for group in teacher_labels.FLAGS.values() for name, flag in group.items()}
+    for name in theirs.keys() - {"output", "views", "top_k"}:
+        assert theirs[name].default == ours[name].default
+        assert theirs[name].path == ours[name].path
+        same = ("choices", "nargs", "const", "action", "metavar")
+        assert [theirs[name].options.get(key) for key in same] == [ours[name].options.get(key) for key in same]
+
+
+@pytest.mark.parametrize(("stored", "message"), [
+    ({"momentum": 0.8}, "started with --momentum 0.8, which this train.py does not have"),
+    ({"sync_bn": True}, "started with --sync-bn True"),
+])  # fmt: skip
+def test_a_run_of_an_older_train_that_cannot_be_continued_is_refused(stored, message):
+    with pytest.raises(UserError, match=message):
+        settle_flags(train.FLAGS, {"resume": True, "output": "out"}, stored)
+
+
+def test_a_run_of_an_older_train_keeps_the_values_of_its_renamed_flags():
+    stored = {"kd": "kd", "teacher": "t/student", "kd_temperature": 2.0, "channels_last": True, "step_epochs": [3.0],
+              "momentum": 0.9}  # fmt: skip
+    args, _ = settle_flags(train.FLAGS, {"resume": True, "output": "out"}, stored)
+    assert (args.temperature, args.step_epochs) == (2.0, [3.0])
+
+
+@pytest.mark.parametrize(("flags", "temperature"), [
+    (["--kd", "kd"], 4.0), (["--kd", "nkd"], 1.0), (["--kd", "nkd", "--recipe", "cifar"], 3.0),
+    (["--kd", "kd", "--recipe", "cifar"], 4.0), (["--kd", "kd", "--temperature", "2"], 2.0),
+])  # fmt: skip
+def test_the_temperature_follows_the_method(flags, temperature):
+    assert args_of(*flags, "--teacher", "resnet18").temperature == temperature
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_a_recipe_sets_what_the_others_set(recipe):
+    assert RECIPES["imagenet-cnn"].keys() <= RECIPES[recipe].keys() | {"eval_crop"}

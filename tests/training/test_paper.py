@@ -1,4 +1,4 @@
-"""examples/paper: every row of the paper's tables can be started, and our own tables come out of their files."""
+"""examples/paper: each row of the paper's tables starts, and our own tables agree with their files."""
 
 import csv
 import functools
@@ -17,14 +17,17 @@ import scipy.stats
 import torch
 from PIL import Image
 from running import rows as metrics_of
-from running import run
+from running import run, write_labels
 from sklearn.datasets import load_sample_images
 from torchvision.datasets import FakeData
 
 import train
 from deploy.cli import UserError
+from deploy.flags import settle_flags
 from deploy.student import build_model, find_architecture
 from kdlite import Teacher
+from kdlite.training.data import Data
+from kdlite.training.loading import Batch
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +43,7 @@ def load(name):
 
 @functools.cache
 def rows():
-    """Name: the flags of train.py, as the shell makes them."""
+    """Return train.py's flags of each row by its name, as the shell makes them."""
     command = ["bash", str(PAPER / "rows.sh")]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     lines = subprocess.run(
@@ -49,9 +52,13 @@ def rows():
     return dict(zip(names, (shlex.split(line)[1:] for line in lines), strict=True))
 
 
+def settle(flags):
+    return settle_flags(train.FLAGS, train.parse_flags(flags))[0]
+
+
 # ---- the rows ----
 
-# torchvision's and our own networks, a transformer, both methods; the others: make test-all
+# Networks of torchvision and our own, a transformer, both methods. make test-all runs the others.
 OF_EACH_KIND = {
     "nkd-resnet18",
     "nkd-resnet56-resnet20",
@@ -62,16 +69,16 @@ OF_EACH_KIND = {
 
 # the layer each weak head reads in the official configs, and its channels
 TAPS = {
-    "uskd-mobilenet": ("blocks.3", 512),
+    "uskd-mobilenet": ("blocks.3.5", 512),
     "uskd-mobilenet-v2": ("features.17", 320),
-    "uskd-shufflenet-v2": ("stage4", 464),
-    "uskd-resnet18": ("layer3", 256),
-    "uskd-resnet50": ("layer3", 1024),
-    "uskd-resnet101": ("layer3", 1024),
+    "uskd-shufflenet-v2": ("stage4.3", 464),
+    "uskd-resnet18": ("layer3.1", 256),
+    "uskd-resnet50": ("layer3.5", 1024),
+    "uskd-resnet101": ("layer3.22", 1024),
     "uskd-regnet": ("trunk_output.block3", 408),
-    "uskd-swin-tiny": ("features.5", 384),
+    "uskd-swin-tiny": ("features.5.5", 384),
     "uskd-deit-tiny": ("blocks.5", 192),
-    "uskd-cifar-resnet18": ("layer3", 256),
+    "uskd-cifar-resnet18": ("layer3.1", 256),
 }
 
 
@@ -82,7 +89,7 @@ def test_no_row_is_missing():
     assert {n for n in names if n.startswith("uskd-")} == set(TAPS)
 
 
-def test_a_row_that_is_not_there_is_an_error():
+def test_an_unknown_row_is_an_error():
     result = subprocess.run(["bash", str(PAPER / "rows.sh"), "nope"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "no row named nope" in result.stderr
@@ -91,30 +98,31 @@ def test_a_row_that_is_not_there_is_an_error():
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in OF_EACH_KIND else pytest.mark.trial) for name in rows()]
 )
-def test_a_row_builds_its_networks_layers_and_schedule_and_takes_a_step(name, monkeypatch):
+def test_a_row_builds_its_networks_and_schedule_and_takes_a_step(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = rows()[name]
     assert flags[-2:] == ["--output", f"runs/paper/{name}"]
     classes, size = (100, 32) if "cifar100" in flags else (1000, 32 if "deit" in name else 64)
-    args = train.parse_args([*flags, "--batch-size", "2", "--img-size", str(size), "--device", "cpu", "--workers", "0"])
+    small = ["--batch-size", "2", "--img-size", str(size), "--device", "cpu", "--workers", "0"]
+    args = settle([*flags, *small])
     images = FakeData(8, (3, size, size), classes)
-    data = train.Data(images, images, [str(i) for i in range(classes)], (0.5,) * 3, (0.5,) * 3)
+    data = Data(images, images, [str(i) for i in range(classes)], (0.5,) * 3, (0.5,) * 3)
     teacher = None
     if args.teacher:
-        name_of_teacher, theirs = args.teacher, train.parse_args([])
-        if args.teacher.startswith("runs/paper/"):  # a row of its own
-            theirs = train.parse_args(rows()[Path(args.teacher).parts[2]])
+        name_of_teacher, theirs = args.teacher, settle([])
+        if args.teacher.startswith("runs/paper/"):  # another row's student
+            theirs = settle(rows()[Path(args.teacher).parts[2]])
             name_of_teacher = theirs.model
         architecture = find_architecture(name_of_teacher, theirs.model_args, theirs.small_stem)
         teacher = Teacher(build_model(architecture, classes, size, [name_of_teacher]))
-    run = train.build(args, data, teacher)
+    _, net, _ = train.build_student(args, data)
     if args.self_kd:
-        assert (run.net.tap, run.net.head.in_features) == TAPS[name]
-    optimizer, updates = run.optimizer, run.updates_per_epoch
-    assert updates == 4
+        assert (net.tap, net.head.in_features) == TAPS[name]
+    updates = 4
+    optimizer, schedule = train.build_optimizer(net, args, updates)
     lr = []
     for step in range(0, args.epochs * updates, updates):
-        run.scheduler.step_update(step + updates // 2)
+        schedule.step_update(step + updates // 2)
         lr.append(optimizer.param_groups[0]["lr"])
     assert max(lr) == pytest.approx(args.lr, rel=0.01)
     if args.schedule == "step":
@@ -124,13 +132,32 @@ def test_a_row_builds_its_networks_layers_and_schedule_and_takes_a_step(name, mo
     else:
         assert lr[-1] < 0.01 * args.lr
 
-    before = [p.detach().clone() for p in run.net.parameters()]
-    batch = torch.randn(2, 3, size, size), torch.tensor([3, 7])
-    losses = train.forward_backward(run.net.train(), run.teacher, *batch, run.objective, run.amp, run.scaler)
+    before = [p.detach().clone() for p in net.parameters()]
+    batch = Batch(torch.randn(2, 3, size, size), torch.tensor([3, 7]), [])
+    method, scaler = train.build_method(args, data, torch.device("cpu")), torch.amp.GradScaler("cpu", enabled=False)
+    losses = train.train_step(net.train(), teacher, batch, method, None, scaler)
     assert set(losses) == {"ce"} | ({args.kd} if args.kd else set()) | ({"uskd"} if args.self_kd else set())
     assert all(loss.isfinite() for loss in losses.values())
-    train.update(run.net, optimizer, run.scaler, args.clip_grad)
-    assert not all(torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+    train.optimizer_step(net, optimizer, scaler, args.clip_grad)
+    assert not all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+# the schedules of the official configs and of the CRD protocol, whose values are in two recipes
+SCHEDULES = {
+    "nkd-resnet18": (100, 256, 0.1, 1e-4, [30, 60, 90], 0.1),
+    "uskd-mobilenet-v2": (300, 256, 0.045, 4e-5, list(range(1, 300)), 0.98),
+    "uskd-cifar-resnet18": (200, 128, 0.1, 5e-4, [60, 120, 160], 0.2),
+    "nkd-resnet56-resnet20": (240, 64, 0.05, 5e-4, [150, 180, 210], 0.1),
+    "nkd-vgg13-mobilenet_v2_half": (240, 64, 0.01, 5e-4, [150, 180, 210], 0.1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_row_has_the_schedule_of_its_protocol(name):
+    args = settle(rows()[name])
+    names = ("epochs", "batch_size", "lr", "weight_decay", "step_epochs", "step_factor")
+    assert tuple(getattr(args, flag) for flag in names) == SCHEDULES[name]
+    assert args.small_stem == (name == "uskd-cifar-resnet18")
 
 
 # ---- the networks ----
@@ -159,7 +186,7 @@ def test_a_cifar_network_has_the_parameters_of_the_literature(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
-def test_a_depth_that_no_resnet_has():
+def test_an_impossible_depth_is_refused():
     with pytest.raises(ValueError, match=r"6n \+ 2"):
         load("cifar_models").resnet(10, depth=18)
 
@@ -167,7 +194,7 @@ def test_a_depth_that_no_resnet_has():
 # ---- the ablations ----
 
 
-def test_the_variants_of_the_ablations():
+def test_the_variants_of_the_ablations_equal_their_formulas():
     ablation = load("ablation")
     generator = torch.Generator().manual_seed(0)
     student, teacher, weak = (3 * torch.randn(16, 9, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -197,23 +224,24 @@ def test_the_variants_of_the_ablations():
 @pytest.mark.parametrize(
     ("variant", "replaced"), [("nkd_without_target", "nkd_loss"), ("uskd_ranked_by_log", "uskd_loss")]
 )
-def test_train_py_calls_the_variant_in_place_of_the_loss(monkeypatch, variant, replaced):
+def test_train_py_calls_the_variant_instead_of_the_loss(monkeypatch, variant, replaced):
     name, function = load("ablation").VARIANTS[variant]
     assert name == replaced
     logits, other = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
     weak, teacher = (None, other) if replaced == "nkd_loss" else (other, None)
     target = torch.arange(8) % 5
     term = replaced.removesuffix("_loss")
-    before = train.named_losses(logits, weak, teacher, target, kd="nkd" if teacher is not None else None)
+    method = train.Method("nkd" if teacher is not None else None)
+    before = train.loss_terms(method, logits, weak, teacher, target)
     monkeypatch.setattr(train, name, function)
-    after = train.named_losses(logits, weak, teacher, target, kd="nkd" if teacher is not None else None)
+    after = train.loss_terms(method, logits, weak, teacher, target)
     assert after.keys() == before.keys() == {"ce", term}
     assert after["ce"] == before["ce"]
     assert after[term].shape == ()
     assert after[term] != before[term]
 
 
-def test_a_variant_that_is_not_there():
+def test_an_unknown_variant_is_an_error():
     bad = subprocess.run([sys.executable, PAPER / "ablation.py", "nope"], capture_output=True, text=True)
     assert bad.returncode != 0
     assert "nkd_without_target" in bad.stderr
@@ -222,7 +250,7 @@ def test_a_variant_that_is_not_there():
 # ---- our tables ----
 
 
-def test_the_tables_on_the_pages_are_those_of_the_files():
+def test_the_tables_on_the_pages_agree_with_the_files():
     done = subprocess.run([sys.executable, PAPER / "report.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -242,14 +270,14 @@ def test_two_rows_are_compared_seed_by_seed():
 @pytest.mark.parametrize(
     "asked", [["nope", "KD", "NKD"], ["lite", "KD", "NKD"], ["lite-sweep", *2 * ["cross-entropy"]]]
 )
-def test_rows_that_cannot_be_compared(asked):
+def test_rows_that_cannot_be_compared_are_an_error(asked):
     done = subprocess.run([sys.executable, PAPER / "report.py", "--compare", *asked], capture_output=True, text=True)
     assert done.returncode == 2
     assert "report.py: error: " in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_copies_are_of_training_images_alone(tmp_path):
+def test_only_training_images_are_copied(tmp_path):
     tiny_imagenet = load("tiny_imagenet")
     for part, count in (("train", 5), ("val", 2)):
         folder = tmp_path / "source" / part / "n0"
@@ -267,7 +295,7 @@ def test_copies_are_of_training_images_alone(tmp_path):
     ]
 
 
-def test_every_measured_run_says_its_command_versions_hardware_and_seed():
+def test_every_measured_run_has_its_command_versions_hardware_and_seed():
     files = list(PAPER.glob("results/*.csv"))
     assert len(files) >= 4
     for file in files:
@@ -279,24 +307,24 @@ def test_every_measured_run_says_its_command_versions_hardware_and_seed():
                 assert row["hardware"]
 
 
-def test_what_is_said_of_an_image():
+def test_the_line_of_a_network_has_its_four_measures():
     logits, labels = [[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 1.0, 1.0]], [0, 0]
-    said = {"label": [], "squared": [], "entropy": []}
+    measured = {"label": [], "squared": [], "entropy": []}
     for row, label in zip(logits, labels):
         weights = [math.exp(x) for x in row]
         others = [w / (sum(weights) - weights[label]) for i, w in enumerate(weights) if i != label]
-        said["label"].append(weights[label] / sum(weights))
-        said["squared"].append(said["label"][-1] ** 2)
-        said["entropy"].append(-sum(p * math.log(p) for p in others))
-    label, entropy = (sum(said[key]) / 2 for key in ("label", "entropy"))
-    spread = abs(said["squared"][0] - said["squared"][1]) / math.sqrt(2)
+        measured["label"].append(weights[label] / sum(weights))
+        measured["squared"].append(measured["label"][-1] ** 2)
+        measured["entropy"].append(-sum(p * math.log(p) for p in others))
+    label, entropy = (sum(measured[key]) / 2 for key in ("label", "entropy"))
+    spread = abs(measured["squared"][0] - measured["squared"][1]) / math.sqrt(2)
     line = load("answers").describe(torch.tensor(logits), torch.tensor(labels))
     assert line == (
         f"top-1 50.00 %  label {label:.3f}  spread {spread:.3f}  entropy {entropy:.2f} of {math.log(3):.2f}"
     )
 
 
-def test_the_ranks_that_are_the_students_own():
+def test_own_ranks_counts_the_ranks_of_the_student_alone():
     generator = torch.Generator().manual_seed(0)
     student, weak = (2 * torch.randn(8, 12, generator=generator, dtype=torch.float64) for _ in range(2))
     shared = 0
@@ -309,43 +337,49 @@ def test_the_ranks_that_are_the_students_own():
     assert load("answers").own_ranks(student, weak, torch.arange(8)) == pytest.approx(100 * shared / 40)
 
 
-def test_what_the_networks_of_a_run_say(tmp_path, monkeypatch):
+@pytest.mark.whole_runs
+def test_answers_measures_student_weak_head_teacher_and_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--epochs", "1", "--img-size", "16"]
-    tiny += ["--crop", "none"]  # the view that is stored is then the one that is looked at
+    tiny += ["--crop", "none"]  # so the stored view equals the measured one
     teacher = ["--teacher", "teacher/student", "--model-file", f"{ROOT}/tests/own_models.py:tiny"]
     run(*tiny, "--output", "teacher")
-    run(*tiny, *teacher, "--cache", "none", "--write-labels", "L", "--views", "1", "--top-k", "9")
+    labels = ["--device", "cpu", "--img-size", "16", "--crop", "none", "--views", "1", *teacher]
+    write_labels(*labels, "--output", "L", "--top-k", "9")
     run(*tiny, "--kd", "nkd", "--teacher-labels", "L", "--self-kd", "uskd", "--output", "stored")
     run(*tiny, "--kd", "nkd", *teacher, "--output", "online")
-    done = subprocess.run([sys.executable, PAPER / "answers.py", "stored", "online"], capture_output=True, text=True)
+    command = [sys.executable, PAPER / "answers.py", "stored", "online", *tiny[2:4], *teacher[2:]]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said, folder = {}, ""
+    measured, folder = {}, ""
     for line in done.stdout.splitlines():
         if line.startswith("  "):
-            part, who, *numbers = re.split(" {2,}", line.strip())
-            said[folder, part, who] = [float(x) for x in re.findall(r"\d+\.\d+", " ".join(numbers))]
+            part, network, *numbers = re.split(" {2,}", line.strip())
+            measured[folder, part, network] = [float(x) for x in re.findall(r"\d+\.\d+", " ".join(numbers))]
         else:
             folder = line.partition(",")[0]
-    both = {(part, who) for part in ("training", "validation") for who in ("student", "weak head", "own ranks")}
-    assert {key[1:] for key in said if key[0] == "stored"} == both | {("training", "labels")}
+    both = {(part, network) for part in ("training", "validation") for network in ("student", "weak head", "own ranks")}
+    assert {key[1:] for key in measured if key[0] == "stored"} == both | {("training", "labels")}
     for folder in ("stored", "online"):
         top1 = float(metrics_of(folder)[-1]["val_top1"])
-        assert said[folder, "validation", "student"][0] == pytest.approx(top1, abs=0.006)
-    # as the teacher itself says it, but for what float16 makes equal
-    (top1, *rest), (stored_top1, *stored) = said["online", "training", "teacher"], said["stored", "training", "labels"]
+        assert measured[folder, "validation", "student"][0] == pytest.approx(top1, abs=0.006)
+    # the stored answers equal the teacher's own, except for the rounding of float16
+    (top1, *rest), (stored_top1, *stored) = (
+        measured["online", "training", "teacher"],
+        measured["stored", "training", "labels"],
+    )
     assert stored_top1 == pytest.approx(top1, abs=0.5)
     assert stored == pytest.approx(rest, abs=0.011)
 
-    # of three classes of nine there is no entropy to tell
-    run(*tiny, *teacher, "--cache", "none", "--write-labels", "few", "--views", "1", "--top-k", "3")
+    # three of nine classes have no entropy over all of them
+    write_labels(*labels, "--output", "few", "--top-k", "3")
     run(*tiny, "--kd", "nkd", "--temperature", "1", "--teacher-labels", "few", "--output", "some")
     with pytest.raises(UserError, match="few has 3 of 9 other classes: write labels with --top-k 9"):
-        list(load("answers").lines(Path("some")))
+        list(load("answers").report(Path("some"), tiny[2:4]))
 
 
 @pytest.mark.parametrize("name", ["", "not there"])
-def test_what_is_no_run_says_nothing(tmp_path, name):
+def test_a_folder_without_a_run_is_an_error(tmp_path, name):
     done = subprocess.run([sys.executable, PAPER / "answers.py", tmp_path / name], capture_output=True, text=True)
     assert done.returncode == 2
     assert "answers.py: error: " in done.stderr

@@ -1,4 +1,4 @@
-"""examples/report.py: the page of some runs, of what they hold, in a real browser."""
+"""examples/report.py: the page about some runs, opened in a real browser."""
 
 import json
 import math
@@ -52,12 +52,12 @@ def test_the_calibration_error_is_that_of_a_plain_loop():
 
 
 @pytest.mark.slow
-def test_the_page_shows_every_run_and_stands_alone(runs, browser, tmp_path):
+def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_path):
     command = [sys.executable, ROOT / "examples/report.py", *runs, tmp_path, "-o", tmp_path / "page.html"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/page.html\n"
-    assert done.stderr == f"left out: {tmp_path} is no run of train.py, or has no whole epoch\n"
+    assert done.stderr == f"skipped: {tmp_path} is not a run of train.py, or has no finished epoch\n"
 
     page = browser.new_page(viewport={"width": 400, "height": 800})
     problems, asked = [], []
@@ -82,7 +82,7 @@ def test_the_page_shows_every_run_and_stands_alone(runs, browser, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_soft_labels_are_those_of_the_losses(runs, temperature):
-    """The gradient of the loss by the student's logits, worked out from the labels on the page."""
+    """Compare the gradient of the loss, by the student's logits, with one computed from the labels on the page."""
     known = report.read_run(next(folder for folder in runs if folder.name == "with-teacher"))
     known = known._replace(flags=known.flags | {"temperature": temperature})
     teacher, remarks = report.teachers_logits(known)
@@ -103,7 +103,7 @@ def test_the_soft_labels_are_those_of_the_losses(runs, temperature):
 
 
 @pytest.mark.slow
-def test_what_is_damaged_or_missing_is_said_and_the_rest_is_shown(runs, tmp_path, capsys):
+def test_damaged_and_missing_files_are_reported_and_the_rest_is_shown(runs, tmp_path, capsys):
     teacher, other = tmp_path / "teacher", tmp_path / "more/teacher"
     shutil.copytree(next(folder for folder in runs if folder.name == "teacher"), teacher)
     shutil.copytree(next(folder for folder in runs if folder.name == "with-teacher"), other)
@@ -112,10 +112,10 @@ def test_what_is_damaged_or_missing_is_said_and_the_rest_is_shown(runs, tmp_path
     shutil.copytree(teacher, odd)
     (odd / "metrics.csv").write_text("epoch,val_top1\n1,\n")
     row = {"batch": 1, "p50_ms": 1.0, "artefact": "student.onnx", "precision": "fp32", "provider": "CPU"}
-    (other / "student/benchmark.json").write_text(json.dumps({"rows": [row]}))  # timed on noise: no accuracy
+    (other / "student/benchmark.json").write_text(json.dumps({"rows": [row]}))  # timed on random images: no accuracy
     folders = [str(teacher), str(other), str(odd)]
     assert report.command(report.parser, report.run, [*folders, "-o", str(tmp_path / "p.html")]) == 0
-    assert capsys.readouterr().err == f"left out: {odd} is no run of train.py, or has no whole epoch\n"
+    assert capsys.readouterr().err == f"skipped: {odd} is not a run of train.py, or has no finished epoch\n"
     text = (tmp_path / "p.html").read_text()
     assert "reference.npz cannot be read" in text
     assert "Not measured" in text
@@ -130,7 +130,7 @@ def test_grey_images_are_shown(tmp_path):
     assert "data:image/png" in report.page([report.read_run(tmp_path / "grey")])
 
 
-def test_no_run_among_the_folders_is_one_line(tmp_path, capsys):
+def test_folders_without_a_run_are_an_error_of_one_line(tmp_path, capsys):
     assert report.command(report.parser, report.run, [str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"report.py: error: no run of train.py among {tmp_path}: ")
     assert report.command(report.parser, report.run, [str(tmp_path / "nowhere")]) == 2

@@ -1,5 +1,6 @@
-"""A teacher's answers, stored by train.py --write-labels and trained from by --teacher-labels; losses of one's own."""
+"""Store a teacher's answers and train from them; losses of a user's own."""
 
+import io
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import refused, rows, run
+from running import refused, rows, run, write_labels
 from sklearn.datasets import load_sample_images
 from torch.nn import functional as F
 
@@ -47,6 +48,9 @@ TINY = [
     "--workers",
     0,
 ]
+OWN = ["--model", f"{MODELS}:tiny"]  # a resume names code again
+STUDENT = ["--device", "cpu", *OWN, "--img-size", 16, "--workers", 0]  # flags of the command that stores labels
+VIEWS = ["--data", "photos", "--recipe", "digits", "--crop", "resized", "--hflip", 0.5, "--randaugment", 2, 9]
 TEACHER = ["--teacher", "t/student", "--model-file", f"{MODELS}:tiny"]
 PHOTOS = ["--data", "photos", "--recipe", "digits", "--batch-size", 8, "--crop", "resized", "--hflip", 0.5,
           "--randaugment", 2, 9]  # fmt: skip
@@ -85,16 +89,23 @@ def photos(teachers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def stored(data, input_size=(3, 16, 16), folder="L"):
-    view = loading.describe_view(input_size, "resized", 0.5, "bilinear", [2, 9])
-    return StoredLabels(Path(folder), describe_images(data.train, data.label_names, view))
+def view_of(size):
+    return loading.View((3, size, size), "resized", 0.5, "bilinear", [2, 9])
+
+
+def stored(data, folder="L"):
+    return StoredLabels(Path(folder), describe_images(data, view_of(16)))
+
+
+def refused_labels(capsys, *flags):
+    return refused(capsys, *flags, command=write_labels, program="teacher_labels")
 
 
 # ---- the student sees what the teacher saw, and learns what it would have said ----
 
 
 def test_from_labels_of_every_class_a_student_learns_as_from_the_teacher(digits):
-    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 2, "--top-k", 9)
+    write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 2, "--top-k", 9)
     run(*TINY, "--epochs", 2, "--kd", "nkd", "--teacher-labels", "L", "--output", "stored")
     run(*TINY, "--epochs", 2, "--kd", "nkd", *TEACHER, "--output", "online")
     for ours, theirs in zip(rows("stored"), rows("online")):
@@ -106,15 +117,13 @@ def test_from_labels_of_every_class_a_student_learns_as_from_the_teacher(digits)
 
 
 def test_a_stored_answer_is_the_teachers_of_the_view_that_is_drawn_again(photos):
-    run(*TINY, *PHOTOS, *TEACHER, "--write-labels", "L", "--views", 2, "--seed", 3)
+    write_labels(*STUDENT, *VIEWS, *TEACHER, "--output", "L", "--views", 2, "--seed", 3)
     data = open_data("photos")
     teacher, config = load_student(Path("t"), [f"{MODELS}:tiny"])
     teacher.eval()
     labels = stored(data)
     assert (labels.views, labels.header["k"]) == (2, 1)
-    samples = loading.Samples(
-        data.train, loading.train_view((3, 16, 16), "resized", 0.5, "bilinear", [2, 9]), 7, labels
-    )
+    samples = loading.Samples(data.train, view_of(16).transform(), 7, labels)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
     seen = []
     for epoch, index in ((0, 0), (0, 23), (1, 0), (2, 0), (3, 23)):
@@ -131,26 +140,26 @@ def test_a_stored_answer_is_the_teachers_of_the_view_that_is_drawn_again(photos)
 
 def test_labels_of_large_crops_teach_a_student_of_small_ones(photos):
     """Where the size does not decide what is cropped: the teacher may see more pixels than the student."""
-    run(*TINY, *PHOTOS, *TEACHER, "--img-size", 32, "--write-labels", "L", "--views", 1)
+    write_labels(*STUDENT, *VIEWS, *TEACHER, "--img-size", 32, "--output", "L", "--views", 1)
     run(*TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
     assert math.isfinite(float(rows("out")[0]["loss_nkd"]))
 
 
 @pytest.mark.trial
 def test_workers_and_ranks_write_the_same_labels(photos, monkeypatch):
-    flags = [*TINY, *PHOTOS, *TEACHER, "--views", 3, "--write-labels"]
-    run(*flags, "L")
-    run(*flags, "M", "--workers", 2)
+    flags = [*STUDENT, *VIEWS, *TEACHER, "--views", 3, "--output"]
+    write_labels(*flags, "L")
+    write_labels(*flags, "M", "--workers", 2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, str(ROOT / "train.py"), *map(str, flags), "N"], check=True, timeout=200,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    subprocess.run([*torchrun, "-m", "kdlite.training.teacher_labels", *map(str, flags), "N"], check=True, timeout=200,
+                   env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
     for name in ("labels.json", "000-00000000.npy", "001-00000000.npy", "002-00000000.npy"):
         for other in "MN":
             assert Path("L", name).read_bytes() == Path(other, name).read_bytes()
 
 
 def test_a_run_from_labels_that_is_stopped_goes_on_to_the_same_weights(digits, monkeypatch):
-    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     flags = [*TINY, "--epochs", 2, "--kd", "nkd", "--self-kd", "uskd", "--teacher-labels", "L"]
     run(*flags, "--output", "whole")
     with monkeypatch.context() as m:
@@ -158,14 +167,14 @@ def test_a_run_from_labels_that_is_stopped_goes_on_to_the_same_weights(digits, m
         m.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), 15) or evaluate(*args))
         run(*flags, "--output", "parts")
     assert not Path("parts/metrics.csv").exists()
-    run("--output", "parts", "--resume")
+    run("--output", "parts", "--resume", *OWN)
     whole, parts = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
-    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     export.export_student(Path("t/student"), ("onnx",), model_file=f"{MODELS}:tiny")
     example.write(Path("t/student/student.onnx"), Path("M"), 1, 10, list(map(str, TINY)))
     ours, theirs = (np.load(f"{name}/000-00000000.npy") for name in "ML")
@@ -206,20 +215,20 @@ def test_answers_of_a_server_are_a_top_k():
 
 
 def test_what_is_whole_is_kept_and_what_is_not_is_written_again(digits, monkeypatch, capsys):
-    monkeypatch.setattr(teacher_labels, "ROWS", 500)
-    flags = [*TINY, *TEACHER, "--views", 2, "--write-labels"]
-    run(*flags, "L")
-    run(*flags, "M")
+    monkeypatch.setattr(teacher_labels, "ROWS", 70)
+    flags = [*STUDENT, *TEACHER, "--views", 2, "--output"]
+    write_labels(*flags, "L")
+    write_labels(*flags, "M")
     assert sorted(path.name for path in Path("L").glob("*.npy")) == [
-        f"{view:03}-{start:08}.npy" for view in (0, 1) for start in (0, 500, 1000)
+        f"{view:03}-{start:08}.npy" for view in (0, 1) for start in (0, 70, 140)
     ]
-    Path("L/001-00000500.npy").write_bytes(Path("L/001-00000500.npy").read_bytes()[:-1])
-    kept = {path: path.stat().st_mtime_ns for path in Path("L").glob("*.npy") if path.name != "001-00000500.npy"}
+    Path("L/001-00000070.npy").write_bytes(Path("L/001-00000070.npy").read_bytes()[:-1])
+    kept = {path: path.stat().st_mtime_ns for path in Path("L").glob("*.npy") if path.name != "001-00000070.npy"}
     line = refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
-    assert "1 files of labels are missing or not whole" in line
-    assert "001-00000500.npy" in line
-    run(*flags, "L")
-    assert "2874 views (1437 images x 2), 2374 there already: 0.1 MB" in capsys.readouterr().out
+    assert "1 files of labels in" in line
+    assert "001-00000070.npy" in line
+    write_labels(*flags, "L")
+    assert "400 views (200 images x 2), 330 there already: 0.0 MB" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     for path in Path("M").iterdir():
         assert (Path("L") / path.name).read_bytes() == path.read_bytes()
@@ -235,8 +244,8 @@ def flipped(content):  # in what is the first row's first probability
 
 @pytest.mark.parametrize("damage", [zeros, flipped, lambda content: b"", lambda content: content[:-4], "folder"])
 def test_a_damaged_file_is_never_trained_from_and_written_again(digits, capsys, damage):
-    write = [*TINY, *TEACHER, "--views", 1, "--write-labels", "L"]
-    run(*write)
+    write = [*STUDENT, *TEACHER, "--views", 1, "--output", "L"]
+    write_labels(*write)
     file = Path("L/000-00000000.npy")
     whole = file.read_bytes()
     assert int.from_bytes(whole[-4:], "little") == zlib.crc32(whole[:-4])
@@ -246,16 +255,16 @@ def test_a_damaged_file_is_never_trained_from_and_written_again(digits, capsys, 
     else:
         file.write_bytes(damage(whole))
     line = refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
-    assert "the first is 000-00000000.npy: the same --write-labels goes on" in line
+    assert "the first is 000-00000000.npy: " in line
     if damage == "folder":
         file.rmdir()
-    run(*write)
+    write_labels(*write)
     assert file.read_bytes() == whole
 
 
 def test_an_epoch_keeps_the_files_of_one_view_open(photos, monkeypatch):
     monkeypatch.setattr(teacher_labels, "ROWS", 10)
-    run(*TINY, *PHOTOS, *TEACHER, "--write-labels", "L", "--views", 3)
+    write_labels(*STUDENT, *VIEWS, *TEACHER, "--output", "L", "--views", 3)
     labels = stored(open_data("photos"))
     for view in (0, 1, 2, 0):
         for index in (0, 23, 10):
@@ -279,32 +288,32 @@ class NaN(torch.nn.Module):
 def build(num_classes=10):
     return NaN(num_classes)
 """)
-    run(*TINY, "--teacher", "nan.py:build", "--write-labels", "L", "--views", 1, check=2)
+    write_labels(*STUDENT, "--teacher", "nan.py:build", "--output", "L", "--views", 1, check=2)
     *_, line = capsys.readouterr().err.splitlines()
-    assert "the teacher's answers are no probabilities of 10 classes" in line
+    assert "the teacher's answers are invalid: probabilities of 10 classes" in line
     assert "--amp off" in line
     assert not list(Path("L").glob("*.npy"))
 
 
 def test_two_do_not_write_one_folder(digits, capsys):
-    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     with locked(Path("L")):
-        assert f"is in use by process {os.getpid()} on" in refused(capsys, *TINY, *TEACHER, "--write-labels", "L")
+        assert f"is in use by process {os.getpid()} on" in refused_labels(capsys, *STUDENT, *TEACHER, "--output", "L")
     Path("file").touch()
-    assert "cannot make" in refused(capsys, *TINY, *TEACHER, "--write-labels", "file")
+    assert "cannot make" in refused_labels(capsys, *STUDENT, *TEACHER, "--output", "file")
 
 
 def test_the_home_folder_is_found_where_the_shell_leaves_it(digits, monkeypatch):
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
-    run(*TINY, *TEACHER, "--write-labels=~/L", "--views", 1)
+    write_labels(*STUDENT, *TEACHER, "--output=~/L", "--views", 1)
     run(*TINY, "--kd", "nkd", "--teacher-labels", "~/L", "--output", "~/out")
     assert Path("home/out/student").is_dir()
     assert not Path("~").exists()
 
 
 def test_a_stop_keeps_what_is_whole(digits, monkeypatch, capsys):
-    monkeypatch.setattr(teacher_labels, "ROWS", 500)
-    flags = [*TINY, *TEACHER, "--views", 1, "--write-labels", "L"]
+    monkeypatch.setattr(teacher_labels, "ROWS", 70)
+    flags = [*STUDENT, *TEACHER, "--views", 1, "--output", "L"]
     with monkeypatch.context() as m:
         write = teacher_labels.write_whole
 
@@ -314,10 +323,10 @@ def test_a_stop_keeps_what_is_whole(digits, monkeypatch, capsys):
                 os.kill(os.getpid(), 15)
 
         m.setattr(teacher_labels, "write_whole", write_and_stop)
-        run(*flags)
-    assert "stopped by SIGTERM: what is whole in" in capsys.readouterr().out
+        write_labels(*flags)
+    assert "stopped by SIGTERM: whole files in" in capsys.readouterr().out
     assert [path.name for path in Path("L").glob("*.npy")] == ["000-00000000.npy"]
-    run(*flags)
+    write_labels(*flags)
     assert len(list(Path("L").glob("*.npy"))) == 3
 
 
@@ -327,25 +336,23 @@ from pathlib import Path
 from kdlite.training import distributed as ranks
 from kdlite.training import teacher_labels
 from kdlite.training.data import open_data
-from kdlite.training.loading import describe_view, train_view
+from kdlite.training.loading import View
 
 teacher_labels.ROWS = 500  # three files of two processes: one has a file less, and waits
-ranks.connect(minutes=0.05)
-data, view, stop = open_data("digits"), ((3, 16, 16), "none", 0.0, "bilinear", None), ranks.StopRequest()
-header = teacher_labels.describe_images(data.train, data.label_names, describe_view(*view))
-header |= {"teacher": {"name": "t", "digest": "0"}, "seed": 0, "views": 1, "k": 3}
+stop = ranks.StopRequest()
 
 def ask(images, labels):
     time.sleep(0.5)
     stop.name = "SIGTERM" if sys.argv[1] == "stopped" and ranks.RANK == 1 else None
-    return torch.full((len(labels),), -1.0), torch.full((len(labels), 3), -2.0), torch.zeros(len(labels), 3).long()
+    return torch.full((len(labels),), -1.0), torch.full((len(labels), 3), -2.0), torch.arange(3).expand(len(labels), 3)
 
-with teacher_labels.begin_labels(Path("L"), header):
-    said = teacher_labels.write_labels(
-        Path("L"), header, data.train, train_view(*view), ask, 64, 0, False, None, stop
-    )
-Path(f"{ranks.RANK}.txt").write_text(str(said))
-ranks.disconnect()
+with ranks.process_group():
+    data, view = open_data("digits"), View((3, 16, 16), "none", 0.0, "bilinear")
+    header = teacher_labels.describe_images(data, view)
+    header |= {"teacher": {"name": "t", "digest": "0"}, "seed": 0, "views": 1, "k": 3}
+    with teacher_labels.lock_labels(Path("L"), header):
+        said = teacher_labels.write_labels(Path("L"), header, data.train, view.transform(), ask, 0, stop)
+    Path(f"{ranks.RANK}.txt").write_text(str(said))
 """
 
 
@@ -362,7 +369,7 @@ def test_ranks_agree_whether_the_labels_are_whole(tmp_path, monkeypatch, how, wh
 
 def test_of_an_image_that_cannot_be_read_nothing_is_known(photos, capsys):
     Path("photos/train/china/3.png").write_bytes(b"no image")
-    run(*TINY, *PHOTOS, *TEACHER, "--write-labels", "L", "--views", 1)
+    write_labels(*STUDENT, *VIEWS, *TEACHER, "--output", "L", "--views", 1)
     assert (
         f"skipped a corrupt image (1 so far in training): {Path('photos').absolute()}/train/china/3.png"
         in capsys.readouterr().err
@@ -372,10 +379,42 @@ def test_of_an_image_that_cannot_be_read_nothing_is_known(photos, capsys):
     assert torch.isfinite(stored(data)(0, index + 1)[0])
     with pytest.raises(UnreadableImage):
         stored(data)(0, index)
-    shutil.copy("photos/train/china/4.png", "photos/train/china/3.png")  # mended, but the teacher has not seen it
     run(*TINY, *PHOTOS, "--kd", "kd", "--teacher-labels", "L", "--output", "out")
-    assert "china/3.png: it could not be read when its labels were written" in capsys.readouterr().err
+    assert "china/3.png: " in capsys.readouterr().err
     assert math.isfinite(float(rows("out")[0]["loss_kd"]))
+
+
+def test_labels_of_files_that_were_replaced_are_refused(photos, capsys):
+    write_labels(*STUDENT, *VIEWS, *TEACHER, "--output", "L", "--views", 1)
+    for i in range(12):  # the contents of two classes change places
+        china, flower = (Path(f"photos/train/{name}/{i}.png") for name in ("china", "flower"))
+        before = china.read_bytes()
+        china.write_bytes(flower.read_bytes())
+        flower.write_bytes(before)
+    line = refused(capsys, *TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
+    assert "the labels in L are of another digest of the files' contents" in line.replace(f"{Path.cwd()}/", "")
+
+
+@pytest.mark.parametrize("fault", ["index", "twice", "sum", "nan"])
+def test_labels_with_impossible_values_are_refused_although_their_checksum_is_right(digits, capsys, fault):
+    write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
+    file = Path("L/000-00000000.npy")
+    array = np.load(file)
+    if fault == "index":
+        array["indices"][5, 0] = 10
+    elif fault == "twice":
+        array["indices"][5, 1] = array["indices"][5, 0]
+    elif fault == "sum":
+        array["logprobs"][5, 0] = 5
+    else:
+        array["target"][5] = np.nan
+    content = io.BytesIO()
+    np.save(content, array)
+    file.write_bytes(content.getvalue() + zlib.crc32(content.getvalue()).to_bytes(4, "little"))
+    line = refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
+    assert {"index": "an index outside of 10 classes", "twice": "a class twice", "sum": "sum to", "nan": "sum to"}[
+        fault
+    ] in line
 
 
 @pytest.mark.parametrize(
@@ -388,11 +427,11 @@ def test_of_an_image_that_cannot_be_read_nothing_is_known(photos, capsys):
 )
 def test_other_losses_want_labels_of_every_class(own, capsys, flags):
     learn = [*TINY, *flags, "--output", "stored", "--teacher-labels"]
-    run(*TINY, *TEACHER, "--write-labels", "few", "--views", 1, "--top-k", 8)
-    assert "wants all of a teacher's answer, of which few has the top-8: write labels with --top-k 9" in (
+    write_labels(*STUDENT, *TEACHER, "--output", "few", "--views", 1, "--top-k", 8)
+    assert "needs the teacher's answer about every class, and few has its top-8: write labels with --top-k 9" in (
         refused(capsys, *learn, "few").replace(f"{Path.cwd()}/", "")
     )
-    run(*TINY, *TEACHER, "--write-labels", "all", "--views", 1, "--top-k", 9)
+    write_labels(*STUDENT, *TEACHER, "--output", "all", "--views", 1, "--top-k", 9)
     run(*learn, "all")
     run(*TINY, *flags, *TEACHER, "--output", "online")
     (name,) = [name for name in rows("online")[0] if name.startswith("loss_") and name != "loss_ce"]
@@ -400,7 +439,7 @@ def test_other_losses_want_labels_of_every_class(own, capsys, flags):
         assert float(rows("stored")[0][name]) == pytest.approx(float(rows("online")[0][name]), rel=1e-3)
 
 
-@pytest.mark.parametrize("flags", [dict(kd="kd", kd_temperature=2.0), dict(kd="nkd", temperature=2.0)])
+@pytest.mark.parametrize("flags", [dict(kd="kd", temperature=2.0), dict(kd="nkd", temperature=2.0)])
 def test_what_is_no_class_has_no_probability_and_stands_for_no_other(flags):
     """Of four classes the third was not told: its place in the row has a log-probability of -inf, and any index."""
     student, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
@@ -410,7 +449,8 @@ def test_what_is_no_class_has_no_probability_and_stands_for_no_other(flags):
     top = log_t.gather(1, index)
     top[:, 2] = -torch.inf
     labels = log_t.gather(1, target[:, None])[:, 0], top, index
-    told, online = (train.named_losses(student, None, said, target, **flags)[flags["kd"]] for said in (labels, teacher))
+    method = train.Method(**flags)
+    told, online = (train.loss_terms(method, student, None, said, target)[method.kd] for said in (labels, teacher))
     assert told.isfinite()
     torch.testing.assert_close(told, online)
 
@@ -419,12 +459,13 @@ def test_what_is_no_class_has_no_probability_and_stands_for_no_other(flags):
 
 
 def test_labels_of_something_else_are_refused_with_the_field_that_differs(photos, capsys):
-    write = [*TINY, *PHOTOS, *TEACHER, "--views", 2, "--write-labels", "L"]
-    run(*write)
+    write = [*STUDENT, *VIEWS, *TEACHER, "--views", 2, "--output", "L"]
+    write_labels(*write)
     learn = [*TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out"]
 
     def said(*flags):
-        return refused(capsys, *flags).partition("are of another ")[2]
+        command = refused_labels if flags[0] == STUDENT[0] and "--views" in flags else refused
+        return command(capsys, *flags).partition("are of another ")[2]
 
     assert said(*learn, "--crop", "none") == "transform, crop: {'crop': 'resized'} there, {'crop': 'none'} here"
     assert said(*learn, "--randaugment", 1, 9) == (
@@ -432,11 +473,10 @@ def test_labels_of_something_else_are_refused_with_the_field_that_differs(photos
     )
     assert said(*write, "--views", 3) == "number of views: 2 there, 3 here"
     assert said(*write, "--seed", 1) == "seed of the views: 0 there, 1 here"
-    few = refused(capsys, *write[:-1], "M", "--views", 200_000)
+    few = refused_labels(capsys, *write[:-1], "M", "--views", 200_000)
     assert "views is 200000; expected a number from 1 to 100,000" in few
     assert not Path("M").exists()
-    shutil.copytree("t", "other")
-    run(*TINY, *PHOTOS, "--seed", 1, "--output", "other", "--overwrite")
+    run(*TINY, *PHOTOS, "--seed", 1, "--output", "other")
     assert said(*write, "--teacher", "other/student").startswith("teacher, digest: ")
     Path("photos/train/china/0.png").rename("photos/train/flower/99.png")
     assert said(*learn).startswith("digest of their names and classes: ")
@@ -446,11 +486,11 @@ def test_labels_of_something_else_are_refused_with_the_field_that_differs(photos
 
 
 def test_a_run_that_goes_on_wants_the_same_labels(digits, capsys):
-    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1)
+    write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     run(*TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
     shutil.rmtree("L")
-    run(*TINY, *TEACHER, "--write-labels", "L", "--views", 1, "--top-k", 3)
-    line = refused(capsys, "--output", "out", "--resume", "--epochs", 2)
+    write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1, "--top-k", 3)
+    line = refused(capsys, *OWN, "--output", "out", "--resume", "--epochs", 2)
     assert "this run began with labels of student (" in line
     assert "top-9 of 1 views" in line
     assert "top-3 of 1 views" in line
@@ -459,21 +499,12 @@ def test_a_run_that_goes_on_wants_the_same_labels(digits, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--write-labels", "L"], "--write-labels needs --teacher"),
-        (["--write-labels", "L", *TEACHER, "--kd", "nkd"], "nothing is trained"),
-        (["--write-labels", "L", *TEACHER, "--top-k", 10], "--top-k 10: of 10 classes 9 are left"),
-        (
-            ["--write-labels", "L", *TEACHER, "--mixup", 0.2, "--random-erasing", 0.1],
-            "say --mixup 0 --random-erasing 0",
-        ),
-        (["--write-labels", "L", *TEACHER, "--cache", "device"], "say --cache none"),
-        (["--write-labels", "L", *TEACHER, "--output", "out"], "--write-labels trains nothing: leave --output out"),
-        (["--write-labels", "L", *TEACHER, "--self-kd", "uskd"], "leave --self-kd out"),
-        (["--views", 3], "--views needs --write-labels"),
+        (["--kd", "nkd", "--teacher-labels", "L", "--mixup", 0.2], "give --mixup 0"),
+        (["--kd", "nkd", "--teacher-labels", "L", "--cache", "device"], "give --cache none"),
         (["--teacher-labels", "L"], "--teacher-labels needs --kd"),
         (["--teacher-labels", "L", "--kd", "nkd", *TEACHER], "no --teacher"),
         (["--teacher-labels", "L", "--kd", "nkd"], "no teacher's labels in L: No such file or directory: labels.json"),
-        (["--kd", "dkd"], "'dkd' is none of nkd, kd and path/to/file.py:function"),
+        (["--kd", "dkd"], "'dkd': expected nkd, kd or path/to/file.py:function"),
     ],
 )
 def test_flags_that_do_not_go_together(digits, capsys, flags, message):
@@ -547,7 +578,7 @@ def test_the_losses_of_the_examples_train(digits, name):
     [
         (
             ["own.py:wrong"],
-            "--kd must return a loss a row, or one if there are no --class-weights; it returned (32, 10)",
+            "--kd must return a loss a row, or one value without --class-weights; it returned (32, 10)",
         ),
         (["own.py:one", "--class-weights", "balanced"], "it returned ()"),
         (["own.py:nothing"], "it returned NoneType"),

@@ -15,21 +15,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import refused, rows, run
+from running import args_of, opened, refused, rows, run
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import train
-from deploy import predict, run_directory
+from deploy import cli, predict, run_directory
 from deploy.cli import UserError, command
 from deploy.preprocess import open_image, prepare, to_rgb
 from deploy.reference import read_reference
 from deploy.student import build_model, find_architecture, load_student
 from kdlite import Teacher
-from kdlite.training import loading
-from kdlite.training.data import Digits
+from kdlite.training import checkpoint, loading
+from kdlite.training.data import Digits, open_data
 from kdlite.training.weights import settle_batch_norm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +37,7 @@ MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--epochs", "1", "--img-size", "16"]
 OWN = ["--model-file", f"{MODELS}:tiny"]  # for a student/ folder of that model
+RESUME = ["--output", "out", "--resume", "--model", f"{MODELS}:tiny"]  # code is named again
 
 
 @pytest.fixture(autouse=True)
@@ -88,18 +89,7 @@ def test_torchrun_as_written_in_an_empty_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_as_written_but_for_its_epochs_beside_an_earlier_run(tmp_path):
-    (tmp_path / "runs/001-mobilenet_v2-uskd").mkdir(parents=True)
-    done = script("--self-kd", "uskd", "--model", "mobilenet_v2", "--epochs", 1, command=TORCHRUN)
-    assert done.returncode == 0, done.stderr
-    assert "\r" not in done.stdout + done.stderr  # no progress bar where stdout is no terminal
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
-        "001-mobilenet_v2-uskd",
-        "002-mobilenet_v2-uskd",
-    ]
-
-
-@pytest.mark.slow
+@pytest.mark.whole_runs
 def test_a_run_directory_holds_all_that_was_promised():
     run(*TINY, "--self-kd", "uskd", "--epochs", 2, "--output", "out")
     names = {p.name for p in Path("out").iterdir() if not p.name.startswith("events.out")}
@@ -181,10 +171,10 @@ def test_a_reference_of_nothing_readable_does_not_fail_the_run(photos, capfd):
 def test_the_reference_is_as_large_as_wanted():
     run(*TINY, "--reference", 5, "--output", "out")
     assert len(read_reference(Path("out/student"), None, "").train_images) == 5
-    run("--resume", "--output", "out", "--reference", 9)  # a finished run writes it anew
+    run(*RESUME, "--reference", 9)  # a finished run writes it anew
     assert len(read_reference(Path("out/student"), None, "").images) == 9
-    run(*TINY, "--reference", 0, "--overwrite", "--output", "out")
-    assert not Path("out/reference.npz").exists()
+    run(*TINY, "--reference", 0, "--output", "none")
+    assert not Path("none/reference.npz").exists()
 
 
 # ---- distillation ----
@@ -213,7 +203,7 @@ def test_the_losses_are_added_to_the_cross_entropy():
 )
 @pytest.mark.parametrize("method", ["nkd", pytest.param("kd", marks=pytest.mark.trial)])
 def test_any_student_with_any_teacher(student, teacher, method):
-    few = ["--device", "cpu", "--epochs", 1, "--batch-size", 256, "--workers", 0]
+    few = ["--device", "cpu", "--epochs", 1, "--batch-size", 64, "--workers", 0]
     if teacher.endswith(":tiny"):
         source, size = teacher, 32
     else:  # a size of its own
@@ -264,7 +254,7 @@ def test_every_augmentation_schedule_and_precision_together(photos):
         "--data", photos, "--recipe", "imagenet-vit", "--img-size", 32, "--batch-size", 16, "--grad-accum", 2,
         "--warmup-epochs", 1, "--epochs", 3, "--clip-grad", 1, "--ema-decay", 0.9, "--workers", 1, "--amp", "bf16",
         "--self-kd", "uskd", "--model", "test_vit.r160_in1k", "--model-args", "drop_path_rate=0.1", "--device", "cpu",
-        "--kd", "nkd", "--teacher", f"{MODELS}:tiny", "--no-channels-last",
+        "--kd", "nkd", "--teacher", f"{MODELS}:tiny",
     ]  # fmt: skip
     run(*everything, "--output", "out")
     assert [row["skipped_steps"] for row in rows("out")] == ["0"] * 3
@@ -275,13 +265,16 @@ def test_every_augmentation_schedule_and_precision_together(photos):
 
 
 @pytest.mark.slow
-def test_compile():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.trial)])
+def test_compiled_students_are_saved_under_their_own_names(backend, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     run(*TINY, "--compile", "--self-kd", "uskd", "--kd", "nkd", "--teacher", f"{MODELS}:tiny", "--output", "out")
     state = torch.load("out/last.pt", weights_only=True)
     assert not any("_orig_mod" in name for name in state["model"])
 
 
 @pytest.mark.slow
+@pytest.mark.whole_runs
 def test_fp16_counts_the_steps_its_scaler_skips(monkeypatch, capsys):
     """A scale that starts at 2^40 overflows fp16 gradients, and is halved at each skip until they fit."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
@@ -295,28 +288,28 @@ def test_fp16_counts_the_steps_its_scaler_skips(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_step_schedule_and_the_cosine():
-    fast = [*TINY, "--batch-size", 256, "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.1]
-    run(*fast, "--schedule", "step", "--step-epochs", 1, 3, "--step-factor", 0.1, "--output", "step")
-    assert [float(row["lr"]) for row in rows("step")] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    fast = [*TINY, "--batch-size", 40, "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.1]
+    run(*fast, "--schedule", "step", "--recipe", "imagenet-cnn", *TINY[4:], "--epochs", 4, "--output", "step")
+    assert [float(row["lr"]) for row in rows("step")] == pytest.approx(
+        [0.1, 0.01, 0.01, 0.001]
+    )  # falls at steps 6, 12, 18 of 20
     run(*fast, "--schedule", "cosine", "--output", "cosine")
     cosine = [0.05 * (1 + np.cos(np.pi * t / 4)) for t in range(4)]
     assert [float(row["lr"]) for row in rows("cosine")] == pytest.approx(cosine, rel=1e-5)
 
 
 def test_a_recipe_is_stretched_to_the_epochs():
-    args = train.parse_args(["--recipe", "cifar", "--epochs", "20"])
+    args = args_of("--recipe", "cifar", "--epochs", "20")
     assert args.step_epochs == [6, 12, 16]
-    args = train.parse_args(["--recipe", "cifar", "--epochs", "20", "--step-epochs", "5"])
-    assert args.step_epochs == [5]
-    assert train.parse_args(["--epochs", "3"]).warmup_epochs == pytest.approx(0.3)
+    assert args_of("--epochs", "3").warmup_epochs == pytest.approx(0.3)
 
 
 @pytest.mark.slow
 def test_what_the_recipe_computed_follows_a_later_number_of_epochs():
     run(*TINY, "--recipe", "cifar", "--epochs", 1, "--output", "out")
-    args = train.parse_args(["--output", "out", "--resume", "--epochs", "20"])
+    args, given, _ = opened(*RESUME, "--epochs", 20)
     assert (args.step_epochs, args.lr, args.img_size) == ([6, 12, 16], 0.1, [16, 16])
-    assert args.given == {"device": "cpu", "model": f"{MODELS}:tiny", "img_size": [16], "recipe": "cifar", "epochs": 20}
+    assert given == {"device": "cpu", "model": f"{MODELS}:tiny", "img_size": [16], "recipe": "cifar", "epochs": 20}
 
 
 @pytest.mark.slow
@@ -327,7 +320,7 @@ def test_what_the_recipe_computed_follows_a_later_number_of_epochs():
 def test_a_resume_with_another_optimizer_is_refused(flags, message, capsys):
     run(*TINY, "--output", "out")
     capsys.readouterr()
-    assert message in refused(capsys, "--output", "out", "--resume", "--epochs", 2, *flags)
+    assert message in refused(capsys, *RESUME, "--epochs", 2, *flags)
 
 
 @pytest.mark.slow
@@ -335,7 +328,7 @@ def test_a_resumed_run_logs_each_epoch_once():
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run(*TINY, "--epochs", 2, "--output", "out")
-    run("--output", "out", "--resume", "--epochs", 3)
+    run(*RESUME, "--epochs", 3)
     board = EventAccumulator("out")
     board.Reload()
     assert [event.step for event in board.Scalars("val_top1")] == [1, 2, 3]
@@ -395,9 +388,9 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.slow
 def test_no_step_waits_for_the_device():
-    """Reads of device values on the host, in runs of 5 and of 22 steps: as many."""
+    """Runs of 4 and of 20 steps read a value of the device on the host equally often."""
     reads = []
-    for batch_size in (256, 64):
+    for batch_size in (50, 10):
         with HostReads() as mode:
             run(*TINY, "--batch-size", batch_size, "--workers", 1, "--self-kd", "uskd", "--kd", "nkd", "--teacher",
                 f"{MODELS}:tiny", "--clip-grad", 5, "--opt", "momentum", "--output", f"out{batch_size}")  # fmt: skip
@@ -409,8 +402,8 @@ def test_no_step_waits_for_the_device():
 
 
 def test_an_augmentation_depends_on_seed_epoch_and_sample_only(photos):
-    source = train.open_data(str(photos)).train
-    view = train.train_view((3, 32, 32), "resized", 0.5, "bilinear")
+    source = open_data(str(photos)).train
+    view = loading.View((3, 32, 32), "resized", 0.5, "bilinear").transform()
     samples = loading.Samples(source, view, seed=1)
     torch.manual_seed(123)
     before = torch.get_rng_state()
@@ -448,11 +441,11 @@ def test_hidden_files_are_no_data_and_what_is_left_out_is_counted(photos, capsys
             (photos / part / name).write_bytes(jpeg)
     for name in ("a.txt", "b.TXT", "c", "d.heic"):
         (photos / "train/flower" / name).write_bytes(b"")
-    data = train.open_data(str(photos))
+    data = open_data(str(photos))
     assert data.label_names == ["china", "flower"]
     assert (len(data.train), len(data.val)) == (48, 17)
     said = capsys.readouterr().out
-    assert f"{photos}/train: 4 files are no images by their names: 2 .txt" in said
+    assert f"{photos}/train: skipped 4 files that are not images by their names: 2 .txt" in said
     assert "1 without ending" in said
     assert "1 .heic" in said
     assert "/val" not in said
@@ -461,7 +454,7 @@ def test_hidden_files_are_no_data_and_what_is_left_out_is_counted(photos, capsys
 @pytest.mark.parametrize(("ending", "kind"), [("jfif", "JPEG"), ("gif", "GIF"), ("avif", "AVIF"), ("JPG", "JPEG")])
 def test_images_of_every_ending_are_read(photos, ending, kind):
     Image.open(photos / "train/china/0.jpg").save(photos / f"train/china/new.{ending}", kind)
-    data = train.open_data(str(photos)).train
+    data = open_data(str(photos)).train
     assert len(data) == 49
     (index,) = (i for i, (path, _) in enumerate(data.samples) if "new" in path)
     assert to_rgb(data[index][0]).size == (80, 64)
@@ -476,12 +469,12 @@ def test_a_pipe_among_the_images_is_skipped_by_name(photos, capfd):
 
 def test_the_home_folder_is_found_behind_an_equals_sign(photos, monkeypatch):
     monkeypatch.setenv("HOME", str(photos.parent))
-    assert train.parse_args(["--data=~/photos"]).data == str(photos)
+    assert args_of("--data=~/photos").data == str(photos)
     (photos.parent / "mine.py").write_text("def build(num_classes): ...")
-    assert train.parse_args(["--model=~/mine.py:build"]).model == f"{photos.parent}/mine.py:build"
+    assert args_of("--model=~/mine.py:build").model == f"{photos.parent}/mine.py:build"
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_a_class_name_with_an_accent_is_utf8_whatever_the_locale(photos):
     for part in ("train", "val"):
         (photos / part / "china").rename(photos / part / "chiné")
@@ -529,7 +522,7 @@ def test_a_student_never_runs_the_code_that_its_config_names(tmp_path, capsys):
         Path("out/student/config.json").write_text(json.dumps(config))
         for flags in (["--model", "out/student"], ["--kd", "nkd", "--teacher", "out/student"]):
             line = refused(capsys, "--device", "cpu", "--img-size", 16, *flags)
-            assert "which is run only if you name it: --model-file path/to/" in line
+            assert "which runs only if you name the file: --model-file path/to/" in line
     run("--device", "cpu", "--img-size", 16, "--epochs", 1, "--model", "out/student", *OWN, "--output", "again")
     assert not Path("ran").exists()
 
@@ -552,18 +545,16 @@ def test_the_teachers_accuracy_is_said_first_and_a_poor_one_warned_of(capsys):
     capsys.readouterr()
     run(*TINY, *OWN, "--kd", "nkd", "--teacher", "teacher/student", "--output", "out")
     captured = capsys.readouterr()
-    assert re.search(rf"teacher .*: top-1 {best:.2f} % on 360 validation images\n.*epoch 1/1", captured.out, re.S)
+    assert re.search(rf"teacher .*: top-1 {best:.2f} % on 60 validation images, .*\n.*epoch 1/1", captured.out, re.S)
     assert float(rows("out")[0]["teacher_top1"]) == pytest.approx(best, abs=1e-3)
     assert "warning" not in captured.err
     run(*TINY, "--kd", "nkd", "--teacher", f"{MODELS}:plain", "--output", "untrained")
-    assert re.search(
-        r"warning: that is below twice chance \(10 %\): are its classes in another order", capsys.readouterr().err
-    )
+    assert re.search(r"warning: this teacher is not better than chance \(10 %\)", capsys.readouterr().err)
 
 
 def test_a_softmax_at_the_end_is_found_before_training(capsys):
     flags = [*TINY, "--kd", "nkd", "--teacher", f"{MODELS}:softmax"]
-    assert "returns probabilities, which add up to 1: take its last softmax out" in refused(capsys, *flags)
+    assert "returns probabilities, whose sum is 1: take its last softmax out" in refused(capsys, *flags)
     assert "returns probabilities" in refused(capsys, *TINY, "--model", f"{MODELS}:softmax")
 
 
@@ -595,8 +586,9 @@ def test_the_devices_padded_crop_and_flip_are_those_of_torchvision_drawn_for_eac
 def loaders(photos, *flags):
     flags = ["--data", photos, "--img-size", 16, "--workers", 0, "--device", "cpu", "--model", f"{MODELS}:tiny",
              "--batch-size", 8, "--crop", "none", "--hflip", 0, *flags]  # fmt: skip
-    run = train.build(train.parse_args([str(flag) for flag in flags]))
-    return run.train_loader, run.val_loader
+    args, _, data = opened(*flags)
+    _, _, config = train.build_student(args, data)
+    return train.build_loaders(args, data, config, None, torch.device("cpu"))
 
 
 def test_a_cached_evaluation_sees_the_same_images(photos):
@@ -619,19 +611,26 @@ def test_a_cached_epoch_holds_each_image_once_in_an_order_of_its_own(photos):
     assert torch.equal(epochs[0], epochs[2])
 
 
+def stop_and_call(function, *args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return function(*args)
+
+
 @pytest.mark.slow
-def test_a_cached_run_trains_resumes_exactly_and_names_corrupt_images(photos, capfd):
+def test_a_cached_run_trains_resumes_exactly_and_names_corrupt_images(photos, capfd, monkeypatch):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
     (photos / "val/flower/2.jpg").write_bytes(b"no image")
     flags = [*TINY, "--model", f"{MODELS}:dropout", "--data", photos, "--cache", "device", "--batch-size", 8,
-             "--recipe", "cifar", "--step-epochs", 9]  # fmt: skip
-    run(*flags, "--epochs", 2, "--output", "whole")
+             "--recipe", "cifar", "--epochs", 2]  # fmt: skip
+    run(*flags, "--output", "whole")
     assert capfd.readouterr().err.count("skipped a corrupt image") == 2
     top1 = float(rows("whole")[-1]["val_top1"]) / 100
     assert top1 * 16 == pytest.approx(round(top1 * 16), abs=1e-4)  # of 16 images, not 17
     state = torch.load("whole/last.pt", weights_only=True)
-    run(*flags, "--epochs", 1, "--output", "resumed")
-    run("--output", "resumed", "--resume", "--epochs", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", functools.partial(stop_and_call, train.evaluate))
+        run(*flags, "--output", "resumed")
+    run("--output", "resumed", "--resume", "--model", f"{MODELS}:dropout")
     again = torch.load("resumed/last.pt", weights_only=True)
     assert all(torch.equal(state["model"][name], again["model"][name]) for name in state["model"])
 
@@ -694,8 +693,8 @@ def test_a_corrupt_image_is_named_and_skipped(photos, capfd):
 
 def test_a_training_batch_is_short_of_a_corrupt_image(photos):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
-    view = train.train_view((3, 16, 16), "resized", 0.5, "bilinear")
-    batches = list(train.make_loader(train.open_data(str(photos)).train, view, 8, True, workers=0))
+    view = loading.View((3, 16, 16), "resized", 0.5, "bilinear").transform()
+    batches = list(loading.train_loader(open_data(str(photos)).train, view, 8, 0, 0, False, None))
     assert sorted(len(batch.images) for batch in batches) == [7, 8, 8, 8, 8, 8]
     assert [len(batch.images) + len(batch.corrupt) for batch in batches] == [8] * 6
     assert all(len(batch.images) == len(batch.labels) for batch in batches)
@@ -750,10 +749,10 @@ def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
     assert killed.returncode == -signal.SIGKILL
     done = len(rows("killed"))
     assert 1 <= done < 4
-    resumed = script("--output", "killed", "--resume")  # the flags are those of the run
+    resumed = script("--output", "killed", "--resume", "--model", f"{MODELS}:dropout")  # the flags are those of the run
     assert resumed.returncode == 0, resumed.stderr
     going_on = (
-        rf"going on from killed/last.pt, (after epoch {done}|at step \d+ of epoch {done + 1}|after epoch {done + 1})"
+        rf"resuming from killed/last.pt, (after epoch {done}|at step \d+ of epoch {done + 1}|after epoch {done + 1})"
     )
     assert re.search(going_on, resumed.stdout)
     a, b = (torch.load(f"{out}/last.pt", weights_only=True) for out in ("whole", "killed"))
@@ -767,16 +766,17 @@ def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
 @pytest.mark.slow
 def test_resume_before_the_first_checkpoint_starts_anew_with_the_runs_own_flags(capsys):
     run(*TINY, "--output", "out", "--resume")  # as a launcher that always says --resume
-    assert "no out/last.pt yet: starting anew" in capsys.readouterr().out
-    Path("out/last.pt").unlink()  # as after an interrupt in the first epoch
-    run("--output", "out", "--resume")
+    assert "no checkpoint in out yet: a new run starts" in capsys.readouterr().out
+    for name in ("last.pt", "metrics.csv"):  # as after an interrupt in the first epoch
+        Path("out", name).unlink()
+    run(*RESUME)
     assert "own_models.py:tiny" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_flags_given_with_resume_are_those_that_count():
     run(*TINY, "--output", "out")
-    run("--output", "out", "--resume", "--epochs", 2, "--weight-decay", 0.5, "--amp", "fp16")
+    run(*RESUME, "--epochs", 2, "--weight-decay", 0.5, "--amp", "fp16")
     groups = torch.load("out/last.pt", weights_only=True)["optimizer"]["param_groups"]
     assert max(group["weight_decay"] for group in groups) == 0.5
 
@@ -786,15 +786,15 @@ def test_a_failed_save_leaves_a_last_checkpoint_that_knows_the_saved_best(monkey
     """The disk fills while best.pt is written: last.pt is still the epoch before, and a resume repeats the epoch."""
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
-    write = run_directory.write_whole
+    write = cli.write_whole
 
     def full(path, content, keep=None):
         if path.name == "best.pt":
             raise UserError("full")
         write(path, content, keep)
 
-    monkeypatch.setattr(run_directory, "write_whole", full)
-    run("--output", "out", "--resume", "--epochs", 2, check=2)
+    monkeypatch.setattr(checkpoint, "write_whole", full)
+    run(*RESUME, "--epochs", 2, check=2)
     assert Path("out/last.pt").read_bytes() == kept
 
 
@@ -825,12 +825,11 @@ def test_an_error_that_all_ranks_meet_is_said_once():
 # ---- mistakes: one line, status 2, nothing lost ----
 
 
-@pytest.mark.slow
-def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
-    result = script("--data", tmp_path / "nowhere")
+def test_a_mistake_gets_one_line_and_status_2_from_the_command():
+    result = script("--kd", "nkd")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("train.py: error: --data ")
+    assert result.stderr.startswith("train.py: error: --kd nkd needs --teacher")
     assert len(result.stderr.strip().splitlines()) == 1
 
 
@@ -838,7 +837,6 @@ def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
     ("flags", "message"),
     [
         (["--data", "nowhere"], "no folder nowhere/train and no folder nowhere/val; expected a folder with"),
-        (["--data", "cifar10", "--data-dir", "nowhere"], "--download fetches it"),
         (["--reference", "-1"], "--reference: must be at least 0"),
         (["--model", "resnet81"], "unknown model 'resnet81'.*near matches: .*resnet18"),
         (["--model", "zzz"], "unknown model 'zzz'"),
@@ -864,19 +862,16 @@ def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
         (["--seed", "18446744073709551616"], "--seed: must be between 0 and 4294967295"),
         (["--kd", "nkd", "--teacher", "resnet18", "--kd-weight", "1.0"], "--kd-weight needs --kd kd"),  # its default
         (["--model", "runs", "--no-small-st"], "which has its own"),
-        (["--model", "runs", "--eval-crop", "0.5"], "which has its own"),
-        (["--opt", "sgd", "--momentum", "0"], "--opt sgd cannot be made: Nesterov"),
+        (["--opt", "adahessian"], "--opt adahessian cannot be used"),
         (["--hflip", "2"], "--hflip: must be between 0 and 1"),
         (["--grad-accum", "3"], "--batch-size 32 must be a multiple of"),
-        (["--batch-size", "5000"], "larger than the 1437 training images"),
+        (["--batch-size", "5000"], "larger than the 200 training images"),
         (["--resume"], "--resume needs --output"),
-        (["--resume", "--overwrite", "--output", "x"], "give one of them"),
         (["--tap", "features.1"], "--tap needs --self-kd"),
         (["--gamma", "2"], "--gamma needs --kd nkd"),
         (["--kd", "nkd", "--teacher", "resnet18", "--kd-weight", "2"], "--kd-weight needs --kd kd"),
-        (["--cache", "device", "--recipe", "imagenet-vit"], "say --crop pad or none, and --randaugment 0 0"),
+        (["--cache", "device", "--recipe", "imagenet-vit"], "give --crop pad or none, and --randaugment 0 0"),
         (["--randaugment", "2", "99"], "--randaugment: must be between 0 and 30, got 99"),
-        (["--eval-crop", "5"], "--eval-crop: must be between 0.1 and 1"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--mixup", "1e-300"], "--mixup: must be 0, or between 0.01 and 1000"),
         (["--model", "x" * 5000], "unknown model 'xxx"),
@@ -890,10 +885,12 @@ def test_a_mistake_gets_one_line_and_status_2_from_the_command(tmp_path):
             "would load or fetch",
         ),
         (["--model", "hf-hub:timm/resnet18"], "unknown model"),
-        (["--timeout", "0"], "--timeout: must be greater than 0"),
-        (["--epochs", "5", "--warmup-epochs", "5"], "--warmup-epochs 5 is all of --epochs 5: it is a part of them"),
-        (["--kd", "mse"], "'mse' is none of nkd, kd and path/to/file.py:function"),
-        (["--opt", "adamz"], "--opt adamz is no timm optimizer; near matches: .*adamw"),
+        (
+            ["--epochs", "5", "--warmup-epochs", "5"],
+            "--warmup-epochs 5 is all of --epochs 5: it must be a part of them",
+        ),
+        (["--kd", "mse"], "'mse': expected nkd, kd or path/to/file.py:function"),
+        (["--opt", "adamz"], "--opt adamz is not a timm optimizer; near matches: .*adamw"),
     ],
 )
 def test_bad_flags(capsys, flags, message):
@@ -905,13 +902,13 @@ def test_bad_flags(capsys, flags, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
 def test_cuda_is_never_silently_replaced(capsys):
-    assert "torch sees no CUDA device" in refused(capsys, "--device", "cuda")
+    assert "torch finds no CUDA device" in refused(capsys, "--device", "cuda")
 
 
 def test_a_folder_without_images(tmp_path, capsys):
     for part in ("train", "val"):
         (tmp_path / "empty" / part / "cat").mkdir(parents=True)
-    assert "no valid file" in refused(capsys, *TINY, "--data", tmp_path / "empty").replace("Found no", "no")
+    assert "empty/train: no image in cat" in refused(capsys, *TINY, "--data", tmp_path / "empty")
 
 
 def test_one_class_is_too_few(photos, capsys):
@@ -933,10 +930,8 @@ def test_a_directory_that_holds_a_run_is_refused_unless_told(capsys):
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
     line = refused(capsys, *TINY, "--output", "out")
-    assert "already holds a run: --resume goes on with it, --overwrite replaces it" in line
+    assert "already holds a run: --resume continues it; remove the folder to start again" in line
     assert Path("out/last.pt").read_bytes() == kept
-    run(*TINY, "--output", "out", "--overwrite")
-    assert len(rows("out")) == 1
 
 
 @pytest.mark.slow
@@ -945,7 +940,7 @@ def test_checkpoints_and_students_that_do_not_fit(capsys):
     capsys.readouterr()
     line = refused(capsys, "--device", "cpu", "--output", "out", "--resume", "--model", "shufflenet_v2_x0_5")
     assert "out/last.pt holds the weights of another architecture than ShuffleNetV2" in line
-    line = refused(capsys, "--output", "out", "--resume", "--opt", "momentum")
+    line = refused(capsys, *RESUME, "--opt", "momentum")
     assert "saved with --opt adamw, not momentum" in line
     run(*TINY, *OWN, "--kd", "nkd", "--teacher", "out", "--output", "kd")  # a run directory stands for its student/
     capsys.readouterr()
@@ -958,7 +953,7 @@ def test_checkpoints_and_students_that_do_not_fit(capsys):
     assert "damaged" in refused(capsys, *TINY, *OWN, "--kd", "nkd", "--teacher", "out/student")
     Path("out/last.pt").write_bytes(b"damaged")
     Path("out/previous.pt").unlink(missing_ok=True)
-    assert "out/last.pt: damaged, or no checkpoint of train.py" in refused(capsys, "--output", "out", "--resume")
+    assert "out/last.pt: damaged, or not a checkpoint of train.py" in refused(capsys, *RESUME)
 
 
 @pytest.mark.slow
@@ -978,7 +973,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(capsys
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
     capsys.readouterr()
-    line = refused(capsys, "--output", "out", "--resume", "--epochs", 2, "--lr", 1e30)
+    line = refused(capsys, *RESUME, "--epochs", 2, "--lr", 1e30)
     assert re.search(r"not finite at step \d+: ce (nan|inf); try a lower --lr", line)
     assert Path("out/last.pt").read_bytes() == kept
 
@@ -988,11 +983,11 @@ def test_a_full_disk_keeps_the_last_good_checkpoint():
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
     result = script(
-        "--output", "out", "--resume", "--epochs", 2,
+        *RESUME, "--epochs", 2,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2,) * 2),
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
-    assert re.search(r"could not save out/\w+.pt: File too large; what was saved before is kept", result.stderr)
+    assert re.search(r"could not save out/\w+.pt: File too large; the former one is kept", result.stderr)
     assert "Traceback" not in result.stderr
     assert Path("out/last.pt").read_bytes() == kept
     assert not list(Path("out").glob("**/*.partial"))

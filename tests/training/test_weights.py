@@ -14,7 +14,7 @@ import torch
 import torchvision
 from huggingface_hub import ModelCard
 from PIL import Image
-from running import run
+from running import args_of, opened, run
 from safetensors.torch import load_file, save_file
 from students import write_student
 from torch.nn import functional as F
@@ -22,11 +22,12 @@ from torch.nn import functional as F
 import train
 from deploy import check, export, triton
 from deploy.cli import UserError, command
+from deploy.config import Metadata
 from deploy.student import build_model, find_architecture, load_student
 from kdlite import Teacher, WithWeakHead, nkd_loss
-from kdlite.training.data import Data
 from kdlite.training.outputs import save_student
-from kdlite.training.weights import adopt, load_teacher, match, open_student, read_weights
+from kdlite.training.teacher_classes import match, pick_columns, warn_of_teacher
+from kdlite.training.weights import load_matching, load_teacher, open_student, read_weights
 
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 TEN = [f"class {i}" for i in range(10)]
@@ -53,10 +54,17 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def start(name, labels=2, size=(3, 32, 32), **options):
+def start(name, labels=2, size=(3, 32, 32), arguments=(), model_files=(), pretrained=False):
     labels = [f"label {i}" for i in range(labels)] if isinstance(labels, int) else labels
-    channels = size[0]
-    return open_student(str(name), labels, size, [0.5] * channels, [0.25] * channels, **options)
+    images = {"mean": [0.5] * size[0], "std": [0.25] * size[0], "interpolation": "bilinear", "crop": 1.0}
+    return open_student(str(name), arguments, False, model_files, labels, size, images, pretrained)
+
+
+def student_of(labels):
+    return Metadata.from_json({
+        "num_classes": len(labels), "label_names": labels, "mean": [0.5] * 3, "std": [0.5] * 3,
+        "input_size": [3, 32, 32], "interpolation": "bilinear", "crop": 1.0,
+    }, "the student")  # fmt: skip
 
 
 # ---- ImageNet weights ----
@@ -78,11 +86,12 @@ def test_pretrained_keeps_the_body_and_its_preprocessing_and_makes_a_new_head(im
     for name, value in imagenet_resnet.items():
         assert name.startswith("fc.") or torch.equal(state[name], value)
     assert state["fc.weight"].shape == (2, 512)
-    assert (config["mean"], config["crop"]) == ([0.485, 0.456, 0.406], 0.875)
-    assert "120 of 122 tensors taken; new: fc.weight ([1000, 512] there), fc.bias" in said
+    assert (config.mean, config.crop) == ([0.485, 0.456, 0.406], 0.875)
+    assert "120 of 122 tensors loaded; new: fc.weight ([1000, 512] there), fc.bias" in said
+    assert "fc starts at zero" in said
+    assert not state["fc.weight"].any()
+    assert not state["fc.bias"].any()
     assert "mean [0.485, 0.456, 0.406]" in said
-    _, config, _ = start("resnet18", pretrained=True, crop=1.0)
-    assert config["crop"] == 1.0
 
 
 @pytest.mark.parametrize(("name", "said"), [
@@ -94,14 +103,14 @@ def test_weights_that_cannot_be_had_are_named_with_their_place(name, said, tmp_p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=re.escape(said.format(tmp_path))) as raised:
         start(name, pretrained=True)
-    assert "--init FILE" in str(raised.value)
+    assert "--pretrained FILE" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--model", f"{MODELS}:tiny", "--pretrained"], "--init takes a file for your own"),
-    (["--pretrained", "--init", "x.pth"], "--pretrained and --init: a student starts from one of them"),
-    (["--init", "x.pth"], "x.pth: no such file of weights, and no student/ folder"),
+    (["--model", f"{MODELS}:tiny", "--pretrained"], "--pretrained without a value is for torchvision's"),
+    (["--model", ".", "--pretrained"], "a student starts from one of them"),
+    (["--pretrained", "x.pth"], "x.pth is neither a file of weights nor a student/ folder"),
     (["--model", "test_mambaout", "--pretrained", "--model-args", "pretrained=True"], "would load or fetch weights"),
     (["--teacher-classes", "x.csv"], "--teacher-classes needs --teacher"),
     (["--img-size", 1, 2, 3], "--img-size takes one number, or height and width"),
@@ -122,7 +131,7 @@ def test_of_two_sets_of_weights_in_a_file_the_averaged_are_taken_and_said(capsys
     torch.save({"state_dict": model.state_dict(), "state_dict_ema": averaged}, "both.pth")
     found, _ = read_weights("both.pth")
     torch.testing.assert_close(found, averaged)
-    assert "both.pth holds state_dict_ema and state_dict: state_dict_ema was taken" in capsys.readouterr().out
+    assert "both.pth holds state_dict_ema and state_dict: state_dict_ema is used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["folder", "run", "safetensors", "pth", "wrapped", "half"])
@@ -136,42 +145,42 @@ def test_init_takes_the_body_of_any_file_of_weights(how):
     )
     file = {"folder": donor, "run": "donor", "safetensors": donor / "model.safetensors", "pth": "weights.pth",
             "wrapped": "wrapped.pth", "half": "half.pt"}[how]  # fmt: skip
-    model, config, said = start(f"{MODELS}:tiny", init=str(file))
+    model, config, said = start(f"{MODELS}:tiny", pretrained=str(file))
     body = {name: value for name, value in model.state_dict().items() if not name.startswith("fc.")}
     for name, value in body.items():
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4)
     assert "new: fc.weight ([10, 16] there), fc.bias" in said
-    assert config["mean"] == ([0.485, 0.456, 0.406] if how in ("folder", "run") else [0.5, 0.5, 0.5])
+    assert config.mean == ([0.485, 0.456, 0.406] if how in ("folder", "run") else [0.5, 0.5, 0.5])
 
 
 def test_a_librarys_weights_in_a_file_bring_the_librarys_preprocessing():
     """EfficientNet-Lite wants 0.5, not ImageNet's mean and std."""
     model = timm.create_model("tf_efficientnet_lite0")
     save_file(model.state_dict(), "lite0.safetensors")
-    _, config, said = start("tf_efficientnet_lite0", init="lite0.safetensors")
-    assert (config["mean"], config["std"], config["crop"]) == ([0.5] * 3, [0.5] * 3, 0.875)
-    assert config["interpolation"] == "bicubic"
-    assert "images as these weights know them: mean [0.5, 0.5, 0.5]" in said
+    _, config, said = start("tf_efficientnet_lite0", pretrained="lite0.safetensors")
+    assert (config.mean, config.std, config.crop) == ([0.5] * 3, [0.5] * 3, 0.875)
+    assert config.interpolation == "bicubic"
+    assert "preprocessing of these weights: mean [0.5, 0.5, 0.5]" in said
 
 
 def test_a_file_for_a_model_without_weights_of_the_library_keeps_the_datas_numbers():
     assert not timm.get_pretrained_cfg("mobilenetv2_035").has_weights
     donor = write_student(Path("donor"), "mobilenetv2_035", 32)
-    _, config, said = start("mobilenetv2_035", init=str(donor / "model.safetensors"))
-    assert (config["mean"], config["interpolation"]) == ([0.5] * 3, "bilinear")
+    _, config, said = start("mobilenetv2_035", pretrained=str(donor / "model.safetensors"))
+    assert (config.mean, config.interpolation) == ([0.5] * 3, "bilinear")
     assert "new: classifier.weight" in said
 
 
 def test_a_file_of_nothing_that_fits_or_of_code_is_refused():
     torch.save({"other.weight": torch.zeros(3)}, "other.pth")
-    with pytest.raises(UserError, match=r"not one tensor that fits .*: it has other.weight, ..., the model lay"):
-        start(f"{MODELS}:tiny", init="other.pth")
+    with pytest.raises(UserError, match=r"no tensor that fits .*: it has other.weight, ..., the model lay"):
+        start(f"{MODELS}:tiny", pretrained="other.pth")
     torch.save(torch.nn.Linear(2, 2), "module.pth")
     with pytest.raises(UserError, match="cannot be read as weights"):
-        start(f"{MODELS}:tiny", init="module.pth")
+        start(f"{MODELS}:tiny", pretrained="module.pth")
     torch.save([1, 2], "list.pth")
     with pytest.raises(UserError, match="holds no weights"):
-        start(f"{MODELS}:tiny", init="list.pth")
+        start(f"{MODELS}:tiny", pretrained="list.pth")
 
 
 def vit(library, height, width):
@@ -188,35 +197,47 @@ def test_position_embeddings_are_resampled_to_another_size(library, height, widt
     model, _ = vit(library, height, width)
     donor.get_parameter(name).data.normal_()
     theirs = donor.state_dict()[name]
-    said = adopt(model, donor.state_dict(), "donor")
+    said = load_matching(model, donor.state_dict(), "donor")
     grid = theirs[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     size = height // 16, width // 16
     expected = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(model.state_dict()[name], torch.cat([theirs[:, :1], expected], 1))
-    assert said == f"donor: {len(donor.state_dict())} of {len(donor.state_dict())} tensors taken"
+    assert said == f"donor: {len(donor.state_dict())} of {len(donor.state_dict())} tensors loaded"
 
 
 @pytest.mark.parametrize(("name", "conv"), [("resnet18", "conv1.weight"), ("test_efficientnet", "conv_stem.weight")])
 def test_grey_images_take_the_sum_of_the_colour_filters(name, conv):
     write_student(Path("donor"), name, 32)
-    model, config, _ = start(name, size=(1, 32, 32), init="donor")
+    model, config, _ = start(name, size=(1, 32, 32), pretrained="donor")
     expected = load_file("donor/model.safetensors")[conv].sum(1, keepdim=True)
     torch.testing.assert_close(model.state_dict()[conv], expected)
-    assert config["input_size"] == [1, 32, 32]
-    assert len(config["mean"]) == len(config["std"]) == 1
+    assert config.input_size == [1, 32, 32]
+    assert len(config.mean) == len(config.std) == 1
 
 
 @pytest.mark.slow
 def test_a_resume_needs_neither_the_file_nor_the_network_again(photos, capsys):
     donor = write_student(Path("donor"), f"{MODELS}:tiny", 16)
-    flags = ["--model", f"{MODELS}:tiny", "--img-size", 16, "--data", photos, "--val-split", 0.25, "--init", donor]
+    flags = [
+        "--model",
+        f"{MODELS}:tiny",
+        "--img-size",
+        16,
+        "--data",
+        photos,
+        "--val-split",
+        0.25,
+        "--pretrained",
+        donor,
+    ]
     run(*SMALL, *flags, "--output", "out")
     first = Path("out/split.csv").read_text()
     shutil.rmtree(donor)
-    run("--resume", "--output", "out", "--val-split", 0.5, check=2)
+    resume = ["--resume", "--output", "out", "--model", f"{MODELS}:tiny"]
+    run(*resume, "--val-split", 0.5, check=2)
     assert "--val-split was 0.25 when this run began" in capsys.readouterr().err
-    run("--resume", "--output", "out", "--epochs", 2)
-    assert "going on from out/last.pt" in capsys.readouterr().out
+    run(*resume, "--epochs", 2)
+    assert "resuming from out/last.pt" in capsys.readouterr().out
     assert json.loads(Path("out/student/config.json").read_text())["mean"] == [0.485, 0.456, 0.406]
     assert Path("out/split.csv").read_text() == first
     sides = [side for _, side in list(csv.reader(first.splitlines()))[1:]]
@@ -239,10 +260,9 @@ def logits_of(teacher, images):
     CLASSES, ["tench", "tabby_cat", "Banana"], ["Tinca tinca", "tabby cat", "banana"],
 ])  # fmt: skip
 def test_an_imagenet_teachers_columns_are_found_by_wordnet_id_or_by_name(imagenet_resnet, labels):
-    student = {"num_classes": 3, "label_names": labels, "mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 32, 32]}
-    teacher = load_teacher("resnet18", student)
+    teacher = load_teacher("resnet18", student_of(labels))
     assert teacher.columns == [0, 281, 954]
-    assert teacher.said == "teacher resnet18: 3 of its 1000 classes are --data's, matched by name"
+    assert teacher.report == "teacher resnet18: 3 of its 1000 classes match --data by name"
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         whole = teacher.model(images)
@@ -259,7 +279,7 @@ def test_nkd_renormalises_over_the_columns():
 
 @pytest.mark.parametrize(("labels", "said"), [
     (["tench", "unicorn"], "lacks 1 of --data's 2 classes: unicorn; --teacher-classes FILE"),
-    (["tench", "crane"], r"several classes called crane: n02012849 \(134\), n03126707 \(517\)"),
+    (["tench", "crane"], r"several classes with the name crane: n02012849 \(134\), n03126707 \(517\)"),
     (["tench", "Tinca tinca"], "has one class for tench and Tinca tinca"),
     (["Tench", "tench"], "has one class for Tench and tench"),
 ])  # fmt: skip
@@ -272,20 +292,14 @@ def test_a_students_folder_may_hold_the_classes_in_another_order(photos, capsys)
     write_student(Path("teacher"), f"{MODELS}:tiny", 16, ["owl", "dark", "bright"])
     run(*SMALL, "--data", photos, "--val-split", 0.25, "--model", f"{MODELS}:tiny", "--img-size", 16, "--kd", "nkd",
         "--teacher", "teacher", "--model-file", f"{MODELS}:tiny", "--output", "out")  # fmt: skip
-    assert "2 of its 3 classes are --data's, matched by name" in capsys.readouterr().out
+    assert "2 of its 3 classes match --data by name" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_teachers_weights_may_be_in_a_file_with_its_classes_told(tmp_path):
     model = torchvision.models.resnet18(num_classes=12).half()
     torch.save(model.state_dict(), "resnet.pth")
-    student = {
-        "num_classes": 2,
-        "label_names": ["a", "b"],
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-        "input_size": [3, 32, 32],
-    }
+    student = student_of(["a", "b"])
     with pytest.raises(UserError, match="has 12 classes of unknown names, --data has 2: --teacher-classes FILE"):
         load_teacher("resnet18:resnet.pth", student)
     Path("classes.csv").write_text("b,3\na,11\n")
@@ -296,12 +310,38 @@ def test_a_teachers_weights_may_be_in_a_file_with_its_classes_told(tmp_path):
         ("a,1\n", "lacks 1 classes of --data: b"),
         ("a,1\nb,12\n", "column 12"),
         ("a\nb,1\n", "'a'; exp"),
-        ("a,1\nb,cat\n", "names of --teacher .* are not known, so neither is cat; give columns, from 0 to 11"),
+        ("a,1\nb,cat\n", "names of --teacher .* are unknown, so cat cannot be found; give columns, from 0 to 11"),
         ("a,1\nb,1\n", "gives a and b one class"),
+        ("a,1\nb,2\na,3\n", "names a twice"),
+        ("a,1\nb,2\nc,3\n", "classes that --data does not have: c"),
     ):
         Path("classes.csv").write_text(text)
         with pytest.raises(UserError, match=said):
             load_teacher("resnet18:resnet.pth", student, classes_file="classes.csv")
+
+
+def test_a_number_in_the_classes_file_is_a_name_if_the_teacher_has_that_name(tmp_path):
+    """A teacher of the classes 0 to 10, in string order: its column 2 is the class 10."""
+    names = sorted(map(str, range(11)))
+    (tmp_path / "classes.csv").write_text("".join(f"{name},{name}\n" for name in names))
+    columns, _ = pick_columns("t", names, 11, names, str(tmp_path / "classes.csv"))
+    assert columns == list(range(11))
+    columns, _ = pick_columns("t", None, 11, names, str(tmp_path / "classes.csv"))
+    assert columns == [int(name) for name in names]
+
+
+@pytest.mark.parametrize(("predictions", "classes", "warned"), [
+    ([0, 1] * 50, 2, None), ([0, 1] * 49 + [1, 0], 2, None), ([1, 0] * 50, 2, "in another order"),
+    ([int(str(i)[::-1]) if i > 9 else i for i in range(20)] * 5, 92, None), ([0] * 100, 2, "not better than chance"),
+    ([(i + 3) % 10 for i in range(10)] * 10, 10, "in another order"), ([0] * 100, 10, "not better than chance"),
+])  # fmt: skip
+def test_a_teacher_is_warned_of_when_it_is_of_no_use_or_has_its_classes_in_another_order(
+    predictions, classes, warned, capsys
+):
+    labels = np.arange(100) % (classes if classes <= 10 else 20)
+    warn_of_teacher(labels, np.array(predictions), classes)
+    err = capsys.readouterr().err
+    assert warned in err if warned else not err
 
 
 # ---- grey, oblong ----
@@ -313,7 +353,7 @@ def test_grey_and_oblong_images_go_the_whole_way(photos):
     run(*SMALL, *PHOTOS, *model, "--output", "out")
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["input_size"] == [1, 32, 64]
-    of_data = ["out", "--data", "--workers", "0"]
+    of_data = ["out", "--images", "photos"]
     for module, flags in ((export, ["out", "--format", "onnx"]), (check, ["out"]), (check, of_data),
                           (triton, ["out/student/student.onnx"])):  # fmt: skip
         assert command(module.get_parser(), module.run, flags) == 0
@@ -330,7 +370,8 @@ def test_layer_decay_is_right_under_the_weak_head_too(wrapped):
     """The first layer learns least, the head at the full rate; what the weak head adds learns at the full rate."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
     net = WithWeakHead(model, "norm", 5, example_input=torch.zeros(2, 3, 32, 32)) if wrapped else model
-    optimizer, _ = train.make_optimizer(net, "adamw", 1e-3, 0.05, 0.9, "cosine", 1, 0, [], 0.1, 10, layer_decay=0.5)
+    flags = ["--opt", "adamw", "--lr", 1e-3, "--weight-decay", 0.05, "--epochs", 1, "--layer-decay", 0.5]
+    optimizer, _ = train.build_optimizer(net, args_of(*flags), 10)
     names = {parameter: name for name, parameter in net.named_parameters()}
     scales = {
         names[p].removeprefix("model."): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]
@@ -347,11 +388,11 @@ def test_class_weights_weigh_each_images_losses(soft):
     target, weights = torch.tensor([0, 1, 2, 0, 0, 1]), torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
     if soft:
         target = torch.rand(6, 3, dtype=torch.float64).softmax(1)
-    whole = train.named_losses(logits, None, teacher, target, kd="nkd", class_weights=weights)
+    whole = train.loss_terms(train.Method("nkd", class_weights=weights), logits, None, teacher, target)
     rows = weights[target] if not soft else target @ weights
     for name, value in whole.items():
-        each = [train.named_losses(logits[i : i + 1], None, teacher[i : i + 1], target[i : i + 1], kd="nkd")[name]
-                for i in range(6)]  # fmt: skip
+        rows_of = [[x[i : i + 1] for x in (logits, teacher, target)] for i in range(6)]
+        each = [train.loss_terms(train.Method("nkd"), s, None, t, y)[name] for s, t, y in rows_of]
         torch.testing.assert_close(value, (rows * torch.stack(each)).mean())
 
 
@@ -427,35 +468,35 @@ def test_a_folder_gets_defaults_that_fit_and_a_resume_keeps_them(photos, capsys)
     run(*flags, "--epochs", 1, "--workers", 0, "--output", "out")
     first, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("defaults for")]
     assert "defaults for 24 images of 2 classes, 40x24 pixels" in first
-    before = train.parse_args(["--output", "out", "--resume"])
+    resume = ["--output", "out", "--resume", "--model", f"{MODELS}:tiny"]
+    before = args_of(*resume)
     assert (before.recipe, before.img_size, before.opt) == ("fitted", [32, 32], "adamw")
     for i in range(100):
         shutil.copy(photos / "dark/00.png", photos / f"dark/new{i}.png")
-    assert train.parse_args(["--output", "out", "--resume"]).batch_size == before.batch_size
-    assert train.parse_args(["--output", "out", "--resume", "--batch-size", "4"]).batch_size == 4
+    assert args_of(*resume).batch_size == before.batch_size
+    assert args_of(*resume, "--batch-size", 4).batch_size == 4
 
 
 def test_the_split_is_the_same_for_every_seed(photos):
     """So that a teacher of one seed has not trained on what a student of another is judged by."""
-    splits = [train.build(train.parse_args([*SMALL, *PHOTOS, "--model", f"{MODELS}:tiny", "--seed", seed])).data.split
-              for seed in ("0", "1")]  # fmt: skip
+    splits = [opened(*SMALL, *PHOTOS, "--model", f"{MODELS}:tiny", "--seed", seed)[2].split for seed in (0, 1)]
     assert splits[0] == splits[1]
 
 
 def test_a_size_that_is_typed_decides_the_stem(photos):
     flags = ["--device", "cpu", *PHOTOS, "--model", "resnet18"]
-    assert train.parse_args(flags).small_stem
-    large = train.parse_args([*flags, "--img-size", "224"])
+    assert args_of(*flags).small_stem
+    large = args_of(*flags, "--img-size", 224)
     assert (large.small_stem, large.crop, large.eval_crop) == (False, "resized", 0.875)
 
 
 def test_a_student_folder_brings_its_own_size(photos):
     write_student(Path("before"), "test_efficientnet", (1, 32, 64), ["dark", "bright"])
-    args = train.parse_args(["--model", "before", "--data", str(photos), "--val-split", "0.25"])
+    args = args_of("--model", "before", "--data", photos, "--val-split", 0.25)
     assert (args.in_chans, args.img_size) == (1, [32, 64])
 
 
 def test_data_without_a_val_folder_wants_to_be_told(photos, capsys):
     run("--device", "cpu", "--data", photos, check=2)
     assert "--val-split 0.1" in capsys.readouterr().err
-    assert isinstance(train.open_data(str(photos), val_split=0.25), Data)
+    assert opened("--data", photos, "--val-split", 0.25)
