@@ -155,8 +155,9 @@ class State:
             dist.gather_object(own, parts if IS_MAIN else None, group=distributed.Group.control)
         buffer = io.BytesIO()
         if IS_MAIN:
-            whole = {"model": self.net, "optimizer": self.optimizer, "scaler": self.scaler, "ema": self.ema}
-            whole = {name: value.state_dict() if value else None for name, value in whole.items()}
+            live: dict[str, Any] = {"model": self.net, "optimizer": self.optimizer, "scaler": self.scaler}
+            whole: dict[str, Any] = {name: value.state_dict() for name, value in live.items()}
+            whole["ema"] = self.ema.state_dict() if self.ema else None
             whole |= {"progress": asdict(self.progress), "ranks": parts, "args": flags, "config": config.to_json()}
             torch.save(whole, buffer)
         return bytearray(buffer.getbuffer())
@@ -177,10 +178,10 @@ class State:
         """
         file, saved, before = checkpoint
         if before.label_names != config.label_names:
-            pairs = zip(before.label_names, config.label_names)
+            pairs: Any = zip(before.label_names, config.label_names)
             sizes = len(before.label_names), len(config.label_names)
-            theirs, ours = next((pair for pair in pairs if pair[0] != pair[1]), sizes)
-            raise UserError(f"{file} was trained on other classes than --data holds: {theirs} and not {ours}")
+            theirs, now = next((pair for pair in pairs if pair[0] != pair[1]), sizes)
+            raise UserError(f"{file} was trained on other classes than --data holds: {theirs} and not {now}")
         load_weights(self.net, saved["model"], file)
         if self.ema and saved["ema"]:
             load_weights(self.ema, saved["ema"], file)
@@ -225,15 +226,13 @@ class State:
                 if name in buffers:
                     buffer.copy_(buffers[name])
 
-        def check_agreement(self) -> None:
-            """Raise unless every rank resumes from the same place: epoch, step, weights and number of processes."""
-            digest = digest_of(self.net.named_parameters())[:16]
-            everyone = gather((self.progress.epoch, self.progress.step, digest, WORLD_SIZE))
-            for rank, other in enumerate(everyone):
-                if other != everyone[0]:
-                    raise UserError(
-                        f"rank {rank} is at epoch, step, weights, processes {other}, rank 0 at {everyone[0]}"
-                    )
+    def check_agreement(self) -> None:
+        """Raise unless every rank resumes from the same place: epoch, step, weights and number of processes."""
+        digest = digest_of(self.net.named_parameters())[:16]
+        everyone = gather((self.progress.epoch, self.progress.step, digest, WORLD_SIZE))
+        for rank, other in enumerate(everyone):
+            if other != everyone[0]:
+                raise UserError(f"rank {rank} is at epoch, step, weights, processes {other}, rank 0 at {everyone[0]}")
 
 
 class Saver:
@@ -318,7 +317,7 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, value in tensors:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
