@@ -88,9 +88,9 @@ class Flag:
 def get_parser(table: Table, doc: str, program: str) -> argparse.ArgumentParser:
     """Return a parser that stores only the flags on the command line."""
     shown = {name: recipe for name, recipe in RECIPES.items() if len(recipe["step_epochs"]) < 10}
-    recipes = (f"{name}: {', '.join(f'{k} {v}' for k, v in recipe.items())}" for name, recipe in shown.items())
-    texts = {"description": doc.partition("\n\n")[0], "epilog": f"Recipes. {'; '.join(recipes)}"}
-    parser = Parser(prog=program, argument_default=argparse.SUPPRESS, **texts)
+    lines = [f"{name}: {', '.join(f'{k} {v}' for k, v in recipe.items())}" for name, recipe in shown.items()]
+    about, epilog = doc.partition("\n\n")[0], f"Recipes. {'; '.join(lines)}"
+    parser = Parser(prog=program, description=about, epilog=epilog, argument_default=argparse.SUPPRESS)
     for title, flags in table.items():
         group = parser.add_argument_group(title)
         for name, flag in flags.items():
@@ -147,7 +147,6 @@ def settle_flags(
     """Return the value of every flag, and what a run directory stores of them.
 
     Args:
-        table: the flags
         typed: as read_flags returns them
         saved: the second result, of the run that is resumed
         fitted: the recipe for a folder of images (pick_recipe). Without it `args.recipe` is None for such a folder,

@@ -114,19 +114,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 def describe(flags: dict[str, Any], given: dict[str, Any], device: str, processes: int) -> str:
     """Return args.json: the value of every flag, the flags that a resume takes over, versions and hardware."""
-    about = {
-        "flags": flags,
-        "given": given,
-        "command": shlex.join(sys.argv),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
-        "hardware": {
-            "device": device,
-            "processes": processes,
-            "cpu_cores": os.cpu_count(),
-            "platform": platform.platform(),
-        },
-    }
-    return json.dumps(about, indent=2)
+    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    machine = {"device": device, "processes": processes, "cpu_cores": os.cpu_count(), "platform": platform.platform()}
+    about = {"flags": flags, "given": given, "command": shlex.join(sys.argv)}
+    return json.dumps(about | {"versions": versions, "hardware": machine}, indent=2)
 
 
 def read_given(output: Path) -> dict[str, Any]:

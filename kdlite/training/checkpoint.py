@@ -50,12 +50,7 @@ class Progress:
         self.executed += 1
 
     def end_epoch(self, row: dict[str, Any], answers: Tensor) -> None:
-        """Store the results of an epoch, and go to the start of the next one.
-
-        Args:
-            row: of metrics.csv
-            answers: labels and predictions of all validation images, (2, N)
-        """
+        """Store an epoch's row of metrics.csv and answers about all validation images, and go to the next epoch."""
         self.rows.append(row)
         self.is_best = math.isfinite(row["val_loss"]) and row["val_top1"] >= self.best
         if self.is_best:
@@ -95,10 +90,8 @@ class LossLog:
         if not finite.all() and (not self.skips_steps or self.skipped_in_a_row > 20):
             first = int(finite.int().argmin())
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(self.sums, values[first].tolist()))
-            advice = (
-                "try a lower --lr, --clip-grad 5, longer --warmup-epochs, or --amp off; the last checkpoint is kept"
-            )
-            raise UserError(f"the loss is not finite at step {steps[first]}: {terms}; {advice}")
+            fault = f"the loss is not finite at step {steps[first]}: {terms}; the last checkpoint is kept"
+            raise UserError(f"{fault}; try a lower --lr, --clip-grad 5, longer --warmup-epochs, or --amp off")
         for name, value in zip(self.sums, values[finite].sum(0).tolist()):
             self.sums[name] += value
         self.count += int(finite.sum())
@@ -166,11 +159,7 @@ class State:
         return [model for model in (self.net, self.ema) if model is not None]
 
     def restore(self, checkpoint: Checkpoint, flags: dict[str, Any], config: Metadata) -> None:
-        """Take all of it from a checkpoint; options such as --weight-decay keep their present values.
-
-        Args:
-            checkpoint: the one to resume from
-            flags, config: of today
+        """Take all of it from a checkpoint; options such as --weight-decay keep the values of today's flags.
 
         Raises:
             UserError: the checkpoint is of another model, optimizer or data set, the rest of its epoch would see other
@@ -238,12 +227,8 @@ class State:
 class Saver:
     """Save checkpoints when they are due or when a signal asks for one; a thread writes them while training continues.
 
-    Args:
-        folder: the run directory
-        state: what is saved
-        flags: stored with it; save_every: minutes between checkpoints within an epoch, 0: only after epochs
-        config: the student's config.json, stored with it
-        stop: a signal that asks the run to stop
+    flags and config are stored with the state. flags["save_every"]: minutes between two checkpoints within an epoch; 0:
+    only after epochs
     """
 
     def __init__(self, folder: Path, state: State, flags: dict[str, Any], config: Metadata, stop: StopRequest) -> None:

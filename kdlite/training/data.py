@@ -79,16 +79,13 @@ class Digits(Dataset):
 
 
 def open_data(name: str, val_split: float | None = None, seed: int = 0, sides: Mapping[str, str] | None = None) -> Data:
-    """Open a data set.
+    """Open a data set; raise UserError if it is missing or damaged, or if val_split does not fit it.
 
     Args:
         name: digits, cifar10, cifar100 (downloaded into data/) or a folder
         val_split: the share of each class that is kept for validation, above 0 and below 1; for a folder without val/
         seed: of that split, which depends only on the names of the files: it is equal on every machine
         sides: the split of the run that is resumed (read_split); new files are added to the training images
-
-    Raises:
-        UserError: the data set is missing or damaged, or val_split does not fit it
     """
     if val_split is not None and not 0 < val_split < 1:
         raise UserError(f"--val-split must be above 0 and below 1, got {val_split:g}")
@@ -112,10 +109,6 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
     """Return the value of every flag, the flags that a run directory stores, and the data set.
 
     A folder of images without --recipe gets a recipe that fits its images, which is printed.
-
-    Args:
-        table: the flags of the command
-        typed: those on the command line
     """
     saved, sides = {}, None
     if typed.get("resume"):
@@ -144,13 +137,16 @@ class Photos(torchvision.datasets.ImageFolder):
     images by their name are counted by ending.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: Path) -> None:
         self.left_out: collections.Counter[str] = collections.Counter()
-        super().__init__(root, loader=open_image, is_valid_file=self.is_image, allow_empty=True)
+        super().__init__(str(root), loader=open_image, is_valid_file=self.is_image, allow_empty=True)
         counts = class_counts(self)
         if empty := [name for name, count in zip(self.classes, counts) if not count]:
             kinds = f" (skipped: {self.describe_left_out()})" if self.left_out else ""
             raise UserError(f"{root}: no image in {abbreviate(empty)}{kinds}: add images, or remove the folder")
+        if self.left_out:
+            count, kinds = sum(self.left_out.values()), self.describe_left_out()
+            log(f"{root}: skipped {count} files that are not images by their names: {kinds}")
 
     def describe_left_out(self) -> str:
         kinds = [f"{count} {end or 'without ending'}" for end, count in self.left_out.most_common(8)]
@@ -169,8 +165,7 @@ class Photos(torchvision.datasets.ImageFolder):
         return names, {folder: index for index, folder in enumerate(folders)}
 
     def is_image(self, path: str) -> bool:
-        file = Path(path).relative_to(self.root)
-        if any(map(is_hidden, file.parts)):
+        if any(map(is_hidden, Path(path).relative_to(self.root).parts)):
             return False
         ending = os.path.splitext(path)[1].lower()
         if ending not in endings():
@@ -198,11 +193,11 @@ def open_folder(name: str, val_split: float | None, seed: int, sides: Mapping[st
             raise UserError(f"--val-split {val_split:g}: --data {name} has its own val/; leave the flag out")
         if sides is not None:
             log(f"{root / 'val'} exists now: it replaces the images that the run split off")
-        train, val = (read_photos(root / part) for part in ("train", "val"))
+        train, val = (Photos(root / part) for part in ("train", "val"))
         compare_classes(name, train, val)
     else:
         source = find_classes_to_split(root, asks=val_split is None and sides is None)
-        photos = read_photos(source)
+        photos = Photos(source)
         files = photos.files()
         if sides is not None:
             split, how = keep_split(files, sides), "split as the run was"
@@ -219,14 +214,6 @@ def open_folder(name: str, val_split: float | None, seed: int, sides: Mapping[st
     if len(train.classes) < 2:
         raise UserError(f"--data {name} has the one class {train.classes[0]}: at least 2 are needed")
     return Data(train, val, train.classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, rows)
-
-
-def read_photos(root: Path) -> Photos:
-    photos = Photos(str(root))
-    if photos.left_out:
-        count = sum(photos.left_out.values())
-        log(f"{root}: skipped {count} files that are not images by their names: {photos.describe_left_out()}")
-    return photos
 
 
 def compare_classes(name: str, train: Photos, val: Photos) -> None:
@@ -329,9 +316,6 @@ def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) 
         spec: "balanced", weights of n / (C * n_c); or a CSV file with a line name,weight for each class
         label_names: of the C classes
         counts: n_c, the training images of each class
-
-    Raises:
-        UserError: spec is invalid, or the names or weights of the file do not fit
     """
     if spec == "balanced":
         if absent := [name for name, count in zip(label_names, counts) if not count]:

@@ -95,22 +95,17 @@ class RandomResizedCrop(v2.RandomResizedCrop):
 # ---- samples and batches ------------------------------------------------------------------------------------------
 
 
-class Sample(NamedTuple):
-    image: Tensor | None  # uint8 (C, H, W); None if it cannot be read
-    label: int
-    corrupt: tuple[str, str] | None  # the name of an image that cannot be read, and the reason
+class Batch(NamedTuple):
+    """A batch, or one sample without the dimension B."""
+
+    images: Any  # uint8 (B, C, H, W), later normalised float; None if no image of the batch could be read
+    labels: Any  # class indices (B,), later perhaps class probabilities (B, classes)
+    corrupt: list[tuple[str, str]]  # the names of the images that cannot be read, and the reasons
     teacher: tuple[Tensor, ...] = ()  # a teacher's stored labels
 
 
-class Batch(NamedTuple):
-    images: Any  # uint8 (B, C, H, W), later normalised float; None if no image of the batch could be read
-    labels: Any  # class indices (B,), later perhaps class probabilities (B, classes)
-    corrupt: list[tuple[str, str]]
-    teacher: tuple[Tensor, ...] = ()
-
-
 class Samples(Dataset):
-    """(epoch, index) -> Sample. With stored labels (teacher_labels.py) their seed and their views are used."""
+    """(epoch, index) -> a sample. With stored labels (teacher_labels.py) their seed and their views are used."""
 
     def __init__(self, source: Any, transform: Transform, seed: int = 0, stored: Any = None) -> None:
         self.source, self.transform, self.stored = source, transform, stored
@@ -119,17 +114,17 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
         epoch = epoch % self.stored.views if self.stored else epoch
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * len(self) + index) % 2**63)
         try:
             image, label = self.source[index]
-            return Sample(self.transform(image), label, None, self.stored(epoch, index) if self.stored else ())
+            return Batch(self.transform(image), label, [], self.stored(epoch, index) if self.stored else ())
         except UnreadableImage as error:
             samples = getattr(self.source, "samples", None)
-            return Sample(None, -1, (str(samples[index][0]) if samples else f"sample {index}", str(error)))
+            return Batch(None, None, [(str(samples[index][0]) if samples else f"sample {index}", str(error))])
         finally:
             torch.set_rng_state(state)
 
@@ -147,9 +142,9 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in itertools.islice(super().__iter__(), self.start, None))
 
 
-def collate(samples: list[Sample]) -> Batch:
-    corrupt = [sample.corrupt for sample in samples if sample.corrupt]
-    whole = [sample for sample in samples if sample.image is not None]
+def collate(samples: list[Batch]) -> Batch:
+    corrupt = [unreadable for sample in samples for unreadable in sample.corrupt]
+    whole = [sample for sample in samples if sample.images is not None]
     if not whole:
         return Batch(None, None, corrupt)
     images, labels, _, answers = zip(*whole)
@@ -208,15 +203,9 @@ def wait_for_parent() -> None:
 class DeviceLoader:
     """Batches of images that are decoded once and kept in the device's memory (--cache device).
 
-    Each process has its share of the data set, every WORLD_SIZE-th image. In training the share is shuffled, and each
-    image is cropped and flipped on its own. The draws depend only on seed, epoch and rank, so a resume repeats them.
-
-    Args:
-        decoded: a loader of the images, neither cropped nor flipped
-        batch_size: images of a batch
-        device: where they are kept
-        view: the crop and flip of training images; None: evaluation, in order
-        seed: of shuffle, crop and flip
+    Each process has its share of the data set, every WORLD_SIZE-th image. In training (with a view) the share is
+    shuffled, and each image is cropped and flipped on its own. The draws depend only on seed, epoch and rank, so a
+    resume repeats them. decoded: a loader of the images, neither cropped nor flipped
     """
 
     def __init__(
@@ -228,7 +217,7 @@ class DeviceLoader:
         whole = [batch for batch in batches if batch.images is not None]
         if not whole:
             raise UserError(f"--cache device: not one image could be read, the first is {self.corrupt[0][0]}")
-        self.images, self.labels = (torch.cat([batch[i] for batch in whole]).to(device) for i in (0, 1))  # type: ignore
+        self.images, self.labels = (torch.cat(tensors).to(device) for tensors in list(zip(*whole))[:2])
         self.count, self.share = len(self.labels), len(decoded.dataset) // WORLD_SIZE  # type: ignore
         self.epoch = self.start = 0
 

@@ -39,14 +39,7 @@ from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_r
 
 
 class RunFolder:
-    """The directory of a run: claimed, locked and filled by rank 0; every rank knows its path.
-
-    Args:
-        args: all flags
-        given: the flags that a resume takes over
-        data: the data set, whose split is stored
-        device: for args.json and the report
-    """
+    """The directory of a run: claimed, locked and filled by rank 0. given: the flags that a resume takes over"""
 
     def __init__(self, args: argparse.Namespace, given: dict[str, Any], data: Data, device: torch.device) -> None:
         self.args, self.given, self.data, self.device = args, given, data, device
@@ -118,8 +111,14 @@ class RunFolder:
         log(f"stopped by {stop} {progress}: {self.path}/last.pt is saved, --resume continues")
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> Callable[[], None]:
-        """Return a function that writes metrics.csv; the thread that saves calls it."""
-        return functools.partial(write_metrics, self.path / "metrics.csv", list(rows))
+        """Return a function that writes all of metrics.csv, because a resume drops rows; the thread that saves calls it."""
+        text = io.StringIO()
+        writer = csv.DictWriter(
+            text, list(dict.fromkeys(name for row in rows for name in row))
+        )  # a resume may add some
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        return functools.partial(write_whole, self.path / "metrics.csv", text.getvalue())
 
     def show_batch(self, images: np.ndarray, labels: torch.Tensor) -> None:
         """Write batch.png: the first images as the network gets them, uint8 (N, H, W, C)."""
@@ -200,15 +199,6 @@ def tee() -> Iterator[None]:
 # ---- metrics ------------------------------------------------------------------------------------------------------
 
 
-def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the whole file each time: a resumed run drops the rows after its checkpoint, and no row is half-written."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))  # a resume may add some
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_whole(path, text.getvalue())
-
-
 def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write losses and accuracies over the epochs as a PNG."""
     from matplotlib.figure import Figure  # here, because each data loading process imports this module
@@ -245,10 +235,8 @@ def batch_picture(path: Path, images: np.ndarray, labels: np.ndarray, label_name
     """Write the first 32 images of a batch with their labels as a PNG.
 
     Args:
-        path: the file
         images: uint8 (N, H, W, 3) or (N, H, W, 1)
         labels: class indices (N,), or class probabilities (N, C), of which the two largest are shown
-        label_names: of the C classes
     """
     from matplotlib.figure import Figure
 

@@ -23,12 +23,7 @@ def pick_columns(
 ) -> tuple[list[int] | None, str | None]:
     """Return the column of each class of the data, None for all in their order, and a line that reports it.
 
-    Args:
-        name: of the teacher, for messages
-        teacher: the names of its classes; None: unknown
-        count: of its classes
-        data: the classes of the data
-        classes_file: of --teacher-classes, or None
+    name: of the teacher, whose `count` classes have the names `teacher`, or None if they are unknown
     """
     found = f"teacher {name}: {len(data)} of its {count} classes"
     if classes_file:
@@ -68,12 +63,13 @@ def match(data: list[str], teacher: list[str], name: str) -> list[int]:
     loose: dict[str, set[int]] = defaultdict(set)
     for index, label in enumerate(teacher):
         exact[plain(label)].add(index)
-        for other in synonyms(label):
+        for other in imagenet_names().get(label, []):
             loose[other].add(index)
     columns: list[int] = []
     lacking = []
     for label in data:
-        found = exact[plain(label)] or set().union(*(loose[x] | exact[x] for x in (plain(label), *synonyms(label))))
+        others = [plain(label), *imagenet_names().get(label, [])]
+        found = exact[plain(label)] or set().union(*(loose[x] | exact[x] for x in others))
         if len(found) > 1:
             several = ", ".join(f"{teacher[i]} ({i})" for i in sorted(found)[:3])
             fault = f"--teacher {name} has several classes with the name {label}: {several}"
@@ -91,9 +87,7 @@ def match(data: list[str], teacher: list[str], name: str) -> list[int]:
 def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -> None:
     """Warn if a teacher is not better than chance, or much better with its classes in another order.
 
-    Args:
-        labels, predictions: class indices of the same images, (N,)
-        classes: their number
+    labels, predictions: class indices of the same images, (N,)
     """
     count, right = len(labels), float((labels == predictions).mean())
     table = np.zeros((classes, classes))
@@ -112,13 +106,9 @@ def plain(label: str) -> str:
     return " ".join(unicodedata.normalize("NFC", label).casefold().replace("_", " ").replace("-", " ").split())
 
 
-def synonyms(label: str) -> list[str]:
-    """Return the names of an ImageNet class by its WordNet id: n01440764 is a tench, or Tinca tinca."""
-    return imagenet_names().get(label, [])
-
-
 @functools.cache
 def imagenet_names() -> dict[str, list[str]]:
+    """Return the names of ImageNet's classes by WordNet id: n01440764 is a tench, or Tinca tinca."""
     info = ImageNetInfo()
     return {label: [plain(x) for x in info.label_name_to_description(label).split(",")] for label in info.label_names()}
 

@@ -187,12 +187,7 @@ def checksum(content: bytes) -> bytes:
 class StoredLabels:
     """(view, index) -> log T_t, log T_i (k,) and indices (k,), read from the files when they are needed.
 
-    Args:
-        folder: of the labels
-        ours: describe_images of this run
-
-    Raises:
-        UserError: the labels are missing, damaged, or of other images or another transform
+    UserError if the labels are missing or damaged, or of other images or another transform than ours (describe_images).
     """
 
     def __init__(self, folder: Path, ours: Header) -> None:
@@ -297,20 +292,9 @@ def begin_labels(folder: Path, header: Header, at_the_end: ExitStack) -> None:
 def write_labels(
     folder: Path, header: Header, images: Any, transform: Transform, ask: Ask, workers: int | None, stop: StopRequest
 ) -> bool:
-    """Ask the teacher about every view of every image; the ranks share the files.
+    """Ask the teacher about every view of every training image; return False if a rank was asked to stop before the end.
 
-    Whole files stay as they are, so that the same call continues after a stop.
-
-    Args:
-        folder, header: as lock_labels has made them
-        images: the training images
-        transform: View.transform()
-        ask: returns the teacher's answers
-        workers: data loading processes
-        stop: a signal that asks for a stop
-
-    Returns:
-        Whether all files are written; False: a rank was asked to stop
+    The ranks share the files. Whole files stay as they are, so that the same call continues after a stop.
     """
     todo = [part for part, _ in from_rank_zero(find_faults, folder, header)]
     rows, all_rows = sum(part.rows for part in todo), header["images"] * header["views"]

@@ -302,7 +302,7 @@ class LoadedTeacher(NamedTuple):
 def load_teacher(
     name: str, student: Metadata, model_files: Sequence[str] = (), classes_file: str | None = None
 ) -> LoadedTeacher:
-    """Load a teacher of a student's classes. It may have more classes, or another order.
+    """Load a teacher of a student's classes, which may have more classes or another order; UserError if it lacks one.
 
     Args:
         name: a student/ folder; a library's model with its ImageNet weights, or model:file with weights in a file; or
@@ -311,9 +311,6 @@ def load_teacher(
         student: the student's config.json
         model_files: as of load_student
         classes_file: of --teacher-classes, or None
-
-    Raises:
-        UserError: the teacher or its weights are missing, or it lacks a class
     """
     count = student.num_classes
     names: list[str] | None = None
