@@ -90,8 +90,9 @@ class LossLog:
         if not finite.all() and (not self.skips_steps or self.skipped_in_a_row > 20):
             first = int(finite.int().argmin())
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(self.sums, values[first].tolist()))
-            fault = f"the loss is not finite at step {steps[first]}: {terms}; the last checkpoint is kept"
-            raise UserError(f"{fault}; try a lower --lr, --clip-grad 5, longer --warmup-epochs, or --amp off")
+            advice = "try a lower --lr, --clip-grad 5, longer --warmup-epochs, or --amp off"
+            fault = f"the loss is not finite at step {steps[first]}: {terms}"
+            raise UserError(f"{fault}; {advice}; the last checkpoint is kept")
         for name, value in zip(self.sums, values[finite].sum(0).tolist()):
             self.sums[name] += value
         self.count += int(finite.sum())

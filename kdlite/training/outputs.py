@@ -57,10 +57,7 @@ class RunFolder:
             shutil.rmtree(partial, ignore_errors=True)
         if self.data.split:
             write_split(path / SPLIT, self.data.split)
-        log = self.at_the_end.enter_context(open_in_run(path / "log.txt", "a"))
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, Tee):
-                stream.log = log
+        Tee.log = self.at_the_end.enter_context(open_in_run(path / "log.txt", "a"))
         cpu = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
         write_whole(path / "args.json", describe(vars(self.args), self.given, name, WORLD_SIZE))
@@ -111,11 +108,9 @@ class RunFolder:
         log(f"stopped by {stop} {progress}: {self.path}/last.pt is saved, --resume continues")
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> Callable[[], None]:
-        """Return a function that writes all of metrics.csv, because a resume drops rows; the thread that saves calls it."""
+        """Return a function that writes the whole of metrics.csv, whose rows a resume may drop or extend."""
         text = io.StringIO()
-        writer = csv.DictWriter(
-            text, list(dict.fromkeys(name for row in rows for name in row))
-        )  # a resume may add some
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
         return functools.partial(write_whole, self.path / "metrics.csv", text.getvalue())
@@ -143,19 +138,18 @@ class RunFolder:
     def __exit__(self, *error: Any) -> None:
         if isinstance(error[1], Exception):
             self.at_the_end.pop_all()  # the error's line still goes to log.txt; the process ends after it
-            return
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, Tee):
-                stream.log = None
-        self.at_the_end.close()
+        else:
+            Tee.log = None
+            self.at_the_end.close()
 
 
 class Tee:
     """A stream that goes on when its terminal or pipe has closed, and that copies lines to log.txt."""
 
+    log: Any = None  # of this process, for both streams
+
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        self.log: Any = None
 
     def write(self, text: str) -> int:
         if self.log and "\r" not in text:  # which a progress bar prints
@@ -190,28 +184,10 @@ def tee() -> Iterator[None]:
     try:
         yield
     finally:
-        log = sys.stdout.log  # type: ignore[attr-defined]
         sys.stdout, sys.stderr = before
-        if log:
-            log.close()
-
-
-# ---- metrics ------------------------------------------------------------------------------------------------------
-
-
-def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write losses and accuracies over the epochs as a PNG."""
-    from matplotlib.figure import Figure  # here, because each data loading process imports this module
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses = [name for name in rows[-1] if "loss" in name]
-    for axis, names, label in zip(figure.subplots(1, 2), (losses, ["val_top1", "val_top5"]), ("loss", "accuracy (%)")):
-        for name in names:
-            axis.plot([row["epoch"] for row in rows], [row.get(name, math.nan) for row in rows], label=name)
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.legend()
-        axis.grid(alpha=0.3)
-    save(path, figure)
+        if Tee.log:
+            Tee.log.close()
+        Tee.log = None
 
 
 def added_losses(args: argparse.Namespace) -> list[str]:
@@ -228,7 +204,22 @@ def describe_training(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     return about
 
 
-# ---- the first batch ----------------------------------------------------------------------------------------------
+# ---- pictures -----------------------------------------------------------------------------------------------------
+
+
+def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write losses and accuracies over the epochs as a PNG."""
+    from matplotlib.figure import Figure  # here, because each data loading process imports this module
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses = [name for name in rows[-1] if "loss" in name]
+    for axis, names, label in zip(figure.subplots(1, 2), (losses, ["val_top1", "val_top5"]), ("loss", "accuracy (%)")):
+        for name in names:
+            axis.plot([row["epoch"] for row in rows], [row.get(name, math.nan) for row in rows], label=name)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    save(path, figure)
 
 
 def batch_picture(path: Path, images: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> None:

@@ -292,7 +292,7 @@ def begin_labels(folder: Path, header: Header, at_the_end: ExitStack) -> None:
 def write_labels(
     folder: Path, header: Header, images: Any, transform: Transform, ask: Ask, workers: int | None, stop: StopRequest
 ) -> bool:
-    """Ask the teacher about every view of every training image; return False if a rank was asked to stop before the end.
+    """Ask the teacher about every view of every training image; return False if a rank was asked to stop.
 
     The ranks share the files. Whole files stay as they are, so that the same call continues after a stop.
     """
