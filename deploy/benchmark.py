@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy.check import find_artefacts, table
+from deploy.check import find_artefacts, parse_columns, table
 from deploy.cli import (
     Parser,
     ProgressBar,
@@ -56,26 +56,10 @@ from deploy.per_class import save
 from deploy.reference import NAME, add_reference, find_reference, read_reference
 from deploy.runtimes import RunOn, Runtime, cuda_device_count, has_torch, load, pick_device, usable_cpus
 
-COLUMNS = {
-    "artefact": "",
-    "runtime": "",
-    "provider": "",
-    "precision": "",
-    "batch": "d",
-    "threads": "d",
-    "p50_ms": ".2f",
-    "p90_ms": ".2f",
-    "p99_ms": ".2f",
-    "images_per_s": ".0f",
-    "times_eager": ".2f",
-    "load_s": ".2f",
-    "build_s": ".1f",
-    "mb": ".1f",
-    "top1": ".2f",
-    "cpu/wall": ".2f",
-    "mj_per_image": ".1f",
-    "failed": "",
-}
+COLUMNS = parse_columns(
+    "artefact: runtime: provider: precision: batch:d threads:d p50_ms:.2f p90_ms:.2f p99_ms:.2f images_per_s:.0f "
+    "times_eager:.2f load_s:.2f build_s:.1f mb:.1f top1:.2f cpu/wall:.2f mj_per_image:.1f failed:"
+)
 GPU_FIELDS = "name,clocks.sm,clocks.mem,power.limit,temperature.gpu"
 BUSY = 0.95  # least cpu/wall of a row on the CPU while no other program runs
 PAUSE_S = 0.05  # between two turns, so that threads that spin for more work go to sleep

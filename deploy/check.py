@@ -58,26 +58,24 @@ from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, loa
 BATCHES = (1, 2, 5, 64)
 # Tolerances by precision: largest error of a logit relative to the largest logit, smallest agreement in percent,
 # largest loss of top-1 in points. fp32's and fp16's error: five times the worst of nine architectures
-# (tests/deploy/test_deploy.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
+# (tests/deploy/test_export.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
     "int8": dict(error=float("inf"), agreement=90.0, drop=2.0),
 }
 INT8_ADVICE = "try quantize --method percentile, or calibrate on more images (train.py --reference N)"
-COLUMNS = {
-    "artefact": "",
-    "provider": "",
-    "precision": "",
-    "top1": ".2f",
-    "top5": ".2f",
-    "top1_difference": "+.2f",
-    "agreement": ".2f",
-    "max_abs_error": ".1e",
-    "cosine": ".6f",
-    "batches": "",
-    "verdict": "",
-}
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return the columns of a table, name -> format, from words like top1:.2f."""
+    return dict(word.split(":") for word in text.split())
+
+
+COLUMNS = parse_columns(
+    "artefact: provider: precision: top1:.2f top5:.2f top1_difference:+.2f agreement:.2f max_abs_error:.1e cosine:.6f "
+    "batches: verdict:"
+)
 UNREADABLE = 0.01  # share of the images that may be unreadable
 
 

@@ -54,7 +54,7 @@ with needs("export rebuilds the network, on a workstation: pip install '.[deploy
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts", "torch.export": ".pt2"}
 # Largest |logit - torch's fp32 logit|, relative to the largest |logit|. Measured on nine architectures: fp32 at most
-# 2e-5, fp16 at most 6e-3 (tests/deploy/test_deploy.py).
+# 2e-5, fp16 at most 6e-3 (tests/deploy/test_export.py).
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
 
 

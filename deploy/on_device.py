@@ -7,6 +7,7 @@ Nothing is unpacked: the artefact is read into memory. Imports only the standard
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import importlib
@@ -54,48 +55,46 @@ class PackedPath(SystemPath):
     The archive is opened at each call, so that a server which loads its file again reads an archive that was replaced.
     """
 
-    def split(self) -> tuple[Path, str]:
-        """Return the archive and the name inside it."""
-        archive = next(Path(parent) for parent in self.parents if os.path.isfile(parent))
-        return archive, self.relative_to(archive).as_posix()
-
-    def names(self) -> tuple[str, list[str]]:
-        archive, name = self.split()
-        with zipfile.ZipFile(archive) as packed:
-            return name, packed.namelist()
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[zipfile.ZipFile, str]]:
+        """Give the archive and the name inside it; OSError if one of them is missing or damaged."""
+        missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        archive = next((Path(parent) for parent in self.parents if os.path.isfile(parent)), None)
+        if archive is None:
+            raise missing
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                yield packed, self.relative_to(archive).as_posix()
+        except KeyError:
+            raise missing from None
+        except zipfile.BadZipFile as error:
+            raise OSError(errno.EIO, f"not a whole archive: {error}", str(archive)) from error
 
     def is_file(self, **_: Any) -> bool:
-        name, names = self.names()
-        return name in names
+        with contextlib.suppress(OSError), self.opened() as (packed, name):
+            return name in packed.namelist()
+        return False
 
     def is_dir(self, **_: Any) -> bool:
-        name, names = self.names()
-        return any(other.startswith(f"{name}/") for other in names)
+        with contextlib.suppress(OSError), self.opened() as (packed, name):
+            return any(other.startswith(f"{name}/") for other in packed.namelist())
+        return False
 
     def exists(self, **_: Any) -> bool:
         return self.is_file() or self.is_dir()
 
     def iterdir(self) -> Iterator[PackedPath]:  # type: ignore[override]
-        name, names = self.names()
-        for other in names:
-            if other.startswith(f"{name}/") and "/" not in other[len(name) + 1 :]:
-                yield self / other[len(name) + 1 :]
+        with self.opened() as (packed, name):
+            names = [other.removeprefix(f"{name}/") for other in packed.namelist() if other.startswith(f"{name}/")]
+        return (self / other for other in names if "/" not in other)
 
     def read_bytes(self) -> bytes:
-        archive, name = self.split()
-        try:
-            with zipfile.ZipFile(archive) as packed:
-                return packed.read(name)
-        except KeyError as error:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
+        with self.opened() as (packed, name):
+            return packed.read(name)
 
     def stat(self, **_: Any) -> os.stat_result:
-        archive, name = self.split()
-        try:
-            with zipfile.ZipFile(archive) as packed:
-                size = packed.getinfo(name).file_size
-        except KeyError as error:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
+        with self.opened() as (packed, name):
+            size = packed.getinfo(name).file_size
         return os.stat_result((stat.S_IFREG | 0o444, 0, 0, 1, 0, 0, size, 0, 0, 0))
 
 
@@ -111,6 +110,7 @@ def main(argv: list[str]) -> int:
 
 
 def dispatch(archive: Path, argv: list[str]) -> int | None:
+    """Run the command that the command line names, predict by default."""
     student = PackedPath(archive / "student")
     artefact: Path = next(file for file in student.iterdir() if file.suffix in KINDS)
     if argv and argv[0].startswith("--file="):

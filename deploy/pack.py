@@ -44,7 +44,7 @@ from deploy.on_device import KINDS
 from deploy.runtimes import RunOn, load
 from deploy.tensorrt import read_engine_metadata
 
-WORKSTATION = ("student", "torch_runtimes", "export", "flags", "run_directory", "quantize", "triton", "pack")
+WORKSTATION = ("student", "torch_runtimes", "export", "flags", "quantize", "triton", "pack")
 SHEBANG = b"#!/usr/bin/env python3\n"
 # The program is copied into memory, so that the archive may be replaced while it runs; child processes read it there.
 MAIN = """\

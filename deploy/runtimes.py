@@ -214,7 +214,8 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
     content = read_file(path)
     refuse_external_data(content, path)
     try:
-        session = ort.InferenceSession(content, options, providers=[wanted])
+        fallback = int(on.allow_fallback and device != "cpu")  # onnxruntime's own, which prints what it does
+        session = ort.InferenceSession(content, options, providers=[wanted], enable_fallback=fallback)
     except Exception as error:  # onnxruntime has its own dozen
         raise UserError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error
     provider = session.get_providers()[0]
@@ -223,7 +224,10 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
             f"--device {device}: ONNX Runtime could not start {wanted} and fell back to {provider} (CUDA, cuDNN or "
             "TensorRT libraries of another version?); --allow-fallback accepts that"
         )
-    metadata = onnx_metadata(session, path)
+    try:
+        metadata = onnx_metadata(session, path)
+    except UnicodeError as error:
+        raise UserError(f"{path} has a text that is not UTF-8: {error}") from error
     return Runtime("onnxruntime", provider, metadata, OnnxRunner(session, metadata))
 
 

@@ -137,9 +137,7 @@ def serve_file(args: argparse.Namespace, token: str | None) -> None:
         began = functools.partial(begin, server, reloader, message)
         serve(make_process(make_app(server, token), server, began), listener)
     finally:
-        if (
-            args.unix_socket and bound and bound == identity(args.unix_socket)
-        ):  # not the socket of a server that has taken over
+        if bound and bound == identity(args.unix_socket):  # else another server listens there by now
             args.unix_socket.unlink()
 
 

@@ -1,13 +1,13 @@
-"""Time and memory of the losses, forward + backward, beside the same formulas written with boolean masks: make bench
+"""Time and memory of the losses, forward + backward, and of the same formulas with boolean masks: make bench
 
     python examples/benchmark_losses.py                     # every shape and dtype, eager and compiled: about 8 minutes
     python examples/benchmark_losses.py --shapes 256x1000 --dtypes float32
 
-One process; the rows of a table take turns in random order, a call each, until every row has had --seconds, and the
-medians are compared. "x" is how many times as fast as its own boolean-mask formulation (NKD's or USKD's; cross-entropy
-and KL-based KD are compared with NKD's). Memory is the peak of what one call allocates, gradients included and inputs
-not, in u: the bytes of one (N, C) tensor in the logits' dtype. On a GPU also: the share of a copy's bandwidth that the
-least traffic of NKD (5 u) comes to, kernels launched, and whether the host ever waited for the device.
+One process. The rows of a table take turns in random order, one call each, until every row has had --seconds; the table
+shows medians. "x" is the speed relative to the formulas with boolean masks (NKD's or USKD's; cross-entropy and KL-based
+KD are compared with NKD's). Memory is the peak of one call in u, the bytes of one (N, C) tensor in the logits' dtype;
+it includes gradients, not inputs. On a GPU the table also has the bandwidth for the least traffic of NKD (5 u), as a
+share of the bandwidth of a copy, the number of kernels, and whether the host waited for the device.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kdlite import nkd_linear_loss, nkd_loss, terms, uskd_loss
 
-os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler, which measures memory, is otherwise talkative
+os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler, which measures memory, prints too much
 
 SHAPES = [(128, 100), (256, 1000), (1024, 1000), (256, 21841), (64, 128256)]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student or strong logits, teacher or weak logits, class indices)
 
 
-# ---- what the losses are measured against -------------------------------------------------------------------------
+# ---- the losses to compare with -----------------------------------------------------------------------------------
 
 
 def others(x: Tensor, target: Tensor) -> Tensor:
-    """The C - 1 columns other than the target's, picked by a boolean mask."""
+    """Return the C - 1 columns other than the target's, by a boolean mask."""
     mask = torch.ones_like(x, dtype=torch.bool).scatter_(1, target[:, None], False)
     return x[mask].view(len(x), -1)
 
@@ -71,12 +71,12 @@ def cross_entropy(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def kl_based_kd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """In the form most code has."""
+    """KD in its usual form."""
     return F.kl_div(student.log_softmax(1), teacher.detach().softmax(1), reduction="batchmean")
 
 
 def nkd_by_terms(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """What nkd_loss is without kdlite.fused."""
+    """nkd_loss without kdlite.fused."""
     return terms.nkd_rows(student, teacher, target, 1.5, 1.0).mean()
 
 
@@ -100,11 +100,11 @@ def wait_for(device: str) -> None:
 
 
 def median_seconds(losses: dict[str, Loss], inputs: tuple[Tensor, ...], seconds: float) -> dict[str, float]:
-    """Of each, all taking turns; those that have had their share of the time stop."""
+    """Return the times of each loss; all take turns, until each has had its share of the time."""
     device = inputs[0].device.type
     taken: dict[str, list[float]] = {name: [] for name in losses}
     while waiting := [name for name, times in taken.items() if sum(times) < seconds or len(times) < 5]:
-        for name in random.sample(waiting, len(waiting)):  # whoever comes second finds the inputs in the cache
+        for name in random.sample(waiting, len(waiting)):  # the second call finds the inputs in the cache
             wait_for(device)
             started = time.perf_counter()
             call(losses[name], inputs)
@@ -114,7 +114,7 @@ def median_seconds(losses: dict[str, Loss], inputs: tuple[Tensor, ...], seconds:
 
 
 def peak_of_call(function: Callable[[], object], device: str) -> int:
-    """The most bytes that a call holds, above what was there before."""
+    """Return the most bytes that a call holds, above those held before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -156,7 +156,7 @@ def waits_for_the_device(loss: Loss, inputs: tuple[Tensor, ...]) -> bool:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of copying 1 GiB on the GPU."""
+    """Return the bytes per second, read and written, of a copy of 1 GiB on the GPU."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     times = []
@@ -216,7 +216,7 @@ def bench_shape(rows: int, classes: int, dtype: torch.dtype, args: argparse.Name
 
 
 def bench_linear(rows: int, classes: int, width: int, args: argparse.Namespace) -> None:
-    """The classifier and NKD in one, beside the two in turn."""
+    """Print the classifier and NKD as one loss, and one after the other."""
     generator = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = (torch.randn(rows, width, generator=generator).to(args.device) for _ in range(2))
     weight, teacher_weight = (torch.randn(classes, width, generator=generator).to(args.device) / 8 for _ in range(2))

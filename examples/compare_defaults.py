@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from finetune import train_once
+from finetune import UserError, run_command, train_once
 
 RUNS = Path("runs/defaults")
 # name: classes of the sorted list, images a class to train on and to validate on, pixels, epochs
@@ -40,7 +40,7 @@ SETTINGS = {
         "20x450": [*DIGITS, "--lr", "1e-3", "--batch-size", "64", "--crop", "resized"],
         "5x40": CIFAR,
     },
-}  # fmt: skip
+}
 
 
 def student(num_classes: int, stride: int) -> nn.Module:
@@ -77,10 +77,10 @@ def make_folder(source: Path, folder: Path, classes: slice, train: int, val: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the unpacked Tiny-ImageNet")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each setting (default: 2)")
     args, more = parser.parse_known_args()
     if not (args.source / "train").is_dir():
-        parser.error(f"{args.source} has no train/ folder")
+        raise UserError(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")
     for name, (classes, train, val, size, _) in FOLDERS.items():
         if not (RUNS / "images" / name).exists():
             partial = RUNS / "images" / f"{name}.partial"
@@ -91,14 +91,16 @@ def main() -> None:
     for setting, of_folder in SETTINGS.items():
         cells = []
         for name, (*_, size, epochs) in FOLDERS.items():
-            shared = ["--data", RUNS / "images" / name, "--model", f"{__file__}:of_{size}_px", "--img-size", size,
-                      "--epochs", epochs, "--device", "cpu", "--workers", 0, "--reference", 0]  # fmt: skip
+            shared = f"--img-size {size} --epochs {epochs} --device cpu --workers 0 --reference 0".split()
+            shared += ["--data", str(RUNS / "images" / name), "--model", f"{__file__}:of_{size}_px"]
             run = f"{name}-{list(SETTINGS).index(setting)}"
-            found = [train_once([*shared, *of_folder[name], *more, "--seed", seed], RUNS / f"{run}-{seed}")
-                     for seed in range(args.seeds)]  # fmt: skip
+            found = [
+                train_once([*shared, *of_folder[name], *more, "--seed", seed], RUNS / f"{run}-{seed}")
+                for seed in range(args.seeds)
+            ]
             cells.append(", ".join(f"{x:.1f}" for x in found))
         print(f"| {setting} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("compare_defaults.py", main))

@@ -97,8 +97,12 @@ def compare(data: Path, seeds: int, flags: list[str]) -> None:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="finetune.py",
-                    allow_abbrev=False)  # fmt: skip
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="finetune.py",
+        allow_abbrev=False,
+    )
     parser.add_argument("data", type=Path, nargs="?", help="a folder with train/CLASS/ and val/CLASS/")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: 3)")
     parser.add_argument("--fetch", metavar="NAME", help=f"only write these weights: {', '.join(NAMES)}")

@@ -53,7 +53,9 @@ class Case(NamedTuple):
     temperature: float
 
 
+@functools.cache
 def cases() -> list[Case]:
+    """Return five kinds of logits for each setting."""
     g = torch.Generator().manual_seed(0)
     found = []
     for gamma, temperature in SETTINGS:
@@ -260,7 +262,7 @@ class Subject:
 
 
 class Numbers(NamedTuple):
-    """What each number of the loss does, seen by doubling it."""
+    """The effect of each number of the loss, seen by doubling it."""
 
     base: dict[str, float]
     live: list[str]  # those that must be gamma and temperature
@@ -307,8 +309,15 @@ def is_close(actual: Tensor, expected: Tensor) -> bool:
 
 
 def gradient(formula: Formula, case: Case, gamma: float, temperature: float) -> Tensor:
-    student = case.student.double().requires_grad_()
-    value = formula(student, case.teacher.double(), case.target, gamma, temperature)
+    return formula_gradient(formula, case.student, case.teacher, case.target, gamma, temperature)
+
+
+@functools.lru_cache(4096)  # several attempts are compared with one formula
+def formula_gradient(
+    formula: Formula, student: Tensor, teacher: Tensor, target: Tensor, gamma: float, temperature: float
+) -> Tensor:
+    student = student.double().requires_grad_()
+    value = formula(student, teacher.double(), target, gamma, temperature)
     if not value.requires_grad:
         return torch.zeros_like(student)
     return torch.autograd.grad(value, student)[0]

@@ -35,7 +35,7 @@ class Seen(NamedTuple):
     shape: tuple[int, ...]  # () if the output is not a tensor
     dtype: torch.dtype | None
     device: torch.device | None
-    positions: frozenset[int]  # how many each convolution returned until then
+    positions: frozenset[int]  # counts of positions of the convolutions that ran before
 
 
 def dry_forward(model: nn.Module, example: Any) -> tuple[Any, dict[str, Seen]]:
@@ -50,6 +50,7 @@ def dry_forward(model: nn.Module, example: Any) -> tuple[Any, dict[str, Seen]]:
 
 
 def see(seen: dict[str, Seen], name: str, module: nn.Module, args: Any, output: Any) -> None:
+    """Record the output of a layer; a forward hook."""
     output = first_entry(output)
     positions = next(reversed(seen.values())).positions if seen else frozenset()
     if not isinstance(output, Tensor):
@@ -127,6 +128,8 @@ def find_pooling(model: nn.Module, layer: str, example: Any, feature: Seen, aske
     """Return the key of POOLINGS, and how many tokens before the positions the mean leaves out."""
     if len(feature.shape) == 2:
         return "none", 0
+    if asked == "class token" and len(feature.shape) != 3:
+        raise ValueError(f'pooling="class token" needs (N, L, C), but layer {layer!r} returns {feature.text}')
     if asked:
         return asked, 0
     if not has_channels_last(model, layer, example, feature.shape):

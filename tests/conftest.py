@@ -1,10 +1,14 @@
 """Two test processes on two cores: one thread each; tests that share a costly fixture run in one process."""
 
+import functools
 import os
 import shutil
 
 import pytest
 import torch
+
+from kdlite.training import data
+from kdlite.training.data import Digits
 
 # Costly fixtures, and the group of what uses them, which is slow.
 SHARED = {"trained": "run", "deployed": "run", "made": "device"}
@@ -25,6 +29,38 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: item.get_closest_marker("slow") is None
     )  # the long ones first: both processes end as one
+
+
+@pytest.fixture(autouse=True)
+def small_runs(request, monkeypatch):
+    """Make a run of train.py in this process cheap: 200 and 60 digits, and no pictures.
+
+    Three quarters of a small run are 1,797 digits and three pictures. A test that needs them is marked
+    `whole_runs`.
+    """
+    if "training" not in request.path.parts or request.node.get_closest_marker("whole_runs"):
+        return
+    monkeypatch.setattr(data, "Digits", SmallDigits)
+    for place in ("kdlite.training.outputs.plot_curves", "kdlite.training.outputs.batch_picture",
+                  "deploy.per_class.confusion_picture"):  # fmt: skip
+        monkeypatch.setattr(place, make_empty)
+
+
+def make_empty(path, *_):
+    path.touch()
+
+
+class SmallDigits(Digits):
+    """The first of the digits, read once."""
+
+    def __init__(self, train):
+        self.images, self.targets = small_digits(train)
+
+
+@functools.cache
+def small_digits(train):
+    whole, count = Digits(train), 200 if train else 60
+    return whole.images[:count], whole.targets[:count]
 
 
 @pytest.fixture(scope="session")

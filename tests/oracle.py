@@ -8,7 +8,7 @@ import math
 
 
 def softmax(logits, temperature=1.0, leave_out=None):
-    """Softmax of a list over all classes but ``leave_out``, which gets 0."""
+    """Return the softmax of a list over all classes except ``leave_out``, which gets 0."""
     kept = [i for i in range(len(logits)) if i != leave_out]
     top = max(logits[i] for i in kept)
     powers = {i: math.exp((logits[i] - top) / temperature) for i in kept}
@@ -32,7 +32,7 @@ def nkd_row(student, teacher, t, gamma, temperature):
 
 
 def nkd_row_gradient(student, teacher, t, gamma, temperature):
-    """d nkd_row / d student, by the derivation on paper."""
+    """Return d nkd_row / d student, by the derivation on paper."""
     s, t_prob = softmax(student), softmax(teacher)[t]
     p = softmax(student, temperature, leave_out=t)
     q = softmax(teacher, temperature, leave_out=t)
@@ -42,10 +42,10 @@ def nkd_row_gradient(student, teacher, t, gamma, temperature):
     ]
 
 
-def nkd_sparse_row(student, t, teacher_target, teacher_top, gamma):
-    """NKD where of the teacher log T_t and log T_i of some classes are known, ``teacher_top`` a dict by class.
+def nkd_topk_row(student, t, teacher_target, teacher_top, gamma):
+    """NKD from log T_t and log T_i of some classes of the teacher, ``teacher_top`` a dict by class.
 
-    What is left of either side is one class.
+    All other classes count as one on both sides.
     """
     log_n, n = log_softmax(student, leave_out=t), softmax(student, leave_out=t)
     not_t = -math.expm1(teacher_target)  # 1 - T_t
@@ -74,7 +74,7 @@ def zipf_weights(strong, weak, t):
 
 
 def uskd_rows(strong, weak, targets, alpha, beta, mu, label_smoothing):
-    """USKD of a batch, a loss a row; ``targets`` holds a list of class probabilities for each row."""
+    """Return USKD of a batch, one loss per row; ``targets`` holds a list of class probabilities for each row."""
     probs = [softmax(row) for row in strong]
     classes = range(len(strong[0]))
     mean = math.fsum(v[k] * s[k] ** 2 for s, v in zip(probs, targets) for k in classes) / len(strong)
@@ -98,7 +98,7 @@ def uskd_rows(strong, weak, targets, alpha, beta, mu, label_smoothing):
 
 
 def uskd_gradient(strong, weak, labels, alpha, beta, mu, label_smoothing):
-    """d mean(uskd) / d strong and / d weak for class indices, by the derivation on paper."""
+    """Return d mean(uskd) / d strong and / d weak for class indices, by the derivation on paper."""
     n, classes = len(strong), range(len(strong[0]))
     probs = [softmax(row) for row in strong]
     mean = math.fsum(s[t] ** 2 for s, t in zip(probs, labels)) / n

@@ -27,7 +27,8 @@ from sklearn.datasets import load_sample_images
 ROOT = Path(__file__).resolve().parents[1]
 # What torch's workers say whose neighbour was killed while it looked whether they are to end.
 AFTER = "Received final signal but neither done_event nor iteration_end is set"
-KINDS = ("rank", "launcher", "worker", "save", "signal")
+KINDS = ("rank", "launcher", "worker", "save", "signal", "job", "suspend")
+TWO_RANKS = ("rank", "launcher", "signal", "suspend")
 FLAGS = [
     "--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:dropout", "--img-size", "16", "--self-kd", "uskd",
     "--tap", "1", "--epochs", "4", "--ema-decay", "0.9", "--mixup", "0.2", "--save-every", "0.0001", "--reference", "0",
@@ -45,12 +46,12 @@ def make_photos(folder: Path) -> Path:
 
 
 def start(output: Path, kind: str, photos: Path) -> subprocess.Popen:
-    two = kind in ("rank", "launcher", "signal")
+    two = kind in TWO_RANKS
     data = ["--batch-size", "32"] if two else ["--data", str(photos), "--batch-size", "8", "--workers", "2"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if two else []
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "train.py"), *FLAGS, *data, "--output", str(output), "--resume"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(output),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(output), start_new_session=True,
     )  # fmt: skip
 
 
@@ -79,11 +80,20 @@ def kill(run: subprocess.Popen, kind: str, output: Path) -> None:
     deadline = time.time() + 60
     while run.poll() is None and not (output / "last.pt").exists() and time.time() < deadline:
         time.sleep(0.01)
-    time.sleep(random.uniform(0, 1.0 if kind in ("rank", "launcher", "signal") else 3.0))
+    time.sleep(random.uniform(0, 1.0 if kind in TWO_RANKS else 3.0))
     if kind == "save":
         while run.poll() is None and not list(output.glob(".*.partial")):
             time.sleep(0.0002)
     if run.poll() is not None or not processes(output):
+        return
+    if kind == "job":  # a scheduler signals every process, while the loading processes are the bottleneck
+        os.killpg(run.pid, random.choice([signal.SIGTERM, signal.SIGHUP]))
+        return
+    if kind == "suspend":
+        for number, seconds in ((signal.SIGSTOP, 15), (signal.SIGCONT, 0)):
+            for process in ranks(output):
+                os.kill(process, number)
+            time.sleep(seconds)
         return
     victims = [run.pid] if kind == "launcher" else ranks(output)
     if kind == "worker":
@@ -126,8 +136,9 @@ def round_of(kind: str, folder: Path, photos: Path, whole: dict, most: int = 3) 
         kill(run, kind, output)
         text = finish(run, output, 300)
         if "last top-1" in text:
+            kills += kind == "suspend"
             break
-        kills += 1
+        kills += 1  # of a run that ended before its time
         # the run itself never shows a traceback; torchrun, and data loading processes under which it is killed, may
         assert f'File "{ROOT}/train.py"' not in text, text
         bystanders = kind in ("rank", "launcher", "save") or AFTER in text

@@ -169,7 +169,7 @@ class StudentServer:
 
     async def ready(self, request: Request) -> Response:
         self.check_model(request)
-        ready = self.batcher.alive and not self.draining
+        ready = self.batcher.alive and self.decoders.alive and self.large_decoder.alive and not self.draining
         model = {"name": self.name} if "name" in request.path_params else {}
         return JSONResponse(model | {"ready": ready}, 200 if ready else 503, None if ready else {"Retry-After": "1"})
 

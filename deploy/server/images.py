@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,12 @@ class Decoders:
 
     def __init__(self, count: int, accepted: tuple[str, ...], most_pixels: int) -> None:
         self.count, self.accepted, self.most_pixels = count, accepted, most_pixels
+        self.probe: Future[Any] | None = None  # whether processes start, after one has ended
         self.start()
+
+    @property
+    def alive(self) -> bool:
+        return self.probe is None or not self.probe.done() or not self.probe.exception()
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -65,6 +70,7 @@ class Decoders:
         except BrokenProcessPool as error:
             if processes is self.processes:  # the first request that notices it
                 self.start()
+                self.probe = self.processes.submit(formats)
             raise RequestError(
                 503, "a process that decodes photographs has ended: send the photograph again"
             ) from error

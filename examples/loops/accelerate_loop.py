@@ -1,4 +1,4 @@
-"""Accelerate: USKD on one process or many, with gradient accumulation; the batch is the whole one.
+"""Accelerate: USKD on one process or many, with gradient accumulation; USKD uses the whole batch.
 
 python examples/loops/accelerate_loop.py [OUTPUT]
 torchrun --nproc-per-node 2 examples/loops/accelerate_loop.py [OUTPUT]
@@ -34,7 +34,7 @@ def cnn() -> nn.Module:
 
 if __name__ == "__main__":
     set_seed(0)
-    # one seed for the order of all processes, which then share the batches of one
+    # with one seed for the order, the processes share the batches of one process
     loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, dataloader_config=loading)
     student = WithWeakHead(cnn(), example_input=images[:2])  # before prepare, which makes it parallel

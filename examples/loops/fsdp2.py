@@ -1,4 +1,4 @@
-"""FSDP2: student and weak head sharded over processes by fully_shard; the gradients are those of one process.
+"""FSDP2: fully_shard splits student and weak head over processes; the gradients equal those of one process.
 
 python examples/loops/fsdp2.py [OUTPUT]
 torchrun --nproc-per-node 2 examples/loops/fsdp2.py [OUTPUT]

@@ -65,7 +65,8 @@ class Classifier(L.LightningModule):
 
 
 def fit(model: Classifier, output: str, devices: int, batch_size: int = 64) -> ModelCheckpoint:
-    best = ModelCheckpoint(output, filename=f"{model.hparams.width}", monitor="accuracy", mode="max")
+    name = str(model.hparams.width)  # a second run replaces the file of the first
+    best = ModelCheckpoint(output, name, "accuracy", mode="max", enable_version_counter=False)
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
     place = dict(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto")
     trainer = L.Trainer(max_epochs=4, callbacks=[best], **place, **quiet)

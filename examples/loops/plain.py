@@ -1,4 +1,4 @@
-"""kdlite in a training loop of your own: what to add, and where. On the embedded digits, under a minute on a laptop.
+"""kdlite in your own training loop: the lines to add. On the embedded digits, under a minute on a laptop.
 
 python examples/loops/plain.py
 """
@@ -36,7 +36,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def fit(model: nn.Module, loss_of, epochs: int = 15) -> nn.Module:
-    """The loop you already have."""
+    """Your existing loop."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(epochs):
         model.train()

@@ -39,7 +39,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 class Student(nn.Module):
-    """All that is trained, in one module: the student, its weak head, and what brings its feature to the teacher's."""
+    """All trained parts in one module: the student, its weak head, and a layer from its feature to the teacher's."""
 
     def __init__(self, model: nn.Module, channels: int, teacher_channels: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def losses_of(student: nn.Module, teachers, x: Tensor, y: Tensor) -> dict[str, T
     return {
         "ce": F.cross_entropy(logits, y),
         "nkd": 0.5 * nkd_loss(logits, first_logits, y) + 0.5 * nkd_loss(logits, second(x), y),
-        # NKD weighs the target already: of USKD the other two terms
+        # NKD has a target term already: add the other two terms of USKD
         "uskd": uskd_loss(logits, weak_logits, y, alpha=0.0),
         "hint": 0.1 * F.mse_loss(hint, feature),
     }

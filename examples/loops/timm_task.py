@@ -1,4 +1,4 @@
-"""timm: NKD and USKD as two tasks, with its own EMA, checkpoints and resume. In a copy of timm's train.py take one of
+"""timm: NKD and USKD as two tasks, with its EMA, checkpoints and resume. In a copy of timm's train.py use one of
 
     task = NKDTask(student_model=model, teacher_model=args.kd_model_name, criterion=train_loss_fn, device=device)
     task = USKDTask(WithWeakHead(model), train_loss_fn, device=device)  # example_input= if it takes another size
@@ -39,7 +39,7 @@ class USKDTask(ClassificationTask):  # trains WithWeakHead(...); evaluates and s
         student = unwrap_model(model := super().get_eval_model(module, ema))
         return student.model if isinstance(student, WithWeakHead) else model
 
-    def get_task_state(self, module=None, ema=False):  # the head goes beside the student, for resuming
+    def get_task_state(self, module=None, ema=False):  # stores the head next to the student, to resume
         return {"head": unwrap_model(module or self.get_trainable_module(ema)).head.state_dict()}
 
     def load_task_state(self, state, strict=True, module=None, ema=False):
@@ -54,7 +54,7 @@ def vit(width):
     return timm.create_model("test_vit", img_size=8, patch_size=4, in_chans=1, embed_dim=width, num_classes=10)
 
 
-def fit(task, output, epochs=2):  # what timm's train.py does, in its order
+def fit(task, output, epochs=2):  # in the order of timm's train.py
     model = task.get_trainable_module()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=3e-3, weight_decay=0.05)
     task.setup_ema(decay=0.9)
@@ -68,7 +68,7 @@ def fit(task, output, epochs=2):  # what timm's train.py does, in its order
             task.update_ema()
         student = task.get_eval_model(ema=True).eval()
         accuracy = (student(images[1400:]).argmax(1) == labels[1400:]).float().mean().item()
-        saver.save_checkpoint(epoch, accuracy)  # last.pth.tar holds the plain student, and resumes
+        saver.save_checkpoint(epoch, accuracy)  # last.pth.tar holds the plain student and resumes the task
     print(f"{type(task).__name__:<18} {accuracy:.1%}")
 
 

@@ -135,8 +135,14 @@ def mobilenet_v2_half(num_classes: int) -> nn.Module:
     """Return MobileNetV2 of half the width (Sandler et al. 2018, table 2), with strides for 32 px."""
     stages, channels_in = [], 16
     for expansion, channels, blocks, stride in (
-        (1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1),
-    ):  # fmt: skip
+        (1, 8, 1, 1),
+        (6, 12, 2, 1),
+        (6, 16, 3, 2),
+        (6, 32, 4, 2),
+        (6, 48, 3, 1),
+        (6, 80, 3, 2),
+        (6, 160, 1, 1),
+    ):
         layers = []
         for i in range(blocks):
             layers.append(InvertedResidual(channels_in, channels, stride if i == 0 else 1, expansion))

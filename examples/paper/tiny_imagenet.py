@@ -52,9 +52,7 @@ class Setting(NamedTuple):
     teacher: list[str]  # flags of the teacher's training; none: no teacher, or ImageNet's
     student: list[str]
     copies: int = 1  # of each training image: an epoch has each of them this many times
-    views: int = (
-        0  # of each training image, about which the answers of ImageNet's teacher are stored; 0: no such teacher
-    )
+    views: int = 0  # of each training image, for the stored answers of ImageNet's teacher; 0: another teacher, or none
 
 
 class Table(NamedTuple):
@@ -64,21 +62,15 @@ class Table(NamedTuple):
     first_seed: int = 0
 
 
-SMALL = [
-    "--recipe", "cifar", "--no-small-stem", "--batch-size", "64", "--lr", "0.05", "--schedule", "cosine",
-    "--warmup-epochs", "1", "--cache", "device",
-]  # fmt: skip
+COSINE = "--schedule cosine --warmup-epochs"
+SMALL = shlex.split(f"--recipe cifar --no-small-stem --batch-size 64 --lr 0.05 {COSINE} 1 --cache device")
 LITE = [*SMALL[: SMALL.index("--cache")], "--model", f"{MODELS}:resnet8", "--crop", "none"]
 LITE_STUDENT = ["--img-size", "32", "--workers", "0", "--epochs"]
-LARGE = [
-    "--recipe", "cifar", "--img-size", "64", "--batch-size", "256", "--lr", "0.2", "--schedule", "cosine",
-    "--warmup-epochs", "1", "--epochs", "8", "--cache", "device",
-]  # fmt: skip
-DEIT = [
-    "--recipe", "imagenet-vit", "--img-size", "64", "--batch-size", "512", "--warmup-epochs", "2", "--epochs", "20",
-    "--randaugment", "0", "0", "--crop", "pad", "--cache", "device",
-    "--model", "deit_tiny_patch16_224", "--model-args", "patch_size=8",
-]  # fmt: skip
+LARGE = shlex.split(f"--recipe cifar --img-size 64 --batch-size 256 --lr 0.2 {COSINE} 1 --epochs 8 --cache device")
+DEIT = shlex.split(
+    "--recipe imagenet-vit --img-size 64 --batch-size 512 --warmup-epochs 2 --epochs 20 --randaugment 0 0 --crop pad "
+    "--cache device --model deit_tiny_patch16_224 --model-args patch_size=8"
+)
 SETTINGS = {
     "few-epochs": Setting(
         20, 32, train=400, held_out=50, common=SMALL,

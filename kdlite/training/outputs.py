@@ -73,7 +73,7 @@ class RunFolder:
         millions = sum(p.numel() for p in student.parameters()) / 1e6
         teacher = args.teacher or config.training["teacher"]
         method = config.training["method"] + (f" with {teacher}" if teacher else "")
-        method += f" at {net.tap}" if isinstance(net, WithWeakHead) else ""
+        method += f" at {net.tap}, {net.pooling}" if isinstance(net, WithWeakHead) else ""
         sizes = f"{len(self.data.train)} training and {len(self.data.val)} validation images"
         machine = f"{WORLD_SIZE} x {self.device}, {str(amp or torch.float32).removeprefix('torch.')}"
         of_classes = f"{sizes} of {config.num_classes} classes"

@@ -120,9 +120,41 @@ def places(node, path=()):
         yield from places(node[key], (*path, key))
 
 
-ODD = [None, True, False, 0, 1, 2, 8, 9, -1, 0.01, 0.5, 1.0, 1e-320, 1e308, 2**70, math.nan, math.inf, -math.inf, "",
-       "a", "bicubic", "file", "\ud800", "a\nb", [], [[]], [3, 8, 8], [3, 5, 1], [1, 8, 8], {}, {"a": 1}, {"a": [[]]},
-       {"weights": 1}]  # fmt: skip
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    8,
+    9,
+    -1,
+    0.01,
+    0.5,
+    1.0,
+    1e-320,
+    1e308,
+    2**70,
+    math.nan,
+    math.inf,
+    -math.inf,
+    "",
+    "a",
+    "bicubic",
+    "file",
+    "\ud800",
+    "a\nb",
+    [],
+    [[]],
+    [3, 8, 8],
+    [3, 5, 1],
+    [1, 8, 8],
+    {},
+    {"a": 1},
+    {"a": [[]]},
+    {"weights": 1},
+]
 
 
 @pytest.mark.parametrize("path", list(places(VALID)), ids=lambda path: "-".join(map(str, path)) or "whole")

@@ -384,6 +384,29 @@ def test_where_nothing_is_installed_it_prints_what_to_install(pyz, tmp_path):
         assert err.count("\n") == 1
 
 
+def test_a_path_in_an_archive_reads_like_a_path_of_the_disk(pyz, tmp_path):
+    import pickle
+
+    from deploy.on_device import PackedPath
+
+    student = PackedPath(pyz / "student")
+    file = pickle.loads(pickle.dumps(student / "student.onnx"))
+    assert {path.name for path in student.iterdir()} == {"config.json", "student.onnx"}
+    assert (student.is_dir(), student.is_file(), file.is_dir(), file.is_file()) == (True, False, False, True)
+    assert len(file.read_bytes()) == file.stat().st_size > 1000
+    assert file.with_name("student.onnx.json").exists() is False
+    for missing in (student / "no", PackedPath(tmp_path / "no.pyz/student")):
+        assert missing.exists() is False
+        for read in (missing.read_bytes, missing.stat):
+            with pytest.raises(FileNotFoundError):
+                read()
+    (tmp_path / "bad.pyz").write_bytes(b"not an archive")
+    bad = PackedPath(tmp_path / "bad.pyz/student")
+    assert bad.exists() is False
+    with pytest.raises(OSError, match="not a whole archive"):
+        bad.read_bytes()
+
+
 def test_another_file_and_an_engine_can_be_packed(device, made, pyz, tmp_path):
     on(device, "-m", "deploy.pack", made, "--file", "student-int8-cpu.onnx", "-o", tmp_path / "int8.pyz")
     assert "student-int8-cpu.onnx" in on(device, tmp_path / "int8.pyz")
@@ -412,26 +435,26 @@ def test_a_file_from_elsewhere_is_packed_with_its_sidecar(device, made, tmp_path
     assert labels_of_command(on(device, tmp_path / "theirs.pyz", made / "photo.jpg")) == expected
 
 
-def test_its_requirements_resolve_for_the_pythons_of_jetpack(device, pyz):
+def wanted(lines, version, machine):
+    """The specifier of each package that pip would install there."""
     from packaging.requirements import Requirement
 
-    lines = [Requirement(line) for line in on(device, pyz, "--requirements").splitlines() if not line.startswith("#")]
+    environment = {"python_version": version, "platform_machine": machine}
+    needs = [Requirement(line) for line in lines if not line.startswith("#")]
+    needs = [need for need in needs if need.marker is None or need.marker.evaluate(environment)]
+    names = {need.name: need.specifier for need in needs}
+    assert len(names) == len(needs)
+    return names
 
-    def wanted(version, machine):
-        environment = {"python_version": version, "platform_machine": machine}
-        names = {}
-        for line in lines:
-            if line.marker is None or line.marker.evaluate(environment):
-                assert line.name not in names
-                names[line.name] = line.specifier
-        return names
 
-    jetpack6 = wanted("3.10", "aarch64")
+def test_its_requirements_resolve_for_the_pythons_of_jetpack(device, pyz):
+    lines = on(device, pyz, "--requirements").splitlines()
+    jetpack6 = wanted(lines, "3.10", "aarch64")
     assert jetpack6.keys() == {"numpy", "pillow", "onnxruntime", *SERVER}
     assert "1.23.2" in jetpack6["onnxruntime"]
     assert "1.24.0" not in jetpack6["onnxruntime"]  # the last for that Python on aarch64 is 1.23.2
     assert "2.0" not in jetpack6["numpy"]
-    assert "2.2" in wanted("3.12", "aarch64")["numpy"]
+    assert "2.2" in wanted(lines, "3.12", "aarch64")["numpy"]
 
 
 def test_an_engine_is_built_without_torch(made, tmp_path):
@@ -448,7 +471,7 @@ def test_an_engine_is_built_without_torch(made, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"input_size": None}, {"input_size": [3, 0, 16]}, {"label_names": "cat"}])
 @pytest.mark.parametrize("command", ["check", "benchmark"])
-def test_a_config_that_lacks_what_is_read_is_one_line(device, made, tmp_path, command, changes):
+def test_a_config_with_an_invalid_field_is_one_line(device, made, tmp_path, command, changes):
     run = shutil.copytree(made, tmp_path / "run")
     config = json.loads((run / "student/config.json").read_text()) | changes
     (run / "student/config.json").write_text(json.dumps(config))

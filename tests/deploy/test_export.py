@@ -43,7 +43,7 @@ NINE = {
     "deit_tiny_patch16_224": ["depth=2"],
     "convnext_atto": ["depths=(1,1,1,1)"],
 }
-OF_EACH_KIND = {"test_efficientnet", "deit_tiny_patch16_224"}  # and the ResNet of `deployed`; the others: make test-all
+OF_EACH_KIND = {"test_efficientnet": [], "deit_tiny_patch16_224": ["depth=1"]}  # and the ResNet of `deployed`
 IN_FP16 = {"resnet18", "deit_tiny_patch16_224"}
 TOLERANCES = {".onnx": 2e-5, ".ts": 2e-5, ".pt2": 2e-5, "-fp16.onnx": 6e-3}  # of the largest logit
 
@@ -73,14 +73,30 @@ def test_every_runtime_gives_the_logits_of_the_image_that_training_evaluates(dep
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in OF_EACH_KIND else pytest.mark.trial) for name in NINE]
-)
-def test_an_architecture_goes_the_whole_way(name, tmp_path):
-    """fp32 and INT8, two of them in fp16 too: exported, compared, and parsed and built by TensorRT-RTX."""
-    student = write_student(tmp_path / "student", name, 64, arguments=NINE[name])
-    deploy(export, student, "--format", "onnx", "torchscript", *["torch.export"] * (name in IN_FP16))
-    if name in IN_FP16:
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_a_network_of_each_kind_goes_the_whole_way(name, tmp_path):
+    """Depthwise convolutions, and attention: as ONNX in fp32 and INT8."""
+    student = write_student(tmp_path / "student", name, 64, arguments=OF_EACH_KIND[name])
+    go_the_whole_way(student, ["onnx"], False)
+    graph = onnx.load(student / "student-int8-tensorrt.onnx").graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:  # of the transformer
+        if node.op_type in ("Softmax", "LayerNormalization"):
+            assert made_by[node.input[0]].op_type != "DequantizeLinear"
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("name", NINE)
+def test_the_nine_architectures_go_the_whole_way(name, tmp_path):
+    """In every format; two of them in fp16 too."""
+    formats = ["onnx", "torchscript", *["torch.export"] * (name in IN_FP16)]
+    go_the_whole_way(write_student(tmp_path / "student", name, 64, arguments=NINE[name]), formats, name in IN_FP16)
+
+
+def go_the_whole_way(student, formats, fp16):
+    """Export, compare, quantise, and parse and build by TensorRT-RTX."""
+    deploy(export, student, "--format", *formats)
+    if fp16:
         deploy(export, student, "--precision", "fp16", "--format", "onnx")
     side = load(student, device="cpu").image_shape[0] // 8
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8).repeat(side, 1).repeat(side, 2)
@@ -95,13 +111,8 @@ def test_an_architecture_goes_the_whole_way(name, tmp_path):
             student / "student.onnx", images, target, reduce_range=products_saturate()
         )
         assert agreement >= 85
-    graph = onnx.load(student / "student-int8-tensorrt.onnx").graph
-    made_by = {output: node for node in graph.node for output in node.output}
-    for node in graph.node:
-        if node.op_type in ("Softmax", "LayerNormalization"):
-            assert made_by[node.input[0]].op_type != "DequantizeLinear"
     if HAS_RTX:
-        for end in ("-fp16", "-int8-tensorrt") if name in IN_FP16 else ("-int8-tensorrt",):
+        for end in ("-fp16", "-int8-tensorrt") if fp16 else ("-int8-tensorrt",):
             file, built = build.build_engine(student / f"student{end}.onnx", library="tensorrt_rtx")
             assert file.stat().st_size > 1e5
             assert built["library"] == "tensorrt_rtx"

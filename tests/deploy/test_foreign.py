@@ -163,6 +163,17 @@ def test_metadata_that_contradicts_the_graph_is_one_line(deployed, tmp_path, cha
         assert "has 1 label_names" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("text", [b'"bilinear"', b"images", b"logits"])
+def test_a_text_that_is_not_utf_8_is_one_line(deployed, tmp_path, text, capfd):
+    """In the metadata, or the name of the input or the output; onnxruntime prints nothing of its own."""
+    content = (deployed / "student/student.onnx").read_bytes()
+    (tmp_path / "student.onnx").write_bytes(content.replace(text, text[:1] + b"\xff" + text[2:]))
+    with pytest.raises(UserError, match=r"student\.onnx (has a text that is not UTF-8|cannot be loaded)") as error:
+        load(tmp_path / "student.onnx", device="cpu")
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("labels", [["one"], [f"{i}" for i in range(11)]])
 def test_a_file_with_more_or_fewer_labels_than_logits_is_an_error(run, labels):
     """ONNX without the number of classes, and TorchScript, whose graph does not have it."""

@@ -86,7 +86,7 @@ def test_an_index_out_of_range_is_an_error(tmp_path, labels, predictions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [2, 60, 1000])
+@pytest.mark.parametrize("classes", [2, pytest.param(60, marks=pytest.mark.trial), 1000])
 def test_a_confusion_can_be_seen_among_any_number_of_classes(tmp_path, classes):
     """The diagonal's dark pixels are a share of the image; one pair of classes more, and the picture changes there."""
     matrix = np.eye(classes, dtype=int) * 10

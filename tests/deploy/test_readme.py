@@ -41,6 +41,15 @@ def test_the_readme_is_at_most_150_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+@pytest.mark.parametrize("folder", ["kdlite", "kdlite/training", "deploy", "deploy/server"])
+def test_the_house_on_its_page_has_every_file(folder):
+    house = (ROOT / "CONTRIBUTING.md").read_text().partition("## The house")[2].partition("## Where")[0]
+    missing = (
+        {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"} - set(re.findall(r"\w+\.py", house))
+    )
+    assert not missing
+
+
 @pytest.mark.slow
 def test_the_python_in_the_readme_runs():
     names = {}
@@ -93,7 +102,7 @@ def test_every_link_on_a_page_has_a_target():
         assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_the_api_pages_have_every_public_name(tmp_path):
     pytest.importorskip("pdoc")
     command = (ROOT / "Makefile").read_text().partition("$(BIN)/pdoc")[2].partition("\n")[0]

@@ -83,7 +83,7 @@ def test_a_sidecar_makes_an_onnx_file_from_elsewhere_usable(foreign, tmp_path):
     assert 'name: "scores"' in config
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @needs_rtx
 @needs_no_gpu
 def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):

@@ -39,7 +39,7 @@ class Entry(nn.Module):
 
 
 class Transpose(nn.Module):
-    """(N, L, C) -> (L, N, C) and, called again, back: tokens first, as nn.TransformerEncoder has them."""
+    """Swap (N, L, C) and (L, N, C): nn.TransformerEncoder has tokens first."""
 
     def forward(self, x):
         return x.transpose(0, 1)
@@ -84,8 +84,9 @@ def classifier(*layers, width):
 def fixed_size(*shape):
     """Return a model that takes 8 px images only; its layer "1" returns (N, *shape)."""
     size = math.prod(shape)
-    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(192, size)), nn.Unflatten(1, shape), nn.Flatten(),
-                         nn.Linear(size, 5))  # fmt: skip
+    return nn.Sequential(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, size)), nn.Unflatten(1, shape), nn.Flatten(), nn.Linear(size, 5)
+    )
 
 
 def images(n=2, size=8):

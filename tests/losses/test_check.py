@@ -110,6 +110,10 @@ RIGHT = {  # a right copy, and the notes about its call
     "a later target": (lambda a, b, T=1.0, target=None: hand(a, b, target, 1.5, T), ["temperature: varied by T"]),
     "constants": (lambda s, t, y: hand(s, t, y, 3.5, 3.0), ["gamma: 3.5, a constant inside"]),
     "a weight": (lambda s, t, y, weight=2.0, T=1.0, g=1.5: weight * hand(s, t, y, g, T), ["not varied: weight=1.0"]),
+    "a weight of the target term": (
+        lambda s, t, y, alpha=1.0, gamma=1.5: alpha * hand(s, t, y, 0.0) + hand(s, t, y, gamma) - hand(s, t, y, 0.0),
+        ["gamma: varied by gamma", "not varied: alpha=1.0"],
+    ),
     "a reduction": (lambda s, t, y, reduction="mean": hand(s, t, y), ["not varied: reduction='mean'"]),
     "positional only": (lambda *tensors: hand(*tensors), ["gamma: 1.5, a constant inside"]),
 }

@@ -48,7 +48,7 @@ def tf_kd(s, t, y):
 
 
 def ps_kd(s, t, y):
-    """Of the paper's whole objective, the cross-entropy with soft targets, what is left beside the cross-entropy."""
+    """The paper's objective, the cross-entropy with soft targets, minus the cross-entropy."""
     log_s = log_softmax(s)
     soft = [0.8 * p + 0.2 * (i == y) for i, p in enumerate(softmax(t))]
     return -math.fsum(a * b for a, b in zip(soft, log_s)) + log_s[y]
@@ -87,7 +87,7 @@ def test_certain_networks_have_finite_losses_and_gradients(name):
     assert student.grad.isfinite().all()
 
 
-def test_a_loss_fits_a_screen_and_names_its_paper():
+def test_a_loss_is_short_and_names_its_paper():
     import inspect
 
     for name in ("dkd", "standardised_kd", "wttm", "dist", "tf_kd", "ps_kd"):

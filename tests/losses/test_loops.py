@@ -1,7 +1,7 @@
-"""The loops of examples/loops, run as their users run them, and what each must not get wrong in its library.
+"""The loops of examples/loops, run as users run them: gradients, checkpoints, resuming, several processes.
 
-They run in processes forked from one that has imported the libraries, since the imports cost more than the loops; with
-two processes, in the environment that torchrun makes.
+They run in processes forked from one that has imported the libraries, because the imports cost more than the loops.
+Runs with two processes get the environment of torchrun.
 """
 
 import importlib.util
@@ -28,18 +28,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("loops")]
 
 
 def load(name):
-    """The names that a loop defines, without its run."""
+    """Return the names that a loop defines, without running it."""
     return runpy.run_path(str(ROOT / "examples" / "loops" / name))
 
 
 def loop(name, *argv):
-    """A run of the loop, as from the command line."""
+    """Run the loop, as from the command line."""
     sys.argv = [name, *map(str, argv)]
     runpy.run_path(str(ROOT / "examples" / "loops" / name), run_name="__main__")
 
 
 def loop_under_sgd(name, *argv):
-    """The same run with SGD for AdamW, which takes the same step whatever the gradient is multiplied with."""
+    """Run with SGD instead of AdamW, whose step does not depend on the scale of the gradient."""
     torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
     loop(name, *argv)
 
@@ -71,7 +71,7 @@ def forked():
 
 @pytest.fixture
 def run(forked, tmp_path):
-    """``run(function, *args, processes=1)``: what the first process printed."""
+    """Return ``run(function, *args, processes=1)``, which returns the output of the first process."""
 
     def run(function, *args, processes=1):
         environments = [{}]
@@ -79,8 +79,14 @@ def run(forked, tmp_path):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])
-            shared = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port, TORCHELASTIC_RUN_ID="test", GLOO_SOCKET_IFNAME="lo")  # fmt: skip
+            shared = dict(
+                WORLD_SIZE=str(processes),
+                LOCAL_WORLD_SIZE=str(processes),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                TORCHELASTIC_RUN_ID="test",
+                GLOO_SOCKET_IFNAME="lo",
+            )
             environments = [shared | dict(RANK=str(i), LOCAL_RANK=str(i), GROUP_RANK="0") for i in range(processes)]
         logs = [tmp_path / f"log{i}.txt" for i in range(processes)]
         children = [forked(target=_child, args=(e, log, function, args)) for e, log in zip(environments, logs)]
@@ -109,14 +115,14 @@ def assert_equal(ours, theirs, **tolerance):
 
 
 def nkd_gradient(logits, teacher_logits, labels, gamma=1.5):
-    """d (sum of cross-entropy + NKD) / d logits, rows (R, C), by the derivation on paper."""
+    """Return d (sum of cross-entropy + NKD) / d logits, rows (R, C), by the derivation on paper."""
     ce = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
     rows = zip(logits.tolist(), teacher_logits.tolist(), labels.tolist())
     return ce + torch.tensor([oracle.nkd_row_gradient(s, t, y, gamma, 1.0) for s, t, y in rows])
 
 
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.name)
-def test_a_loop_fits_a_screen_and_its_name_hides_no_library(path):
+def test_a_loop_is_short_and_its_name_is_not_a_library(path):
     assert len(path.read_text().splitlines()) <= 90
     assert importlib.util.find_spec(path.stem) is None  # its folder comes first on sys.path
 
@@ -211,7 +217,7 @@ FAST = ["--optim", "sgd", "--learning_rate", "0.1", "--max_steps", "6"]
 
 @pytest.fixture(scope="module")
 def trained(forked, tmp_path_factory):
-    """The Trainer's loop on one process, its whole batch at once."""
+    """Run the Trainer's loop on one process, with the whole batch at once."""
     output = tmp_path_factory.mktemp("trained")
     child = forked(target=_child, args=({}, output / "log.txt", loop, ("hf_trainer.py", "--output_dir", output, *FAST)))
     child.start()
@@ -245,17 +251,23 @@ def test_the_trainer_on_two_processes_equals_one(trained, run, tmp_path):
     run(loop, "hf_trainer.py", "--output_dir", tmp_path, "--per_device_train_batch_size", 32, *FAST, processes=2)
     for kind in ("nkd", "uskd"):
         assert_equal(
-            weights(tmp_path / kind / "model.safetensors"), weights(trained / kind / "model.safetensors"),
-            rtol=1e-4, atol=1e-5,
-        )  # fmt: skip
+            weights(tmp_path / kind / "model.safetensors"),
+            weights(trained / kind / "model.safetensors"),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_the_trainer_under_accumulation_and_checkpointing_equals_one_pass(trained, run, tmp_path):
     flags = ["--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"]
     run(loop, "hf_trainer.py", "--output_dir", tmp_path, *flags, *FAST)
     # USKD's batch mean is each pass's own
-    assert_equal(weights(tmp_path / "nkd" / "model.safetensors"), weights(trained / "nkd" / "model.safetensors"),
-                 rtol=1e-4, atol=1e-5)  # fmt: skip
+    assert_equal(
+        weights(tmp_path / "nkd" / "model.safetensors"),
+        weights(trained / "nkd" / "model.safetensors"),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_each_model_of_the_trainer_resumes_from_its_own_checkpoints(run, tmp_path):
@@ -281,11 +293,15 @@ def loop_in(folder, name, *argv):
 
 
 TAPS = {
-    "ViT": ("vit.layers.1", 32), "DeiT": ("deit.layers.1", 32), "Dinov2": ("dinov2.encoder.layer.1", 32),
-    "ResNet": ("resnet.encoder.stages.2", 48), "ConvNext": ("convnext.encoder.stages.2", 48),
-    "MobileNetV1": ("mobilenet_v1.layer.21", 128), "MobileNetV2": ("mobilenet_v2.layer.15", 112),
+    "ViT": ("vit.layers.1", 32),
+    "DeiT": ("deit.layers.1", 32),
+    "Dinov2": ("dinov2.encoder.layer.1", 32),
+    "ResNet": ("resnet.encoder.stages.2", 48),
+    "ConvNext": ("convnext.encoder.stages.2", 48),
+    "MobileNetV1": ("mobilenet_v1.layer.21", 128),
+    "MobileNetV2": ("mobilenet_v2.layer.15", 112),
     "Swin": ("swin.encoder.layers.2.blocks.1", 64),
-}  # fmt: skip
+}
 
 
 def test_hugging_faces_classifiers_have_a_default_tap_and_can_be_checkpointed(run):
@@ -300,11 +316,15 @@ def assert_taps():
     stages = dict(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1])
     blocks = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8)
     options = {
-        "ViT": blocks, "DeiT": blocks, "Dinov2": blocks,
-        "ResNet": dict(embedding_size=16, **stages), "ConvNext": stages,
-        "MobileNetV1": dict(depth_multiplier=0.25), "MobileNetV2": dict(depth_multiplier=0.35),
+        "ViT": blocks,
+        "DeiT": blocks,
+        "Dinov2": blocks,
+        "ResNet": dict(embedding_size=16, **stages),
+        "ConvNext": stages,
+        "MobileNetV1": dict(depth_multiplier=0.25),
+        "MobileNetV2": dict(depth_multiplier=0.35),
         "Swin": dict(image_size=64, embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=2),
-    }  # fmt: skip
+    }
     for name, (tap, channels) in TAPS.items():
         torch.manual_seed(0)
         config = getattr(transformers, f"{name}Config")(num_labels=5, **options[name])
@@ -343,9 +363,18 @@ def assert_step_of_the_trainer(output):
     gradients = {name: p.grad for name, p in student.named_parameters()}
     student.zero_grad()
     args = TrainingArguments(
-        output, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=3, optim="sgd", learning_rate=1,
-        max_grad_norm=0, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        optim="sgd",
+        learning_rate=1,
+        max_grad_norm=0,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     its["NKDTrainer"](student, args, train_dataset=its["data"][:12]).train()
     taken = {name: before[name] - p.detach() for name, p in student.named_parameters()}
     assert_equal(taken, gradients, rtol=1e-3, atol=1e-5)
@@ -409,8 +438,9 @@ def assert_lightning_checkpoint(path, accuracy):
     its = load("lightning_module.py")
     keys = torch.load(path, weights_only=True)["state_dict"].keys()
     assert keys == {f"student.model.{name}" for name in its["cnn"](8).state_dict()} | {
-        "student.head.weight", "student.head.bias",
-    }  # fmt: skip
+        "student.head.weight",
+        "student.head.bias",
+    }
     restored = its["Classifier"].load_from_checkpoint(path)
     plain = restored.student.close().eval()
     right = (plain(its["images"][1400:]).argmax(1) == its["labels"][1400:]).float().mean()
@@ -425,7 +455,7 @@ def test_lightning_on_two_devices_equals_one(run, tmp_path):
 
 
 def fit_whole_batches(output, devices):
-    """Whatever their order, since Lightning gives several devices an order of its own."""
+    """Train on whole batches, because Lightning orders the images of several devices differently."""
     its = load("lightning_module.py")
     torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
     its["L"].seed_everything(0)
@@ -449,7 +479,7 @@ def test_a_segmentation_loop_learns_from_the_pixels_that_count(run):
     assert float(lines["cross_entropy"]) < 1.5  # 2.4 before: the logarithm of 11
 
 
-def test_segmentation_has_the_gradient_of_the_paper_and_none_at_255():
+def test_segmentation_has_the_gradient_of_the_paper_and_zero_at_255():
     its = load("segmentation.py")
     x, y = its["scene"](torch.arange(1))
     y[:, :56] = 255  # fewer pixels for the oracle

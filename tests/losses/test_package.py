@@ -1,4 +1,4 @@
-"""The package as it is installed: what the wheel holds, what it needs, what importing it loads."""
+"""The installed package: the contents of the wheel, its requirements, its imports."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with the wheel and the sdist."""
+    """Build the wheel and the sdist; return their folder."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "build", "--no-isolation", "-o", folder, ROOT]
@@ -30,7 +30,7 @@ def wheel(built):
 
 
 @pytest.mark.slow
-def test_an_index_would_take_both_distributions(built):
+def test_twine_accepts_both_distributions(built):
     pytest.importorskip("twine")
     files = list(built.iterdir())
     check = [sys.executable, "-m", "twine", "check", "--strict", *files]
@@ -49,7 +49,7 @@ def test_the_wheel_holds_kdlite_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
-def test_the_package_needs_torch_alone(wheel):
+def test_the_package_requires_only_torch(wheel):
     metadata = next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()
     needs = [line for line in re.findall(r"^Requires-Dist: (.*)$", text, re.M) if "extra ==" not in line]
@@ -58,8 +58,8 @@ def test_the_package_needs_torch_alone(wheel):
 
 
 @pytest.mark.slow
-def test_it_imports_and_runs_in_an_environment_that_has_torch_alone(wheel, tmp_path):
-    """A fresh environment with the wheel, torch and what torch requires, and no numpy."""
+def test_it_runs_in_an_environment_with_torch_only(wheel, tmp_path):
+    """Use a fresh environment with the wheel, torch and its requirements, without numpy."""
     python = make_environment(tmp_path / "env", "torch")
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
     zipfile.ZipFile(wheel).extractall(site)
@@ -74,7 +74,7 @@ def test_it_imports_and_runs_in_an_environment_that_has_torch_alone(wheel, tmp_p
     assert result.stdout.strip() == f"no numpy, {site}/kdlite/__init__.py"
 
 
-def test_the_public_names():
+def test_the_public_names_are_the_documented_ones():
     assert kdlite.__all__ == [
         "FeatureTap",
         "Teacher",

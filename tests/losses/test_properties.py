@@ -28,12 +28,12 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 IGNORED = -100
 
 
-# ---- what is drawn ------------------------------------------------------------------------------------------------
+# ---- drawn inputs --------------------------------------------------------------------------------------------------
 
 
 @st.composite
 def cases(draw, dtypes=DTYPES, largest=1e4, ranks=(1, 2, 3)):
-    """Two logits tensors of one shape, class indices, and which of them are not ignored."""
+    """Draw two logits tensors of one shape, class indices, and a mask of those that are not ignored."""
     rank, n, c, d = draw(st.sampled_from(ranks)), *(draw(st.integers(low, 5)) for low in (1, 2, 1))
     shape = {1: (c,), 2: (n, c), 3: (n, c, d)}[rank]
     label_shape = {1: (), 2: (n,), 3: (n, d)}[rank]
@@ -50,7 +50,7 @@ def cases(draw, dtypes=DTYPES, largest=1e4, ranks=(1, 2, 3)):
 
 
 def gradients(loss, a, b, target, **options):
-    """The loss and its gradients: one for NKD, whose teacher has none, two for USKD."""
+    """Return the loss and its gradients: one for NKD, whose teacher has none, two for USKD."""
     a, b = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
     value = loss(a, b, target, **options)
     grads = torch.autograd.grad(value.sum(), (a, b), allow_unused=True)
@@ -143,7 +143,7 @@ def test_nkd_is_the_formula(case, gamma, temperature):
 
 
 @given(cases(dtypes=[torch.float64], largest=30, ranks=(2,)), st.sampled_from([0.0, 0.1, 1.0]))
-def test_uskd_is_the_formula_over_the_targets_that_count(case, smoothing):
+def test_uskd_is_the_formula_over_the_targets_that_are_not_ignored(case, smoothing):
     a, b, target, valid = case
     # equal logits give equal R, whose order the formula leaves open: avoid them
     a = a + 0.01 * torch.arange(a.shape[1]) + 0.003 * torch.arange(len(a)).unsqueeze(1)

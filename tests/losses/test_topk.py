@@ -19,8 +19,8 @@ def value_and_gradient(loss, student, *args, **options):
     return value.detach(), grad
 
 
-def sparse(student, teacher, target, k=3, **options):
-    """nkd_topk_loss of a teacher whose logits are known."""
+def topk(student, teacher, target, k=3, **options):
+    """Return nkd_topk_loss of a teacher with known logits."""
     return nkd_topk_loss(student, *top_k_logprobs(teacher, target, k), target, **options)
 
 
@@ -31,11 +31,11 @@ def sparse(student, teacher, target, k=3, **options):
 @pytest.mark.parametrize("std", [0.5, 5.0])
 def test_it_is_the_formula(k, std):
     student, teacher, target = inputs(12, 10, std=std)
-    actual = sparse(student, teacher, target, k, gamma=2.5, reduction="none")
+    actual = topk(student, teacher, target, k, gamma=2.5, reduction="none")
     for row, s, t, y in zip(actual, student.tolist(), teacher.tolist(), target.tolist()):
         log_t = oracle.log_softmax(t)
         largest = sorted((i for i in range(10) if i != y), key=lambda i: -t[i])[:k]
-        expected = oracle.nkd_sparse_row(s, y, log_t[y], {i: log_t[i] for i in largest}, gamma=2.5)
+        expected = oracle.nkd_topk_row(s, y, log_t[y], {i: log_t[i] for i in largest}, gamma=2.5)
         assert row.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -47,13 +47,13 @@ def test_with_every_class_it_is_nkd(shape, reduction):
     if not shape:
         student, teacher, target = student[0], teacher[0], target[0]
     target.view(-1)[:-1:3] = -100
-    actual = value_and_gradient(sparse, student, teacher, target, k=8, reduction=reduction)
+    actual = value_and_gradient(topk, student, teacher, target, k=8, reduction=reduction)
     expected = value_and_gradient(nkd_loss, student, teacher, target, reduction=reduction)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 # The table of kdlite/README.md: teachers whose non-target probabilities are power laws of rank.
-TEACHERS = {  # classes, T_t, exponent, k, what the k hold; cosines of the two ways
+TEACHERS = {  # classes, T_t, exponent, k, mass of the k; cosines of the two ways
     "C 1,000, flat, k 10": (1000, 0.56, 1.08, 10, 0.46, 0.929, 0.996),
     "C 1,000, peaked, k 10": (1000, 0.84, 1.67, 10, 0.86, 0.997, 0.9997),
     "C 1,000, flat, k 50": (1000, 0.56, 1.12, 50, 0.70, 0.986, 0.9996),
@@ -87,26 +87,26 @@ def test_the_gradient_is_near_the_whole_teachers_and_that_of_a_renormalised_top_
     assert theirs == pytest.approx(renormalised_cosine, abs=0.002)
 
 
-def test_the_largest_class_is_the_target_where_there_is_no_label():
+def test_without_labels_the_largest_class_is_the_target():
     student, teacher, _ = inputs(6, 8)
     target = teacher.argmax(1)
     served, index = teacher.log_softmax(1).topk(4)
     actual = value_and_gradient(nkd_topk_loss, student, None, served, index, None)
-    torch.testing.assert_close(actual, value_and_gradient(sparse, student, teacher, target, k=3))
+    torch.testing.assert_close(actual, value_and_gradient(topk, student, teacher, target, k=3))
     dense = value_and_gradient(nkd_loss, student, teacher, None)
     torch.testing.assert_close(dense, value_and_gradient(nkd_loss, student, teacher, target))
 
 
-# ---- what a server hands out ----
+# ---- the answers of a server ----
 
 
-def test_the_target_in_the_top_k_and_classes_that_are_none_are_left_out():
+def test_the_target_in_the_top_k_and_padding_are_ignored():
     student, teacher, _ = inputs(5, 8)
     target = teacher.argmax(1)
     logprobs = teacher.log_softmax(1)
     target_logprob = logprobs.gather(1, target[:, None])[:, 0]
     served, index = logprobs.topk(4)  # the target first
-    expected = sparse(student, teacher, target, k=3)
+    expected = topk(student, teacher, target, k=3)
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, served, index, target), expected)
     wider = F.pad(served, (0, 2), value=-torch.inf), F.pad(index, (0, 2), value=0)  # a log-probability of -inf
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, *wider, target), expected)
@@ -114,7 +114,7 @@ def test_the_target_in_the_top_k_and_classes_that_are_none_are_left_out():
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, *wider, target), expected)
 
 
-def test_a_server_that_sent_the_target_alone_teaches_its_probability():
+def test_a_top_k_of_the_target_alone_gives_the_target_term():
     student, teacher, target = inputs(5, 8)
     target_logprob, top, index = top_k_logprobs(teacher, target, 1)
     none = nkd_topk_loss(student, target_logprob, top, torch.full_like(index, -1), target, reduction="none")
@@ -123,7 +123,7 @@ def test_a_server_that_sent_the_target_alone_teaches_its_probability():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.uint64])
 def test_indices_of_any_integers_name_the_same_classes(dtype):
-    """Those of labels on disk are uint16; 255 of uint8 is a class, though torch takes it for -1."""
+    """Labels on disk are uint16; 255 of uint8 is a class, although torch compares it equal to -1."""
     student, teacher, target = inputs(6, 300)
     target_logprob, top, index = top_k_logprobs(teacher, target, 3)
     index[:, 0], index[:, 1:] = 255, index[:, 1:] % 250
@@ -131,12 +131,12 @@ def test_indices_of_any_integers_name_the_same_classes(dtype):
     assert torch.equal(nkd_topk_loss(student, target_logprob, top, index.to(dtype), target), expected)
 
 
-def test_without_labels_what_is_no_class_is_never_the_largest():
+def test_without_labels_padding_is_never_the_largest_class():
     student, teacher, _ = inputs(5, 8)
     top, index = teacher.log_softmax(1).topk(3)
     expected = nkd_topk_loss(student[1:], None, top[1:], index[1:], None)
     padded = F.pad(top, (1, 0), value=0.0), F.pad(index, (1, 0), value=-1)
-    padded[1][0] = -1  # a whole row, as where a sequence is padded: ignored
+    padded[1][0] = -1  # a whole row, as in a padded sequence: ignored
     value, grad = value_and_gradient(nkd_topk_loss, student, None, *padded, None)
     torch.testing.assert_close(value, expected)
     assert (grad[0] == 0).all()
@@ -144,7 +144,7 @@ def test_without_labels_what_is_no_class_is_never_the_largest():
     torch.testing.assert_close(nkd_topk_loss(student, None, *padded, None), expected)
 
 
-def test_what_is_served_with_an_ignored_target_does_not_matter():
+def test_the_values_of_an_ignored_target_do_not_matter():
     student, teacher, target = inputs(6, 8)
     served = top_k_logprobs(teacher, target, 3)
     expected, expected_grad = value_and_gradient(nkd_topk_loss, student[1:], *(x[1:] for x in served), target[1:])
@@ -194,7 +194,7 @@ def test_a_log_probability_above_0_by_rounding_is_0():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rounded_log_probabilities_stay_near(dtype):
-    """They may sum to more than 1; the error is that of the rounding."""
+    """They may sum to more than 1; the error is as small as the rounding."""
     student, teacher, target = inputs(64, 20, std=3.0)
     target_logprob, top, index = top_k_logprobs(teacher, target, 10)
     expected = nkd_topk_loss(student, target_logprob, top, index, target)
@@ -205,16 +205,17 @@ def test_rounded_log_probabilities_stay_near(dtype):
 # ---- numbers ----
 
 
-def test_it_is_exact_where_the_teacher_is_certain():
+def test_it_is_exact_if_the_teacher_is_certain():
     """T_t = 1 - 1e-7, and the k classes hold all but a millionth of the rest."""
     others = [0.6e-7, 0.3e-7, 0.1e-7 * (1 - 1e-5), 0.1e-12]
     log_t = [math.log1p(-1e-7), *map(math.log, others)]
     student = [4.0, 1.0, 0.0, -1.0, 2.0]
-    expected = oracle.nkd_sparse_row(student, 0, log_t[0], {1: log_t[1], 2: log_t[2], 3: log_t[3]}, 1.5)
+    expected = oracle.nkd_topk_row(student, 0, log_t[0], {1: log_t[1], 2: log_t[2], 3: log_t[3]}, 1.5)
     for dtype, rel in ((torch.float64, 1e-8), (torch.float32, 1e-6)):
         served = torch.tensor(log_t[:1], dtype=dtype), torch.tensor([log_t[1:4]], dtype=dtype)
-        loss = nkd_topk_loss(torch.tensor([student], dtype=dtype), *served, torch.tensor([[1, 2, 3]]),
-                               torch.tensor([0]))  # fmt: skip
+        loss = nkd_topk_loss(
+            torch.tensor([student], dtype=dtype), *served, torch.tensor([[1, 2, 3]]), torch.tensor([0])
+        )
         assert loss.item() == pytest.approx(expected, rel=rel)
     teacher = torch.tensor([[20.0, 0.0, 1.0, 2.0]])  # from logits in float32: 1 - T_t is 2e-8
     narrow, wide = (top_k_logprobs(x, torch.tensor([0]), 2) for x in (teacher, teacher.double()))
@@ -228,32 +229,32 @@ def test_value_and_gradient_stay_finite(k, dtype, scale):
     student = scale * torch.tensor([[1.0, 0, 0, 0, 0], [0, 1, 0, 0, -1], [1, 1, 1, 1, 1]]).to(dtype)
     teacher = scale * torch.tensor([[0.0, 0, 1, 0, 0], [0, 1, 0, 0, -1], [1, -1, 1, -1, 1]])
     target = torch.tensor([0, 1, 4])
-    value, grad = value_and_gradient(sparse, student, teacher, target, k=k)
+    value, grad = value_and_gradient(topk, student, teacher, target, k=k)
     assert value.isfinite()
     assert value.dtype == torch.float32
     assert grad.isfinite().all()
     assert grad.dtype == dtype
 
 
-def test_a_class_that_the_student_masks_and_the_teacher_does_not_name_is_none():
+def test_a_class_that_the_student_masks_and_the_teacher_does_not_name_is_ignored():
     student, teacher, target = inputs(4, 6)
     student[:, 5] = teacher[:, 5] = -torch.inf
     target = target.clamp(max=4)
-    value, grad = value_and_gradient(sparse, student, teacher, target, k=4)
-    expected, expected_grad = value_and_gradient(sparse, student[:, :5], teacher[:, :5], target, k=4)
+    value, grad = value_and_gradient(topk, student, teacher, target, k=4)
+    expected, expected_grad = value_and_gradient(topk, student[:, :5], teacher[:, :5], target, k=4)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(grad, F.pad(expected_grad, (0, 1)))
 
 
-def test_two_classes_and_an_empty_batch():
+def test_two_classes_and_an_empty_batch_work():
     student, teacher, target = inputs(4, 2)
-    torch.testing.assert_close(sparse(student, teacher, target, k=1), nkd_loss(student, teacher, target))
-    value, grad = value_and_gradient(sparse, torch.zeros(0, 5), torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))
+    torch.testing.assert_close(topk(student, teacher, target, k=1), nkd_loss(student, teacher, target))
+    value, grad = value_and_gradient(topk, torch.zeros(0, 5), torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))
     assert value.isnan()  # 0/0, as cross_entropy
     assert grad.shape == (0, 5)
 
 
-def test_gradcheck_and_no_gradient_for_the_teacher():
+def test_gradcheck_passes_and_the_teacher_has_no_gradient():
     student, teacher, target = inputs(4, 6)
     target_logprob, top, index = top_k_logprobs(teacher, target, 3)
     top.requires_grad_()
@@ -294,10 +295,10 @@ def test_log1mexp_is_exact_at_both_ends():
 # ---- under torch's transforms ----
 
 
-def test_nothing_waits_for_the_device():
+def test_forward_and_backward_do_not_wait_for_the_device():
     student, teacher, target = inputs(8, 10)
     with NoSync():
-        value_and_gradient(sparse, student, teacher, target)
+        value_and_gradient(topk, student, teacher, target)
         served, index = teacher.log_softmax(1).topk(3)
         value_and_gradient(nkd_topk_loss, student, None, served, index, None)
 
@@ -305,24 +306,24 @@ def test_nothing_waits_for_the_device():
 @pytest.mark.slow
 def test_it_compiles_whole_with_dynamic_shapes():
     torch._dynamo.reset()
-    compiled = torch.compile(sparse, fullgraph=True, dynamic=True)
+    compiled = torch.compile(topk, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, c in ((4, 10), (6, 10), (5, 7)):
         student, teacher, target = inputs(n, c, dtype=torch.float32)
         target[0] = -100
         actual = value_and_gradient(compiled, student, teacher, target)
-        expected = value_and_gradient(sparse, student, teacher, target)
+        expected = value_and_gradient(topk, student, teacher, target)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_functional_transforms():
+def test_torch_func_gives_the_same_numbers():
     student, teacher, target = inputs(4, 10)
-    grad = torch.func.grad(sparse)(student, teacher, target)
-    torch.testing.assert_close(grad, value_and_gradient(sparse, student, teacher, target)[1])
-    each = torch.func.vmap(sparse)(student, teacher, target)
-    torch.testing.assert_close(each, sparse(student, teacher, target, reduction="none"))
+    grad = torch.func.grad(topk)(student, teacher, target)
+    torch.testing.assert_close(grad, value_and_gradient(topk, student, teacher, target)[1])
+    each = torch.func.vmap(topk)(student, teacher, target)
+    torch.testing.assert_close(each, topk(student, teacher, target, reduction="none"))
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -345,10 +346,14 @@ def test_functional_transforms():
         (dict(temperature=2.0), TypeError, "temperature"),
     ],
 )
-def test_bad_input_is_refused_with_what_was_seen(change, error, message):
-    call = dict(student_logits=torch.zeros(4, 8), teacher_target_logprob=torch.zeros(4),
-                teacher_logprobs=torch.zeros(4, 3), teacher_indices=torch.arange(3).expand(4, 3),
-                target=torch.zeros(4).long())  # fmt: skip
+def test_the_error_for_bad_input_shows_the_input(change, error, message):
+    call = dict(
+        student_logits=torch.zeros(4, 8),
+        teacher_target_logprob=torch.zeros(4),
+        teacher_logprobs=torch.zeros(4, 3),
+        teacher_indices=torch.arange(3).expand(4, 3),
+        target=torch.zeros(4).long(),
+    )
     with pytest.raises(error, match=message):
         nkd_topk_loss(**call | change)
 
@@ -373,8 +378,12 @@ def test_the_error_for_served_tokens_in_the_last_dimension_names_the_dimension()
     ],
 )
 def test_log_probabilities_that_do_not_fit_are_refused(change, error, message):
-    call = dict(student_target=torch.zeros(4), student_top=torch.zeros(4, 3), teacher_target=torch.zeros(4),
-                teacher_top=torch.zeros(4, 3))  # fmt: skip
+    call = dict(
+        student_target=torch.zeros(4),
+        student_top=torch.zeros(4, 3),
+        teacher_target=torch.zeros(4),
+        teacher_top=torch.zeros(4, 3),
+    )
     with pytest.raises(error, match=message):
         nkd_from_logprobs(**call | change)
 
@@ -389,7 +398,7 @@ def test_a_class_out_of_range_is_an_error(bad):
 
 
 @pytest.mark.parametrize("k", [0, 8])
-def test_as_many_classes_as_there_are_others(k):
+def test_k_is_at_most_the_number_of_other_classes(k):
     with pytest.raises(ValueError, match=f"k must be from 1 to C - 1 = 7, got {k}"):
         top_k_logprobs(torch.zeros(4, 8), torch.zeros(4).long(), k)
 

@@ -49,7 +49,7 @@ def test_the_checkpoint_has_the_head_and_the_plain_student_does_not():
 
 
 def test_the_dry_forward_changes_nothing():
-    """BatchNorm statistics, the mode of a frozen layer, the random state and the caller's grads stay as they were."""
+    """It keeps BatchNorm statistics, the mode of a frozen layer, the random state and the caller's gradients."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 5))
     model[1].eval()
     state = copy.deepcopy(model.state_dict())
@@ -188,7 +188,7 @@ def test_checkpointing_under_compile():
     plain = WithWeakHead(Net(), "layer1", example_input=images())
     checkpointed = copy.deepcopy(plain)
     checkpointed.model.checkpointed = False
-    compiled = torch.compile(checkpointed)
+    compiled = torch.compile(checkpointed, backend="aot_eager")
     for _ in range(2):
         torch.testing.assert_close(train_step(compiled, images()), train_step(plain, images()))
     for a, b in zip(checkpointed.parameters(), plain.parameters()):
@@ -240,7 +240,7 @@ def test_a_larger_input_shows_the_channels_of_a_sequence():
     example = torch.randn(1, 2, 100)
     conv = classifier(nn.Conv1d(2, 16, 3), nn.ReLU(), width=16)
     assert WithWeakHead(conv, "0", example_input=example).head.in_features == 16
-    assert WithWeakHead(conv, "1", example_input=example).head.in_features == 16  # a layer that has no width of its own
+    assert WithWeakHead(conv, "1", example_input=example).head.in_features == 16  # a layer without parameters
     linear = classifier(nn.Linear(6, 16), nn.GELU(), Permute(0, 2, 1), width=16)  # (N, L, C)
     student = WithWeakHead(linear, "1", example_input=torch.randn(1, 100, 6))
     assert student.head.in_features == 16
@@ -273,8 +273,12 @@ def test_a_model_of_one_size_is_read_by_the_shape_of_its_images(shape, width):
 
 @pytest.mark.parametrize(("height", "width"), [(16, 32), (32, 16)])
 def test_the_positions_of_an_image_keep_its_proportions(height, width):
-    model = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), Permute(0, 2, 3, 1), nn.Flatten(),
-                          nn.Linear(6 * height * width // 4, 5))  # fmt: skip
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, stride=2, padding=1),
+        Permute(0, 2, 3, 1),
+        nn.Flatten(),
+        nn.Linear(6 * height * width // 4, 5),
+    )
     example = torch.zeros(1, 1, height, width)
     assert WithWeakHead(model, "0", example_input=example).pooling == "channels first"
     assert WithWeakHead(model, "1", example_input=example).pooling == "channels last"
@@ -327,9 +331,28 @@ def test_the_class_token_is_found_by_counting_the_positions(options, size, pooli
         torch.testing.assert_close(weak_logits, student.head(read(tap.pop())))
 
 
+@pytest.mark.parametrize("pooling", ["none", "class token", "channels first", "channels last"])
+def test_a_later_in_place_layer_does_not_change_the_pooled_feature(pooling):
+    torch.manual_seed(0)
+    shape = {"none": (8,), "class token": (4, 8), "channels first": (8, 4, 4), "channels last": (4, 4, 8)}[pooling]
+    layers = fixed_size(*shape)
+    model = nn.Sequential(*layers[:2], nn.ReLU(inplace=True), *layers[2:])
+    asked = None if pooling == "none" else pooling
+    student = WithWeakHead(model, "1", example_input=images(), pooling=asked)
+    _, weak_logits = student(images())
+    feature = layers[:2](images())
+    if pooling == "class token":
+        feature = feature[:, 0]
+    elif pooling != "none":
+        feature = feature.flatten(2).mean(2) if pooling == "channels first" else feature.flatten(1, 2).mean(1)
+    torch.testing.assert_close(weak_logits, student.head(feature))
+    weak_logits.sum().backward()
+    assert layers[0][1].weight.grad.abs().sum() > 0
+
+
 def test_a_class_token_that_cannot_be_counted_is_asked_for():
     class Unfolded(Tokens):
-        """Its patches come from no convolution."""
+        """It makes patches without a convolution."""
 
         def __init__(self):
             super().__init__()
@@ -337,6 +360,8 @@ def test_a_class_token_that_cannot_be_counted_is_asked_for():
 
     with pytest.raises(ValueError, match=r"'blocks.1', shape \(2, 17, 8\), has two readings: pass pooling="):
         WithWeakHead(Unfolded(), example_input=torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match=r'pooling="class token" needs \(N, L, C\), but layer .* \(2, 8, 8, 8\)'):
+        WithWeakHead(Net(), "layer1", example_input=images(), pooling="class token")
     student = WithWeakHead(Unfolded(), example_input=torch.zeros(1, 3, 16, 16), pooling="class token")
     assert student(torch.zeros(2, 3, 16, 16))[1].shape == (2, 5)
 
@@ -560,7 +585,7 @@ def _rank(rank, world, path):
     torch.save([p.grad for p in ddp.parameters()], f"{path}/grads{rank}.pt")
     with pytest.raises(ValueError, match=r"inside DistributedDataParallel already.*WithWeakHead first"):
         WithWeakHead(nn.parallel.DistributedDataParallel(Net()), "layer1", example_input=images())
-    with FeatureTap(ddp, "model.layer2") as tap:  # a path of the model inside DDP, as its user knows it
+    with FeatureTap(ddp, "model.layer2") as tap:  # a path in the model inside DDP
         ddp(images())
         assert tap.pop().shape == (2, 16, 4, 4)
     dist.destroy_process_group()

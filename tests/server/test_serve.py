@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import io
 import json
+import os
 import struct
 import threading
 
@@ -30,6 +31,7 @@ from sklearn.datasets import load_sample_images
 
 from deploy.preprocess import open_image, prepare
 from deploy.runtimes import RunOn, load, softmax
+from deploy.server import images as images_module
 from deploy.server.app import Limits
 
 httpclient = pytest.importorskip("tritonclient.http")
@@ -215,6 +217,19 @@ def test_readiness_fails_when_the_thread_of_the_runtime_has_ended(artefact):
         assert (status, headers["Retry-After"]) == (503, "1")
         assert "restart" in json.loads(body)["error"]
         assert ask(site, "/v2/health/live")[0] == 200
+
+
+def test_readiness_fails_while_no_decoder_starts(artefact, monkeypatch):
+    """As when the .pyz of a running server is replaced by a damaged one."""
+    monkeypatch.setattr(images_module, "prepare_process", os.abort)
+    with in_process(artefact) as site:
+        assert ask(site, "/predict", picture())[0] == 503
+        wait_until(lambda: ask(site, "/v2/health/ready")[0] == 503)
+        assert ask(site, INFER, numbers())[0] == 200
+        monkeypatch.undo()
+        assert ask(site, "/predict", picture())[0] == 503  # starts other processes
+        wait_until(lambda: ask(site, "/v2/health/ready")[0] == 200)
+        assert ask(site, "/predict", picture())[0] == 200
 
 
 # ---- photographs --------------------------------------------------------------------------------------------------

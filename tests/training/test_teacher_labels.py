@@ -215,20 +215,20 @@ def test_answers_of_a_server_are_a_top_k():
 
 
 def test_what_is_whole_is_kept_and_what_is_not_is_written_again(digits, monkeypatch, capsys):
-    monkeypatch.setattr(teacher_labels, "ROWS", 500)
+    monkeypatch.setattr(teacher_labels, "ROWS", 70)
     flags = [*STUDENT, *TEACHER, "--views", 2, "--output"]
     write_labels(*flags, "L")
     write_labels(*flags, "M")
     assert sorted(path.name for path in Path("L").glob("*.npy")) == [
-        f"{view:03}-{start:08}.npy" for view in (0, 1) for start in (0, 500, 1000)
+        f"{view:03}-{start:08}.npy" for view in (0, 1) for start in (0, 70, 140)
     ]
-    Path("L/001-00000500.npy").write_bytes(Path("L/001-00000500.npy").read_bytes()[:-1])
-    kept = {path: path.stat().st_mtime_ns for path in Path("L").glob("*.npy") if path.name != "001-00000500.npy"}
+    Path("L/001-00000070.npy").write_bytes(Path("L/001-00000070.npy").read_bytes()[:-1])
+    kept = {path: path.stat().st_mtime_ns for path in Path("L").glob("*.npy") if path.name != "001-00000070.npy"}
     line = refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
     assert "1 files of labels in" in line
-    assert "001-00000500.npy" in line
+    assert "001-00000070.npy" in line
     write_labels(*flags, "L")
-    assert "2874 views (1437 images x 2), 2374 there already: 0.1 MB" in capsys.readouterr().out
+    assert "400 views (200 images x 2), 330 there already: 0.0 MB" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     for path in Path("M").iterdir():
         assert (Path("L") / path.name).read_bytes() == path.read_bytes()
@@ -312,7 +312,7 @@ def test_the_home_folder_is_found_where_the_shell_leaves_it(digits, monkeypatch)
 
 
 def test_a_stop_keeps_what_is_whole(digits, monkeypatch, capsys):
-    monkeypatch.setattr(teacher_labels, "ROWS", 500)
+    monkeypatch.setattr(teacher_labels, "ROWS", 70)
     flags = [*STUDENT, *TEACHER, "--views", 1, "--output", "L"]
     with monkeypatch.context() as m:
         write = teacher_labels.write_whole
