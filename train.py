@@ -334,10 +334,8 @@ def build_teacher(
     others = config.num_classes - 1
     if (args.kd != "nkd" or args.temperature != 1) and stored.k < others:
         method = f"--kd {args.kd}" + (f" --temperature {args.temperature:g}" if args.kd == "nkd" else "")
-        fault = (
-            f"{method} needs the teacher's answer about every class, and {args.teacher_labels} has its top-{stored.k}"
-        )
-        raise UserError(f"{fault}: write labels with --top-k {others}")
+        held = f"{args.teacher_labels} has its top-{stored.k}: write labels with --top-k {others}"
+        raise UserError(f"{method} needs the teacher's answer about every class, and {held}")
     before = resumed.config.training.get("teacher") if resumed else None
     if before not in (None, str(stored)):
         raise UserError(f"this run began with labels of {before}; now they are of {stored}")
@@ -483,9 +481,10 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                     saver.save()
                     return folder.report_stop(stop, progress)
                 row = {"epoch": epoch + 1, **losses.means(device), **scores.metrics, **known, "lr": progress.lr}
-                row |= {"skipped_steps": steps - progress.executed}
-                row |= {"images_per_s": steps * args.batch_size / progress.seconds, "seconds": time.monotonic() - began}
-                row |= {"memory_mib": distributed.peak_memory(device)}
+                speed = steps * args.batch_size / progress.seconds
+                row |= {"skipped_steps": steps - progress.executed, "images_per_s": speed}
+                row |= {"seconds": time.monotonic() - began, "memory_mib": distributed.peak_memory(device)}
+
                 progress.end_epoch(row, torch.cat(gather(scores.answers), 1))
                 folder.report_epoch(row)
                 writers = [folder.write_metrics(progress.rows)]

@@ -60,9 +60,8 @@ class Progress:
     def check_validation(self, digest: str) -> None:
         """Forget the best epoch if it was measured on other validation images."""
         if self.validated not in ("", digest):
-            log(
-                f"the validation images are not those of the epochs before: their best, {self.best:.2f} %, is forgotten"
-            )
+            best = f"their best top-1, {self.best:.2f} %, does not count any more"
+            log(f"the validation images are not those of the epochs before: {best}")
             self.best, self.answers = -1.0, None
         self.validated = digest
 

@@ -151,9 +151,8 @@ def start_from_folder(
     if config.num_classes != len(label_names):
         fault = f"has {config.num_classes} classes, --data has {len(label_names)}"
     if fault:
-        raise UserError(
-            f"--model {folder} {fault}: --model {config.architecture} --pretrained {folder} takes what fits"
-        )
+        advice = f"--model {config.architecture} --pretrained {folder} takes what fits"
+        raise UserError(f"--model {folder} {fault}: {advice}")
     return model, replace(config, label_names=label_names)
 
 
