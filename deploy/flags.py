@@ -146,14 +146,13 @@ def settle_flags(
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the value of every flag, and what a run directory stores of them.
 
+    UserError if flags do not go together or have no effect, or if a resumed run cannot change one.
+
     Args:
         typed: as read_flags returns them
         saved: the second result, of the run that is resumed
         fitted: the recipe for a folder of images (pick_recipe). Without it `args.recipe` is None for such a folder,
             and the values that the recipe sets are not known yet.
-
-    Raises:
-        UserError: flags that do not go together, that have no effect, or that a resumed run cannot change
     """
     flags = by_name(table)
     saved = check_saved(flags, saved or {}, typed)

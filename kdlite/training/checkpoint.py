@@ -129,11 +129,7 @@ class State:
     log: LossLog  # of this epoch on this rank
 
     def copy(self, flags: dict[str, Any], config: Metadata) -> bytearray:
-        """Return all of it as the bytes of a checkpoint; each rank calls this, and only rank 0 gets the bytes.
-
-        Raises:
-            UserError: a weight is not finite
-        """
+        """Return a checkpoint's bytes on rank 0; each rank calls this. UserError if a weight is not finite."""
         for name, model in (("weights", self.net), ("averaged weights", self.ema)):
             values = [x for x in model.state_dict().values() if x.is_floating_point()] if model else []
             if values and not torch.stack([x.isfinite().all() for x in values]).all():
@@ -322,8 +318,7 @@ def is_whole(content: bytes) -> bool:
 def read_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
     """Return the newest whole checkpoint of a run; None if the run has not written one.
 
-    Raises:
-        UserError: all checkpoints are damaged or missing, although the run has finished epochs
+    UserError if all checkpoints are damaged, or missing although the run has finished epochs.
     """
     damaged: list[str] = []
     for file in (folder / LAST, folder / PREVIOUS):

@@ -353,11 +353,7 @@ def read_class_weights(file: Path) -> dict[str, float]:
 
 
 def median_size(photos: Photos, count: int = 200) -> tuple[int, int]:
-    """Return the median (height, width) in pixels of an even sample of the files, from their headers.
-
-    Raises:
-        UserError: no file of the sample can be read
-    """
+    """Return the median (height, width) in pixels of an even sample of the files; UserError if not one can be read."""
     sizes, reason = [], ""
     for index in evenly(len(photos), count):
         try:

@@ -134,11 +134,7 @@ def end_with_launcher() -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Meet the other processes, and leave the group at the end.
-
-    Raises:
-        UserError: the launcher's environment is invalid, or the other processes do not come
-    """
+    """Meet the other processes, and leave the group at the end; UserError if they do not come."""
     if LAUNCH_ERROR:
         raise UserError(LAUNCH_ERROR)
     if "TORCHELASTIC_RUN_ID" in os.environ:

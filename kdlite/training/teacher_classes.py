@@ -52,12 +52,9 @@ def column_of(theirs: str, name: str, teacher: list[str] | None, count: int, cla
 
 
 def match(data: list[str], teacher: list[str], name: str) -> list[int]:
-    """Return the index in `teacher` of each class of the data.
+    """Return the index in `teacher` of each class of the data; UserError if it lacks one, or has several of that name.
 
     Names match regardless of case, - and _; ImageNet's classes also match by their other names.
-
-    Raises:
-        UserError: a class that the teacher lacks, or that is the name of several of its classes
     """
     exact: dict[str, set[int]] = defaultdict(set)
     loose: dict[str, set[int]] = defaultdict(set)

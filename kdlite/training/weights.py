@@ -51,10 +51,9 @@ class Pretrained(NamedTuple):
 
 
 def find_pretrained(name: str, library: str) -> Pretrained:
-    """Return torchvision's first weights, which are those of the paper's teachers, or timm's default ones.
+    """Return torchvision's first weights, those of the paper's teachers, or timm's default ones.
 
-    Raises:
-        UserError: the library has no weights for this model
+    UserError if the library has no weights for this model.
     """
     if library == "torchvision":
         choices = torchvision.models.get_model_weights(name)
@@ -159,8 +158,7 @@ def start_from_folder(
 def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
     """Return the tensors in a student/ folder, a .safetensors, a .pth or a .pt, and the preprocessing of a folder.
 
-    Raises:
-        UserError: the file is missing or damaged, or holds more than tensors
+    UserError if the file is missing or damaged, or holds more than tensors.
     """
     path, images = Path(name), None
     if path.is_dir():
@@ -191,9 +189,7 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
 
     Position embeddings are resampled, and colour filters summed for grey images, by timm's functions. A classifier that
     starts at zero has a first loss of ln C; the library's random one may have twice that, which disturbs the features.
-
-    Raises:
-        UserError: no parameter fits
+    UserError if not one parameter fits.
     """
     own = model.state_dict()
     prefix = common_prefix(own, weights)
