@@ -277,7 +277,7 @@ def test_compiled_students_are_saved_under_their_own_names(backend, monkeypatch)
 @pytest.mark.whole_runs
 def test_fp16_counts_the_steps_its_scaler_skips(monkeypatch, capsys):
     """A scale that starts at 2^40 overflows fp16 gradients, and is halved at each skip until they fit."""
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
+    monkeypatch.setattr(train, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
     run(*TINY, "--device", "cpu", "--amp", "fp16", "--output", "out")
     skipped = int(rows("out")[0]["skipped_steps"])
     assert 10 <= skipped <= 40  # of 44 steps
