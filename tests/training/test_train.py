@@ -278,7 +278,7 @@ def test_a_compiled_student_is_saved_with_the_plain_parameter_names(backend, mon
 @pytest.mark.whole_runs
 def test_an_fp16_run_counts_the_steps_that_the_scaler_skips(monkeypatch, capsys):
     """Start with a scale of 2^40, which overflows fp16 gradients; each skipped step halves it."""
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
+    monkeypatch.setattr(train, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
     run(*TINY, "--device", "cpu", "--amp", "fp16", "--output", "out")
     skipped = int(rows("out")[0]["skipped_steps"])
     assert 10 <= skipped <= 40  # of 44 steps

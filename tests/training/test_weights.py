@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -57,7 +58,9 @@ def photos(tmp_path):
 def start(name, labels=2, size=(3, 32, 32), arguments=(), model_files=(), pretrained=False):
     labels = [f"label {i}" for i in range(labels)] if isinstance(labels, int) else labels
     images = {"mean": [0.5] * size[0], "std": [0.25] * size[0], "interpolation": "bilinear", "crop": 1.0}
-    return open_student(str(name), arguments, False, model_files, labels, size, images, pretrained)
+    args = SimpleNamespace(model=str(name), model_args=arguments, small_stem=False, model_file=model_files)
+    args.in_chans, *args.img_size = size
+    return open_student(args, labels, images, pretrained)
 
 
 def student_of(labels):
