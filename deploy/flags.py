@@ -23,7 +23,7 @@ from deploy.config import read_config
 Table = dict[str, dict[str, "Flag"]]  # group -> name -> flag
 BY_RECIPE = "by recipe"  # the default of a flag that every recipe sets
 # Values that only recipes and pretrained weights set.
-RECIPE_ONLY: dict[str, Any] = dict(eval_crop=1.0, interpolation="bilinear", random_erasing=0.0)
+RECIPE_ONLY: dict[str, Any] = dict(eval_crop=1.0, interpolation="bilinear", random_erasing=0.0, warmup_epochs=0.0)
 RENAMED = {"kd_temperature": "temperature", "init": "pretrained"}  # flags that older run directories store
 # Those that are no flags any more, and the value that train.py keeps; None: any value, because it has no effect.
 FORMER = dict(momentum=0.9, channels_last=True, timeout=None, log_interval=None, data_dir=None, download=None)

@@ -263,6 +263,7 @@ class Saver:
         try:
             if kind is None:
                 self.wait()
+                self.agreement.finish()
         finally:
             self.thread.shutdown()
 

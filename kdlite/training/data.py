@@ -122,7 +122,8 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
         recipe, why = pick_recipe(len(data.train), len(data.label_names), size, pretrained, given.get("img_size"))
         if is_code(args.model):
             recipe = recipe | {"small_stem": False}  # a model of the user's keeps its stem
-        log(f"{why} (--recipe or any flag overrides)")
+        overridden = [f"--{name.replace('_', '-')} {given[name]}" for name in recipe if name in given]
+        log(f"{why}; you gave {', '.join(overridden)}" if overridden else f"{why} (--recipe or any flag overrides)")
         args, given = settle_flags(table, typed, saved, recipe)
     return args, given, data
 

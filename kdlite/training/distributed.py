@@ -157,6 +157,7 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        Group.store = Group.steps = Group.control = None  # a group that outlives this aborts the process at its end
 
 
 @contextmanager
@@ -230,6 +231,11 @@ class Agreement:
         self.wanted = torch.tensor(wanted, dtype=torch.int32)
         self.work = dist.all_reduce(self.wanted, dist.ReduceOp.MAX, group=Group.control, async_op=True)
         return answer
+
+    def finish(self) -> None:
+        """Wait for the last question, which every rank has asked: leaving the group before its answer is an error."""
+        if self.work:
+            self.work.wait()
 
 
 def gather(value: Any) -> list[Any]:

@@ -32,7 +32,7 @@ from deploy.reference import keep_reference
 from deploy.run_directory import SPLIT, claim, describe, locked, open_in_run, write_split
 from kdlite import WithWeakHead
 from kdlite.training.checkpoint import Checkpoint, Progress
-from kdlite.training.data import Data
+from kdlite.training.data import Data, class_counts
 from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_rank_zero, log, peak_memory
 
 # ---- the run directory --------------------------------------------------------------------------------------------
@@ -78,6 +78,7 @@ class RunFolder:
         machine = f"{WORLD_SIZE} x {self.device}, {str(amp or torch.float32).removeprefix('torch.')}"
         of_classes = f"{sizes} of {config.num_classes} classes"
         log(f"{args.model} ({millions:.2f} M parameters), {method}; {of_classes}; {machine} -> {self.path}")
+        log(describe_balance(self.data, args.class_weights is not None))
         if resumed:
             log(f"resuming from {resumed.file}, {progress}")
             if progress.epoch >= args.epochs:
@@ -96,10 +97,12 @@ class RunFolder:
         terms = [f"{name[5:]} {value:.3f}" for name, value in row.items() if name.startswith("loss_")]
         each = f" ({', '.join(terms)})" if len(terms) > 1 else ""
         skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
+        minutes = (self.args.epochs - row["epoch"]) * row["seconds"] / 60
+        left = f"  about {minutes:.0f} min left" if minutes >= 1 else ""
         log(
             f"epoch {row['epoch']}/{self.args.epochs}  loss {row['train_loss']:.3f}{each}  "
-            f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g}  "
-            f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s{skipped}"
+            f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g} at its start  "
+            f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s{skipped}{left}"
         )
         for name, value in row.items():
             self.board.add_scalar(name, value, row["epoch"])
@@ -188,6 +191,19 @@ def tee() -> Iterator[None]:
         if Tee.log:
             Tee.log.close()
         Tee.log = None
+
+
+def describe_balance(data: Data, weighted: bool) -> str | None:
+    """Return a line about the sizes of the classes and of the validation set, None if both are ordinary."""
+    counts = class_counts(data.train)
+    few, many = (data.label_names[pick(range(len(counts)), key=counts.__getitem__)] for pick in (min, max))
+    lines = []
+    if max(counts) >= 10 * max(1, min(counts)) and not weighted:
+        sizes = f"{max(counts)} training images of {many}, {min(counts)} of {few}"
+        lines.append(f"{sizes}: --class-weights balanced gives each class the same share of the loss")
+    if len(data.val) < 200:
+        lines.append(f"{len(data.val)} validation images: one image is {100 / len(data.val):.1f} points of top-1")
+    return "; ".join(lines) or None
 
 
 def added_losses(args: argparse.Namespace) -> list[str]:
