@@ -14,6 +14,7 @@ Writes benchmark.json and benchmark.png (latency against accuracy).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -103,20 +104,16 @@ class Worker:
         self.process.start()
         theirs.close()
         try:
-            self.name, self.provider, self.metadata, self.load_s, self.max_batch = self.answer()
+            self.name, self.provider, self.metadata, self.load_s, self.max_batch = self.ask()
         except UserError:
             self.process.join()
             raise
 
-    def ask(self, images: np.ndarray, seconds: float | None = None) -> Any:
+    def ask(self, images: np.ndarray | None = None, seconds: float | None = None) -> Any:
+        """Send images, if any, and return the answer of the process."""
         try:
-            self.pipe.send((images, seconds))
-        except OSError as error:
-            raise UserError(f"its process ended ({error})") from error
-        return self.answer()
-
-    def answer(self) -> Any:
-        try:
+            if images is not None:
+                self.pipe.send((images, seconds))
             answer = self.pipe.recv()
         except (EOFError, OSError) as error:
             self.process.join()
@@ -126,11 +123,9 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self.pipe.send(None)
             self.process.join(5)
-        except OSError:
-            pass
         self.process.kill()
 
 
@@ -182,7 +177,10 @@ def benchmark(
     finally:
         for one in timed:
             one.worker.close()
-    add_ratios(rows)
+    median_of_eager = {row.get("batch"): row.get("p50_ms") for row in rows if row.get("runtime") == "torch"}
+    for row in rows:
+        if "p50_ms" in row and median_of_eager.get(row["batch"]):
+            row["times_eager"] = median_of_eager[row["batch"]] / row["p50_ms"]
     return rows
 
 
@@ -218,14 +216,6 @@ def measure(timed: list[Timed], plan: Plan) -> None:
     for one in timed:
         if "failed" not in one.row:
             one.row |= summarise(one.slices, len(one.images))
-
-
-def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Write times_eager: how often a row's median latency fits into torch eager's at the same batch."""
-    eager = {row.get("batch"): row.get("p50_ms") for row in rows if row.get("runtime") == "torch"}
-    for row in rows:
-        if "p50_ms" in row and eager.get(row["batch"]):
-            row["times_eager"] = eager[row["batch"]] / row["p50_ms"]
 
 
 def busy_warning(rows: list[dict[str, Any]], load: float) -> str:
@@ -316,14 +306,10 @@ def describe_machine() -> dict[str, Any]:
         "cpu": f"{name}, {os.cpu_count()} cores",
         "cpu_clock": read(f"{clocks}/scaling_cur_freq") or "unknown",
         "cpu_governor": read(f"{clocks}/scaling_governor") or "unknown",
-        "load": load_averages(),
+        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
         "gpu": gpu or cuda_device_name() or "none",
         "power_mode": query("nvpmodel", "-q") or "unknown",
     }
-
-
-def load_averages() -> str:
-    return "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
 
 
 def read(file: str) -> str:
@@ -357,8 +343,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def get_parser() -> Parser:
-    shared = "student", "--quiet", "--json", "--reference", *cli.DEVICE
-    parser = cli.make_parser(__doc__, "benchmark", *shared)
+    parser = cli.make_parser(__doc__, "benchmark", "student", "--quiet", "--json", "--reference", *cli.DEVICE)
     add, at_least_1, above_0 = parser.add_argument, number(int, 1), number(float, 0, above=True)
     add("artefacts", nargs="*", help="files to time (default: all in the folder)")
     add("--batches", type=at_least_1, nargs="+", default=[1, 16], help="images per call (default: 1 16)")
@@ -399,7 +384,7 @@ def run(args: argparse.Namespace) -> int:
     machine, machine_load = describe_machine(), os.getloadavg()[0]
     plan = Plan(batches, validation, args.seconds, args.rounds)
     rows = benchmark(student, artefacts, plan, RunOn.from_args(args), eager, args.compile)
-    machine["load_after"] = load_averages()
+    machine["load_after"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
 
     config = read_config(student)
     result = {"machine": machine, "model": config.architecture, "input_size": config.input_size, "rows": rows}

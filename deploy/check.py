@@ -24,7 +24,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,6 @@ COLUMNS = parse_columns(
     "batches: verdict:"
 )
 UNREADABLE = 0.01  # share of the images that may be unreadable
-
-
 Batch = tuple[np.ndarray, ...]  # images uint8 (B, H, W, 3), labels (B,) and logits (B, C)
 
 
@@ -71,7 +69,8 @@ Batch = tuple[np.ndarray, ...]  # images uint8 (B, H, W, 3), labels (B,) and log
 class Expected:
     """The images to check on, and the answers that every artefact is compared with."""
 
-    batches: Iterable[Batch]
+    batches: Iterable[Batch]  # of LARGEST images
+    images: int
     provider: str  # of the logits
     weights_sha256: str
     description: str  # of the images
@@ -108,14 +107,18 @@ class Tally:
         return row | {"max_abs_error": self.error, "cosine": self.cosine, "images": self.images}
 
 
-@dataclass
 class Candidate:
     """An artefact that is checked; `fault` is the reason why it is not run any more."""
 
-    name: str
-    runtime: Runtime | None = None
-    fault: str = ""
-    tally: Tally = field(default_factory=Tally)
+    def __init__(self, artefact: Path, weights_sha256: str, on: RunOn) -> None:
+        self.name, self.fault, self.tally = artefact.name, "", Tally()
+        self.runtime: Runtime | None = None
+        try:
+            self.runtime = load(artefact, on)
+            if self.runtime.metadata.source.get("weights_sha256") != weights_sha256:
+                raise UserError("was made from other weights than this student's: export it again")
+        except UserError as error:
+            self.fault = f"not checked: {error}"
 
     def add(self, images: np.ndarray, labels: np.ndarray, expected: np.ndarray, first: bool) -> None:
         """Run a batch of images; the first batch at each batch size."""
@@ -145,9 +148,9 @@ def check_artefacts(
     artefacts: list[Path], expected: Expected, on: RunOn
 ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
     """Return a row of the student itself and of each artefact, the labels, and the classes that the student gives."""
-    candidates = [open_candidate(artefact, expected.weights_sha256, on) for artefact in artefacts]
+    candidates = [Candidate(artefact, expected.weights_sha256, on) for artefact in artefacts]
     student, answers = Tally(), []
-    for images, labels, logits in expected.batches:
+    for images, labels, logits in ProgressBar(expected.batches, "check", expected.images, LARGEST, unit="images"):
         for candidate in candidates:
             candidate.add(images, labels, logits, first=not student.images)
         student.add(logits, labels, logits)
@@ -157,18 +160,6 @@ def check_artefacts(
     row = {"artefact": "student/", "provider": expected.provider, "precision": "fp32", **student.columns(student)}
     labels, predictions = map(np.concatenate, zip(*answers))
     return [row, *(candidate.row(student) for candidate in candidates)], labels, predictions
-
-
-def open_candidate(artefact: Path, weights_sha256: str, on: RunOn) -> Candidate:
-    """Load an artefact; a file that cannot be checked keeps its reason."""
-    candidate = Candidate(artefact.name)
-    try:
-        candidate.runtime = load(artefact, on)
-        if candidate.runtime.metadata.source.get("weights_sha256") != weights_sha256:
-            raise UserError("was made from other weights than this student's: export it again")
-    except UserError as error:
-        candidate.fault = f"not checked: {error}"
-    return candidate
 
 
 def sizes_of(runtime: Runtime) -> list[int]:
@@ -183,14 +174,15 @@ def judge(row: dict[str, Any], tally: Tally) -> str:
     allowed = TOLERANCES.get("fp16" if precision == "fp32" and on_gpu else precision)
     if allowed is None:
         return f"not judged: no tolerance for precision {row['precision']}"
-    relative = tally.error / max(tally.scale, float(np.finfo(np.float32).tiny))
+    error = tally.error / max(tally.scale, float(np.finfo(np.float32).tiny))
+    agreement, drop = row["agreement"], -row["top1_difference"]
     faults = []
-    if not relative <= allowed["error"]:
-        faults.append(f"error {relative:.1e} of the largest logit > {allowed['error']:.0e}")
-    if not row["agreement"] >= allowed["agreement"]:
-        faults.append(f"agreement {row['agreement']:.2f} < {allowed['agreement']} %")
-    if not -row["top1_difference"] <= allowed["drop"]:
-        faults.append(f"top-1 loses {-row['top1_difference']:.2f} > {allowed['drop']} points")
+    if not error <= allowed["error"]:  # in this form since a NaN is a fault
+        faults.append(f"error {error:.1e} of the largest logit > {allowed['error']:.0e}")
+    if not agreement >= allowed["agreement"]:
+        faults.append(f"agreement {agreement:.2f} < {allowed['agreement']} %")
+    if not drop <= allowed["drop"]:
+        faults.append(f"top-1 loses {drop:.2f} > {allowed['drop']} points")
     if faults and precision == "int8":
         saturates = not on_gpu and products_saturate()
         vnni = "8-bit products saturate on this CPU, which has no VNNI: quantize --reduce-range"
@@ -205,12 +197,9 @@ def from_reference(student: Path, given: Path | None, count: int | None) -> Expe
     """Return the images and logits of the run's reference.npz."""
     otherwise = "or check on photographs: --images FOLDER, with a folder for each class"
     reference = read_reference(student, given, otherwise).some(count)
-    starts = ProgressBar(
-        range(0, len(reference.images), LARGEST), "check", len(reference.images), LARGEST, unit="images"
-    )
-    arrays = reference.images, reference.labels, reference.logits
-    batches = (tuple(array[start : start + LARGEST] for array in arrays) for start in starts)
-    return Expected(batches, NAME, reference.digest, f"the {NAME} of {student}")
+    arrays, count = (reference.images, reference.labels, reference.logits), len(reference.images)
+    batches = (tuple(array[i : i + LARGEST] for array in arrays) for i in range(0, count, LARGEST))
+    return Expected(batches, count, NAME, reference.digest, f"the {NAME} of {student}")
 
 
 def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) -> Expected:
@@ -228,9 +217,8 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
     runtime = load(path, on)
     photographs = without_training_images(list_photographs(folder, runtime.metadata.label_names), folder, student)
     photographs = [photographs[i] for i in evenly(len(photographs), count or len(photographs))]
-    batches = photograph_batches(photographs, runtime)
-    shown = ProgressBar(batches, "check", len(photographs), LARGEST, unit="images")
-    return Expected(shown, runtime.provider, str(runtime.metadata.source.get("weights_sha256")), str(folder))
+    batches, digest = photograph_batches(photographs, runtime), str(runtime.metadata.source.get("weights_sha256"))
+    return Expected(batches, len(photographs), runtime.provider, digest, str(folder))
 
 
 def without_training_images(photographs: list[tuple[Path, int]], folder: Path, student: Path) -> list[tuple[Path, int]]:
@@ -253,17 +241,16 @@ def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, i
     """
     classes = {unicodedata.normalize("NFC", label): i for i, label in enumerate(label_names)}
     try:
-        found = sorted(path for path in folder.iterdir() if path.is_dir() and is_visible(path))
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and is_visible(path, folder))
     except OSError as error:
         raise UserError(f"--images {folder} cannot be read: {error.strerror}") from error
     by_class = {unicodedata.normalize("NFC", path.name): path for path in found}
     if unknown := sorted(by_class.keys() - classes.keys()):
-        names = f"its {len(classes)} classes: {', '.join(label_names[:3])}, ..."
-        found_names = f"no class {', '.join(unknown[:3])}; expected folders named like {names}"
-        raise UserError(f"--images {folder}: the student has {found_names}")
+        names = f"expected folders named like its {len(classes)} classes: {', '.join(label_names[:3])}, ..."
+        raise UserError(f"--images {folder}: the student has no class {', '.join(unknown[:3])}; {names}")
     files, others = [], 0
     for name, path in sorted(by_class.items(), key=lambda item: classes[item[0]]):
-        inside = sorted(file for file in path.rglob("*") if is_visible(file, path) and file.is_file())
+        inside = sorted(file for file in path.rglob("*") if is_visible(file, folder) and file.is_file())
         images = [file for file in inside if file.suffix.lower() in endings()]
         files += [(file, classes[name]) for file in images]
         others += len(inside) - len(images)
@@ -276,9 +263,8 @@ def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, i
     return files
 
 
-def is_visible(path: Path, root: Path | None = None) -> bool:
-    parts = path.relative_to(root).parts if root else (path.name,)
-    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+def is_visible(path: Path, root: Path) -> bool:
+    return not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
 
 
 def photograph_batches(files: list[tuple[Path, int]], runtime: Runtime) -> Iterator[Batch]:
@@ -342,8 +328,7 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
 
 
 def get_parser() -> Parser:
-    shared = "student", "--quiet", "--json", "--reference", *cli.DEVICE
-    parser = cli.make_parser(__doc__, "check", *shared)
+    parser = cli.make_parser(__doc__, "check", "student", "--quiet", "--json", "--reference", *cli.DEVICE)
     add = parser.add_argument
     add("artefacts", nargs="*", help="files to check (default: all in the folder)")
     add("--count", type=cli.number(int, 1), metavar="N", help="check on N images, evenly spaced (default: all)")

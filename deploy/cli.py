@@ -126,11 +126,7 @@ def add_device(parser: Parser) -> None:
 def run_command(program: str, function: Callable[[], int | None]) -> int:
     """Call a program's function and return its exit status: the one place where an exception becomes a line on stderr.
 
-    Returns:
-        The function's own status or 0; 2 for a user's mistake; 130 for Ctrl-C
-
-    Raises:
-        Exception: any error that `explain` has no line for, with its traceback
+    The status is the function's own or 0; 2 for a user's mistake; 130 for Ctrl-C. Other errors keep their traceback.
     """
     use_backslashreplace()
     try:

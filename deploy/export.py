@@ -71,7 +71,8 @@ def export_student(
     model, config = load_student(student, [model_file] if model_file else [])
     versions = {"kdlite": cli.version("kdlite"), "torch": torch.__version__}
     metadata = dataclasses.replace(config, precision=precision, input=layout, source=source_of(student) | versions)
-    images = probe_images(config)
+    noise = np.random.default_rng(0).integers(0, 76, (5, *config.image_shape))
+    images = (noise + 45 * np.arange(5).reshape(5, 1, 1, 1)).astype(np.uint8)  # from dark to bright
     batch = torch.from_numpy(as_input(images[:2], metadata))
     reference = ImageClassifier(model, metadata)
     with torch.no_grad():
@@ -111,12 +112,6 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(module, hook.name)
     return reparameterize_model(model, inplace=True)
-
-
-def probe_images(config: Metadata) -> np.ndarray:
-    """Return five images of noise, from dark to bright: uint8 (5, H, W, 3)."""
-    noise = np.random.default_rng(0).integers(0, 76, (5, *config.image_shape))
-    return (noise + 45 * np.arange(5).reshape(5, 1, 1, 1)).astype(np.uint8)
 
 
 def write_onnx(model: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path, opset: int) -> None:

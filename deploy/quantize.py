@@ -73,14 +73,10 @@ class CalibrationImages:
 def quantize_student(
     onnx_file: Path, images: np.ndarray, recipe: Recipe, output: Path | None = None
 ) -> tuple[Path, float]:
-    """Quantise an fp32 ONNX file of deploy.export.
+    """Quantise an fp32 ONNX file of deploy.export; return the file, and the percentage of images of the same class.
 
-    Args:
-        images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
-        output: folder of the file; default: the ONNX file's own
-
-    Returns:
-        The INT8 file, and the share of the images, in percent, that it gives the same class as the fp32 file.
+    images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
+    output: folder of the file; default: the ONNX file's own
     """
     need("onnx", "pip install onnx")
     need("onnxruntime", "pip install onnxruntime").set_default_logger_severity(3)
@@ -117,11 +113,9 @@ def quantize_file(source: Path, file: Path, images: np.ndarray, metadata: Metada
             if op_types is None and any(node.op_type == "LayerNormalization" for node in model.graph.node):
                 op_types = CONTRACTIONS
             options = quantize_options(quantization, recipe)
-            options |= {"nodes_to_exclude": preprocessing_nodes(model) + attention_products(model)}
+            options["nodes_to_exclude"] = preprocessing_nodes(model) + attention_products(model)
             reader = CalibrationImages(images, metadata)
-            quantization.quantize_static(
-                str(prepared), str(quantised), reader, op_types_to_quantize=op_types, **options
-            )
+            quantization.quantize_static(prepared, quantised, reader, op_types_to_quantize=op_types, **options)
             model = onnx.load(quantised)
     except (UserError, OSError):
         raise

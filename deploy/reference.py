@@ -108,17 +108,8 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
     expected = [(count, *image), image, (count,), (count, len(config.label_names))]
     if found != expected or not count:
         raise UserError(f"{file} is of another student than {student}: its arrays are {found} and not {expected}")
-    check_values(reference, len(config.label_names), file)
-    if (student / "model.safetensors").is_file() and reference.digest != source_of(student)["weights_sha256"]:
-        again = "train.py --resume writes it again"
-        raise UserError(f"{file} is of other weights than {student}/model.safetensors: {again}")
-    return reference
-
-
-def check_values(reference: Reference, classes: int, file: Path) -> None:
-    """Raise UserError unless the arrays have the types and values that train.py writes."""
     images, labels, logits, train_images, digest = reference
-    indices = labels.dtype.kind in "iu" and ((labels >= 0) & (labels < classes)).all()
+    indices = labels.dtype.kind in "iu" and ((labels >= 0) & (labels < len(config.label_names))).all()
     numbers = logits.dtype.kind == "f" and np.isfinite(logits).all()
     faults = {
         "images are not uint8": images.dtype != np.uint8 or train_images.dtype != np.uint8,
@@ -127,6 +118,10 @@ def check_values(reference: Reference, classes: int, file: Path) -> None:
         "logits are all zero": numbers and not logits.any(),
         "digest is not a text": digest.shape != (1,) or digest.dtype.kind != "U",
     }
-    for fault, found in faults.items():
-        if found:
+    for fault, is_so in faults.items():
+        if is_so:
             raise UserError(f"{file} is damaged: its {fault}")
+    if (student / "model.safetensors").is_file() and reference.digest != source_of(student)["weights_sha256"]:
+        again = "train.py --resume writes it again"
+        raise UserError(f"{file} is of other weights than {student}/model.safetensors: {again}")
+    return reference

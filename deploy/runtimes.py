@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.cli import MAX_JSON, UserError, first_line, need, read_file
+from deploy.cli import MAX_JSON, UserError, first_line, need, read_file, student_folder
 from deploy.config import ARTEFACT, FLOAT, UINT8, Metadata, read_json
 from deploy.onnx_tools import read_properties, refuse_external_data
 
@@ -101,9 +101,8 @@ class Runtime:
 def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     """Load a student/ folder, or a .ts, .pt2, .onnx or .engine file made from it.
 
-    Raises:
-        UserError: no such device, a runtime that is not installed, or a file that is missing, damaged, foreign or for
-            another machine
+    A missing device, a runtime that is not installed, and a file that is damaged, foreign or for another machine are
+    each a UserError.
     """
     kind = "" if path.is_dir() else path.suffix or "without a suffix"
     exists = path.is_dir() or path.is_file()
@@ -173,17 +172,10 @@ def as_input(images: np.ndarray, metadata: Metadata) -> np.ndarray:
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
 
-@dataclass(frozen=True)
-class OnnxRunner:
-    """Runs an ONNX session on uint8 images."""
-
-    session: Any
-    metadata: Metadata
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        inputs, outputs = tensor_names(self.metadata)
-        logits: np.ndarray = self.session.run([outputs], {inputs: as_input(images, self.metadata)})[0]
-        return logits
+def run_onnx(session: Any, metadata: Metadata, images: np.ndarray) -> np.ndarray:
+    inputs, outputs = tensor_names(metadata)
+    logits: np.ndarray = session.run([outputs], {inputs: as_input(images, metadata)})[0]
+    return logits
 
 
 def load_onnx(path: Path, on: RunOn) -> Runtime:
@@ -218,7 +210,7 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
         metadata = onnx_metadata(session, path)
     except UnicodeError as error:
         raise UserError(f"{path} has a text that is not UTF-8: {error}") from error
-    return Runtime("onnxruntime", provider, metadata, OnnxRunner(session, metadata))
+    return Runtime("onnxruntime", provider, metadata, functools.partial(run_onnx, session, metadata))
 
 
 def onnx_metadata(session: Any, path: Path) -> Metadata:
@@ -265,8 +257,8 @@ def has_torch() -> bool:
 
 def source_of(student: Path) -> dict[str, str]:
     """Return the digest of the weights in a student/ folder, which every artefact carries."""
-    folder = student / "student" if (student / "student").is_dir() else student
-    return {"weights_sha256": hashlib.sha256(read_file(folder / "model.safetensors")).hexdigest()}
+    weights = read_file(student_folder(student) / "model.safetensors")
+    return {"weights_sha256": hashlib.sha256(weights).hexdigest()}
 
 
 @functools.cache

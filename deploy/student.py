@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
-from deploy.cli import UserError, first_line
+from deploy.cli import UserError, first_line, student_folder
 from deploy.config import Metadata, check_arguments, read_config
 
 
@@ -124,8 +124,7 @@ def build_model(
 ) -> nn.Module:
     """Build the model that find_architecture or a config.json describes, with random weights.
 
-    input_size: (channels, H, W), or the side of square colour images; model_files: path/to/file.py:function of models
-    that may be run
+    input_size: (channels, H, W), or the side of square colour images; model_files: those that may be run
     """
     library, name = architecture["library"], architecture["architecture"]
     known = {"torchvision": is_torchvisions, "timm": timm.is_model}
@@ -222,8 +221,7 @@ def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Modu
 
     model_files: path/to/file.py:function of the user's own models
     """
-    if (folder / "student").is_dir():
-        folder = folder / "student"
+    folder = student_folder(folder)
     metadata = read_config(folder)
     file = folder / "model.safetensors"
     try:
@@ -290,11 +288,8 @@ def compare_shapes(name: str, own: Mapping[str, Tensor], shapes: Mapping[str, tu
     """Raise UserError, with the first three differences, unless the shapes are those of the model's tensors."""
     differing = [f"{key} is missing" for key in own if key not in shapes]
     differing += [f"{key} is unknown" for key in shapes if key not in own]
-    differing += [
-        f"{key} is {shapes[key]} and not {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in shapes and not is_lazy(value) and shapes[key] != tuple(value.shape)
-    ]
+    expected = {key: tuple(value.shape) for key, value in own.items() if key in shapes and not is_lazy(value)}
+    differing += [f"{key} is {shapes[key]} and not {one}" for key, one in expected.items() if shapes[key] != one]
     if differing:
         raise UserError(f"{where} holds the weights of another architecture than {name}: {'; '.join(differing[:3])}")
 

@@ -210,10 +210,9 @@ def import_tensorrt(library: str | None = None) -> ModuleType:
             return importlib.import_module("tensorrt_rtx_bindings")
         except ImportError as error:
             reasons.append(first_line(error))
-    raise UserError(
-        f"{' and '.join(names)}: not installed, or not for this Python ({'; '.join(reasons)}). On a Jetson, JetPack "
-        f"has tensorrt: make the environment with --system-site-packages. Elsewhere: pip install tensorrt, or {RTX}"
-    )
+    jetson = "On a Jetson, JetPack has tensorrt: make the environment with --system-site-packages"
+    missing = f"{' and '.join(names)}: not installed, or not for this Python ({'; '.join(reasons)})"
+    raise UserError(f"{missing}. {jetson}. Elsewhere: pip install tensorrt, or {RTX}")
 
 
 @dataclass(frozen=True)
@@ -228,20 +227,19 @@ class Build:
 def build_engine(
     onnx_file: Path, how: Build = Build(), library: str | None = None, output: Path | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Build an engine and return its file and the description of the build in its .json.
+    """Build an engine of an ONNX file of deploy.export or deploy.quantize; return its file and the build in its .json.
 
-    Args:
-        onnx_file: of deploy.export or deploy.quantize
-        how: the batches and the memory
-        library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
-        output: folder of the engine; default: the ONNX file's own
+    library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
+    output: folder of the engine; default: the ONNX file's own
 
-    Raises:
-        UserError: no such library, no GPU where the library needs one, or a file that it cannot parse or build
+    A library that is not installed or needs a GPU, and a file that it cannot parse or build are each a UserError.
     """
     metadata = read_onnx(onnx_file)
     with parse_onnx(onnx_file, library) as network:
-        network.refuse_unsupported()
+        if not network.parsed:
+            first, *others = network.unsupported()
+            more = f" (and {len(others)} more: --report)" if others else ""
+            raise UserError(f"{network} cannot parse {onnx_file.name}: {first}{more}")
         started = time.perf_counter()
         engine, cache = network.build(tensor_names(metadata)[0], how)
         built = {"library": network.library, "version": network.trt.__version__, "gpu": cuda_device_name()}
@@ -274,10 +272,8 @@ class Network:
         self.trt, self.onnx_file = trt, onnx_file
         self.library = "tensorrt" if trt.__name__ == "tensorrt" else "tensorrt_rtx"
         if self.library == "tensorrt" and cuda_device_name() is None:
-            raise UserError(
-                "tensorrt parses and builds only on a machine with a CUDA device: run this on the device that will run "
-                f"the engine, or {RTX}"
-            )
+            device = "run this on the device that will run the engine"
+            raise UserError(f"tensorrt parses and builds only on a machine with a CUDA device: {device}, or {RTX}")
         self.log = make_log(trt)
         self.builder = trt.Builder(self.log)
         flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -293,12 +289,6 @@ class Network:
         errors = [self.parser.get_error(i) for i in range(self.parser.num_errors)]
         lines = [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().splitlines()[:2])}" for e in errors]
         return lines or [self.log.text()]
-
-    def refuse_unsupported(self) -> None:
-        if not self.parsed:
-            first, *others = self.unsupported()
-            more = f" (and {len(others)} more: --report)" if others else ""
-            raise UserError(f"{self} cannot parse {self.onnx_file.name}: {first}{more}")
 
     def build(self, input_name: str, how: Build) -> tuple[bytes, bytes | None]:
         """Return the serialised engine and the timing cache, which TensorRT-RTX does not have."""

@@ -6,6 +6,7 @@ deploy.runtimes.load imports this module when it loads one of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def load(path: Path, on: RunOn) -> Runtime:
         raise UserError(f"{path} cannot be read as {kind}: {first_line(error)}") from error
     metadata = Metadata.from_json(read_json(extra["metadata.json"], path), f"the metadata of {path}", ARTEFACT)
     name = "torchscript" if script else "torch.export"
-    return Runtime(name, f"torch {device}", metadata, TorchRunner(module, device, metadata))
+    return Runtime(name, f"torch {device}", metadata, functools.partial(run_torch, module, device, metadata))
 
 
 def load_torch(path: Path, device: str, on: RunOn) -> Runtime:
@@ -75,7 +76,7 @@ def load_torch(path: Path, device: str, on: RunOn) -> Runtime:
     if on.compile:
         classifier = torch.compile(classifier)
     name = "torch.compile" if on.compile else "torch"
-    return Runtime(name, f"torch {device}", metadata, TorchRunner(classifier, device, metadata))
+    return Runtime(name, f"torch {device}", metadata, functools.partial(run_torch, classifier, device, metadata))
 
 
 def read_torchscript(path: Path, device: str, extra: dict[str, str]) -> Any:
@@ -89,14 +90,8 @@ def read_exported(path: Path, device: str, extra: dict[str, str]) -> Any:
     return (program if device == "cpu" else move_to_device_pass(program, device)).module()
 
 
-class TorchRunner:
-    """Runs a torch module on uint8 images."""
-
-    def __init__(self, classifier: Any, device: str, metadata: Metadata) -> None:
-        self.classifier, self.device, self.metadata = classifier, device, metadata
-
-    @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        batch = np.require(as_input(images, self.metadata), requirements="W")  # torch needs a writable array
-        logits: np.ndarray = self.classifier(torch.from_numpy(batch).to(self.device)).cpu().numpy()
-        return logits
+@torch.inference_mode()
+def run_torch(module: Any, device: str, metadata: Metadata, images: np.ndarray) -> np.ndarray:
+    batch = np.require(as_input(images, metadata), requirements="W")  # torch needs a writable array
+    logits: np.ndarray = module(torch.from_numpy(batch).to(device)).cpu().numpy()
+    return logits
