@@ -37,14 +37,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deploy import cli
-from deploy.check import find_artefacts, parse_columns, table
+from deploy.check import find_artefacts, table
 from deploy.cli import Parser, ProgressBar, UserError, first_line, log, number, show
 from deploy.config import read_config
 from deploy.per_class import save
 from deploy.reference import NAME, find_reference, read_reference
 from deploy.runtimes import RunOn, Runtime, cuda_device_name, has_torch, load, pick_device, usable_cpus
 
-COLUMNS = parse_columns(
+COLUMNS = (
     "artefact: runtime: provider: precision: batch:d threads:d p50_ms:.2f p90_ms:.2f p99_ms:.2f images_per_s:.0f "
     "times_eager:.2f load_s:.2f build_s:.1f mb:.1f top1:.2f cpu/wall:.2f mj_per_image:.1f failed:"
 )
@@ -398,7 +398,7 @@ def run(args: argparse.Namespace) -> int:
             log(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
         log("")
         filled = {name for row in rows for name, value in row.items() if value is not None}
-        show(table(rows, {name: form for name, form in COLUMNS.items() if name in filled}))
+        show(table(rows, " ".join(column for column in COLUMNS.split() if column.partition(":")[0] in filled)))
     if warning := busy_warning(rows, machine_load):
         print(f"warning: {warning}: the times and ratios are not reliable", file=sys.stderr)
     drawn = [row for row in rows if "failed" not in row and "top1" in row]

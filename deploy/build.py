@@ -46,10 +46,8 @@ def run(args: argparse.Namespace) -> int:
         return int(not supported)
     log(f"building an engine of {args.onnx}: seconds to minutes")
     file, built = build_engine(args.onnx, Build(batches, args.workspace, args.timing_cache), args.library, args.output)
-    show(
-        f"{file}  {file.stat().st_size / 1e6:.1f} MB, built by {built['library']} {built['version']} in "
-        f"{built['build_s']:.1f} s for batches of {' '.join(map(str, batches))} (smallest, usual, largest)"
-    )
+    took = f"{file.stat().st_size / 1e6:.1f} MB, built by {built['library']} {built['version']} in {built['build_s']} s"
+    show(f"{file}  {took} for batches of {' '.join(map(str, batches))} (smallest, usual, largest)")
     if args.timing_cache and built["library"] != "tensorrt":
         log("TensorRT-RTX has no timing cache: none was written")
     if not built["gpu"]:

@@ -52,12 +52,7 @@ TOLERANCES = {
 INT8_ADVICE = "try quantize --method percentile, or calibrate on more images (train.py --reference N)"
 
 
-def parse_columns(text: str) -> dict[str, str]:
-    """Return the columns of a table, name -> format, from words like top1:.2f."""
-    return dict(word.split(":") for word in text.split())
-
-
-COLUMNS = parse_columns(
+COLUMNS = (  # of the table, and their formats
     "artefact: provider: precision: top1:.2f top5:.2f top1_difference:+.2f agreement:.2f max_abs_error:.1e cosine:.6f "
     "batches: verdict:"
 )
@@ -317,10 +312,10 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     return paths
 
 
-def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Return rows as text, a column per key: numbers on the right, a missing value as -."""
+def table(rows: list[dict[str, Any]], columns: str) -> str:
+    """Return rows as text: numbers on the right, a missing value as -. columns: "name:format name:format ..."."""
     texts = []
-    for name, form in columns.items():
+    for name, form in (column.split(":") for column in columns.split()):
         column = [printable(format(row[name], form)) if row.get(name) is not None else "-" for row in rows]
         width = max(map(len, [name, *column]))
         texts.append([f"{text:{'>' if form else '<'}{width}}" for text in [name, *column]])

@@ -60,10 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(doc: str | None, name: str, *shared: str) -> Parser:
-    """Return a parser whose --help is a module's docstring, with flags of SHARED.
-
-    name: a command of deploy/, or a script's file name
-    """
+    """Return a parser with flags of SHARED. doc: for --help; name: of a command of deploy/, or of a script's file."""
     prog = f"python -m deploy.{name}" if "." not in name else name
     parser = Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_shared(*shared)
@@ -277,9 +274,9 @@ class ProgressBar:
         """Return tqdm's bar on a terminal, or None without tqdm, without a terminal, or if nothing is shown."""
         if not self.shown or not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
             return None
-        done = self.first * self.each
-        bar = importlib.import_module("tqdm").tqdm
-        return bar(total=self.total, desc=printable(self.what), initial=done, leave=False, unit=f" {self.unit or 'it'}")
+        bar, done = importlib.import_module("tqdm").tqdm, self.first * self.each
+        unit = f" {self.unit}" if self.unit else "it"
+        return bar(total=self.total, desc=printable(self.what), initial=done, leave=False, unit=unit)
 
     def line(self, count: int, seconds: float) -> str:
         done, rate = (self.first + count) * self.each, count * self.each / seconds

@@ -56,15 +56,11 @@ def export_student(
 ) -> list[Path]:
     """Export a student/ folder, or that of a run directory, and return the files, each of them compared with torch.
 
-    Args:
-        formats: any of FORMATS
-        precision: "fp32", or "fp16" for weights and arithmetic; the input and the logits keep their types
-        layout: "uint8 NHWC", normalised in the graph, or "float32 NCHW", normalised by the caller
-        output: folder of the files; default: the student's own
-        model_file: path/to/file.py:function that builds the user's own model
+    A student that is damaged or cannot be exported is a UserError, and no half-written file stays.
 
-    Raises:
-        UserError: the student is damaged or cannot be exported; no half-written file stays
+    precision: "fp32", or "fp16" for weights and arithmetic; the input and the logits keep their types
+    layout: UINT8, normalised in the graph, or FLOAT, normalised by the caller
+    output: folder of the files; default: the student's own
     """
     student = cli.student_folder(student)
     output = output or student

@@ -112,10 +112,24 @@ def quantize_file(source: Path, file: Path, images: np.ndarray, metadata: Metada
             op_types = recipe.op_types
             if op_types is None and any(node.op_type == "LayerNormalization" for node in model.graph.node):
                 op_types = CONTRACTIONS
-            options = quantize_options(quantization, recipe)
-            options["nodes_to_exclude"] = preprocessing_nodes(model) + attention_products(model)
-            reader = CalibrationImages(images, metadata)
-            quantization.quantize_static(prepared, quantised, reader, op_types_to_quantize=op_types, **options)
+            extra: dict[str, Any] = {"CalibStridedMinMax": 1}  # in spite of its name for every method
+            if recipe.target == "tensorrt":
+                extra |= dict(ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False)
+                extra |= dict(AddQDQPairToWeight=True, DedicatedQDQPair=True)
+            types = quantization.QuantType
+            quantization.quantize_static(
+                prepared,
+                quantised,
+                CalibrationImages(images, metadata),
+                op_types_to_quantize=op_types,
+                nodes_to_exclude=preprocessing_nodes(model) + attention_products(model),
+                per_channel=True,
+                reduce_range=recipe.reduce_range,
+                activation_type=types.QUInt8 if recipe.target == "cpu" else types.QInt8,
+                weight_type=types.QInt8,
+                calibrate_method=quantization.CalibrationMethod[METHODS[recipe.method]],
+                extra_options=extra,
+            )
             model = onnx.load(quantised)
     except (UserError, OSError):
         raise
@@ -126,23 +140,6 @@ def quantize_file(source: Path, file: Path, images: np.ndarray, metadata: Metada
     calibration = dataclasses.asdict(recipe) | {"images": len(images), "op_types": op_types}
     described = dataclasses.replace(metadata, precision=f"int8-{recipe.target}", calibration=calibration)
     onnx_tools.write(model, described, file)
-
-
-def quantize_options(quantization: Any, recipe: Recipe) -> dict[str, Any]:
-    """Return the options of onnxruntime's quantize_static."""
-    extra: dict[str, Any] = {"CalibStridedMinMax": 1}  # in spite of its name for every method
-    if recipe.target == "tensorrt":
-        extra |= dict(ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False)
-        extra |= dict(AddQDQPairToWeight=True, DedicatedQDQPair=True)
-    types = quantization.QuantType
-    return {
-        "activation_type": types.QUInt8 if recipe.target == "cpu" else types.QInt8,
-        "weight_type": types.QInt8,
-        "per_channel": True,
-        "reduce_range": recipe.reduce_range,
-        "calibrate_method": quantization.CalibrationMethod[METHODS[recipe.method]],
-        "extra_options": extra,
-    }
 
 
 @contextlib.contextmanager

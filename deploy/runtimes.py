@@ -40,14 +40,9 @@ SIDECAR = (
     f'width], interpolation, crop and input, which is "{UINT8}", or "{FLOAT}" for images normalised by mean and std'
 )
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-LOADERS = {
-    ".onnx": "deploy.runtimes:load_onnx",
-    ".engine": "deploy.tensorrt:load_engine",
-    "": "deploy.torch_runtimes:load",  # a student/ folder
-    ".ts": "deploy.torch_runtimes:load",
-    ".pt2": "deploy.torch_runtimes:load",
-}
-TORCH_KINDS = tuple(kind for kind, loader in LOADERS.items() if "torch" in loader)
+TORCH_KINDS = ("", ".ts", ".pt2")  # "": a student/ folder
+LOADERS = {".onnx": "deploy.runtimes:load_onnx", ".engine": "deploy.tensorrt:load_engine"}
+LOADERS |= dict.fromkeys(TORCH_KINDS, "deploy.torch_runtimes:load")
 
 
 @dataclass(frozen=True)

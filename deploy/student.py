@@ -39,10 +39,8 @@ def find_architecture(
 ) -> dict[str, Any]:
     """Return the fields of config.json that build a model again: library, architecture, model_args, small_stem.
 
-    Args:
-        name: a model of torchvision or timm, or path/to/file.py:function
-        arguments: "KEY=VALUE" each, passed on to the model
-        input_size: (channels, H, W), for models that take it when they are built
+    name: a model of torchvision or timm, or path/to/file.py:function; arguments: "KEY=VALUE" each, for the model
+    input_size: (channels, H, W), for models that take it when they are built
     """
     if is_own(name):
         library, name = "file", Path(name).name  # the folder of the file is private
@@ -105,10 +103,7 @@ def is_own(name: str) -> bool:
 
 
 def pick_model_file(name: str, model_files: Sequence[str]) -> str:
-    """Return the path/to/file.py:function of the command line for an architecture called file.py:function.
-
-    Only code that the user names is run: without it UserError.
-    """
+    """Return the --model-file of an architecture called file.py:function; only code that the user names is run."""
     for model_file in model_files:
         if not is_own(model_file):
             raise UserError(f"--model-file takes path/to/file.py:function, got {model_file}")
@@ -216,10 +211,7 @@ def shrink_stem(model: nn.Module) -> None:
 def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Module, Metadata]:
     """Load the model and the config.json of a student/ folder, or of the run directory that holds it.
 
-    The folder may come from other people: no code in it is run, and no size in it is built before it is compared. A
-    damaged folder is a UserError.
-
-    model_files: path/to/file.py:function of the user's own models
+    The folder may come from other people: no code in it is run, and no size in it is built before it is compared.
     """
     folder = student_folder(folder)
     metadata = read_config(folder)

@@ -260,8 +260,9 @@ def read_onnx(onnx_file: Path) -> Metadata:
     """Return the metadata of an ONNX file that TensorRT can take."""
     metadata = load(onnx_file, RunOn("cpu")).metadata
     if metadata.precision == "int8-cpu":
-        another = "python -m deploy.quantize --target tensorrt makes another"
-        raise UserError(f"{onnx_file} was quantised for CPUs: {another}")
+        raise UserError(
+            f"{onnx_file} was quantised for CPUs: python -m deploy.quantize --target tensorrt makes another"
+        )
     return metadata
 
 

@@ -60,7 +60,13 @@ def load(path: Path, on: RunOn) -> Runtime:
         return load_torch(path, device, on)
     extra, script = {"metadata.json": ""}, path.suffix == ".ts"
     try:
-        module = read_torchscript(path, device, extra) if script else read_exported(path, device, extra)
+        if script:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, and works
+                module: Any = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+        else:
+            program = torch.export.load(path, extra_files=extra)
+            module = (program if device == "cpu" else move_to_device_pass(program, device)).module()
     except Exception as error:  # a dozen kinds
         kind = "TorchScript" if script else "a torch.export program"
         raise UserError(f"{path} cannot be read as {kind}: {first_line(error)}") from error
@@ -72,22 +78,9 @@ def load(path: Path, on: RunOn) -> Runtime:
 def load_torch(path: Path, device: str, on: RunOn) -> Runtime:
     model, config = load_student(path, on.model_files)
     metadata = dataclasses.replace(config, precision="fp32", input=UINT8, source=source_of(path))
-    classifier: Any = ImageClassifier(model, metadata, channels_last=True).to(device)
-    if on.compile:
-        classifier = torch.compile(classifier)
-    name = "torch.compile" if on.compile else "torch"
-    return Runtime(name, f"torch {device}", metadata, functools.partial(run_torch, classifier, device, metadata))
-
-
-def read_torchscript(path: Path, device: str, extra: dict[str, str]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, and works
-        return torch.jit.load(str(path), map_location=device, _extra_files=extra)
-
-
-def read_exported(path: Path, device: str, extra: dict[str, str]) -> Any:
-    program = torch.export.load(path, extra_files=extra)
-    return (program if device == "cpu" else move_to_device_pass(program, device)).module()
+    module: Any = ImageClassifier(model, metadata, channels_last=True).to(device)
+    name, module = ("torch.compile", torch.compile(module)) if on.compile else ("torch", module)
+    return Runtime(name, f"torch {device}", metadata, functools.partial(run_torch, module, device, metadata))
 
 
 @torch.inference_mode()
