@@ -122,9 +122,14 @@ def run(args: argparse.Namespace) -> None:
 
 def serve_file(args: argparse.Namespace, token: str | None) -> None:
     limits = Limits(
-        args.max_batch, args.max_delay, args.queue, args.formats, args.body_limit,
-        connections=bounded_by_files(args.connections), drain_s=args.drain,
-    )  # fmt: skip
+        args.max_batch,
+        args.max_delay,
+        args.queue,
+        args.formats,
+        args.body_limit,
+        connections=bounded_by_files(args.connections),
+        drain_s=args.drain,
+    )
     name = f"{args.name}: {args.artefact}"
     load_again = functools.partial(load_and_try, args.artefact, limits.max_batch, RunOn.from_args(args))
     reloader = Reloader(load_again, name)

@@ -128,9 +128,9 @@ def wait_until(true, seconds=30):
         time.sleep(0.02)
 
 
-def metric(site, line):
+def metric(site, line, headers=()):
     """Return the value of a line of /metrics."""
-    text = ask(site, "/metrics")[2].decode()
+    text = ask(site, "/metrics", headers=headers)[2].decode()
     return next((float(found.rpartition(" ")[2]) for found in text.splitlines() if found.startswith(line + " ")), 0.0)
 
 
@@ -162,7 +162,7 @@ def of(shape=(1, *SHAPE), size=ONE, **changes):
     return {"inputs": [tensor(shape, parameters={"binary_data_size": size}) | changes]}
 
 
-def picture(kind="PNG", size=(20, 20), **options):
+def picture(kind="PNG", size=(20, 20), mode="RGB", **options):
     file = io.BytesIO()
-    Image.new("RGB", size, (200, 30, 30)).save(file, kind, **options)
+    Image.new(mode, size, (200, 30, 30) if mode == "RGB" else 0).save(file, kind, **options)
     return file.getvalue()

@@ -303,9 +303,11 @@ def make_app(server: StudentServer, token: str | None = None) -> Starlette:
             Route(path + "/infer", server.infer, methods=["POST"]),
         ]
     handlers: Any = {
-        RequestError: on_request_error, HTTPException: on_http_error, ClientDisconnect: on_disconnect,
+        RequestError: on_request_error,
+        HTTPException: on_http_error,
+        ClientDisconnect: on_disconnect,
         Exception: on_error,
-    }  # fmt: skip
+    }
     middleware = [Middleware(Observe, server=server), Middleware(RequireToken, token=token), Middleware(Compress)]
     app = Starlette(routes=routes, lifespan=server.lifespan, exception_handlers=handlers, middleware=middleware)
     app.state.server = server
@@ -383,10 +385,17 @@ class Observe:
             last = scope["path"].rstrip("/").rpartition("/")[2]
             seconds, status = time.perf_counter() - started, scope["status"] or 500
             self.server.metrics.answered(last if last in ENDPOINTS else "other", status, seconds)
-            log.debug("request", {
-                "method": scope["method"][:20], "path": scope["path"][:200], "status": status,
-                "ms": round(1e3 * seconds, 2), "images": scope.get("images", 0), "request_id": request_id,
-            })  # fmt: skip
+            log.debug(
+                "request",
+                {
+                    "method": scope["method"][:20],
+                    "path": scope["path"][:200],
+                    "status": status,
+                    "ms": round(1e3 * seconds, 2),
+                    "images": scope.get("images", 0),
+                    "request_id": request_id,
+                },
+            )
 
     async def send(self, scope: Any, send: Any, header: tuple[bytes, bytes], message: Any) -> None:
         if message["type"] == "http.response.start":

@@ -50,8 +50,13 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         limits, self.closed, self.received = server.limits, server.metrics.closed, received
         self.limit = limits.connections
         # a body that the application reads gets its 408 there, a second earlier
-        self.seconds = {"headers": limits.headers_s, "body": limits.body_s + 1, "idle": limits.idle_s,
-                        "unread answer": limits.idle_s, "answer": math.inf}  # fmt: skip
+        self.seconds = {
+            "headers": limits.headers_s,
+            "body": limits.body_s + 1,
+            "idle": limits.idle_s,
+            "unread answer": limits.idle_s,
+            "answer": math.inf,
+        }
         self.state, self.since = ("idle", self.cycle), self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -152,9 +157,16 @@ class Process(uvicorn.Server):
 def make_process(app: Starlette, server: StudentServer, began: Callable[[], None]) -> Process:
     protocol: Any = functools.partial(Connection, server, memoryview(bytearray(LARGE_READ)))
     config = uvicorn.Config(
-        app, loop="asyncio", http=protocol, ws="none", log_level="error", access_log=False, backlog=ACCEPTED_AT_ONCE,
-        timeout_keep_alive=int(server.limits.idle_s), timeout_graceful_shutdown=3,
-    )  # fmt: skip
+        app,
+        loop="asyncio",
+        http=protocol,
+        ws="none",
+        log_level="error",
+        access_log=False,
+        backlog=ACCEPTED_AT_ONCE,
+        timeout_keep_alive=int(server.limits.idle_s),
+        timeout_graceful_shutdown=3,
+    )
     return Process(config, server, began)
 
 

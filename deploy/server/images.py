@@ -97,6 +97,7 @@ def prepare_process() -> None:
     try:
         import resource
 
+        os.nice(10)  # the server and its runtime come first: hostile photographs must not slow other requests
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     except (ImportError, OSError, ValueError):  # not Linux
@@ -121,6 +122,8 @@ def decode_in_time(*photograph: Any) -> np.ndarray | int:
     signal.setitimer(signal.ITIMER_VIRTUAL, 2 * DECODE_S)  # ends the process if a reader does not return to Python
     try:
         return decode(*photograph)
+    except TimeoutError as error:  # in the form: the readers of images turn it into an error of their own
+        raise bad(str(error)) from error
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

@@ -67,19 +67,27 @@ class Metrics:
         durations = dict.fromkeys(("compute_input", "compute_output", "cache_hit", "cache_miss"), nothing)
         durations |= {key: {"count": count, "ns": ns} for key, (count, ns) in self.durations.items()}
         batches = sorted(self.by_batch.items())
-        return {"model_stats": [{
-            "name": self.name,
-            "version": VERSION,
-            "last_inference": self.last_ms,
-            "inference_count": sum(size * calls for size, (calls, _) in batches),
-            "execution_count": sum(calls for _, (calls, _) in batches),
-            "inference_stats": durations,
-            "batch_stats": [
-                {"batch_size": size, "compute_infer": {"count": calls, "ns": ns}, "compute_input": nothing,
-                 "compute_output": nothing}
-                for size, (calls, ns) in batches
-            ],
-        }]}  # fmt: skip
+        return {
+            "model_stats": [
+                {
+                    "name": self.name,
+                    "version": VERSION,
+                    "last_inference": self.last_ms,
+                    "inference_count": sum(size * calls for size, (calls, _) in batches),
+                    "execution_count": sum(calls for _, (calls, _) in batches),
+                    "inference_stats": durations,
+                    "batch_stats": [
+                        {
+                            "batch_size": size,
+                            "compute_infer": {"count": calls, "ns": ns},
+                            "compute_input": nothing,
+                            "compute_output": nothing,
+                        }
+                        for size, (calls, ns) in batches
+                    ],
+                }
+            ]
+        }
 
 
 def add(total: list[int], count: int, ns: int) -> None:

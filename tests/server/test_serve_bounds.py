@@ -253,21 +253,6 @@ def test_an_image_of_too_many_pixels_is_413(site, side):
     assert (status, "too large" in message) == (413, True)
 
 
-def test_warnings_of_the_readers_are_not_logged(artefact):
-    exif = b"\xff\xe1\x00\x18Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x09\0"  # it breaks off
-    with server(artefact) as (process, port):
-        for side in (9_500, 9_600, 9_700):  # Pillow warns above 89 million pixels
-            assert ask(port, "/predict", png(side, side))[0] == 413
-        assert ask(port, "/predict", picture("JPEG", exif=exif[4:]))[0] == 200
-        assert ask(port, "/predict", b"nonsense", FORM)[0] == 400
-        with socket.create_connection(("127.0.0.1", port)) as upload:  # breaks off
-            upload.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
-        wait_until(lambda: metric(port, 'kdlite_requests_total{endpoint="predict",status="499"}') == 1)
-        assert metric(port, 'kdlite_requests_total{endpoint="predict",status="500"}') == 0
-        process.terminate()
-        assert process.communicate(timeout=30)[1] == ""
-
-
 # ---- overload -----------------------------------------------------------------------------------------------------
 
 
