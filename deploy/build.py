@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from deploy.cli import Parser, UserError, command, log, make_parser, number, show
-from deploy.tensorrt import Build, build_engine, report
+from deploy.tensorrt import build_engine, report
 
 
 def get_parser() -> Parser:
@@ -29,7 +29,6 @@ def get_parser() -> Parser:
     add("--opt-batch", type=int, help="the batch that the engine is optimised for (default: 8, or --max-batch)")
     add("--max-batch", type=int, default=64, help="the largest batch of the engine (default: 64)")
     add("--workspace", type=number(int, 1), default=1024, help="largest scratch memory, in MiB (default: 1024)")
-    add("--timing-cache", type=Path, help="a file that makes the next build faster; tensorrt only")
     add("--output", type=Path, help="folder of the engine (default: that of the ONNX file)")
     return parser
 
@@ -45,11 +44,9 @@ def run(args: argparse.Namespace) -> int:
         show(text)
         return int(not supported)
     log(f"building an engine of {args.onnx}: seconds to minutes")
-    file, built = build_engine(args.onnx, Build(batches, args.workspace, args.timing_cache), args.library, args.output)
+    file, built = build_engine(args.onnx, batches, args.workspace, args.library, args.output)
     took = f"{file.stat().st_size / 1e6:.1f} MB, built by {built['library']} {built['version']} in {built['build_s']} s"
     show(f"{file}  {took} for batches of {' '.join(map(str, batches))} (smallest, usual, largest)")
-    if args.timing_cache and built["library"] != "tensorrt":
-        log("TensorRT-RTX has no timing cache: none was written")
     if not built["gpu"]:
         log("built without a GPU: not run and not compared here; deploy.check does both on a machine with the GPU")
     return 0

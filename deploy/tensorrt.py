@@ -19,7 +19,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -215,24 +214,18 @@ def import_tensorrt(library: str | None = None) -> ModuleType:
     raise UserError(f"{missing}. {jetson}. Elsewhere: pip install tensorrt, or {RTX}")
 
 
-@dataclass(frozen=True)
-class Build:
-    """How an engine is built; deploy.build has a flag for each."""
-
-    batches: tuple[int, int, int] = (1, 8, 64)  # smallest, usual and largest of the optimisation profile
-    workspace_mib: int = 1024  # largest scratch memory of a layer
-    timing_cache: Path | None = None  # a file that makes the next build faster; tensorrt only
-
-
 def build_engine(
-    onnx_file: Path, how: Build = Build(), library: str | None = None, output: Path | None = None
+    onnx_file: Path,
+    batches: tuple[int, int, int] = (1, 8, 64),
+    workspace_mib: int = 1024,
+    library: str | None = None,
+    output: Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Build an engine of an ONNX file of deploy.export or deploy.quantize; return its file and the build in its .json.
 
+    batches: smallest, usual and largest of the optimisation profile; workspace_mib: largest scratch memory of a layer
     library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
     output: folder of the engine; default: the ONNX file's own
-
-    A library that is not installed or needs a GPU, and a file that it cannot parse or build are each a UserError.
     """
     metadata = read_onnx(onnx_file)
     with parse_onnx(onnx_file, library) as network:
@@ -241,9 +234,9 @@ def build_engine(
             more = f" (and {len(others)} more: --report)" if others else ""
             raise UserError(f"{network} cannot parse {onnx_file.name}: {first}{more}")
         started = time.perf_counter()
-        engine, cache = network.build(tensor_names(metadata)[0], how)
+        engine = network.build(tensor_names(metadata)[0], batches, workspace_mib)
         built = {"library": network.library, "version": network.trt.__version__, "gpu": cuda_device_name()}
-    built |= dict(zip(("min_batch", "opt_batch", "max_batch"), how.batches))
+    built |= dict(zip(("min_batch", "opt_batch", "max_batch"), batches))
     built["build_s"] = round(time.perf_counter() - started, 2)
     output = output or onnx_file.parent
     make_folder(output)
@@ -251,8 +244,6 @@ def build_engine(
     described = dataclasses.replace(metadata, onnx=onnx_file.name, built=built)
     write_whole(file, engine)
     write_whole(file.with_name(file.name + ".json"), json.dumps(described.to_json(), indent=2) + "\n")
-    if how.timing_cache and cache:
-        write_whole(how.timing_cache, cache)
     return file, built
 
 
@@ -275,7 +266,8 @@ class Network:
         if self.library == "tensorrt" and cuda_device_name() is None:
             device = "run this on the device that will run the engine"
             raise UserError(f"tensorrt parses and builds only on a machine with a CUDA device: {device}, or {RTX}")
-        self.log = make_log(trt)
+        self.errors: list[str] = []
+        self.log = make_log(trt, self.errors)
         self.builder = trt.Builder(self.log)
         flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         self.definition = self.builder.create_network(0 if flags is None else 1 << int(flags))
@@ -289,24 +281,23 @@ class Network:
         """Return a line for each node that cannot be parsed, with the library's reason."""
         errors = [self.parser.get_error(i) for i in range(self.parser.num_errors)]
         lines = [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().splitlines()[:2])}" for e in errors]
-        return lines or [self.log.text()]
+        return lines or [self.reason()]
 
-    def build(self, input_name: str, how: Build) -> tuple[bytes, bytes | None]:
-        """Return the serialised engine and the timing cache, which TensorRT-RTX does not have."""
+    def reason(self) -> str:
+        return first_line(Exception(self.errors[0] if self.errors else "no reason given"))
+
+    def build(self, input_name: str, batches: tuple[int, int, int], workspace_mib: int) -> bytes:
+        """Return the serialised engine."""
         config = self.builder.create_builder_config()
-        config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, how.workspace_mib << 20)
+        config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
         profile = self.builder.create_optimization_profile()
         image = tuple(self.definition.get_input(0).shape)[1:]
-        profile.set_shape(input_name, *((size, *image) for size in how.batches))
+        profile.set_shape(input_name, *((size, *image) for size in batches))
         config.add_optimization_profile(profile)
-        cache = None
-        if how.timing_cache and self.library == "tensorrt":
-            cache = config.create_timing_cache(how.timing_cache.read_bytes() if how.timing_cache.is_file() else b"")
-            config.set_timing_cache(cache, ignore_mismatch=False)
         plan = self.builder.build_serialized_network(self.definition, config)
         if plan is None:
-            raise UserError(f"{self} cannot build {self.onnx_file.name}: {self.log.text()}")
-        return bytes(plan), bytes(cache.serialize()) if cache else None
+            raise UserError(f"{self} cannot build {self.onnx_file.name}: {self.reason()}")
+        return bytes(plan)
 
 
 @contextlib.contextmanager
@@ -321,20 +312,13 @@ def parse_onnx(onnx_file: Path, library: str | None) -> Iterator[Network]:
             gc.collect()
 
 
-def make_log(trt: ModuleType) -> Any:
-    """Return a TensorRT logger that keeps errors; its base class exists only once the library is imported."""
+def make_log(trt: ModuleType, errors: list[str]) -> Any:
+    """Return a TensorRT logger that appends to `errors`; its base class exists only once the library is imported."""
 
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-        def text(self) -> str:
-            return first_line(Exception(self.errors[0] if self.errors else "no reason given"))
+                errors.append(message)
 
     return Log()
 
