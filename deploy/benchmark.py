@@ -14,7 +14,9 @@ Writes benchmark.json and benchmark.png (latency against accuracy).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,35 +36,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy.check import find_artefacts, parse_columns, table
-from deploy.cli import (
-    Parser,
-    ProgressBar,
-    UserError,
-    add_device,
-    add_json,
-    add_quiet,
-    command,
-    first_line,
-    log,
-    make_folder,
-    make_parser,
-    show,
-    student_folder,
-    version,
-    write_whole,
-)
+from deploy import cli
+from deploy.check import find_artefacts, table
+from deploy.cli import Parser, ProgressBar, UserError, first_line, log, number, show
 from deploy.config import read_config
 from deploy.per_class import save
-from deploy.reference import NAME, add_reference, find_reference, read_reference
-from deploy.runtimes import RunOn, Runtime, cuda_device_count, has_torch, load, pick_device, usable_cpus
+from deploy.reference import NAME, find_reference, read_reference
+from deploy.runtimes import RunOn, Runtime, cuda_device_name, has_torch, load, pick_device, usable_cpus
 
-COLUMNS = parse_columns(
+COLUMNS = (
     "artefact: runtime: provider: precision: batch:d threads:d p50_ms:.2f p90_ms:.2f p99_ms:.2f images_per_s:.0f "
     "times_eager:.2f load_s:.2f build_s:.1f mb:.1f top1:.2f cpu/wall:.2f mj_per_image:.1f failed:"
 )
 GPU_FIELDS = "name,clocks.sm,clocks.mem,power.limit,temperature.gpu"
 BUSY = 0.95  # least cpu/wall of a row on the CPU while no other program runs
+Labelled = tuple[np.ndarray, np.ndarray]  # images and class indices
 PAUSE_S = 0.05  # between two turns, so that threads that spin for more work go to sleep
 
 
@@ -115,20 +104,16 @@ class Worker:
         self.process.start()
         theirs.close()
         try:
-            self.name, self.provider, self.metadata, self.load_s, self.max_batch = self.answer()
+            self.name, self.provider, self.metadata, self.load_s, self.max_batch = self.ask()
         except UserError:
             self.process.join()
             raise
 
-    def ask(self, images: np.ndarray, seconds: float | None = None) -> Any:
+    def ask(self, images: np.ndarray | None = None, seconds: float | None = None) -> Any:
+        """Send images, if any, and return the answer of the process."""
         try:
-            self.pipe.send((images, seconds))
-        except OSError as error:
-            raise UserError(f"its process ended ({error})") from error
-        return self.answer()
-
-    def answer(self) -> Any:
-        try:
+            if images is not None:
+                self.pipe.send((images, seconds))
             answer = self.pipe.recv()
         except (EOFError, OSError) as error:
             self.process.join()
@@ -138,11 +123,9 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self.pipe.send(None)
             self.process.join(5)
-        except OSError:
-            pass
         self.process.kill()
 
 
@@ -151,7 +134,7 @@ class Plan:
     """The images to measure with, and the time."""
 
     batches: list[np.ndarray]  # to be timed, each uint8 (N, H, W, 3)
-    validation: list[tuple[np.ndarray, np.ndarray]]  # (images, labels) for top-1; may be empty
+    validation: list[Labelled]  # for top-1; may be empty
     seconds: float = 3.0  # of each row
     rounds: int = 6  # turns that the seconds are split into
 
@@ -169,15 +152,9 @@ class Timed:
 def benchmark(
     student: Path, artefacts: list[Path], plan: Plan, on: RunOn, eager: bool = True, compile: bool = False
 ) -> list[dict[str, Any]]:
-    """Return a row per runtime and batch; torch eager's come first, and every ratio is to them.
+    """Return a row per artefact and batch; torch eager's come first, and every ratio is to them.
 
-    Args:
-        student: the student/ folder
-        artefacts: files that deploy/ made of it
-        plan: the images and the seconds
-        on: where the runtimes run
-        eager: add a row of the student/ folder, run by torch
-        compile: and one run by torch.compile
+    eager: add rows of the student/ folder, run by torch; compile: and by torch.compile
     """
     torch_on = dataclasses.replace(on, device=on.device.replace("tensorrt", "cuda"))
     entries = [(student, torch_on)] if eager else []
@@ -198,32 +175,24 @@ def benchmark(
                     rows[-1]["failed"] = f"the engine takes {worker.max_batch} at most"
         measure(timed, plan)
     finally:
-        for worker in {id(one.worker): one.worker for one in timed}.values():
-            worker.close()
-    add_ratios(rows)
+        for one in timed:
+            one.worker.close()
+    median_of_eager = {row.get("batch"): row.get("p50_ms") for row in rows if row.get("runtime") == "torch"}
+    for row in rows:
+        if "p50_ms" in row and median_of_eager.get(row["batch"]):
+            row["times_eager"] = median_of_eager[row["batch"]] / row["p50_ms"]
     return rows
 
 
-def open_row(
-    path: Path, on: RunOn, validation: list[tuple[np.ndarray, np.ndarray]]
-) -> tuple[dict[str, Any], Worker | None]:
+def open_row(path: Path, on: RunOn, validation: list[Labelled]) -> tuple[dict[str, Any], Worker | None]:
     """Return the columns of a runtime that do not depend on the batch, and its worker; None if it cannot be run."""
-    weights = path / "model.safetensors" if path.is_dir() else path
-    row: dict[str, Any] = {
-        "artefact": "student/" if path.is_dir() else path.name,
-        "mb": weights.stat().st_size / 1e6,
-    }
-    worker = None
+    name, weights = ("student/", path / "model.safetensors") if path.is_dir() else (path.name, path)
+    row, worker = {"artefact": name, "mb": weights.stat().st_size / 1e6}, None
     try:
         worker = Worker(path, on)
-        row |= {
-            "runtime": worker.name,
-            "provider": worker.provider,
-            "precision": worker.metadata.precision,
-            "threads": on.threads or usable_cpus(),
-            "load_s": worker.load_s,
-            "build_s": worker.metadata.built.get("build_s"),
-        }
+        row |= {"runtime": worker.name, "provider": worker.provider, "precision": worker.metadata.precision}
+        row |= {"threads": on.threads or usable_cpus(), "load_s": worker.load_s}
+        row["build_s"] = worker.metadata.built.get("build_s")
         if validation:
             hits = sum(int((worker.ask(images).argmax(1) == labels).sum()) for images, labels in validation)
             row["top1"] = 100 * hits / sum(len(labels) for _, labels in validation)
@@ -249,19 +218,8 @@ def measure(timed: list[Timed], plan: Plan) -> None:
             one.row |= summarise(one.slices, len(one.images))
 
 
-def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Write times_eager: how often a row's median latency fits into torch eager's at the same batch."""
-    eager = {row.get("batch"): row.get("p50_ms") for row in rows if row.get("runtime") == "torch"}
-    for row in rows:
-        if "p50_ms" in row and eager.get(row["batch"]):
-            row["times_eager"] = eager[row["batch"]] / row["p50_ms"]
-
-
 def busy_warning(rows: list[dict[str, Any]], load: float) -> str:
-    """Return a warning if other programs took the CPU while the rows were measured, or an empty text.
-
-    load: the machine's load average before
-    """
+    """Return a warning if other programs took the CPU, or an empty text. load: the load average before."""
     shares = [row["cpu/wall"] for row in rows if "cpu/wall" in row and "cpu" in row["provider"].lower()]
     if shares and min(shares) < BUSY:
         return f"other programs took the CPU: the least cpu/wall is {min(shares):.2f}, expected {BUSY} or more"
@@ -276,11 +234,8 @@ def summarise(slices: list[Slice], batch: int) -> dict[str, Any]:
     p50, p90, p99 = np.percentile(1e3 * latencies, (50, 90, 99))
     joules = [part.joules for part in slices if part.joules is not None]
     images = batch * len(latencies)
-    return {
-        "calls": len(latencies),
-        "p50_ms": p50,
-        "p90_ms": p90,
-        "p99_ms": p99,
+    times = {"calls": len(latencies), "p50_ms": p50, "p90_ms": p90, "p99_ms": p99}
+    return times | {
         "images_per_s": images / latencies.sum(),
         "cpu/wall": sum(part.cpu_s for part in slices) / sum(part.wall_s for part in slices),
         "mj_per_image": 1e3 * sum(joules) / images if len(joules) == len(slices) else None,
@@ -298,33 +253,31 @@ class EnergyMeter:
             import pynvml
 
             pynvml.nvmlInit()
-            self.gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
-            self.counter = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(self.gpu) / 1e3
-            self.counter()
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+            self.gpu = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu)  # in mJ
         except Exception:  # no pynvml, no driver, or a GPU without a counter
-            self.gpu = None
+            pass
 
     def start(self) -> None:
         self.started = time.perf_counter()
         if self.gpu:
-            self.before = self.counter()
+            self.before = self.gpu()
         elif self.tegrastats:
             self.watts: list[float] = []
             self.process = subprocess.Popen([self.tegrastats, "--interval", "50"], stdout=subprocess.PIPE, text=True)
-            threading.Thread(target=self.listen, daemon=True).start()
+            threading.Thread(target=self.listen, args=[self.process.stdout], daemon=True).start()
 
-    def listen(self) -> None:
-        assert self.process
-        assert self.process.stdout
-        self.watts.extend(filter(None, map(board_watts, self.process.stdout)))
+    def listen(self, lines: Iterable[str]) -> None:
+        self.watts.extend(filter(None, map(board_watts, lines)))
 
     def stop(self) -> float | None:
         if self.gpu:
-            return self.counter() - self.before
-        if self.tegrastats:
-            self.close()
-            return float(np.mean(self.watts)) * (time.perf_counter() - self.started) if self.watts else None
-        return None
+            return (self.gpu() - self.before) / 1e3
+        self.close()
+        if not self.tegrastats or not self.watts:
+            return None
+        return float(np.mean(self.watts)) * (time.perf_counter() - self.started)
 
     def close(self) -> None:
         """End tegrastats if it runs."""
@@ -337,29 +290,26 @@ class EnergyMeter:
 def board_watts(line: str) -> float | None:
     """Return the board's power in a line of tegrastats: VDD_IN, or on AGX modules the sum of the rails."""
     rails = {name: int(now) for name, now in re.findall(r"(V\w+) (\d+)mW/\d+mW", line)}
-    if not rails:
-        return None
-    return rails.get("VDD_IN", sum(rails.values())) / 1e3
+    return rails.get("VDD_IN", sum(rails.values())) / 1e3 if rails else None
 
 
 def describe_machine() -> dict[str, Any]:
     """Return the context of the measurements: versions, device, clocks, power mode and load."""
     packages = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy")
-    installed = {package: version(package) for package in packages}
-    versions = {"python": platform.python_version()}
-    versions |= {package: number for package, number in installed.items() if number != "not installed"}
+    versions = {"python": platform.python_version()} | {package: cli.version(package) for package in packages}
     cpu = re.search(r"^model name\s*: (.*)$", read("/proc/cpuinfo"), re.M)
-    machine: dict[str, Any] = {
-        "versions": versions,
-        "cpu": f"{cpu[1] if cpu else read('/proc/device-tree/model') or platform.machine()}, {os.cpu_count()} cores",
-        "cpu_clock": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq") or "unknown",
-        "cpu_governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
-        "load": "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg()),
-        "gpu": query(["nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader"])
-        or ("yes" if cuda_device_count() else "none"),
-        "power_mode": query(["nvpmodel", "-q"]) or "unknown",
+    name = cpu[1] if cpu else read("/proc/device-tree/model") or platform.machine()
+    clocks = "/sys/devices/system/cpu/cpu0/cpufreq"
+    gpu = query("nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader")
+    return {
+        "versions": {package: number for package, number in versions.items() if number != "not installed"},
+        "cpu": f"{name}, {os.cpu_count()} cores",
+        "cpu_clock": read(f"{clocks}/scaling_cur_freq") or "unknown",
+        "cpu_governor": read(f"{clocks}/scaling_governor") or "unknown",
+        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
+        "gpu": gpu or cuda_device_name() or "none",
+        "power_mode": query("nvpmodel", "-q") or "unknown",
     }
-    return machine
 
 
 def read(file: str) -> str:
@@ -369,7 +319,7 @@ def read(file: str) -> str:
         return ""
 
 
-def query(program: list[str]) -> str:
+def query(*program: str) -> str:
     try:
         return " ".join(subprocess.run(program, capture_output=True, text=True, timeout=10, check=True).stdout.split())
     except (OSError, subprocess.SubprocessError):
@@ -393,34 +343,25 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def get_parser() -> Parser:
-    parser = make_parser(__doc__, "benchmark")
-    add_quiet(parser)
-    parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
-    parser.add_argument("artefacts", nargs="*", help="files to time (default: all in the folder)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images per call (default: 1 16)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="measured time of each row (default: 3)")
-    parser.add_argument("--rounds", type=int, default=6, help="turns that the seconds are split into (default: 6)")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile too (takes a minute to warm up)")
-    parser.add_argument(
-        "--count",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="measure the accuracy on N images, evenly spaced; 0: no accuracy (default: 1000, or all)",
-    )
-    add_reference(parser)
-    parser.add_argument("--output", type=Path, help="folder of benchmark.json and .png (default: the student's)")
-    add_json(parser, "benchmark.json")
-    add_device(parser)
+    parser = cli.make_parser(__doc__, "benchmark", "student", "--quiet", "--json", "--reference", *cli.DEVICE)
+    add, at_least_1, above_0 = parser.add_argument, number(int, 1), number(float, 0, above=True)
+    add("artefacts", nargs="*", help="files to time (default: all in the folder)")
+    add("--batches", type=at_least_1, nargs="+", default=[1, 16], help="images per call (default: 1 16)")
+    add("--seconds", type=above_0, default=3.0, help="measured time of each row (default: 3)")
+    add("--rounds", type=at_least_1, default=6, help="turns that the seconds are split into (default: 6)")
+    add("--compile", action="store_true", help="time torch.compile too (takes a minute to warm up)")
+    accuracy = "measure the accuracy on N images, evenly spaced; 0: no accuracy (default: 1000, or all)"
+    add("--count", type=number(int, 0), default=1000, metavar="N", help=accuracy)
+    add("--output", type=Path, help="folder of benchmark.json and .png (default: the student's)")
     return parser
 
 
-def read_images(student: Path, args: argparse.Namespace) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+def read_images(student: Path, args: argparse.Namespace) -> tuple[np.ndarray, list[Labelled]]:
     """Return the images to time, and (images, labels) for the accuracy: of the reference, else noise and no labels."""
     if not find_reference(student, args.reference):
-        channels, height, width = read_config(student).input_size
         log(f"no {NAME} next to {student}: timed on noise, no accuracy")
-        return np.random.default_rng(0).integers(0, 256, (64, height, width, channels), dtype=np.uint8), []
+        shape = 64, *read_config(student).image_shape
+        return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), []
     reference = read_reference(student, args.reference, "").some(args.count or None)
     images, labels = reference.images, reference.labels
     log(f"{len(images)} validation images of the reference")
@@ -428,13 +369,11 @@ def read_images(student: Path, args: argparse.Namespace) -> tuple[np.ndarray, li
 
 
 def run(args: argparse.Namespace) -> int:
-    if min(args.batches) < 1 or args.rounds < 1 or not args.seconds > 0 or args.count < 0:
-        raise UserError("--batches and --rounds must be at least 1, --seconds more than 0, --count at least 0")
-    pick_device(args.device, cuda_device_count() > 0, args.allow_fallback)  # one line, not one for each row
-    student = student_folder(args.student)
+    pick_device(args.device, cuda_device_name() is not None, args.allow_fallback)  # one line, not one for each row
+    student = cli.student_folder(args.student)
     artefacts = find_artefacts(student, args.artefacts)
     output = args.output or student
-    make_folder(output)
+    cli.make_folder(output)
     images, validation = read_images(student, args)
     eager = has_torch() and (student / "model.safetensors").is_file()
     if args.compile and not eager:
@@ -445,21 +384,21 @@ def run(args: argparse.Namespace) -> int:
     machine, machine_load = describe_machine(), os.getloadavg()[0]
     plan = Plan(batches, validation, args.seconds, args.rounds)
     rows = benchmark(student, artefacts, plan, RunOn.from_args(args), eager, args.compile)
-    machine["load_after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
+    machine["load_after"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
 
     config = read_config(student)
     result = {"machine": machine, "model": config.architecture, "input_size": config.input_size, "rows": rows}
     text = json.dumps(result, indent=2)
-    write_whole(output / "benchmark.json", text + "\n")
+    cli.write_whole(output / "benchmark.json", text + "\n")
     if args.json:
         print(text)
     else:
         log("{} at {}x{}".format(config.architecture, *config.input_size[1:]))
         for key, value in machine.items():
             log(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
-        empty = {name for name in COLUMNS if all(row.get(name) is None for row in rows)}
         log("")
-        show(table(rows, {name: form for name, form in COLUMNS.items() if name not in empty}))
+        filled = {name for row in rows for name, value in row.items() if value is not None}
+        show(table(rows, " ".join(column for column in COLUMNS.split() if column.partition(":")[0] in filled)))
     if warning := busy_warning(rows, machine_load):
         print(f"warning: {warning}: the times and ratios are not reliable", file=sys.stderr)
     drawn = [row for row in rows if "failed" not in row and "top1" in row]
@@ -469,4 +408,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command(get_parser(), run))
+    sys.exit(cli.command(get_parser(), run))

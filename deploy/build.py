@@ -16,25 +16,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from deploy.cli import Parser, UserError, add_quiet, command, log, make_parser, show
+from deploy.cli import Parser, UserError, command, log, make_parser, number, show
 from deploy.tensorrt import build_engine, report
 
 
 def get_parser() -> Parser:
-    parser = make_parser(__doc__, "build")
-    add_quiet(parser)
-    parser.add_argument("onnx", type=Path, help="an ONNX file of deploy.export or deploy.quantize")
-    parser.add_argument("--report", action="store_true", help="parse, print what is supported, build nothing")
-    parser.add_argument(
-        "--library", choices=["tensorrt", "tensorrt_rtx"], help="(default: the first that is installed)"
-    )
-    parser.add_argument(
-        "--opt-batch", type=int, help="the batch that the engine is optimised for (default: 8, or --max-batch)"
-    )
-    parser.add_argument("--max-batch", type=int, default=64, help="the largest batch of the engine (default: 64)")
-    parser.add_argument("--workspace", type=int, default=1024, help="largest scratch memory, in MiB (default: 1024)")
-    parser.add_argument("--timing-cache", type=Path, help="a file that makes the next build faster; tensorrt only")
-    parser.add_argument("--output", type=Path, help="folder of the engine (default: that of the ONNX file)")
+    parser = make_parser(__doc__, "build", "--quiet")
+    add = parser.add_argument
+    add("onnx", type=Path, help="an ONNX file of deploy.export or deploy.quantize")
+    add("--report", action="store_true", help="parse, print what is supported, build nothing")
+    add("--library", choices=["tensorrt", "tensorrt_rtx"], help="(default: the first that is installed)")
+    add("--opt-batch", type=int, help="the batch that the engine is optimised for (default: 8, or --max-batch)")
+    add("--max-batch", type=int, default=64, help="the largest batch of the engine (default: 64)")
+    add("--workspace", type=number(int, 1), default=1024, help="largest scratch memory, in MiB (default: 1024)")
+    add("--output", type=Path, help="folder of the engine (default: that of the ONNX file)")
     return parser
 
 
@@ -42,22 +37,16 @@ def run(args: argparse.Namespace) -> int:
     batches = 1, min(8, args.max_batch) if args.opt_batch is None else args.opt_batch, args.max_batch
     if not 1 <= batches[1] <= batches[2]:
         raise UserError(f"--opt-batch {batches[1]} and --max-batch {batches[2]} must be 1 <= opt <= max")
-    if args.workspace < 1:
-        raise UserError(f"--workspace must be at least 1 MiB, got {args.workspace}")
     if args.onnx.suffix != ".onnx":
         raise UserError(f"{args.onnx} is not an .onnx file: python -m deploy.export makes one from a student/ folder")
     if args.report:
         text, supported = report(args.onnx, args.library)
         show(text)
-        return 0 if supported else 1
+        return int(not supported)
     log(f"building an engine of {args.onnx}: seconds to minutes")
-    file, built = build_engine(args.onnx, batches, args.workspace, args.timing_cache, args.library, args.output)
-    show(
-        f"{file}  {file.stat().st_size / 1e6:.1f} MB, built by {built['library']} {built['version']} in "
-        f"{built['build_s']:.1f} s for batches of {' '.join(map(str, batches))} (smallest, usual, largest)"
-    )
-    if args.timing_cache and built["library"] != "tensorrt":
-        log("TensorRT-RTX has no timing cache: none was written")
+    file, built = build_engine(args.onnx, batches, args.workspace, args.library, args.output)
+    took = f"{file.stat().st_size / 1e6:.1f} MB, built by {built['library']} {built['version']} in {built['build_s']} s"
+    show(f"{file}  {took} for batches of {' '.join(map(str, batches))} (smallest, usual, largest)")
     if not built["gpu"]:
         log("built without a GPU: not run and not compared here; deploy.check does both on a machine with the GPU")
     return 0

@@ -24,38 +24,23 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deploy.cli import (
-    Parser,
-    ProgressBar,
-    UserError,
-    add_device,
-    add_json,
-    add_quiet,
-    command,
-    first_line,
-    log,
-    make_folder,
-    make_parser,
-    need,
-    printable,
-    show,
-    student_folder,
-    write_whole,
-)
+from deploy import cli
+from deploy.cli import Parser, ProgressBar, UserError, first_line, log, printable, show
 from deploy.config import Metadata, read_config
 from deploy.per_class import write_per_class
 from deploy.preprocess import UnreadableImage, endings, open_image, prepare
-from deploy.reference import NAME, Reference, add_reference, evenly, read_reference
+from deploy.reference import NAME, evenly, read_reference
 from deploy.run_directory import SPLIT, read_split
 from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, load, products_saturate
 
 BATCHES = (1, 2, 5, 64)
+LARGEST = max(BATCHES)
 # Tolerances by precision: largest error of a logit relative to the largest logit, smallest agreement in percent,
 # largest loss of top-1 in points. fp32's and fp16's error: five times the worst of nine architectures
 # (tests/deploy/test_export.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
@@ -67,23 +52,20 @@ TOLERANCES = {
 INT8_ADVICE = "try quantize --method percentile, or calibrate on more images (train.py --reference N)"
 
 
-def parse_columns(text: str) -> dict[str, str]:
-    """Return the columns of a table, name -> format, from words like top1:.2f."""
-    return dict(word.split(":") for word in text.split())
-
-
-COLUMNS = parse_columns(
+COLUMNS = (  # of the table, and their formats
     "artefact: provider: precision: top1:.2f top5:.2f top1_difference:+.2f agreement:.2f max_abs_error:.1e cosine:.6f "
     "batches: verdict:"
 )
 UNREADABLE = 0.01  # share of the images that may be unreadable
+Batch = tuple[np.ndarray, ...]  # images uint8 (B, H, W, 3), labels (B,) and logits (B, C)
 
 
 @dataclass(frozen=True)
 class Expected:
     """The images to check on, and the answers that every artefact is compared with."""
 
-    batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  # uint8 (B, H, W, 3), labels (B,), logits (B, C)
+    batches: Iterable[Batch]  # of LARGEST images
+    images: int
     provider: str  # of the logits
     weights_sha256: str
     description: str  # of the images
@@ -112,51 +94,47 @@ class Tally:
         cosine = (logits * expected).sum(1) / np.maximum(norms, np.finfo(np.float32).tiny)
         self.cosine = float(np.minimum(self.cosine, cosine.min()))
 
-    def percent(self, count: int) -> float:
-        return 100 * count / self.images
-
     def columns(self, student: Tally) -> dict[str, Any]:
         """Return the columns of the table; student: the tally of the expected logits."""
-        return {
-            "top1": self.percent(self.top1),
-            "top5": self.percent(self.top5),
-            "top1_difference": self.percent(self.top1) - student.percent(student.top1),
-            "agreement": self.percent(self.agree),
-            "max_abs_error": self.error,
-            "cosine": self.cosine,
-            "images": self.images,
-        }
+        counts = {"top1": self.top1, "top5": self.top5, "agreement": self.agree}
+        row: dict[str, Any] = {name: 100 * count / self.images for name, count in counts.items()}
+        row["top1_difference"] = row["top1"] - 100 * student.top1 / student.images
+        return row | {"max_abs_error": self.error, "cosine": self.cosine, "images": self.images}
 
 
-@dataclass
 class Candidate:
     """An artefact that is checked; `fault` is the reason why it is not run any more."""
 
-    name: str
-    runtime: Runtime | None = None
-    fault: str = ""
-    tally: Tally = field(default_factory=Tally)
+    def __init__(self, artefact: Path, weights_sha256: str, on: RunOn) -> None:
+        self.name, self.fault, self.tally = artefact.name, "", Tally()
+        self.runtime: Runtime | None = None
+        try:
+            self.runtime = load(artefact, on)
+            if self.runtime.metadata.source.get("weights_sha256") != weights_sha256:
+                raise UserError("was made from other weights than this student's: export it again")
+        except UserError as error:
+            self.fault = f"not checked: {error}"
 
     def add(self, images: np.ndarray, labels: np.ndarray, expected: np.ndarray, first: bool) -> None:
         """Run a batch of images; the first batch at each batch size."""
         if self.runtime is None or self.fault:
             return
         try:
-            self.tally.add(run_in_parts(self.runtime, images, max(BATCHES)), labels, expected)
+            self.tally.add(self.runtime.run_in_parts(images, LARGEST), labels, expected)
             if first:
-                picked = np.arange(max(BATCHES)) % len(images)
+                picked = np.arange(LARGEST) % len(images)
                 for size in sizes_of(self.runtime):
-                    self.tally.compare(run_in_parts(self.runtime, images[picked], size), expected[picked])
+                    self.tally.compare(self.runtime.run_in_parts(images[picked], size), expected[picked])
         except Exception as error:  # each runtime has its own
             self.fault = f"failed: {first_line(error)}"
 
     def row(self, student: Tally) -> dict[str, Any]:
         """Return the row of the table, with a verdict."""
-        row: dict[str, Any] = {"artefact": self.name}
+        row: dict[str, Any] = {"artefact": self.name, "verdict": self.fault}
         if self.runtime:
             row |= {"provider": self.runtime.provider, "precision": self.runtime.metadata.precision}
-        if self.fault or self.runtime is None:
-            return row | {"verdict": self.fault}
+        if self.runtime is None or self.fault:
+            return row
         row |= self.tally.columns(student) | {"batches": " ".join(map(str, sizes_of(self.runtime)))}
         return row | {"verdict": judge(row, self.tally)}
 
@@ -164,14 +142,10 @@ class Candidate:
 def check_artefacts(
     artefacts: list[Path], expected: Expected, on: RunOn
 ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    """Run the artefacts on the expected images.
-
-    Returns:
-        A row for the student itself and one for each artefact; the labels; and the classes that the student answers
-    """
-    candidates = [open_candidate(artefact, expected.weights_sha256, on) for artefact in artefacts]
+    """Return a row of the student itself and of each artefact, the labels, and the classes that the student gives."""
+    candidates = [Candidate(artefact, expected.weights_sha256, on) for artefact in artefacts]
     student, answers = Tally(), []
-    for images, labels, logits in expected.batches:
+    for images, labels, logits in ProgressBar(expected.batches, "check", expected.images, LARGEST, unit="images"):
         for candidate in candidates:
             candidate.add(images, labels, logits, first=not student.images)
         student.add(logits, labels, logits)
@@ -183,27 +157,9 @@ def check_artefacts(
     return [row, *(candidate.row(student) for candidate in candidates)], labels, predictions
 
 
-def open_candidate(artefact: Path, weights_sha256: str, on: RunOn) -> Candidate:
-    """Load an artefact; a file that cannot be checked keeps its reason."""
-    candidate = Candidate(artefact.name)
-    try:
-        candidate.runtime = load(artefact, on)
-        if candidate.runtime.metadata.source.get("weights_sha256") != weights_sha256:
-            raise UserError("was made from other weights than this student's: export it again")
-    except UserError as error:
-        candidate.fault = f"not checked: {error}"
-    return candidate
-
-
 def sizes_of(runtime: Runtime) -> list[int]:
     sizes = [size for size in BATCHES if size <= (runtime.max_batch or size)]
     return sizes if runtime.max_batch is None or runtime.max_batch in sizes else [*sizes, runtime.max_batch]
-
-
-def run_in_parts(runtime: Runtime, images: np.ndarray, size: int) -> np.ndarray:
-    """Return the logits of all images, in batches of at most `size` and of at most the runtime's largest."""
-    size = min(size, runtime.max_batch or size)
-    return np.concatenate([runtime.run(images[i : i + size]) for i in range(0, len(images), size)])
 
 
 def judge(row: dict[str, Any], tally: Tally) -> str:
@@ -213,14 +169,15 @@ def judge(row: dict[str, Any], tally: Tally) -> str:
     allowed = TOLERANCES.get("fp16" if precision == "fp32" and on_gpu else precision)
     if allowed is None:
         return f"not judged: no tolerance for precision {row['precision']}"
-    relative = tally.error / max(tally.scale, float(np.finfo(np.float32).tiny))
+    error = tally.error / max(tally.scale, float(np.finfo(np.float32).tiny))
+    agreement, drop = row["agreement"], -row["top1_difference"]
     faults = []
-    if not relative <= allowed["error"]:
-        faults.append(f"error {relative:.1e} of the largest logit > {allowed['error']:.0e}")
-    if not row["agreement"] >= allowed["agreement"]:
-        faults.append(f"agreement {row['agreement']:.2f} < {allowed['agreement']} %")
-    if not -row["top1_difference"] <= allowed["drop"]:
-        faults.append(f"top-1 loses {-row['top1_difference']:.2f} > {allowed['drop']} points")
+    if not error <= allowed["error"]:  # in this form since a NaN is a fault
+        faults.append(f"error {error:.1e} of the largest logit > {allowed['error']:.0e}")
+    if not agreement >= allowed["agreement"]:
+        faults.append(f"agreement {agreement:.2f} < {allowed['agreement']} %")
+    if not drop <= allowed["drop"]:
+        faults.append(f"top-1 loses {drop:.2f} > {allowed['drop']} points")
     if faults and precision == "int8":
         saturates = not on_gpu and products_saturate()
         vnni = "8-bit products saturate on this CPU, which has no VNNI: quantize --reduce-range"
@@ -235,14 +192,9 @@ def from_reference(student: Path, given: Path | None, count: int | None) -> Expe
     """Return the images and logits of the run's reference.npz."""
     otherwise = "or check on photographs: --images FOLDER, with a folder for each class"
     reference = read_reference(student, given, otherwise).some(count)
-    parts = ProgressBar(reference_batches(reference), "check", len(reference.images), max(BATCHES), unit="images")
-    return Expected(parts, NAME, reference.digest, f"the {NAME} of {student}")
-
-
-def reference_batches(reference: Reference) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    for start in range(0, len(reference.images), max(BATCHES)):
-        part = slice(start, start + max(BATCHES))
-        yield reference.images[part], reference.labels[part], reference.logits[part]
+    arrays, count = (reference.images, reference.labels, reference.logits), len(reference.images)
+    batches = (tuple(array[i : i + LARGEST] for array in arrays) for i in range(0, count, LARGEST))
+    return Expected(batches, count, NAME, reference.digest, f"the {NAME} of {student}")
 
 
 def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) -> Expected:
@@ -250,7 +202,7 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
     files = [student / name for name in ("student.onnx", "student-fp16.onnx")]
     if has_torch() and (student / "model.safetensors").is_file():
         path = student
-        need("torch", "").backends.cudnn.allow_tf32 = False  # the expected logits are fp32
+        cli.need("torch", "").backends.cudnn.allow_tf32 = False  # the expected logits are fp32
         on = dataclasses.replace(on, device=on.device.replace("tensorrt", "cuda"))
     elif found := [file for file in files if file.is_file()]:
         path = found[0]
@@ -260,10 +212,8 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
     runtime = load(path, on)
     photographs = without_training_images(list_photographs(folder, runtime.metadata.label_names), folder, student)
     photographs = [photographs[i] for i in evenly(len(photographs), count or len(photographs))]
-    shown = ProgressBar(
-        photograph_batches(photographs, runtime), "check", len(photographs), max(BATCHES), unit="images"
-    )
-    return Expected(shown, runtime.provider, str(runtime.metadata.source.get("weights_sha256")), str(folder))
+    batches, digest = photograph_batches(photographs, runtime), str(runtime.metadata.source.get("weights_sha256"))
+    return Expected(batches, len(photographs), runtime.provider, digest, str(folder))
 
 
 def without_training_images(photographs: list[tuple[Path, int]], folder: Path, student: Path) -> list[tuple[Path, int]]:
@@ -281,25 +231,21 @@ def without_training_images(photographs: list[tuple[Path, int]], folder: Path, s
 def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, int]]:
     """Return the image files of folder/CLASS/ with their class indices, in the order of the classes.
 
-    Folders are matched with the labels in Unicode's composed form. Hidden files and __MACOSX are skipped.
-
-    Raises:
-        UserError: no such folder, no image, or a folder that is not named like a class
+    Folders are matched with the labels in Unicode's composed form. Hidden files and __MACOSX are skipped. No image, or
+    a folder that is not named like a class, is a UserError.
     """
     classes = {unicodedata.normalize("NFC", label): i for i, label in enumerate(label_names)}
     try:
-        found = sorted(path for path in folder.iterdir() if path.is_dir() and is_visible(path))
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and is_visible(path, folder))
     except OSError as error:
         raise UserError(f"--images {folder} cannot be read: {error.strerror}") from error
     by_class = {unicodedata.normalize("NFC", path.name): path for path in found}
     if unknown := sorted(by_class.keys() - classes.keys()):
-        raise UserError(
-            f"--images {folder}: the student has no class {', '.join(unknown[:3])}; expected folders named like its "
-            f"{len(classes)} classes: {', '.join(label_names[:3])}, ..."
-        )
+        names = f"expected folders named like its {len(classes)} classes: {', '.join(label_names[:3])}, ..."
+        raise UserError(f"--images {folder}: the student has no class {', '.join(unknown[:3])}; {names}")
     files, others = [], 0
     for name, path in sorted(by_class.items(), key=lambda item: classes[item[0]]):
-        inside = sorted(file for file in path.rglob("*") if is_visible(file, path) and file.is_file())
+        inside = sorted(file for file in path.rglob("*") if is_visible(file, folder) and file.is_file())
         images = [file for file in inside if file.suffix.lower() in endings()]
         files += [(file, classes[name]) for file in images]
         others += len(inside) - len(images)
@@ -312,31 +258,30 @@ def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, i
     return files
 
 
-def is_visible(path: Path, root: Path | None = None) -> bool:
-    parts = path.relative_to(root).parts if root else (path.name,)
-    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+def is_visible(path: Path, root: Path) -> bool:
+    return not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
 
 
-def photograph_batches(
-    files: list[tuple[Path, int]], runtime: Runtime
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def photograph_batches(files: list[tuple[Path, int]], runtime: Runtime) -> Iterator[Batch]:
     """Yield prepared photographs, their labels and the runtime's logits; unreadable files are printed and counted."""
     unreadable = 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(files), max(BATCHES)):
-            part = files[start : start + max(BATCHES)]
-            paths, labels = zip(*part)
-            images = list(pool.map(read_photograph, paths, [runtime.metadata] * len(part)))
-            for path, image in zip(paths, images):
-                if isinstance(image, UnreadableImage):
-                    unreadable += 1
-                    print(printable(f"skipped an unreadable image: {path}: {image}"), file=sys.stderr)
-                    if unreadable > max(1, UNREADABLE * len(files)):
-                        raise UserError(f"{unreadable} of {len(files)} images cannot be read, more than 1 %: {path}")
-            whole = [(image, label) for image, label in zip(images, labels) if isinstance(image, np.ndarray)]
-            if whole:
-                pixels = np.stack([image for image, _ in whole])
-                yield pixels, np.array([label for _, label in whole]), run_in_parts(runtime, pixels, max(BATCHES))
+        for start in range(0, len(files), LARGEST):
+            paths, indices = zip(*files[start : start + LARGEST])
+            images, labels = [], []
+            read = pool.map(read_photograph, paths, [runtime.metadata] * len(paths))
+            for path, index, image in zip(paths, indices, read):
+                if isinstance(image, np.ndarray):
+                    images.append(image)
+                    labels.append(index)
+                    continue
+                unreadable += 1
+                print(printable(f"skipped an unreadable image: {path}: {image}"), file=sys.stderr)
+                if unreadable > max(1, UNREADABLE * len(files)):
+                    raise UserError(f"{unreadable} of {len(files)} images cannot be read, more than 1 %: {path}")
+            if images:
+                pixels = np.stack(images)
+                yield pixels, np.array(labels), runtime.run_in_parts(pixels, LARGEST)
 
 
 def read_photograph(path: Path, metadata: Metadata) -> np.ndarray | UnreadableImage:
@@ -353,11 +298,10 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     """Return the artefacts that are named, as paths or as files of the student's folder; by default all in it."""
     if not names:
         found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
-        if found and not has_torch():
-            left_out = [file for file in found if file.suffix in TORCH_KINDS]
-            found = [file for file in found if file not in left_out]
-            if left_out:
-                log(f"left out, since torch is not installed: {', '.join(file.name for file in left_out)}")
+        of_torch = [file for file in found if file.suffix in TORCH_KINDS and not has_torch()]
+        if of_torch:
+            log(f"left out, since torch is not installed: {', '.join(file.name for file in of_torch)}")
+        found = [file for file in found if file not in of_torch]
         if not found:
             raise UserError(f"{student} has no artefact yet: python -m deploy.export {student}")
         return found
@@ -368,65 +312,48 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     return paths
 
 
-def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Return rows as text, a column per key: numbers on the right, a missing value as -."""
-    names = list(columns)
-    cells = [names] + [
-        [printable(format(row[name], columns[name])) if row.get(name) is not None else "-" for name in names]
-        for row in rows
-    ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    left = [not columns[name] for name in names]
-    return "\n".join(
-        "  ".join(c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left)).rstrip()
-        for line in cells
-    )
+def table(rows: list[dict[str, Any]], columns: str) -> str:
+    """Return rows as text: numbers on the right, a missing value as -. columns: "name:format name:format ..."."""
+    texts = []
+    for name, form in (column.split(":") for column in columns.split()):
+        column = [printable(format(row[name], form)) if row.get(name) is not None else "-" for row in rows]
+        width = max(map(len, [name, *column]))
+        texts.append([f"{text:{'>' if form else '<'}{width}}" for text in [name, *column]])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*texts))
 
 
 def get_parser() -> Parser:
-    parser = make_parser(__doc__, "check")
-    add_quiet(parser)
-    parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
-    parser.add_argument("artefacts", nargs="*", help="files to check (default: all in the folder)")
-    parser.add_argument("--count", type=int, metavar="N", help="check on N of the images, evenly spaced (default: all)")
-    add_reference(parser)
-    parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="photographs in FOLDER/CLASS/ instead of the run's reference.npz"
-    )
-    parser.add_argument("--output", type=Path, help="folder of check.json (default: the student's)")
-    add_json(parser, "check.json")
-    add_device(parser)
+    parser = cli.make_parser(__doc__, "check", "student", "--quiet", "--json", "--reference", *cli.DEVICE)
+    add = parser.add_argument
+    add("artefacts", nargs="*", help="files to check (default: all in the folder)")
+    add("--count", type=cli.number(int, 1), metavar="N", help="check on N images, evenly spaced (default: all)")
+    add("--images", type=Path, metavar="FOLDER", help="photographs in FOLDER/CLASS/ instead of reference.npz")
+    add("--output", type=Path, help="folder of check.json (default: the student's)")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.count is not None and args.count < 1:
-        raise UserError(f"--count must be at least 1, got {args.count}")
     if args.images and args.reference:
         raise UserError("--images reads photographs instead of the reference: leave out --reference")
-    student = student_folder(args.student)
-    artefacts = find_artefacts(student, args.artefacts)
-    output = args.output or student
-    make_folder(output)
-    on = RunOn.from_args(args)
+    student = cli.student_folder(args.student)
+    artefacts, output, on = find_artefacts(student, args.artefacts), args.output or student, RunOn.from_args(args)
+    cli.make_folder(output)
     if args.images:
         expected = from_photographs(student, args.images, args.count, on)
     else:
         expected = from_reference(student, args.reference, args.count)
     rows, labels, predictions = check_artefacts(artefacts, expected, on)
     text = json.dumps(rows, indent=2)
-    write_whole(output / "check.json", text + "\n")
+    cli.write_whole(output / "check.json", text + "\n")
     confusions = write_per_class(output, labels, predictions, read_config(student).label_names)
     if args.json:
         print(text)
     else:
-        log(
-            f"{rows[0]['images']} validation images of {expected.description}; percent, against the student's logits "
-            f"by {expected.provider}\n"
-        )
+        measure = f"percent, against the student's logits by {expected.provider}"
+        log(f"{rows[0]['images']} validation images of {expected.description}; {measure}\n")
         show(table(rows, COLUMNS), "", *confusions)
     return int(any(row["verdict"] != "pass" for row in rows[1:]))
 
 
 if __name__ == "__main__":
-    sys.exit(command(get_parser(), run))
+    sys.exit(cli.command(get_parser(), run))

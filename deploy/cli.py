@@ -21,9 +21,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # of a full or read-only disk
 MAX_JSON = 64 << 20  # bytes of a config.json or a sidecar: 100,000 labels take 3 MB
@@ -35,6 +36,7 @@ class UserError(Exception):
     """A user's mistake: one line on stderr and exit status 2, without a traceback."""
 
 
+Run = Callable[[argparse.Namespace], "int | None"]  # a command: from its flags to its exit status, None for 0
 _quiet = False  # parse_and_run() sets it while a command runs
 
 
@@ -52,14 +54,17 @@ class Parser(argparse.ArgumentParser):
         args = [re.sub("^(--[^=]+=)?~/", lambda m: (m[1] or "") + home, text) for text in args]
         return super().parse_known_args(args, namespace)
 
+    def add_shared(self, *names: str) -> None:
+        for name in names:
+            self.add_argument(name, **SHARED[name])
 
-def make_parser(doc: str | None, name: str) -> Parser:
-    """Return a parser whose --help is a module's docstring; name: a command of deploy/, or a script's file name."""
-    return Parser(
-        prog=f"python -m deploy.{name}" if "." not in name else name,
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+
+def make_parser(doc: str | None, name: str, *shared: str) -> Parser:
+    """Return a parser with flags of SHARED. doc: for --help; name: of a command of deploy/, or of a script's file."""
+    prog = f"python -m deploy.{name}" if "." not in name else name
+    parser = Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_shared(*shared)
+    return parser
 
 
 def number(
@@ -83,40 +88,33 @@ def read_number(kind: type, low: float, high: float, above: bool, or_zero: bool,
     return value
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that deploy.runtimes.RunOn.from_args reads."""
-    parser.add_argument(
-        "--device",
+SHARED: dict[str, dict[str, Any]] = {
+    "student": dict(type=Path, help="a run's student/ folder, or the run directory"),
+    "--quiet": dict(action="store_true", help="print only results: no remarks, no progress"),
+    "--json": dict(action="store_true", help="print the content of the .json file and nothing else"),
+    "--reference": dict(type=Path, help="(default: reference.npz of the run directory)"),
+    "--device": dict(
         choices=["auto", "cpu", "cuda", "tensorrt"],
         default="auto",
         help="where to run; auto: a CUDA device if there is one. tensorrt: ONNX Runtime's TensorRT provider, for .onnx "
         "(default: auto)",
-    )
-    parser.add_argument(
-        "--allow-fallback", action="store_true", help="run on the CPU if --device is unavailable, instead of an error"
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
+    ),
+    "--allow-fallback": dict(
+        action="store_true", help="run on the CPU if --device is unavailable, instead of an error"
+    ),
+    "--threads": dict(
+        type=number(int, 0),
         default=0,
         help="CPU threads of a runtime; 0: one for each CPU that this process may use, by its affinity and its "
         "container's quota (default: 0)",
-    )
-    add_model_file(parser)
+    ),
+    "--model-file": dict(metavar="FILE.py:FUNCTION", help="runs this file to build a student that is your own model"),
+}
+DEVICE = ("--device", "--allow-fallback", "--threads", "--model-file")  # deploy.runtimes.RunOn.from_args reads them
 
 
-def add_model_file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model-file", metavar="FILE.py:FUNCTION", help="runs this file to build a student that is your own model"
-    )
-
-
-def add_quiet(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="print only results: no remarks, no progress")
-
-
-def add_json(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument("--json", action="store_true", help=f"print the content of {name} and nothing else")
+def add_device(parser: Parser) -> None:
+    parser.add_shared(*DEVICE)
 
 
 # ---- one line and a status -----------------------------------------------------------------------------------------
@@ -125,11 +123,7 @@ def add_json(parser: argparse.ArgumentParser, name: str) -> None:
 def run_command(program: str, function: Callable[[], int | None]) -> int:
     """Call a program's function and return its exit status: the one place where an exception becomes a line on stderr.
 
-    Returns:
-        The function's own status or 0; 2 for a user's mistake; 130 for Ctrl-C
-
-    Raises:
-        Exception: any error that `explain` has no line for, with its traceback
+    The status is the function's own or 0; 2 for a user's mistake; 130 for Ctrl-C. Other errors keep their traceback.
     """
     use_backslashreplace()
     try:
@@ -145,18 +139,14 @@ def run_command(program: str, function: Callable[[], int | None]) -> int:
         return 2
 
 
-def command(parser: Parser, run: Callable[[argparse.Namespace], int | None], argv: list[str] | None = None) -> int:
+def command(parser: Parser, run: Run, argv: list[str] | None = None) -> int:
     """Parse the command line, call `run` with the flags, and return the exit status."""
     return run_command(parser.prog, functools.partial(parse_and_run, parser, run, argv))
 
 
-def parse_and_run(
-    parser: Parser, run: Callable[[argparse.Namespace], int | None], argv: list[str] | None
-) -> int | None:
+def parse_and_run(parser: Parser, run: Run, argv: list[str] | None) -> int | None:
     global _quiet
     args = parser.parse_intermixed_args(argv)  # files may come after flags
-    if (getattr(args, "threads", None) or 0) < 0:
-        raise UserError(f"--threads must be at least 0, got {args.threads}")
     _quiet = getattr(args, "quiet", False) or getattr(args, "json", False)
     try:
         return run(args)
@@ -167,7 +157,7 @@ def parse_and_run(
 def explain(error: Exception, advice: str = "") -> str | None:
     """Return one line for an error that is not the program's own, or None for one that needs its traceback.
 
-    advice: appended to the line where memory ran out
+    advice: appended where memory ran out
     """
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
@@ -199,14 +189,9 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def needs(install: str, name: str = "") -> Iterator[None]:
-    """Turn an ImportError of the body into one line.
+    """Turn an ImportError of the body into UserError with `install`, the way to install the package.
 
-    Args:
-        install: how to install the package
-        name: __name__ of a command's module around its own imports: the command ends if it is "__main__"
-
-    Raises:
-        UserError: the package is not installed
+    name: __name__ of a command's module around its own imports: the command ends if it is "__main__"
     """
     try:
         yield
@@ -250,39 +235,25 @@ def log(text: str) -> None:
         show(text)
 
 
+@dataclass
 class ProgressBar:
-    """A loop that shows its progress on stderr: tqdm's bar on a terminal, elsewhere a line from time to time.
+    """A loop that shows its progress on stderr: tqdm's bar on a terminal, elsewhere a line from time to time."""
 
-    Args:
-        things: the iterable
-        what: the label, a word or two
-        total: units in all; None: len(things) * each, if things have a length
-        each: units of a thing, such as the images of a batch
-        first: things done before a resume
-        unit: the unit's name
-        shown: False in all processes but one
-    """
+    things: Iterable[Any]
+    what: str  # the label, a word or two
+    total: int | None = None  # units in all; None: len(things) * each, if things have a length
+    each: int = 1  # units of a thing, such as the images of a batch
+    first: int = 0  # things done before a resume
+    unit: str = ""
+    shown: bool = True  # False in all processes but one
+    postfix: str = ""  # printed after the rate, such as the loss
 
-    GAP_S = 30.0, 600.0  # least and most time between two lines; between them a quarter of the time so far
-    __slots__ = ("each", "first", "postfix", "shown", "things", "total", "unit", "what")
-
-    def __init__(
-        self,
-        things: Iterable[Any],
-        what: str,
-        total: int | None = None,
-        each: int = 1,
-        first: int = 0,
-        unit: str = "",
-        shown: bool = True,
-    ) -> None:
-        self.things, self.what, self.each, self.first = things, what, each, first
-        self.unit = f" {unit}" if unit else ""
-        self.total = len(things) * each if total is None and isinstance(things, Sized) else total
-        self.shown = shown and not _quiet
-        self.postfix = ""  # printed after the rate, such as the loss
+    GAP_S: ClassVar = 30.0, 600.0  # least and most time between two lines; between them a quarter of the time so far
 
     def __iter__(self) -> Iterator[Any]:
+        self.shown = self.shown and not _quiet
+        if self.total is None and isinstance(self.things, Sized):
+            self.total = len(self.things) * self.each
         bar = self.make_bar()
         started = printed = time.monotonic()
         try:
@@ -303,16 +274,17 @@ class ProgressBar:
         """Return tqdm's bar on a terminal, or None without tqdm, without a terminal, or if nothing is shown."""
         if not self.shown or not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
             return None
-        done = self.first * self.each
-        bar = importlib.import_module("tqdm").tqdm
-        return bar(total=self.total, desc=printable(self.what), initial=done, leave=False, unit=self.unit or "it")
+        bar, done = importlib.import_module("tqdm").tqdm, self.first * self.each
+        unit = f" {self.unit}" if self.unit else "it"
+        return bar(total=self.total, desc=printable(self.what), initial=done, leave=False, unit=unit)
 
     def line(self, count: int, seconds: float) -> str:
         done, rate = (self.first + count) * self.each, count * self.each / seconds
         parts = [f"{self.what}: {done:,}", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", self.postfix]
-        parts[1] += f"{self.unit} a second"
+        unit = f" {self.unit}" if self.unit else ""
+        parts[1] += f"{unit} a second"
         if self.total:
-            parts[0] = f"{self.what}: {min(done, self.total):,} of {self.total:,}{self.unit}"
+            parts[0] = f"{self.what}: {min(done, self.total):,} of {self.total:,}{unit}"
             parts.insert(2, f"{max(0.0, self.total - done) / rate / 60:.1f} min left")
         return ", ".join(filter(None, parts))
 
@@ -347,11 +319,7 @@ def make_folder(folder: Path) -> None:
 
 
 def read_file(path: Path, most: int | None = None) -> bytes:
-    """Return the content of a regular file, of at most `most` bytes.
-
-    Raises:
-        UserError: the file is missing, unreadable or too large, or it is a pipe, which would be waited for
-    """
+    """Return the content of a file; UserError if it is unreadable, has more than `most` bytes, or is a pipe."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file")
@@ -367,14 +335,9 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Give a path in a new folder next to `path`; the file or folder written there replaces `path` at the end.
 
     The new folder has an unpredictable name and is this process's own, so nothing is written through a link. If the
-    body raises, `path` is untouched and the new folder is removed.
+    body raises, `path` is untouched and the new folder is removed. A full or read-only disk is a UserError.
 
-    Args:
-        path: a file, or a folder that does not exist yet
-        keep: the path to which a former `path` is renamed
-
-    Raises:
-        UserError: the disk is full, read-only or another's
+    path: a file, or a folder that does not exist yet; keep: the path to which a former `path` is renamed
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

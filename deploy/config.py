@@ -65,12 +65,12 @@ PREPROCESSING: dict[str, Check] = {
     ),
     "mean": (lambda v: is_list(v, None, is_number), "a number per channel"),
     "std": (lambda v: is_list(v, None, lambda x: is_number(x) and x > 0), "a number above 0 per channel"),
-    "interpolation": (lambda v: is_text(v) and v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+    "interpolation": (lambda v: v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
     "crop": (lambda v: is_number(v) and 0.01 <= v <= 1, "a share of the side, above 0 and at most 1"),
 }
 STUDENT: dict[str, Check] = {
     "num_classes": (is_count, "the number of classes"),
-    "library": (lambda v: is_text(v) and v in LIBRARIES, f"one of {', '.join(LIBRARIES)}"),
+    "library": (lambda v: v in LIBRARIES, f"one of {', '.join(LIBRARIES)}"),
     "architecture": (lambda v: is_text(v) and 0 < len(v) <= 200, "the name of a model"),
     "model_args": (is_object, "the model's arguments by name"),
     "small_stem": (lambda v: isinstance(v, bool), "true or false"),
@@ -111,16 +111,12 @@ def check_fields(values: dict[str, Any], checks: dict[str, Check], where: str) -
 def check_arguments(arguments: dict[str, Any], where: str) -> None:
     """Raise UserError unless every argument of a model is a plain value and none of them loads weights."""
     for name, value in arguments.items():
+        argument = f"{where}: {name[:80]!r}"
         if LOADING.match(name):
-            raise UserError(
-                f"{where}: {name[:80]!r} would load or fetch weights; the weights of a student are its "
-                "model.safetensors"
-            )
+            raise UserError(f"{argument} would load or fetch weights, which for a student are in model.safetensors")
         if not name.isidentifier() or not is_plain(value):
-            raise UserError(
-                f"{where}: {name[:80]!r} is {repr(value)[:80]}; expected a number up to {MAX_ARGUMENT}, a text "
-                "or a list"
-            )
+            expected = f"a number up to {MAX_ARGUMENT}, a text or a list"
+            raise UserError(f"{argument} is {repr(value)[:80]}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -155,17 +151,22 @@ class Metadata:
     training: dict[str, Any] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)  # keys that no program here reads
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, channels) of a prepared image."""
+        channels, height, width = self.input_size
+        return height, width, channels
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of an image in the tensor that the artefact takes: (H, W, channels) or (channels, H, W)."""
+        return self.image_shape if self.input == UINT8 else tuple(self.input_size)
+
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str, required: Iterable[str] = ()) -> Metadata:
-        """Return the metadata in a JSON object.
+        """Return the metadata in the JSON object of the file `where`; UserError if a field is missing or invalid.
 
-        Args:
-            values: the object
-            where: its file, for the error
-            required: fields that must be there besides those of the preprocessing, such as STUDENT or ARTEFACT
-
-        Raises:
-            UserError: a field is missing, of another type, out of range, or contradicts another field
+        required: fields that must be there besides those of the preprocessing, such as STUDENT or ARTEFACT
         """
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         checks = PREPROCESSING | STUDENT | ARTEFACT | ENGINE | REST

@@ -17,28 +17,14 @@ import logging
 import sys
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from deploy import onnx_tools
-from deploy.cli import (
-    Parser,
-    ProgressBar,
-    UserError,
-    add_model_file,
-    add_quiet,
-    command,
-    first_line,
-    make_folder,
-    make_parser,
-    need,
-    needs,
-    replacing,
-    show,
-    student_folder,
-    version,
-)
+from deploy import cli, onnx_tools
+from deploy.cli import Parser, ProgressBar, UserError, command, first_line, need, needs, replacing, show
 from deploy.config import FLOAT, UINT8, Metadata
 from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, RunOn, as_input, load, source_of
 
@@ -56,56 +42,49 @@ FORMATS = {"onnx": ".onnx", "torchscript": ".ts", "torch.export": ".pt2"}
 # Largest |logit - torch's fp32 logit|, relative to the largest |logit|. Measured on nine architectures: fp32 at most
 # 2e-5, fp16 at most 6e-3 (tests/deploy/test_export.py).
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
+ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)  # traced at 2: a batch of 1 would be frozen
 
 
 def export_student(
     student: Path,
-    formats: tuple[str, ...] = tuple(FORMATS),
+    formats: Sequence[str] = tuple(FORMATS),
     precision: str = "fp32",
     layout: str = UINT8,
     opset: int = 18,
     output: Path | None = None,
     model_file: str | None = None,
 ) -> list[Path]:
-    """Export a student/ folder and return the files, each of them compared with torch.
+    """Export a student/ folder, or that of a run directory, and return the files, each of them compared with torch.
 
-    Args:
-        student: a student/ folder, or the run directory that holds it
-        formats: any of "onnx", "torchscript", "torch.export"
-        precision: "fp32", or "fp16" for weights and arithmetic; the input and the logits keep their types
-        layout: "uint8 NHWC", normalised in the graph, or "float32 NCHW", normalised by the caller
-        opset: of ONNX, 18 or 20
-        output: folder of the files; default: the student's own
-        model_file: path/to/file.py:function that builds the user's own model
+    A student that is damaged or cannot be exported is a UserError, and no half-written file stays.
 
-    Raises:
-        UserError: the student is damaged or cannot be exported; no half-written file stays
+    precision: "fp32", or "fp16" for weights and arithmetic; the input and the logits keep their types
+    layout: UINT8, normalised in the graph, or FLOAT, normalised by the caller
+    output: folder of the files; default: the student's own
     """
-    student = student_folder(student)
+    student = cli.student_folder(student)
     output = output or student
     model, config = load_student(student, [model_file] if model_file else [])
-    versions = {"kdlite": version("kdlite"), "torch": torch.__version__}
+    versions = {"kdlite": cli.version("kdlite"), "torch": torch.__version__}
     metadata = dataclasses.replace(config, precision=precision, input=layout, source=source_of(student) | versions)
-    images = probe_images(config)
+    noise = np.random.default_rng(0).integers(0, 76, (5, *config.image_shape))
+    images = (noise + 45 * np.arange(5).reshape(5, 1, 1, 1)).astype(np.uint8)  # from dark to bright
     batch = torch.from_numpy(as_input(images[:2], metadata))
-    reference = ImageClassifier(model, config.mean, config.std, layout)
+    reference = ImageClassifier(model, metadata)
     with torch.no_grad():
         singly = torch.from_numpy(as_input(images, metadata)).split(1)  # shows whether a batch mixes images up
         expected = torch.cat([reference(image) for image in singly]).numpy()
-    classifier = ImageClassifier(fuse(model), config.mean, config.std, layout, half=precision == "fp16")
+    classifier = ImageClassifier(fuse(model), metadata, half=precision == "fp16")
 
     name = "student" + ("-nchw" if layout == FLOAT else "") + ("-fp16" if precision == "fp16" else "")
     files = []
-    make_folder(output)
+    cli.make_folder(output)
     for kind in ProgressBar(formats, "export", unit="files"):
         with replacing(output / (name + FORMATS[kind])) as file:
             try:
-                if kind == "onnx":
-                    write_onnx(classifier, batch, metadata, file, opset)
-                elif kind == "torchscript":
-                    write_torchscript(classifier, batch, metadata, file)
-                else:
-                    write_exported(classifier, batch, metadata, file)
+                with warnings.catch_warnings(), torch.no_grad():
+                    warnings.simplefilter("ignore")
+                    WRITERS[kind](classifier, batch, metadata, file, opset)
             except (UserError, OSError):
                 raise
             except Exception as error:  # the exporters have dozens
@@ -131,58 +110,36 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
     return reparameterize_model(model, inplace=True)
 
 
-def probe_images(config: Metadata) -> np.ndarray:
-    """Return five images of noise, from dark to bright: uint8 (5, H, W, 3)."""
-    channels, height, width = config.input_size
-    noise = np.random.default_rng(0).integers(0, 76, (5, height, width, channels))
-    return (noise + 45 * np.arange(5).reshape(5, 1, 1, 1)).astype(np.uint8)
-
-
-def write_onnx(classifier: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path, opset: int) -> None:
+def write_onnx(model: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path, opset: int) -> None:
     need("onnx", "pip install '.[deploy]'")
     need("onnxscript", "pip install '.[deploy]'")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            classifier,
-            (batch,),  # traced at 2: a batch of 1 would be frozen
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            opset_version=opset,
-            external_data=False,
-            verbose=False,
-        )
+    names: Any = dict(input_names=[INPUT_NAME], output_names=[OUTPUT_NAME], opset_version=opset)
+    options: Any = dict(dynamo=True, external_data=False, verbose=False)
+    program = torch.onnx.export(model, (batch,), dynamic_shapes=ANY_BATCH, **names, **options)
     assert program is not None
     onnx_tools.write(program.model_proto, metadata, file)
 
 
-def write_torchscript(classifier: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path) -> None:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(classifier, (batch,), check_trace=False)  # compare() runs other batches
-        torch.jit.save(traced, str(file), _extra_files={"metadata.json": json.dumps(metadata.to_json())})
+def write_torchscript(model: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path, _: int) -> None:
+    traced = torch.jit.trace(model, (batch,), check_trace=False)  # compare() runs other batches
+    torch.jit.save(traced, str(file), _extra_files={"metadata.json": json.dumps(metadata.to_json())})
     with zipfile.ZipFile(file) as saved:
         records = {entry.filename: saved.read(entry) for entry in saved.infolist()}
-    with zipfile.ZipFile(
-        file, "w"
-    ) as plain:  # without the debug records, which hold source lines and paths of this machine
+    with zipfile.ZipFile(file, "w") as plain:
         for name, content in records.items():
-            if not name.endswith(".debug_pkl"):
+            if not name.endswith(".debug_pkl"):  # source lines and paths of this machine
                 plain.writestr(zipfile.ZipInfo(name), content)
 
 
-def write_exported(classifier: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path) -> None:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(
-            classifier, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
-        )
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # source lines and paths of this machine
-        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata.to_json())})
+def write_exported(model: ImageClassifier, batch: torch.Tensor, metadata: Metadata, file: Path, _: int) -> None:
+    program = torch.export.export(model, (batch,), dynamic_shapes=ANY_BATCH, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # source lines and paths of this machine
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata.to_json())})
+
+
+WRITERS = {"onnx": write_onnx, "torchscript": write_torchscript, "torch.export": write_exported}
 
 
 def compare(file: Path, images: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
@@ -190,53 +147,34 @@ def compare(file: Path, images: np.ndarray, expected: np.ndarray, tolerance: flo
     runtime = load(file, RunOn("cpu"))
     for size in (1, 2, 5):
         try:
-            logits = np.concatenate([runtime.run(images[i : i + size]) for i in range(0, len(images), size)])
+            logits = runtime.run_in_parts(images, size)
         except Exception as failure:  # each runtime has its own
             raise UserError(f"{file.name} does not run in batches of {size}: {first_line(failure)}") from failure
         error = np.abs(logits - expected).max() / np.abs(expected).max()
         if not error <= tolerance:
-            raise UserError(
-                f"{file.name} was not kept: in batches of {size} its logits differ from torch's by {error:.1e} of the "
-                f"largest, more than {tolerance:.0e}"
-            )
+            found = f"its logits differ from torch's by {error:.1e} of the largest, more than {tolerance:.0e}"
+            raise UserError(f"{file.name} was not kept: in batches of {size} {found}")
 
 
 def get_parser() -> Parser:
-    parser = make_parser(__doc__, "export")
-    add_quiet(parser)
-    parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
-    parser.add_argument(
-        "--format",
-        nargs="+",
-        choices=sorted(FORMATS),
-        default=sorted(FORMATS),
-        metavar="FORMAT",
-        help="onnx, torchscript, torch.export (default: all)",
+    parser = cli.make_parser(__doc__, "export", "student", "--quiet", "--model-file")
+    add, kinds = parser.add_argument, sorted(FORMATS)
+    add(
+        "--format", nargs="+", choices=kinds, default=kinds, metavar="FORMAT", help=f"{', '.join(kinds)} (default: all)"
     )
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "fp16"],
-        default="fp32",
-        help="precision of arithmetic and weights (default: fp32)",
-    )
-    parser.add_argument(
-        "--input",
-        choices=["uint8", "float"],
-        default="uint8",
-        help="uint8: NHWC, normalised in the graph; float: NCHW, normalised by you (default: uint8)",
-    )
-    parser.add_argument("--opset", type=int, choices=[18, 20], default=18, help="ONNX opset (default: 18)")
-    parser.add_argument("--output", type=Path, help="folder to write to (default: the student's)")
-    add_model_file(parser)
+    add("--precision", choices=list(TOLERANCE), default="fp32", help="of arithmetic and weights (default: fp32)")
+    layouts = "uint8: NHWC, normalised in the graph; float: NCHW, normalised by you (default: uint8)"
+    add("--input", choices=["uint8", "float"], default="uint8", help=layouts)
+    add("--opset", type=int, choices=[18, 20], default=18, help="ONNX opset (default: 18)")
+    add("--output", type=Path, help="folder to write to (default: the student's)")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     layout = UINT8 if args.input == "uint8" else FLOAT
-    files = export_student(
-        args.student, tuple(args.format), args.precision, layout, args.opset, args.output, args.model_file
-    )
-    for file in files:
+    for file in export_student(
+        args.student, args.format, args.precision, layout, args.opset, args.output, args.model_file
+    ):
         show(f"{file}  {file.stat().st_size / 1e6:.1f} MB, same logits as torch at batches of 1, 2 and 5")
 
 

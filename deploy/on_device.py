@@ -15,11 +15,11 @@ import os
 import stat
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.cli import Parser, UserError, parse_and_run, run_command
+from deploy.cli import Parser, Run, UserError, command, run_command
 
 KINDS = (".onnx", ".engine")
 COMMANDS = ("benchmark", "build", "check", "serve")
@@ -122,26 +122,23 @@ def dispatch(archive: Path, argv: list[str]) -> int | None:
         return 0
     if not argv or argv[0] in ("-h", "--help"):
         commands = " | ".join((*COMMANDS, "--requirements"))
-        print(
-            f"usage: {archive.name} [--file FILE] photo.jpg ... | {commands}\n\nThe student is {artefact.name}; --file "
-            "takes another one, such as an engine that was built here. Each command has --help."
-        )
+        another = "--file takes another one, such as an engine that was built here. Each command has --help."
+        usage = f"usage: {archive.name} [--file FILE] photo.jpg ... | {commands}"
+        print(f"{usage}\n\nThe student is {artefact.name}; {another}")
         return 0
     name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("predict", argv)
     try:
         module = importlib.import_module(f"deploy.{name}")
     except (ImportError, UserError) as error:
-        raise UserError(
-            f"{name} needs packages that are not installed ({error}): python3 {archive.name} --requirements > "
-            "requirements.txt, then pip install -r requirements.txt"
-        ) from error
+        install = f"python3 {archive.name} --requirements > requirements.txt, then pip install -r requirements.txt"
+        raise UserError(f"{name} needs packages that are not installed ({error}): {install}") from error
     parser: Parser = module.get_parser()
     parser.prog = archive.name if name == "predict" else f"{archive.name} {name}"
     describe(parser, name, artefact)
     flags = ["--output", "."] if name in WRITING else []  # the flags that are typed come later and override it
     files = [student, artefact.absolute()] if name in OF_STUDENT else [artefact]
-    run: Callable[[argparse.Namespace], int | None] = functools.partial(run_packed, module.run, student, artefact)
-    return run_command(parser.prog, functools.partial(parse_and_run, parser, run, [*map(str, files), *flags, *rest]))
+    run = functools.partial(run_packed, module.run, student, artefact)
+    return command(parser, run, [*map(str, files), *flags, *rest])
 
 
 def describe(parser: Parser, name: str, artefact: Path) -> None:
@@ -156,9 +153,7 @@ def describe(parser: Parser, name: str, artefact: Path) -> None:
     parser.usage = f"{parser.prog} {'photo.jpg ... ' if name == 'predict' else ''}[flags]"
 
 
-def run_packed(
-    run: Callable[[argparse.Namespace], int | None], student: Path, artefact: Path, args: argparse.Namespace
-) -> int | None:
+def run_packed(run: Run, student: Path, artefact: Path, args: argparse.Namespace) -> int | None:
     """Run a command with paths that read from the archive."""
     packed = {str(student): student, str(artefact): artefact}
     for name, value in vars(args).items():

@@ -1,4 +1,4 @@
-"""ONNX files: metadata, format, and references to other files. Only `tidy` and `write` need onnx."""
+"""ONNX files: metadata, format, and references to other files. Only `write` needs onnx."""
 
 from __future__ import annotations
 
@@ -45,11 +45,8 @@ def has_external_data(content: memoryview, message: str = "model", depth: int = 
     if message == "tensor":
         return any(number == EXTERNAL_DATA or (number == DATA_LOCATION and value) for number, value in fields(content))
     inner = MESSAGES[message]
-    return any(
-        has_external_data(value, inner[number], depth + 1)
-        for number, value in fields(content)
-        if number in inner and isinstance(value, memoryview)
-    )
+    parts = ((inner[number], value) for number, value in fields(content) if number in inner)
+    return any(has_external_data(part, name, depth + 1) for name, part in parts if isinstance(part, memoryview))
 
 
 def fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
@@ -93,20 +90,10 @@ def read_properties(properties: dict[str, str]) -> dict[str, Any]:
 
 
 def write(model: Any, metadata: Metadata, file: Path) -> None:
-    """Write an onnx.ModelProto with our metadata and nothing of the machine that made it."""
-    import onnx
+    """Write an onnx.ModelProto with our metadata and nothing of the machine that made it.
 
-    tidy(model)
-    del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.to_json().items()})
-    onnx.save(model, file)
-
-
-def tidy(model: Any) -> None:
-    """Bring an onnx.ModelProto to the oldest IR version and the opsets it uses, and drop what exporters add.
-
-    onnxruntime 1.17 reads IR 9 and older, and refuses unknown opset imports even if no node uses them. The exporter
-    stores source lines and absolute paths of the user's model at every node.
+    It gets the oldest IR version and only the opsets it uses: onnxruntime 1.17 reads IR 9 and older, and refuses
+    unknown opset imports even if no node uses them. The exporter stores source lines and absolute paths at every node.
     """
     import onnx
 
@@ -126,3 +113,6 @@ def tidy(model: Any) -> None:
     model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in opsets)
     model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
     model.ClearField("doc_string")
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.to_json().items()})
+    onnx.save(model, file)

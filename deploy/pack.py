@@ -28,18 +28,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import (
-    Parser,
-    UserError,
-    command,
-    make_folder,
-    make_parser,
-    read_file,
-    replacing,
-    show,
-    student_folder,
-    version,
-)
+from deploy import cli
+from deploy.cli import Parser, UserError, command, read_file, replacing, show
 from deploy.on_device import KINDS
 from deploy.runtimes import RunOn, load
 from deploy.tensorrt import read_engine_metadata
@@ -76,17 +66,14 @@ def pack(artefact: Path, output: Path) -> None:
     engine = artefact.suffix == ".engine"
     metadata = read_engine_metadata(artefact) if engine else load(artefact, RunOn("cpu")).metadata
     sidecar = artefact.with_name(artefact.name + ".json")  # of an engine, or of an ONNX file from elsewhere
-    number = version("kdlite") if version("kdlite") != "not installed" else "0"
-    texts = {
-        "__main__.py": MAIN,
-        "student/config.json": json.dumps(metadata.to_json(), indent=2) + "\n",
-        f"kdlite-{number}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: kdlite\nVersion: {number}\n",
-    }
-    contents = {name: text.encode() for name, text in texts.items()}
+    number = cli.version("kdlite").replace("not installed", "0")
+    about = f"Metadata-Version: 2.1\nName: kdlite\nVersion: {number}\n"
+    contents: dict[str, str | bytes] = {"__main__.py": MAIN, f"kdlite-{number}.dist-info/METADATA": about}
+    contents["student/config.json"] = json.dumps(metadata.to_json(), indent=2) + "\n"
     contents |= parts(importlib.resources.files("deploy"), "deploy/")
     for file in (artefact, *([sidecar] if sidecar.is_file() else [])):
         contents[f"student/{file.name}"] = read_file(file)
-    make_folder(output.parent)
+    cli.make_folder(output.parent)
     with replacing(output) as partial:
         with open(partial, "wb") as stream:
             stream.write(SHEBANG)
@@ -109,15 +96,14 @@ def parts(package: Any, prefix: str) -> dict[str, bytes]:
 
 
 def get_parser() -> Parser:
-    parser = make_parser(__doc__, "pack")
-    parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
+    parser = cli.make_parser(__doc__, "pack", "student")
     parser.add_argument("--file", default="student.onnx", help="the file of the folder to pack (default: student.onnx)")
     parser.add_argument("-o", "--output", type=Path, default=Path("student.pyz"), help="(default: student.pyz)")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    student = student_folder(args.student)
+    student = cli.student_folder(args.student)
     artefact = Path(args.file) if Path(args.file).is_file() else student / args.file
     if not artefact.is_file():
         raise UserError(f"no {artefact.name} in {student}: python -m deploy.export {student} writes student.onnx")

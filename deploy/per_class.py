@@ -23,18 +23,9 @@ MAX_DRAWN = 2000  # classes; with more of them a cell is smaller than a pixel
 
 
 def write_per_class(folder: Path, labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> list[str]:
-    """Write per_class.csv and confusion.png.
+    """Write per_class.csv and confusion.png; return lines to print: the worst confusions, the reason for no picture.
 
-    Args:
-        folder: of the two files
-        labels, predictions: class indices (N,), the true ones and the answers
-        label_names: of the C classes
-
-    Returns:
-        Lines to print: the worst confusions, and the reason if there is no picture
-
-    Raises:
-        UserError: an index is out of range, or a file cannot be written
+    labels, predictions: class indices (N,), the true ones and the answers; one that is out of range is a UserError
     """
     known = set(range(len(label_names)))
     if labels.shape != predictions.shape or not {*labels.tolist(), *predictions.tolist()} <= known:
@@ -57,15 +48,12 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
 
 
 def per_class_table(labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> str:
-    """Return the text of per_class.csv.
+    """Return the text of per_class.csv: n is the number of images of the class, the shares go from 0 to 1.
 
-    n is the number of images of the class. The shares go from 0 to 1; a share of nothing is an empty field: the recall
-    of a class without images, the precision of a class that was never answered.
+    A share of nothing is an empty field: the recall of a class without images.
     """
-    n, answered, hits = (
-        np.bincount(indices, minlength=len(label_names)).tolist()
-        for indices in (labels, predictions, labels[labels == predictions])
-    )
+    three = labels, predictions, labels[labels == predictions]
+    n, answered, hits = (np.bincount(one, minlength=len(label_names)).tolist() for one in three)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["label", "n", "precision", "recall", "f1"])
@@ -87,10 +75,8 @@ def worst_confusions(
     pairs, images = np.unique(np.stack([labels[wrong], predictions[wrong]]), axis=1, return_counts=True)
     of = np.bincount(labels, minlength=len(label_names))
     worst = sorted(zip(images.tolist(), pairs[0].tolist(), pairs[1].tolist()), key=lambda x: (-x[0], of[x[1]], *x[1:]))
-    return [
-        f"{printable(label_names[true])} taken for {printable(label_names[taken])}: {k} of {of[true]}"
-        for k, true, taken in worst[:count]
-    ]
+    names = [printable(name) for name in label_names]
+    return [f"{names[true]} taken for {names[taken]}: {k} of {of[true]}" for k, true, taken in worst[:count]]
 
 
 def confusion_picture(path: Path, matrix: np.ndarray, label_names: Sequence[str]) -> None:

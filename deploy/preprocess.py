@@ -23,7 +23,7 @@ import io
 import math
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -51,15 +51,10 @@ UNREAD = {
     b"/9j/4": "text, a JPEG in base64: send the bytes of the file",
     b"iVBORw0K": "text, a PNG in base64: send the bytes of the file",
 }
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # EXIF's orientation -> the operation that undoes it
+# EXIF's orientation -> the operation that undoes it
+TURN = Image.Transpose
+TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
+TURNS |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 DRAFT_MARGIN = 4  # a reduced JPEG keeps at least this many times the pixels a side that the resize needs
 
 
@@ -86,36 +81,29 @@ def endings() -> frozenset[str]:
 
 
 def open_image(file: str | Path | bytes | BinaryIO, accepted: tuple[str, ...] | None = None) -> Image.Image:
-    """Open an image file, or the bytes of one, without decoding it.
+    """Open an image file, or the bytes of one, without decoding it; UnreadableImage if it is not an image.
 
     accepted: some of FORMATS; default: all
-
-    Raises:
-        UnreadableImage: not an image; ImageTooLarge: too many pixels
     """
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        if isinstance(file, (str, Path)) and not stat.S_ISREG(Path(file).stat().st_mode):
+        if isinstance(source, (str, Path)) and not stat.S_ISREG(Path(source).stat().st_mode):
             raise OSError("not a regular file")  # opening a pipe would wait
-        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=accepted or formats())
+        image = Image.open(source, formats=accepted or formats())
         image.deep_colour = is_deep_colour(image)  # type: ignore[attr-defined]  # decoding forgets it
         return image
     except UnidentifiedImageError:
-        raise UnreadableImage(f"not an image of a known format: {describe_start(file)}") from None
+        raise UnreadableImage(f"not an image of a known format: {describe_start(source)}") from None
     except Exception as error:  # each of Pillow's readers has its own errors
         raise unreadable(error) from error
 
 
-def describe_start(file: str | Path | bytes | BinaryIO) -> str:
+def describe_start(file: str | Path | BinaryIO) -> str:
     """Return the format of a file that Pillow does not read, by its first bytes."""
     try:
-        if isinstance(file, bytes):
-            start = file[:64]
-        elif isinstance(file, (str, Path)):
-            with open(file, "rb") as opened:
-                start = opened.read(64)
-        else:
-            file.seek(0)
-            start = file.read(64)
+        with open(file, "rb") if isinstance(file, (str, Path)) else contextlib.nullcontext(file) as opened:
+            opened.seek(0)
+            start = opened.read(64)
     except (OSError, ValueError):
         start = b""
     if not start:
@@ -140,12 +128,9 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, needed: tuple[float, float] | None = None) -> Image.Image:
-    """Decode an opened image to upright RGB of 8 bits, composited on white.
+    """Decode an opened image to upright RGB of 8 bits, composited on white; UnreadableImage if it is damaged.
 
     needed: (width, height) in pixels to which the whole image will be resized
-
-    Raises:
-        UnreadableImage: the file is damaged, or the range of its values is unknown
     """
     try:
         turn = orientation(image)
@@ -182,7 +167,8 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(f"the range of its pixels, {kind}, is unknown: save it with 8 or 16 bits a channel")
     if getattr(image, "deep_colour", False):
-        refuse_12_bits(max(high for _, high in colour_extrema(image)) << 8)
+        channels = [image.getchannel(band) for band in image.getbands() if band not in "Aa"]
+        refuse_12_bits(max(int(channel.getextrema()[1]) for channel in channels) << 8)  # type: ignore[arg-type]
     if not deep:
         return image
     bits = 16
@@ -209,13 +195,6 @@ def is_deep_colour(image: Image.Image) -> bool:
     return any(";16" in x for x in arguments if isinstance(x, str)) or max(most, default=0) >= 2**15
 
 
-def colour_extrema(image: Image.Image) -> list[tuple[int, int]]:
-    """Return (lowest, highest) of each channel but the transparency."""
-    extrema: Any = image.getextrema()
-    channels = [extrema] if len(image.getbands()) == 1 else list(extrema)
-    return [pair for band, pair in zip(image.getbands(), channels) if band not in "Aa"]
-
-
 def refuse_12_bits(brightest: int) -> None:
     """Raise ValueError if 16-bit pixels use only 12 bits: they would be read as black."""
     if 0 < brightest <= 2**12:
@@ -225,8 +204,7 @@ def refuse_12_bits(brightest: int) -> None:
 def prepare(image: Image.Image, metadata: Metadata) -> np.ndarray:
     """Decode, resize and centre-crop an opened image as the metadata describes -> uint8 (H, W, channels).
 
-    Raises:
-        UnreadableImage: the file is damaged; ImageTooLarge: a strip so long that the resize would not fit in memory
+    A damaged file is UnreadableImage; a strip so long that the resize would not fit in memory is ImageTooLarge.
     """
     channels, height, width = metadata.input_size
     width_now, height_now = upright_size(image)

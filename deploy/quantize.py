@@ -25,24 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from deploy import onnx_tools
-from deploy.cli import (
-    Parser,
-    ProgressBar,
-    UserError,
-    add_quiet,
-    command,
-    first_line,
-    log,
-    make_folder,
-    make_parser,
-    need,
-    replacing,
-    show,
-    student_folder,
-)
+from deploy import cli, onnx_tools
+from deploy.cli import Parser, ProgressBar, UserError, command, first_line, log, make_parser, need, number, show
 from deploy.config import FLOAT, Metadata
-from deploy.reference import add_reference, evenly, read_reference
+from deploy.reference import evenly, read_reference
 from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate
 
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
@@ -52,12 +38,13 @@ BATCH = 16  # calibration images whose activations are in memory at a time
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a file is quantised."""
+    """How a file is quantised; deploy.quantize has a flag for each."""
 
     target: str  # "cpu" or "tensorrt"
-    op_types: list[str] | None  # ONNX operators to quantise; None: all that can be, or CONTRACTIONS in a transformer
-    method: str  # of calibration: "minmax", "entropy" or "percentile"
-    reduce_range: bool  # 7 bits for weights
+    op_types: list[str] | None = None  # ONNX operators; None: all that can be, or CONTRACTIONS in a transformer
+    method: str = "minmax"  # of calibration: a key of METHODS
+    # 7 bits for weights, for x86 CPUs without VNNI; None: for the target "cpu", if this CPU is one of them
+    reduce_range: bool | None = None
 
 
 class CalibrationImages:
@@ -84,28 +71,12 @@ class CalibrationImages:
 
 
 def quantize_student(
-    onnx_file: Path,
-    images: np.ndarray,
-    target: str,
-    op_types: list[str] | None = None,
-    method: str = "minmax",
-    reduce_range: bool | None = None,
-    output: Path | None = None,
+    onnx_file: Path, images: np.ndarray, recipe: Recipe, output: Path | None = None
 ) -> tuple[Path, float]:
-    """Quantise an fp32 ONNX file of deploy.export.
+    """Quantise an fp32 ONNX file of deploy.export; return the file, and the percentage of images of the same class.
 
-    Args:
-        onnx_file: student.onnx
-        images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
-        target: "cpu" or "tensorrt"
-        op_types: ONNX operators to quantise; default: all that can be, or CONTRACTIONS if there is a LayerNormalization
-        method: of calibration: "minmax", "entropy", "percentile"
-        reduce_range: 7 bits for weights, for x86 CPUs without VNNI, whose 8-bit products saturate; default: for the
-            target "cpu", if this CPU is one of them
-        output: folder of the file; default: the ONNX file's own
-
-    Returns:
-        The INT8 file, and the share of the images, in percent, that it gives the same class as the fp32 file.
+    images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
+    output: folder of the file; default: the ONNX file's own
     """
     need("onnx", "pip install onnx")
     need("onnxruntime", "pip install onnxruntime").set_default_logger_severity(3)
@@ -113,20 +84,19 @@ def quantize_student(
     metadata = runtime.metadata
     if metadata.precision != "fp32" or metadata.tensors:
         raise UserError(f"{onnx_file} is {metadata.precision}: quantise the fp32 file of deploy.export")
-    if reduce_range is None:
-        reduce_range = target == "cpu" and products_saturate()
-    recipe = Recipe(target, op_types, method, reduce_range)
+    if recipe.reduce_range is None:
+        recipe = dataclasses.replace(recipe, reduce_range=recipe.target == "cpu" and products_saturate())
     output = output or onnx_file.parent
-    make_folder(output)
-    file = output / f"student{'-nchw' if metadata.input == FLOAT else ''}-int8-{target}.onnx"
-    with replacing(file) as partial:
+    cli.make_folder(output)
+    file = output / f"student{'-nchw' if metadata.input == FLOAT else ''}-int8-{recipe.target}.onnx"
+    with cli.replacing(file) as partial:
         quantize_file(onnx_file, partial, images, metadata, recipe)
-        agreement = compare_classes(load(partial, RunOn("cpu")).run, runtime.run, images)
+        classes = [one.run_in_parts(images, 64).argmax(1) for one in (runtime, load(partial, RunOn("cpu")))]
+        agreement = 100 * float(np.mean(classes[0] == classes[1]))
         if agreement < 50:
-            raise UserError(
-                f"{file.name} was not kept: it gives the fp32 file's class on {agreement:.1f} % of the calibration "
-                "images; try --method percentile, --op-types Conv Gemm or a reference of more images"
-            )
+            found = f"it gives the fp32 file's class on {agreement:.1f} % of the calibration images"
+            advice = "try --method percentile, --op-types Conv Gemm or a reference of more images"
+            raise UserError(f"{file.name} was not kept: {found}; {advice}")
     return file, agreement
 
 
@@ -142,18 +112,23 @@ def quantize_file(source: Path, file: Path, images: np.ndarray, metadata: Metada
             op_types = recipe.op_types
             if op_types is None and any(node.op_type == "LayerNormalization" for node in model.graph.node):
                 op_types = CONTRACTIONS
-            options = quantize_options(quantization, recipe.target)
+            extra: dict[str, Any] = {"CalibStridedMinMax": 1}  # in spite of its name for every method
+            if recipe.target == "tensorrt":
+                extra |= dict(ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False)
+                extra |= dict(AddQDQPairToWeight=True, DedicatedQDQPair=True)
+            types = quantization.QuantType
             quantization.quantize_static(
-                str(prepared),
-                str(quantised),
+                prepared,
+                quantised,
                 CalibrationImages(images, metadata),
                 op_types_to_quantize=op_types,
                 nodes_to_exclude=preprocessing_nodes(model) + attention_products(model),
                 per_channel=True,
                 reduce_range=recipe.reduce_range,
-                weight_type=quantization.QuantType.QInt8,
+                activation_type=types.QUInt8 if recipe.target == "cpu" else types.QInt8,
+                weight_type=types.QInt8,
                 calibrate_method=quantization.CalibrationMethod[METHODS[recipe.method]],
-                **options,
+                extra_options=extra,
             )
             model = onnx.load(quantised)
     except (UserError, OSError):
@@ -165,16 +140,6 @@ def quantize_file(source: Path, file: Path, images: np.ndarray, metadata: Metada
     calibration = dataclasses.asdict(recipe) | {"images": len(images), "op_types": op_types}
     described = dataclasses.replace(metadata, precision=f"int8-{recipe.target}", calibration=calibration)
     onnx_tools.write(model, described, file)
-
-
-def quantize_options(quantization: Any, target: str) -> dict[str, Any]:
-    """Return the options of onnxruntime's quantize_static that differ between the targets."""
-    extra: dict[str, Any] = {"CalibStridedMinMax": 1}  # in spite of its name for every method
-    if target == "cpu":
-        return {"activation_type": quantization.QuantType.QUInt8, "extra_options": extra}
-    extra |= dict(ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False)
-    extra |= dict(AddQDQPairToWeight=True, DedicatedQDQPair=True)
-    return {"activation_type": quantization.QuantType.QInt8, "extra_options": extra}
 
 
 @contextlib.contextmanager
@@ -210,43 +175,23 @@ def attention_products(model: Any) -> list[str]:
     return [n.name for n in model.graph.node if n.op_type == "MatMul" and not constants.intersection(n.input)]
 
 
-def compare_classes(run: Any, reference: Any, images: np.ndarray) -> float:
-    """Return the share of the images, in percent, to which two runtimes give the same class."""
-    same = sum(
-        int((run(batch).argmax(1) == reference(batch).argmax(1)).sum())
-        for batch in np.array_split(images, -(-len(images) // 64))
-    )
-    return 100 * same / len(images)
-
-
 def get_parser() -> Parser:
-    parser = make_parser(__doc__, "quantize")
-    add_quiet(parser)
-    parser.add_argument("student", type=Path, help="a run's student/ folder, or the run directory")
-    parser.add_argument("--target", choices=["cpu", "tensorrt"], required=True, help="the runtime of the file")
-    parser.add_argument("--onnx", type=Path, help="the fp32 file to start from (default: student.onnx in the folder)")
-    parser.add_argument(
-        "--count", type=int, metavar="N", help="calibrate on N of the training images, evenly spaced (default: all)"
-    )
-    add_reference(parser)
-    parser.add_argument(
-        "--method", choices=sorted(METHODS), default="minmax", help="method of calibration (default: minmax)"
-    )
-    parser.add_argument("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")
-    parser.add_argument(
-        "--reduce-range",
-        action=argparse.BooleanOptionalAction,
-        help="7-bit weights, for x86 CPUs without VNNI, whose 8-bit products saturate (default: with --target cpu, if "
-        "this CPU is one of them)",
-    )
-    parser.add_argument("--output", type=Path, help="folder of the file (default: that of the ONNX file)")
+    parser = make_parser(__doc__, "quantize", "student", "--quiet", "--reference")
+    add = parser.add_argument
+    add("--target", choices=["cpu", "tensorrt"], required=True, help="the runtime of the file")
+    add("--onnx", type=Path, help="the fp32 file to start from (default: student.onnx in the folder)")
+    add("--count", type=number(int, 1), metavar="N", help="training images, evenly spaced (default: all)")
+    add("--method", choices=sorted(METHODS), default="minmax", help="of calibration (default: minmax)")
+    add("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")
+    saturating = "x86 CPUs without VNNI, whose 8-bit products saturate"
+    default = "(default: with --target cpu, if this CPU is one of them)"
+    add("--reduce-range", action=argparse.BooleanOptionalAction, help=f"7-bit weights, for {saturating} {default}")
+    add("--output", type=Path, help="folder of the file (default: that of the ONNX file)")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.count is not None and args.count < 1:
-        raise UserError(f"--count must be at least 1, got {args.count}")
-    student = student_folder(args.student)
+    student = cli.student_folder(args.student)
     onnx_file = args.onnx or student / "student.onnx"
     if not onnx_file.is_file():
         raise UserError(f"{onnx_file} is missing: python -m deploy.export {student} --format onnx")
@@ -260,13 +205,11 @@ def run(args: argparse.Namespace) -> None:
     if args.reduce_range is None and products_saturate():
         what = "7-bit weights" if args.target == "cpu" else "the agreement below would be higher on a GPU"
         log(f"this CPU has no VNNI, and its 8-bit products saturate: {what}")
-    file, agreement = quantize_student(
-        onnx_file, images, args.target, args.op_types, args.method, args.reduce_range, args.output
-    )
-    show(
-        f"{file}  {file.stat().st_size / 1e6:.1f} MB, the class of the fp32 file on {agreement:.1f} % of "
-        f"{len(images)} calibration images; python -m deploy.check {student} compares on validation images"
-    )
+    recipe = Recipe(args.target, args.op_types, args.method, args.reduce_range)
+    file, agreement = quantize_student(onnx_file, images, recipe, args.output)
+    same = f"the class of the fp32 file on {agreement:.1f} % of {len(images)} calibration images"
+    compares = f"python -m deploy.check {student} compares on validation images"
+    show(f"{file}  {file.stat().st_size / 1e6:.1f} MB, {same}; {compares}")
 
 
 if __name__ == "__main__":

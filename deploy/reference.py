@@ -6,7 +6,6 @@ with its logits, quantize calibrates on its training images, benchmark times its
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 from collections.abc import Sequence
@@ -49,20 +48,10 @@ def evenly(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(count, total)).astype(int).tolist() if total else []
 
 
-def write_reference(file: Path, reference: Reference) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **reference._asdict())
-    write_whole(file, buffer.getbuffer())
-
-
 def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Sequence[str] = ()) -> str:
     """Write a run's reference.npz: `count` images of each set and the logits of its student/, computed by torch.
 
-    Args:
-        run: the run directory
-        val, train: sequences of (PIL image, class index); unreadable images are left out
-        count: images of each
-        model_files: path/to/file.py:function of the user's own model
+    val, train: sequences of (PIL image, class index); unreadable images are left out
 
     Returns:
         A line for the user that describes the file.
@@ -72,9 +61,11 @@ def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Seq
     train_images, _ = prepare_some(train, count, student.metadata)
     if not len(images):
         return f"no {NAME}: none of the validation images drawn for it could be read"
-    logits = np.concatenate([student.run(images[i : i + 32]) for i in range(0, len(images), 32)])
+    logits = student.run_in_parts(images, 32)
     digest = np.array(student.metadata.source["weights_sha256"])
-    write_reference(run / NAME, Reference(images, labels, logits, train_images, digest))
+    buffer = io.BytesIO()
+    np.savez(buffer, **Reference(images, labels, logits, train_images, digest)._asdict())
+    write_whole(run / NAME, buffer.getbuffer())
     size = (run / NAME).stat().st_size / 1e6
     return f"{len(images)} validation and {len(train_images)} training images in {run / NAME}, {size:.1f} MB"
 
@@ -87,12 +78,7 @@ def prepare_some(source: Any, count: int, metadata: Metadata) -> tuple[np.ndarra
             image, label = source[index]
             images.append(prepare(image, metadata))
             labels.append(label)
-    channels, height, width = metadata.input_size
-    return np.array(images, np.uint8).reshape(-1, height, width, channels), np.array(labels, np.int64)
-
-
-def add_reference(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference", type=Path, help=f"(default: {NAME} of the run directory)")
+    return np.array(images, np.uint8).reshape(-1, *metadata.image_shape), np.array(labels, np.int64)
 
 
 def find_reference(student: Path, given: Path | None) -> Path | None:
@@ -104,15 +90,9 @@ def find_reference(student: Path, given: Path | None) -> Path | None:
 
 
 def read_reference(student: Path, given: Path | None, otherwise: str) -> Reference:
-    """Return the reference of a student/ folder.
+    """Return the reference of a student/ folder; UserError if it is missing, damaged, or of another student.
 
-    Args:
-        student: the folder
-        given: the file that --reference names
-        otherwise: the advice if there is no reference
-
-    Raises:
-        UserError: the file is missing, damaged, or of another student
+    given: the file that --reference names; otherwise: the advice if there is no reference
     """
     file = find_reference(student, given)
     if file is None:
@@ -123,35 +103,25 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
     except Exception as error:  # numpy and zipfile have a dozen
         raise UserError(f"{file} cannot be read: {first_line(error)}") from error
     config = read_config(student)
-    channels, height, width = config.input_size
-    count, image = len(reference.images), (height, width, channels)
+    count, image = len(reference.images), config.image_shape
     found = [reference.images.shape, reference.train_images.shape[1:], reference.labels.shape, reference.logits.shape]
     expected = [(count, *image), image, (count,), (count, len(config.label_names))]
     if found != expected or not count:
         raise UserError(f"{file} is of another student than {student}: its arrays are {found} and not {expected}")
-    check_values(reference, len(config.label_names), file)
-    if (student / "model.safetensors").is_file() and reference.digest != source_of(student)["weights_sha256"]:
-        raise UserError(
-            f"{file} is of other weights than {student}/model.safetensors: train.py --resume writes it again"
-        )
-    return reference
-
-
-def check_values(reference: Reference, classes: int, file: Path) -> None:
-    """Raise UserError unless the arrays have the types and values that train.py writes."""
     images, labels, logits, train_images, digest = reference
-    fault = (
-        "images are not uint8"
-        if images.dtype != np.uint8 or train_images.dtype != np.uint8
-        else "labels are not class indices"
-        if labels.dtype.kind not in "iu" or not ((labels >= 0) & (labels < classes)).all()
-        else "logits are not finite numbers"
-        if logits.dtype.kind != "f" or not np.isfinite(logits).all()
-        else "logits are all zero"
-        if not logits.any()
-        else "digest is not a text"
-        if digest.shape != (1,) or digest.dtype.kind != "U"
-        else ""
-    )
-    if fault:
-        raise UserError(f"{file} is damaged: its {fault}")
+    indices = labels.dtype.kind in "iu" and ((labels >= 0) & (labels < len(config.label_names))).all()
+    numbers = logits.dtype.kind == "f" and np.isfinite(logits).all()
+    faults = {
+        "images are not uint8": images.dtype != np.uint8 or train_images.dtype != np.uint8,
+        "labels are not class indices": not indices,
+        "logits are not finite numbers": not numbers,
+        "logits are all zero": numbers and not logits.any(),
+        "digest is not a text": digest.shape != (1,) or digest.dtype.kind != "U",
+    }
+    for fault, is_so in faults.items():
+        if is_so:
+            raise UserError(f"{file} is damaged: its {fault}")
+    if (student / "model.safetensors").is_file() and reference.digest != source_of(student)["weights_sha256"]:
+        again = "train.py --resume writes it again"
+        raise UserError(f"{file} is of other weights than {student}/model.safetensors: {again}")
+    return reference

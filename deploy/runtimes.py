@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.cli import MAX_JSON, UserError, first_line, need, read_file
+from deploy.cli import MAX_JSON, UserError, first_line, need, read_file, student_folder
 from deploy.config import ARTEFACT, FLOAT, UINT8, Metadata, read_json
 from deploy.onnx_tools import read_properties, refuse_external_data
 
@@ -40,14 +40,9 @@ SIDECAR = (
     f'width], interpolation, crop and input, which is "{UINT8}", or "{FLOAT}" for images normalised by mean and std'
 )
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-LOADERS = {
-    ".onnx": "deploy.runtimes:load_onnx",
-    ".engine": "deploy.tensorrt:load_engine",
-    "": "deploy.torch_runtimes:load",  # a student/ folder
-    ".ts": "deploy.torch_runtimes:load",
-    ".pt2": "deploy.torch_runtimes:load",
-}
-TORCH_KINDS = tuple(kind for kind, loader in LOADERS.items() if "torch" in loader)
+TORCH_KINDS = ("", ".ts", ".pt2")  # "": a student/ folder
+LOADERS = {".onnx": "deploy.runtimes:load_onnx", ".engine": "deploy.tensorrt:load_engine"}
+LOADERS |= dict.fromkeys(TORCH_KINDS, "deploy.torch_runtimes:load")
 
 
 @dataclass(frozen=True)
@@ -74,27 +69,40 @@ class Runtime:
     name: str  # torch, torch.compile, torchscript, torch.export, onnxruntime, tensorrt
     provider: str  # what really runs it
     metadata: Metadata
-    run: Callable[[np.ndarray], np.ndarray]  # uint8 (N, H, W, 3) -> float32 (N, C)
+    call: Callable[[np.ndarray], np.ndarray]  # see run()
     max_batch: int | None = None  # of an engine's profile; None: any
+    file: str = ""
     load_s: float = 0.0
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3) -> float32 (N, C). Raise UserError unless there is one logit for each label."""
+        logits, labels = self.call(images), len(self.metadata.label_names)
+        if logits.shape != (len(images), labels):
+            found = f"logits of shape {list(logits.shape)} for {len(images)} images"
+            raise UserError(f"{self.file} has {labels} label_names and returns {found}")
+        return logits
+
+    def run_in_parts(self, images: np.ndarray, size: int) -> np.ndarray:
+        """Run all images in batches of at most `size`, and of at most the largest that the runtime takes."""
+        size = min(size, self.max_batch or size)
+        return np.concatenate([self.run(images[i : i + size]) for i in range(0, len(images), size)])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, 3) of an image."""
-        channels, height, width = self.metadata.input_size
-        return height, width, channels
+        return self.metadata.image_shape
 
 
 def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     """Load a student/ folder, or a .ts, .pt2, .onnx or .engine file made from it.
 
-    Raises:
-        UserError: no such device, a runtime that is not installed, or a file that is missing, damaged, foreign or for
-            another machine
+    A missing device, a runtime that is not installed, and a file that is damaged, foreign or for another machine are
+    each a UserError.
     """
     kind = "" if path.is_dir() else path.suffix or "without a suffix"
-    if kind not in LOADERS or not (path.is_dir() or path.is_file()):
-        what = "unknown kind of artefact" if path.is_dir() or path.is_file() else "no such file or folder"
+    exists = path.is_dir() or path.is_file()
+    if kind not in LOADERS or not exists:
+        what = "unknown kind of artefact" if exists else "no such file or folder"
         raise UserError(f"{path}: {what}; expected a student/ folder, or a .ts, .pt2, .onnx or .engine file")
     if on.device == "tensorrt" and kind != ".onnx":
         raise UserError(f"--device tensorrt is ONNX Runtime's TensorRT provider; {path.name} is not an .onnx file")
@@ -109,27 +117,7 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
         raise UserError(f"{path} cannot be loaded here: {first_line(error)}") from error
     # auto falls back to the CPU where an onnxruntime without CUDA meets a machine with it
     on = dataclasses.replace(on, allow_fallback=on.allow_fallback or on.device == "auto")
-    loaded: Runtime = load_kind(path, on)
-    run = CheckedRun(loaded.run, len(loaded.metadata.label_names), path.name)
-    return dataclasses.replace(loaded, run=run, load_s=time.perf_counter() - started)
-
-
-@dataclass(frozen=True)
-class CheckedRun:
-    """Runs a student, and raises UserError unless it returns one logit for each label."""
-
-    run: Callable[[np.ndarray], np.ndarray]
-    labels: int
-    name: str
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        logits = self.run(images)
-        if logits.shape != (len(images), self.labels):
-            raise UserError(
-                f"{self.name} has {self.labels} label_names and returns logits of shape {list(logits.shape)} for "
-                f"{len(images)} images"
-            )
-        return logits
+    return dataclasses.replace(load_kind(path, on), file=path.name, load_s=time.perf_counter() - started)
 
 
 def usable_cpus() -> int:
@@ -179,30 +167,21 @@ def as_input(images: np.ndarray, metadata: Metadata) -> np.ndarray:
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
 
-@dataclass(frozen=True)
-class OnnxRunner:
-    """Runs an ONNX session on uint8 images."""
-
-    session: Any
-    metadata: Metadata
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        inputs, outputs = tensor_names(self.metadata)
-        logits: np.ndarray = self.session.run([outputs], {inputs: as_input(images, self.metadata)})[0]
-        return logits
+def run_onnx(session: Any, metadata: Metadata, images: np.ndarray) -> np.ndarray:
+    inputs, outputs = tensor_names(metadata)
+    logits: np.ndarray = session.run([outputs], {inputs: as_input(images, metadata)})[0]
+    return logits
 
 
 def load_onnx(path: Path, on: RunOn) -> Runtime:
     """Load an ONNX file of ours, or one from elsewhere with a .json next to it."""
     ort = need("onnxruntime", "pip install onnxruntime, or onnxruntime-gpu where there is a CUDA device")
-    device = pick_device(on.device, cuda_device_count() > 0, on.allow_fallback)
+    device = pick_device(on.device, cuda_device_name() is not None, on.allow_fallback)
     wanted = PROVIDERS[device]
     if device != "cpu" and wanted not in ort.get_available_providers():
         if not on.allow_fallback:
-            raise UserError(
-                f"--device {device}, but this onnxruntime has no {wanted} (it has "
-                f"{', '.join(ort.get_available_providers())}); --allow-fallback runs on the CPU"
-            )
+            has = f"has no {wanted} (it has {', '.join(ort.get_available_providers())})"
+            raise UserError(f"--device {device}, but this onnxruntime {has}; --allow-fallback runs on the CPU")
         wanted = PROVIDERS["cpu"]
     if device != "cpu" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds CUDA and cuDNN in torch's wheels
@@ -220,15 +199,13 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
         raise UserError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error
     provider = session.get_providers()[0]
     if provider != wanted and not on.allow_fallback:
-        raise UserError(
-            f"--device {device}: ONNX Runtime could not start {wanted} and fell back to {provider} (CUDA, cuDNN or "
-            "TensorRT libraries of another version?); --allow-fallback accepts that"
-        )
+        why = f"could not start {wanted} and fell back to {provider} (CUDA, cuDNN or TensorRT of another version?)"
+        raise UserError(f"--device {device}: ONNX Runtime {why}; --allow-fallback accepts that")
     try:
         metadata = onnx_metadata(session, path)
     except UnicodeError as error:
         raise UserError(f"{path} has a text that is not UTF-8: {error}") from error
-    return Runtime("onnxruntime", provider, metadata, OnnxRunner(session, metadata))
+    return Runtime("onnxruntime", provider, metadata, functools.partial(run_onnx, session, metadata))
 
 
 def onnx_metadata(session: Any, path: Path) -> Metadata:
@@ -250,16 +227,13 @@ def onnx_metadata(session: Any, path: Path) -> Metadata:
 def check_graph(session: Any, metadata: Metadata, where: str) -> None:
     """Raise UserError unless the graph's input and output are what the metadata describes."""
     images, logits = session.get_inputs(), session.get_outputs()
-    (channels, height, width), uint8 = metadata.input_size, metadata.input == UINT8
-    shape = [height, width, channels] if uint8 else [channels, height, width]
-    wanted = f"tensor({'uint8' if uint8 else 'float'})"
-    inputs, outputs = tensor_names(metadata)
+    shape, (inputs, outputs) = metadata.tensor_shape, tensor_names(metadata)
+    wanted = f"tensor({'uint8' if metadata.input == UINT8 else 'float'})"
     fits = len(images) == 1 and (images[0].name, images[0].type, len(images[0].shape)) == (inputs, wanted, 4)
     if not fits or any(isinstance(side, int) and side != s for side, s in zip(images[0].shape[1:], shape)):
         has = [(one.name, one.type, list(one.shape)) for one in images]
-        raise UserError(
-            f"{where} describes one input, {inputs}: {wanted} of [N, {', '.join(map(str, shape))}]; the graph has {has}"
-        )
+        port = f"{inputs}: {wanted} of [N, {', '.join(map(str, shape))}]"
+        raise UserError(f"{where} describes one input, {port}; the graph has {has}")
     classes = len(metadata.label_names)
     found = next((list(one.shape) for one in logits if one.name == outputs), None)
     if found is None or len(found) != 2 or (isinstance(found[1], int) and found[1] != classes):
@@ -278,29 +252,19 @@ def has_torch() -> bool:
 
 def source_of(student: Path) -> dict[str, str]:
     """Return the digest of the weights in a student/ folder, which every artefact carries."""
-    folder = student / "student" if (student / "student").is_dir() else student
-    return {"weights_sha256": hashlib.sha256(read_file(folder / "model.safetensors")).hexdigest()}
+    weights = read_file(student_folder(student) / "model.safetensors")
+    return {"weights_sha256": hashlib.sha256(weights).hexdigest()}
 
 
 @functools.cache
-def cuda_device_count() -> int:
-    """Return the number of the driver's CUDA devices; 0 without a driver. Needs neither torch nor TensorRT."""
+def cuda_device_name() -> str | None:
+    """Return the driver's name of the first CUDA device, or None without one. Needs neither torch nor TensorRT."""
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return 0
-    count = ctypes.c_int()
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
-
-
-def cuda_device_name() -> str | None:
-    """Return the driver's name of the first CUDA device."""
-    if not cuda_device_count():
         return None
-    cuda, device, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.create_string_buffer(256)
-    if cuda.cuDeviceGet(ctypes.byref(device), 0) != 0 or cuda.cuDeviceGetName(name, len(name), device) != 0:
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceGetName(name, len(name), device):
         return None
     return name.value.decode(errors="replace")
 

@@ -9,7 +9,6 @@ classes, the size and the preprocessing of an image.
 from __future__ import annotations
 
 import ast
-import contextlib
 import difflib
 import importlib.util
 import math
@@ -18,7 +17,7 @@ import re
 import sys
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
-from deploy.cli import UserError, first_line
+from deploy.cli import UserError, first_line, student_folder
 from deploy.config import Metadata, check_arguments, read_config
 
 
@@ -40,11 +39,8 @@ def find_architecture(
 ) -> dict[str, Any]:
     """Return the fields of config.json that build a model again: library, architecture, model_args, small_stem.
 
-    Args:
-        name: a model of torchvision or timm, or path/to/file.py:function
-        arguments: "KEY=VALUE" each, passed on to the model
-        small_stem: see shrink_stem
-        input_size: (channels, H, W), for models that take it when they are built
+    name: a model of torchvision or timm, or path/to/file.py:function; arguments: "KEY=VALUE" each, for the model
+    input_size: (channels, H, W), for models that take it when they are built
     """
     if is_own(name):
         library, name = "file", Path(name).name  # the folder of the file is private
@@ -59,10 +55,9 @@ def find_architecture(
     else:
         known = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
         near = difflib.get_close_matches(name, dict.fromkeys(known), n=5, cutoff=0.5)
-        raise UserError(
-            f"unknown model {name!r}: not in torchvision, not in timm, not a student/ folder, not file.py:build; "
-            + (f"near matches: {', '.join(near)}" if near else "python -c 'import timm; print(timm.list_models())'")
-        )
+        more = f"near matches: {', '.join(near)}" if near else "python -c 'import timm; print(timm.list_models())'"
+        places = "not in torchvision, not in timm, not a student/ folder, not file.py:build"
+        raise UserError(f"unknown model {name!r}: {places}; {more}")
     options = {}
     for item in arguments:
         key, equals, value = item.partition("=")
@@ -108,20 +103,14 @@ def is_own(name: str) -> bool:
 
 
 def pick_model_file(name: str, model_files: Sequence[str]) -> str:
-    """Return the path/to/file.py:function of the command line for an architecture called file.py:function.
-
-    Raises:
-        UserError: the command line does not name it; only code that the user names is run
-    """
+    """Return the --model-file of an architecture called file.py:function; only code that the user names is run."""
     for model_file in model_files:
         if not is_own(model_file):
             raise UserError(f"--model-file takes path/to/file.py:function, got {model_file}")
     named = [model_file for model_file in model_files if Path(model_file).name == name] or list(model_files)
     if len(named) != 1:
-        raise UserError(
-            f"its model is built by the code of {name}, which runs only if you name the file: --model-file "
-            f"path/to/{name}"
-        )
+        code = f"its model is built by the code of {name}, which runs only if you name the file"
+        raise UserError(f"{code}: --model-file path/to/{name}")
     return named[0]
 
 
@@ -130,11 +119,7 @@ def build_model(
 ) -> nn.Module:
     """Build the model that find_architecture or a config.json describes, with random weights.
 
-    Args:
-        architecture: the fields of config.json
-        num_classes: of its logits
-        input_size: (channels, H, W), or the side of square colour images
-        model_files: path/to/file.py:function of models that may be run
+    input_size: (channels, H, W), or the side of square colour images; model_files: those that may be run
     """
     library, name = architecture["library"], architecture["architecture"]
     known = {"torchvision": is_torchvisions, "timm": timm.is_model}
@@ -144,11 +129,17 @@ def build_model(
     options = size_arguments(architecture, (channels, height, width))
     try:
         if library == "file":
-            model = build_own_model(pick_model_file(name, model_files), num_classes, options)
+            own = pick_model_file(name, model_files)
+            model = call_own(own_function(own), own, num_classes=num_classes, **options)
+            if not isinstance(model, nn.Module):
+                raise UserError(f"{own} must return an nn.Module, got {type(model).__name__}")
         elif library == "torchvision":
             model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
             if channels != 3:
-                take_channels(model, channels)
+                first, conv = convolutions(model)[0]
+                options = {key: getattr(conv, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+                ours = nn.Conv2d(channels, conv.out_channels, bias=conv.bias is not None, **options)
+                model.set_submodule(first, ours)
         else:
             model = timm.create_model(name, num_classes=num_classes, **options)
     except UserError:
@@ -162,13 +153,8 @@ def build_model(
     return model.float()  # the user's own model may have another precision
 
 
-def take_channels(model: nn.Module, channels: int) -> None:
-    """Replace the first convolution by one that reads this number of channels."""
-    name, conv = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    parent, _, child = name.rpartition(".")
-    options: Any = {key: getattr(conv, key) for key in ("kernel_size", "stride", "padding", "dilation")}
-    ours = nn.Conv2d(channels, conv.out_channels, bias=conv.bias is not None, **options)
-    setattr(model.get_submodule(parent), child, ours)
+def convolutions(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
 
 
 def is_folder(name: str) -> bool:
@@ -176,14 +162,6 @@ def is_folder(name: str) -> bool:
         return Path(name).is_dir()
     except OSError:  # too long to be a path
         return False
-
-
-def build_own_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    """Return the model of the user's file.py:function; UserError with the file's line if it fails."""
-    model = call_own(own_function(name), name, num_classes=num_classes, **options)
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{name} must return an nn.Module, got {type(model).__name__}")
-    return model
 
 
 def own_function(name: str) -> Callable[..., Any]:
@@ -220,14 +198,11 @@ def call_own(function: Callable[..., Any], name: str, *args: Any, **options: Any
 
 def shrink_stem(model: nn.Module) -> None:
     """Give the model the usual stem for images of up to 64 px: a first 3x3 convolution of stride 1, no max-pool."""
-    for name, conv in model.named_modules():
-        if isinstance(conv, nn.Conv2d):
-            if conv.stride[0] > 1 and conv.kernel_size != conv.stride:  # else it is small already, or cuts patches
-                stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
-                nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, stem)
-            break
+    for name, conv in convolutions(model)[:1]:
+        if conv.stride[0] > 1 and conv.kernel_size != conv.stride:  # else it is small already, or cuts patches
+            stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
+            nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+            model.set_submodule(name, stem)
     for name, child in model.named_children():
         if isinstance(child, nn.MaxPool2d):
             setattr(model, name, nn.Identity())
@@ -236,15 +211,9 @@ def shrink_stem(model: nn.Module) -> None:
 def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Module, Metadata]:
     """Load the model and the config.json of a student/ folder, or of the run directory that holds it.
 
-    Args:
-        folder: may come from other people: no code in it is run, and no size in it is built before it is compared
-        model_files: path/to/file.py:function of the user's own models
-
-    Raises:
-        UserError: the folder is damaged, or its weights do not fit its config.json
+    The folder may come from other people: no code in it is run, and no size in it is built before it is compared.
     """
-    if (folder / "student").is_dir():
-        folder = folder / "student"
+    folder = student_folder(folder)
     metadata = read_config(folder)
     file = folder / "model.safetensors"
     try:
@@ -268,14 +237,20 @@ def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Modu
 
 
 class ParameterLimit:
-    """A hook of torch that stops the building of a model with many more parameters than its file has.
+    """Stops the building of a model with many more parameters than its file has, in a `with` block.
 
-    It runs before a parameter is initialised, which is when its memory is first used.
+    It is a hook of torch that runs before a parameter is initialised, which is when its memory is first used.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         # twice: some libraries replace layers that they have built
         self.tensors, self.elements = 2 * len(shapes) + 1000, 2 * sum(map(math.prod, shapes.values())) + 10**7
+
+    def __enter__(self) -> None:
+        self.hook = register_module_parameter_registration_hook(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
 
     def __call__(self, module: nn.Module, name: str, parameter: Any) -> None:
         if parameter is not None:
@@ -288,41 +263,25 @@ def build_bounded(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], whe
     """Build the model of a config.json, which may describe any size, such as a million layers.
 
     It is built without memory first and compared with the shapes in the file of weights.
-
-    Raises:
-        UserError: the model does not fit the shapes
     """
     fields = metadata.to_json(), metadata.num_classes, metadata.input_size
     try:
-        with torch.device("meta"), bounded(shapes):
+        with torch.device("meta"), ParameterLimit(shapes):
             model = build_model(*fields)
         compare_shapes(type(model).__name__, model.state_dict(), shapes, where)
     except UserError as error:
         if not isinstance(error.__cause__, NotImplementedError):  # torchvision's RegNet reads values as it is built
             raise
-    with bounded(shapes):
+    with ParameterLimit(shapes):
         return build_model(*fields)
-
-
-@contextlib.contextmanager
-def bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """Limit the parameters of the models that are built in the body."""
-    hook = register_module_parameter_registration_hook(ParameterLimit(shapes))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def compare_shapes(name: str, own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise UserError, with the first three differences, unless the shapes are those of the model's tensors."""
     differing = [f"{key} is missing" for key in own if key not in shapes]
     differing += [f"{key} is unknown" for key in shapes if key not in own]
-    differing += [
-        f"{key} is {shapes[key]} and not {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in shapes and not is_lazy(value) and shapes[key] != tuple(value.shape)
-    ]
+    expected = {key: tuple(value.shape) for key, value in own.items() if key in shapes and not is_lazy(value)}
+    differing += [f"{key} is {shapes[key]} and not {one}" for key, one in expected.items() if shapes[key] != one]
     if differing:
         raise UserError(f"{where} holds the weights of another architecture than {name}: {'; '.join(differing[:3])}")
 

@@ -17,6 +17,8 @@ import json
 import math
 import time
 import weakref
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +27,7 @@ import numpy as np
 
 from deploy.cli import MAX_JSON, UserError, first_line, make_folder, read_file, write_whole
 from deploy.config import ARTEFACT, ENGINE, UINT8, Metadata, read_json
-from deploy.runtimes import RunOn, Runtime, as_input, cuda_device_count, cuda_device_name, load, tensor_names
+from deploy.runtimes import RunOn, Runtime, as_input, cuda_device_name, load, tensor_names
 
 # ---- CUDA ---------------------------------------------------------------------------------------------------------
 
@@ -86,10 +88,8 @@ def load_cuda() -> Cuda:
     for name in filter(None, names):
         with contextlib.suppress(OSError, AttributeError):
             return Cuda(ctypes.CDLL(name))
-    raise UserError(
-        "CUDA's runtime library libcudart.so is not found: on a Jetson apt-get install cuda-cudart-12-6 (the number "
-        "of its CUDA), elsewhere pip install nvidia-cuda-runtime"
-    )
+    install = "on a Jetson apt-get install cuda-cudart-12-6 (the number of its CUDA), elsewhere pip install"
+    raise UserError(f"CUDA's runtime library libcudart.so is not found: {install} nvidia-cuda-runtime")
 
 
 class Buffer:
@@ -99,15 +99,13 @@ class Buffer:
     which needs no copy.
     """
 
-    def __init__(
-        self, cuda: Cuda, shape: tuple[int, ...], dtype: Any, mapped: bool, release: contextlib.ExitStack
-    ) -> None:
-        self.cuda, self.mapped = cuda, mapped
+    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: Any, release: contextlib.ExitStack) -> None:
+        self.cuda, self.mapped = cuda, bool(cuda.attribute(INTEGRATED) and cuda.attribute(CAN_MAP))
         count = math.prod(shape) * np.dtype(dtype).itemsize
-        address = cuda.new("cudaHostAlloc", count, MAPPED if mapped else PINNED)
+        address = cuda.new("cudaHostAlloc", count, MAPPED if self.mapped else PINNED)
         release.callback(cuda.call, "cudaFreeHost", address)
         self.array = np.frombuffer((ctypes.c_ubyte * count).from_address(address), dtype).reshape(shape)
-        if mapped:
+        if self.mapped:
             self.device = cuda.new("cudaHostGetDevicePointer", address, 0)
         else:
             self.device = cuda.new("cudaMalloc", count)
@@ -127,9 +125,6 @@ class Engine:
 
     def __init__(self, engine: Any, cuda: Cuda, metadata: Metadata, max_batch: int, runtime: Any = None) -> None:
         self.owners = runtime, engine  # TensorRT requires that they outlive the context
-        channels, height, width = metadata.input_size
-        uint8 = metadata.input == UINT8
-        image = (height, width, channels) if uint8 else (channels, height, width)
         self.metadata, self.max_batch, self.cuda = metadata, max_batch, cuda
         with contextlib.ExitStack() as taken:  # frees what was taken if the next step fails
             self.context = engine.create_execution_context()
@@ -137,9 +132,9 @@ class Engine:
                 raise RuntimeError("TensorRT made no execution context: not enough GPU memory?")
             self.stream = cuda.new("cudaStreamCreate")
             taken.callback(cuda.call, "cudaStreamDestroy", self.stream)
-            mapped = bool(cuda.attribute(INTEGRATED) and cuda.attribute(CAN_MAP))
-            self.images = Buffer(cuda, (max_batch, *image), np.uint8 if uint8 else np.float32, mapped, taken)
-            self.logits = Buffer(cuda, (max_batch, len(metadata.label_names)), np.float32, mapped, taken)
+            dtype = np.uint8 if metadata.input == UINT8 else np.float32
+            self.images = Buffer(cuda, (max_batch, *metadata.tensor_shape), dtype, taken)
+            self.logits = Buffer(cuda, (max_batch, len(metadata.label_names)), np.float32, taken)
             taken.callback(cuda.call, "cudaStreamSynchronize", self.stream)  # runs first, since it is pushed last
             self.input_name, output_name = tensor_names(metadata)
             self.context.set_tensor_address(self.input_name, self.images.device)
@@ -200,10 +195,12 @@ def read_engine_metadata(path: Path) -> Metadata:
     return Metadata.from_json(read_json(read_file(sidecar, MAX_JSON), sidecar), str(sidecar), ARTEFACT | ENGINE)
 
 
+RTX = "install TensorRT-RTX, which needs no GPU to build: pip install '.[rtx]'"
+
+
 def import_tensorrt(library: str | None = None) -> ModuleType:
     """Import the named library, or tensorrt, else TensorRT-RTX, whose libraries its ONNX Runtime provider brings."""
-    names = [library] if library else ["tensorrt", "tensorrt_rtx"]
-    reasons = []
+    names, reasons = [library] if library else ["tensorrt", "tensorrt_rtx"], []
     for name in names:
         try:
             if name == "tensorrt":
@@ -212,60 +209,41 @@ def import_tensorrt(library: str | None = None) -> ModuleType:
             return importlib.import_module("tensorrt_rtx_bindings")
         except ImportError as error:
             reasons.append(first_line(error))
-    raise UserError(
-        f"{' and '.join(names)}: not installed, or not for this Python ({'; '.join(reasons)}). On a Jetson, JetPack "
-        "has tensorrt: make the environment with --system-site-packages. Elsewhere: pip install tensorrt, or "
-        "for TensorRT-RTX pip install '.[rtx]'"
-    )
+    jetson = "On a Jetson, JetPack has tensorrt: make the environment with --system-site-packages"
+    missing = f"{' and '.join(names)}: not installed, or not for this Python ({'; '.join(reasons)})"
+    raise UserError(f"{missing}. {jetson}. Elsewhere: pip install tensorrt, or {RTX}")
 
 
 def build_engine(
     onnx_file: Path,
     batches: tuple[int, int, int] = (1, 8, 64),
     workspace_mib: int = 1024,
-    timing_cache: Path | None = None,
     library: str | None = None,
     output: Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Build an engine and return its file and the description of the build in its .json.
+    """Build an engine of an ONNX file of deploy.export or deploy.quantize; return its file and the build in its .json.
 
-    Args:
-        onnx_file: of deploy.export or deploy.quantize
-        batches: smallest, usual and largest batch of the optimisation profile
-        workspace_mib: largest scratch memory of a layer, in MiB
-        timing_cache: a file that makes the next build faster; tensorrt only
-        library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
-        output: folder of the engine; default: the ONNX file's own
-
-    Raises:
-        UserError: no such library, no GPU where the library needs one, or a file that it cannot parse or build
+    batches: smallest, usual and largest of the optimisation profile; workspace_mib: largest scratch memory of a layer
+    library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
+    output: folder of the engine; default: the ONNX file's own
     """
     metadata = read_onnx(onnx_file)
-    trt = import_tensorrt(library)
-    network = Network(trt, onnx_file)
-    try:
-        network.refuse_unsupported()
+    with parse_onnx(onnx_file, library) as network:
+        if not network.parsed:
+            first, *others = network.unsupported()
+            more = f" (and {len(others)} more: --report)" if others else ""
+            raise UserError(f"{network} cannot parse {onnx_file.name}: {first}{more}")
         started = time.perf_counter()
-        engine, cache = network.build(tensor_names(metadata)[0], batches, workspace_mib, timing_cache)
-    finally:
-        network.close()
-    built = {
-        "library": library_name(trt),
-        "version": trt.__version__,
-        "gpu": cuda_device_name(),
-        "min_batch": batches[0],
-        "opt_batch": batches[1],
-        "max_batch": batches[2],
-        "build_s": round(time.perf_counter() - started, 2),
-    }
+        engine = network.build(tensor_names(metadata)[0], batches, workspace_mib)
+        built = {"library": network.library, "version": network.trt.__version__, "gpu": cuda_device_name()}
+    built |= dict(zip(("min_batch", "opt_batch", "max_batch"), batches))
+    built["build_s"] = round(time.perf_counter() - started, 2)
     output = output or onnx_file.parent
     make_folder(output)
     file = output / onnx_file.with_suffix(".engine").name
     described = dataclasses.replace(metadata, onnx=onnx_file.name, built=built)
     write_whole(file, engine)
     write_whole(file.with_name(file.name + ".json"), json.dumps(described.to_json(), indent=2) + "\n")
-    if timing_cache and cache:
-        write_whole(timing_cache, cache)
     return file, built
 
 
@@ -280,102 +258,79 @@ def read_onnx(onnx_file: Path) -> Metadata:
 
 
 class Network:
-    """An ONNX file parsed by TensorRT, strongly typed; close() frees it in the order that does not crash."""
+    """An ONNX file parsed by TensorRT, strongly typed."""
 
     def __init__(self, trt: ModuleType, onnx_file: Path) -> None:
         self.trt, self.onnx_file = trt, onnx_file
-        if library_name(trt) == "tensorrt" and not cuda_device_count():
-            raise UserError(
-                "tensorrt parses and builds only on a machine with a CUDA device: run this on the device that will run "
-                "the engine, or install TensorRT-RTX, which needs no GPU to build: pip install '.[rtx]'"
-            )
-        self.log = make_log(trt)
+        self.library = "tensorrt" if trt.__name__ == "tensorrt" else "tensorrt_rtx"
+        if self.library == "tensorrt" and cuda_device_name() is None:
+            device = "run this on the device that will run the engine"
+            raise UserError(f"tensorrt parses and builds only on a machine with a CUDA device: {device}, or {RTX}")
+        self.errors: list[str] = []
+        self.log = make_log(trt, self.errors)
         self.builder = trt.Builder(self.log)
         flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         self.definition = self.builder.create_network(0 if flags is None else 1 << int(flags))
         self.parser = trt.OnnxParser(self.definition, self.log)
         self.parsed = self.parser.parse(read_file(onnx_file))
-        self.errors = [self.parser.get_error(i) for i in range(self.parser.num_errors)]
+
+    def __str__(self) -> str:
+        return f"{self.library} {self.trt.__version__}"
 
     def unsupported(self) -> list[str]:
         """Return a line for each node that cannot be parsed, with the library's reason."""
-        return [
-            f"{error.node_operator()} {error.node_name()}: {' '.join(error.desc().splitlines()[:2])}"
-            for error in self.errors
-        ]
+        errors = [self.parser.get_error(i) for i in range(self.parser.num_errors)]
+        lines = [f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().splitlines()[:2])}" for e in errors]
+        return lines or [self.reason()]
 
-    def refuse_unsupported(self) -> None:
-        if not self.parsed:
-            reasons = self.unsupported() or [self.log.text()]
-            raise UserError(
-                f"{library_name(self.trt)} {self.trt.__version__} cannot parse {self.onnx_file.name}: "
-                f"{reasons[0]}" + (f" (and {len(reasons) - 1} more: --report)" if len(reasons) > 1 else "")
-            )
+    def reason(self) -> str:
+        return first_line(Exception(self.errors[0] if self.errors else "no reason given"))
 
-    def build(
-        self, input_name: str, batches: tuple[int, int, int], workspace_mib: int, timing_cache: Path | None
-    ) -> tuple[bytes, bytes | None]:
-        """Return the serialised engine and the timing cache, which TensorRT-RTX does not have."""
+    def build(self, input_name: str, batches: tuple[int, int, int], workspace_mib: int) -> bytes:
+        """Return the serialised engine."""
         config = self.builder.create_builder_config()
         config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
         profile = self.builder.create_optimization_profile()
         image = tuple(self.definition.get_input(0).shape)[1:]
         profile.set_shape(input_name, *((size, *image) for size in batches))
         config.add_optimization_profile(profile)
-        cache = None
-        if timing_cache and library_name(self.trt) == "tensorrt":
-            cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
-            config.set_timing_cache(cache, ignore_mismatch=False)
         plan = self.builder.build_serialized_network(self.definition, config)
         if plan is None:
-            name = f"{library_name(self.trt)} {self.trt.__version__}"
-            raise UserError(f"{name} cannot build {self.onnx_file.name}: {self.log.text()}")
-        return bytes(plan), bytes(cache.serialize()) if cache else None
+            raise UserError(f"{self} cannot build {self.onnx_file.name}: {self.reason()}")
+        return bytes(plan)
 
-    def close(self) -> None:
-        for name in ("errors", "parser", "definition", "builder"):
-            self.__dict__.pop(name, None)
+
+@contextlib.contextmanager
+def parse_onnx(onnx_file: Path, library: str | None) -> Iterator[Network]:
+    """Parse an ONNX file, and free the network in the order that does not crash."""
+    network = Network(import_tensorrt(library), onnx_file)
+    try:
+        yield network
+    finally:
+        for name in ("parser", "definition", "builder"):
+            delattr(network, name)
             gc.collect()
 
 
-def make_log(trt: ModuleType) -> Any:
-    """Return a TensorRT logger that keeps errors; its base class exists only once the library is imported."""
+def make_log(trt: ModuleType, errors: list[str]) -> Any:
+    """Return a TensorRT logger that appends to `errors`; its base class exists only once the library is imported."""
 
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-        def text(self) -> str:
-            return first_line(Exception(self.errors[0] if self.errors else "no reason given"))
+                errors.append(message)
 
     return Log()
-
-
-def library_name(trt: ModuleType) -> str:
-    return "tensorrt" if trt.__name__ == "tensorrt" else "tensorrt_rtx"
 
 
 def report(onnx_file: Path, library: str | None = None) -> tuple[str, bool]:
     """Return the library's report on a file, in lines, and whether it supports the whole file."""
     metadata = read_onnx(onnx_file)
-    trt = import_tensorrt(library)
-    network = Network(trt, onnx_file)
-    try:
-        lines = [f"{library_name(trt)} {trt.__version__}: {onnx_file.name}, {metadata.precision}"]
-        if network.parsed:
-            types: dict[str, int] = {}
-            for i in range(network.definition.num_layers):
-                kind = str(network.definition.get_layer(i).type).rpartition(".")[2]
-                types[kind] = types.get(kind, 0) + 1
-            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(types.items(), key=lambda x: -x[1]))
-            lines.append(f"parsed whole: {network.definition.num_layers} layers ({counts})")
-        else:
-            lines += ["cannot be parsed:", *(f"  {reason}" for reason in network.unsupported() or [network.log.text()])]
-        return "\n".join(lines), network.parsed
-    finally:
-        network.close()
+    with parse_onnx(onnx_file, library) as network:
+        title = f"{network}: {onnx_file.name}, {metadata.precision}"
+        if not network.parsed:
+            return "\n  ".join([f"{title}\ncannot be parsed:", *network.unsupported()]), False
+        count = network.definition.num_layers  # no name keeps a layer, which must not outlive the network
+        kinds = Counter(str(network.definition.get_layer(i).type).rpartition(".")[2] for i in range(count))
+        counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+        return f"{title}\nparsed whole: {count} layers ({counts})", True

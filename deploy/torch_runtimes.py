@@ -6,6 +6,7 @@ deploy.runtimes.load imports this module when it loads one of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 from torch.nn import functional as F
 
 from deploy.cli import UserError, first_line
@@ -29,23 +31,15 @@ class ImageClassifier(nn.Module):
     mean: Tensor
     variance: Tensor
 
-    def __init__(
-        self,
-        model: nn.Module,
-        mean: Any,
-        std: Any,
-        layout: str = UINT8,
-        half: bool = False,
-        channels_last: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, metadata: Metadata, half: bool = False, channels_last: bool = False) -> None:
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = (model.half() if half else model.float()).eval().requires_grad_(False)
         self.model.to(memory_format=self.memory_format)
-        self.layout = layout
+        self.layout = metadata.input
         self.dtype = torch.float16 if half else torch.float32
-        self.register_buffer("mean", 255 * torch.tensor(mean))
-        self.register_buffer("variance", (255 * torch.tensor(std)) ** 2 - EPS)
+        self.register_buffer("mean", 255 * torch.tensor(metadata.mean))
+        self.register_buffer("variance", (255 * torch.tensor(metadata.std)) ** 2 - EPS)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.layout == UINT8:
@@ -64,54 +58,33 @@ def load(path: Path, on: RunOn) -> Runtime:
     torch.set_num_threads(on.threads or min(torch.get_num_threads(), usable_cpus()))
     if path.is_dir():
         return load_torch(path, device, on)
-    return {".ts": load_torchscript, ".pt2": load_exported}[path.suffix](path, device)
+    extra, script = {"metadata.json": ""}, path.suffix == ".ts"
+    try:
+        if script:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, and works
+                module: Any = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+        else:
+            program = torch.export.load(path, extra_files=extra)
+            module = (program if device == "cpu" else move_to_device_pass(program, device)).module()
+    except Exception as error:  # a dozen kinds
+        kind = "TorchScript" if script else "a torch.export program"
+        raise UserError(f"{path} cannot be read as {kind}: {first_line(error)}") from error
+    metadata = Metadata.from_json(read_json(extra["metadata.json"], path), f"the metadata of {path}", ARTEFACT)
+    name = "torchscript" if script else "torch.export"
+    return Runtime(name, f"torch {device}", metadata, functools.partial(run_torch, module, device, metadata))
 
 
 def load_torch(path: Path, device: str, on: RunOn) -> Runtime:
     model, config = load_student(path, on.model_files)
     metadata = dataclasses.replace(config, precision="fp32", input=UINT8, source=source_of(path))
-    classifier: Any = ImageClassifier(model, config.mean, config.std, channels_last=True).to(device)
-    if on.compile:
-        classifier = torch.compile(classifier)
-    name = "torch.compile" if on.compile else "torch"
-    return Runtime(name, f"torch {device}", metadata, TorchRunner(classifier, device, metadata))
+    module: Any = ImageClassifier(model, metadata, channels_last=True).to(device)
+    name, module = ("torch.compile", torch.compile(module)) if on.compile else ("torch", module)
+    return Runtime(name, f"torch {device}", metadata, functools.partial(run_torch, module, device, metadata))
 
 
-def load_torchscript(path: Path, device: str) -> Runtime:
-    extra = {"metadata.json": ""}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, and works
-            classifier = torch.jit.load(str(path), map_location=device, _extra_files=extra)
-    except Exception as error:  # a dozen kinds
-        raise UserError(f"{path} cannot be read as TorchScript: {first_line(error)}") from error
-    metadata = Metadata.from_json(read_json(extra["metadata.json"], path), f"the metadata of {path}", ARTEFACT)
-    return Runtime("torchscript", f"torch {device}", metadata, TorchRunner(classifier, device, metadata))
-
-
-def load_exported(path: Path, device: str) -> Runtime:
-    extra = {"metadata.json": ""}
-    try:
-        program = torch.export.load(path, extra_files=extra)
-        if device != "cpu":
-            from torch.export.passes import move_to_device_pass
-
-            program = move_to_device_pass(program, device)
-        classifier = program.module()
-    except Exception as error:  # a dozen kinds
-        raise UserError(f"{path} cannot be read as a torch.export program: {first_line(error)}") from error
-    metadata = Metadata.from_json(read_json(extra["metadata.json"], path), f"the metadata of {path}", ARTEFACT)
-    return Runtime("torch.export", f"torch {device}", metadata, TorchRunner(classifier, device, metadata))
-
-
-class TorchRunner:
-    """Runs a torch module on uint8 images."""
-
-    def __init__(self, classifier: Any, device: str, metadata: Metadata) -> None:
-        self.classifier, self.device, self.metadata = classifier, device, metadata
-
-    @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        batch = np.require(as_input(images, self.metadata), requirements="W")  # torch needs a writable array
-        logits: np.ndarray = self.classifier(torch.from_numpy(batch).to(self.device)).cpu().numpy()
-        return logits
+@torch.inference_mode()
+def run_torch(module: Any, device: str, metadata: Metadata, images: np.ndarray) -> np.ndarray:
+    batch = np.require(as_input(images, metadata), requirements="W")  # torch needs a writable array
+    logits: np.ndarray = module(torch.from_numpy(batch).to(device)).cpu().numpy()
+    return logits

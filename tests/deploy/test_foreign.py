@@ -333,9 +333,9 @@ def test_by_default_a_thread_for_each_cpu_that_may_be_used_and_no_spinning(deplo
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(runtimes, "cgroup_quota", lambda: quota)
     assert usable_cpus() == cpus
-    session = load(deployed / "student/student.onnx", device="cpu").run.run.session
+    session = load(deployed / "student/student.onnx", device="cpu").call.args[0]
     options = session.get_session_options()
     assert options.intra_op_num_threads == cpus
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
-    session = load(deployed / "student/student.onnx", device="cpu", threads=3).run.run.session
+    session = load(deployed / "student/student.onnx", device="cpu", threads=3).call.args[0]
     assert session.get_session_options().intra_op_num_threads == 3

@@ -84,9 +84,7 @@ def test_quiet_and_json_hide_messages_and_progress(clock, capsys):
             clock[0] += 100
         print("the result")
 
-    parser = cli.make_parser("", "benchmark")
-    cli.add_quiet(parser)
-    cli.add_json(parser, "benchmark.json")
+    parser = cli.make_parser("", "benchmark", "--quiet", "--json")
     for flags in (["--quiet"], ["--json"]):
         assert cli.command(parser, work, flags) == 0
         assert capsys.readouterr() == ("the result\n", "")
