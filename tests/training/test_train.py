@@ -854,7 +854,7 @@ def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
         (["--kd", "nkd"], "--kd nkd needs --teacher"),
         (["--teacher", "resnet34"], "--teacher needs --kd"),
         (["--kd", "nkd", "--teacher", "resnet43"], "unknown model 'resnet43'"),
-        (["--kd", "nkd", "--teacher", "."], "config.json cannot be read: No such file"),
+        (["--kd", "nkd", "--teacher", "."], "is neither a student/ folder nor a run directory: it has no config.json"),
         (["--self-kd", "uskd", "--tap", "features.71"], "--tap names the layer.*near matches: features.7"),
         (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
         (["--lr", "nan"], "--lr: must be at least 0, got nan"),
