@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from deploy.cli import UserError, number, run_command
 from deploy.flags import BY_RECIPE, RECIPES, Flag, Table, is_code, read_flags, settle_flags
@@ -122,8 +122,8 @@ def check_flags() -> None:
     parse_flags()
     needed = ("torch", "torchvision", "timm", "safetensors", "sklearn", "matplotlib", "tensorboard")
     if missing := [name for name in needed if find_spec(name) is None]:
-        raise UserError(f"{', '.join(missing)} not installed here: pip install -c constraints.txt -e '.[train]', or "
-                        "activate the environment that has it")  # fmt: skip
+        advice = "pip install -c constraints.txt -e '.[train]', or activate the environment that has it"
+        raise UserError(f"{', '.join(missing)} not installed here: {advice}")
 
 
 # --help and a mistake in the flags end here, because the import of torch takes seconds.
@@ -135,7 +135,7 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,10 +145,10 @@ import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn import functional as F
 
 from deploy.config import Metadata
-from deploy.reference import evenly
 from deploy.student import call_own, check_forward, own_function
 from kdlite import Teacher, WithWeakHead, nkd_loss, nkd_topk_loss, uskd_loss
 from kdlite.training import distributed, loading, outputs
@@ -158,8 +158,9 @@ from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, StopRequest, 
 from kdlite.training.loading import Augment, Batch, CorruptCount, DeviceLoader, ToDevice, View, image_progress
 from kdlite.training.teacher_classes import warn_of_teacher
 from kdlite.training.teacher_labels import StoredLabels, describe_images
-from kdlite.training.weights import copy_for_average, load_teacher, open_student, settle_batch_norm
+from kdlite.training.weights import PREPROCESSING, copy_for_average, load_teacher, open_student, settle_batch_norm
 
+Amp = torch.dtype | None  # of autocast; None: full precision
 LOG_EVERY = 50  # optimizer steps between reads of the losses, for which the host waits
 
 # ---- losses and a step --------------------------------------------------------------------------------------------
@@ -201,8 +202,7 @@ def loss_terms(
         log_t, top, index = teacher
         losses["nkd"] = nkd_topk_loss(logits, log_t, top, index, target, gamma=method.gamma, **each)
     elif method.kd == "nkd":
-        options: Any = {"gamma": method.gamma, "temperature": method.temperature}
-        losses["nkd"] = nkd_loss(logits, teacher, target, **options, **each)
+        losses["nkd"] = nkd_loss(logits, teacher, target, gamma=method.gamma, temperature=method.temperature, **each)
     elif method.kd == "kd":  # Hinton et al. 2015, arXiv 1503.02531
         student, teacher = ((x.float() / method.temperature).log_softmax(1) for x in (logits, teacher))
         kl = F.kl_div(student, teacher, log_target=True, **each).sum(1)
@@ -213,8 +213,8 @@ def loss_terms(
         if shape != logits.shape[:1] and (shape != () or method.class_weights is not None):
             raise UserError(f"--kd must return a loss a row, or one value without --class-weights; it returned {shape}")
     if weak_logits is not None:
-        weights: Any = {"alpha": method.alpha, "beta": method.beta, "mu": method.mu}
-        losses["uskd"] = uskd_loss(logits, weak_logits, target, **weights, group=method.group, **each)
+        each |= {"alpha": method.alpha, "beta": method.beta, "mu": method.mu, "group": method.group}
+        losses["uskd"] = uskd_loss(logits, weak_logits, target, **each)
     if method.class_weights is not None:
         weight = method.class_weights[target] if target.ndim == 1 else target @ method.class_weights
         losses = {name: weight * loss for name, loss in losses.items()}
@@ -230,20 +230,19 @@ def all_logprobs(stored: tuple[Tensor, ...], target: Tensor, classes: int) -> Te
 
 
 def train_step(
-    net: nn.Module, teacher: Teacher | None, batch: Batch, method: Method, amp: torch.dtype | None,
-    scaler: torch.amp.GradScaler, grad_accum: int = 1,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Add the gradients of a batch to the parameters' and return the loss terms, without waiting for the device."""
+    net: nn.Module, teacher: Teacher | None, batch: Batch, method: Method, amp: Amp, scaler: GradScaler, passes: int = 1
+) -> dict[str, Tensor]:
+    """Add the gradients of one of `passes` batches to the parameters' and return its loss terms, without waiting."""
     with torch.autocast(batch.images.device.type, amp, enabled=amp is not None):
         answers = teacher(batch.images) if teacher else batch.teacher or None
         output = net(batch.images)
     logits, weak_logits = output if isinstance(output, tuple) else (output, None)
     losses = loss_terms(method, logits, weak_logits, answers, batch.labels)
-    scaler.scale(torch.stack(list(losses.values())).sum() / grad_accum).backward()
+    scaler.scale(torch.stack(list(losses.values())).sum() / passes).backward()
     return losses
 
 
-def optimizer_step(net: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler, clip_grad: float | None) -> None:
+def optimizer_step(net: nn.Module, optimizer: Any, scaler: GradScaler, clip_grad: float | None) -> None:
     """Unscale, clip, step, and clear the gradients."""
     if clip_grad:
         scaler.unscale_(optimizer)
@@ -256,24 +255,17 @@ def optimizer_step(net: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler,
 # ---- evaluation ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The result of an evaluation over the images of all ranks."""
+class Scores(NamedTuple):
+    """The result of an evaluation."""
 
-    val_loss: float  # cross-entropy
-    val_top1: float  # percent
-    val_top5: float
+    metrics: dict[str, float]  # over the images of all ranks: cross-entropy, top-1 and top-5 in percent
     answers: Tensor  # (2, N): labels and predictions of this rank's images
-
-    def metrics(self) -> dict[str, float]:
-        return {"val_loss": self.val_loss, "val_top1": self.val_top1, "val_top5": self.val_top5}
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Iterable[Batch], to_device: ToDevice, amp: torch.dtype | None, corrupt: CorruptCount,
-    stop: StopRequest | None = None,
-) -> Scores | None:  # fmt: skip
+    model: nn.Module, loader: Any, to_device: ToDevice, amp: Amp, corrupt: CorruptCount, stop: StopRequest | None = None
+) -> Scores | None:
     """Evaluate each sample of all ranks once; return None if a signal asked any rank to stop."""
     model.eval()
     device, answers = to_device.device, [torch.empty(2, 0, dtype=torch.int32)]
@@ -300,7 +292,8 @@ def evaluate(
         return None
     if not count:
         raise UserError("not one validation image could be read")
-    return Scores(loss / count, 100 * top1 / count, 100 * top5 / count, torch.cat([x.cpu() for x in answers], 1))
+    metrics = {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
+    return Scores(metrics, torch.cat([x.cpu() for x in answers], 1))
 
 
 # ---- the parts of a run -------------------------------------------------------------------------------------------
@@ -311,31 +304,21 @@ def build_student(
 ) -> tuple[nn.Module, nn.Module, Metadata]:
     """Return the student, the network to train (with USKD's weak head, else the student), and the student's config."""
     torch.manual_seed(args.seed)
-    input_size = [args.in_chans, *args.img_size]
     images = data.preprocessing(args.in_chans, args.interpolation, args.eval_crop)
-    student, config, report = open_student(
-        args.model, args.model_args, args.small_stem, args.model_file, data.label_names, input_size, images,
-        False if resumed else args.pretrained,
-    )  # fmt: skip
+    student, config, report = open_student(args, data.label_names, images, False if resumed else args.pretrained)
     if resumed:
-        names = ("mean", "std", "interpolation", "crop")
-        config = replace(config, **{name: getattr(resumed.config, name) for name in names})
-    began = os.path.basename(args.pretrained) if isinstance(args.pretrained, str) else "ImageNet weights"
-    config = replace(config, training={
-        "data": os.path.basename(args.data), "train_images": len(data.train), "val_images": len(data.val),
-        "method": outputs.describe_method(args), "teacher": args.teacher and os.path.basename(args.teacher),
-        "began": began if args.pretrained else "random", "epochs": args.epochs,
-    })  # fmt: skip
+        config = replace(config, **{name: getattr(resumed.config, name) for name in PREPROCESSING})
+    config = replace(config, training=outputs.describe_training(args, data))
     batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
-    check_forward(student, f"--model {args.model}", input_size, config.num_classes, min(batch, 2))
+    check_forward(student, f"--model {args.model}", config.input_size, config.num_classes, min(batch, 2))
     log(report)
-    net = student
-    if args.self_kd:
-        try:
-            net = WithWeakHead(student, args.tap, config.num_classes, example_input=torch.zeros(2, *input_size))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"--self-kd uskd on {args.model} (--tap names the layer): {error}") from error
-    return student, net, config
+    if not args.self_kd:
+        return student, student, config
+    try:
+        example = torch.zeros(2, *config.input_size)
+        return student, WithWeakHead(student, args.tap, config.num_classes, example_input=example), config
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--self-kd uskd on {args.model} (--tap names the layer): {error}") from error
 
 
 def build_teacher(
@@ -343,17 +326,16 @@ def build_teacher(
 ) -> Teacher | StoredLabels | None:
     """Return the teacher, or its stored answers about the training images."""
     if args.teacher:
-        loaded = load_teacher(args.teacher, config, args.model_file, args.teacher_classes)
-        log(loaded.report)
-        return loaded.wrap(config)
+        return load_teacher(args.teacher, config, args.model_file, args.teacher_classes).wrap(config)
     if not args.teacher_labels:
         return None
     stored = StoredLabels(Path(args.teacher_labels), describe_images(data, build_view(args, config)))
     config.training["teacher"] = str(stored)
-    if (args.kd != "nkd" or args.temperature != 1) and stored.k < config.num_classes - 1:
-        method = f"--kd nkd --temperature {args.temperature:g}" if args.kd == "nkd" else f"--kd {args.kd}"
-        raise UserError(f"{method} needs the teacher's answer about every class, and {args.teacher_labels} has its "
-                        f"top-{stored.k}: write labels with --top-k {config.num_classes - 1}")  # fmt: skip
+    others = config.num_classes - 1
+    if (args.kd != "nkd" or args.temperature != 1) and stored.k < others:
+        method = f"--kd {args.kd}" + (f" --temperature {args.temperature:g}" if args.kd == "nkd" else "")
+        held = f"{args.teacher_labels} has its top-{stored.k}: write labels with --top-k {others}"
+        raise UserError(f"{method} needs the teacher's answer about every class, and {held}")
     before = resumed.config.training.get("teacher") if resumed else None
     if before not in (None, str(stored)):
         raise UserError(f"this run began with labels of {before}; now they are of {stored}")
@@ -386,10 +368,8 @@ def build_loaders(
     return train, val
 
 
-def build_optimizer(
-    net: nn.Module, args: argparse.Namespace, steps_per_epoch: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    """Return a timm optimizer and schedule; the schedule is a function of the step, so a resume needs no state."""
+def build_optimizer(net: nn.Module, args: argparse.Namespace, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """Return a timm optimizer, and its schedule for epochs of `steps`, a function of the step: it has no state."""
     known = timm.optim.list_optimizers()
     if args.opt not in known:
         near = difflib.get_close_matches(args.opt, known, n=5)
@@ -398,19 +378,17 @@ def build_optimizer(
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "momentum": 0.9, "filter_bias_and_bn": not decay_all}
     try:
         probe = nn.Linear(2, 2)  # a step that needs a second gradient or a closure fails here
-        create = functools.partial(create_optimizer_v2, opt=args.opt, **options)
-        trial = create(probe)
+        trial = create_optimizer_v2(probe, args.opt, **options)
         probe(torch.ones(1, 2)).sum().backward()
         trial.step()
-        optimizer = create(net, layer_decay=args.layer_decay)
+        optimizer = create_optimizer_v2(net, args.opt, layer_decay=args.layer_decay, **options)
     except Exception as error:  # each optimizer has its own errors
         raise UserError(f"--opt {args.opt} cannot be used: {' '.join(str(error).split())[:200]}") from error
-    scheduler, _ = create_scheduler_v2(
-        optimizer, "multistep" if args.schedule == "step" else "cosine", num_epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs, warmup_lr=args.lr * 1e-3, decay_milestones=args.step_epochs,
-        decay_rate=args.step_factor, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
-    )  # fmt: skip
-    return optimizer, scheduler
+    kind = "multistep" if args.schedule == "step" else "cosine"
+    warmup = {"warmup_epochs": args.warmup_epochs, "warmup_lr": args.lr * 1e-3}
+    decay = {"num_epochs": args.epochs, "decay_milestones": args.step_epochs, "decay_rate": args.step_factor}
+    units = {"step_on_epochs": False, "updates_per_epoch": steps}
+    return optimizer, create_scheduler_v2(optimizer, kind, **warmup, **decay, **units)[0]
 
 
 def build_method(args: argparse.Namespace, data: Data, device: torch.device) -> Method:
@@ -446,11 +424,11 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
     steps = len(train_batches) // args.grad_accum
     log(settle_batch_norm(net, args.epochs * steps))
     optimizer, schedule = build_optimizer(net, args, steps)
-    method, scaler = build_method(args, data, device), torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    method, scaler = build_method(args, data, device), GradScaler(device.type, enabled=amp == torch.float16)
     to_device = ToDevice(config.mean, config.std, device)
     augment = Augment(args.random_erasing, args.mixup, args.cutmix, config.num_classes, device)
-    corrupt = {part: CorruptCount(part, len(images) // WORLD_SIZE)
-               for part, images in (("training", data.train), ("validation", data.val))}  # fmt: skip
+    corrupt = CorruptCount("training", len(data.train) // WORLD_SIZE)
+    corrupt_val = CorruptCount("validation", len(data.val) // WORLD_SIZE)
 
     with outputs.RunFolder(args, given, data, device) as folder:
         torch.manual_seed(args.seed + RANK)
@@ -461,9 +439,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
         if resumed:
             state.restore(resumed, vars(args), config)
         progress.check_validation(data.digest(data.val, config.input_size))
-        outputs.report_start(args, data, config, net, stored, device, amp, folder.path)
-        outputs.report_resume(args, resumed, progress)
-        folder.open_board(progress.epoch + 1 if resumed else None)
+        folder.report_start(config, net, amp, resumed, progress)
         known = check_teacher(teacher, args, data, config, to_device, amp) if teacher else {}
         compiled: Any = torch.compile(net) if args.compile else net
         if args.compile and teacher:
@@ -472,13 +448,13 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
         trained, evaluated = (ema.module, ema.module) if ema else (student, compiled)
         optimizer.register_step_post_hook(progress.count_executed)
 
-        with Saver(folder.path, state, vars(args), config, args.save_every, stop) as saver:
+        with Saver(folder.path, state, vars(args), config, stop) as saver:
             for epoch in range(progress.epoch, args.epochs):
                 parallel.train()
                 first, began = progress.step * args.grad_accum, time.monotonic() - progress.seconds
                 shown = loading.epoch_batches(train_batches, epoch, first, steps * args.grad_accum)
                 for i, batch in enumerate(shown, 1):
-                    corrupt["training"].report(batch)
+                    corrupt.report(batch)
                     batch = augment(to_device(batch))
                     if not epoch and not first and i == 1:
                         folder.show_batch(to_device.undo(batch.images[:32]), batch.labels[:32])
@@ -498,41 +474,40 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                     if progress.step % LOG_EVERY == 0:
                         shown.postfix = f"loss {losses.read():.4g}"
                     if saver.after_step():
-                        return outputs.report_stop(stop, progress, folder.path)
+                        return folder.report_stop(stop, progress)
                 distributed.average_batch_norm(*state.models())
-                scores = evaluate(evaluated, val_batches, to_device, amp, corrupt["validation"], stop)
+                scores = evaluate(evaluated, val_batches, to_device, amp, corrupt_val, stop)
                 if scores is None:
                     saver.save()
-                    return outputs.report_stop(stop, progress, folder.path)
-                row = {"epoch": epoch + 1, **losses.means(device), **scores.metrics(), **known, "lr": progress.lr}
-                row |= {"skipped_steps": steps - progress.executed,
-                        "images_per_s": steps * args.batch_size / progress.seconds, "seconds": time.monotonic() - began,
-                        "memory_mib": distributed.peak_memory(device)}  # fmt: skip
-                progress.end_epoch(row, gather(scores.answers))
-                folder.report_epoch(row, args.epochs)
+                    return folder.report_stop(stop, progress)
+                row = {"epoch": epoch + 1, **losses.means(device), **scores.metrics, **known, "lr": progress.lr}
+                speed = steps * args.batch_size / progress.seconds
+                row |= {"skipped_steps": steps - progress.executed, "images_per_s": speed}
+                row |= {"seconds": time.monotonic() - began, "memory_mib": distributed.peak_memory(device)}
+
+                progress.end_epoch(row, torch.cat(gather(scores.answers), 1))
+                folder.report_epoch(row)
                 writers = [folder.write_metrics(progress.rows)]
                 if progress.is_best and IS_MAIN:
-                    best = replace(config, metrics={"epoch": epoch + 1} | scores.metrics())
+                    best = replace(config, metrics={"epoch": epoch + 1} | scores.metrics)
                     writers += [outputs.save_student(folder.path / "student", trained, best, later=True)]
                 saver.save(*writers, best=progress.is_best)
-        folder.finish(progress)
-        outputs.report_end(progress, folder.path, started, device)
+        folder.finish(progress, started)
 
 
 def check_teacher(
-    teacher: Teacher, args: argparse.Namespace, data: Data, config: Metadata, to_device: ToDevice,
-    amp: torch.dtype | None,
-) -> dict[str, float]:  # fmt: skip
+    teacher: Teacher, args: argparse.Namespace, data: Data, config: Metadata, to_device: ToDevice, amp: Amp
+) -> dict[str, float]:
     """Print the teacher's own top-1 on up to 2,000 validation images, and warn if its classes seem to be others."""
-    indices, view = evenly(len(data.val), 2000), functools.partial(loading.eval_view, metadata=config)
-    loader = loading.eval_loader(data.val, view, 64, args.workers, indices=indices)
+    view = functools.partial(loading.eval_view, metadata=config)
+    loader = loading.eval_loader(data.val, view, 64, args.workers, most=2000)
     scores = evaluate(teacher, loader, to_device, amp, CorruptCount("validation", len(data.val)))
     assert scores
-    log(f"teacher {args.teacher}: top-1 {scores.val_top1:.2f} % on {len(indices)} validation images, cropped as the "
-        "student's")  # fmt: skip
-    labels, predictions = gather(scores.answers).numpy()
+    images, top1 = f"{min(len(data.val), 2000)} validation images", scores.metrics["val_top1"]
+    log(f"teacher {args.teacher}: top-1 {top1:.2f} % on {images}, cropped as the student's")
+    labels, predictions = torch.cat(gather(scores.answers), 1).numpy()
     warn_of_teacher(labels, predictions, len(data.label_names))
-    return {"teacher_top1": scores.val_top1}
+    return {"teacher_top1": top1}
 
 
 def run_rank(argv: list[str] | None) -> None:

@@ -23,8 +23,11 @@ from deploy.config import read_config
 Table = dict[str, dict[str, "Flag"]]  # group -> name -> flag
 BY_RECIPE = "by recipe"  # the default of a flag that every recipe sets
 # Values that only recipes and pretrained weights set.
-RECIPE_ONLY: dict[str, Any] = dict(eval_crop=1.0, interpolation="bilinear", random_erasing=0.0)
+RECIPE_ONLY: dict[str, Any] = dict(eval_crop=1.0, interpolation="bilinear", random_erasing=0.0, warmup_epochs=0.0)
 RENAMED = {"kd_temperature": "temperature", "init": "pretrained"}  # flags that older run directories store
+# Those that are no flags any more, and the value that train.py keeps; None: any value, because it has no effect.
+FORMER = dict(momentum=0.9, channels_last=True, timeout=None, log_interval=None, data_dir=None, download=None)
+
 AT_THE_START = ("val_split", "pretrained", "tap", "small_stem", "model_args")  # without effect in a resumed run
 
 CNN = dict(
@@ -84,17 +87,17 @@ class Flag:
 
 def get_parser(table: Table, doc: str, program: str) -> argparse.ArgumentParser:
     """Return a parser that stores only the flags on the command line."""
-    epilog = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in recipe.items())}"
-                       for name, recipe in RECIPES.items() if len(recipe["step_epochs"]) < 10)  # fmt: skip
-    parser = Parser(prog=program, description=doc.partition("\n\n")[0], epilog=f"Recipes. {epilog}",
-                    argument_default=argparse.SUPPRESS)  # fmt: skip
+    shown = {name: recipe for name, recipe in RECIPES.items() if len(recipe["step_epochs"]) < 10}
+    lines = [f"{name}: {', '.join(f'{k} {v}' for k, v in recipe.items())}" for name, recipe in shown.items()]
+    about, epilog = doc.partition("\n\n")[0], f"Recipes. {'; '.join(lines)}"
+    parser = Parser(prog=program, description=about, epilog=epilog, argument_default=argparse.SUPPRESS)
     for title, flags in table.items():
         group = parser.add_argument_group(title)
         for name, flag in flags.items():
             by_recipe = any(name in recipe for recipe in RECIPES.values())
             default = BY_RECIPE if by_recipe else flag.default
             suffix = "" if default in (None, False, []) else f" (default: {default})"
-            group.add_argument(f"--{name.replace('_', '-')}", help=flag.help + suffix, **flag.options)
+            group.add_argument(option(name), help=flag.help + suffix, **flag.options)
     return parser
 
 
@@ -114,6 +117,10 @@ def read_flags(table: Table, argv: Sequence[str] | None, doc: str = "", program:
 
 def by_name(table: Table) -> dict[str, Flag]:
     return {name: flag for flags in table.values() for name, flag in flags.items()}
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def is_code(name: Any) -> bool:
@@ -139,15 +146,13 @@ def settle_flags(
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the value of every flag, and what a run directory stores of them.
 
+    UserError if flags do not go together or have no effect, or if a resumed run cannot change one.
+
     Args:
-        table: the flags
         typed: as read_flags returns them
         saved: the second result, of the run that is resumed
         fitted: the recipe for a folder of images (pick_recipe). Without it `args.recipe` is None for such a folder,
             and the values that the recipe sets are not known yet.
-
-    Raises:
-        UserError: flags that do not go together, that have no effect, or that a resumed run cannot change
     """
     flags = by_name(table)
     saved = check_saved(flags, saved or {}, typed)
@@ -179,22 +184,20 @@ def check_saved(flags: dict[str, Flag], saved: dict[str, Any], typed: dict[str, 
     """Return the stored flags of a run under their present names; refuse those that a resume must not take over."""
     saved = {RENAMED.get(name, name): value for name, value in saved.items()}
     known = {*flags, "fitted", *(name for recipe in RECIPES.values() for name in recipe)}
-    constant = {"momentum": 0.9, "channels_last": True, "timeout": None, "log_interval": None, "data_dir": None,
-                "download": None}  # fmt: skip
     for name in saved.keys() - known:
-        if constant.get(name, saved[name]) not in (None, saved[name]) or name not in constant:
-            raise UserError(f"the run was started with --{name.replace('_', '-')} {saved[name]}, which this train.py "
-                            "does not have: start a new run")  # fmt: skip
+        if name not in FORMER or FORMER[name] not in (None, saved[name]):
+            fault = f"the run was started with {option(name)} {saved[name]}, which this train.py does not have"
+            raise UserError(f"{fault}: start a new run")
     for name, flag in flags.items():
         value = saved.get(name)
         values = value if isinstance(value, list) else [value]
         code = next((value for value in values if flag.path and is_code(value)), None)
         if code and name not in typed:
-            raise UserError(f"the run was started with code, --{name.replace('_', '-')} {code}: give that flag again; "
-                            "code that a run directory names is never run")  # fmt: skip
-        if saved and name in AT_THE_START and typed.get(name, saved.get(name)) != saved.get(name):
-            raise UserError(f"--{name.replace('_', '-')} was {saved.get(name, flag.default)} when this run began, and "
-                            "a resume cannot change it: leave the flag out, or start a new run")  # fmt: skip
+            fault = f"the run was started with code, {option(name)} {code}: give that flag again"
+            raise UserError(f"{fault}; code that a run directory names is never run")
+        if saved and name in AT_THE_START and typed.get(name, value) != value:
+            fault = f"{option(name)} was {saved.get(name, flag.default)} when this run began"
+            raise UserError(f"{fault}, and a resume cannot change it: leave the flag out, or start a new run")
     return {name: value for name, value in saved.items() if name in known}
 
 
@@ -223,10 +226,8 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
     for name in sorted(typed.keys() & flags.keys()):
         if flags[name].needs:
             other, *values = flags[name].needs
-            value = getattr(args, other)
-            if not value or (values and value not in values):
-                needed = f"--{other.replace('_', '-')} {' or '.join(values)}".rstrip()
-                raise UserError(f"--{name.replace('_', '-')} needs {needed}")
+            if not getattr(args, other) or (values and getattr(args, other) not in values):
+                raise UserError(f"{option(name)} needs {option(other)} {' or '.join(values)}".rstrip())
     if os.path.isdir(args.model):
         if typed.keys() & {"model_args", "small_stem"}:
             raise UserError("--model is a student/ folder, which has its own arguments and stem")
@@ -243,9 +244,8 @@ def check_values(args: argparse.Namespace) -> None:
         if mixing:
             raise UserError(f"stored labels belong to single images, each cropped on its own: give {' '.join(mixing)}")
     if args.epochs <= args.warmup_epochs:
-        raise UserError(
-            f"--warmup-epochs {args.warmup_epochs:g} is all of --epochs {args.epochs}: it must be a part of them"
-        )
+        fault = f"--warmup-epochs {args.warmup_epochs:g} is all of --epochs {args.epochs}"
+        raise UserError(f"{fault}: it must be a part of them")
     if args.cache == "device" and (args.crop == "resized" or (args.randaugment and args.randaugment[0])):
         raise UserError("--cache device crops and flips whole batches: give --crop pad or none, and --randaugment 0 0")
     size = os.environ.get("WORLD_SIZE", "1")
@@ -261,21 +261,18 @@ def check_values(args: argparse.Namespace) -> None:
 def pick_recipe(
     images: int, classes: int, size: tuple[int, int], pretrained: bool, img_size: Sequence[int] | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Defaults that fit a folder of photographs, as one of RECIPES, and a line that says what was picked and why.
+    """Return defaults that fit a folder of photographs, as one of RECIPES, and a line that reports and explains them.
 
     From random weights, 100,000 images and more of at least 100 px get imagenet-cnn. Any other folder gets AdamW with
     a cosine, batches of 16 to 64 (32 for some thousand images) and as many epochs as make a number of steps.
 
     Args:
-        images: training images
+        images: number of training images
         classes: of them
         size: (height, width) of a typical one, in pixels
         pretrained: whether the student starts from weights of other images; their own mean, std, interpolation and
             crop are not picked here
         img_size: a side, or height and width, that the student is to see; None: what fits
-
-    Returns:
-        The recipe, with the keys of RECIPES, and the line.
     """
     short = min(size)
     seen = f"defaults for {images} images of {classes} classes, {size[1]}x{size[0]} pixels"
@@ -285,17 +282,13 @@ def pick_recipe(
     wanted = max(128.0, 2.5 * short) if pretrained else short
     side = min(img_size) if img_size else min(max(32, 32 * round(wanted / 32)), 224)
     batch_size = 2 ** min(max(round(math.log2(3.2 * images**0.25)), 4), 6, int(math.log2(images)))
-    steps, fewest, most = (FINE_TUNING_STEPS, 10, 50) if pretrained else (STEPS, 30, 200)
+    steps, fewest, most, lr = (FINE_TUNING_STEPS, 10, 50, 5e-4) if pretrained else (STEPS, 30, 200, 2e-3)
     epochs = min(max(round(steps / (images // batch_size)), fewest), most)
-    lr = 5e-4 if pretrained else 2e-3
     small_stem = side <= 64 and not pretrained
-    large_view = side > 64
-    recipe: dict[str, Any] = dict(
-        epochs=epochs, batch_size=batch_size, opt="adamw", lr=lr, weight_decay=0.05, schedule="cosine",
-        warmup_epochs=epochs / 20, step_epochs=[epochs / 2, epochs * 3 / 4], step_factor=0.1, img_size=side,
-        crop="resized" if large_view else "pad", hflip=0.5, eval_crop=0.875 if large_view else 1.0,
-        small_stem=small_stem, label_smoothing=0.1,
-    )  # fmt: skip
+    recipe: dict[str, Any] = dict(epochs=epochs, batch_size=batch_size, lr=lr, img_size=side, small_stem=small_stem)
+    recipe |= dict(warmup_epochs=epochs / 20, step_epochs=[epochs / 2, epochs * 3 / 4], step_factor=0.1)
+    recipe |= dict(opt="adamw", weight_decay=0.05, schedule="cosine", hflip=0.5, label_smoothing=0.1)
+    recipe |= dict(crop="resized", eval_crop=0.875) if side > 64 else dict(crop="pad", eval_crop=1.0)
     start = "pretrained weights" if pretrained else "a 3x3 stem" if small_stem else "random weights"
-    return recipe, (f"{seen}: {start} at {side} px, AdamW {lr:g}, cosine, {epochs} epochs of "
-                    f"{images // batch_size} steps of {batch_size} images")  # fmt: skip
+    length = f"{epochs} epochs of {images // batch_size} steps of {batch_size} images"
+    return recipe, f"{seen}: {start} at {side} px, AdamW {lr:g}, cosine, {length}"

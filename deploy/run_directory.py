@@ -33,8 +33,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")
 def claim(output: str | None, model: str, method: str, resume: bool = False) -> Path:
     """Return the directory of a run: output, or the next number under runs/, which no other run gets.
 
-    Raises:
-        UserError: output holds a run and resume is not set, or the directory cannot be made
+    UserError if output holds a run and resume is not set, or if the directory cannot be made.
     """
     try:
         if not output:
@@ -70,11 +69,7 @@ def claim_number(runs: Path, model: str, method: str) -> Path:
 
 
 def open_in_run(path: Path, mode: str) -> IO[str]:
-    """Open a text file of a run directory, which may come from elsewhere: never through a link, never a pipe.
-
-    Raises:
-        UserError: the path is a link, a pipe or a device, or cannot be opened
-    """
+    """Open a text file of a run directory, which may come from elsewhere; UserError for a link, a pipe or a device."""
     try:
         file = open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_no_link)  # noqa: SIM115
     except OSError as error:
@@ -92,10 +87,9 @@ def open_no_link(path: str, flags: int) -> int:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run directory for one run at a time. The kernel releases it when a run is killed.
+    """Hold a run directory for one run at a time; UserError with the host and process of another run that holds it.
 
-    Raises:
-        UserError: another run holds it; the message names its host and process
+    The kernel releases the directory when a run is killed.
     """
     with open_in_run(folder / ".lock", "a+") as file:
         try:
@@ -114,27 +108,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 def describe(flags: dict[str, Any], given: dict[str, Any], device: str, processes: int) -> str:
     """Return args.json: the value of every flag, the flags that a resume takes over, versions and hardware."""
-    about = {
-        "flags": flags,
-        "given": given,
-        "command": shlex.join(sys.argv),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
-        "hardware": {
-            "device": device,
-            "processes": processes,
-            "cpu_cores": os.cpu_count(),
-            "platform": platform.platform(),
-        },
-    }
-    return json.dumps(about, indent=2)
+    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    machine = {"device": device, "processes": processes, "cpu_cores": os.cpu_count(), "platform": platform.platform()}
+    about = {"flags": flags, "given": given, "command": shlex.join(sys.argv)}
+    return json.dumps(about | {"versions": versions, "hardware": machine}, indent=2)
 
 
 def read_given(output: Path) -> dict[str, Any]:
-    """Return the flags that a run was started with; {} if the directory holds no run yet.
-
-    Raises:
-        UserError: args.json is damaged, or missing next to a checkpoint
-    """
+    """Return the flags that a run was started with, {} before a run; UserError if args.json is damaged or removed."""
     file = output / "args.json"
     try:
         if not file.exists():
@@ -157,11 +138,7 @@ def write_split(file: Path, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def read_split(file: Path) -> dict[str, str] | None:
-    """Return the sides that write_split wrote; None if the file is missing.
-
-    Raises:
-        UserError: the file is something else
-    """
+    """Return the sides that write_split wrote, None if the file is missing; UserError if it is something else."""
     if not file.exists():
         return None
     header, *rows = read_csv(file, "a run's split") or [[]]

@@ -1,4 +1,4 @@
-"""Two test processes on two cores: one thread each; tests that share a costly fixture run in one process."""
+"""Run two test processes with one thread each; tests that share a costly fixture run in one process."""
 
 import functools
 import os
@@ -10,11 +10,11 @@ import torch
 from kdlite.training import data
 from kdlite.training.data import Digits
 
-# Costly fixtures, and the group of what uses them, which is slow.
+# Costly fixtures, and the group of the slow tests that use them.
 SHARED = {"trained": "run", "deployed": "run", "made": "device"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # more would spin against one another
+    torch.set_num_threads(1)  # because more threads would compete for the cores
 
 
 def pytest_itemcollected(item):
@@ -26,17 +26,16 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(
-        key=lambda item: item.get_closest_marker("slow") is None
-    )  # the long ones first: both processes end as one
+    # Slow tests run first, so that both processes end at the same time.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
 def small_runs(request, monkeypatch):
     """Make a run of train.py in this process cheap: 200 and 60 digits, and no pictures.
 
-    Three quarters of a small run are 1,797 digits and three pictures. A test that needs them is marked
-    `whole_runs`.
+    Loading 1,797 digits and drawing three pictures takes three quarters of a small run. Tests that need them
+    have the marker `whole_runs`.
     """
     if "training" not in request.path.parts or request.node.get_closest_marker("whole_runs"):
         return
@@ -51,7 +50,7 @@ def make_empty(path, *_):
 
 
 class SmallDigits(Digits):
-    """The first of the digits, read once."""
+    """Hold the first digits, which are read once."""
 
     def __init__(self, train):
         self.images, self.targets = small_digits(train)
@@ -65,15 +64,15 @@ def small_digits(train):
 
 @pytest.fixture(scope="session")
 def artefact(tmp_path_factory):
-    """student.onnx, for the tests of the server."""
+    """Write student.onnx for the tests of the server."""
     from serving import write_artefact
 
     return write_artefact(tmp_path_factory.mktemp("serve"))
 
 
-@pytest.fixture(scope="module")  # Playwright has an event loop run as long as it lives
+@pytest.fixture(scope="module")  # because Playwright runs an event loop until it is closed
 def browser():
-    """Chromium; `apt-get install chromium` where it is not there."""
+    """Start Chromium; skip the test if it is missing (`apt-get install chromium`)."""
     sync_api = pytest.importorskip("playwright.sync_api")
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if not program:

@@ -1,4 +1,4 @@
-"""Make virtual environments with some of this one's packages: those of a device, or only torch."""
+"""Make virtual environments with some of the installed packages: those of a device, or only torch."""
 
 import importlib.metadata
 import re
@@ -24,7 +24,7 @@ def with_requirements(name, seen=None):
 
 
 def make_environment(folder, *names):
-    """Make a virtual environment with links to these distributions and those they require; returns its Python."""
+    """Make a virtual environment with links to these distributions and their requirements; return its Python."""
     venv.create(folder, with_pip=False)
     site = next(folder.glob("lib/python*/site-packages"))
     for distribution in set().union(*map(with_requirements, names)):

@@ -1,13 +1,14 @@
-"""Search, guided by coverage, for bytes that make deploy/ raise anything but the error it promises. Needs atheris.
+"""Search, guided by coverage, for bytes that make deploy/ raise an undocumented error. Needs atheris.
 
     python tests/fuzz.py config --seconds 600         # config.json of a student, then a small image prepared with it
     python tests/fuzz.py checkpoint --seconds 600     # a run directory's last.pt, sealed and unsealed
-    python tests/fuzz.py image --seconds 600          # a picture, opened and prepared at 32 px
-    python tests/fuzz.py request --seconds 600        # a request of the server's protocol, packed or not
-    python tests/fuzz.py photograph --seconds 600     # what is posted to /predict, as a file or as a form
+    python tests/fuzz.py image --seconds 600          # an image, opened and prepared at 32 px
+    python tests/fuzz.py request --seconds 600        # a request of the server's protocol, compressed or not
+    python tests/fuzz.py photograph --seconds 600     # the body of a POST to /predict, as a file or as a form
 
-Starts from tests/corpus/TARGET. A finding is an exception that is not promised, a hang or a crash of the interpreter;
-each is kept, once per place it came from, under --output, and the search goes on. Exit status 1 if there was one.
+The search starts from tests/corpus/TARGET. A finding is an undocumented exception, a hang or a crash of the
+interpreter. The search stores one input per place in the code under --output and continues. Exit status 1 after a
+finding.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "tests" / "corpus"
-SEEDS = {"photograph": "image"}  # of tests/corpus/, where it is not named like the target
-LARGEST = {"config": 4096, "checkpoint": 4096, "image": 8192, "request": 2048, "photograph": 8192}  # bytes of an input
+SEEDS = {"photograph": "image"}  # the folder in tests/corpus/, if its name differs from the target
+LARGEST = {"config": 4096, "checkpoint": 4096, "image": 8192, "request": 2048, "photograph": 8192}  # bytes per input
 SECONDS_A_RUN = 10
-GIB_ADDRESSABLE = 8  # a bound on what one input may ask for; torch maps some of it by itself
-MAX_PIXELS = 2_000_000  # in place of Pillow's 89 million: larger ones would only be slow
-MAX_SIDE = 256  # of a config's input_size that is tried on an image
+GIB_ADDRESSABLE = 8  # because an input must not allocate more; torch alone maps a part of it
+MAX_PIXELS = 2_000_000  # instead of Pillow's 89 million, because larger images are slow
+MAX_SIDE = 256  # of an input_size for which the target prepares an image
 
 
-# ---- targets: bytes -> nothing, or an exception that is a finding -------------------------------------------------
+# ---- targets: functions of bytes; an exception is a finding -------------------------------------------------------
 
 
 def config_target(folder: Path) -> Callable[[bytes], None]:
@@ -79,7 +80,7 @@ def checkpoint_target(folder: Path) -> Callable[[bytes], None]:
     unpickler.Unpickler.load = atheris.instrument_func(unpickler.Unpickler.load)
 
     def run(data: bytes) -> None:
-        """The first byte: as it is, or sealed, or sealed as the pickle in an archive of torch's."""
+        """Read the bytes plain, sealed, or sealed as the pickle of a torch archive; the first byte selects."""
         kind, content = data[:1], data[1:]
         if kind in (b"s", b"z"):
             sealed = bytes(seal(bytearray(archive(content) if kind == b"z" else content)))
@@ -116,7 +117,7 @@ def image_target(folder: Path) -> Callable[[bytes], None]:
         for config in configs:
             try:
                 array = prepare(open_image(data), config)
-            except UnreadableImage as error:  # ImageTooLarge is one
+            except UnreadableImage as error:  # the parent of ImageTooLarge
                 check_line(error)
             else:
                 assert array.shape == (*config.input_size[1:], 3), str(array.shape)
@@ -175,7 +176,7 @@ def photograph_target(folder: Path) -> Callable[[bytes], None]:
         except RequestError as error:
             check_refusal(error)
             return
-        if isinstance(array, int):  # too many pixels to be tried here
+        if isinstance(array, int):  # the pixels of an image that is too large to decode
             return
         assert array.shape == (1, 32, 32, 3), str(array.shape)
         assert array.dtype == "uint8", str(array.dtype)
@@ -217,7 +218,7 @@ VALUES = (None, True, False, 0, 1, 3, -1, 0.01, 1e-320, 1e308, 2**70, float("nan
 
 
 def mutate_config(data: bytes, largest: int, seed: int) -> bytes:
-    """Half of the time put another value in one place of the JSON; bytes alone seldom stay JSON."""
+    """Replace one value of the JSON in half of the calls, because random bytes seldom stay JSON."""
     import atheris
 
     random = Random(seed)
@@ -245,7 +246,7 @@ def mutate_config(data: bytes, largest: int, seed: int) -> bytes:
 
 
 def mutate_request(data: bytes, largest: int, seed: int) -> bytes:
-    """The same with a request's body, where it is not packed."""
+    """Mutate the body of a request as JSON, if it is not compressed."""
     import atheris
 
     plain = b"|\n\n"
@@ -255,7 +256,7 @@ def mutate_request(data: bytes, largest: int, seed: int) -> bytes:
 
 
 def archive(pickle: bytes) -> bytes:
-    """What torch.save writes, with these bytes as its pickle and one storage."""
+    """Return an archive like that of torch.save, with these bytes as its pickle and one storage."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as whole:
         for name, content in (("data.pkl", pickle), ("byteorder", b"little"), ("data/0", bytes(16)), ("version", b"3")):
@@ -267,9 +268,9 @@ def archive(pickle: bytes) -> bytes:
 
 
 def search(target: str, found: Path, new: Path, seconds: int, seed: int) -> None:
-    """In a process of its own, which libFuzzer ends."""
+    """Search in this process, which libFuzzer ends."""
     import atheris
-    import torch  # not instrumented: most of it would only cost time
+    import torch  # without instrumentation, which would only cost time
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -322,13 +323,13 @@ def main() -> int:
     with TemporaryDirectory() as scratch:
         found = args.output or Path(f"/tmp/fuzz-{args.target}-{os.getpid()}")
         found.mkdir(parents=True, exist_ok=True)
-        new = Path(scratch) / "new"  # inputs that reached something new; a second start goes on from them
+        new = Path(scratch) / "new"  # inputs that reached new code; a second start continues from them
         new.mkdir()
         return repeat(args, found, new)
 
 
 def repeat(args: argparse.Namespace, found: Path, new: Path) -> int:
-    """Start the search again whenever an input ends it, until the time is up; tell what came of it."""
+    """Start the search again each time an input ends it, until the time is up; print a report."""
     began, executions, ends, coverage = time.monotonic(), 0, 0, 0
     while (left := round(args.seconds - (time.monotonic() - began))) > 0:
         command = [sys.executable, __file__, args.target, "--seconds", str(left), "--seed", str(args.seed + ends)]

@@ -1,7 +1,7 @@
-"""The paper's formulas in plain float64 loops, written from the paper and independent of kdlite.
+"""Compute the paper's formulas in plain float64 loops, written from the paper and independent of kdlite.
 
-One sample at a time, as lists of floats; no torch in the arithmetic. Soft targets are the expectation, over the
-label, of the hard-label loss.
+A function takes one sample as lists of floats and does not use torch. The loss of a soft target is the expectation,
+over the label, of the hard-label loss.
 """
 
 import math
@@ -43,9 +43,9 @@ def nkd_row_gradient(student, teacher, t, gamma, temperature):
 
 
 def nkd_topk_row(student, t, teacher_target, teacher_top, gamma):
-    """NKD from log T_t and log T_i of some classes of the teacher, ``teacher_top`` a dict by class.
+    """Return NKD from log T_t and log T_i of some classes of the teacher; ``teacher_top`` is a dict by class.
 
-    All other classes count as one on both sides.
+    All other classes together are one class, for the student and for the teacher.
     """
     log_n, n = log_softmax(student, leave_out=t), softmax(student, leave_out=t)
     not_t = -math.expm1(teacher_target)  # 1 - T_t
@@ -59,7 +59,7 @@ def nkd_topk_row(student, t, teacher_target, teacher_top, gamma):
 
 
 def zipf_weights(strong, weak, t):
-    """N(Z): reciprocal ranks by descending R, the target dropped, the rest renormalised; 0 for the target."""
+    """Return N(Z): reciprocal ranks by descending R, without the target, renormalised; 0 for the target."""
     s, w = softmax(strong), softmax(weak)
     not_s = math.fsum(s[i] for i in range(len(s)) if i != t)
     not_w = math.fsum(w[i] for i in range(len(w)) if i != t)

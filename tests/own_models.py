@@ -1,4 +1,4 @@
-"""Models as a user would bring them: --model tests/own_models.py:tiny."""
+"""Define models as a user does: --model tests/own_models.py:tiny."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def tiny(num_classes):
-    """Two convolution stages and a classifier."""
+    """Build two convolution stages and a classifier."""
     model = nn.Sequential()
     model.layer1 = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
     model.layer2 = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU())
@@ -40,7 +40,7 @@ def raises(num_classes):
 
 
 class Branching(nn.Module):
-    """Dark images go one way, bright ones another: no tracer keeps both."""
+    """Compute dark and bright images in two branches; a tracer keeps only one."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -58,25 +58,25 @@ def branching(num_classes):
 
 
 def small_swin(num_classes):
-    """torchvision's Swin with two stages of two blocks."""
+    """Build torchvision's Swin with two stages of two blocks."""
     return torchvision.models.SwinTransformer(
         [4, 4], 32, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4], num_classes=num_classes
     )
 
 
 def small_shufflenet(num_classes):
-    """torchvision's ShuffleNetV2 x1.0 with two units a stage."""
+    """Build torchvision's ShuffleNetV2 x1.0 with two units per stage."""
     return torchvision.models.ShuffleNetV2([2, 2, 2], [24, 116, 232, 464, 1024], num_classes=num_classes)
 
 
 def small_regnet(num_classes):
-    """torchvision's RegNetX with a block or two a stage."""
+    """Build torchvision's RegNetX with one or two blocks per stage."""
     blocks = torchvision.models.regnet.BlockParams.from_init_params(depth=5, w_0=24, w_a=36.0, w_m=2.5, group_width=24)
     return torchvision.models.RegNet(blocks, num_classes=num_classes)
 
 
 def plain(num_classes):
-    """No batch norm, no dropout: its gradient is the mean over the images, however they are shared out."""
+    """Build a model without batch norm and dropout: its gradient is the mean over the images in any partition."""
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))  # fmt: skip
 
@@ -86,7 +86,7 @@ def softmax(num_classes):
 
 
 def weight_normed(num_classes):
-    """The old weight_norm keeps a tensor that cannot be deep-copied."""
+    """Build a model with the old weight_norm, which stores a tensor that deepcopy cannot copy."""
     model = plain(num_classes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -100,7 +100,7 @@ def lazy(num_classes):
 
 
 class NaNAfter(nn.Module):
-    """Trains well, and answers NaN in evaluation from its second epoch on."""
+    """Train normally, but return NaN in evaluation from the second epoch."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -119,14 +119,14 @@ def nan_after(num_classes):
 
 
 def infinite_gradient(num_classes):
-    """The loss is finite, its gradient is not."""
+    """Build a model with a finite loss and an infinite gradient."""
     model = plain(num_classes)
     model[0].weight.register_hook(lambda grad: grad * torch.inf)
     return model
 
 
 def parametrized(num_classes):
-    """The new weight_norm and a spectral norm: weights that are computed at every call."""
+    """Build a model with the new weight_norm and a spectral norm, which compute the weights at every call."""
     model = plain(num_classes)
     torch.nn.utils.parametrizations.weight_norm(model[0])
     torch.nn.utils.parametrizations.spectral_norm(model[2])
@@ -134,13 +134,13 @@ def parametrized(num_classes):
 
 
 def branched(num_classes):
-    """Blocks of RepVGG: three branches in training, one convolution once they are fused."""
+    """Build blocks of RepVGG: three branches in training, one convolution after fusion."""
     return nn.Sequential(RepVggBlock(3, 8, stride=2), RepVggBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(8, num_classes))  # fmt: skip
 
 
 class Unused(nn.Module):
-    """One layer is never called: several processes would wait for its gradient."""
+    """Never call one layer, so that several processes would wait for its gradient."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
-"""Kill a training run at random moments, resume it, and compare its weights with those of a run that nobody killed.
+"""Kill a training run at random moments, resume it, and compare its weights with those of an undisturbed run.
 
-    python tests/random_kills.py --rounds 20                 # a table: kind of kill, rounds, equal to the bit
+    python tests/random_kills.py --rounds 20                 # a table: kind of kill, kills, runs, bitwise equal runs
     python tests/random_kills.py --rounds 2 --kinds rank
 
-Two processes under torchrun (worker, save: one, with two data loading processes); a checkpoint at nearly every step.
-A round kills the run up to three times and then lets it end; each start has --resume, as in a job script.
+Each run saves a checkpoint at nearly every step. The kinds rank, launcher, signal and suspend run two processes under
+torchrun; the others run one process with two data loading processes. A round kills the run up to three times and then
+lets it end; each start has --resume, as in a job script.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 ROOT = Path(__file__).resolve().parents[1]
-# What torch's workers say whose neighbour was killed while it looked whether they are to end.
+# An error that a data loading process of torch prints if another one is killed while it checks for the end.
 AFTER = "Received final signal but neither done_event nor iteration_end is set"
 KINDS = ("rank", "launcher", "worker", "save", "signal", "job", "suspend")
 TWO_RANKS = ("rank", "launcher", "signal", "suspend")
@@ -56,18 +57,18 @@ def start(output: Path, kind: str, photos: Path) -> subprocess.Popen:
 
 
 def environment(output: Path) -> dict[str, str]:
-    """With a mark by which every process of a run is found, whatever its parent and its session are."""
+    """Return an environment with a mark that finds every process of a run, in any session and under any parent."""
     return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "RANDOM_KILLS": str(output.absolute())}
 
 
 def processes(output: Path) -> dict[int, str]:
-    """Process id -> command line, of all that belong to a run."""
+    """Return process id -> command line of all processes of a run."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             if f"RANDOM_KILLS={output.absolute()}\0".encode() in (folder / "environ").read_bytes():
                 found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-    return {pid: line for pid, line in found.items() if line}  # without those that are only waited for
+    return {pid: line for pid, line in found.items() if line}  # without zombies
 
 
 def ranks(output: Path) -> list[int]:
@@ -76,7 +77,7 @@ def ranks(output: Path) -> list[int]:
 
 
 def kill(run: subprocess.Popen, kind: str, output: Path) -> None:
-    """Once the run trains, wait for a random moment, and kill what the kind says."""
+    """Wait for a random moment of the training, and kill the process or processes of this kind."""
     deadline = time.time() + 60
     while run.poll() is None and not (output / "last.pt").exists() and time.time() < deadline:
         time.sleep(0.01)
@@ -106,7 +107,7 @@ def kill(run: subprocess.Popen, kind: str, output: Path) -> None:
 
 
 def finish(run: subprocess.Popen, output: Path, seconds: float) -> str:
-    """Its output, once every one of its processes has ended; they are given so many seconds."""
+    """Wait until all processes of the run have ended; return its output. Raise AssertionError after these seconds."""
     began, text = time.time(), ""
     try:
         text, _ = run.communicate(timeout=seconds)
@@ -129,7 +130,7 @@ def kill_all(output: Path) -> dict[int, str]:
 
 
 def round_of(kind: str, folder: Path, photos: Path, whole: dict, most: int = 3) -> int:
-    """Kills of one run, at most so many; raises unless it ends with the weights of the whole one."""
+    """Kill one run at most `most` times and compare its last weights with `whole`; return the number of kills."""
     output, kills = folder / f"{kind}-{time.time()}", 0
     for _ in range(most):
         run = start(output, kind, photos)
@@ -138,8 +139,8 @@ def round_of(kind: str, folder: Path, photos: Path, whole: dict, most: int = 3) 
         if "last top-1" in text:
             kills += kind == "suspend"
             break
-        kills += 1  # of a run that ended before its time
-        # the run itself never shows a traceback; torchrun, and data loading processes under which it is killed, may
+        kills += 1  # because the run ended early
+        # the run must not print a traceback; torchrun and data loading processes may, if their parent is killed
         assert f'File "{ROOT}/train.py"' not in text, text
         bystanders = kind in ("rank", "launcher", "save") or AFTER in text
         assert bystanders or 'Traceback (most recent call last):\n  File "/' not in text, text

@@ -1,4 +1,4 @@
-"""Run train.py in this process, for the tests of it."""
+"""Run train.py in the process of the tests."""
 
 import csv
 from pathlib import Path
@@ -9,17 +9,17 @@ from kdlite.training.data import open_run
 
 
 def run(*flags, check=0):
-    """Call train.main, which must end with this status."""
+    """Call train.main and check its exit status."""
     assert train.main([str(flag) for flag in flags]) == check
 
 
 def write_labels(*flags, check=0):
-    """Call the command that stores a teacher's labels."""
+    """Call the command that stores a teacher's labels and check its exit status."""
     assert teacher_labels.main([str(flag) for flag in flags]) == check
 
 
 def refused(capsys, *flags, command=run, program="train.py"):
-    """Return the one line that answers a mistake."""
+    """Run a command with a mistake; return the one line that it prints."""
     capsys.readouterr()
     command(*flags, check=2)
     captured = capsys.readouterr()
@@ -30,7 +30,7 @@ def refused(capsys, *flags, command=run, program="train.py"):
 
 
 def opened(*flags):
-    """Return the flags of a run, what its directory would store of them, and its data set."""
+    """Return the flags of a run, the flags that its directory stores, and its data set."""
     return open_run(train.FLAGS, train.parse_flags([str(flag) for flag in flags]))
 
 

@@ -1,4 +1,4 @@
-"""Students for tests: any architecture, with random weights that give different images different classes."""
+"""Write students for tests: any architecture, with random weights that give different images different classes."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_student(folder, name, img_size, label_names=10, arguments=()):
         for _ in range(10):
             model(torch.randn(16, *input_size))
         *_, classifier = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-        classifier.weight.normal_(0, 0.1)  # else some logits are 1e-9, and every comparison passes
+        classifier.weight.normal_(0, 0.1)  # because some logits would be 1e-9, and every comparison would pass
     config = Metadata(
         label_names=label_names,
         input_size=input_size,
@@ -46,8 +46,8 @@ def write_student(folder, name, img_size, label_names=10, arguments=()):
 def write_run(folder, name, img_size, label_names=10, arguments=(), images=40):
     """Write a run directory with a student and its reference.npz.
 
-    The images are pieces of photographs with the student's own labels; close calls, which fp16 and INT8 may change, are
-    left out.
+    The images are crops of photographs, labelled with the student's predictions. Images with two nearly equal logits
+    are left out, because fp16 and INT8 may change their class.
     """
     student = write_student(folder / "student", name, img_size, label_names, arguments)
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -56,7 +56,7 @@ def write_run(folder, name, img_size, label_names=10, arguments=(), images=40):
     model, metadata = load_student(student, model_files(student))
     prepared = np.stack([prepare(piece, metadata) for piece in pieces])
     *_, classifier = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-    with torch.no_grad():  # centred logits: else most images are of one class
+    with torch.no_grad():  # centre the logits, because otherwise most images have one class
         classifier.bias -= torch.from_numpy(load(student, device="cpu").run(prepared).mean(0))
     save_student(student, model, metadata)
     logits = load(student, device="cpu").run(prepared)
@@ -74,7 +74,7 @@ OWN = {
 
 
 def model_files(path):
-    """Return the --model-file of a run directory or a student/ folder, if its model is one of the tests' own."""
+    """Return the --model-file of a run directory or a student/ folder, if its model comes from OWN."""
     folder = path / "student" if (path / "student").is_dir() else path
     try:
         name = json.loads((folder / "config.json").read_text())["architecture"]
@@ -85,5 +85,5 @@ def model_files(path):
 
 
 def load(path, **options):
-    """deploy.runtimes.load with the model file that the student needs; options: of RunOn."""
+    """Call deploy.runtimes.load with the model file of the student; the options are those of RunOn."""
     return runtimes.load(path, runtimes.RunOn(**options, model_files=tuple(model_files(path))))

@@ -7,11 +7,11 @@ import io
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from deploy.cli import UserError, write_whole
 from deploy.config import Metadata
 from deploy.student import load_weights
-from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, Agreement, Group, StopRequest, from_rank_zero, log
+from kdlite.training import distributed
+from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, StopRequest, from_rank_zero, gather, log
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the two newest checkpoints
 MARK = b"kdlite sha256 "  # and 64 digits, at the end of a checkpoint
@@ -49,12 +50,7 @@ class Progress:
         self.executed += 1
 
     def end_epoch(self, row: dict[str, Any], answers: Tensor) -> None:
-        """Store the results of an epoch, and go to the start of the next one.
-
-        Args:
-            row: of metrics.csv
-            answers: labels and predictions of all validation images, (2, N)
-        """
+        """Store an epoch's row of metrics.csv and answers about all validation images, and go to the next epoch."""
         self.rows.append(row)
         self.is_best = math.isfinite(row["val_loss"]) and row["val_top1"] >= self.best
         if self.is_best:
@@ -64,8 +60,8 @@ class Progress:
     def check_validation(self, digest: str) -> None:
         """Forget the best epoch if it was measured on other validation images."""
         if self.validated not in ("", digest):
-            log(f"the validation images are not those of the epochs before: their best top-1, {self.best:.2f} %, "
-                "does not count any more")  # fmt: skip
+            best = f"their best top-1, {self.best:.2f} %, does not count any more"
+            log(f"the validation images are not those of the epochs before: {best}")
             self.best, self.answers = -1.0, None
         self.validated = digest
 
@@ -93,10 +89,9 @@ class LossLog:
         if not finite.all() and (not self.skips_steps or self.skipped_in_a_row > 20):
             first = int(finite.int().argmin())
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(self.sums, values[first].tolist()))
-            raise UserError(
-                f"the loss is not finite at step {steps[first]}: {terms}; try a lower --lr, --clip-grad 5, "
-                "longer --warmup-epochs, or --amp off; the last checkpoint is kept"
-            )
+            advice = "try a lower --lr, --clip-grad 5, longer --warmup-epochs, or --amp off"
+            fault = f"the loss is not finite at step {steps[first]}: {terms}"
+            raise UserError(f"{fault}; {advice}; the last checkpoint is kept")
         for name, value in zip(self.sums, values[finite].sum(0).tolist()):
             self.sums[name] += value
         self.count += int(finite.sum())
@@ -114,17 +109,12 @@ class LossLog:
         return {"train_loss": sum(means.values())} | means
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A checkpoint that was read."""
 
     file: str
     content: dict[str, Any]
-
-    @property
-    def config(self) -> Metadata:
-        """The student's config.json."""
-        return Metadata.from_json(self.content["config"], self.file)
+    config: Metadata  # the student's config.json
 
 
 @dataclass
@@ -139,33 +129,25 @@ class State:
     log: LossLog  # of this epoch on this rank
 
     def copy(self, flags: dict[str, Any], config: Metadata) -> bytearray:
-        """Return all of it as the bytes of a checkpoint; each rank calls this, and only rank 0 gets the bytes.
-
-        Raises:
-            UserError: a weight is not finite
-        """
+        """Return a checkpoint's bytes on rank 0; each rank calls this. UserError if a weight is not finite."""
         for name, model in (("weights", self.net), ("averaged weights", self.ema)):
             values = [x for x in model.state_dict().values() if x.is_floating_point()] if model else []
             if values and not torch.stack([x.isfinite().all() for x in values]).all():
-                raise UserError(
-                    f"the {name} are not finite {self.progress}: try a lower --lr or --clip-grad 5; "
-                    "the last checkpoint is kept"
-                )
+                fault = f"the {name} are not finite {self.progress}: try a lower --lr or --clip-grad 5"
+                raise UserError(f"{fault}; the last checkpoint is kept")
         own: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "sums": self.log.sums}
         own |= {"count": self.log.count, "buffers": [dict(model.named_buffers()) for model in self.models()]}
         if torch.cuda.is_initialized():
             own["cuda"] = torch.cuda.get_rng_state()
         parts = [own] * WORLD_SIZE
         if WORLD_SIZE > 1:
-            dist.gather_object(own, parts if IS_MAIN else None, group=Group.control)
+            dist.gather_object(own, parts if IS_MAIN else None, group=distributed.Group.control)
         buffer = io.BytesIO()
         if IS_MAIN:
-            whole = {
-                "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "ema": self.ema.state_dict() if self.ema else None,
-                "progress": asdict(self.progress), "ranks": parts, "args": flags,
-                "config": config.to_json(),
-            }  # fmt: skip
+            live: dict[str, Any] = {"model": self.net, "optimizer": self.optimizer, "scaler": self.scaler}
+            whole: dict[str, Any] = {name: value.state_dict() for name, value in live.items()}
+            whole["ema"] = self.ema.state_dict() if self.ema else None
+            whole |= {"progress": asdict(self.progress), "ranks": parts, "args": flags, "config": config.to_json()}
             torch.save(whole, buffer)
         return bytearray(buffer.getbuffer())
 
@@ -173,19 +155,18 @@ class State:
         return [model for model in (self.net, self.ema) if model is not None]
 
     def restore(self, checkpoint: Checkpoint, flags: dict[str, Any], config: Metadata) -> None:
-        """Take all of it from a checkpoint; options such as --weight-decay keep their present values.
-
-        Args:
-            checkpoint: the one to resume from
-            flags: of today
-            config: the student's config.json of today
+        """Take all of it from a checkpoint; options such as --weight-decay keep the values of today's flags.
 
         Raises:
             UserError: the checkpoint is of another model, optimizer or data set, the rest of its epoch would see other
                 images, or the ranks differ
         """
-        saved, file = checkpoint.content, checkpoint.file
-        check_classes(checkpoint.config.label_names, config.label_names, file)
+        file, saved, before = checkpoint
+        if before.label_names != config.label_names:
+            pairs: Any = zip(before.label_names, config.label_names)
+            sizes = len(before.label_names), len(config.label_names)
+            theirs, now = next((pair for pair in pairs if pair[0] != pair[1]), sizes)
+            raise UserError(f"{file} was trained on other classes than --data holds: {theirs} and not {now}")
         load_weights(self.net, saved["model"], file)
         if self.ema and saved["ema"]:
             load_weights(self.ema, saved["ema"], file)
@@ -202,25 +183,20 @@ class State:
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.progress.__dict__.update(saved["progress"])
-        self.check_epoch(checkpoint, flags, config)
+        if self.progress.step:  # within an epoch, which must go on with the same batches
+            names = [name for name in ("batch_size", "seed", "cache") if saved["args"][name] != flags[name]]
+            changed = [f"--{name.replace('_', '-')}" for name in names]
+            if before.training["train_images"] != config.training["train_images"]:
+                changed += ["number of training images"]
+            if changed:
+                stays = f"the {' and the '.join(changed)} must stay the same until that epoch ends"
+                raise UserError(f"{file} is {self.progress}: {stays}")
         if len(saved["ranks"]) == WORLD_SIZE:
             self.restore_own(saved["ranks"][RANK])
         elif self.progress.step and IS_MAIN:  # the same images in the same order, shared by another number of ranks
             self.log.sums = {k: sum(part["sums"][k] for part in saved["ranks"]) for k in saved["ranks"][0]["sums"]}
             self.log.count = sum(part["count"] for part in saved["ranks"])
         self.check_agreement()
-
-    def check_epoch(self, checkpoint: Checkpoint, flags: dict[str, Any], config: Metadata) -> None:
-        """Raise if the epoch that the checkpoint interrupts would go on with other batches."""
-        if not self.progress.step:
-            return
-        saved, before = checkpoint.content["args"], checkpoint.config.training["train_images"]
-        names = [name for name in ("batch_size", "seed", "cache") if saved[name] != flags[name]]
-        changed = [f"--{name.replace('_', '-')}" for name in names]
-        changed += ["number of training images"] * (before != config.training["train_images"])
-        if changed:
-            raise UserError(f"{checkpoint.file} is {self.progress}: the {' and the '.join(changed)} must stay the same "
-                            "until that epoch ends")  # fmt: skip
 
     def restore_own(self, own: dict[str, Any]) -> None:
         torch.set_rng_state(own["torch"])
@@ -237,43 +213,24 @@ class State:
 
     def check_agreement(self) -> None:
         """Raise unless every rank resumes from the same place: epoch, step, weights and number of processes."""
-        digest = hashlib.sha256()
-        for value in self.net.parameters():
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        own = (self.progress.epoch, self.progress.step, digest.hexdigest()[:16], WORLD_SIZE)
-        everyone: list[Any] = [own] * WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_gather_object(everyone, own, group=Group.control)
+        digest = digest_of(self.net.named_parameters())[:16]
+        everyone = gather((self.progress.epoch, self.progress.step, digest, WORLD_SIZE))
         for rank, other in enumerate(everyone):
             if other != everyone[0]:
                 raise UserError(f"rank {rank} is at epoch, step, weights, processes {other}, rank 0 at {everyone[0]}")
 
 
-def check_classes(saved: list[str], label_names: list[str], file: str) -> None:
-    if saved != label_names:
-        differing = next((pair for pair in zip(saved, label_names) if pair[0] != pair[1]), None)
-        what = "{} and not {}".format(*differing) if differing else f"{len(saved)} and not {len(label_names)}"
-        raise UserError(f"{file} was trained on other classes than --data holds: {what}")
-
-
 class Saver:
     """Save checkpoints when they are due or when a signal asks for one; a thread writes them while training continues.
 
-    Args:
-        folder: the run directory
-        state: what is saved
-        flags, config: stored with it
-        minutes: between checkpoints within an epoch; 0: only after epochs
-        stop: a signal that asks the run to stop
+    flags and config are stored with the state. flags["save_every"]: minutes between two checkpoints within an epoch; 0:
+    only after epochs
     """
 
-    def __init__(
-        self, folder: Path, state: State, flags: dict[str, Any], config: Metadata, minutes: float,
-        stop: StopRequest,
-    ) -> None:  # fmt: skip
+    def __init__(self, folder: Path, state: State, flags: dict[str, Any], config: Metadata, stop: StopRequest) -> None:
         self.folder, self.state, self.flags, self.config = folder, state, flags, config
-        self.seconds, self.stop = 60 * minutes, stop
-        self.agreement, self.saved_at = Agreement(), time.monotonic()
+        self.seconds, self.stop = 60 * flags["save_every"], stop
+        self.agreement, self.saved_at = distributed.Agreement(), time.monotonic()
         self.thread = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
 
@@ -306,31 +263,44 @@ class Saver:
         try:
             if kind is None:
                 self.wait()
+                self.agreement.finish()
         finally:
             self.thread.shutdown()
 
 
 def write_run(folder: Path, content: bytearray, others: tuple[Callable[[], Any], ...], best: bool) -> None:
-    """Write the other files first, so that last.pt never knows of less than they hold."""
+    """Write the other files first, so that last.pt never knows of less than they hold; keep the checkpoint before."""
     sealed = seal(content)
     for write in others:
         write()
-    write_checkpoint(folder, sealed, best)
+    if best:
+        write_whole(folder / "best.pt", sealed)
+    write_whole(folder / LAST, sealed, keep=folder / PREVIOUS)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """Read the newest whole checkpoint of a run on rank 0, and send it to all ranks; None if the run has none."""
-    found = from_rank_zero(lambda: read_checkpoint(folder))
+    found = from_rank_zero(read_checkpoint, folder)
     if found is None:
         return None
     file, content = found
     try:
-        return Checkpoint(str(file), torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        read = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds
         raise UserError(f"{file} cannot be read as a checkpoint: {type(error).__name__}") from error
+    return Checkpoint(str(file), read, Metadata.from_json(read["config"], str(file)))
 
 
 # ---- bytes --------------------------------------------------------------------------------------------------------
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a digest of tensors and their names, the same on every device."""
+    digest = hashlib.sha256()
+    for name, value in tensors:
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def seal(content: bytearray) -> bytearray:
@@ -346,18 +316,10 @@ def is_whole(content: bytes) -> bool:
     return mark == MARK + hashlib.sha256(body).hexdigest().encode()
 
 
-def write_checkpoint(folder: Path, content: bytes | bytearray, best: bool = False) -> None:
-    """Write the newest checkpoint and keep the one before it; best: write best.pt too."""
-    if best:
-        write_whole(folder / "best.pt", content)
-    write_whole(folder / LAST, content, keep=folder / PREVIOUS)
-
-
 def read_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
     """Return the newest whole checkpoint of a run; None if the run has not written one.
 
-    Raises:
-        UserError: all checkpoints are damaged or missing, although the run has finished epochs
+    UserError if all checkpoints are damaged, or missing although the run has finished epochs.
     """
     damaged: list[str] = []
     for file in (folder / LAST, folder / PREVIOUS):
@@ -375,6 +337,6 @@ def read_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: damaged, or not a checkpoint of train.py; start in a new --output")
     if (folder / "metrics.csv").exists():
-        raise UserError(f"{folder} has finished epochs (metrics.csv), but neither {LAST} nor {PREVIOUS}: restore one, "
-                        "or start in a new --output")  # fmt: skip
+        fault = f"{folder} has finished epochs (metrics.csv), but neither {LAST} nor {PREVIOUS}"
+        raise UserError(f"{fault}: restore one, or start in a new --output")
     return None

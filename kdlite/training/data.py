@@ -79,57 +79,51 @@ class Digits(Dataset):
 
 
 def open_data(name: str, val_split: float | None = None, seed: int = 0, sides: Mapping[str, str] | None = None) -> Data:
-    """Open a data set.
+    """Open a data set; raise UserError if it is missing or damaged, or if val_split does not fit it.
 
     Args:
         name: digits, cifar10, cifar100 (downloaded into data/) or a folder
         val_split: the share of each class that is kept for validation, above 0 and below 1; for a folder without val/
         seed: of that split, which depends only on the names of the files: it is equal on every machine
         sides: the split of the run that is resumed (read_split); new files are added to the training images
-
-    Raises:
-        UserError: the data set is missing or damaged, or val_split does not fit it
     """
     if val_split is not None and not 0 < val_split < 1:
         raise UserError(f"--val-split must be above 0 and below 1, got {val_split:g}")
-    if name in ("digits", "cifar10", "cifar100") and val_split is not None:
+    if name not in ("digits", "cifar10", "cifar100"):
+        return open_folder(name, val_split, seed, sides)
+    if val_split is not None:
         raise UserError(f"--val-split {val_split:g}: {name} has its own validation images; leave the flag out")
     if name == "digits":
         return Data(Digits(train=True), Digits(train=False), list(Digits.classes), (0.5,) * 3, (0.5,) * 3)
-    if name in ("cifar10", "cifar100"):
-        cifar = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-        try:
-            with local_rank_zero_first():
-                train, val = (cifar(FOLDER, train=train, download=True) for train in (True, False))
-        except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{name} is not in {FOLDER}/ and could not be downloaded: {reason}") from error
-        return Data(train, val, train.classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-    return open_folder(name, val_split, seed, sides)
+    cifar = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    try:
+        with local_rank_zero_first():
+            train, val = (cifar(FOLDER, train=train, download=True) for train in (True, False))
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} is not in {FOLDER}/ and could not be downloaded: {reason}") from error
+    return Data(train, val, train.classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, dict[str, Any], Data]:
     """Return the value of every flag, the flags that a run directory stores, and the data set.
 
     A folder of images without --recipe gets a recipe that fits its images, which is printed.
-
-    Args:
-        table: the flags of the command
-        typed: those on the command line
     """
     saved, sides = {}, None
     if typed.get("resume"):
         folder = Path(typed["output"])
-        saved, sides = from_rank_zero(lambda: (read_given(folder), read_split(folder / SPLIT)))
+        saved, sides = from_rank_zero(read_given, folder), from_rank_zero(read_split, folder / SPLIT)
     args, given = settle_flags(table, typed, saved)
     data = open_data(args.data, args.val_split, sides=sides)
     if args.recipe is None:
         pretrained = bool(args.pretrained or os.path.isdir(args.model))
-        size = from_rank_zero(lambda: median_size(data.train))
+        size = from_rank_zero(median_size, data.train)
         recipe, why = pick_recipe(len(data.train), len(data.label_names), size, pretrained, given.get("img_size"))
         if is_code(args.model):
             recipe = recipe | {"small_stem": False}  # a model of the user's keeps its stem
-        log(f"{why} (--recipe or any flag overrides)")
+        overridden = [f"--{name.replace('_', '-')} {given[name]}" for name in recipe if name in given]
+        log(f"{why}; you gave {', '.join(overridden)}" if overridden else f"{why} (--recipe or any flag overrides)")
         args, given = settle_flags(table, typed, saved, recipe)
     return args, given, data
 
@@ -144,13 +138,16 @@ class Photos(torchvision.datasets.ImageFolder):
     images by their name are counted by ending.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: Path) -> None:
         self.left_out: collections.Counter[str] = collections.Counter()
-        super().__init__(root, loader=open_image, is_valid_file=self.is_image, allow_empty=True)
+        super().__init__(str(root), loader=open_image, is_valid_file=self.is_image, allow_empty=True)
         counts = class_counts(self)
         if empty := [name for name, count in zip(self.classes, counts) if not count]:
             kinds = f" (skipped: {self.describe_left_out()})" if self.left_out else ""
             raise UserError(f"{root}: no image in {abbreviate(empty)}{kinds}: add images, or remove the folder")
+        if self.left_out:
+            count, kinds = sum(self.left_out.values()), self.describe_left_out()
+            log(f"{root}: skipped {count} files that are not images by their names: {kinds}")
 
     def describe_left_out(self) -> str:
         kinds = [f"{count} {end or 'without ending'}" for end, count in self.left_out.most_common(8)]
@@ -164,13 +161,12 @@ class Photos(torchvision.datasets.ImageFolder):
         if not names:
             raise UserError(f"{directory}: expected a folder for each class, found none")
         if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
-            raise UserError(
-                f"{directory} has two folders {abbreviate(twice)} that differ only in their Unicode form: merge them"
-            )
+            folders_of = f"two folders {abbreviate(twice)}"
+            raise UserError(f"{directory} has {folders_of} that differ only in their Unicode form: merge them")
         return names, {folder: index for index, folder in enumerate(folders)}
 
     def is_image(self, path: str) -> bool:
-        if any(map(is_hidden, Path(path[len(self.root) :].lstrip(os.sep)).parts)):
+        if any(map(is_hidden, Path(path).relative_to(self.root).parts)):
             return False
         ending = os.path.splitext(path)[1].lower()
         if ending not in endings():
@@ -179,7 +175,7 @@ class Photos(torchvision.datasets.ImageFolder):
 
     def files(self) -> list[str]:
         """Return CLASS/FILE of each image, the same on every machine."""
-        return [nfc(path[len(self.root) :].lstrip(os.sep)).replace(os.sep, "/") for path, _ in self.samples]
+        return [nfc(Path(path).relative_to(self.root).as_posix()) for path, _ in self.samples]
 
     def part(self, indices: Iterable[int]) -> Photos:
         """Return a part of the images, with all classes."""
@@ -192,17 +188,17 @@ class Photos(torchvision.datasets.ImageFolder):
 def open_folder(name: str, val_split: float | None, seed: int, sides: Mapping[str, str] | None) -> Data:
     """Open a folder with train/ and val/, or split a folder of classes."""
     root = Path(name)
-    split = None
+    rows = None
     if all(os.path.isdir(root / part) for part in ("train", "val")):
         if val_split is not None:
             raise UserError(f"--val-split {val_split:g}: --data {name} has its own val/; leave the flag out")
         if sides is not None:
             log(f"{root / 'val'} exists now: it replaces the images that the run split off")
-        train, val = (read_photos(root / part) for part in ("train", "val"))
+        train, val = (Photos(root / part) for part in ("train", "val"))
         compare_classes(name, train, val)
     else:
         source = find_classes_to_split(root, asks=val_split is None and sides is None)
-        photos = read_photos(source)
+        photos = Photos(source)
         files = photos.files()
         if sides is not None:
             split, how = keep_split(files, sides), "split as the run was"
@@ -215,18 +211,10 @@ def open_folder(name: str, val_split: float | None, seed: int, sides: Mapping[st
                 raise UserError(f"--data {name}: no image of {abbreviate(lacking)} for {purpose}: a class needs 2")
         sizes = f"{len(train)} images to train, {len(val)} to validate"
         log(f"{source}: classes {abbreviate(train.classes)}; {sizes}, {how}")
+        rows = sorted(split.items())
     if len(train.classes) < 2:
         raise UserError(f"--data {name} has the one class {train.classes[0]}: at least 2 are needed")
-    rows = sorted(split.items()) if split else None
     return Data(train, val, train.classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, rows)
-
-
-def read_photos(root: Path) -> Photos:
-    photos = Photos(str(root))
-    if photos.left_out:
-        count = sum(photos.left_out.values())
-        log(f"{root}: skipped {count} files that are not images by their names: {photos.describe_left_out()}")
-    return photos
 
 
 def compare_classes(name: str, train: Photos, val: Photos) -> None:
@@ -329,9 +317,6 @@ def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) 
         spec: "balanced", weights of n / (C * n_c); or a CSV file with a line name,weight for each class
         label_names: of the C classes
         counts: n_c, the training images of each class
-
-    Raises:
-        UserError: spec is invalid, or the names or weights of the file do not fit
     """
     if spec == "balanced":
         if absent := [name for name, count in zip(label_names, counts) if not count]:
@@ -339,11 +324,10 @@ def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) 
         weights = {name: 1 / count for name, count in zip(label_names, counts)}
     elif os.path.isfile(spec):
         weights = read_class_weights(Path(spec))
-        lacking = [name for name in label_names if name not in weights]
-        unknown = [name for name in weights if name not in label_names]
-        if lacking or unknown:
-            fault = "lacks" if lacking else "names classes that --data does not have:"
-            raise UserError(f"{spec} {fault} {abbreviate(lacking or unknown)}")
+        if lacking := [name for name in label_names if name not in weights]:
+            raise UserError(f"{spec} lacks {abbreviate(lacking)}")
+        if unknown := [name for name in weights if name not in label_names]:
+            raise UserError(f"{spec} names classes that --data does not have: {abbreviate(unknown)}")
     else:
         raise UserError(f"--class-weights {spec}: expected balanced, or a CSV file of name,weight for each class")
     total = sum(weights[name] * count for name, count in zip(label_names, counts))
@@ -370,11 +354,7 @@ def read_class_weights(file: Path) -> dict[str, float]:
 
 
 def median_size(photos: Photos, count: int = 200) -> tuple[int, int]:
-    """Return the median (height, width) in pixels of an even sample of the files, from their headers.
-
-    Raises:
-        UserError: no file of the sample can be read
-    """
+    """Return the median (height, width) in pixels of an even sample of the files; UserError if not one can be read."""
     sizes, reason = [], ""
     for index in evenly(len(photos), count):
         try:

@@ -10,6 +10,7 @@ import ctypes
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -29,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deploy.cli import UserError, explain, first_line
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 MEET = timedelta(minutes=10)  # how long a process waits for the others at the start
 # How long a process waits for another in a step. A suspended job (SLURM, a paused machine) is not a lost one, and
 # torchrun notices a process that has ended.
@@ -43,16 +44,17 @@ def read_launch() -> tuple[int, int, int, str | None]:
     """Return rank, local rank, number of processes, and an error in the environment that a launcher set."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     found = [os.environ.get(name, default) for name, default in defaults.items()]
+
     if not all(value.isdecimal() for value in found):
         return 0, 0, 1, "RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, got " + ", ".join(found)
     rank, local_rank, size = map(int, found)
-    if rank >= max(size, 1) or not size:
+    if rank >= size:
         return 0, 0, 1, f"RANK must be below WORLD_SIZE, got {rank} and {size}: start with torchrun"
     for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         tasks = os.environ.get(name, "1")
         if tasks.isdecimal() and int(tasks) > 1 and "RANK" not in os.environ:
-            return 0, 0, 1, (f"{name} is {tasks}, but torchrun did not start this process: {tasks} separate runs would "
-                             f"begin. Start torchrun (examples/slurm.sh), or unset {name} for one process")  # fmt: skip
+            error = f"{name} is {tasks}, but torchrun did not start this process: {tasks} separate runs would begin. "
+            return 0, 0, 1, error + f"Start torchrun (examples/slurm.sh), or unset {name} for one process"
     return rank, local_rank, size, None
 
 
@@ -74,12 +76,14 @@ class Group:
 class StopRequest:
     """The name of the signal that asked the run to stop, or None."""
 
-    def __init__(self) -> None:
-        self.name: str | None = None
+    name: str | None = None
 
     def receive(self, number: int, _frame: Any) -> None:
         """Store the first signal; a launcher may forward the same one again."""
         self.name = self.name or signal.Signals(number).name
+
+    def __str__(self) -> str:
+        return self.name or "a signal to another rank"
 
 
 @contextmanager
@@ -87,14 +91,15 @@ def stop_signals() -> Iterator[StopRequest]:
     """Catch the termination signals of schedulers and terminals; a SIGHUP that is ignored (nohup) stays ignored."""
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    caught = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN or number != signal.SIGHUP]
-    for number in caught:
-        signal.signal(number, request.receive)
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
     try:
+        for number in before:
+            signal.signal(number, request.receive)
         yield request
     finally:
-        for number in caught:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start_fork_server() -> Any:
@@ -106,6 +111,7 @@ def start_fork_server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "torchvision"])
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (*STOP_SIGNALS, signal.SIGINT)}
+
     try:
         forkserver.ensure_running()
     finally:
@@ -128,11 +134,7 @@ def end_with_launcher() -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Meet the other processes, and leave the group at the end.
-
-    Raises:
-        UserError: the launcher's environment is invalid, or the other processes do not come
-    """
+    """Meet the other processes, and leave the group at the end; UserError if they do not come."""
     if LAUNCH_ERROR:
         raise UserError(LAUNCH_ERROR)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -155,6 +157,7 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        Group.store = Group.steps = Group.control = None  # a group that outlives this aborts the process at its end
 
 
 @contextmanager
@@ -168,12 +171,10 @@ def reported_once() -> Iterator[None]:
             raise
         if not is_first_error():
             raise SystemExit(2) from error
-        if lost:
-            raise UserError(
-                f"rank {RANK}: another process has ended, or does not answer ({first_line(error)[:120]}); --resume "
-                "continues from the last checkpoint"
-            ) from error
-        raise
+        if not lost:
+            raise
+        fault = f"rank {RANK}: another process has ended, or does not answer ({first_line(error)[:120]})"
+        raise UserError(f"{fault}; --resume continues from the last checkpoint") from error
 
 
 def is_first_error() -> bool:
@@ -188,12 +189,12 @@ def is_first_error() -> bool:
         return True
 
 
-def from_rank_zero(function: Callable[[], Any]) -> Any:
+def from_rank_zero(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function on rank 0 only; return its result, or raise its UserError, on every rank."""
     result: list[Any] = [None]
     if IS_MAIN:
         try:
-            result[0] = function()
+            result[0] = function(*args)
         except UserError as error:
             result[0] = error
     if WORLD_SIZE > 1:
@@ -216,9 +217,8 @@ def local_rank_zero_first() -> Iterator[None]:
 class Agreement:
     """Decide together after the same step, without waiting: the answer to one step's question comes with the next."""
 
-    def __init__(self) -> None:
-        self.work: Any = None
-        self.wanted = torch.empty(0, dtype=torch.int32)
+    work: Any = None
+    wanted: torch.Tensor
 
     def ask(self, *wanted: bool) -> list[bool]:
         """Return for each question whether any rank wanted it, as of the last call."""
@@ -227,19 +227,23 @@ class Agreement:
         answer = [False] * len(wanted)
         if self.work:
             self.work.wait()
-            answer = [bool(x) for x in self.wanted.tolist()]
+            answer = self.wanted.bool().tolist()
         self.wanted = torch.tensor(wanted, dtype=torch.int32)
         self.work = dist.all_reduce(self.wanted, dist.ReduceOp.MAX, group=Group.control, async_op=True)
         return answer
 
+    def finish(self) -> None:
+        """Wait for the last question, which every rank has asked: leaving the group before its answer is an error."""
+        if self.work:
+            self.work.wait()
 
-def gather(columns: torch.Tensor) -> torch.Tensor:
-    """Return the tensors (2, N) of all ranks, concatenated in dimension 1."""
-    if WORLD_SIZE == 1:
-        return columns
-    parts: list[Any] = [None] * WORLD_SIZE
-    dist.all_gather_object(parts, columns, group=Group.control)
-    return torch.cat(parts, 1)
+
+def gather(value: Any) -> list[Any]:
+    """Return the values of all ranks."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value, group=Group.control)
+    return values
 
 
 def log(line: str | None) -> None:
@@ -266,8 +270,8 @@ class Exchanging(DistributedDataParallel):
                 raise
             names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
             unused = ", ".join(names[int(index)] for index in found[1].split()[:3])
-            raise UserError(f"the model does not use its parameter {unused}, as several processes need: remove it, or "
-                            "set its requires_grad to False") from error  # fmt: skip
+            fault = f"the model does not use its parameter {unused}, as several processes need"
+            raise UserError(f"{fault}: remove it, or set its requires_grad to False") from error
 
 
 def exchange_gradients(net: Any, device: torch.device) -> Any:
@@ -298,10 +302,8 @@ def check_shared_memory(needed: int) -> None:
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else needed
     if free < needed:
-        raise UserError(
-            f"/dev/shm has {free >> 20} MiB free, and the workers hold up to {needed >> 20} MiB of images in it: "
-            "docker run --shm-size 8g, or --workers 0, or fewer"
-        )
+        fault = f"/dev/shm has {free >> 20} MiB free, and the workers hold up to {needed >> 20} MiB of images in it"
+        raise UserError(f"{fault}: docker run --shm-size 8g, or --workers 0, or fewer")
 
 
 def pick_device(name: str) -> torch.device:
@@ -329,7 +331,5 @@ def peak_memory(device: torch.device) -> int:
     """Return the most memory so far in MiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak >> (20 if sys.platform == "darwin" else 10)

@@ -11,6 +11,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +29,10 @@ from torchvision.transforms import v2
 from deploy.cli import ProgressBar, UserError
 from deploy.config import Metadata
 from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
+from deploy.reference import evenly
 from kdlite.training.data import Digits
-from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, start_fork_server
+from kdlite.training.distributed import IS_MAIN, RANK, STOP_SIGNALS, WORLD_SIZE, start_fork_server
 
-Corrupt = tuple[str, str]  # the name of an image that cannot be read, and the reason
 Transform = Callable[[Image.Image], Tensor]
 
 # ---- from an opened image to a tensor -----------------------------------------------------------------------------
@@ -72,8 +73,8 @@ class View:
     def describe(self) -> dict[str, Any]:
         """Return the settings that decide the crop of an image; its size only if the crop depends on it."""
         size = list(self.input_size) if self.crop == "pad" else list(self.input_size[:1])
-        return {"crop": self.crop, "hflip": self.hflip, "randaugment": self.randaugment or [0, 0],
-                "interpolation": self.interpolation, "size": size}  # fmt: skip
+        settings = {"crop": self.crop, "hflip": self.hflip, "randaugment": self.randaugment or [0, 0]}
+        return settings | {"interpolation": self.interpolation, "size": size}
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):
@@ -94,22 +95,17 @@ class RandomResizedCrop(v2.RandomResizedCrop):
 # ---- samples and batches ------------------------------------------------------------------------------------------
 
 
-class Sample(NamedTuple):
-    image: Tensor | None  # uint8 (C, H, W); None if it cannot be read
-    label: int
-    corrupt: Corrupt | None
-    teacher: tuple[Tensor, ...] = ()  # a teacher's stored labels
-
-
 class Batch(NamedTuple):
+    """A batch, or one sample without the dimension B."""
+
     images: Any  # uint8 (B, C, H, W), later normalised float; None if no image of the batch could be read
     labels: Any  # class indices (B,), later perhaps class probabilities (B, classes)
-    corrupt: list[Corrupt]
+    corrupt: list[tuple[str, str]]  # the names of the images that cannot be read, and the reasons
     teacher: tuple[Tensor, ...] = ()  # a teacher's stored labels
 
 
 class Samples(Dataset):
-    """(epoch, index) -> Sample. With stored labels (teacher_labels.py) their seed and their views are used."""
+    """(epoch, index) -> a sample. With stored labels (teacher_labels.py) their seed and their views are used."""
 
     def __init__(self, source: Any, transform: Transform, seed: int = 0, stored: Any = None) -> None:
         self.source, self.transform, self.stored = source, transform, stored
@@ -118,17 +114,17 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
         epoch = epoch % self.stored.views if self.stored else epoch
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * len(self) + index) % 2**63)
         try:
             image, label = self.source[index]
-            return Sample(self.transform(image), label, None, self.stored(epoch, index) if self.stored else ())
+            return Batch(self.transform(image), label, [], self.stored(epoch, index) if self.stored else ())
         except UnreadableImage as error:
             samples = getattr(self.source, "samples", None)
-            return Sample(None, -1, (str(samples[index][0]) if samples else f"sample {index}", str(error)))
+            return Batch(None, None, [(str(samples[index][0]) if samples else f"sample {index}", str(error))])
         finally:
             torch.set_rng_state(state)
 
@@ -146,36 +142,30 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in itertools.islice(super().__iter__(), self.start, None))
 
 
-def collate(samples: list[Sample]) -> Batch:
-    corrupt = [sample.corrupt for sample in samples if sample.corrupt]
-    whole = [sample for sample in samples if sample.image is not None]
+def collate(samples: list[Batch]) -> Batch:
+    corrupt = [unreadable for sample in samples for unreadable in sample.corrupt]
+    whole = [sample for sample in samples if sample.images is not None]
     if not whole:
         return Batch(None, None, corrupt)
-    teacher = tuple(torch.stack(values) for values in zip(*(sample.teacher for sample in whole)))
-    images = torch.stack([sample.image for sample in whole if sample.image is not None])
-    return Batch(images, torch.tensor([sample.label for sample in whole]), corrupt, teacher)
+    images, labels, _, answers = zip(*whole)
+    return Batch(torch.stack(images), torch.tensor(labels), corrupt, tuple(map(torch.stack, zip(*answers))))
 
 
 def train_loader(
     source: Any, transform: Transform, batch_size: int, seed: int, workers: int | None, pin_memory: bool, stored: Any
 ) -> DataLoader:
-    """Return whole batches of this rank's part of the shuffle.
-
-    stored: a teacher's labels (teacher_labels.StoredLabels), or None
-    """
+    """Return whole batches of this rank's part of the shuffle. stored: a teacher's labels (StoredLabels), or None."""
     dataset = Samples(source, transform, seed, stored)
     sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=seed, drop_last=True)
     return data_loader(dataset, sampler, batch_size, workers, pin_memory, drop_last=True)
 
 
 def eval_loader(
-    source: Any, transform: Transform, batch_size: int, workers: int | None, pin_memory: bool = False,
-    indices: Sequence[int] | None = None,
-) -> DataLoader:  # fmt: skip
-    """Return batches of all samples, or of `indices`; each sample is on exactly one rank."""
-    dataset = Samples(source, transform)
-    sampler = [(0, index) for index in (indices or range(len(dataset)))[RANK::WORLD_SIZE]]
-    return data_loader(dataset, sampler, batch_size, workers, pin_memory)
+    source: Any, transform: Transform, batch_size: int, workers: int | None, pin: bool = False, most: int | None = None
+) -> DataLoader:
+    """Return batches of all samples, or of an even choice of `most`; each sample is on exactly one rank."""
+    indices = evenly(len(source), most or len(source))[RANK::WORLD_SIZE]
+    return data_loader(Samples(source, transform), [(0, index) for index in indices], batch_size, workers, pin)
 
 
 def data_loader(
@@ -186,12 +176,12 @@ def data_loader(
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         own = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = 0 if isinstance(dataset.source, Digits) else own
-    return DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=drop_last,
-        pin_memory=pin_memory, persistent_workers=workers > 0,
-        multiprocessing_context=start_fork_server() if workers else None, worker_init_fn=start_worker,
-        generator=torch.Generator(),  # else starting workers would draw from the state that --resume restores
-    )  # fmt: skip
+    options: dict[str, Any] = {"pin_memory": pin_memory, "drop_last": drop_last, "collate_fn": collate}
+    options["generator"] = torch.Generator()  # else starting workers draws from the state that --resume restores
+    if workers:
+        options |= {"persistent_workers": True, "worker_init_fn": start_worker}
+        options |= {"multiprocessing_context": start_fork_server(), "num_workers": workers}
+    return DataLoader(dataset, batch_size, sampler=sampler, **options)
 
 
 def start_worker(_worker: int) -> None:
@@ -200,10 +190,8 @@ def start_worker(_worker: int) -> None:
     A worker's parent is the fork server, which waits for its children: without this thread they would outlive a run
     that was killed.
     """
-    import signal
-
-    for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)  # torch has set a handler of its own
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # torch has set a handler of its own
     threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
@@ -215,15 +203,9 @@ def wait_for_parent() -> None:
 class DeviceLoader:
     """Batches of images that are decoded once and kept in the device's memory (--cache device).
 
-    Each process has its share of the data set, every WORLD_SIZE-th image. In training the share is shuffled, and each
-    image is cropped and flipped on its own. The draws depend only on seed, epoch and rank, so a resume repeats them.
-
-    Args:
-        decoded: a loader of the images, neither cropped nor flipped
-        batch_size: images of a batch
-        device: where they are kept
-        view: the crop and flip of training images; None: evaluation, in order
-        seed: of shuffle, crop and flip
+    Each process has its share of the data set, every WORLD_SIZE-th image. In training (with a view) the share is
+    shuffled, and each image is cropped and flipped on its own. The draws depend only on seed, epoch and rank, so a
+    resume repeats them. decoded: a loader of the images, neither cropped nor flipped
     """
 
     def __init__(
@@ -235,7 +217,7 @@ class DeviceLoader:
         whole = [batch for batch in batches if batch.images is not None]
         if not whole:
             raise UserError(f"--cache device: not one image could be read, the first is {self.corrupt[0][0]}")
-        self.images, self.labels = (torch.cat([batch[i] for batch in whole]).to(device) for i in (0, 1))  # type: ignore
+        self.images, self.labels = (torch.cat(tensors).to(device) for tensors in list(zip(*whole))[:2])
         self.count, self.share = len(self.labels), len(decoded.dataset) // WORLD_SIZE  # type: ignore
         self.epoch = self.start = 0
 
@@ -305,10 +287,8 @@ class ToDevice:
 class Augment:
     """Augment a normalised batch on the device: random erasing, then mixup or cutmix, which make the labels soft."""
 
-    def __init__(
-        self, random_erasing: float, mixup: float, cutmix: float, num_classes: int, device: torch.device
-    ) -> None:
-        self.erase = RandomErasing(random_erasing, mode="pixel", device=device) if random_erasing else None
+    def __init__(self, erasing: float, mixup: float, cutmix: float, num_classes: int, device: torch.device) -> None:
+        self.erase = RandomErasing(erasing, mode="pixel", device=device) if erasing else None
         mixers = [mixer(alpha=a, num_classes=num_classes) for mixer, a in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if a]
         self.mix = v2.RandomChoice(mixers) if mixers else None
 
@@ -350,8 +330,7 @@ def image_progress(loader: Any, label: str, total: int | None = None, each: int 
 
 def epoch_batches(batches: Any, epoch: int, first: int, last: int) -> ProgressBar:
     """Return the batches `first` to `last` of an epoch, with a progress bar."""
-    sampler = getattr(batches, "sampler", batches)
-    sampler.set_epoch(epoch, first * batches.batch_size)
     each = batches.batch_size
+    getattr(batches, "sampler", batches).set_epoch(epoch, first * each)
     chosen = itertools.islice(batches, last - first)
     return image_progress(chosen, f"epoch {epoch + 1}", last * each * WORLD_SIZE, each, first)

@@ -32,26 +32,18 @@ from deploy.reference import keep_reference
 from deploy.run_directory import SPLIT, claim, describe, locked, open_in_run, write_split
 from kdlite import WithWeakHead
 from kdlite.training.checkpoint import Checkpoint, Progress
-from kdlite.training.data import Data
+from kdlite.training.data import Data, class_counts
 from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_rank_zero, log, peak_memory
 
 # ---- the run directory --------------------------------------------------------------------------------------------
 
 
 class RunFolder:
-    """The directory of a run: claimed, locked and filled by rank 0; every rank knows its path.
-
-    Args:
-        args: all flags
-        given: the flags that a resume takes over
-        data: the data set, whose split is stored
-        device: for args.json
-    """
+    """The directory of a run: claimed, locked and filled by rank 0. given: the flags that a resume takes over"""
 
     def __init__(self, args: argparse.Namespace, given: dict[str, Any], data: Data, device: torch.device) -> None:
         self.args, self.given, self.data, self.device = args, given, data, device
         self.at_the_end = ExitStack()
-        self.board: Any = None
 
     def __enter__(self) -> RunFolder:
         self.path: Path = from_rank_zero(self.begin)
@@ -59,48 +51,79 @@ class RunFolder:
 
     def begin(self) -> Path:
         """Make the directory, lock it, and write what is known before training."""
-        losses = [self.args.kd and self.args.kd.rpartition(":")[2], self.args.self_kd]
-        method = "-".join(filter(None, losses)) or "ce"
-        path = claim(self.args.output, self.args.model, method, self.args.resume)
+        path = claim(self.args.output, self.args.model, "-".join(added_losses(self.args)) or "ce", self.args.resume)
         self.at_the_end.enter_context(locked(path))
         for partial in path.glob(".*.partial"):  # of a run that was killed while it saved
             shutil.rmtree(partial, ignore_errors=True)
         if self.data.split:
             write_split(path / SPLIT, self.data.split)
-        log = self.at_the_end.enter_context(open_in_run(path / "log.txt", "a"))
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, Tee):
-                stream.log = log
+        Tee.log = self.at_the_end.enter_context(open_in_run(path / "log.txt", "a"))
         cpu = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
         write_whole(path / "args.json", describe(vars(self.args), self.given, name, WORLD_SIZE))
         return path
 
-    def open_board(self, first_epoch: int | None) -> None:
-        """Open TensorBoard's file. first_epoch: drop the rows of a killed run from this one on."""
-        if IS_MAIN:
-            from torch.utils.tensorboard import SummaryWriter
+    def report_start(
+        self, config: Metadata, net: nn.Module, amp: torch.dtype | None, resumed: Checkpoint | None, progress: Progress
+    ) -> None:
+        """Print what is trained and from where, and open TensorBoard's file, without the rows that a resume repeats."""
+        if not IS_MAIN:
+            return
+        args, student = self.args, net.model if isinstance(net, WithWeakHead) else net
+        millions = sum(p.numel() for p in student.parameters()) / 1e6
+        teacher = args.teacher or config.training["teacher"]
+        method = config.training["method"] + (f" with {teacher}" if teacher else "")
+        method += f" at {net.tap}, {net.pooling}" if isinstance(net, WithWeakHead) else ""
+        sizes = f"{len(self.data.train)} training and {len(self.data.val)} validation images"
+        machine = f"{WORLD_SIZE} x {self.device}, {str(amp or torch.float32).removeprefix('torch.')}"
+        of_classes = f"{sizes} of {config.num_classes} classes"
+        log(f"{args.model} ({millions:.2f} M parameters), {method}; {of_classes}; {machine} -> {self.path}")
+        log(describe_balance(self.data, args.class_weights is not None))
+        if resumed:
+            log(f"resuming from {resumed.file}, {progress}")
+            if progress.epoch >= args.epochs:
+                log(f"the run has had its {args.epochs} epochs: nothing is trained; a larger --epochs continues it")
+        elif args.resume:
+            log(f"no checkpoint in {args.output} yet: a new run starts")
+        from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.path), purge_step=first_epoch)
-            self.at_the_end.callback(self.board.close)
+        self.board = SummaryWriter(str(self.path), purge_step=progress.epoch + 1 if resumed else None)
+        self.at_the_end.callback(self.board.close)
 
-    def report_epoch(self, row: dict[str, Any], epochs: int) -> None:
+    def report_epoch(self, row: dict[str, Any]) -> None:
         """Print the row of an epoch, and add it to TensorBoard."""
-        if IS_MAIN:
-            print(epoch_line(row, epochs), flush=True)
-            for name, value in row.items():
-                self.board.add_scalar(name, value, row["epoch"])
+        if not IS_MAIN:
+            return
+        terms = [f"{name[5:]} {value:.3f}" for name, value in row.items() if name.startswith("loss_")]
+        each = f" ({', '.join(terms)})" if len(terms) > 1 else ""
+        skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
+        minutes = (self.args.epochs - row["epoch"]) * row["seconds"] / 60
+        left = f"  about {minutes:.0f} min left" if minutes >= 1 else ""
+        log(
+            f"epoch {row['epoch']}/{self.args.epochs}  loss {row['train_loss']:.3f}{each}  "
+            f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g} at its start  "
+            f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s{skipped}{left}"
+        )
+        for name, value in row.items():
+            self.board.add_scalar(name, value, row["epoch"])
+
+    def report_stop(self, stop: StopRequest, progress: Progress) -> None:
+        log(f"stopped by {stop} {progress}: {self.path}/last.pt is saved, --resume continues")
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> Callable[[], None]:
-        """Return a function that writes metrics.csv; the thread that saves calls it."""
-        return functools.partial(write_metrics, self.path / "metrics.csv", list(rows))
+        """Return a function that writes the whole of metrics.csv, whose rows a resume may drop or extend."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        return functools.partial(write_whole, self.path / "metrics.csv", text.getvalue())
 
     def show_batch(self, images: np.ndarray, labels: torch.Tensor) -> None:
         """Write batch.png: the first images as the network gets them, uint8 (N, H, W, C)."""
         if IS_MAIN:
             batch_picture(self.path / "batch.png", images, labels.cpu().numpy(), self.data.label_names)
 
-    def finish(self, progress: Progress) -> None:
+    def finish(self, progress: Progress, started: float) -> None:
         """Write what describes the whole run: curves, the best epoch by class, and reference.npz."""
         if not IS_MAIN or not progress.rows:
             return
@@ -110,24 +133,26 @@ class RunFolder:
             print(*write_per_class(self.path, labels, predictions, self.data.label_names), sep="\n")
         if self.args.reference:
             own = [self.args.model] if is_code(self.args.model) else self.args.model_file
-            print(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own), flush=True)
+            log(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own))
+        top1 = f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {self.path}/student"
+        log(f"{top1}; {time.monotonic() - started:.0f} s, {peak_memory(self.device)} MiB of memory at most")
+        log(f"next: python -m deploy.export {self.path}")
 
     def __exit__(self, *error: Any) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, Tee) and not isinstance(error[1], Exception):
-                stream.log = None
-        if not isinstance(error[1], Exception):
-            self.at_the_end.close()
-        else:
+        if isinstance(error[1], Exception):
             self.at_the_end.pop_all()  # the error's line still goes to log.txt; the process ends after it
+        else:
+            Tee.log = None
+            self.at_the_end.close()
 
 
 class Tee:
     """A stream that goes on when its terminal or pipe has closed, and that copies lines to log.txt."""
 
+    log: Any = None  # of this process, for both streams
+
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        self.log: Any = None
 
     def write(self, text: str) -> int:
         if self.log and "\r" not in text:  # which a progress bar prints
@@ -162,39 +187,45 @@ def tee() -> Iterator[None]:
     try:
         yield
     finally:
-        log = sys.stdout.log  # type: ignore[attr-defined]
         sys.stdout, sys.stderr = before
-        if log:
-            log.close()
+        if Tee.log:
+            Tee.log.close()
+        Tee.log = None
 
 
-# ---- metrics ------------------------------------------------------------------------------------------------------
+def describe_balance(data: Data, weighted: bool) -> str | None:
+    """Return a line about the sizes of the classes and of the validation set, None if both are ordinary."""
+    counts = class_counts(data.train)
+    few, many = (data.label_names[pick(range(len(counts)), key=counts.__getitem__)] for pick in (min, max))
+    lines = []
+    if max(counts) >= 10 * max(1, min(counts)) and not weighted:
+        sizes = f"{max(counts)} training images of {many}, {min(counts)} of {few}"
+        lines.append(f"{sizes}: --class-weights balanced gives each class the same share of the loss")
+    if len(data.val) < 200:
+        lines.append(f"{len(data.val)} validation images: one image is {100 / len(data.val):.1f} points of top-1")
+    return "; ".join(lines) or None
 
 
-def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the whole file each time: a resumed run drops the rows after its checkpoint, and no row is half-written."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))  # a resume may add some
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_whole(path, text.getvalue())
+def added_losses(args: argparse.Namespace) -> list[str]:
+    return [name.rpartition(":")[2] for name in (args.kd, args.self_kd) if name]
 
 
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """Return the line that is printed after an epoch."""
-    terms = {name[5:]: value for name, value in row.items() if name.startswith("loss_")}
-    each = f" ({', '.join(f'{name} {value:.3f}' for name, value in terms.items())})" if len(terms) > 1 else ""
-    return (
-        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}{each}  "
-        f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g}  "
-        f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s"
-        + (f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else "")
-    )
+def describe_training(args: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """Return the field `training` of the student's config.json."""
+    smoothing = f" with label smoothing {args.label_smoothing:g}" if args.label_smoothing else ""
+    weights = "ImageNet weights" if args.pretrained is True else os.path.basename(args.pretrained or "random")
+    about = {"data": os.path.basename(args.data), "train_images": len(data.train), "val_images": len(data.val)}
+    about |= {"method": " + ".join([f"cross-entropy{smoothing}", *added_losses(args)])}
+    about |= {"teacher": args.teacher and os.path.basename(args.teacher), "began": weights, "epochs": args.epochs}
+    return about
+
+
+# ---- pictures -----------------------------------------------------------------------------------------------------
 
 
 def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write losses and accuracies over the epochs as a PNG."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here, because each data loading process imports this module
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses = [name for name in rows[-1] if "loss" in name]
@@ -207,59 +238,12 @@ def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     save(path, figure)
 
 
-def describe_method(args: argparse.Namespace) -> str:
-    """Return the losses of a run in words."""
-    smoothing = f" with label smoothing {args.label_smoothing:g}" if args.label_smoothing else ""
-    kd = args.kd and args.kd.rpartition(":")[2]
-    return " + ".join(filter(None, [f"cross-entropy{smoothing}", kd, args.self_kd]))
-
-
-def report_start(
-    args: argparse.Namespace, data: Data, config: Metadata, net: nn.Module, stored: Any,
-    device: torch.device, amp: torch.dtype | None, folder: Path,
-) -> None:  # fmt: skip
-    student = net.model if isinstance(net, WithWeakHead) else net
-    millions = sum(p.numel() for p in student.parameters()) / 1e6
-    teacher = f" with {args.teacher or stored}" if args.teacher or stored else ""
-    tap = f" at {net.tap}, {net.pooling}" if isinstance(net, WithWeakHead) else ""
-    sizes = f"{len(data.train)} training and {len(data.val)} validation images"
-    machine = f"{WORLD_SIZE} x {device}, {str(amp or torch.float32).removeprefix('torch.')}"
-    log(f"{args.model} ({millions:.2f} M parameters), {config.training['method']}{teacher}{tap}; {sizes} of "
-        f"{config.num_classes} classes; {machine} -> {folder}")  # fmt: skip
-
-
-def report_resume(args: argparse.Namespace, resumed: Checkpoint | None, progress: Progress) -> None:
-    if resumed:
-        log(f"resuming from {resumed.file}, {progress}")
-        if progress.epoch >= args.epochs:
-            log(f"the run has had its {args.epochs} epochs: nothing is trained; a larger --epochs continues it")
-    elif args.resume:
-        log(f"no checkpoint in {args.output} yet: a new run starts")
-
-
-def report_stop(stop: StopRequest, progress: Progress, folder: Path) -> None:
-    name = stop.name or "a signal to another rank"
-    log(f"stopped by {name} {progress}: {folder}/last.pt is saved, --resume continues")
-
-
-def report_end(progress: Progress, folder: Path, started: float, device: torch.device) -> None:
-    if progress.rows:
-        log(f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {folder}/student; "
-            f"{time.monotonic() - started:.0f} s, {peak_memory(device)} MiB of memory at most")  # fmt: skip
-        log(f"next: python -m deploy.export {folder}")
-
-
-# ---- the first batch ----------------------------------------------------------------------------------------------
-
-
 def batch_picture(path: Path, images: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> None:
     """Write the first 32 images of a batch with their labels as a PNG.
 
     Args:
-        path: the file
         images: uint8 (N, H, W, 3) or (N, H, W, 1)
         labels: class indices (N,), or class probabilities (N, C), of which the two largest are shown
-        label_names: of the C classes
     """
     from matplotlib.figure import Figure
 
@@ -270,16 +254,15 @@ def batch_picture(path: Path, images: np.ndarray, labels: np.ndarray, label_name
     step = height + gap + 2 * line, width + gap
     # one picture on one axis, because 32 axes take 1.25 seconds
     grid = np.full((math.ceil(count / columns) * step[0], columns * step[1], 3), 255, np.uint8)
-    corners = [(i // columns * step[0] + 2 * line, i % columns * step[1]) for i in range(count)]
-    for image, (top, left) in zip(images, corners):
-        grid[top : top + height, left : left + width] = image
     figure = Figure(figsize=(1.6 * columns, 1.6 * columns * grid.shape[0] / grid.shape[1]))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
-    axis.imshow(grid, interpolation="nearest", aspect="auto")
-    for label, (top, left) in zip(labels, corners):
+    for i, label in enumerate(labels[:count]):
+        top, left = i // columns * step[0] + 2 * line, i % columns * step[1]
+        grid[top : top + height, left : left + width] = images[i]
         where = {"x": left + width / 2 - 0.5, "y": top - 0.5 - line / 4}
         axis.text(s=caption(label, label_names), ha="center", va="bottom", parse_math=False, fontsize=7, **where)
+    axis.imshow(grid, interpolation="nearest", aspect="auto")
     save(path, figure)
 
 
@@ -304,8 +287,12 @@ def save_student(folder: Path, model: nn.Module, config: Metadata, later: bool =
     """
     weights = safetensors_bytes({name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()})
     content = {"format": 2} | config.to_json()
-    if config.library == "timm":
-        content |= {"pretrained_cfg": timm_config(config)}
+    if config.library == "timm":  # by which timm prepares images, and finds the first and the last layer
+        known = timm.get_pretrained_cfg(config.architecture).to_dict()
+        kept = {k: known[k] for k in ("first_conv", "classifier", "fixed_input_size", "pool_size") if k in known}
+        names = ("input_size", "num_classes", "mean", "std", "interpolation", "label_names")
+        kept |= {name: getattr(config, name) for name in names} | {"crop_pct": config.crop}
+        content["pretrained_cfg"] = kept
     write = functools.partial(write_student, folder, weights, content, model_card(config))
     if not later:
         write()
@@ -318,14 +305,6 @@ def write_student(folder: Path, weights: bytes, content: dict[str, Any], card: s
     file = folder / "README.md"
     if not file.exists() or MARK in file.read_text(encoding="utf-8", errors="replace"):
         write_whole(file, card)
-
-
-def timm_config(config: Metadata) -> dict[str, Any]:
-    """Return the part of config.json by which timm prepares images, and finds the first and the last layer."""
-    known = timm.get_pretrained_cfg(config.architecture).to_dict()
-    kept = {key: known[key] for key in ("first_conv", "classifier", "fixed_input_size", "pool_size") if key in known}
-    names = ("input_size", "num_classes", "mean", "std", "interpolation", "label_names")
-    return kept | {name: getattr(config, name) for name in names} | {"crop_pct": config.crop}
 
 
 MARK = "<!-- Written by kdlite at every save of the student, until this line is removed. -->"
@@ -357,27 +336,24 @@ def model_card(config: Metadata) -> str:
     """Return the README.md of a student/ folder: Markdown under the Hugging Face Hub's metadata header."""
     about, metrics = config.training, config.metrics
     library = config.library if config.library in ("timm", "torchvision") else "kdlite"
-    header = [
-        "---", f"library_name: {library}", "pipeline_tag: image-classification", "license: other",
-        "license_name: unknown", "tags:", "- image-classification", "- knowledge-distillation", "- kdlite", "---", MARK,
-        "", f"# {config.architecture}, {config.num_classes} classes", "",
-        f"Trained by kdlite: {about.get('method', 'method unknown')}.", "",
-    ]  # fmt: skip
+    lines = ["---", f"library_name: {library}", "pipeline_tag: image-classification", "license: other"]
+    lines += ["license_name: unknown", "tags:", "- image-classification", "- knowledge-distillation", "- kdlite", "---"]
+    lines += [MARK, "", f"# {config.architecture}, {config.num_classes} classes", ""]
+    lines += [f"Trained by kdlite: {about.get('method', 'method unknown')}.", ""]
     sizes = about.get("train_images", "?"), about.get("val_images", "?")
+    size = "{} channels, {} x {} pixels".format(*config.input_size)
     facts = {
         "data": "{}, {} training and {} validation images".format(about.get("data", "unknown"), *sizes),
         "weights at the start": about.get("began", "random"),
         "teacher": about.get("teacher"),
         "epochs": f"{metrics.get('epoch', '?')}, the best of {about.get('epochs', '?')}",
-        "input": "{} channels, {} x {} pixels".format(*config.input_size)
-        + f", {config.interpolation}, {100 * config.crop:g} % of the resized side",
+        "input": f"{size}, {config.interpolation}, {100 * config.crop:g} % of the resized side",
         "mean and std of the normalisation": f"{config.mean}, {config.std}",
     }
     if "val_top1" in metrics:
-        facts["accuracy on the validation images"] = (
-            f"top-1 {metrics['val_top1']:.2f} %, top-5 {metrics['val_top5']:.2f} % (n = {sizes[1]})"
-        )
-    lines = [*header, *(f"- {name}: {value}" for name, value in facts.items() if value)]
+        scores = f"top-1 {metrics['val_top1']:.2f} %, top-5 {metrics['val_top5']:.2f} %"
+        facts["accuracy on the validation images"] = f"{scores} (n = {sizes[1]})"
+    lines += [f"- {name}: {value}" for name, value in facts.items() if value]
     lines += ["- licence of the weights: *to be filled in, here and in the header*"]
     lines += ["- licence of the data: *to be filled in*", "", "## Use", ""]
     changed = config.small_stem or (library == "torchvision" and config.input_size[0] != 3)

@@ -23,26 +23,20 @@ def pick_columns(
 ) -> tuple[list[int] | None, str | None]:
     """Return the column of each class of the data, None for all in their order, and a line that reports it.
 
-    Args:
-        name: of the teacher, for messages
-        teacher: the names of its classes; None: unknown
-        count: of its classes
-        data: the classes of the data
-        classes_file: of --teacher-classes, or None
+    name: of the teacher, whose `count` classes have the names `teacher`, or None if they are unknown
     """
+    found = f"teacher {name}: {len(data)} of its {count} classes"
     if classes_file:
         columns = [column_of(theirs, name, teacher, count, classes_file) for theirs in read_classes(classes_file, data)]
         if twice := [label for label, column in zip(data, columns) if columns.count(column) > 1]:
             raise UserError(f"{classes_file} gives {' and '.join(twice[:3])} one class of --teacher {name}")
-        return columns, f"teacher {name}: {len(data)} of its {count} classes, from {classes_file}"
-    if teacher is None or teacher == data:
-        if count != len(data):
-            raise UserError(
-                f"--teacher {name} has {count} classes of unknown names, --data has {len(data)}: "
-                "--teacher-classes FILE gives the teacher's class for each"
-            )
-        return None, None
-    return match(data, teacher, name), f"teacher {name}: {len(data)} of its {count} classes match --data by name"
+        return columns, f"{found}, from {classes_file}"
+    if teacher is not None and teacher != data:
+        return match(data, teacher, name), f"{found} match --data by name"
+    if count != len(data):
+        fault = f"--teacher {name} has {count} classes of unknown names, --data has {len(data)}"
+        raise UserError(f"{fault}: --teacher-classes FILE gives the teacher's class for each")
+    return None, None
 
 
 def column_of(theirs: str, name: str, teacher: list[str] | None, count: int, classes_file: str) -> int:
@@ -50,46 +44,39 @@ def column_of(theirs: str, name: str, teacher: list[str] | None, count: int, cla
     if teacher is not None and (not theirs.isdecimal() or plain(theirs) in map(plain, teacher)):
         return match([theirs], teacher, name)[0]
     if not theirs.isdecimal():
-        raise UserError(f"{classes_file}: the names of --teacher {name}'s classes are unknown, so {theirs} cannot be "
-                        f"found; give columns, from 0 to {count - 1}")  # fmt: skip
+        fault = f"the names of --teacher {name}'s classes are unknown, so {theirs} cannot be found"
+        raise UserError(f"{classes_file}: {fault}; give columns, from 0 to {count - 1}")
     if int(theirs) >= count:
         raise UserError(f"{classes_file}: column {theirs}, but --teacher {name} has {count}, from 0")
     return int(theirs)
 
 
 def match(data: list[str], teacher: list[str], name: str) -> list[int]:
-    """Return the index in `teacher` of each class of the data.
+    """Return the index in `teacher` of each class of the data; UserError if it lacks one, or has several of that name.
 
     Names match regardless of case, - and _; ImageNet's classes also match by their other names.
-
-    Raises:
-        UserError: a class that the teacher lacks, or that is the name of several of its classes
     """
     exact: dict[str, set[int]] = defaultdict(set)
     loose: dict[str, set[int]] = defaultdict(set)
     for index, label in enumerate(teacher):
         exact[plain(label)].add(index)
-        for other in synonyms(label):
+        for other in imagenet_names().get(label, []):
             loose[other].add(index)
     columns: list[int] = []
     lacking = []
     for label in data:
-        found = exact[plain(label)] or set().union(*(loose[x] | exact[x] for x in (plain(label), *synonyms(label))))
-        if len(found) == 1:
-            columns += found
-        elif found:
+        others = [plain(label), *imagenet_names().get(label, [])]
+        found = exact[plain(label)] or set().union(*(loose[x] | exact[x] for x in others))
+        if len(found) > 1:
             several = ", ".join(f"{teacher[i]} ({i})" for i in sorted(found)[:3])
-            raise UserError(f"--teacher {name} has several classes with the name {label}: {several}; "
-                            "--teacher-classes FILE gives the column")  # fmt: skip
-        else:
-            lacking.append(label)
+            fault = f"--teacher {name} has several classes with the name {label}: {several}"
+            raise UserError(f"{fault}; --teacher-classes FILE gives the column")
+        columns += found
+        lacking += [] if found else [label]
     if lacking:
-        raise UserError(
-            f"--teacher {name} lacks {len(lacking)} of --data's {len(data)} classes: {abbreviate(lacking)}; "
-            "--teacher-classes FILE gives its names for them"
-        )
-    twice = [data[i] for i, column in enumerate(columns) if columns.count(column) > 1]
-    if twice:
+        fault = f"--teacher {name} lacks {len(lacking)} of --data's {len(data)} classes: {abbreviate(lacking)}"
+        raise UserError(f"{fault}; --teacher-classes FILE gives its names for them")
+    if twice := [label for label, column in zip(data, columns) if columns.count(column) > 1]:
         raise UserError(f"--teacher {name} has one class for {' and '.join(twice[:3])}: --teacher-classes FILE")
     return columns
 
@@ -97,20 +84,18 @@ def match(data: list[str], teacher: list[str], name: str) -> list[int]:
 def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -> None:
     """Warn if a teacher is not better than chance, or much better with its classes in another order.
 
-    Args:
-        labels, predictions: class indices of the same images, (N,)
-        classes: their number
+    labels, predictions: class indices of the same images, (N,)
     """
     count, right = len(labels), float((labels == predictions).mean())
     table = np.zeros((classes, classes))
     np.add.at(table, (labels, predictions), 1)
     reordered = float(table[linear_sum_assignment(table, maximize=True)].sum() / count)
     if classes > 1 and reordered > right + 0.2 and reordered > 2 * right:
-        warn(f"with its classes in another order this teacher would have a top-1 of {100 * reordered:.0f} % instead of "
-             f"{100 * right:.0f} %: --teacher-classes FILE gives the order")  # fmt: skip
+        top1 = f"a top-1 of {100 * reordered:.0f} % instead of {100 * right:.0f} %"
+        warn(f"in another order of its classes this teacher has {top1}: --teacher-classes FILE gives the order")
     elif right <= 1 / classes + 2 * math.sqrt((1 / classes) * (1 - 1 / classes) / count):
-        warn(f"this teacher is not better than chance ({100 / classes:.2g} %): is it untrained, or trained with "
-             "another mean and std?")  # fmt: skip
+        fault = f"this teacher is not better than chance ({100 / classes:.2g} %)"
+        warn(f"{fault}: is it untrained, or trained with another mean and std?")
 
 
 def plain(label: str) -> str:
@@ -118,25 +103,18 @@ def plain(label: str) -> str:
     return " ".join(unicodedata.normalize("NFC", label).casefold().replace("_", " ").replace("-", " ").split())
 
 
-def synonyms(label: str) -> list[str]:
-    """Return the names of an ImageNet class by its WordNet id: n01440764 is a tench, or Tinca tinca."""
-    return imagenet_names().get(label, [])
-
-
 @functools.cache
 def imagenet_names() -> dict[str, list[str]]:
+    """Return the names of ImageNet's classes by WordNet id: n01440764 is a tench, or Tinca tinca."""
     info = ImageNetInfo()
     return {label: [plain(x) for x in info.label_name_to_description(label).split(",")] for label in info.label_names()}
 
 
 def read_classes(file: str, data: list[str]) -> list[str]:
     """Return the second column of --teacher-classes for each class of the data: the teacher's name, or its column."""
-    rows = [
-        [unicodedata.normalize("NFC", cell.strip()) for cell in row]
-        for row in read_csv(Path(file), "the teacher's classes")
-    ]
     theirs: dict[str, str] = {}
-    for row in rows:
+    for row in read_csv(Path(file), "the teacher's classes"):
+        row = [unicodedata.normalize("NFC", cell.strip()) for cell in row]
         if len(row) != 2:
             raise UserError(f"{file}: {','.join(row)!r}; expected a class of --data,the teacher's name for it")
         if row[0] in theirs:

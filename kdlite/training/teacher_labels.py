@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import sys
@@ -32,8 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from deploy.cli import UserError, number, run_command, write_whole
 from deploy.config import check_fields, is_count, read_json
@@ -43,9 +41,10 @@ from deploy.reference import evenly
 from deploy.run_directory import locked
 from kdlite import Teacher, top_k_logprobs
 from kdlite.training import distributed
+from kdlite.training.checkpoint import digest_of
 from kdlite.training.data import Data, open_run
-from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, Group, StopRequest, from_rank_zero, log
-from kdlite.training.loading import CorruptCount, Samples, ToDevice, Transform, View, data_loader, image_progress
+from kdlite.training.distributed import RANK, WORLD_SIZE, StopRequest, from_rank_zero, gather, log
+from kdlite.training.loading import Batch, CorruptCount, Samples, ToDevice, Transform, View, data_loader, image_progress
 from kdlite.training.teacher_classes import warn_of_teacher
 from kdlite.training.weights import load_teacher, open_student
 
@@ -55,8 +54,8 @@ BATCH = 64  # images that the teacher is asked about at once
 SAMPLED = 1000  # files whose content the header's digest covers
 
 # The fields that must agree with a student's run, and their names in messages.
-OF_IMAGES = {"images": "number of training images", "files": "digest of their names and classes", "classes": "classes",
-             "view": "transform", "draws": "formula of a view's seed"}  # fmt: skip
+OF_IMAGES = {"images": "number of training images", "files": "digest of their names and classes", "classes": "classes"}
+OF_IMAGES |= {"view": "transform", "draws": "formula of a view's seed"}
 OF_TEACHER = {"teacher": "teacher", "seed": "seed of the views", "views": "number of views", "k": "k"}
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "images": (lambda x: is_count(x, 10**10), "a number of at least 1"),
@@ -70,7 +69,9 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "k": (lambda x: is_count(x, 10**5), "a number of at least 1"),
 }
 DRAWS = "((seed * 1000003 + view) * images + index) % 2**63, torch.manual_seed"
+Header = dict[str, Any]  # labels.json
 Answers = tuple[Tensor, Tensor, Tensor]  # log T_t (B,), log T_i (B, k), indices (B, k)
+Ask = Callable[[Tensor, Tensor], Answers]  # of images, uint8 (B, C, H, W), and their labels (B,)
 
 
 # ---- labels.json --------------------------------------------------------------------------------------------------
@@ -81,9 +82,9 @@ def row_type(k: int, classes: int) -> np.dtype[Any]:
     return np.dtype([("target", "<f4"), ("logprobs", "<f2", (k,)), ("indices", index, (k,))])
 
 
-def describe_images(data: Data, view: View) -> dict[str, Any]:
+def describe_images(data: Data, view: View) -> Header:
     """Return the fields of labels.json that belong to the training images and their transform."""
-    content = from_rank_zero(functools.partial(digest_of_content, data.train))
+    content = from_rank_zero(digest_of_content, data.train)
     header = {"images": len(data.train), "files": data.digest(data.train), "classes": len(data.label_names)}
     return header | {"content": content, "view": view.describe(), "draws": DRAWS}
 
@@ -100,29 +101,18 @@ def digest_of_content(images: Any) -> str:
     return digest.hexdigest()
 
 
-def digest_of(model: nn.Module) -> str:
-    """Return a digest of the weights and buffers, the same on every device."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def read_header(folder: Path) -> dict[str, Any]:
+def read_header(folder: Path) -> Header:
     file = folder / HEADER
     try:
         header = read_json(file.read_bytes(), file)
     except OSError as error:
-        raise UserError(
-            f"no teacher's labels in {folder}: {error.strerror}: {HEADER}; python -m kdlite.training.teacher_labels "
-            "writes them"
-        ) from error
+        fault = f"no teacher's labels in {folder}: {error.strerror}: {HEADER}"
+        raise UserError(f"{fault}; python -m kdlite.training.teacher_labels writes them") from error
     check_fields(header, FIELDS, str(file))
     return header
 
 
-def compare(folder: Path, header: dict[str, Any], ours: dict[str, Any], fields: dict[str, str]) -> None:
+def compare(folder: Path, header: Header, ours: Header, fields: dict[str, str]) -> None:
     """Raise UserError at the first field that differs from this run's."""
     if "content" in header and "images" in fields:  # labels of before 2026-11-28 have none
         fields = {**fields, "content": "digest of the files' contents"}
@@ -151,14 +141,20 @@ class Part(NamedTuple):
         return f"{self.view:03}-{self.start:08}.npy"
 
 
-def parts(header: dict[str, Any]) -> Iterator[Part]:
+def parts(header: Header) -> Iterator[Part]:
     for view in range(header["views"]):
         for start in range(0, header["images"], ROWS):
             yield Part(view, start, min(ROWS, header["images"] - start))
 
 
-def find_fault(file: Path, header: dict[str, Any], rows: int) -> str | None:
-    """Return the fault of a file of labels, None for none: it is damaged, or its values are not log-probabilities."""
+def find_faults(folder: Path, header: Header) -> list[tuple[Part, str]]:
+    """Return the files that are damaged or whose values are not log-probabilities, with the fault of each."""
+    found = ((part, find_fault(folder / part.name, header, part.rows)) for part in parts(header))
+    return [(part, fault) for part, fault in found if fault]
+
+
+def find_fault(file: Path, header: Header, rows: int) -> str | None:
+    """Return the fault of a file of labels, None for none."""
     try:
         content = file.read_bytes()
         array = np.load(io.BytesIO(content))
@@ -191,28 +187,20 @@ def checksum(content: bytes) -> bytes:
 class StoredLabels:
     """(view, index) -> log T_t, log T_i (k,) and indices (k,), read from the files when they are needed.
 
-    Args:
-        folder: of the labels
-        ours: describe_images of this run
-
-    Raises:
-        UserError: the labels are missing, damaged, or of other images or another transform
+    UserError if the labels are missing or damaged, or of other images or another transform than ours (describe_images).
     """
 
-    def __init__(self, folder: Path, ours: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, ours: Header) -> None:
         self.folder, self.header = folder, read_header(folder)
         compare(folder, self.header, ours, OF_IMAGES)
         self.seed, self.views, self.k = (self.header[name] for name in ("seed", "views", "k"))
         self.files: dict[tuple[int, int], np.ndarray] = {}  # of the view that was read last
-        faults = from_rank_zero(functools.partial(find_faults, folder, self.header))
-        if faults:
+        if faults := from_rank_zero(find_faults, folder, self.header):
             part, fault = faults[0]
-            raise UserError(
-                f"{len(faults)} files of labels in {folder} are invalid, the first is {part.name}: {fault}; the same "
-                "kdlite.training.teacher_labels command writes missing and damaged ones again"
-            )
+            fault = f"{len(faults)} files of labels in {folder} are invalid, the first is {part.name}: {fault}"
+            raise UserError(f"{fault}; the same kdlite.training.teacher_labels command writes them again")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Header:
         return self.__dict__ | {"files": {}}  # each process opens its own
 
     def __call__(self, view: int, index: int) -> tuple[Tensor, ...]:
@@ -220,14 +208,11 @@ class StoredLabels:
         if (view, start) not in self.files:
             self.files = {key: file for key, file in self.files.items() if key[0] == view}
             self.files[view, start] = np.load(self.folder / Part(view, start, ROWS).name, mmap_mode="r")
-        row = self.files[view, start][index - start]
-        if row["target"] == -np.inf and not np.isfinite(row["logprobs"]).any():
+        log_t, top, indices = self.files[view, start][index - start]
+        if log_t == -np.inf and not np.isfinite(top).any():
             raise UnreadableImage("it could not be read when its labels were written")
-        return (
-            torch.tensor(float(row["target"])),
-            torch.from_numpy(row["logprobs"].astype(np.float32)),
-            torch.from_numpy(row["indices"].astype(np.int64)),
-        )
+        top, indices = torch.from_numpy(top.astype(np.float32)), torch.from_numpy(indices.astype(np.int64))
+        return torch.tensor(float(log_t)), top, indices
 
     def __str__(self) -> str:
         teacher = self.header["teacher"]
@@ -235,32 +220,14 @@ class StoredLabels:
         return f"{teacher['name']} ({teacher['digest'][:8]}), top-{self.k} of {views}"
 
 
-def find_faults(folder: Path, header: dict[str, Any]) -> list[tuple[Part, str]]:
-    found = ((part, find_fault(folder / part.name, header, part.rows)) for part in parts(header))
-    return [(part, fault) for part, fault in found if fault]
-
-
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
-class Keys:
-    """The sampler of a DataLoader: (view, index) of each row of some files."""
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = parts
-
-    def __len__(self) -> int:
-        return sum(part.rows for part in self.parts)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((part.view, part.start + i) for part in self.parts for i in range(part.rows))
-
-
-class Position:
+class Position(NamedTuple):
     """Stands for stored labels while they are written: returns the view and the index of a sample."""
 
-    def __init__(self, seed: int, views: int) -> None:
-        self.seed, self.views = seed, views
+    seed: int
+    views: int
 
     def __call__(self, view: int, index: int) -> tuple[Tensor, ...]:
         return (torch.tensor([view, index]),)
@@ -269,12 +236,16 @@ class Position:
 class Writer:
     """Fill the rows of this rank's files, and write each file when all its images have been seen."""
 
-    def __init__(self, folder: Path, header: dict[str, Any], mine: Sequence[Part]) -> None:
-        self.folder, self.header, self.mine = folder, header, mine
-        self.dtype = row_type(header["k"], header["classes"])
-        self.ends = list(itertools.accumulate(part.rows for part in mine))
-        self.rows: dict[tuple[int, int], np.ndarray] = {}
-        self.seen = self.done = 0
+    def __init__(self, folder: Path, header: Header, todo: Sequence[Part]) -> None:
+        self.folder, self.header, self.todo = folder, header, list(todo)
+        self.rows: dict[tuple[int, int], np.ndarray] = {}  # (view, start) -> rows of a file
+        self.seen = 0  # images of the files that are not written
+
+    def unread_rows(self, rows: int) -> np.ndarray:
+        """Return rows of images that cannot be read: no class has a probability."""
+        file = np.zeros(rows, row_type(self.header["k"], self.header["classes"]))
+        file["target"] = file["logprobs"] = -np.inf
+        return file
 
     def add(self, positions: list[list[int]], answers: Answers) -> None:
         """Store the answers about images at (view, index)."""
@@ -285,34 +256,27 @@ class Writer:
         for (view, index), *row in zip(positions, log_t, top, indices):
             start = index // ROWS * ROWS
             if (view, start) not in self.rows:
-                self.rows[view, start] = unread_rows(min(ROWS, self.header["images"] - start), self.dtype)
+                self.rows[view, start] = self.unread_rows(min(ROWS, self.header["images"] - start))
             self.rows[view, start][index - start] = tuple(row)
 
     def write(self) -> None:
-        while self.done < len(self.ends) and self.seen >= self.ends[self.done]:
-            part = self.mine[self.done]
+        while self.todo and self.seen >= self.todo[0].rows:
+            part = self.todo.pop(0)
+            self.seen -= part.rows
             content = io.BytesIO()
-            np.save(content, self.rows.pop((part.view, part.start), unread_rows(part.rows, self.dtype)))
+            np.save(content, self.rows.pop((part.view, part.start), self.unread_rows(part.rows)))
             write_whole(self.folder / part.name, content.getvalue() + checksum(content.getvalue()))
-            self.done += 1
-
-
-def unread_rows(rows: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """Return rows of images that cannot be read: no class has a probability."""
-    file = np.zeros(rows, dtype)
-    file["target"] = file["logprobs"] = -np.inf
-    return file
 
 
 @contextmanager
-def lock_labels(folder: Path, header: dict[str, Any]) -> Iterator[None]:
+def lock_labels(folder: Path, header: Header) -> Iterator[None]:
     """Create and lock the folder; raise UserError if it has labels of something else, or another writer."""
     with ExitStack() as at_the_end:
-        from_rank_zero(functools.partial(begin_labels, folder, header, at_the_end))
+        from_rank_zero(begin_labels, folder, header, at_the_end)
         yield
 
 
-def begin_labels(folder: Path, header: dict[str, Any], at_the_end: ExitStack) -> None:
+def begin_labels(folder: Path, header: Header, at_the_end: ExitStack) -> None:
     check_fields(header, FIELDS, str(folder / HEADER))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -326,33 +290,23 @@ def begin_labels(folder: Path, header: dict[str, Any], at_the_end: ExitStack) ->
 
 
 def write_labels(
-    folder: Path, header: dict[str, Any], images: Any, transform: Transform, ask: Callable[[Tensor, Tensor], Answers],
-    workers: int | None, stop: StopRequest,
-) -> bool:  # fmt: skip
-    """Ask the teacher about every view of every image; the ranks share the files.
+    folder: Path, header: Header, images: Any, transform: Transform, ask: Ask, workers: int | None, stop: StopRequest
+) -> bool:
+    """Ask the teacher about every view of every training image; return False if a rank was asked to stop.
 
-    Whole files stay as they are, so that the same call continues after a stop.
-
-    Args:
-        folder, header: as lock_labels has made them
-        images: the training images
-        transform: View.transform()
-        ask: (images uint8 (B, C, H, W), labels (B,)) -> Answers
-        workers: data loading processes
-        stop: a signal that asks for a stop
-
-    Returns:
-        Whether all files are written; False: a rank was asked to stop
+    The ranks share the files. Whole files stay as they are, so that the same call continues after a stop.
     """
-    todo = from_rank_zero(lambda: [part for part, _ in find_faults(folder, header)])
+    todo = [part for part, _ in from_rank_zero(find_faults, folder, header)]
     rows, all_rows = sum(part.rows for part in todo), header["images"] * header["views"]
     there = f", {all_rows - rows} there already" if rows < all_rows else ""
     size = all_rows * row_type(header["k"], header["classes"]).itemsize / 1e6
     log(f"labels of {all_rows} views ({header['images']} images x {header['views']}){there}: {size:.1f} MB")
-    writer = Writer(folder, header, todo[RANK::WORLD_SIZE])
+    mine = todo[RANK::WORLD_SIZE]
+    keys = ((part.view, part.start + i) for part in mine for i in range(part.rows))
     dataset = Samples(images, transform, stored=Position(header["seed"], header["views"]))
+    writer = Writer(folder, header, mine)
     corrupt, pin = CorruptCount("training", header["images"]), torch.cuda.is_available()
-    for batch in image_progress(data_loader(dataset, Keys(writer.mine), BATCH, workers, pin), "ask the teacher", rows):
+    for batch in image_progress(data_loader(dataset, keys, BATCH, workers, pin), "ask the teacher", rows):
         corrupt.report(batch)
         writer.seen += len(batch.corrupt)
         if batch.images is not None:
@@ -360,10 +314,7 @@ def write_labels(
         writer.write()
         if stop.name:
             break
-    whole = torch.tensor(writer.done == len(writer.ends), dtype=torch.int32)
-    if WORLD_SIZE > 1:  # a rank may have fewer files than another, and waits for it
-        dist.all_reduce(whole, dist.ReduceOp.MIN, group=Group.control)
-    return bool(whole)
+    return not any(gather(writer.todo))  # a rank may have fewer files than another, and waits for it
 
 
 # ---- the command --------------------------------------------------------------------------------------------------
@@ -407,24 +358,21 @@ class Asker:
 
     def __init__(self, teacher: Teacher, to_device: ToDevice, amp: torch.dtype | None, k: int, classes: int) -> None:
         self.teacher, self.to_device, self.amp, self.k, self.classes = teacher, to_device, amp, k, classes
-        self.seen: list[np.ndarray] = []
+        self.seen: list[Tensor] = []
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, labels: Tensor) -> Answers:
-        images, labels = self.to_device.normalise(images), labels.to(self.to_device.device)
+        images, labels, *_ = self.to_device(Batch(images, labels, []))
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             logits = self.teacher(images)
         if len(self.seen) * BATCH < 2000:
-            self.seen.append(torch.stack([labels, logits.argmax(1)]).cpu().numpy())
+            self.seen.append(torch.stack([labels, logits.argmax(1)]).cpu())
             if len(self.seen) * BATCH >= 2000:
-                self.report()
+                labels_seen, predictions = torch.cat(self.seen, 1).numpy()
+                top1 = 100 * (labels_seen == predictions).mean()
+                log(f"the teacher is right on {top1:.2f} % of the first {len(predictions)} views")
+                warn_of_teacher(labels_seen, predictions, self.classes)
         return top_k_logprobs(logits, labels, self.k)
-
-    def report(self) -> None:
-        labels, predictions = np.concatenate(self.seen, 1)
-        log(f"the teacher is right on {100 * (labels == predictions).mean():.2f} % of the first {len(labels)} views")
-        if IS_MAIN:
-            warn_of_teacher(labels, predictions, self.classes)
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -437,27 +385,22 @@ def run(argv: list[str] | None = None) -> None:
         k = min(10, classes - 1) if args.top_k is None else args.top_k
         if k >= classes:
             raise UserError(f"--top-k {k}: {classes} classes have {classes - 1} next to the label")
-        _, config, _ = open_student(  # only its preprocessing matters here
-            args.model, args.model_args, False, args.model_file, data.label_names, [args.in_chans, *args.img_size],
-            data.preprocessing(args.in_chans, args.interpolation, args.eval_crop), args.pretrained,
-        )  # fmt: skip
-        loaded = load_teacher(args.teacher, config, args.model_file, args.teacher_classes)
-        log(loaded.report)
+        args.small_stem = False  # only the student's preprocessing matters here
+        images = data.preprocessing(args.in_chans, args.interpolation, args.eval_crop)
+        _, config, _ = open_student(args, data.label_names, images, args.pretrained)
         device = distributed.pick_device(args.device)
-        teacher = loaded.wrap(config).to(device=device).to(memory_format=torch.channels_last)
+        teacher = load_teacher(args.teacher, config, args.model_file, args.teacher_classes).wrap(config)
+        teacher.to(device=device).to(memory_format=torch.channels_last)
         view = View(config.input_size, args.crop, args.hflip, config.interpolation, args.randaugment)
-        source = {"name": os.path.basename(args.teacher), "digest": digest_of(teacher),
-                  "size": list(teacher.size or ()), "seen_at": list(config.input_size)}  # fmt: skip
+        source = {"name": os.path.basename(args.teacher), "digest": digest_of(sorted(teacher.state_dict().items()))}
+        source |= {"size": list(teacher.size or ()), "seen_at": list(config.input_size)}
         header = describe_images(data, view) | {"teacher": source, "seed": args.seed, "views": args.views, "k": k}
-        ask = Asker(
-            teacher, ToDevice(config.mean, config.std, device), distributed.pick_amp(args.amp, device), k, classes
-        )
-        folder = Path(os.path.expanduser(args.output))
+        to_device, amp = ToDevice(config.mean, config.std, device), distributed.pick_amp(args.amp, device)
+        folder, ask = Path(os.path.expanduser(args.output)), Asker(teacher, to_device, amp, k, classes)
         with lock_labels(folder, header):
             whole = write_labels(folder, header, data.train, view.transform(), ask, args.workers, stop)
-        reason = stop.name or "a signal to another rank"
-        log(f"--kd nkd --teacher-labels {folder} trains from them" if whole else
-            f"stopped by {reason}: whole files in {folder} are kept, the same command continues")  # fmt: skip
+        kept = f"stopped by {stop}: whole files in {folder} are kept, the same command continues"
+        log(f"--kd nkd --teacher-labels {folder} trains from them" if whole else kept)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ classes than the data, or another order, teacher_classes.py finds the columns of
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import logging
@@ -35,10 +36,7 @@ from kdlite.training.distributed import local_rank_zero_first, log
 from kdlite.training.teacher_classes import pick_columns
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop")  # of config.json, beside the input size
-
-
-def preprocessing_of(source: Metadata | Pretrained) -> dict[str, Any]:
-    return {name: getattr(source, name) for name in PREPROCESSING}
+Images = dict[str, Any]  # the values of PREPROCESSING
 
 
 class Pretrained(NamedTuple):
@@ -46,46 +44,38 @@ class Pretrained(NamedTuple):
 
     label_names: list[str] | None  # None: unknown
     num_classes: int
-    mean: list[float]
-    std: list[float]
     input_size: list[int]  # [3, H, W]
-    interpolation: str
-    crop: float
+    images: Images
     where: str  # how to get the file without this download
     fetch: Callable[[], nn.Module]  # may download
 
 
 def find_pretrained(name: str, library: str) -> Pretrained:
-    """Return torchvision's first weights, which are those of the paper's teachers, or timm's default ones.
+    """Return torchvision's first weights, those of the paper's teachers, or timm's default ones.
 
-    Raises:
-        UserError: the library has no weights for this model
+    UserError if the library has no weights for this model.
     """
     if library == "torchvision":
         choices = torchvision.models.get_model_weights(name)
         weights = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
         preset = weights.transforms()
         side, whole = preset.crop_size[0], preset.resize_size[0]
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        return Pretrained(
-            ImageNetInfo().label_names(), len(weights.meta["categories"]), list(preset.mean), list(preset.std),
-            [3, side, side], preset.interpolation.value, round(side / whole, 4),
-            f"put {weights.url} into {folder}",
-            functools.partial(torchvision.models.get_model, name, weights=weights),
-        )  # fmt: skip
+        values = list(preset.mean), list(preset.std), preset.interpolation.value, round(side / whole, 4)
+        where = f"put {weights.url} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+        build = functools.partial(torchvision.models.get_model, name, weights=weights)
+        names, count = ImageNetInfo().label_names(), len(weights.meta["categories"])
+        return Pretrained(names, count, [3, side, side], dict(zip(PREPROCESSING, values)), where, build)
     config = timm.get_pretrained_cfg(name)
     if not config.has_weights:
         raise UserError(f"timm has no weights for {name}")
     subset = infer_imagenet_subset(config.to_dict())
-    names = ImageNetInfo(subset).label_names() if subset else None
+    names = ImageNetInfo(subset).label_names() if subset else []
     interpolation = config.interpolation if config.interpolation in ("bilinear", "bicubic") else "bicubic"
+    images = dict(zip(PREPROCESSING, (list(config.mean), list(config.std), interpolation, config.crop_pct)))
     url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
-    return Pretrained(
-        names if names and len(names) == config.num_classes else None, config.num_classes, list(config.mean),
-        list(config.std), list(config.input_size), interpolation, config.crop_pct,
-        f"fetch its model.safetensors from {url}",
-        functools.partial(timm.create_model, name, pretrained=True),
-    )  # fmt: skip
+    build = functools.partial(timm.create_model, name, pretrained=True)
+    known, where = len(names) == config.num_classes, f"fetch its model.safetensors from {url}"
+    return Pretrained(names if known else None, config.num_classes, list(config.input_size), images, where, build)
 
 
 def fetch(pretrained: Pretrained, flag: str, by_hand: str) -> nn.Module:
@@ -95,121 +85,103 @@ def fetch(pretrained: Pretrained, flag: str, by_hand: str) -> nn.Module:
         with local_rank_zero_first():
             return pretrained.fetch()
     except Exception as error:  # each source has its own errors
-        raise UserError(
-            f"{flag}: its ImageNet weights are not here and could not be fetched ({type(error).__name__}: "
-            f"{first_line(error)[:100]}); {pretrained.where}; {by_hand}"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)[:100]}"
+        fault = f"{flag}: its ImageNet weights are not here and could not be fetched ({reason})"
+        raise UserError(f"{fault}; {pretrained.where}; {by_hand}") from error
 
 
 # ---- a student ----------------------------------------------------------------------------------------------------
 
 
 def open_student(
-    name: str, arguments: Sequence[str], small_stem: bool, model_files: Sequence[str], label_names: list[str],
-    input_size: Sequence[int], images: dict[str, Any], pretrained: bool | str = False,
-) -> tuple[nn.Module, Metadata, str | None]:  # fmt: skip
+    args: argparse.Namespace, label_names: list[str], images: Images, pretrained: bool | str = False
+) -> tuple[nn.Module, Metadata, str | None]:
     """Return a model to train, its config.json, and a line that reports where its weights come from.
 
     Args:
-        name, arguments, small_stem: as of find_architecture; or a student/ folder with these classes and this size,
-            which brings its preprocessing, arguments and stem
-        model_files: code that may run for a student/ folder of a user's own model
+        args: model, model_args, small_stem: as of find_architecture; or model: a student/ folder with these classes and
+            this size, which brings its preprocessing, arguments and stem, and model_file: code that may run for it;
+            in_chans, and img_size: [H, W]
         label_names: the classes
-        input_size: (channels, H, W)
-        images: mean, std, interpolation and crop, unless the weights bring theirs
+        images: used unless the weights bring theirs
         pretrained: True: start from the library's ImageNet weights; a path: from what fits of a student/ folder or a
             file of weights
     """
-    if is_folder(name):
-        return *start_from_folder(name, label_names, input_size, model_files), None
-    architecture = find_architecture(name, arguments, small_stem, input_size)
-    model = build_model(architecture, len(label_names), input_size, [name])
+    size, classes = [args.in_chans, *args.img_size], len(label_names)
+    if is_folder(args.model):
+        return *start_from_folder(args.model, label_names, size, args.model_file), None
+    architecture = find_architecture(args.model, args.model_args, args.small_stem, size)
+    model = build_model(architecture, classes, size, [args.model])
     report = None
     if pretrained:
-        check_forward(model, f"--model {name}", input_size, len(label_names), 2)  # lazy layers get their shapes
-        library = architecture["library"]
-        start = start_from_library(name, library) if pretrained is True else start_from_file(name, library, pretrained)
-        images = start.images or images
+        check_forward(model, f"--model {args.model}", size, classes, 2)  # lazy layers get their shapes
+        weights, theirs, source = find_start(args.model, architecture["library"], pretrained)
+        images = theirs or images
         numbers = ", ".join(f"{key} {images[key]}" for key in PREPROCESSING)
-        report = f"{load_matching(model, start.weights, start.source)}; preprocessing of these weights: {numbers}"
-    if len(images["mean"]) != input_size[0]:  # those of colour images, for grey ones
-        grey = {key: [sum(images[key]) / len(images[key])] * input_size[0] for key in ("mean", "std")}
-        images = images | grey
-    config = {"num_classes": len(label_names), "label_names": label_names, "input_size": list(input_size)}
-    config = architecture | config | {key: images[key] for key in PREPROCESSING}
-    return model, Metadata.from_json(config, "the student"), report
+        report = f"{load_matching(model, weights, source)}; preprocessing of these weights: {numbers}"
+    if len(images["mean"]) != size[0]:  # those of colour images, for grey ones
+        images = images | {key: [sum(images[key]) / len(images[key])] * size[0] for key in ("mean", "std")}
+    config = {"num_classes": classes, "label_names": label_names, "input_size": size}
+    return model, Metadata.from_json(architecture | config | images, "the student"), report
 
 
-class Start(NamedTuple):
-    """Weights that a student starts from."""
-
-    weights: dict[str, Tensor]
-    images: dict[str, Any] | None  # mean, std, interpolation and crop of the images they were trained on; None: unknown
-    source: str
-
-
-def start_from_library(name: str, library: str) -> Start:
+def find_start(name: str, library: str, pretrained: bool | str) -> tuple[dict[str, Tensor], Images | None, str]:
+    """Return the weights of a library (True) or a file, the preprocessing they were trained with, and their source."""
+    if isinstance(pretrained, str):
+        weights, images = read_weights(pretrained)
+        if images is None and library != "file":
+            with contextlib.suppress(UserError):  # the library has no weights for it
+                images = find_pretrained(name, library).images
+        return weights, images, pretrained
     if library == "file":
         raise UserError("--pretrained without a value is for torchvision's and timm's models: --pretrained FILE")
     found = find_pretrained(name, library)
     weights = fetch(found, f"--pretrained {name}", "--pretrained FILE uses it").state_dict()
-    return Start(weights, preprocessing_of(found), f"the ImageNet weights of {name}")
-
-
-def start_from_file(name: str, library: str, file: str) -> Start:
-    weights, images = read_weights(file)
-    if images is None and library != "file":
-        with contextlib.suppress(UserError):  # the library has no weights for it
-            images = preprocessing_of(find_pretrained(name, library))
-    return Start(weights, images, file)
+    return weights, found.images, f"the ImageNet weights of {name}"
 
 
 def start_from_folder(
-    folder: str, label_names: list[str], input_size: Sequence[int], model_files: Sequence[str]
+    folder: str, label_names: list[str], input_size: list[int], model_files: Sequence[str]
 ) -> tuple[nn.Module, Metadata]:
     """Load a student/ folder, to train it further on these classes at this size."""
     model, config = load_student(Path(folder), model_files)
-    otherwise = f"--model {config.architecture} --pretrained {folder} takes what fits"
+    theirs, ours = ("x".join(map(str, size)) for size in (config.input_size, input_size))
+    fault = f"takes {theirs} (--in-chans and --img-size), not {ours}" if theirs != ours else ""
     if config.num_classes != len(label_names):
-        raise UserError(
-            f"--model {folder} has {config.num_classes} classes, --data has {len(label_names)}: {otherwise}"
-        )
-    if config.input_size != list(input_size):
-        theirs, ours = ("x".join(map(str, size)) for size in (config.input_size, input_size))
-        raise UserError(f"--model {folder} takes {theirs} (--in-chans and --img-size), not {ours}: {otherwise}")
+        fault = f"has {config.num_classes} classes, --data has {len(label_names)}"
+    if fault:
+        advice = f"--model {config.architecture} --pretrained {folder} takes what fits"
+        raise UserError(f"--model {folder} {fault}: {advice}")
     return model, replace(config, label_names=label_names)
 
 
-def read_weights(name: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
     """Return the tensors in a student/ folder, a .safetensors, a .pth or a .pt, and the preprocessing of a folder.
 
-    Raises:
-        UserError: the file is missing or damaged, or holds more than tensors
+    UserError if the file is missing or damaged, or holds more than tensors.
     """
-    path, config = Path(name), None
+    path, images = Path(name), None
     if path.is_dir():
         folder = path / "student" if (path / "student").is_dir() else path
-        config = preprocessing_of(read_config(folder))
+        config = read_config(folder)
+        images = {key: getattr(config, key) for key in PREPROCESSING}
         path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{name} is neither a file of weights nor a student/ folder")
     try:
-        if path.suffix == ".safetensors":
-            found: Any = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        found: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own
         raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
+    found = found if isinstance(found, dict) else {}
     nested = ("model_ema", "state_dict_ema", "ema", "state_dict", "model")  # keys of training scripts
-    sets = [key for key in nested if isinstance(found, dict) and isinstance(found.get(key), dict)]
-    if sets:
-        found = found[sets[0]]
+    sets = [key for key in nested if isinstance(found.get(key), dict)]
     if len(sets) > 1:
         log(f"{path} holds {' and '.join(sets)}: {sets[0]} is used")
-    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    tensors = {k: v for k, v in (found[sets[0]] if sets else found).items() if isinstance(v, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no weights: expected a dictionary of tensors by name")
-    return tensors, config
+    return tensors, images
 
 
 def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> str:
@@ -217,9 +189,7 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
 
     Position embeddings are resampled, and colour filters summed for grey images, by timm's functions. A classifier that
     starts at zero has a first loss of ln C; the library's random one may have twice that, which disturbs the features.
-
-    Raises:
-        UserError: no parameter fits
+    UserError if not one parameter fits.
     """
     own = model.state_dict()
     prefix = common_prefix(own, weights)
@@ -232,10 +202,9 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
         else:
             taken[name] = fitted
     if not taken.keys() & dict(model.named_parameters()).keys():
-        raise UserError(
-            f"{source} holds no tensor that fits {type(model).__name__}: it has {', '.join(list(weights)[:3])}, "
-            f"..., the model {', '.join(list(own)[:3])}, ..."
-        )
+        names = (", ".join(list(tensors)[:3]) for tensors in (weights, own))
+        held = "it has {}, ..., the model {}, ...".format(*names)
+        raise UserError(f"{source} holds no tensor that fits {type(model).__name__}: {held}")
     model.load_state_dict(taken, strict=False)
     report = f"{source}: {len(taken)} of {len(own)} tensors loaded"
     report += f"; new: {', '.join(new[:4])}{', ...' if len(new) > 4 else ''}" if new else ""
@@ -319,7 +288,8 @@ class LoadedTeacher(NamedTuple):
     report: str | None  # how they were found
 
     def wrap(self, student: Metadata) -> Teacher:
-        """Return the teacher, frozen, for batches that are normalised for a student."""
+        """Print the report, and return the teacher, frozen, for batches that are normalised for a student."""
+        log(self.report)
         own, theirs = (self.mean, self.std), (student.mean, student.std)
         return Teacher(self.model, *own, *theirs, size=self.input_size[1:], columns=self.columns)
 
@@ -327,7 +297,7 @@ class LoadedTeacher(NamedTuple):
 def load_teacher(
     name: str, student: Metadata, model_files: Sequence[str] = (), classes_file: str | None = None
 ) -> LoadedTeacher:
-    """Load a teacher of a student's classes. It may have more classes, or another order.
+    """Load a teacher of a student's classes, which may have more classes or another order; UserError if it lacks one.
 
     Args:
         name: a student/ folder; a library's model with its ImageNet weights, or model:file with weights in a file; or
@@ -336,35 +306,31 @@ def load_teacher(
         student: the student's config.json
         model_files: as of load_student
         classes_file: of --teacher-classes, or None
-
-    Raises:
-        UserError: the teacher or its weights are missing, or it lacks a class
     """
-    num_classes, label_names = student.num_classes, student.label_names
-    model_name, _, file = name.partition(":")
-    names: list[str] | None
+    count = student.num_classes
+    names: list[str] | None = None
     if is_folder(name):
         model, config = load_student(Path(name), model_files)
-        mean, std, input_size, names = (getattr(config, key) for key in ("mean", "std", "input_size", "label_names"))
-        theirs = len(names)
+        mean, std, input_size, names = config.mean, config.std, config.input_size, config.label_names
+        count = len(names)
     elif is_own(name):
-        model = build_model(find_architecture(name), num_classes, student.input_size, [name])
+        model = build_model(find_architecture(name), count, student.input_size, [name])
         mean, std, input_size = (getattr(model, key, getattr(student, key)) for key in ("mean", "std", "input_size"))
-        names, theirs = None, num_classes
     else:
+        model_name, _, file = name.partition(":")
         found = find_pretrained(model_name, find_architecture(model_name)["library"])
-        mean, std, input_size = found.mean, found.std, found.input_size
-        names, theirs = found.label_names, found.num_classes
+        mean, std, input_size = found.images["mean"], found.images["std"], found.input_size
+        names, count = found.label_names, found.num_classes
         if file:
-            model, theirs = load_from_file(model_name, file, input_size)
-            names = names if names and theirs == len(names) else None
+            model, count = load_from_file(model_name, file, input_size)
+            names = names if names and count == len(names) else None
         else:
-            pick_columns(name, names, theirs, label_names, classes_file)  # before a download
+            pick_columns(name, names, count, student.label_names, classes_file)  # before a download
             model = fetch(found, f"--teacher {name}", f"--teacher {name}:FILE uses it").float()
     if input_size[0] < student.input_size[0]:
         raise UserError(f"--teacher {name} takes grey images, the student colour: --in-chans 1 makes both grey")
-    check_forward(model.eval(), f"--teacher {name}", input_size, theirs)
-    columns, report = pick_columns(name, names, theirs, label_names, classes_file)
+    check_forward(model.eval(), f"--teacher {name}", input_size, count)
+    columns, report = pick_columns(name, names, count, student.label_names, classes_file)
     return LoadedTeacher(model, mean, std, input_size, columns, report)
 
 

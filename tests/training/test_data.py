@@ -1,4 +1,4 @@
-"""kdlite/training/data.py: other people's folders, on files made here."""
+"""Test kdlite/training/data.py with image folders of many layouts."""
 
 import collections
 import io
@@ -27,7 +27,7 @@ NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
 
 def jpeg(width=40, height=30):
-    """The bytes of a real photograph of this size."""
+    """Return the bytes of a real photograph of this size."""
     buffer = io.BytesIO()
     Image.fromarray(load_sample_images().images[0]).resize((width, height)).save(buffer, "JPEG")
     return buffer.getvalue()
@@ -37,7 +37,7 @@ PHOTO = jpeg()
 
 
 def make(folder, classes, content=PHOTO):
-    """folder/CLASS/0.jpg, 1.jpg, ... for each class and number of images."""
+    """Write folder/CLASS/0.jpg, 1.jpg, ... for each class and number of images."""
     for name, count in classes.items():
         (folder / name).mkdir(parents=True)
         for i in range(count):
@@ -60,7 +60,7 @@ def files(part):
 # ---- classes ----
 
 
-def test_a_class_that_one_side_lacks_is_told_with_the_side_and_five_names(tmp_path):
+def test_a_class_missing_in_train_or_val_is_refused_with_at_most_five_names(tmp_path):
     make(tmp_path / "train", dict.fromkeys(["cat", *"abcdefg"], 1))
     make(tmp_path / "val", dict.fromkeys(["cat", "dog"], 1))
     assert refusal(tmp_path) == (
@@ -68,7 +68,7 @@ def test_a_class_that_one_side_lacks_is_told_with_the_side_and_five_names(tmp_pa
     )
 
 
-def test_names_in_two_unicode_forms_are_one_class_and_the_label_is_composed(tmp_path, capsys):
+def test_names_in_two_unicode_forms_are_one_class_with_its_nfc_name(tmp_path, capsys):
     make(tmp_path / "train", {NFD: 2, "cafz": 3, "tea": 4})
     make(tmp_path / "val", {NFC: 1, "cafz": 1, "tea": 1})
     data = open_data(str(tmp_path))
@@ -79,13 +79,13 @@ def test_names_in_two_unicode_forms_are_one_class_and_the_label_is_composed(tmp_
     assert capsys.readouterr().out.count(f"write {NFC} in two Unicode forms") == 1
 
 
-def test_two_folders_whose_names_look_alike_are_refused(tmp_path):
+def test_two_folders_with_the_same_nfc_name_are_refused(tmp_path):
     make(tmp_path / "train", {NFC: 1, NFD: 1})
     make(tmp_path / "val", {NFC: 1, "tea": 1})
     assert f"photos/train has two folders {NFC}" in refusal(tmp_path)
 
 
-def test_hidden_folders_alone_are_no_classes(tmp_path):
+def test_hidden_folders_do_not_count_as_classes(tmp_path):
     make(tmp_path / "train", {".cache": 1})
     make(tmp_path / "val", {".cache": 1})
     assert "photos/train: expected a folder for each class, found none" in refusal(tmp_path)
@@ -114,13 +114,13 @@ def test_a_share_of_each_class_is_split_off(tmp_path, layout, capsys):
 
 
 @pytest.mark.parametrize("share", [0.001, 0.999])
-def test_each_class_has_an_image_on_both_sides_whatever_the_share(tmp_path, share):
+def test_each_class_has_an_image_on_both_sides_for_any_share(tmp_path, share):
     data = open_data(str(make(tmp_path, {"cat": 20, "dog": 2})), val_split=share)
     assert min(class_counts(data.train) + class_counts(data.val)) == 1
 
 
-def test_the_split_depends_on_names_and_seed_alone(tmp_path):
-    """Not on the order in which files were made, nor on the folder or Unicode's form."""
+def test_the_split_depends_only_on_names_and_seed(tmp_path):
+    """Change the order of the files, the folder and the Unicode form: the split stays the same."""
     split = open_data(str(make(tmp_path / "a", {NFC: 30, "dog": 20})), val_split=0.3).split
     other = make(tmp_path / "b/train", {"dog": 20, NFD: 30})
     assert open_data(str(other.parent), val_split=0.3).split == split
@@ -140,8 +140,8 @@ print(json.dumps(open_data({str(tmp_path)!r}, val_split=0.3).split))"""
     assert list(map(tuple, json.loads(result.stdout.splitlines()[-1]))) == split
 
 
-def test_no_part_of_a_class_is_favoured(tmp_path):
-    """Whatever the names, each image is as likely to validate: over 40 seeds its share is within 4.5 deviations."""
+def test_the_split_draws_every_image_of_a_class_equally_often(tmp_path):
+    """Count how often each image validates over 40 seeds: all counts are within 4.5 standard deviations."""
     folder = make(tmp_path, {"cat": 50, "dog": 50}, b"")
     drawn = collections.Counter(
         file for seed in range(40) for file, side in open_data(str(folder), val_split=0.5, seed=seed).split
@@ -151,7 +151,7 @@ def test_no_part_of_a_class_is_favoured(tmp_path):
     assert all(abs(drawn[file] - 20) < 4.5 * deviation for file in files(open_data(str(folder), val_split=0.5).train))
 
 
-def test_a_run_that_goes_on_keeps_its_split(tmp_path, capsys):
+def test_a_resumed_run_keeps_its_split(tmp_path, capsys):
     folder = make(tmp_path / "photos", {"cat": 20, "a,\n" + NFC: 20})
     rows = open_data(str(folder), val_split=0.25).split
     write_split(tmp_path / "split.csv", rows)
@@ -166,14 +166,14 @@ def test_a_run_that_goes_on_keeps_its_split(tmp_path, capsys):
     assert class_counts(data.val) == [5, 4]
     assert class_counts(data.train) == [15, 55]
     assert set(files(data.val)) < {file for file, side in rows if side == "val"}
-    assert dict(rows).items() < dict(data.split).items()  # what is gone has its place when it comes back
+    assert dict(rows).items() < dict(data.split).items()  # a deleted file keeps its side in case it returns
     said = capsys.readouterr().out
     assert "new since this run was split, added to the training images: cat/20.jpg, cat/21.jpg" in said
     assert "and 35 more" in said
     assert f"missing since this run was split: {gone}\n" in said
 
 
-def test_a_run_goes_on_only_where_each_class_can_still_be_validated(tmp_path):
+def test_a_resume_is_refused_if_a_class_lacks_validation_images(tmp_path):
     folder = make(tmp_path, {"cat": 4, "dog": 4})
     sides = dict(open_data(str(folder), val_split=0.25).split)
     make(folder, {"eel": 3})
@@ -203,7 +203,7 @@ def test_a_damaged_split_is_refused(tmp_path, content, said):
         read_split(tmp_path / "split.csv")
 
 
-def test_no_split_is_no_error(tmp_path):
+def test_read_split_returns_none_for_a_missing_file(tmp_path):
     assert read_split(tmp_path / "split.csv") is None
 
 
@@ -220,30 +220,30 @@ def test_no_split_is_no_error(tmp_path):
     (["cat", "dog"], dict(val_split=float("nan")), "must be above 0 and below 1, got nan"),
     (["cat"], dict(val_split=0.5), "has the one class cat: at least 2 are needed"),
 ])  # fmt: skip
-def test_a_folder_that_cannot_be_split_gets_one_line(tmp_path, tree, options, said):
+def test_a_folder_that_cannot_be_split_is_refused_with_one_line(tmp_path, tree, options, said):
     for folder in tree:
         make(tmp_path, {folder: 2})
     assert said in refusal(tmp_path, **options)
 
 
-def test_a_class_of_a_single_image_is_refused_by_name(tmp_path):
+def test_a_class_with_a_single_image_is_refused_by_name(tmp_path):
     make(tmp_path, {"cat": 9, "dog": 1, "eel": 1})
     assert "no image of dog, eel for validation: a class needs 2" in refusal(tmp_path, val_split=0.1)
 
 
-def test_what_has_validation_images_is_not_split():
+def test_a_data_set_with_validation_images_is_not_split():
     for name in ("digits", "cifar10"):
         with pytest.raises(UserError, match=f"{name} has its own validation images"):
             open_data(name, val_split=0.1)
 
 
-def test_the_pictures_of_earlier_runs_are_no_class(tmp_path):
+def test_the_pictures_of_earlier_runs_are_not_a_class(tmp_path):
     make(tmp_path, {"cat": 2, "dog": 2, "runs/001-resnet18-ce": 2})
     (tmp_path / "runs/001-resnet18-ce/args.json").touch()
     assert "runs holds runs of train.py and is not a class" in refusal(tmp_path, val_split=0.5)
 
 
-def test_validation_images_that_have_come_are_taken_and_said(tmp_path, capsys):
+def test_a_new_val_folder_replaces_the_split_with_a_message(tmp_path, capsys):
     make(tmp_path / "train", {"cat": 4, "dog": 4})
     sides = dict(open_data(str(tmp_path), val_split=0.25).split)
     make(tmp_path / "val", {"cat": 3, "dog": 3})
@@ -259,7 +259,7 @@ def test_a_class_may_be_called_train(tmp_path):
 # ---- counts, weights, sizes ----
 
 
-def test_images_of_a_class_are_counted_and_not_opened(tmp_path):
+def test_images_of_a_class_are_counted_without_opening_them(tmp_path):
     make(tmp_path / "train", {"cat": 5, "dog": 3}, b"no image")
     make(tmp_path / "val", {"cat": 1, "dog": 2}, b"no image")
     data = open_data(str(tmp_path))
@@ -294,10 +294,10 @@ def test_balanced_weights_give_each_class_the_same_share_and_the_images_a_mean_o
 
 
 @pytest.mark.parametrize("header", ["", "Name,Weight\n", "\ufeffname,weight\n"])
-def test_weights_come_from_a_file(tmp_path, header):
+def test_class_weights_are_read_from_a_csv_file(tmp_path, header):
     (tmp_path / "w.csv").write_text(f'{header}dog,0\n"{NFD}, au lait", 2.5\n\n', encoding="utf-8")
     assert class_weights(str(tmp_path / "w.csv"), [f"{NFC}, au lait", "dog"], [1, 1]) == [2, 0]
-    small = "\n".join(["cat,0.01", "dog,0.1"])  # one over the counts: the mean over the images stays 1
+    small = "\n".join(["cat,0.01", "dog,0.1"])  # 1 / count, so the mean over the images is 1
     (tmp_path / "w.csv").write_text(small)
     assert class_weights(str(tmp_path / "w.csv"), ["cat", "dog"], [100, 10]) == pytest.approx([0.55, 5.5])
 
@@ -309,7 +309,7 @@ def test_weights_come_from_a_file(tmp_path, header):
     ("a,1\na,2\nb,1\n", "names a twice"), ("a,0\nb,0\n", "the weight of every training image is 0"), ("", "lacks a, b"),
     (None, "expected balanced, or a CSV file"),
 ])  # fmt: skip
-def test_weights_that_do_not_fit_get_one_line(tmp_path, text, said):
+def test_invalid_class_weights_are_refused_with_one_line(tmp_path, text, said):
     file = tmp_path / "w.csv"
     if text is not None:
         file.write_text(text)
@@ -323,14 +323,14 @@ def test_a_class_without_images_has_no_balanced_weight():
         class_weights("balanced", ["a", "b"], [3, 0])
 
 
-def test_the_median_size_is_read_from_headers_of_upright_images(tmp_path):
+def test_the_median_size_is_read_from_headers_and_follows_the_exif_orientation(tmp_path):
     folder = make(tmp_path, {"cat": 3, "dog": 2})
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     lying = io.BytesIO()
     Image.new("RGB", (300, 100)).save(lying, "JPEG", exif=exif)
     for i in range(3):
-        (folder / f"cat/{i}.jpg").write_bytes(lying.getvalue()[:-100])  # cut off behind the header
+        (folder / f"cat/{i}.jpg").write_bytes(lying.getvalue()[:-100])  # truncated after the header
     (folder / "dog/0.jpg").write_bytes(b"")
     data = open_data(str(folder), val_split=0.01)
     photos = data.train.part(range(len(data.train)))
@@ -338,7 +338,7 @@ def test_the_median_size_is_read_from_headers_of_upright_images(tmp_path):
     assert median_size(photos) == (300, 100)
 
 
-def test_sizes_of_nothing_readable_are_refused(tmp_path):
+def test_the_median_size_of_unreadable_images_is_refused(tmp_path):
     data = open_data(str(make(tmp_path, {"cat": 2, "dog": 2}, b"")), val_split=0.5)
     with pytest.raises(UserError, match=r"not one of 2 images can be read; the last is .*dog"):
         median_size(data.train)

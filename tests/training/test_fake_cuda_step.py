@@ -1,4 +1,4 @@
-"""Device placement of a training step and an evaluation on a fake GPU (tests/fake_cuda.py)."""
+"""Test the device placement of a training step and an evaluation on a fake GPU (tests/fake_cuda.py)."""
 
 import types
 
@@ -71,8 +71,8 @@ def test_an_optimizer_does_not_wait_for_the_device(cuda, opt):
     step(None, torch.amp.GradScaler("cuda", enabled=False), clip_grad=None, opt=opt)
 
 
-def test_in_fp16_only_gradscaler_reads_a_value(cuda, monkeypatch):
-    """GradScaler.step reads on the host whether a gradient is not finite; no fake tensor can answer."""
+def test_only_gradscaler_reads_a_value_in_fp16(cuda, monkeypatch):
+    """Let GradScaler.step read on the host whether all gradients are finite; a fake tensor cannot answer this."""
     with pytest.raises(DataDependentOutputException):
         step(torch.float16, torch.amp.GradScaler("cuda"))
     reads = []
@@ -82,7 +82,7 @@ def test_in_fp16_only_gradscaler_reads_a_value(cuda, monkeypatch):
         return optimizer.step(*args, **options)
 
     monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", answered)
-    monkeypatch.setattr(torch, "_amp_update_scale_", lambda scale, *args: scale)  # its fake takes one device only
+    monkeypatch.setattr(torch, "_amp_update_scale_", lambda scale, *args: scale)  # the fake allows one device only
     step(torch.float16, torch.amp.GradScaler("cuda"))
     assert reads == [[CUDA]]
 
@@ -96,7 +96,7 @@ def test_the_log_of_losses_stays_on_the_device_until_it_is_read(cuda):
 
 
 @pytest.mark.parametrize("foreach", [True, False])
-def test_the_average_of_the_weights_is_made_on_the_device(cuda, foreach):
+def test_the_ema_of_the_weights_is_computed_on_the_device(cuda, foreach):
     student = own_models.tiny(10).to(CUDA)
     ema = ModelEmaV3(own_models.tiny(10), decay=0.9, use_warmup=True, foreach=foreach)
     ema.module.to(CUDA)
@@ -113,7 +113,7 @@ def test_a_batch_is_normalised_and_augmented_on_the_device(cuda):
         mixed = loading.Augment(*options, 10, CUDA)(gpu_batch())
         assert on_gpu(mixed.images)
         assert mixed.labels.device == CUDA
-    for crop in ("pad", "none"):  # generator=None, the default generator of the device: another one needs a driver
+    for crop in ("pad", "none"):  # generator=None is the default generator of the device; a new one needs a driver
         images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8, device=CUDA)
         assert on_gpu(loading.crop_and_flip(images, crop, 0.5, generator=None), torch.uint8)
     to_device.mean = to_device.mean.cpu()

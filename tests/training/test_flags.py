@@ -1,4 +1,4 @@
-"""deploy/flags.py: defaults that fit a folder."""
+"""Test deploy/flags.py: recipes and defaults for a folder."""
 
 import functools
 import re
@@ -22,8 +22,8 @@ IMAGES = [(2, 2), (5, 2), (37, 3), (200, 5), (3000, 10), (10_000, 20), (99_999, 
 @pytest.mark.parametrize("pretrained", [False, True])
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (375, 500), (4000, 50)])
 @pytest.mark.parametrize(("images", "classes"), IMAGES)
-def test_a_picked_recipe_makes_a_run(images, classes, size, pretrained):
-    """It has a whole batch, every key of a recipe, and an optimizer and a schedule can be made of it."""
+def test_a_picked_recipe_is_complete_and_builds_an_optimizer(images, classes, size, pretrained):
+    """Check that the recipe has a whole batch and every key, and that it builds an optimizer and a schedule."""
     recipe, line = pick_recipe(images, classes, size, pretrained)
     assert RECIPES["imagenet-cnn"].keys() <= recipe.keys()
     assert 2 <= recipe["batch_size"] <= images
@@ -37,12 +37,12 @@ def test_a_picked_recipe_makes_a_run(images, classes, size, pretrained):
     assert scheduler.optimizer.param_groups[0]["lr"] <= recipe["lr"]
 
 
-def test_large_photographs_in_large_numbers_keep_the_papers_schedule():
+def test_a_large_set_of_large_photographs_keeps_the_schedule_of_the_paper():
     assert pick_recipe(1_281_167, 1000, (375, 500), False)[0] == RECIPES["imagenet-cnn"]
     assert pick_recipe(1_281_167, 1000, (64, 64), False)[0] != RECIPES["imagenet-cnn"]
 
 
-def test_a_small_folder_gets_steps_and_a_small_image_its_pixels():
+def test_a_small_folder_gets_enough_steps_and_a_small_image_keeps_its_size():
     photographs, small = (pick_recipe(3000, 10, size, False)[0] for size in ((480, 640), (32, 32)))
     assert (photographs["img_size"], photographs["small_stem"], photographs["crop"]) == (224, False, "resized")
     assert (small["img_size"], small["small_stem"], small["crop"]) == (32, True, "pad")
@@ -50,7 +50,7 @@ def test_a_small_folder_gets_steps_and_a_small_image_its_pixels():
         assert 6000 < recipe["epochs"] * (3000 // recipe["batch_size"]) < 20_000
 
 
-def test_pretrained_weights_keep_their_stem_and_are_tuned_gently():
+def test_pretrained_weights_keep_their_stem_and_get_a_lower_rate_and_fewer_epochs():
     pick = functools.partial(pick_recipe, 3000, 10, (64, 64))
     tuned, new = pick(True)[0], pick(False)[0]
     assert not tuned["small_stem"]
@@ -73,7 +73,7 @@ def test_flags_are_read_without_torch():
         assert not re.search(r"\| +torch\b", done.stderr)
 
 
-def test_every_flag_of_the_labels_command_means_what_it_means_in_train():
+def test_each_flag_of_the_labels_command_has_the_same_meaning_in_train():
     ours = {name: flag for group in train.FLAGS.values() for name, flag in group.items()}
     theirs = {name: flag for group in teacher_labels.FLAGS.values() for name, flag in group.items()}
     for name in theirs.keys() - {"output", "views", "top_k"}:
@@ -108,5 +108,5 @@ def test_the_temperature_follows_the_method(flags, temperature):
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_a_recipe_sets_what_the_others_set(recipe):
+def test_every_recipe_sets_the_flags_of_imagenet_cnn(recipe):
     assert RECIPES["imagenet-cnn"].keys() <= RECIPES[recipe].keys() | {"eval_crop"}

@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, lines elsewhere, and nothing where results alone are wanted."""
+"""Test the progress of a command: a bar on a terminal, lines elsewhere, nothing with --quiet or --json."""
 
 import io
 import sys
@@ -15,13 +15,13 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass when they are told to."""
+    """Replace time.monotonic by a number that the test sets."""
     now = [0.0]
     monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_without_a_terminal_a_line_is_said_less_and_less_often(clock, capsys):
+def test_without_a_terminal_lines_are_printed_less_and_less_often(clock, capsys):
     for _ in cli.ProgressBar(range(3000), "ask the teacher", each=64, unit="images"):
         clock[0] += 2
     lines = capsys.readouterr().err.splitlines()
@@ -29,7 +29,7 @@ def test_without_a_terminal_a_line_is_said_less_and_less_often(clock, capsys):
     assert 15 < len(lines) < 30  # of 100 minutes
 
 
-def test_lines_come_at_least_every_ten_minutes_and_say_whole_images(clock, capsys):
+def test_a_line_is_printed_at_least_every_ten_minutes_with_a_whole_rate(clock, capsys):
     for _ in cli.ProgressBar(range(1000), "epoch 1", each=100_000, unit="images"):
         clock[0] += 60
     lines = capsys.readouterr().err.splitlines()
@@ -37,12 +37,12 @@ def test_lines_come_at_least_every_ten_minutes_and_say_whole_images(clock, capsy
     assert ", 1,667 images a second, " in lines[-1]
 
 
-def test_what_ends_within_half_a_minute_says_nothing(clock, capsys):
+def test_a_loop_shorter_than_half_a_minute_prints_nothing(clock, capsys):
     assert list(cli.ProgressBar(range(29), "load")) == list(range(29))
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_was_done_before_is_counted_and_not_in_the_rate(clock, capsys):
+def test_earlier_steps_are_in_the_count_but_not_in_the_rate(clock, capsys):
     progress = cli.ProgressBar(iter(range(50)), "epoch 3", total=1000, each=10, first=50, unit="images")
     for _ in progress:
         progress.postfix = "loss 1.25"
@@ -51,13 +51,13 @@ def test_what_was_done_before_is_counted_and_not_in_the_rate(clock, capsys):
     assert first == "epoch 3: 510 of 1,000 images, 0.25 images a second, 32.7 min left, loss 1.25"
 
 
-def test_a_length_that_nobody_knows_is_not_made_up(clock, capsys):
+def test_a_loop_of_unknown_length_prints_its_count_without_a_total(clock, capsys):
     for _ in cli.ProgressBar(iter(range(2)), "read"):
         clock[0] += 40
     assert capsys.readouterr().err.splitlines()[0] == "read: 1, 0.025 a second"
 
 
-def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(monkeypatch):
+def test_a_bar_on_a_terminal_is_erased_at_the_end(monkeypatch):
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys, "stderr", Terminal())
     progress = cli.ProgressBar(range(5), "measure", each=2, unit="images")
@@ -69,7 +69,7 @@ def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(monkeypatch):
     assert text.endswith("\r")
 
 
-def test_a_loop_that_is_left_early_leaves_no_bar(monkeypatch):
+def test_a_loop_that_breaks_early_erases_its_bar(monkeypatch):
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys, "stderr", Terminal())
     for _ in cli.ProgressBar(range(5), "measure"):
@@ -77,7 +77,7 @@ def test_a_loop_that_is_left_early_leaves_no_bar(monkeypatch):
     assert sys.stderr.getvalue().endswith("\r")
 
 
-def test_quiet_and_json_leave_remarks_and_progress_out(clock, capsys):
+def test_quiet_and_json_hide_messages_and_progress(clock, capsys):
     def work(args):
         cli.log("a remark")
         for _ in cli.ProgressBar(range(3), "work"):

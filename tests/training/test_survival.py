@@ -1,4 +1,4 @@
-"""train.py is killed, stopped, resumed, started twice, given damaged checkpoints: nothing is lost, nothing mixed up."""
+"""Kill, stop and resume train.py, start it twice and damage its checkpoints: no state is lost or mixed up."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ from kdlite.training import distributed as ranks
 pytestmark = pytest.mark.slow  # they train
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
-OWN = ["--model", f"{MODELS}:tiny"]  # a resume names code again
+OWN = ["--model", f"{MODELS}:tiny"]  # a resume requires the model file again
 TINY = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--epochs", "1", "--img-size", "16", "--reference", "0"]
 
 
@@ -63,7 +63,7 @@ def same_weights(a, b):
 # ---- signals ----
 
 
-def test_a_signal_saves_and_ends_with_0_and_the_resumed_run_is_the_same_to_the_bit():
+def test_a_signal_saves_and_exits_with_0_and_the_resumed_run_is_bitwise_equal():
     flags = [*TINY, "--epochs", 4, "--mixup", 0.2, "--ema-decay", 0.9]
     assert start(*flags, "--output", "whole").wait() == 0
     stopped = start(*flags, "--output", "out")
@@ -85,7 +85,7 @@ def log(output):
     return file.read_text() if file.exists() else ""
 
 
-def test_a_stop_during_evaluation_leaves_it_for_the_resume(monkeypatch, capsys):
+def test_a_run_stopped_during_evaluation_evaluates_after_the_resume(monkeypatch, capsys):
     run(*TINY, "--epochs", 2, "--output", "whole")
     with monkeypatch.context() as patched:
         patched.setattr(train, "evaluate", functools.partial(stop_and_call, train.evaluate))
@@ -96,7 +96,7 @@ def test_a_stop_during_evaluation_leaves_it_for_the_resume(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("batch_size", [8, 64])
-def test_within_an_epoch_the_batches_cannot_change(batch_size, monkeypatch, capsys):
+def test_a_new_batch_size_is_refused_within_an_epoch(batch_size, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(train, "evaluate", functools.partial(stop_and_call, train.evaluate))
         run(*TINY, "--output", "out")
@@ -106,8 +106,8 @@ def test_within_an_epoch_the_batches_cannot_change(batch_size, monkeypatch, caps
 
 @pytest.mark.trial
 @pytest.mark.parametrize("kind", ["signal", "save"])
-def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(kind, tmp_path):
-    """One kill of tests/random_kills.py: a signal to one of two ranks; kill -9 in the middle of a save."""
+def test_a_run_killed_at_random_ends_with_bitwise_equal_weights(kind, tmp_path):
+    """Run one kill of tests/random_kills.py: a signal to one of two ranks, or kill -9 during a save."""
     photos = random_kills.make_photos(tmp_path / "photos")
     whole = random_kills.start(tmp_path / "whole", kind, photos)
     random_kills.finish(whole, tmp_path / "whole", 200)
@@ -116,7 +116,7 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(kind, tmp_path):
 
 
 @pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.trial)])
-def test_a_lost_process_ends_the_others_soon_with_its_name(victim):
+def test_a_killed_process_ends_the_other_processes_soon_with_a_message(victim):
     two = start(*TINY, "--epochs", 500, "--output", "out", ranks=2)
     when(lambda: Path("out/last.pt").exists())
     found = random_kills.ranks(Path("out"))
@@ -128,8 +128,8 @@ def test_a_lost_process_ends_the_others_soon_with_its_name(victim):
     assert two.returncode != 0
 
 
-def test_a_signal_to_every_process_of_a_job_saves_although_the_loader_is_the_bottleneck(tmp_path):
-    """A scheduler signals the whole process group, sometimes twice: loading processes must outlive it."""
+def test_a_signal_to_every_process_saves_while_the_loader_is_the_bottleneck(tmp_path):
+    """Signal the whole process group twice, as a scheduler does: the data loading processes must survive."""
     photos = random_kills.make_photos(tmp_path / "photos")
     flags = [*TINY, "--epochs", 400, "--data", photos, "--batch-size", 8, "--workers", 2, "--save-every", 0]
     job = start(*flags, "--output", "out", start_new_session=True)
@@ -144,8 +144,8 @@ def test_a_signal_to_every_process_of_a_job_saves_although_the_loader_is_the_bot
 
 
 @pytest.mark.trial
-def test_a_suspended_job_goes_on():
-    """SIGSTOP and SIGCONT, as SLURM suspends a job: both ranks wait for one another without a timeout."""
+def test_a_suspended_job_continues():
+    """Send SIGSTOP and SIGCONT, as SLURM does: both ranks wait for each other without a timeout."""
     two = start(*TINY, "--epochs", 30, "--output", "out", ranks=2)
     when(lambda: Path("out/last.pt").exists())
     processes = random_kills.ranks(Path("out"))
@@ -176,20 +176,20 @@ def test_a_parameter_without_a_gradient_is_named_on_two_ranks():
     ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS is 2, but torchrun did not start this process"),
     ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4, but torchrun did not start this process"),
 ])  # fmt: skip
-def test_a_bad_launch_is_named(environment, message, monkeypatch):
+def test_an_invalid_launch_gets_an_error_message(environment, message, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert message in ranks.read_launch()[3]
 
 
-def test_torchrun_within_a_slurm_job_is_a_good_launch(monkeypatch):
+def test_torchrun_within_a_slurm_job_is_a_valid_launch(monkeypatch):
     for name, value in {"SLURM_NTASKS": "2", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert ranks.read_launch() == (1, 1, 2, None)
 
 
 @pytest.mark.parametrize("port", ["in use", *[pytest.param(x, marks=pytest.mark.trial) for x in ("99999", "x")]])
-def test_processes_that_cannot_meet_end_with_one_line(port):
+def test_processes_that_cannot_connect_print_one_line(port):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -204,7 +204,7 @@ def test_processes_that_cannot_meet_end_with_one_line(port):
     assert "Traceback" not in done.stderr
 
 
-# ---- one run a directory ----
+# ---- one run per directory ----
 
 
 def test_a_second_run_in_a_directory_is_refused_and_changes_nothing(capsys):
@@ -255,7 +255,7 @@ def test_a_link_in_a_run_directory_is_not_followed(name, capsys):
 
 
 @pytest.mark.parametrize("name", ["args.json", "metrics.csv", "last.pt"])
-def test_a_link_in_the_place_of_a_written_file_is_replaced(name):
+def test_a_link_at_the_path_of_a_written_file_is_replaced(name):
     run(*TINY, "--output", "out")
     Path("precious").write_bytes(Path("out", name).read_bytes())
     before = Path("precious").read_bytes()
@@ -266,10 +266,10 @@ def test_a_link_in_the_place_of_a_written_file_is_replaced(name):
     assert not Path("out", name).is_symlink()
 
 
-# ---- what a resume may change ----
+# ---- changes at a resume ----
 
 
-def test_the_best_epoch_does_not_count_with_other_validation_images(tmp_path, capsys):
+def test_other_validation_images_reset_the_best_epoch(tmp_path, capsys):
     photos = random_kills.make_photos(tmp_path / "photos")
     flags = [*TINY, "--data", photos, "--batch-size", 64, "--workers", 0]
     run(*flags, "--output", "out")
@@ -309,7 +309,7 @@ def test_a_flag_without_effect_on_a_resumed_run_is_refused(flags, message, monke
     assert message in refused(capsys, "--output", "out", "--resume", *OWN, *flags)
 
 
-def test_a_run_that_has_had_its_epochs_says_so(capsys):
+def test_a_finished_run_prints_how_to_continue_it(capsys):
     run(*TINY, "--output", "out")
     run("--output", "out", "--resume", *OWN)
     assert "the run has had its 1 epochs: nothing is trained; a larger --epochs continues it" in capsys.readouterr().out
@@ -318,7 +318,7 @@ def test_a_run_that_has_had_its_epochs_says_so(capsys):
 # ---- checkpoints ----
 
 
-def test_the_last_two_checkpoints_are_kept_and_any_flipped_bit_is_seen(capsys):
+def test_the_last_two_checkpoints_are_kept_and_any_flipped_bit_is_detected(capsys):
     run(*TINY, "--epochs", 3, "--output", "out")
     last, previous = Path("out/last.pt"), Path("out/previous.pt")
     epochs = [torch.load(file, weights_only=True)["progress"]["epoch"] for file in (last, previous)]
@@ -340,15 +340,15 @@ def test_the_last_two_checkpoints_are_kept_and_any_flipped_bit_is_seen(capsys):
     assert "last.pt and out/previous.pt: damaged" in refused(capsys, "--output", "out", "--resume", *OWN)
 
 
-def test_a_run_killed_between_two_renames_still_has_its_checkpoint(capsys):
+def test_a_run_killed_between_two_renames_resumes_from_the_previous_checkpoint(capsys):
     run(*TINY, "--epochs", 2, "--output", "out")
-    Path("out/last.pt").unlink()  # previous.pt was renamed, last.pt was not yet
+    Path("out/last.pt").unlink()  # as between the two renames: previous.pt exists, last.pt does not
     run("--output", "out", "--resume", *OWN)
     assert "resuming from out/previous.pt, after epoch 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, torch.zeros(2), [1], {}, None, "bytes"])
-def test_what_is_no_checkpoint_is_refused_and_kept(content, capsys):
+def test_a_file_that_is_not_a_checkpoint_is_refused_and_kept(content, capsys):
     run(*TINY, "--output", "out")
     Path("out/previous.pt").unlink(missing_ok=True)
     torch.save(content, "out/last.pt")
@@ -359,7 +359,7 @@ def test_what_is_no_checkpoint_is_refused_and_kept(content, capsys):
     assert Path("out/last.pt").read_bytes() == before
 
 
-def test_resume_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(capsys):
+def test_resume_starts_a_new_run_in_an_empty_folder_and_continues_an_old_run(capsys):
     for epochs, said in (
         (1, "no checkpoint in out yet: a new run starts"),
         (2, "resuming from out/last.pt, after epoch 1"),
@@ -379,7 +379,7 @@ def test_a_resume_from_another_folder_finds_the_data(tmp_path, monkeypatch, caps
     assert given["data"] == str(photos)
 
 
-def test_other_classes_under_the_same_number_are_refused_at_a_resume(tmp_path, capsys):
+def test_a_resume_with_a_renamed_class_is_refused(tmp_path, capsys):
     photos = random_kills.make_photos(tmp_path / "photos")
     flags = [*TINY, "--data", photos, "--batch-size", 64, "--workers", 0]
     run(*flags, "--output", "out")
@@ -397,11 +397,11 @@ def test_distillation_may_be_added_at_a_resume():
     assert first.count(",") == second.count(",") == header.count(",")
 
 
-# ---- what is not finite ----
+# ---- values that are not finite ----
 
 
 @pytest.mark.whole_runs
-def test_a_nan_of_the_evaluation_is_never_the_best(capsys):
+def test_an_epoch_with_nan_in_its_evaluation_is_never_the_best(capsys):
     run(*TINY, "--model", f"{MODELS}:nan_after", "--epochs", 3, "--output", "out")
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["metrics"]["epoch"] == 1
@@ -416,11 +416,11 @@ def test_weights_that_are_not_finite_are_not_saved(capsys):
     assert not Path("out/student").exists()
 
 
-# ---- a terminal that is gone ----
+# ---- a closed terminal ----
 
 
 @pytest.mark.trial
-def test_a_dead_stdout_does_not_end_the_run():
+def test_a_closed_stdout_does_not_end_the_run():
     read, write = os.pipe()
     process = start(*TINY, "--epochs", 4, "--output", "out", stdout=write, stderr=write)
     os.close(write)
@@ -431,7 +431,7 @@ def test_a_dead_stdout_does_not_end_the_run():
     assert "last top-1" in log("out")
 
 
-# ---- however many processes ----
+# ---- one process or several ----
 
 
 def gradients(grad_accum, method):
@@ -471,7 +471,7 @@ if __name__ == "__main__":  # one of the two ranks of the test below
 
 
 @pytest.mark.whole_runs
-def test_a_step_is_the_same_on_one_process_on_two_and_in_two_passes(tmp_path):
+def test_one_process_two_processes_and_two_passes_take_the_same_step(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -487,7 +487,7 @@ def test_a_step_is_the_same_on_one_process_on_two_and_in_two_passes(tmp_path):
         whole = gradients(1, flags)
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], whole, rtol=1e-4, atol=1e-5)
-        if name != "uskd":  # a pass of --grad-accum knows its own logits alone: see Method.group
+        if name != "uskd":  # because a pass of --grad-accum uses only its own logits: see Method.group
             torch.testing.assert_close(gradients(2, flags), whole, rtol=1e-4, atol=1e-5)
 
 
@@ -496,8 +496,8 @@ def test_a_step_is_the_same_on_one_process_on_two_and_in_two_passes(tmp_path):
 
 @pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
                     reason="needs the right to mount a /dev/shm of its own")  # fmt: skip
-def test_a_small_dev_shm_is_said_before_the_first_batch():
-    """64 MiB is what a container has; without the check the workers would stand still."""
+def test_a_small_dev_shm_is_refused_before_the_first_batch():
+    """Mount 64 MiB, the size in a container; without the check the workers would hang."""
     flags = [*TINY, "--workers", 2, "--batch-size", 128, "--img-size", 224, "--output", "out"]
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     command = ["unshare", "-m", "sh", "-c", mount, "-", sys.executable, ROOT / "train.py", *flags]
@@ -510,7 +510,7 @@ def test_a_small_dev_shm_is_said_before_the_first_batch():
     assert not Path("out").exists()
 
 
-def test_images_that_memory_cannot_keep_are_said(capsys):
+def test_a_cache_larger_than_memory_is_refused(capsys):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (600 << 20), before[1]))

@@ -1,4 +1,4 @@
-"""Store a teacher's answers and train from them; losses of a user's own."""
+"""Test stored teacher labels: write them and train from them; test the losses of users."""
 
 import io
 import json
@@ -48,7 +48,7 @@ TINY = [
     "--workers",
     0,
 ]
-OWN = ["--model", f"{MODELS}:tiny"]  # a resume names code again
+OWN = ["--model", f"{MODELS}:tiny"]  # a resume requires the model file again
 STUDENT = ["--device", "cpu", *OWN, "--img-size", 16, "--workers", 0]  # flags of the command that stores labels
 VIEWS = ["--data", "photos", "--recipe", "digits", "--crop", "resized", "--hflip", 0.5, "--randaugment", 2, 9]
 TEACHER = ["--teacher", "t/student", "--model-file", f"{MODELS}:tiny"]
@@ -58,7 +58,7 @@ PHOTOS = ["--data", "photos", "--recipe", "digits", "--batch-size", 8, "--crop",
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """A teacher of the digits in t/, a folder of photographs and a teacher of its two classes in p/t/."""
+    """Train a teacher of the digits in t/ and a teacher of two classes of photographs in p/t/."""
     root = tmp_path_factory.mktemp("teachers")
     before = Path.cwd()
     os.chdir(root)
@@ -101,10 +101,10 @@ def refused_labels(capsys, *flags):
     return refused(capsys, *flags, command=write_labels, program="teacher_labels")
 
 
-# ---- the student sees what the teacher saw, and learns what it would have said ----
+# ---- training from stored labels equals training from the teacher ----
 
 
-def test_from_labels_of_every_class_a_student_learns_as_from_the_teacher(digits):
+def test_labels_of_every_class_train_a_student_as_the_teacher_does(digits):
     write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 2, "--top-k", 9)
     run(*TINY, "--epochs", 2, "--kd", "nkd", "--teacher-labels", "L", "--output", "stored")
     run(*TINY, "--epochs", 2, "--kd", "nkd", *TEACHER, "--output", "online")
@@ -116,7 +116,7 @@ def test_from_labels_of_every_class_a_student_learns_as_from_the_teacher(digits)
     assert config["training"]["teacher"].endswith("), top-9 of 2 views drawn from seed 0")
 
 
-def test_a_stored_answer_is_the_teachers_of_the_view_that_is_drawn_again(photos):
+def test_a_stored_label_is_the_output_of_the_teacher_for_the_same_view(photos):
     write_labels(*STUDENT, *VIEWS, *TEACHER, "--output", "L", "--views", 2, "--seed", 3)
     data = open_data("photos")
     teacher, config = load_student(Path("t"), [f"{MODELS}:tiny"])
@@ -134,12 +134,12 @@ def test_a_stored_answer_is_the_teachers_of_the_view_that_is_drawn_again(photos)
         assert top.item() == pytest.approx(expected[1 - label].item(), abs=1e-3)
         assert classes.tolist() == [1 - label]
         seen.append(image)
-    assert torch.equal(seen[0], seen[3])  # two views: epoch 2 is epoch 0 again
+    assert torch.equal(seen[0], seen[3])  # with two views, epoch 2 repeats epoch 0
     assert not torch.equal(seen[0], seen[2])
 
 
-def test_labels_of_large_crops_teach_a_student_of_small_ones(photos):
-    """Where the size does not decide what is cropped: the teacher may see more pixels than the student."""
+def test_labels_of_large_crops_train_a_student_of_small_crops(photos):
+    """Store labels at 32 pixels and train at 16: these crops do not depend on the image size."""
     write_labels(*STUDENT, *VIEWS, *TEACHER, "--img-size", 32, "--output", "L", "--views", 1)
     run(*TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
     assert math.isfinite(float(rows("out")[0]["loss_nkd"]))
@@ -158,7 +158,7 @@ def test_workers_and_ranks_write_the_same_labels(photos, monkeypatch):
             assert Path("L", name).read_bytes() == Path(other, name).read_bytes()
 
 
-def test_a_run_from_labels_that_is_stopped_goes_on_to_the_same_weights(digits, monkeypatch):
+def test_a_stopped_run_from_labels_resumes_to_the_same_weights(digits, monkeypatch):
     write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     flags = [*TINY, "--epochs", 2, "--kd", "nkd", "--self-kd", "uskd", "--teacher-labels", "L"]
     run(*flags, "--output", "whole")
@@ -179,7 +179,7 @@ def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
     example.write(Path("t/student/student.onnx"), Path("M"), 1, 10, list(map(str, TINY)))
     ours, theirs = (np.load(f"{name}/000-00000000.npy") for name in "ML")
     np.testing.assert_allclose(ours["target"], theirs["target"], atol=1e-4)
-    assert (ours["indices"] == theirs["indices"]).mean() > 0.99  # but for ties
+    assert (ours["indices"] == theirs["indices"]).mean() > 0.99  # except ties
     run(*TINY, "--kd", "nkd", "--teacher-labels", "M", "--output", "out")
     line = subprocess.run([sys.executable, ROOT / "examples/teacher_labels.py", "none.onnx", "N"], capture_output=True)
     assert (line.returncode, line.stderr.count(b"\n")) == (2, 1)
@@ -189,8 +189,8 @@ def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
         assert not Path("N").exists()
 
 
-def test_answers_of_a_server_are_a_top_k():
-    """As vLLM's prompt_logprobs: of each token a dict, which has the token's own beside the k largest."""
+def test_answers_of_a_server_convert_to_the_inputs_of_the_top_k_loss():
+    """Convert answers like vLLM's prompt_logprobs: one dict per token, with the k largest and the token itself."""
     g = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 6, 30, generator=g, dtype=torch.float64)
     labels = torch.randint(30, (6,), generator=g)
@@ -203,7 +203,7 @@ def test_answers_of_a_server_are_a_top_k():
     masked_values = masked.values.where(masked.values >= log_t.topk(5).values[:, -1:], -torch.inf)
     expected = nkd_topk_loss(student, log_t.gather(1, labels[:, None])[:, 0], masked_values, masked.indices, labels)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    # a position without an answer, of which nothing is to be learnt
+    # a position without an answer, which the loss ignores
     log_t, top, index = example.from_answers([{}, answers[0]], [-100, int(labels[0])], 5)
     ignored = nkd_topk_loss(student[[1, 0]], log_t, top, index, torch.tensor([-100, int(labels[0])]))
     torch.testing.assert_close(ignored, nkd_topk_loss(student[:1], log_t[1:], top[1:], index[1:], labels[:1]))
@@ -214,7 +214,7 @@ def test_answers_of_a_server_are_a_top_k():
 # ---- writing ----
 
 
-def test_what_is_whole_is_kept_and_what_is_not_is_written_again(digits, monkeypatch, capsys):
+def test_whole_files_are_kept_and_damaged_files_are_written_again(digits, monkeypatch, capsys):
     monkeypatch.setattr(teacher_labels, "ROWS", 70)
     flags = [*STUDENT, *TEACHER, "--views", 2, "--output"]
     write_labels(*flags, "L")
@@ -238,12 +238,12 @@ def zeros(content):
     return content[:5000] + bytes(len(content) - 5000)
 
 
-def flipped(content):  # in what is the first row's first probability
+def flipped(content):  # a bit of the first probability in the first row
     return content[:700] + bytes([content[700] ^ 1]) + content[701:]
 
 
 @pytest.mark.parametrize("damage", [zeros, flipped, lambda content: b"", lambda content: content[:-4], "folder"])
-def test_a_damaged_file_is_never_trained_from_and_written_again(digits, capsys, damage):
+def test_a_damaged_file_is_refused_in_training_and_then_written_again(digits, capsys, damage):
     write = [*STUDENT, *TEACHER, "--views", 1, "--output", "L"]
     write_labels(*write)
     file = Path("L/000-00000000.npy")
@@ -272,7 +272,7 @@ def test_an_epoch_keeps_the_files_of_one_view_open(photos, monkeypatch):
         assert sorted(labels.files) == [(view, 0), (view, 10), (view, 20)]
 
 
-def test_a_teacher_that_answers_nan_is_refused(digits, capsys):
+def test_a_teacher_that_returns_nan_is_refused(digits, capsys):
     Path("nan.py").write_text("""
 import torch
 
@@ -295,7 +295,7 @@ def build(num_classes=10):
     assert not list(Path("L").glob("*.npy"))
 
 
-def test_two_do_not_write_one_folder(digits, capsys):
+def test_two_processes_cannot_write_to_one_folder(digits, capsys):
     write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     with locked(Path("L")):
         assert f"is in use by process {os.getpid()} on" in refused_labels(capsys, *STUDENT, *TEACHER, "--output", "L")
@@ -303,7 +303,7 @@ def test_two_do_not_write_one_folder(digits, capsys):
     assert "cannot make" in refused_labels(capsys, *STUDENT, *TEACHER, "--output", "file")
 
 
-def test_the_home_folder_is_found_where_the_shell_leaves_it(digits, monkeypatch):
+def test_a_tilde_that_the_shell_leaves_expands_to_the_home_folder(digits, monkeypatch):
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
     write_labels(*STUDENT, *TEACHER, "--output=~/L", "--views", 1)
     run(*TINY, "--kd", "nkd", "--teacher-labels", "~/L", "--output", "~/out")
@@ -311,7 +311,7 @@ def test_the_home_folder_is_found_where_the_shell_leaves_it(digits, monkeypatch)
     assert not Path("~").exists()
 
 
-def test_a_stop_keeps_what_is_whole(digits, monkeypatch, capsys):
+def test_a_signal_keeps_the_whole_files(digits, monkeypatch, capsys):
     monkeypatch.setattr(teacher_labels, "ROWS", 70)
     flags = [*STUDENT, *TEACHER, "--views", 1, "--output", "L"]
     with monkeypatch.context() as m:
@@ -367,7 +367,7 @@ def test_ranks_agree_whether_the_labels_are_whole(tmp_path, monkeypatch, how, wh
     assert [Path(f"{rank}.txt").read_text() for rank in (0, 1)] == [whole, whole]
 
 
-def test_of_an_image_that_cannot_be_read_nothing_is_known(photos, capsys):
+def test_an_unreadable_image_gets_no_label_and_is_skipped(photos, capsys):
     Path("photos/train/china/3.png").write_bytes(b"no image")
     write_labels(*STUDENT, *VIEWS, *TEACHER, "--output", "L", "--views", 1)
     assert (
@@ -386,7 +386,7 @@ def test_of_an_image_that_cannot_be_read_nothing_is_known(photos, capsys):
 
 def test_labels_of_files_that_were_replaced_are_refused(photos, capsys):
     write_labels(*STUDENT, *VIEWS, *TEACHER, "--output", "L", "--views", 1)
-    for i in range(12):  # the contents of two classes change places
+    for i in range(12):  # swap the contents of two classes
         china, flower = (Path(f"photos/train/{name}/{i}.png") for name in ("china", "flower"))
         before = china.read_bytes()
         china.write_bytes(flower.read_bytes())
@@ -396,7 +396,7 @@ def test_labels_of_files_that_were_replaced_are_refused(photos, capsys):
 
 
 @pytest.mark.parametrize("fault", ["index", "twice", "sum", "nan"])
-def test_labels_with_impossible_values_are_refused_although_their_checksum_is_right(digits, capsys, fault):
+def test_labels_with_impossible_values_and_a_right_checksum_are_refused(digits, capsys, fault):
     write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     file = Path("L/000-00000000.npy")
     array = np.load(file)
@@ -425,7 +425,7 @@ def test_labels_with_impossible_values_are_refused_although_their_checksum_is_ri
         pytest.param(["--kd", "own.py:rows"], marks=pytest.mark.trial),
     ],
 )
-def test_other_losses_want_labels_of_every_class(own, capsys, flags):
+def test_other_losses_require_labels_of_every_class(user_losses, capsys, flags):
     learn = [*TINY, *flags, "--output", "stored", "--teacher-labels"]
     write_labels(*STUDENT, *TEACHER, "--output", "few", "--views", 1, "--top-k", 8)
     assert "needs the teacher's answer about every class, and few has its top-8: write labels with --top-k 9" in (
@@ -435,13 +435,13 @@ def test_other_losses_want_labels_of_every_class(own, capsys, flags):
     run(*learn, "all")
     run(*TINY, *flags, *TEACHER, "--output", "online")
     (name,) = [name for name in rows("online")[0] if name.startswith("loss_") and name != "loss_ce"]
-    if flags[1] != "own.py:rows":  # which sees logits that are shifted by a constant
+    if flags[1] != "own.py:rows":  # because this loss depends on the constant that the labels drop
         assert float(rows("stored")[0][name]) == pytest.approx(float(rows("online")[0][name]), rel=1e-3)
 
 
 @pytest.mark.parametrize("flags", [dict(kd="kd", temperature=2.0), dict(kd="nkd", temperature=2.0)])
-def test_what_is_no_class_has_no_probability_and_stands_for_no_other(flags):
-    """Of four classes the third was not told: its place in the row has a log-probability of -inf, and any index."""
+def test_a_padding_entry_of_the_labels_does_not_change_the_loss(flags):
+    """Leave the third of four classes out: its entry has a log-probability of -inf and any index."""
     student, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     teacher[:, 2] = -1e30
     target = torch.tensor([0, 1, 3, 0, 1, 3])
@@ -455,10 +455,10 @@ def test_what_is_no_class_has_no_probability_and_stands_for_no_other(flags):
     torch.testing.assert_close(told, online)
 
 
-# ---- what is refused ----
+# ---- refused labels and flags ----
 
 
-def test_labels_of_something_else_are_refused_with_the_field_that_differs(photos, capsys):
+def test_labels_that_do_not_match_the_run_are_refused_with_the_field_that_differs(photos, capsys):
     write = [*STUDENT, *VIEWS, *TEACHER, "--views", 2, "--output", "L"]
     write_labels(*write)
     learn = [*TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out"]
@@ -485,7 +485,7 @@ def test_labels_of_something_else_are_refused_with_the_field_that_differs(photos
     assert not Path("out").exists()
 
 
-def test_a_run_that_goes_on_wants_the_same_labels(digits, capsys):
+def test_a_resumed_run_requires_the_same_labels(digits, capsys):
     write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     run(*TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
     shutil.rmtree("L")
@@ -507,7 +507,7 @@ def test_a_run_that_goes_on_wants_the_same_labels(digits, capsys):
         (["--kd", "dkd"], "'dkd': expected nkd, kd or path/to/file.py:function"),
     ],
 )
-def test_flags_that_do_not_go_together(digits, capsys, flags, message):
+def test_flags_that_conflict_are_refused(digits, capsys, flags, message):
     assert message in refused(capsys, *TINY, *flags)
 
 
@@ -515,17 +515,17 @@ def test_flags_that_do_not_go_together(digits, capsys, flags, message):
     ("content", "message"),
     [("{", "labels.json"), ("[]", "labels.json"), ('{"images": 3}', "labels.json"), ('{"images": "3"}', "images")],
 )
-def test_a_damaged_header(digits, capsys, content, message):
+def test_a_damaged_header_is_refused(digits, capsys, content, message):
     Path("L").mkdir()
     Path("L/labels.json").write_text(content)
     assert message in refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L")
 
 
-# ---- losses of one's own ----
+# ---- user losses ----
 
 
 @pytest.fixture
-def own(digits):
+def user_losses(digits):
     Path("own.py").write_text("""
 import torch
 from torch.nn import functional as F
@@ -551,13 +551,13 @@ def raises(student_logits, teacher_logits, target):
 """)
 
 
-def test_a_folder_that_is_named_like_a_method_is_none(digits):
+def test_a_folder_named_like_a_method_is_not_mistaken_for_it(digits):
     Path("kd").mkdir()
     run(*TINY, "--kd", "kd", *TEACHER, "--output", "out")
     assert "loss_kd" in rows("out")[0]
 
 
-def test_a_loss_of_ones_own_is_added(own):
+def test_a_user_loss_is_added_to_the_cross_entropy(user_losses):
     run(*TINY, "--kd", "own.py:rows", *TEACHER, "--output", "rows")
     run(*TINY, "--kd", "own.py:one", *TEACHER, "--output", "one")
     assert float(rows("rows")[0]["loss_own"]) == pytest.approx(float(rows("one")[0]["loss_own"]), rel=1e-5)
@@ -567,8 +567,8 @@ def test_a_loss_of_ones_own_is_added(own):
     assert config["training"]["method"] == "cross-entropy + rows"
 
 
-@pytest.mark.parametrize("name", ["dkd", "dist"])  # one value a row, one a batch
-def test_the_losses_of_the_examples_train(digits, name):
+@pytest.mark.parametrize("name", ["dkd", "dist"])  # one value per row, one value per batch
+def test_the_losses_of_the_examples_train_a_student(digits, name):
     run(*TINY, "--kd", f"{ROOT}/examples/losses.py:{name}", *TEACHER, "--output", "out")
     assert np.isfinite(float(rows("out")[0]["loss_own"]))
 
@@ -587,5 +587,5 @@ def test_the_losses_of_the_examples_train(digits, name):
         (["nowhere.py:loss"], "no file nowhere.py"),
     ],
 )
-def test_a_loss_that_is_none(own, capsys, flags, message):
+def test_an_invalid_user_loss_is_refused(user_losses, capsys, flags, message):
     assert message in refused(capsys, *TINY, *TEACHER, "--kd", *flags)

@@ -1,4 +1,4 @@
-"""train.py: runs of the real script, small ones in this process and whole ones through torchrun."""
+"""Test train.py: small runs in this process, whole runs of the script through torchrun."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--epochs", "1", "--img-size", "16"]
 OWN = ["--model-file", f"{MODELS}:tiny"]  # for a student/ folder of that model
-RESUME = ["--output", "out", "--resume", "--model", f"{MODELS}:tiny"]  # code is named again
+RESUME = ["--output", "out", "--resume", "--model", f"{MODELS}:tiny"]  # a resume requires the model file again
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of real photographs: crops of scikit-learn's two, one class each; 48 to train, 17 to validate."""
+    """Write crops of scikit-learn's two photographs, one class each: 48 to train, 17 to validate."""
     for name, photo in zip(("china", "flower"), load_sample_images().images):
         for part, count in (("train", 24), ("val", 9 if name == "china" else 8)):
             folder = tmp_path / "photos" / part / name
@@ -60,7 +60,7 @@ def photos(tmp_path):
 
 
 def script(*flags, command=(sys.executable,), env=None, **options):
-    """train.py in a process of its own, as a user calls it."""
+    """Run train.py in a new process, as a user does."""
     return subprocess.run(
         [*command, str(ROOT / "train.py"), *map(str, flags)],
         capture_output=True,
@@ -77,11 +77,11 @@ def same_weights(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- the commands of the README ----
+# ---- a run and its files ----
 
 
 @pytest.mark.trial
-def test_torchrun_as_written_in_an_empty_folder(tmp_path):
+def test_the_torchrun_command_trains_the_digits_in_an_empty_folder(tmp_path):
     whole = script("--self-kd", "uskd", "--model", "mobilenet_v2", command=TORCHRUN)
     assert whole.returncode == 0, whole.stderr
     assert len(re.findall(r"^epoch \d+/10 ", whole.stdout, re.M)) == 10
@@ -90,7 +90,7 @@ def test_torchrun_as_written_in_an_empty_folder(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.whole_runs
-def test_a_run_directory_holds_all_that_was_promised():
+def test_a_run_directory_holds_every_documented_file():
     run(*TINY, "--self-kd", "uskd", "--epochs", 2, "--output", "out")
     names = {p.name for p in Path("out").iterdir() if not p.name.startswith("events.out")}
     assert names == {
@@ -112,7 +112,7 @@ def test_a_run_directory_holds_all_that_was_promised():
     assert Image.open("out/curves.png").size[0] > 500
 
     state = torch.load("out/last.pt", weights_only=True)
-    assert any(name.startswith("head.") for name in state["model"])  # to go on training it
+    assert any(name.startswith("head.") for name in state["model"])  # a resume trains it further
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["label_names"] == [str(i) for i in range(10)]
     assert config["input_size"] == [3, 16, 16]
@@ -121,7 +121,7 @@ def test_a_run_directory_holds_all_that_was_promised():
 
 
 def accuracy(output, photos):
-    """Top-1 on photos/val of a saved student, image by image, and what its config.json says of it."""
+    """Return the top-1 of a saved student on photos/val, one image at a time, and the top-1 in its config.json."""
     student, config = load_student(Path(output) / "student", OWN[1:])
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
     files = sorted((photos / "val").glob("*/*.jpg"))
@@ -136,22 +136,23 @@ def accuracy(output, photos):
 
 
 @pytest.mark.slow
-def test_a_saved_student_has_the_accuracy_it_was_saved_with(photos):
+def test_a_loaded_student_has_the_accuracy_in_its_config(photos):
     run(*TINY, "--data", photos, "--batch-size", 8, "--epochs", 2, "--ema-decay", 0.5, "--output", "out")
     measured, saved = accuracy("out", photos)
     assert measured == pytest.approx(saved)
 
 
 @pytest.mark.slow
-def test_no_data_loading_process_is_a_fork_of_the_training_process(photos):
-    forked = Path("forked").absolute()  # a worker inherits locks that threads held, and what its gc then destroys
+def test_data_loading_processes_are_not_forks_of_the_training_process(photos):
+    # A fork inherits the locks of threads, and objects that its garbage collector then destroys.
+    forked = Path("forked").absolute()
     os.register_at_fork(after_in_child=forked.touch)
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 2, "--output", "out")
     assert not forked.exists()
 
 
 @pytest.mark.slow
-def test_the_prediction_agrees(photos, capsys):
+def test_predict_reaches_the_accuracy_of_the_saved_student(photos, capsys):
     run(*TINY, "--data", photos, "--batch-size", 8, "--epochs", 2, "--output", "out")
     capsys.readouterr()
     files = sorted(map(str, (photos / "val").glob("*/*.jpg")))
@@ -161,17 +162,17 @@ def test_the_prediction_agrees(photos, capsys):
 
 
 @pytest.mark.slow
-def test_a_reference_of_nothing_readable_does_not_fail_the_run(photos, capfd):
-    (photos / "val/china/0.jpg").write_bytes(b"no image")  # the one image that is drawn
+def test_a_run_finishes_without_a_reference_if_its_image_is_unreadable(photos, capfd):
+    (photos / "val/china/0.jpg").write_bytes(b"no image")  # the only image in the reference
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--reference", 1, "--output", "out")
     assert "no reference.npz: none of the validation images" in capfd.readouterr().out
 
 
 @pytest.mark.slow
-def test_the_reference_is_as_large_as_wanted():
+def test_the_reference_flag_sets_the_number_of_reference_images():
     run(*TINY, "--reference", 5, "--output", "out")
     assert len(read_reference(Path("out/student"), None, "").train_images) == 5
-    run(*RESUME, "--reference", 9)  # a finished run writes it anew
+    run(*RESUME, "--reference", 9)  # a finished run writes the file again
     assert len(read_reference(Path("out/student"), None, "").images) == 9
     run(*TINY, "--reference", 0, "--output", "none")
     assert not Path("none/reference.npz").exists()
@@ -195,25 +196,25 @@ def test_the_losses_are_added_to_the_cross_entropy():
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [
-        ("squeezenet1_1", "test_resnet.r160_in1k"),  # torchvision from timm
-        pytest.param("test_vit.r160_in1k", "shufflenet_v2_x0_5", marks=pytest.mark.trial),  # timm, from torchvision
-        pytest.param(f"{MODELS}:tiny", "test_convnext.r160_in1k", marks=pytest.mark.trial),  # the user's own, from timm
-        pytest.param("mnasnet0_5", f"{MODELS}:tiny", marks=pytest.mark.trial),  # torchvision, from the user's own
+        ("squeezenet1_1", "test_resnet.r160_in1k"),  # student of torchvision, teacher of timm
+        pytest.param("test_vit.r160_in1k", "shufflenet_v2_x0_5", marks=pytest.mark.trial),  # timm, torchvision
+        pytest.param(f"{MODELS}:tiny", "test_convnext.r160_in1k", marks=pytest.mark.trial),  # user, timm
+        pytest.param("mnasnet0_5", f"{MODELS}:tiny", marks=pytest.mark.trial),  # torchvision, user
     ],
 )
 @pytest.mark.parametrize("method", ["nkd", pytest.param("kd", marks=pytest.mark.trial)])
-def test_any_student_with_any_teacher(student, teacher, method):
+def test_any_student_learns_from_any_teacher(student, teacher, method):
     few = ["--device", "cpu", "--epochs", 1, "--batch-size", 64, "--workers", 0]
     if teacher.endswith(":tiny"):
         source, size = teacher, 32
-    else:  # a size of its own
+    else:  # with another image size
         run(*few, "--model", teacher, "--img-size", 48, "--output", "teacher")
         source, size = "teacher/student", 32
     run(*few, "--model", student, "--img-size", size, "--kd", method, "--teacher", source, "--output", "out")
     assert np.isfinite(float(rows("out")[0][f"loss_{method}"]))
 
 
-def test_the_teacher_is_frozen_in_eval_mode_and_sees_its_own_normalisation_and_size():
+def test_the_teacher_stays_frozen_in_eval_mode_and_gets_its_own_normalisation_and_size():
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 5)
@@ -239,17 +240,17 @@ def test_the_teacher_is_frozen_in_eval_mode_and_sees_its_own_normalisation_and_s
     assert teacher(normalise(larger, **student)).shape == (2, 5)
 
 
-def test_a_teachers_classes_are_compared_before_anything_is_fetched(capsys):
+def test_the_teachers_classes_are_compared_before_a_download(capsys):
     for name in ("resnet34", "deit3_small_patch16_224.fb_in1k"):
         line = refused(capsys, *TINY, "--kd", "nkd", "--teacher", name)
         assert f"--teacher {name} lacks 10 of --data's 10 classes: 0, 1, 2" in line
 
 
-# ---- everything at once, and one thing at a time ----
+# ---- flags together and alone ----
 
 
 @pytest.mark.slow
-def test_every_augmentation_schedule_and_precision_together(photos):
+def test_augmentation_schedule_and_precision_flags_work_together(photos):
     everything = [
         "--data", photos, "--recipe", "imagenet-vit", "--img-size", 32, "--batch-size", 16, "--grad-accum", 2,
         "--warmup-epochs", 1, "--epochs", 3, "--clip-grad", 1, "--ema-decay", 0.9, "--workers", 1, "--amp", "bf16",
@@ -266,7 +267,7 @@ def test_every_augmentation_schedule_and_precision_together(photos):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.trial)])
-def test_compiled_students_are_saved_under_their_own_names(backend, monkeypatch):
+def test_a_compiled_student_is_saved_with_the_plain_parameter_names(backend, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     run(*TINY, "--compile", "--self-kd", "uskd", "--kd", "nkd", "--teacher", f"{MODELS}:tiny", "--output", "out")
     state = torch.load("out/last.pt", weights_only=True)
@@ -275,9 +276,9 @@ def test_compiled_students_are_saved_under_their_own_names(backend, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.whole_runs
-def test_fp16_counts_the_steps_its_scaler_skips(monkeypatch, capsys):
-    """A scale that starts at 2^40 overflows fp16 gradients, and is halved at each skip until they fit."""
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
+def test_an_fp16_run_counts_the_steps_that_the_scaler_skips(monkeypatch, capsys):
+    """Start with a scale of 2^40, which overflows fp16 gradients; each skipped step halves it."""
+    monkeypatch.setattr(train, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
     run(*TINY, "--device", "cpu", "--amp", "fp16", "--output", "out")
     skipped = int(rows("out")[0]["skipped_steps"])
     assert 10 <= skipped <= 40  # of 44 steps
@@ -287,7 +288,7 @@ def test_fp16_counts_the_steps_its_scaler_skips(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_step_schedule_and_the_cosine():
+def test_the_step_and_cosine_schedules_set_the_learning_rate():
     fast = [*TINY, "--batch-size", 40, "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.1]
     run(*fast, "--schedule", "step", "--recipe", "imagenet-cnn", *TINY[4:], "--epochs", 4, "--output", "step")
     assert [float(row["lr"]) for row in rows("step")] == pytest.approx(
@@ -298,14 +299,14 @@ def test_the_step_schedule_and_the_cosine():
     assert [float(row["lr"]) for row in rows("cosine")] == pytest.approx(cosine, rel=1e-5)
 
 
-def test_a_recipe_is_stretched_to_the_epochs():
+def test_a_recipe_scales_its_milestones_to_the_number_of_epochs():
     args = args_of("--recipe", "cifar", "--epochs", "20")
     assert args.step_epochs == [6, 12, 16]
     assert args_of("--epochs", "3").warmup_epochs == pytest.approx(0.3)
 
 
 @pytest.mark.slow
-def test_what_the_recipe_computed_follows_a_later_number_of_epochs():
+def test_a_resume_with_more_epochs_computes_the_values_of_the_recipe_again():
     run(*TINY, "--recipe", "cifar", "--epochs", 1, "--output", "out")
     args, given, _ = opened(*RESUME, "--epochs", 20)
     assert (args.step_epochs, args.lr, args.img_size) == ([6, 12, 16], 0.1, [16, 16])
@@ -334,7 +335,7 @@ def test_a_resumed_run_logs_each_epoch_once():
     assert [event.step for event in board.Scalars("val_top1")] == [1, 2, 3]
 
 
-def test_runs_that_start_at_once_have_numbers_of_their_own():
+def test_runs_started_at_the_same_time_get_different_numbers():
     with ThreadPoolExecutor(8) as pool:
         claimed = list(pool.map(lambda i: run_directory.claim(None, f"model{i % 4}", "ce"), range(40)))
     assert len({folder.name[:3] for folder in claimed}) == 40
@@ -342,7 +343,7 @@ def test_runs_that_start_at_once_have_numbers_of_their_own():
 
 
 @pytest.mark.slow
-def test_gradient_accumulation_takes_the_same_steps():
+def test_gradient_accumulation_takes_the_same_steps_as_a_whole_batch():
     same = [
         *TINY[:2],
         "--model",
@@ -387,8 +388,8 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.slow
-def test_no_step_waits_for_the_device():
-    """Runs of 4 and of 20 steps read a value of the device on the host equally often."""
+def test_a_training_step_does_not_wait_for_the_device():
+    """Check that runs of 4 and of 20 steps read a device value on the host equally often."""
     reads = []
     for batch_size in (50, 10):
         with HostReads() as mode:
@@ -428,7 +429,7 @@ def test_ranks_share_a_shuffle_that_changes_with_epoch_and_seed():
     assert indices(0, 0) != indices(0, 0, seed=1)
 
 
-def test_hidden_files_are_no_data_and_what_is_left_out_is_counted(photos, capsys):
+def test_hidden_files_are_ignored_and_files_that_are_not_images_are_counted(photos, capsys):
     jpeg = (photos / "train/china/0.jpg").read_bytes()
     for part in ("train", "val"):
         for name in (
@@ -452,7 +453,7 @@ def test_hidden_files_are_no_data_and_what_is_left_out_is_counted(photos, capsys
 
 
 @pytest.mark.parametrize(("ending", "kind"), [("jfif", "JPEG"), ("gif", "GIF"), ("avif", "AVIF"), ("JPG", "JPEG")])
-def test_images_of_every_ending_are_read(photos, ending, kind):
+def test_images_with_rare_extensions_are_read(photos, ending, kind):
     Image.open(photos / "train/china/0.jpg").save(photos / f"train/china/new.{ending}", kind)
     data = open_data(str(photos)).train
     assert len(data) == 49
@@ -461,13 +462,13 @@ def test_images_of_every_ending_are_read(photos, ending, kind):
 
 
 @pytest.mark.slow
-def test_a_pipe_among_the_images_is_skipped_by_name(photos, capfd):
+def test_a_pipe_among_the_images_is_skipped_and_its_name_printed(photos, capfd):
     os.mkfifo(photos / "train/china/pipe.jpg")
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--output", "out")
     assert re.search(r"skipped a corrupt image .*china/pipe.jpg: .*not a regular file", capfd.readouterr().err)
 
 
-def test_the_home_folder_is_found_behind_an_equals_sign(photos, monkeypatch):
+def test_a_tilde_after_an_equals_sign_expands_to_the_home_folder(photos, monkeypatch):
     monkeypatch.setenv("HOME", str(photos.parent))
     assert args_of("--data=~/photos").data == str(photos)
     (photos.parent / "mine.py").write_text("def build(num_classes): ...")
@@ -475,7 +476,7 @@ def test_the_home_folder_is_found_behind_an_equals_sign(photos, monkeypatch):
 
 
 @pytest.mark.trial
-def test_a_class_name_with_an_accent_is_utf8_whatever_the_locale(photos):
+def test_a_class_name_with_an_accent_is_stored_as_utf8_in_any_locale(photos):
     for part in ("train", "val"):
         (photos / part / "china").rename(photos / part / "chiné")
     result = script(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--output", "out",
@@ -484,12 +485,12 @@ def test_a_class_name_with_an_accent_is_utf8_whatever_the_locale(photos):
     assert json.loads(Path("out/student/config.json").read_text())["label_names"] == ["chiné", "flower"]
 
 
-# ---- models of one's own ----
+# ---- user models ----
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["weight_normed", "lazy"])
-def test_a_model_that_cannot_be_copied_or_has_no_shapes_yet_is_trained(name, capsys):
+def test_a_model_with_lazy_layers_or_without_deepcopy_is_trained(name, capsys):
     run(*TINY, "--model", f"{MODELS}:{name}", "--output", "out")
     student, _ = load_student(Path("out/student"), [f"{MODELS}:{name}"])
     assert sum(p.numel() for p in student.parameters()) > 100
@@ -516,7 +517,7 @@ def test_a_student_never_runs_the_code_that_its_config_names(tmp_path, capsys):
     evil = tmp_path / "out/student/own_models.py"
     evil.write_text("from pathlib import Path\nPath('ran').touch()\ndef tiny(num_classes): ...\n")
     config = json.loads(Path("out/student/config.json").read_text())
-    assert config["architecture"] == "own_models.py:tiny"  # no path of this machine
+    assert config["architecture"] == "own_models.py:tiny"  # without a path of this machine
     for name in ("own_models.py:tiny", str(evil) + ":tiny"):
         config["architecture"] = name
         Path("out/student/config.json").write_text(json.dumps(config))
@@ -527,7 +528,7 @@ def test_a_student_never_runs_the_code_that_its_config_names(tmp_path, capsys):
     assert not Path("ran").exists()
 
 
-def test_slow_batch_norms_are_raised_so_that_a_short_run_can_be_evaluated(capsys):
+def test_a_short_run_raises_the_momentum_of_slow_batch_norms(capsys):
     net = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.01), torch.nn.BatchNorm2d(3))
     assert "momentum 0.01 is too slow for 90 steps: raised to 0.097" in settle_batch_norm(net, 90)
     assert (1 - net[0].momentum) ** 90 == pytest.approx(1e-4)
@@ -539,7 +540,7 @@ def test_slow_batch_norms_are_raised_so_that_a_short_run_can_be_evaluated(capsys
 
 
 @pytest.mark.slow
-def test_the_teachers_accuracy_is_said_first_and_a_poor_one_warned_of(capsys):
+def test_a_run_prints_the_teachers_accuracy_first_and_warns_of_a_poor_teacher(capsys):
     run(*TINY, "--epochs", 6, "--batch-size", 16, "--output", "teacher")
     best = json.loads(Path("teacher/student/config.json").read_text())["metrics"]["val_top1"]
     capsys.readouterr()
@@ -552,7 +553,7 @@ def test_the_teachers_accuracy_is_said_first_and_a_poor_one_warned_of(capsys):
     assert re.search(r"warning: this teacher is not better than chance \(10 %\)", capsys.readouterr().err)
 
 
-def test_a_softmax_at_the_end_is_found_before_training(capsys):
+def test_a_model_that_ends_in_a_softmax_is_refused_before_training(capsys):
     flags = [*TINY, "--kd", "nkd", "--teacher", f"{MODELS}:softmax"]
     assert "returns probabilities, whose sum is 1: take its last softmax out" in refused(capsys, *flags)
     assert "returns probabilities" in refused(capsys, *TINY, "--model", f"{MODELS}:softmax")
@@ -562,11 +563,11 @@ def test_a_softmax_at_the_end_is_found_before_training(capsys):
 
 
 def crops(images, seed=0, crop="none", hflip=0.0):
-    """train.py's; torchvision's functional transforms are the oracle below."""
+    """Call crop_and_flip of the device; the test below compares it with torchvision's functional transforms."""
     return loading.crop_and_flip(images, crop, hflip, torch.Generator().manual_seed(seed))
 
 
-def test_the_devices_padded_crop_and_flip_are_those_of_torchvision_drawn_for_each_image():
+def test_the_padded_crop_and_flip_on_the_device_match_torchvision_and_vary_by_image():
     image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     candidates = {}
     for top in range(5):
@@ -577,7 +578,7 @@ def test_the_devices_padded_crop_and_flip_are_those_of_torchvision_drawn_for_eac
     assert (out.dtype, out.shape) == (torch.uint8, (3000, 3, 16, 16))
     counts = {place: int((out == cut).flatten(1).all(1).sum()) for place, cut in candidates.items()}
     assert sum(counts.values()) == 3000
-    assert min(counts.values()) > 60 - 5 * 60**0.5  # 60 of each expected, within five standard deviations
+    assert min(counts.values()) > 60 - 5 * 60**0.5  # 60 expected of each, within five standard deviations
     assert max(counts.values()) < 60 + 5 * 60**0.5
     assert torch.equal(crops(image.expand(9, -1, -1, -1), hflip=1.0)[4], image.flip(2))
     assert torch.equal(crops(image.expand(9, -1, -1, -1))[4], image)
@@ -591,7 +592,7 @@ def loaders(photos, *flags):
     return train.build_loaders(args, data, config, None, torch.device("cpu"))
 
 
-def test_a_cached_evaluation_sees_the_same_images(photos):
+def test_a_cached_evaluation_reads_the_same_images(photos):
     (_, plain), (_, cached) = loaders(photos), loaders(photos, "--cache", "device")
     assert len(cached) == len(plain)
     for a, b in zip(plain, cached):
@@ -599,7 +600,7 @@ def test_a_cached_evaluation_sees_the_same_images(photos):
         assert torch.equal(a.labels, b.labels)
 
 
-def test_a_cached_epoch_holds_each_image_once_in_an_order_of_its_own(photos):
+def test_a_cached_epoch_holds_each_image_once_in_a_new_order(photos):
     cached, _ = loaders(photos, "--cache", "device")
     epochs = []
     for epoch in (0, 1, 0):
@@ -649,8 +650,8 @@ def test_two_ranks_share_the_cache(photos):
 
 
 @pytest.mark.trial
-def test_cifar_with_its_recipe(tmp_path, monkeypatch):
-    """Files of CIFAR-10's own format, filled with the digits; only the check of their MD5 sums is switched off."""
+def test_cifar10_trains_with_its_own_recipe(tmp_path, monkeypatch):
+    """Write the digits in the file format of CIFAR-10, and skip only the check of the MD5 sums."""
     import pickle
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
@@ -691,7 +692,7 @@ def test_a_corrupt_image_is_named_and_skipped(photos, capfd):
     assert top1 * 16 == pytest.approx(round(top1 * 16), abs=1e-4)  # of 16 images, not 17
 
 
-def test_a_training_batch_is_short_of_a_corrupt_image(photos):
+def test_a_training_batch_leaves_a_corrupt_image_out(photos):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
     view = loading.View((3, 16, 16), "resized", 0.5, "bilinear").transform()
     batches = list(loading.train_loader(open_data(str(photos)).train, view, 8, 0, 0, False, None))
@@ -703,7 +704,7 @@ def test_a_training_batch_is_short_of_a_corrupt_image(photos):
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
 def test_images_of_any_mode_become_rgb(mode, tmp_path):
     photo = Image.fromarray(load_sample_images().images[0][:64, :64])
-    if mode == "I;16":  # what clipping would turn white
+    if mode == "I;16":  # clipping would turn these pixels white
         grey = np.asarray(photo.convert("L"))
         photo = Image.fromarray(grey.astype(np.uint16) << 8)
         assert photo.mode == "I;16"
@@ -716,7 +717,7 @@ def test_images_of_any_mode_become_rgb(mode, tmp_path):
     assert np.array_equal(np.asarray(to_rgb(open_image(file))), np.asarray(expected))
 
 
-def test_more_than_one_percent_corrupt_stops_the_run(photos, capsys):
+def test_more_than_one_percent_of_corrupt_images_stops_the_run(photos, capsys):
     for i in range(2):
         (photos / f"train/china/{i}.jpg").write_bytes(b"no image")
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, check=2)
@@ -728,7 +729,7 @@ def test_more_than_one_percent_corrupt_stops_the_run(photos, capsys):
 
 
 @pytest.mark.trial
-def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
+def test_a_killed_run_resumes_to_bitwise_equal_weights(photos):
     flags = [
         "--device", "cpu", "--data", photos, "--recipe", "imagenet-vit", "--model", f"{MODELS}:dropout",
         "--self-kd", "uskd", "--tap", "1", "--img-size", 16, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1,
@@ -740,16 +741,16 @@ def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
         [sys.executable, "-u", str(ROOT / "train.py"), *map(str, flags), "--output", "killed"],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as the others: the order of a sum depends on it
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in the other runs, because the order of a sum depends on it
     )
-    for line in killed.stdout:  # until the data loading processes, which hold it too, have ended as well
+    for line in killed.stdout:  # ends when the data loading processes, which hold the pipe too, have ended
         if line.startswith("epoch 2/4"):
             killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert killed.returncode == -signal.SIGKILL
     done = len(rows("killed"))
     assert 1 <= done < 4
-    resumed = script("--output", "killed", "--resume", "--model", f"{MODELS}:dropout")  # the flags are those of the run
+    resumed = script("--output", "killed", "--resume", "--model", f"{MODELS}:dropout")  # with the stored flags
     assert resumed.returncode == 0, resumed.stderr
     going_on = (
         rf"resuming from killed/last.pt, (after epoch {done}|at step \d+ of epoch {done + 1}|after epoch {done + 1})"
@@ -764,8 +765,8 @@ def test_a_killed_run_resumes_to_bitwise_the_same_weights(photos):
 
 
 @pytest.mark.slow
-def test_resume_before_the_first_checkpoint_starts_anew_with_the_runs_own_flags(capsys):
-    run(*TINY, "--output", "out", "--resume")  # as a launcher that always says --resume
+def test_a_resume_without_a_checkpoint_starts_again_with_the_stored_flags(capsys):
+    run(*TINY, "--output", "out", "--resume")  # as a launcher that always gives --resume
     assert "no checkpoint in out yet: a new run starts" in capsys.readouterr().out
     for name in ("last.pt", "metrics.csv"):  # as after an interrupt in the first epoch
         Path("out", name).unlink()
@@ -774,7 +775,7 @@ def test_resume_before_the_first_checkpoint_starts_anew_with_the_runs_own_flags(
 
 
 @pytest.mark.slow
-def test_flags_given_with_resume_are_those_that_count():
+def test_flags_given_with_resume_override_the_stored_flags():
     run(*TINY, "--output", "out")
     run(*RESUME, "--epochs", 2, "--weight-decay", 0.5, "--amp", "fp16")
     groups = torch.load("out/last.pt", weights_only=True)["optimizer"]["param_groups"]
@@ -782,8 +783,8 @@ def test_flags_given_with_resume_are_those_that_count():
 
 
 @pytest.mark.slow
-def test_a_failed_save_leaves_a_last_checkpoint_that_knows_the_saved_best(monkeypatch):
-    """The disk fills while best.pt is written: last.pt is still the epoch before, and a resume repeats the epoch."""
+def test_a_failed_save_of_the_best_checkpoint_leaves_the_last_one_unchanged(monkeypatch):
+    """Fill the disk while best.pt is written: last.pt keeps the epoch before, so a resume repeats the epoch."""
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
     write = cli.write_whole
@@ -814,7 +815,7 @@ def test_two_ranks_train_one_model_and_validate_each_image_once(photos):
 
 
 @pytest.mark.slow
-def test_an_error_that_all_ranks_meet_is_said_once():
+def test_an_error_on_all_ranks_is_printed_once():
     two = script("--data", "nowhere", command=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"],
                  env={"GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
     assert two.returncode != 0
@@ -825,7 +826,7 @@ def test_an_error_that_all_ranks_meet_is_said_once():
 # ---- mistakes: one line, status 2, nothing lost ----
 
 
-def test_a_mistake_gets_one_line_and_status_2_from_the_command():
+def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
     result = script("--kd", "nkd")
     assert result.returncode == 2
     assert result.stdout == ""
@@ -893,7 +894,7 @@ def test_a_mistake_gets_one_line_and_status_2_from_the_command():
         (["--opt", "adamz"], "--opt adamz is not a timm optimizer; near matches: .*adamw"),
     ],
 )
-def test_bad_flags(capsys, flags, message):
+def test_bad_flags_are_refused(capsys, flags, message):
     if "runs" in flags:
         Path("runs").mkdir()
     assert re.search(message, refused(capsys, "--device", "cpu", *flags))
@@ -901,17 +902,17 @@ def test_bad_flags(capsys, flags, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
-def test_cuda_is_never_silently_replaced(capsys):
+def test_a_missing_cuda_device_is_refused(capsys):
     assert "torch finds no CUDA device" in refused(capsys, "--device", "cuda")
 
 
-def test_a_folder_without_images(tmp_path, capsys):
+def test_a_folder_without_images_is_refused(tmp_path, capsys):
     for part in ("train", "val"):
         (tmp_path / "empty" / part / "cat").mkdir(parents=True)
     assert "empty/train: no image in cat" in refused(capsys, *TINY, "--data", tmp_path / "empty")
 
 
-def test_one_class_is_too_few(photos, capsys):
+def test_a_data_set_with_one_class_is_refused(photos, capsys):
     for part in ("train", "val"):
         for file in (photos / part / "flower").iterdir():
             file.unlink()
@@ -919,14 +920,14 @@ def test_one_class_is_too_few(photos, capsys):
     assert "has the one class china: at least 2 are needed" in refused(capsys, *TINY, "--data", photos)
 
 
-def test_classes_that_differ_between_train_and_val(photos, capsys):
+def test_classes_that_differ_between_train_and_val_are_refused(photos, capsys):
     (photos / "val/flower").rename(photos / "val/flowers")
     line = refused(capsys, *TINY, "--data", photos)
     assert "train/ has flower and val/ has not; val/ has flowers and train/ has not" in line
 
 
 @pytest.mark.slow
-def test_a_directory_that_holds_a_run_is_refused_unless_told(capsys):
+def test_a_directory_that_holds_a_run_is_refused_without_resume(capsys):
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
     line = refused(capsys, *TINY, "--output", "out")
@@ -935,14 +936,14 @@ def test_a_directory_that_holds_a_run_is_refused_unless_told(capsys):
 
 
 @pytest.mark.slow
-def test_checkpoints_and_students_that_do_not_fit(capsys):
+def test_checkpoints_and_students_that_do_not_fit_are_refused(capsys):
     run(*TINY, "--output", "out")
     capsys.readouterr()
     line = refused(capsys, "--device", "cpu", "--output", "out", "--resume", "--model", "shufflenet_v2_x0_5")
     assert "out/last.pt holds the weights of another architecture than ShuffleNetV2" in line
     line = refused(capsys, *RESUME, "--opt", "momentum")
     assert "saved with --opt adamw, not momentum" in line
-    run(*TINY, *OWN, "--kd", "nkd", "--teacher", "out", "--output", "kd")  # a run directory stands for its student/
+    run(*TINY, *OWN, "--kd", "nkd", "--teacher", "out", "--output", "kd")  # a run directory is read as its student/
     capsys.readouterr()
     config = json.loads(Path("out/student/config.json").read_text())
     eleven = {"num_classes": 11, "label_names": [*config["label_names"], "eleven"]}
@@ -962,7 +963,7 @@ def test_a_teacher_of_other_classes_is_refused(photos, capsys):
     capsys.readouterr()
     kd = ["--kd", "nkd", "--teacher", "teacher/student", *OWN]
     assert "teacher/student lacks 10 of --data's 10 classes: 0, 1, 2" in refused(capsys, *TINY, *kd)
-    for part in ("train", "val"):  # as many classes, of other names
+    for part in ("train", "val"):  # the same number of classes with other names
         (photos / part / "china").rename(photos / part / "zebra")
     line = refused(capsys, *TINY, "--data", photos, "--batch-size", 8, *kd)
     assert "teacher/student lacks 1 of --data's 2 classes: zebra" in line

@@ -1,10 +1,11 @@
-"""Whose weights a run starts from, and what a finished student is to other people's tools."""
+"""Test the weights that a run starts from, and the tools that open a finished student."""
 
 import csv
 import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -32,19 +33,19 @@ from kdlite.training.weights import load_matching, load_teacher, open_student, r
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 TEN = [f"class {i}" for i in range(10)]
 SMALL = ["--device", "cpu", "--epochs", "1", "--batch-size", "8", "--workers", "0", "--crop", "none", "--lr", "0.01"]
-PHOTOS = ["--data", "photos", "--val-split", "0.25"]  # the fixture's
+PHOTOS = ["--data", "photos", "--val-split", "0.25"]  # flags for the photos fixture
 
 
 @pytest.fixture(autouse=True)
 def offline_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where a network is, it is not used
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # block the network
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Folders of two classes, dark and bright, without a val/."""
+    """Write folders of two classes, dark and bright, without a val/."""
     for name, low in (("dark", 0), ("bright", 120)):
         folder = tmp_path / "photos" / name
         folder.mkdir(parents=True)
@@ -57,7 +58,9 @@ def photos(tmp_path):
 def start(name, labels=2, size=(3, 32, 32), arguments=(), model_files=(), pretrained=False):
     labels = [f"label {i}" for i in range(labels)] if isinstance(labels, int) else labels
     images = {"mean": [0.5] * size[0], "std": [0.25] * size[0], "interpolation": "bilinear", "crop": 1.0}
-    return open_student(str(name), arguments, False, model_files, labels, size, images, pretrained)
+    args = SimpleNamespace(model=str(name), model_args=arguments, small_stem=False, model_file=model_files)
+    args.in_chans, *args.img_size = size
+    return open_student(args, labels, images, pretrained)
 
 
 def student_of(labels):
@@ -72,7 +75,7 @@ def student_of(labels):
 
 @pytest.fixture
 def imagenet_resnet(tmp_path):
-    """torchvision's file of ResNet-18's weights where a download would have put it; the numbers are ours."""
+    """Write a random ResNet-18 to the path of torchvision's download; return its weights."""
     state = torchvision.models.resnet18().state_dict()
     folder = tmp_path / "torch/hub/checkpoints"
     folder.mkdir(parents=True)
@@ -98,7 +101,7 @@ def test_pretrained_keeps_the_body_and_its_preprocessing_and_makes_a_new_head(im
     ("resnet18", "put https://download.pytorch.org/models/resnet18-f37072fd.pth into {}/torch/hub/checkpoints"),
     ("fastvit_t8", "fetch its model.safetensors from https://huggingface.co/timm/fastvit_t8.apple_in1k"),
 ])  # fmt: skip
-def test_weights_that_cannot_be_had_are_named_with_their_place(name, said, tmp_path, monkeypatch):
+def test_weights_that_cannot_be_downloaded_are_refused_with_their_address(name, said, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=re.escape(said.format(tmp_path))) as raised:
@@ -115,7 +118,7 @@ def test_weights_that_cannot_be_had_are_named_with_their_place(name, said, tmp_p
     (["--teacher-classes", "x.csv"], "--teacher-classes needs --teacher"),
     (["--img-size", 1, 2, 3], "--img-size takes one number, or height and width"),
 ])  # fmt: skip
-def test_a_mistake_is_one_line(flags, said, capsys):
+def test_a_mistake_prints_one_line(flags, said, capsys):
     run("--device", "cpu", *flags, check=2)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
@@ -125,7 +128,7 @@ def test_a_mistake_is_one_line(flags, said, capsys):
 # ---- a file of weights ----
 
 
-def test_of_two_sets_of_weights_in_a_file_the_averaged_are_taken_and_said(capsys):
+def test_a_file_with_two_sets_of_weights_loads_the_averaged_set_and_prints_its_name(capsys):
     model = torch.nn.Linear(2, 2)
     averaged = {name: value + 1 for name, value in model.state_dict().items()}
     torch.save({"state_dict": model.state_dict(), "state_dict_ema": averaged}, "both.pth")
@@ -135,7 +138,7 @@ def test_of_two_sets_of_weights_in_a_file_the_averaged_are_taken_and_said(capsys
 
 
 @pytest.mark.parametrize("how", ["folder", "run", "safetensors", "pth", "wrapped", "half"])
-def test_init_takes_the_body_of_any_file_of_weights(how):
+def test_pretrained_loads_the_body_from_any_file_of_weights(how):
     donor = write_student(Path("donor/student"), f"{MODELS}:tiny", 32)
     weights = load_file(donor / "model.safetensors")
     torch.save(weights, "weights.pth")
@@ -153,8 +156,8 @@ def test_init_takes_the_body_of_any_file_of_weights(how):
     assert config.mean == ([0.485, 0.456, 0.406] if how in ("folder", "run") else [0.5, 0.5, 0.5])
 
 
-def test_a_librarys_weights_in_a_file_bring_the_librarys_preprocessing():
-    """EfficientNet-Lite wants 0.5, not ImageNet's mean and std."""
+def test_a_file_of_library_weights_sets_the_preprocessing_of_the_library():
+    """Use EfficientNet-Lite, whose mean and std are 0.5 instead of ImageNet's."""
     model = timm.create_model("tf_efficientnet_lite0")
     save_file(model.state_dict(), "lite0.safetensors")
     _, config, said = start("tf_efficientnet_lite0", pretrained="lite0.safetensors")
@@ -163,7 +166,7 @@ def test_a_librarys_weights_in_a_file_bring_the_librarys_preprocessing():
     assert "preprocessing of these weights: mean [0.5, 0.5, 0.5]" in said
 
 
-def test_a_file_for_a_model_without_weights_of_the_library_keeps_the_datas_numbers():
+def test_a_file_for_a_model_without_library_weights_keeps_the_preprocessing_of_the_data():
     assert not timm.get_pretrained_cfg("mobilenetv2_035").has_weights
     donor = write_student(Path("donor"), "mobilenetv2_035", 32)
     _, config, said = start("mobilenetv2_035", pretrained=str(donor / "model.safetensors"))
@@ -171,7 +174,7 @@ def test_a_file_for_a_model_without_weights_of_the_library_keeps_the_datas_numbe
     assert "new: classifier.weight" in said
 
 
-def test_a_file_of_nothing_that_fits_or_of_code_is_refused():
+def test_a_file_with_code_or_without_a_matching_tensor_is_refused():
     torch.save({"other.weight": torch.zeros(3)}, "other.pth")
     with pytest.raises(UserError, match=r"no tensor that fits .*: it has other.weight, ..., the model lay"):
         start(f"{MODELS}:tiny", pretrained="other.pth")
@@ -184,7 +187,7 @@ def test_a_file_of_nothing_that_fits_or_of_code_is_refused():
 
 
 def vit(library, height, width):
-    """One block of patches of 16 pixels, and the name of its position embedding."""
+    """Return a transformer of one block on patches of 16 pixels, and the name of its position embedding."""
     if library == "timm":
         model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(height, width), num_classes=2)
         return model, "pos_embed"
@@ -216,7 +219,7 @@ def test_grey_images_take_the_sum_of_the_colour_filters(name, conv):
 
 
 @pytest.mark.slow
-def test_a_resume_needs_neither_the_file_nor_the_network_again(photos, capsys):
+def test_a_resume_does_not_read_the_pretrained_weights_again(photos, capsys):
     donor = write_student(Path("donor"), f"{MODELS}:tiny", 16)
     flags = [
         "--model",
@@ -244,7 +247,7 @@ def test_a_resume_needs_neither_the_file_nor_the_network_again(photos, capsys):
     assert (sides.count("train"), sides.count("val")) == (24, 8)
 
 
-# ---- a teacher that knows more ----
+# ---- a teacher with more classes ----
 
 
 CLASSES = ["n01440764", "n02123045", "n07753592"]  # tench, tabby, banana
@@ -283,7 +286,7 @@ def test_nkd_renormalises_over_the_columns():
     (["tench", "Tinca tinca"], "has one class for tench and Tinca tinca"),
     (["Tench", "tench"], "has one class for Tench and tench"),
 ])  # fmt: skip
-def test_a_class_that_is_not_there_or_not_one_is_refused_by_name(labels, said):
+def test_a_missing_or_ambiguous_class_is_refused_by_name(labels, said):
     with pytest.raises(UserError, match=said):
         match(labels, timm.data.ImageNetInfo().label_names(), "resnet18")
 
@@ -296,7 +299,7 @@ def test_a_students_folder_may_hold_the_classes_in_another_order(photos, capsys)
 
 
 @pytest.mark.slow
-def test_a_teachers_weights_may_be_in_a_file_with_its_classes_told(tmp_path):
+def test_a_teacher_reads_its_weights_and_its_classes_from_files(tmp_path):
     model = torchvision.models.resnet18(num_classes=12).half()
     torch.save(model.state_dict(), "resnet.pth")
     student = student_of(["a", "b"])
@@ -321,7 +324,7 @@ def test_a_teachers_weights_may_be_in_a_file_with_its_classes_told(tmp_path):
 
 
 def test_a_number_in_the_classes_file_is_a_name_if_the_teacher_has_that_name(tmp_path):
-    """A teacher of the classes 0 to 10, in string order: its column 2 is the class 10."""
+    """Sort the classes 0 to 10 of the teacher as strings: its column 2 is the class 10."""
     names = sorted(map(str, range(11)))
     (tmp_path / "classes.csv").write_text("".join(f"{name},{name}\n" for name in names))
     columns, _ = pick_columns("t", names, 11, names, str(tmp_path / "classes.csv"))
@@ -335,9 +338,7 @@ def test_a_number_in_the_classes_file_is_a_name_if_the_teacher_has_that_name(tmp
     ([int(str(i)[::-1]) if i > 9 else i for i in range(20)] * 5, 92, None), ([0] * 100, 2, "not better than chance"),
     ([(i + 3) % 10 for i in range(10)] * 10, 10, "in another order"), ([0] * 100, 10, "not better than chance"),
 ])  # fmt: skip
-def test_a_teacher_is_warned_of_when_it_is_of_no_use_or_has_its_classes_in_another_order(
-    predictions, classes, warned, capsys
-):
+def test_a_poor_teacher_or_another_order_of_its_classes_prints_a_warning(predictions, classes, warned, capsys):
     labels = np.arange(100) % (classes if classes <= 10 else 20)
     warn_of_teacher(labels, np.array(predictions), classes)
     err = capsys.readouterr().err
@@ -348,7 +349,7 @@ def test_a_teacher_is_warned_of_when_it_is_of_no_use_or_has_its_classes_in_anoth
 
 
 @pytest.mark.slow
-def test_grey_and_oblong_images_go_the_whole_way(photos):
+def test_grey_and_oblong_images_train_export_and_pass_the_check(photos):
     model = ["--model", "test_efficientnet", "--in-chans", 1, "--img-size", 32, 64]
     run(*SMALL, *PHOTOS, *model, "--output", "out")
     config = json.loads(Path("out/student/config.json").read_text())
@@ -366,8 +367,8 @@ def test_grey_and_oblong_images_go_the_whole_way(photos):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_layer_decay_is_right_under_the_weak_head_too(wrapped):
-    """The first layer learns least, the head at the full rate; what the weak head adds learns at the full rate."""
+def test_layer_decay_scales_the_layers_with_and_without_a_weak_head(wrapped):
+    """Give the first layer the lowest rate; the head and the weak head get the full rate."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
     net = WithWeakHead(model, "norm", 5, example_input=torch.zeros(2, 3, 32, 32)) if wrapped else model
     flags = ["--opt", "adamw", "--lr", 1e-3, "--weight-decay", 0.05, "--epochs", 1, "--layer-decay", 0.5]
@@ -383,7 +384,7 @@ def test_layer_decay_is_right_under_the_weak_head_too(wrapped):
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_class_weights_weigh_each_images_losses(soft):
+def test_class_weights_multiply_the_losses_of_each_image(soft):
     logits, teacher = (torch.randn(6, 3, dtype=torch.float64) for _ in range(2))
     target, weights = torch.tensor([0, 1, 2, 0, 0, 1]), torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
     if soft:
@@ -396,7 +397,7 @@ def test_class_weights_weigh_each_images_losses(soft):
         torch.testing.assert_close(value, (rows * torch.stack(each)).mean())
 
 
-def test_class_weights_are_said_and_used(photos, capsys):
+def test_class_weights_are_printed_and_a_missing_file_is_refused(photos, capsys):
     for file in sorted((photos / "dark").iterdir())[:8]:
         file.unlink()
     flags = [*SMALL, *PHOTOS, "--model", f"{MODELS}:tiny", "--img-size", 16, "--reference", 0]
@@ -413,8 +414,8 @@ def test_class_weights_are_said_and_used(photos, capsys):
     ("vit_tiny_patch16_224", ["depth=1"], (1, 32, 64)), ("test_efficientnet", [], (3, 32, 32)),
     ("mobilenet_v2", ["width_mult=0.25"], (3, 32, 32)),
 ])  # fmt: skip
-def test_other_tools_open_a_student_by_the_lines_of_its_card(name, arguments, size):
-    """Lines that know nothing of kdlite give the same logits."""
+def test_the_code_in_the_model_card_opens_the_student_without_kdlite(name, arguments, size):
+    """Run the code of the card, which does not import kdlite, and compare the logits."""
     student = write_student(Path("student"), name, size, arguments=arguments)
     (code,) = re.findall(r"```python\n(.*?)```", (student / "README.md").read_text(), re.S)
     assert "kdlite" not in code
@@ -426,13 +427,13 @@ def test_other_tools_open_a_student_by_the_lines_of_its_card(name, arguments, si
         torch.testing.assert_close(theirs["model"](images), ours.eval()(images))
 
 
-def test_a_card_promises_no_lines_that_would_fail():
-    """torchvision has no argument for grey images."""
+def test_a_model_card_omits_code_that_would_fail():
+    """Use grey images, for which torchvision's models lack an argument."""
     student = write_student(Path("student"), "mobilenet_v2", (1, 32, 32), arguments=["width_mult=0.25"])
     assert "```" not in (student / "README.md").read_text()
 
 
-def test_the_card_is_one_the_hub_reads_and_stays_a_users_own_once_its_mark_is_gone():
+def test_the_hub_reads_the_model_card_and_a_user_may_replace_it():
     student = write_student(Path("student"), "test_efficientnet", 32, ["chêne", 'a "b": c', "-"])
     card = ModelCard.load(student / "README.md")
     assert card.data.to_dict()["library_name"] == "timm"
@@ -455,7 +456,7 @@ def test_a_folder_of_an_earlier_kdlite_is_still_read():
     assert isinstance(model, torch.nn.Module)
 
 
-def test_half_precision_weights_of_a_model_of_ones_own_are_cast(tmp_path):
+def test_half_precision_weights_of_a_user_model_are_cast_to_float32(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\n\ndef build(num_classes):\n    return torch.nn.Linear(12, 3).half()\n"
     )
@@ -463,7 +464,7 @@ def test_half_precision_weights_of_a_model_of_ones_own_are_cast(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_a_folder_gets_defaults_that_fit_and_a_resume_keeps_them(photos, capsys):
+def test_a_folder_gets_fitted_defaults_and_a_resume_keeps_them(photos, capsys):
     flags = ["--device", "cpu", "--data", photos, "--val-split", 0.25, "--model", f"{MODELS}:tiny", "--reference", 0]
     run(*flags, "--epochs", 1, "--workers", 0, "--output", "out")
     first, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("defaults for")]
@@ -478,25 +479,25 @@ def test_a_folder_gets_defaults_that_fit_and_a_resume_keeps_them(photos, capsys)
 
 
 def test_the_split_is_the_same_for_every_seed(photos):
-    """So that a teacher of one seed has not trained on what a student of another is judged by."""
+    """Keep the validation images of a student out of the training images of a teacher with another seed."""
     splits = [opened(*SMALL, *PHOTOS, "--model", f"{MODELS}:tiny", "--seed", seed)[2].split for seed in (0, 1)]
     assert splits[0] == splits[1]
 
 
-def test_a_size_that_is_typed_decides_the_stem(photos):
+def test_the_img_size_flag_decides_the_stem(photos):
     flags = ["--device", "cpu", *PHOTOS, "--model", "resnet18"]
     assert args_of(*flags).small_stem
     large = args_of(*flags, "--img-size", 224)
     assert (large.small_stem, large.crop, large.eval_crop) == (False, "resized", 0.875)
 
 
-def test_a_student_folder_brings_its_own_size(photos):
+def test_a_student_folder_sets_the_image_size(photos):
     write_student(Path("before"), "test_efficientnet", (1, 32, 64), ["dark", "bright"])
     args = args_of("--model", "before", "--data", photos, "--val-split", 0.25)
     assert (args.in_chans, args.img_size) == (1, [32, 64])
 
 
-def test_data_without_a_val_folder_wants_to_be_told(photos, capsys):
+def test_data_without_a_val_folder_requires_val_split(photos, capsys):
     run("--device", "cpu", "--data", photos, check=2)
     assert "--val-split 0.1" in capsys.readouterr().err
     assert opened("--data", photos, "--val-split", 0.25)
