@@ -144,7 +144,7 @@ class Timed:
     """A row of the table, the worker that is timed for it, and its measurements."""
 
     row: dict[str, Any]
-    worker: Worker
+    worker: Worker | None  # None: it cannot be run
     images: np.ndarray
     slices: list[Slice] = field(default_factory=list)
 
@@ -160,23 +160,16 @@ def benchmark(
     entries = [(student, torch_on)] if eager else []
     entries += [(student, dataclasses.replace(torch_on, compile=True))] if compile else []
     entries += [(path, on) for path in artefacts]
-    rows: list[dict[str, Any]] = []
     timed: list[Timed] = []
     try:
         for path, path_on in ProgressBar(entries, "load", unit="files"):
-            row, worker = open_row(path, path_on, plan.validation)
-            if worker is None:
-                rows.append(row)
-                continue
-            for images in plan.batches:
-                timed.append(Timed(row | {"batch": len(images)}, worker, images))
-                rows.append(timed[-1].row)
-                if len(images) > (worker.max_batch or len(images)):
-                    rows[-1]["failed"] = f"the engine takes {worker.max_batch} at most"
+            timed += open_rows(path, path_on, plan)
         measure(timed, plan)
     finally:
         for one in timed:
-            one.worker.close()
+            if one.worker:
+                one.worker.close()
+    rows = [one.row for one in timed]
     median_of_eager = {row.get("batch"): row.get("p50_ms") for row in rows if row.get("runtime") == "torch"}
     for row in rows:
         if "p50_ms" in row and median_of_eager.get(row["batch"]):
@@ -184,8 +177,8 @@ def benchmark(
     return rows
 
 
-def open_row(path: Path, on: RunOn, validation: list[Labelled]) -> tuple[dict[str, Any], Worker | None]:
-    """Return the columns of a runtime that do not depend on the batch, and its worker; None if it cannot be run."""
+def open_rows(path: Path, on: RunOn, plan: Plan) -> list[Timed]:
+    """Start a worker and return a row for each batch; if it cannot be run, one row with the reason."""
     name, weights = ("student/", path / "model.safetensors") if path.is_dir() else (path.name, path)
     row, worker = {"artefact": name, "mb": weights.stat().st_size / 1e6}, None
     try:
@@ -193,20 +186,24 @@ def open_row(path: Path, on: RunOn, validation: list[Labelled]) -> tuple[dict[st
         row |= {"runtime": worker.name, "provider": worker.provider, "precision": worker.metadata.precision}
         row |= {"threads": on.threads or usable_cpus(), "load_s": worker.load_s}
         row["build_s"] = worker.metadata.built.get("build_s")
-        if validation:
-            hits = sum(int((worker.ask(images).argmax(1) == labels).sum()) for images, labels in validation)
-            row["top1"] = 100 * hits / sum(len(labels) for _, labels in validation)
+        if plan.validation:
+            hits = sum(int((worker.ask(images).argmax(1) == labels).sum()) for images, labels in plan.validation)
+            row["top1"] = 100 * hits / sum(len(labels) for _, labels in plan.validation)
     except UserError as error:
         if worker:
             worker.close()
-        return row | {"failed": str(error)}, None
-    return row, worker
+        return [Timed(row | {"failed": str(error)}, None, np.empty(0))]
+    timed = [Timed(row | {"batch": len(images)}, worker, images) for images in plan.batches]
+    for one in timed:
+        if len(one.images) > (worker.max_batch or len(one.images)):
+            one.row["failed"] = f"the engine takes {worker.max_batch} at most"
+    return timed
 
 
 def measure(timed: list[Timed], plan: Plan) -> None:
     """Let the workers take turns and write what was measured into their rows; a row that fails keeps its reason."""
     for one in ProgressBar([one for _ in range(plan.rounds) for one in timed], "measure", unit="turns"):
-        if "failed" in one.row:
+        if one.worker is None or "failed" in one.row:
             continue
         try:
             one.slices.append(one.worker.ask(one.images, plan.seconds / plan.rounds))

@@ -118,8 +118,8 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
         "logits are all zero": numbers and not logits.any(),
         "digest is not a text": digest.shape != (1,) or digest.dtype.kind != "U",
     }
-    for fault, is_so in faults.items():
-        if is_so:
+    for fault, wrong in faults.items():
+        if wrong:
             raise UserError(f"{file} is damaged: its {fault}")
     if (student / "model.safetensors").is_file() and reference.digest != source_of(student)["weights_sha256"]:
         again = "train.py --resume writes it again"
