@@ -388,10 +388,11 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.slow
+@pytest.mark.whole_runs
 def test_a_training_step_does_not_wait_for_the_device():
     """Check that runs of 4 and of 20 steps read a device value on the host equally often."""
     reads = []
-    for batch_size in (50, 10):
+    for batch_size in (256, 64):
         with HostReads() as mode:
             run(*TINY, "--batch-size", batch_size, "--workers", 1, "--self-kd", "uskd", "--kd", "nkd", "--teacher",
                 f"{MODELS}:tiny", "--clip-grad", 5, "--opt", "momentum", "--output", f"out{batch_size}")  # fmt: skip
