@@ -510,6 +510,7 @@ def test_a_small_dev_shm_is_refused_before_the_first_batch():
     assert not Path("out").exists()
 
 
+@pytest.mark.whole_runs
 def test_a_cache_larger_than_memory_is_refused(capsys):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
