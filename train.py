@@ -20,8 +20,8 @@ import sys
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from deploy.cli import UserError, number, run_command
-from deploy.flags import BY_RECIPE, RECIPES, Flag, Table, is_code, read_flags, settle_flags
+from deploy.cli import UserError, is_code, number, run_command
+from deploy.flags import BY_RECIPE, RECIPES, Flag, Table, read_flags, settle_flags
 
 # ---- flags --------------------------------------------------------------------------------------------------------
 

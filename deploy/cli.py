@@ -300,6 +300,11 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def is_code(name: Any) -> bool:
+    """Return whether a value is path/to/file.py:function."""
+    return isinstance(name, str) and re.fullmatch(r".+\.py:\w+", name) is not None
+
+
 def student_folder(path: Path) -> Path:
     """Return the student/ folder of a path, which is that folder or a run directory."""
     folder = path / "student" if (path / "student").is_dir() else path

@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import Parser, UserError, student_folder
+from deploy.cli import Parser, UserError, is_code, student_folder
 from deploy.config import read_config
 
 Table = dict[str, dict[str, "Flag"]]  # group -> name -> flag
@@ -27,7 +26,6 @@ RECIPE_ONLY: dict[str, Any] = dict(eval_crop=1.0, interpolation="bilinear", rand
 RENAMED = {"kd_temperature": "temperature", "init": "pretrained"}  # flags that older run directories store
 # Those that are no flags any more, and the value that train.py keeps; None: any value, because it has no effect.
 FORMER = dict(momentum=0.9, channels_last=True, timeout=None, log_interval=None, data_dir=None, download=None)
-
 AT_THE_START = ("val_split", "pretrained", "tap", "small_stem", "model_args")  # without effect in a resumed run
 
 CNN = dict(
@@ -123,11 +121,6 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def is_code(name: Any) -> bool:
-    """Return whether a value is path/to/file.py:function."""
-    return isinstance(name, str) and re.fullmatch(r".+\.py:\w+", name) is not None
-
-
 def absolute(name: str) -> str:
     """Return an existing path as an absolute one, ~ as the home folder; any other name as it is."""
     path, function = (name.rpartition(":")[0], ":" + name.rpartition(":")[2]) if is_code(name) else (name, "")
@@ -195,8 +188,9 @@ def check_saved(flags: dict[str, Flag], saved: dict[str, Any], typed: dict[str, 
         if code and name not in typed:
             fault = f"the run was started with code, {option(name)} {code}: give that flag again"
             raise UserError(f"{fault}; code that a run directory names is never run")
-        if saved and name in AT_THE_START and typed.get(name, value) != value:
-            fault = f"{option(name)} was {saved.get(name, flag.default)} when this run began"
+        before = saved.get(name, flag.default)
+        if saved and name in AT_THE_START and typed.get(name, before) != before:
+            fault = f"{option(name)} was {before} when this run began"
             raise UserError(f"{fault}, and a resume cannot change it: leave the flag out, or start a new run")
     return {name: value for name, value in saved.items() if name in known}
 
@@ -238,7 +232,7 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
 def check_values(args: argparse.Namespace) -> None:
     """Raise unless the values of a training's flags go together, the recipe's among them."""
     if args.teacher_labels:
-        args.random_erasing = 0.0  # the teacher answered about whole images; train.py prints this
+        args.random_erasing = 0.0  # the teacher answered about whole images; RunFolder prints this
         mixing = [f"--{name} 0" for name in ("mixup", "cutmix") if getattr(args, name)]
         mixing += ["--cache none"] * (args.cache == "device")
         if mixing:

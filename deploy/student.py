@@ -13,7 +13,6 @@ import difflib
 import importlib.util
 import math
 import os
-import re
 import sys
 import traceback
 from collections import OrderedDict
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
-from deploy.cli import UserError, first_line, student_folder
+from deploy.cli import UserError, first_line, is_code, student_folder
 from deploy.config import Metadata, check_arguments, read_config
 
 
@@ -42,7 +41,7 @@ def find_architecture(
     name: a model of torchvision or timm, or path/to/file.py:function; arguments: "KEY=VALUE" each, for the model
     input_size: (channels, H, W), for models that take it when they are built
     """
-    if is_own(name):
+    if is_code(name):
         library, name = "file", Path(name).name  # the folder of the file is private
     elif is_torchvisions(name):
         library = "torchvision"
@@ -97,15 +96,10 @@ def is_torchvisions(name: str) -> bool:
     return name in torchvision.models.list_models(module=torchvision.models)
 
 
-def is_own(name: str) -> bool:
-    """Return whether the name is path/to/file.py:function."""
-    return re.fullmatch(r".+\.py:\w+", name) is not None
-
-
 def pick_model_file(name: str, model_files: Sequence[str]) -> str:
     """Return the --model-file of an architecture called file.py:function; only code that the user names is run."""
     for model_file in model_files:
-        if not is_own(model_file):
+        if not is_code(model_file):
             raise UserError(f"--model-file takes path/to/file.py:function, got {model_file}")
     named = [model_file for model_file in model_files if Path(model_file).name == name] or list(model_files)
     if len(named) != 1:

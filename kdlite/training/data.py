@@ -20,8 +20,8 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 
-from deploy.cli import UserError
-from deploy.flags import Table, is_code, pick_recipe, settle_flags
+from deploy.cli import UserError, is_code
+from deploy.flags import Table, pick_recipe, settle_flags
 from deploy.preprocess import UnreadableImage, endings, open_image, upright_size
 from deploy.reference import evenly
 from deploy.run_directory import SPLIT, read_csv, read_given, read_split

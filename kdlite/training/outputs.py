@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from deploy.cli import use_backslashreplace, write_whole
+from deploy.cli import is_code, use_backslashreplace, write_whole
 from deploy.config import Metadata
-from deploy.flags import is_code
+from deploy.flags import RECIPES
 from deploy.per_class import save, shortened, write_per_class
 from deploy.reference import keep_reference
 from deploy.run_directory import SPLIT, claim, describe, locked, open_in_run, write_split
@@ -78,6 +78,8 @@ class RunFolder:
         machine = f"{WORLD_SIZE} x {self.device}, {str(amp or torch.float32).removeprefix('torch.')}"
         of_classes = f"{sizes} of {config.num_classes} classes"
         log(f"{args.model} ({millions:.2f} M parameters), {method}; {of_classes}; {machine} -> {self.path}")
+        if args.teacher_labels and RECIPES.get(args.recipe, {}).get("random_erasing"):
+            log("random erasing is off: the stored labels are about whole images")
         log(describe_balance(self.data, args.class_weights is not None))
         if resumed:
             log(f"resuming from {resumed.file}, {progress}")

@@ -28,9 +28,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deploy.cli import UserError, first_line
+from deploy.cli import UserError, first_line, is_code
 from deploy.config import Metadata, read_config
-from deploy.student import build_model, check_forward, find_architecture, is_folder, is_own, load_student, load_weights
+from deploy.student import build_model, check_forward, find_architecture, is_folder, load_student, load_weights
 from kdlite import Teacher
 from kdlite.training.distributed import local_rank_zero_first, log
 from kdlite.training.teacher_classes import pick_columns
@@ -313,7 +313,7 @@ def load_teacher(
         model, config = load_student(Path(name), model_files)
         mean, std, input_size, names = config.mean, config.std, config.input_size, config.label_names
         count = len(names)
-    elif is_own(name):
+    elif is_code(name):
         model = build_model(find_architecture(name), count, student.input_size, [name])
         mean, std, input_size = (getattr(model, key, getattr(student, key)) for key in ("mean", "std", "input_size"))
     else:
