@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def settle_flags(
             and the values that the recipe sets are not known yet.
     """
     flags = by_name(table)
-    saved = check_saved(flags, saved or {}, typed)
+    saved = check_saved(table, flags, saved, typed) if saved else {}
     given = saved | {name: typed[name] for name in typed if name not in ("resume", "output")}
     if fitted is not None:
         given["fitted"] = fitted
@@ -173,7 +173,7 @@ def settle_flags(
     return args, given
 
 
-def check_saved(flags: dict[str, Flag], saved: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
+def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
     """Return the stored flags of a run under their present names; refuse those that a resume must not take over."""
     saved = {RENAMED.get(name, name): value for name, value in saved.items()}
     known = {*flags, "fitted", *(name for recipe in RECIPES.values() for name in recipe)}
@@ -192,7 +192,43 @@ def check_saved(flags: dict[str, Flag], saved: dict[str, Any], typed: dict[str, 
         if saved and name in AT_THE_START and typed.get(name, before) != before:
             fault = f"{option(name)} was {before} when this run began"
             raise UserError(f"{fault}, and a resume cannot change it: leave the flag out, or start a new run")
-    return {name: value for name, value in saved.items() if name in known}
+    saved = {name: value for name, value in saved.items() if name in known}
+    if "fitted" in saved:
+        saved["fitted"] = check_recipe(table, saved["fitted"])
+    return check_recipe(table, saved, needed=())
+
+
+def check_recipe(table: Table, values: Any, needed: Iterable[str] = CNN) -> dict[str, Any]:
+    """Return stored values, read by the command line's own parser; UserError if args.json holds an invalid one."""
+    if not isinstance(values, dict) or not set(needed) <= values.keys():
+        raise UserError("args.json of the run is damaged: its recipe is not whole; restore it, or start a new run")
+    flags, argv = by_name(table), list[str]()
+    for name, value in values.items():
+        if name not in flags:
+            template: Any = next((recipe[name] for recipe in RECIPES.values() if name in recipe), {})
+            if not is_like(value, template):
+                raise UserError(f"args.json of the run is damaged: {name} is {repr(value)[:80]}")
+        elif value is True and flags[name].options.keys() & {"action", "const"}:
+            argv += [option(name)]
+        elif value is False and flags[name].options.get("action") == argparse.BooleanOptionalAction:
+            argv += [f"--no-{option(name)[2:]}"]
+        elif isinstance(value, list):
+            argv += [option(name), *map(str, value)] if value else []
+        elif value is not None and value is not False:
+            argv += [f"{option(name)}={value}"]
+    try:
+        return values | vars(get_parser(table, "", "args.json").parse_args(argv))
+    except UserError as error:
+        raise UserError(f"args.json of the run is damaged: {error}") from error
+
+
+def is_like(value: Any, template: Any) -> bool:
+    """Return whether a value has the type of a recipe's: a finite number, a list of them, a text, a dictionary."""
+    if isinstance(template, list):
+        return isinstance(value, list) and len(value) > 0 and all(is_like(item, template[0]) for item in value)
+    if isinstance(template, (int, float)) and not isinstance(template, bool):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, type(template))
 
 
 def settle_size(args: argparse.Namespace, given: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import args_of
+from running import args_of, opened
 
 import train
 from deploy.cli import UserError
@@ -110,3 +110,31 @@ def test_the_temperature_follows_the_method(flags, temperature):
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_every_recipe_sets_the_flags_of_imagenet_cnn(recipe):
     assert RECIPES["imagenet-cnn"].keys() <= RECIPES[recipe].keys() | {"eval_crop"}
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("epochs", "x"), ("epochs", 0), ("batch_size", -4), ("recipe", "nope"), ("kd", 7), ("crop", "zigzag"), ("hflip", 7),
+    ("lr", 1e400), ("randaugment", [1]), ("seed", 2**70), ("in_chans", 2), ("step_epochs", "abc"), ("step_factor", []),
+    ("fitted", 3), ("fitted", {"epochs": 3}), ("fitted", RECIPES["digits"] | {"eval_crop": 1.0, "epochs": "x"}),
+])  # fmt: skip
+def test_a_damaged_value_in_args_json_is_one_line(name, value):
+    with pytest.raises(UserError, match=r"^args.json of the run is damaged: ") as raised:
+        settle_flags(train.FLAGS, {"resume": True, "output": "out"}, {name: value})
+    assert "\n" not in str(raised.value)
+
+
+def test_stored_flags_keep_their_values():
+    stored = opened("--lr", 0.003, "--mixup", 0.2, "--small-stem", "--model-args", "a=1", "--randaugment", 1, 9)[1]
+    args, given = settle_flags(train.FLAGS, {"resume": True, "output": "out"}, stored)
+    assert given == stored
+    assert (args.lr, args.mixup, args.small_stem, args.model_args) == (0.003, 0.2, True, ["a=1"])
+
+
+@pytest.mark.parametrize("typed", [{"small_stem": False}, {"pretrained": False}, {"model_args": []}])
+def test_a_flag_at_its_stored_default_is_no_change_at_a_resume(typed):
+    settle_flags(train.FLAGS, {"resume": True, "output": "out", **typed}, {"epochs": 2})
+
+
+def test_random_erasing_is_off_with_stored_labels():
+    typed = {"recipe": "imagenet-vit", "kd": "nkd", "teacher_labels": "L", "mixup": 0.0, "cutmix": 0.0}
+    assert settle_flags(train.FLAGS, typed)[0].random_erasing == 0
