@@ -301,14 +301,14 @@ def pick_recipe(
         classes: of them
         size: (height, width) of a typical one, in pixels
         pretrained: whether the student starts from weights of other images; their own mean, std, interpolation and
-            crop are not picked here
-        img_size: a side, or height and width, that the student is to see; None: what fits
+            crop are kept
+        img_size: a side, or height and width, for the student; None: one that fits
     """
     short = min(size)
     seen = f"defaults for {images} images of {classes} classes, {size[1]}x{size[0]} pixels"
     if images >= LARGE and short >= 100 and not pretrained:
         return RECIPES["imagenet-cnn"], f"{seen}: as imagenet-cnn"
-    # pretrained weights know objects of 100 pixels and more: small photographs are enlarged for them
+    # pretrained weights expect objects of 100 pixels and more, so small photographs are enlarged
     wanted = max(128.0, 2.5 * short) if pretrained else short
     side = min(img_size) if img_size else min(max(32, 32 * round(wanted / 32)), 224)
     batch_size = 2 ** min(max(round(math.log2(3.2 * images**0.25)), 4), 6, int(math.log2(images)))

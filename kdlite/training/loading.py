@@ -39,7 +39,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def eval_view(image: Image.Image, metadata: Metadata) -> Tensor:
-    """Return an opened image as uint8 (C, H, W), prepared as a student's config.json says; not normalised."""
+    """Return an opened image as uint8 (C, H, W), prepared as a student's config.json describes; not normalised."""
     return torch.from_numpy(prepare(image, metadata).copy()).permute(2, 0, 1)
 
 

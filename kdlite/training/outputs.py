@@ -149,7 +149,7 @@ class RunFolder:
 
 
 class Tee:
-    """A stream that goes on when its terminal or pipe has closed, and that copies lines to log.txt."""
+    """A stream that continues after its terminal or pipe has closed, and that copies lines to log.txt."""
 
     log: Any = None  # of this process, for both streams
 

@@ -35,7 +35,7 @@ from kdlite import Teacher
 from kdlite.training.distributed import local_rank_zero_first, log
 from kdlite.training.teacher_classes import pick_columns
 
-PREPROCESSING = ("mean", "std", "interpolation", "crop")  # of config.json, beside the input size
+PREPROCESSING = ("mean", "std", "interpolation", "crop")  # of config.json, next to the input size
 Images = dict[str, Any]  # the values of PREPROCESSING
 
 
