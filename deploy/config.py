@@ -85,6 +85,8 @@ ENGINE: dict[str, Check] = {
     "built": (is_object, "the build: library, version, gpu, max_batch"),
 }
 REST: dict[str, Check] = {
+    "temperature": (lambda v: is_number(v) and 0.01 <= v <= 100, "a number from 0.01 to 100, which divides the logits"),
+    "threshold": (lambda v: is_number(v) and 0 <= v <= 1, "a probability: a lower one is answered as none of these"),
     "tensors": (lambda v: is_list(v, 2, is_text), "the names of the input and the output"),
     "calibration": (is_object, "how the file was quantised"),
     "metrics": (is_object, "the metrics of the student by name"),
@@ -138,6 +140,8 @@ class Metadata:
     architecture: str = ""
     model_args: dict[str, Any] = field(default_factory=dict)
     small_stem: bool = False
+    temperature: float | None = None  # divides the logits before the softmax; None: not fitted, 1
+    threshold: float | None = None  # of the largest probability; a lower one means "none of these"; None: no threshold
     # of an artefact
     precision: str = ""
     input: str = ""
