@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from deploy.cli import UserError, is_code, number, run_command
-from deploy.flags import BY_RECIPE, RECIPES, Flag, Table, read_flags, settle_flags
+from deploy.flags import BY_RECIPE, RECIPES, Flag, Table, read_duration, read_flags, settle_flags
 
 # ---- flags --------------------------------------------------------------------------------------------------------
 
@@ -32,6 +32,11 @@ def distillation(name: str) -> str:
     return name
 
 
+def count_or_time(text: str) -> int | str:
+    """Return a number of epochs, or the text of a time."""
+    return text if read_duration(text) else number(int, 1)(text)
+
+
 COUNT, WEIGHT, SHARE, POSITIVE = number(int, 1), number(float, 0), number(float, 0, 1), number(float, 0, above=True)
 RATIO, MIXING = number(float, 0, 1, above=True), number(float, 0.01, 1000, or_zero=True)
 YES_NO, USKD = argparse.BooleanOptionalAction, ["self_kd", "uskd"]
@@ -40,6 +45,8 @@ FLAGS: Table = {
         "data": Flag("digits", "digits (embedded), cifar10, cifar100 (downloaded), or a folder with train/ and val/ or "
                      "with a folder for each class", path=True),
         "val_split": Flag(None, "share of each class to validate on, for a folder without val/", type=RATIO),
+        "unlabelled": Flag(None, "a folder of more photographs, without a label, which the teacher's answer trains",
+                           needs=["kd"], path=True),
         "img_size": Flag(BY_RECIPE, "pixels a side that the student gets, or height and width", type=COUNT, nargs="+"),
         "in_chans": Flag(3, "channels that the student gets; 1: images become grey", type=int, choices=[1, 3]),
         "crop": Flag(BY_RECIPE, "random crop: resized, padded by 1/8, or none", choices=["resized", "pad", "none"]),
@@ -81,7 +88,8 @@ FLAGS: Table = {
     "training": {
         "recipe": Flag(None, "a group of defaults, see below; default: by --data, for a folder by its images",
                        choices=sorted(RECIPES)),
-        "epochs": Flag(BY_RECIPE, "the recipe's warm-up and milestones are stretched to fit", type=COUNT),
+        "epochs": Flag(BY_RECIPE, "a number, or a time for the run: 90s, 30min, 8h; warm-up and milestones are "
+                       "stretched to fit", type=count_or_time),
         "batch_size": Flag(BY_RECIPE, "images per optimizer step, over all processes", type=COUNT),
         "grad_accum": Flag(1, "passes that each optimizer step is split into", type=COUNT),
         "opt": Flag(BY_RECIPE, "a timm optimizer: momentum (plain SGD), sgd (Nesterov), adamw, ..."),
@@ -153,12 +161,22 @@ from deploy.student import call_own, check_forward, own_function
 from kdlite import Teacher, WithWeakHead, nkd_loss, nkd_topk_loss, uskd_loss
 from kdlite.training import distributed, loading, outputs
 from kdlite.training.checkpoint import Checkpoint, LossLog, Progress, Saver, State, load_checkpoint
-from kdlite.training.data import Data, class_counts, class_weights, open_run
+from kdlite.training.data import NO_LABEL, Data, class_counts, class_weights, open_run
 from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, StopRequest, gather, log
 from kdlite.training.loading import Augment, Batch, CorruptCount, DeviceLoader, ToDevice, View, image_progress
+from kdlite.training.probe import MOST_IMAGES, fit_classifiers
 from kdlite.training.teacher_classes import warn_of_teacher
 from kdlite.training.teacher_labels import StoredLabels, describe_images
-from kdlite.training.weights import PREPROCESSING, copy_for_average, load_teacher, open_student, settle_batch_norm
+from kdlite.training.time_budget import Length
+from kdlite.training.weights import (
+    PREPROCESSING,
+    copy_for_average,
+    find_new_classifiers,
+    freeze_batch_norm,
+    load_teacher,
+    open_student,
+    settle_batch_norm,
+)
 
 Amp = torch.dtype | None  # of autocast; None: full precision
 LOG_EVERY = 50  # optimizer steps between reads of the losses, for which the host waits
@@ -179,6 +197,7 @@ class Method:
     mu: float = 0.005
     label_smoothing: float = 0.0  # of the cross-entropy alone
     class_weights: Tensor | None = None  # (C,): of each image's losses, by its class
+    unlabelled: bool = False  # whether a target may be NO_LABEL
     group: Any = None  # the processes that share a batch: USKD's mean over the batch is over all of it
 
 
@@ -192,12 +211,20 @@ def loss_terms(
         logits: the student's, (N, C)
         weak_logits: the weak head's; None without USKD
         teacher: the teacher's logits (N, C), or its stored log T_t, log T_i and indices, as nkd_topk_loss takes them
-        target: class indices (N,), or class probabilities (N, C); a mixed image has the mean of its classes' weights
+        target: class indices (N,), or class probabilities (N, C); a mixed image has the mean of its classes' weights.
+            An image with NO_LABEL has no cross-entropy, and NKD's expectation over the teacher's probabilities
     """
     each: Any = {"reduction": "none"}
-    losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=method.label_smoothing, **each)}
-    if isinstance(teacher, tuple) and (method.kd != "nkd" or method.temperature != 1):
+    if isinstance(teacher, tuple) and (method.kd != "nkd" or method.temperature != 1 or method.unlabelled):
         teacher = all_logprobs(teacher, target, logits.shape[1])  # build_teacher has refused labels of some classes
+    labelled = None
+    if method.unlabelled:
+        labelled = target != NO_LABEL
+        one_hot = F.one_hot(target.clamp(min=0), logits.shape[1]).float()
+        target = one_hot.where(labelled.unsqueeze(1), teacher.float().softmax(1))
+    losses = {"ce": F.cross_entropy(logits.float(), target, label_smoothing=method.label_smoothing, **each)}
+    if labelled is not None:
+        losses["ce"] = losses["ce"] * labelled
     if method.kd == "nkd" and isinstance(teacher, tuple):
         log_t, top, index = teacher
         losses["nkd"] = nkd_topk_loss(logits, log_t, top, index, target, gamma=method.gamma, **each)
@@ -222,8 +249,12 @@ def loss_terms(
 
 
 def all_logprobs(stored: tuple[Tensor, ...], target: Tensor, classes: int) -> Tensor:
-    """Return stored log-probabilities as a matrix (N, C); classes without a stored value get -1e30."""
+    """Return stored log-probabilities as a matrix (N, C); classes without a stored value get -1e30.
+
+    For an image without a label all classes but the teacher's first one are in `index`, and its value is in log_t.
+    """
     log_t, top, index = stored
+    target = target.where(target != NO_LABEL, classes * (classes - 1) // 2 - index.sum(1))
     index = index.where(top > -torch.inf, target.unsqueeze(1))  # padding points at the target, which is set last
     every = log_t.new_full((len(target), classes), -1e30, dtype=torch.float32)
     return every.scatter(1, index, top).scatter(1, target.unsqueeze(1), log_t.unsqueeze(1))
@@ -332,8 +363,9 @@ def build_teacher(
     stored = StoredLabels(Path(args.teacher_labels), describe_images(data, build_view(args, config)))
     config.training["teacher"] = str(stored)
     others = config.num_classes - 1
-    if (args.kd != "nkd" or args.temperature != 1) and stored.k < others:
+    if (args.kd != "nkd" or args.temperature != 1 or args.unlabelled) and stored.k < others:
         method = f"--kd {args.kd}" + (f" --temperature {args.temperature:g}" if args.kd == "nkd" else "")
+        method = "--unlabelled" if args.unlabelled else method
         held = f"{args.teacher_labels} has its top-{stored.k}: write labels with --top-k {others}"
         raise UserError(f"{method} needs the teacher's answer about every class, and {held}")
     before = resumed.config.training.get("teacher") if resumed else None
@@ -368,8 +400,8 @@ def build_loaders(
     return train, val
 
 
-def build_optimizer(net: nn.Module, args: argparse.Namespace, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Return a timm optimizer, and its schedule for epochs of `steps`, a function of the step: it has no state."""
+def build_optimizer(net: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Return a timm optimizer."""
     known = timm.optim.list_optimizers()
     if args.opt not in known:
         near = difflib.get_close_matches(args.opt, known, n=5)
@@ -384,11 +416,21 @@ def build_optimizer(net: nn.Module, args: argparse.Namespace, steps: int) -> tup
         optimizer = create_optimizer_v2(net, args.opt, layer_decay=args.layer_decay, **options)
     except Exception as error:  # each optimizer has its own errors
         raise UserError(f"--opt {args.opt} cannot be used: {' '.join(str(error).split())[:200]}") from error
+    return optimizer
+
+
+def build_schedule(net: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps: int) -> Any:
+    """Return timm's schedule for epochs of `steps`, a function of the step: it has no state.
+
+    The batch norms of the network get a momentum that fits the number of steps, unless they are frozen.
+    """
+    if not args.freeze_batch_norm:
+        log(settle_batch_norm(net, args.epochs * steps))
     kind = "multistep" if args.schedule == "step" else "cosine"
     warmup = {"warmup_epochs": args.warmup_epochs, "warmup_lr": args.lr * 1e-3}
     decay = {"num_epochs": args.epochs, "decay_milestones": args.step_epochs, "decay_rate": args.step_factor}
     units = {"step_on_epochs": False, "updates_per_epoch": steps}
-    return optimizer, create_scheduler_v2(optimizer, kind, **warmup, **decay, **units)[0]
+    return create_scheduler_v2(optimizer, kind, **warmup, **decay, **units)[0]
 
 
 def build_method(args: argparse.Namespace, data: Data, device: torch.device) -> Method:
@@ -398,10 +440,10 @@ def build_method(args: argparse.Namespace, data: Data, device: torch.device) -> 
     if is_code(args.kd):
         options["kd"] = functools.partial(call_own, own_function(args.kd), args.kd)
     if args.class_weights:
-        weights = torch.tensor(class_weights(args.class_weights, data.label_names, class_counts(data.train)))
+        weights = torch.tensor(class_weights(args.class_weights, data.label_names, class_counts(data.labelled)))
         log(f"class weights, {args.class_weights}: {weights.min():.3g} to {weights.max():.3g}")
         options["class_weights"] = weights.to(device)
-    return Method(**options, group=distributed.Group.steps)
+    return Method(**options, unlabelled=bool(args.unlabelled), group=distributed.Group.steps)
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -421,9 +463,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
     for module in filter(None, (net, teacher)):
         module.to(device=device).to(memory_format=torch.channels_last)
     train_batches, val_batches = build_loaders(args, data, config, stored, device)
-    steps = len(train_batches) // args.grad_accum
-    log(settle_batch_norm(net, args.epochs * steps))
-    optimizer, schedule = build_optimizer(net, args, steps)
+    optimizer = build_optimizer(net, args)
     method, scaler = build_method(args, data, device), GradScaler(device.type, enabled=amp == torch.float16)
     to_device = ToDevice(config.mean, config.std, device)
     augment = Augment(args.random_erasing, args.mixup, args.cutmix, config.num_classes, device)
@@ -433,6 +473,10 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
     with outputs.RunFolder(args, given, data, device) as folder:
         torch.manual_seed(args.seed + RANK)
         random.seed(args.seed + RANK)
+        if not resumed and (heads := find_new_classifiers(student)):
+            view = functools.partial(loading.eval_view, metadata=config)
+            images = loading.eval_loader(data.labelled, view, 64, args.workers, most=MOST_IMAGES)
+            log(fit_classifiers(student, heads, images, to_device, corrupt, method.class_weights))
         ema = copy_for_average(student, args.ema_decay)
         progress, losses = Progress(), LossLog(skips_steps=scaler.is_enabled())
         state = State(net, ema.module if ema else None, optimizer, scaler, progress, losses)
@@ -447,10 +491,15 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
         parallel = distributed.exchange_gradients(compiled, device)
         trained, evaluated = (ema.module, ema.module) if ema else (student, compiled)
         optimizer.register_step_post_hook(progress.count_executed)
+        length = Length(args, len(train_batches) // args.grad_accum, progress, started, len(data.val) / len(data.train))
+        schedule = build_schedule(net, optimizer, args, length.steps)
 
         with Saver(folder.path, state, vars(args), config, stop) as saver:
-            for epoch in range(progress.epoch, args.epochs):
+            while progress.epoch < args.epochs:
                 parallel.train()
+                if args.freeze_batch_norm:
+                    freeze_batch_norm(net)
+                epoch, steps = progress.epoch, length.steps
                 first, began = progress.step * args.grad_accum, time.monotonic() - progress.seconds
                 shown = loading.epoch_batches(train_batches, epoch, first, steps * args.grad_accum)
                 for i, batch in enumerate(shown, 1):
@@ -475,14 +524,18 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                         shown.postfix = f"loss {losses.read():.4g}"
                     if saver.after_step():
                         return folder.report_stop(stop, progress)
+                    if length.refit():
+                        schedule = build_schedule(net, optimizer, args, length.steps)
+                    if progress.step == length.steps:
+                        break
                 distributed.average_batch_norm(*state.models())
                 scores = evaluate(evaluated, val_batches, to_device, amp, corrupt_val, stop)
                 if scores is None:
                     saver.save()
                     return folder.report_stop(stop, progress)
                 row = {"epoch": epoch + 1, **losses.means(device), **scores.metrics, **known, "lr": progress.lr}
-                speed = steps * args.batch_size / progress.seconds
-                row |= {"skipped_steps": steps - progress.executed, "images_per_s": speed}
+                speed = length.steps * args.batch_size / progress.seconds
+                row |= {"skipped_steps": length.steps - progress.executed, "images_per_s": speed}
                 row |= {"seconds": time.monotonic() - began, "memory_mib": distributed.peak_memory(device)}
 
                 progress.end_epoch(row, torch.cat(gather(scores.answers), 1))
@@ -491,6 +544,8 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                 if progress.is_best and IS_MAIN:
                     best = replace(config, metrics={"epoch": epoch + 1} | scores.metrics)
                     writers += [outputs.save_student(folder.path / "student", trained, best, later=True)]
+                if length.refit(epoch_ended=True):
+                    schedule = build_schedule(net, optimizer, args, length.steps)
                 saver.save(*writers, best=progress.is_best)
         folder.finish(progress, started)
 

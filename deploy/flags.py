@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from deploy.config import read_config
 Table = dict[str, dict[str, "Flag"]]  # group -> name -> flag
 BY_RECIPE = "by recipe"  # the default of a flag that every recipe sets
 # Values that only recipes and pretrained weights set.
-RECIPE_ONLY: dict[str, Any] = dict(eval_crop=1.0, interpolation="bilinear", random_erasing=0.0, warmup_epochs=0.0)
+RECIPE_ONLY: dict[str, Any] = dict(
+    eval_crop=1.0, interpolation="bilinear", random_erasing=0.0, warmup_epochs=0.0, freeze_batch_norm=False
+)
 RENAMED = {"kd_temperature": "temperature", "init": "pretrained"}  # flags that older run directories store
 # Those that are no flags any more, and the value that train.py keeps; None: any value, because it has no effect.
 FORMER = dict(momentum=0.9, channels_last=True, timeout=None, log_interval=None, data_dir=None, download=None)
@@ -62,7 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 BY_DATA = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}  # a folder: pick_recipe
 LARGE = 100_000  # training images
 STEPS = 12_000  # optimizer steps of a run on a smaller folder, from random weights
-FINE_TUNING_STEPS = 1500  # from pretrained weights
+FINE_TUNING_STEPS = 600  # from pretrained weights, which start as a linear probe
 
 
 class Flag:
@@ -162,15 +165,29 @@ def settle_flags(
     vars(args).update({name: value for name, value in recipe.items() if name not in given})
     if "temperature" not in given:
         args.temperature = 4.0 if vars(args).get("kd") == "kd" else recipe.get("temperature", 1.0)
-    stretch = args.epochs / recipe["epochs"]  # the recipe's milestones keep their place in a shorter run
-    if "step_epochs" not in given:
-        args.step_epochs = [epoch * stretch for epoch in args.step_epochs]
-    if "warmup_epochs" not in given:
-        args.warmup_epochs *= stretch
+    args.time_limit = read_duration(args.epochs)
+    epochs, args.epochs = args.epochs, recipe["epochs"]
+    if not args.time_limit:
+        stretch_epochs(args, epochs, fixed=given)  # the recipe's milestones keep their place in a shorter run
     settle_size(args, given)
     if "kd" in args:
         check_values(args)
     return args, given
+
+
+def read_duration(text: Any) -> float | None:
+    """Return the seconds of a text such as 90s, 30min or 1.5h; None if it is not a time."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h)", text) if isinstance(text, str) else None
+    return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]] if found else None
+
+
+def stretch_epochs(args: argparse.Namespace, epochs: int, fixed: Iterable[str] = ()) -> None:
+    """Set args.epochs, and move warm-up and milestones in proportion, except those whose names are in `fixed`."""
+    stretch, args.epochs = epochs / args.epochs, epochs
+    if "step_epochs" not in fixed:
+        args.step_epochs = [epoch * stretch for epoch in args.step_epochs]
+    if "warmup_epochs" not in fixed:
+        args.warmup_epochs *= stretch
 
 
 def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
@@ -273,6 +290,8 @@ def check_values(args: argparse.Namespace) -> None:
         mixing += ["--cache none"] * (args.cache == "device")
         if mixing:
             raise UserError(f"stored labels belong to single images, each cropped on its own: give {' '.join(mixing)}")
+    if args.unlabelled and (args.mixup or args.cutmix):
+        raise UserError("--unlabelled: an image without a label cannot be mixed: give --mixup 0 --cutmix 0")
     if args.epochs <= args.warmup_epochs:
         fault = f"--warmup-epochs {args.warmup_epochs:g} is all of --epochs {args.epochs}"
         raise UserError(f"{fault}: it must be a part of them")
@@ -312,13 +331,17 @@ def pick_recipe(
     wanted = max(128.0, 2.5 * short) if pretrained else short
     side = min(img_size) if img_size else min(max(32, 32 * round(wanted / 32)), 224)
     batch_size = 2 ** min(max(round(math.log2(3.2 * images**0.25)), 4), 6, int(math.log2(images)))
-    steps, fewest, most, lr = (FINE_TUNING_STEPS, 10, 50, 5e-4) if pretrained else (STEPS, 30, 200, 2e-3)
+    steps, fewest, most, lr = (FINE_TUNING_STEPS, 5, 30, 2e-4) if pretrained else (STEPS, 30, 200, 2e-3)
     epochs = min(max(round(steps / (images // batch_size)), fewest), most)
     small_stem = side <= 64 and not pretrained
     recipe: dict[str, Any] = dict(epochs=epochs, batch_size=batch_size, lr=lr, img_size=side, small_stem=small_stem)
     recipe |= dict(warmup_epochs=epochs / 20, step_epochs=[epochs / 2, epochs * 3 / 4], step_factor=0.1)
     recipe |= dict(opt="adamw", weight_decay=0.05, schedule="cosine", hflip=0.5, label_smoothing=0.1)
     recipe |= dict(crop="resized", eval_crop=0.875) if side > 64 else dict(crop="pad", eval_crop=1.0)
-    start = "pretrained weights" if pretrained else "a 3x3 stem" if small_stem else "random weights"
+    if pretrained:  # few images spoil the averages of batch norms: frozen, they gain 9 points (examples/paper/LOG.md)
+        recipe |= dict(freeze_batch_norm=True)
+    start = (
+        "pretrained weights with frozen batch norms" if pretrained else "a 3x3 stem" if small_stem else "random weights"
+    )
     length = f"{epochs} epochs of {images // batch_size} steps of {batch_size} images"
     return recipe, f"{seen}: {start} at {side} px, AdamW {lr:g}, cosine, {length}"

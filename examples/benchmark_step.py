@@ -77,7 +77,7 @@ class TrainStep:
         _, net, _ = train.build_student(flags, data)
         self.net = net.to(device).to(memory_format=torch.channels_last)
         self.parallel = compiled(self.net, flags).train()
-        self.optimizer, _ = train.build_optimizer(self.net, flags, 1)
+        self.optimizer = train.build_optimizer(self.net, flags)
         self.method, self.amp = train.build_method(flags, data, device), pick_amp(flags.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         self.batch, self.teacher, self.clip_grad = batch, teacher, flags.clip_grad

@@ -36,6 +36,8 @@ class Progress:
     executed: int = 0  # those that GradScaler did not skip
     seconds: float = 0.0  # spent in that epoch
     lr: float = 0.0  # in its first step
+    epochs: int = 0  # of the run, fitted to a time; 0: --epochs
+    steps: int = 0  # of an epoch, fitted to a time; 0: over all images
     best: float = -1.0  # top-1
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
     answers: Tensor | None = None  # (2, N): labels and predictions of the validation images in the best epoch

@@ -28,6 +28,7 @@ from deploy.run_directory import SPLIT, read_csv, read_given, read_split
 from kdlite.training.distributed import from_rank_zero, local_rank_zero_first, log
 
 EXPECTED = "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or one of digits, cifar10, cifar100"
+NO_LABEL = -1  # the target of an image of --unlabelled
 FOLDER = "data"  # CIFAR is downloaded into it
 # Folders with these names that hold folders are sets of images, not classes.
 SETS = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -42,6 +43,12 @@ class Data(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     split: list[tuple[str, str]] | None = None  # (file, "train" or "val") if the images were split here
+    unlabelled: int = 0  # the last images of train, whose target is NO_LABEL
+
+    @property
+    def labelled(self) -> Any:
+        """The training images with a label."""
+        return self.train.part(range(len(self.train) - self.unlabelled)) if self.unlabelled else self.train
 
     def preprocessing(self, channels: int, interpolation: str, crop: float) -> dict[str, Any]:
         """Return mean, std, interpolation and crop for images of 3 channels, or of 1."""
@@ -53,7 +60,8 @@ class Data(NamedTuple):
         names = part.files() if hasattr(part, "files") else map(str, range(len(part)))
         digest = hashlib.sha256("".join(map(str, settings)).encode())
         for name, target in zip(names, part.targets):
-            digest.update(f"{name}\0{self.label_names[int(target)]}\n".encode())
+            label = "" if target == NO_LABEL else self.label_names[int(target)]
+            digest.update(f"{name}\0{label}\n".encode())
         return digest.hexdigest()
 
 
@@ -116,9 +124,11 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
         saved, sides = from_rank_zero(read_given, folder), from_rank_zero(read_split, folder / SPLIT)
     args, given = settle_flags(table, typed, saved)
     data = open_data(args.data, args.val_split, sides=sides)
+    if args.unlabelled:
+        data = add_unlabelled(data, Path(args.unlabelled))
     if args.recipe is None:
         pretrained = bool(args.pretrained or os.path.isdir(args.model))
-        size = from_rank_zero(median_size, data.train)
+        size = from_rank_zero(median_size, data.labelled)
         recipe, why = pick_recipe(len(data.train), len(data.label_names), size, pretrained, given.get("img_size"))
         if is_code(args.model):
             recipe = recipe | {"small_stem": False}  # a model of the user's keeps its stem
@@ -165,8 +175,8 @@ class Photos(torchvision.datasets.ImageFolder):
             raise UserError(f"{directory} has {folders_of} that differ only in their Unicode form: merge them")
         return names, {folder: index for index, folder in enumerate(folders)}
 
-    def is_image(self, path: str) -> bool:
-        if any(map(is_hidden, Path(path).relative_to(self.root).parts)):
+    def is_image(self, path: str, root: Path | None = None) -> bool:
+        if any(map(is_hidden, Path(path).relative_to(root or self.root).parts)):
             return False
         ending = os.path.splitext(path)[1].lower()
         if ending not in endings():
@@ -175,7 +185,7 @@ class Photos(torchvision.datasets.ImageFolder):
 
     def files(self) -> list[str]:
         """Return CLASS/FILE of each image, the same on every machine."""
-        return [nfc(Path(path).relative_to(self.root).as_posix()) for path, _ in self.samples]
+        return [nfc(Path(os.path.relpath(path, self.root)).as_posix()) for path, _ in self.samples]
 
     def part(self, indices: Iterable[int]) -> Photos:
         """Return a part of the images, with all classes."""
@@ -183,6 +193,24 @@ class Photos(torchvision.datasets.ImageFolder):
         part.samples = part.imgs = [self.samples[index] for index in indices]
         part.targets = [target for _, target in part.samples]
         return part
+
+
+def add_unlabelled(data: Data, folder: Path) -> Data:
+    """Return the data set with the images of a folder, at any depth, as training images without a label."""
+    if not isinstance(data.train, Photos):
+        raise UserError(f"--unlabelled {folder} needs a folder of photographs as --data")
+    if not folder.is_dir():
+        raise UserError(f"--unlabelled {folder}: no such folder")
+    train = data.train.part(range(len(data.train)))
+    train.left_out = collections.Counter()
+    files = sorted(str(file) for file in folder.rglob("*") if file.is_file() and train.is_image(str(file), folder))
+    skipped = f", skipped: {train.describe_left_out()}" if train.left_out else ""
+    if not files:
+        raise UserError(f"--unlabelled {folder}: no image in it{skipped}")
+    train.samples = train.imgs = [*train.samples, *((file, NO_LABEL) for file in files)]
+    train.targets = [target for _, target in train.samples]
+    log(f"{folder}: {len(files)} images without a label{skipped}")
+    return data._replace(train=train, unlabelled=len(files))
 
 
 def open_folder(name: str, val_split: float | None, seed: int, sides: Mapping[str, str] | None) -> Data:
@@ -306,8 +334,9 @@ def keep_split(files: Sequence[str], sides: Mapping[str, str]) -> dict[str, str]
 
 
 def class_counts(source: Any) -> list[int]:
-    """Return the number of images of each class, without decoding any."""
-    return np.bincount(source.targets, minlength=len(source.classes)).tolist()
+    """Return the number of labelled images of each class, without decoding any."""
+    targets = np.asarray(source.targets, np.int64)
+    return np.bincount(targets[targets != NO_LABEL], minlength=len(source.classes)).tolist()
 
 
 def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) -> list[float]:

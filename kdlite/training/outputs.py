@@ -74,7 +74,8 @@ class RunFolder:
         teacher = args.teacher or config.training["teacher"]
         method = config.training["method"] + (f" with {teacher}" if teacher else "")
         method += f" at {net.tap}, {net.pooling}" if isinstance(net, WithWeakHead) else ""
-        sizes = f"{len(self.data.train)} training and {len(self.data.val)} validation images"
+        more = f" ({self.data.unlabelled} of them without a label)" if self.data.unlabelled else ""
+        sizes = f"{len(self.data.train)} training{more} and {len(self.data.val)} validation images"
         machine = f"{WORLD_SIZE} x {self.device}, {str(amp or torch.float32).removeprefix('torch.')}"
         of_classes = f"{sizes} of {config.num_classes} classes"
         log(f"{args.model} ({millions:.2f} M parameters), {method}; {of_classes}; {machine} -> {self.path}")
@@ -217,6 +218,7 @@ def describe_training(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     smoothing = f" with label smoothing {args.label_smoothing:g}" if args.label_smoothing else ""
     weights = "ImageNet weights" if args.pretrained is True else os.path.basename(args.pretrained or "random")
     about = {"data": os.path.basename(args.data), "train_images": len(data.train), "val_images": len(data.val)}
+    about |= {"unlabelled": data.unlabelled} if data.unlabelled else {}
     about |= {"method": " + ".join([f"cross-entropy{smoothing}", *added_losses(args)])}
     about |= {"teacher": args.teacher and os.path.basename(args.teacher), "began": weights, "epochs": args.epochs}
     return about
@@ -269,10 +271,10 @@ def batch_picture(path: Path, images: np.ndarray, labels: np.ndarray, label_name
 
 
 def caption(label: Any, label_names: Sequence[str]) -> str:
-    """Return the name of a class, or of two with their probabilities in percent."""
+    """Return the name of a class, or of two with their probabilities in percent; a negative index is no label."""
     shares = np.asarray(label)
     if shares.ndim == 0:
-        return shortened(label_names[int(shares)])
+        return shortened(label_names[int(shares)]) if shares >= 0 else "(no label)"
     largest = [i for i in np.argsort(-shares, kind="stable")[:2] if shares[i] > 0]
     if len(largest) == 1:
         return shortened(label_names[largest[0]])

@@ -42,7 +42,7 @@ from deploy.run_directory import locked
 from kdlite import Teacher, top_k_logprobs
 from kdlite.training import distributed
 from kdlite.training.checkpoint import digest_of
-from kdlite.training.data import Data, open_run
+from kdlite.training.data import NO_LABEL, Data, open_run
 from kdlite.training.distributed import RANK, WORLD_SIZE, StopRequest, from_rank_zero, gather, log
 from kdlite.training.loading import Batch, CorruptCount, Samples, ToDevice, Transform, View, data_loader, image_progress
 from kdlite.training.teacher_classes import warn_of_teacher
@@ -51,6 +51,7 @@ from kdlite.training.weights import load_teacher, open_student
 HEADER = "labels.json"
 ROWS = 2**14  # of a file: a writer that is stopped loses at most these
 BATCH = 64  # images that the teacher is asked about at once
+FIRST = 2000  # labelled views after which the teacher's top-1 is printed
 SAMPLED = 1000  # files whose content the header's digest covers
 
 # The fields that must agree with a student's run, and their names in messages.
@@ -324,7 +325,7 @@ FLAGS: Table = {  # those with a name of train.py's mean the same
     "labels": {
         "output": Flag(None, "the folder of labels; the same command continues after a stop", required=True),
         "views": Flag(10, "epochs of crops and flips that the teacher is asked about", type=COUNT),
-        "top_k": Flag(None, "classes to store of each answer (default: 10)", type=COUNT),
+        "top_k": Flag(None, "classes to store of each answer (default: 10; all with --unlabelled)", type=COUNT),
         "seed": Flag(0, "seed of the views", type=number(int, 0, 2**32 - 1)),
     },
     "teacher": {
@@ -333,6 +334,7 @@ FLAGS: Table = {  # those with a name of train.py's mean the same
     },
     "the training that follows": {
         "data": Flag("digits", "digits, cifar10, cifar100 or a folder", path=True),
+        "unlabelled": Flag(None, "a folder of more photographs, without a label", path=True),
         "val_split": Flag(None, "share of each class to validate on", type=number(float, 0, 1, above=True)),
         "img_size": Flag(BY_RECIPE, "pixels a side, or height and width", type=COUNT, nargs="+"),
         "in_chans": Flag(3, "channels that the student gets", type=int, choices=[1, 3]),
@@ -354,24 +356,29 @@ FLAGS: Table = {  # those with a name of train.py's mean the same
 
 
 class Asker:
-    """Ask the teacher about a batch; after 2,000 images print how often it is right."""
+    """Ask the teacher about a batch; after FIRST labelled views print how often it is right."""
 
     def __init__(self, teacher: Teacher, to_device: ToDevice, amp: torch.dtype | None, k: int, classes: int) -> None:
         self.teacher, self.to_device, self.amp, self.k, self.classes = teacher, to_device, amp, k, classes
         self.seen: list[Tensor] = []
+        self.count = 0
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, labels: Tensor) -> Answers:
+        """Return the answers about a batch. An image without a label gets the teacher's first class in its place."""
         images, labels, *_ = self.to_device(Batch(images, labels, []))
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             logits = self.teacher(images)
-        if len(self.seen) * BATCH < 2000:
-            self.seen.append(torch.stack([labels, logits.argmax(1)]).cpu())
-            if len(self.seen) * BATCH >= 2000:
+        best, labelled = logits.argmax(1), labels != NO_LABEL
+        if self.count < FIRST:
+            self.seen.append(torch.stack([labels, best])[:, labelled].cpu())
+            self.count += self.seen[-1].shape[1]
+            if self.count >= FIRST:
                 labels_seen, predictions = torch.cat(self.seen, 1).numpy()
                 top1 = 100 * (labels_seen == predictions).mean()
                 log(f"the teacher is right on {top1:.2f} % of the first {len(predictions)} views")
                 warn_of_teacher(labels_seen, predictions, self.classes)
+        labels = labels.where(labelled, best)
         return top_k_logprobs(logits, labels, self.k)
 
 
@@ -382,7 +389,9 @@ def run(argv: list[str] | None = None) -> None:
     with distributed.stop_signals() as stop, distributed.process_group(), distributed.reported_once():
         args, _, data = open_run(FLAGS, typed)
         classes = len(data.label_names)
-        k = min(10, classes - 1) if args.top_k is None else args.top_k
+        k = (classes - 1 if args.unlabelled else min(10, classes - 1)) if args.top_k is None else args.top_k
+        if args.unlabelled and k < classes - 1:
+            raise UserError(f"--unlabelled needs the teacher's answer about every class: --top-k {classes - 1}")
         if k >= classes:
             raise UserError(f"--top-k {k}: {classes} classes have {classes - 1} next to the label")
         args.small_stem = False  # only the student's preprocessing matters here

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -189,6 +189,7 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
 
     Position embeddings are resampled, and colour filters summed for grey images, by timm's functions. A classifier that
     starts at zero has a first loss of ln C; the library's random one may have twice that, which disturbs the features.
+    fit_classifiers (probe.py) gives a linear one a better start.
     UserError if not one parameter fits.
     """
     own = model.state_dict()
@@ -212,8 +213,12 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
         if f"{name}.weight" not in taken:
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
-            report += f"; {name} starts at zero"
     return report
+
+
+def find_new_classifiers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the classifiers by name that load_matching has started at zero."""
+    return {name: head for name, head in find_classifiers(model).items() if not cast(Tensor, head.weight).any()}
 
 
 def find_classifiers(model: nn.Module) -> dict[str, nn.Module]:
@@ -267,6 +272,16 @@ def settle_batch_norm(net: nn.Module, steps: int) -> str | None:
     for module in slow:
         module.momentum = least
     return report or None
+
+
+def freeze_batch_norm(net: nn.Module) -> None:
+    """Let trained batch norms use their running averages in training too: few images would only spoil them.
+
+    net.train() ends it. A batch norm that has never seen an image keeps training.
+    """
+    for module in net.modules():
+        if isinstance(module, _BatchNorm) and module.running_var is not None and (module.running_var != 1).any():
+            module.eval()
 
 
 def copy_for_average(student: nn.Module, decay: float) -> ModelEmaV3 | None:

@@ -48,7 +48,7 @@ def step(amp, scaler, soft=False, kd="nkd", opt="momentum", clip_grad=1.0):
         step_epochs=[1],
         step_factor=0.1,
     )
-    optimizer, _ = train.build_optimizer(net, args, 5)
+    optimizer = train.build_optimizer(net, args)
     dtypes = []
     net.head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     losses = train.train_step(net, teacher, gpu_batch(soft), train.Method(kd=kd), amp, scaler, 2)

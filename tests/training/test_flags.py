@@ -27,13 +27,14 @@ def test_a_picked_recipe_is_complete_and_builds_an_optimizer(images, classes, si
     recipe, line = pick_recipe(images, classes, size, pretrained)
     assert RECIPES["imagenet-cnn"].keys() <= recipe.keys()
     assert 2 <= recipe["batch_size"] <= images
-    assert recipe["epochs"] >= 10
+    assert recipe["epochs"] >= 5
     assert recipe["img_size"] % 32 == 0
     assert "\n" not in line
     assert f"{images} images of {classes} classes" in line
     args, given = settle_flags(train.FLAGS, {"data": "photos"}, fitted=recipe)
     assert (args.recipe, given["fitted"]) == ("fitted", recipe)
-    _, scheduler = train.build_optimizer(torch.nn.Linear(2, 2), args, 10)
+    net = torch.nn.Linear(2, 2)
+    scheduler = train.build_schedule(net, train.build_optimizer(net, args), args, 10)
     assert scheduler.optimizer.param_groups[0]["lr"] <= recipe["lr"]
 
 

@@ -120,7 +120,8 @@ def test_a_row_builds_its_networks_and_schedule_and_takes_a_step(name, monkeypat
     if args.self_kd:
         assert (net.tap, net.head.in_features) == TAPS[name]
     updates = 4
-    optimizer, schedule = train.build_optimizer(net, args, updates)
+    optimizer = train.build_optimizer(net, args)
+    schedule = train.build_schedule(net, optimizer, args, updates)
     lr = []
     for step in range(0, args.epochs * updates, updates):
         schedule.step_update(step + updates // 2)

@@ -443,7 +443,8 @@ def gradients(grad_accum, method):
     _, net, config = train.build_student(args, data)
     teacher = train.build_teacher(args, data, config)
     batches, _ = train.build_loaders(args, data, config, None, cpu)
-    optimizer, schedule = train.build_optimizer(net, args, len(batches) // grad_accum)
+    optimizer = train.build_optimizer(net, args)
+    schedule = train.build_schedule(net, optimizer, args, len(batches) // grad_accum)
     method, scaler = train.build_method(args, data, cpu), torch.amp.GradScaler("cpu", enabled=False)
     to_device, parallel = train.ToDevice(config.mean, config.std, cpu), ranks.exchange_gradients(net, cpu)
     for i, batch in zip(range(1, 3 * grad_accum + 1), batches):

@@ -1,0 +1,235 @@
+"""Compare train.py's defaults for own photographs with fastai, timm's train.py and a linear probe.
+
+    python examples/paper/fine_tuning.py SOURCE --fastai PYTHON --timm TRAIN.PY      # 3 folders, 3 draws
+
+SOURCE is the unpacked Tiny-ImageNet. A draw of a folder has its own classes, its own training images, 5 validation
+images a class, and 2,000 test images that choose nothing (1,475 with 5 classes). Every row starts from the same
+ImageNet weights (tf_efficientnet_lite0) at 96 px on one thread. The epochs of a row were chosen so that it takes about
+as many CPU seconds as train.py's defaults. PYTHON is an interpreter with fastai, TRAIN.PY is timm's script.
+A row for each run goes into results/fine_tuning.csv; a finished run is not repeated. Prints the table.
+"""
+
+import argparse
+import csv
+import os
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE.parent), str(ROOT)]
+from finetune import STUDENT, fetch  # noqa: E402
+
+from deploy.cli import UserError, run_command  # noqa: E402
+from deploy.preprocess import open_image, prepare  # noqa: E402
+from deploy.student import load_student  # noqa: E402
+from kdlite.training.probe import fit_linear  # noqa: E402
+from kdlite.training.weights import find_classifiers  # noqa: E402
+
+RUNS, RESULTS = Path("runs/fine_tuning"), HERE / "results" / "fine_tuning.csv"
+FOLDERS = {"10x50": (10, 50), "20x25": (20, 25), "5x200": (5, 200)}  # classes, training images a class
+SIZE = 96
+EPOCHS = {  # for 500 and for 1,000 training images
+    "kdlite": (8, 4),
+    "fastai": (7, 3),
+    "timm": (8, 4),
+    "timm, AdamW": (8, 4),
+}
+# What somebody who has fine-tuned before passes to timm's script: its own defaults are for 300 epochs of ImageNet.
+ADAMW = ["--opt", "adamw", "--lr", "5e-4", "--warmup-epochs", "1", "-b", "16"]
+FASTAI = """
+import sys
+from pathlib import Path
+import timm, torch
+from safetensors.torch import load_file
+from fastai.vision.all import (ImageDataLoaders, Normalize, Resize, accuracy, aug_transforms, get_image_files, set_seed,
+                               vision_learner)
+folder, weights, size, epochs, seed = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6])
+set_seed(seed, reproducible=True)
+torch.set_num_threads(1)
+create = timm.create_model
+def with_weights(name, pretrained=False, **options):
+    model = create(name, pretrained=False, **options)
+    values = load_file(weights)
+    model.load_state_dict({k: v for k, v in values.items() if k in model.state_dict()}, strict=False)
+    return model
+timm.create_model = with_weights
+data = ImageDataLoaders.from_folder(folder, valid="val", item_tfms=Resize(size), batch_tfms=aug_transforms(size=size),
+                                    num_workers=0)
+data.add_tfms([Normalize.from_stats([0.5] * 3, [0.5] * 3, cuda=False)], "after_batch")
+learner = vision_learner(data, "tf_efficientnet_lite0", metrics=accuracy, normalize=False)
+with learner.no_bar(), learner.no_logging():
+    learner.fine_tune(epochs)
+    files = get_image_files(folder.parent / "test")
+    answers, _ = learner.get_preds(dl=data.test_dl(files))
+names = list(data.vocab)
+right = [names[int(i)] == file.parent.name for i, file in zip(answers.argmax(1), files)]
+print("top1", 100 * sum(right) / len(right))
+"""
+
+
+def draw(source: Path, name: str, seed: int) -> Path:
+    """Make a folder with data/train, data/val and test, of hard links, and return it."""
+    root = RUNS / "images" / f"{name}-{seed}"
+    if root.exists():
+        return root
+    classes, train = FOLDERS[name]
+    chance, partial = random.Random(f"{name} {seed}"), root.with_name(f"{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for label in sorted(chance.sample(sorted(path.name for path in (source / "train").iterdir()), classes)):
+        files = sorted((source / "train" / label).rglob("*.JPEG"))
+        chance.shuffle(files)
+        ends = {"data/train": train, "data/val": train + 5, "test": train + 5 + min(2000 // classes, 295)}
+        start = 0
+        for part, end in ends.items():
+            (partial / part / label).mkdir(parents=True)
+            for file in files[start:end]:
+                shutil.copy(file, partial / part / label / file.name)
+            start = end
+    partial.rename(root)
+    return root
+
+
+def images_of(folder: Path, config: object) -> tuple[np.ndarray, torch.Tensor]:
+    """Return the images of class folders, prepared as a student's config.json says, and their labels."""
+    names = sorted(path.name for path in folder.iterdir())
+    files = [(file, names.index(file.parent.name)) for file in sorted(folder.glob("*/*"))]
+    return np.stack([prepare(open_image(file), config) for file, _ in files]), torch.tensor([y for _, y in files])
+
+
+@torch.inference_mode()
+def logits_of(model: torch.nn.Module, images: np.ndarray, mean: list[float], std: list[float]) -> torch.Tensor:
+    shift, scale = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
+    parts = (torch.from_numpy(part).permute(0, 3, 1, 2) / 255 for part in np.array_split(images, len(images) // 50))
+    return torch.cat([model.eval()((part - shift) / scale) for part in parts])
+
+
+def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return 100 * (logits.argmax(1) == labels).float().mean().item()
+
+
+def run_command_of(command: list) -> tuple[str, float]:
+    """Return the output of a command on one thread, and its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, command))[:200]} failed: {done.stderr[-300:]}")
+    return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def run_ours(root: Path, weights: Path, epochs: int, seed: int, output: Path) -> dict[str, tuple[float, float]]:
+    """Return (top-1, CPU seconds) of train.py's defaults and of a linear probe, which is where it starts from."""
+    flags = ["--data", root / "data", "--model", STUDENT, "--pretrained", weights, "--img-size", SIZE, "--workers", 0]
+    flags += ["--epochs", epochs, "--seed", seed, "--reference", 0, "--device", "cpu", "--output", output]
+    shutil.rmtree(output, ignore_errors=True)
+    _, seconds = run_command_of([sys.executable, ROOT / "train.py", *flags])
+    model, config = load_student(output / "student")
+    images, labels = images_of(root / "test", config)
+    ours = top1(logits_of(model, images, config.mean, config.std), labels)
+
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    probe = timm.create_model(STUDENT, num_classes=config.num_classes)
+    from safetensors.torch import load_file
+
+    probe.load_state_dict({k: v for k, v in load_file(weights).items() if "classifier" not in k}, strict=False)
+    (head,) = find_classifiers(probe).values()
+    train, train_labels = images_of(root / "data" / "train", config)
+    features: list[torch.Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    logits_of(probe, train, config.mean, config.std)
+    handle.remove()
+    with torch.no_grad():
+        weight, bias, _ = fit_linear(torch.cat(features), train_labels, config.num_classes)
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "kdlite": (ours, seconds),
+        "linear probe": (top1(logits_of(probe, images, config.mean, config.std), labels), spent),
+    }
+
+
+def run_timm(root: Path, weights: Path, script: Path, flags: list, seed: int, output: Path) -> tuple[float, float]:
+    """Return (top-1, CPU seconds) of timm's train.py."""
+    shutil.rmtree(output, ignore_errors=True)
+    classes = len(list((root / "test").iterdir()))
+    common = ["--data-dir", root / "data", "--train-split", "train", "--val-split", "val", "--model", STUDENT]
+    common += ["--pretrained", "--pretrained-path", weights, "--num-classes", classes, "--img-size", SIZE, "-j", 0]
+    common += ["--device", "cpu", "--seed", seed, "--output", output.parent, "--experiment", output.name]
+    _, seconds = run_command_of([sys.executable, script, *common, *flags])
+    saved = torch.load(output / "last.pth.tar", map_location="cpu", weights_only=False)
+    model = timm.create_model(STUDENT, num_classes=classes)
+    model.load_state_dict(saved["state_dict"])
+    config = load_student(RUNS / f"kdlite-{root.name}" / "student")[1]  # the same evaluation: 96 px, crop 0.875
+    images, labels = images_of(root / "test", config)
+    return top1(logits_of(model, images, config.mean, config.std), labels), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--fastai", type=Path, help="a Python with fastai")
+    parser.add_argument("--timm", type=Path, help="timm's train.py")
+    parser.add_argument("--draws", type=int, default=3)
+    args = parser.parse_args()
+    weights = fetch(STUDENT).resolve()
+    torch.set_num_threads(1)
+    rows = []
+    if RESULTS.exists():
+        with open(RESULTS, encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    there = {(row["folder"], row["draw"], row["row"]) for row in rows}
+    for seed in range(args.draws):
+        for name, (classes, train) in FOLDERS.items():
+            root = draw(args.source, name, seed).resolve()
+            long = classes * train > 500
+            for row, lengths in EPOCHS.items():
+                if (name, str(seed), row) in there:
+                    continue
+                epochs, output = lengths[long], RUNS / f"{row.replace(', ', '-')}-{name}-{seed}"
+                if row == "kdlite":
+                    found = run_ours(root, weights, epochs, seed, output)
+                elif row == "fastai" and args.fastai:
+                    text, seconds = run_command_of(
+                        [args.fastai, "-c", FASTAI, root / "data", weights, SIZE, epochs, seed]
+                    )
+                    found = {row: (float(text.split("top1")[1]), seconds)}
+                elif row.startswith("timm") and args.timm:
+                    more = ADAMW if "AdamW" in row else []
+                    flags = ["--epochs", epochs, *more]
+                    found = {row: run_timm(root, weights, args.timm.resolve(), flags, seed, output.resolve())}
+                else:
+                    continue
+                for what, (percent, seconds) in found.items():
+                    rows.append({"folder": name, "draw": str(seed), "row": what, "epochs": epochs,
+                                 "top1": f"{percent:.2f}", "cpu_s": f"{seconds:.0f}"})  # fmt: skip
+                    print(*rows[-1].values(), flush=True)
+                with open(RESULTS, "w", encoding="utf-8", newline="") as file:
+                    writer = csv.DictWriter(file, list(rows[0]))
+                    writer.writeheader()
+                    writer.writerows(rows)
+    print(f"| | {' | '.join(FOLDERS)} | CPU seconds |\n|---|{'---|' * (len(FOLDERS) + 1)}")
+    for what in ("kdlite", "linear probe", "fastai", "timm", "timm, AdamW"):
+        mine = [row for row in rows if row["row"] == what]
+        cells = [[float(row["top1"]) for row in mine if row["folder"] == name] for name in FOLDERS]
+        seconds = [float(row["cpu_s"]) for row in mine]
+        if mine:
+            means = [f"{statistics.mean(cell):.1f}" if cell else "" for cell in cells]
+            print(f"| {what} | {' | '.join(means)} | {min(seconds):.0f} to {max(seconds):.0f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("fine_tuning.py", main))

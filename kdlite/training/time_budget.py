@@ -1,0 +1,81 @@
+"""Fit the length of a run to a time (--epochs 30min), from the measured seconds of its steps and epochs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+
+import torch
+
+from deploy.flags import stretch_epochs
+from kdlite.training.checkpoint import Progress
+from kdlite.training.distributed import gather, log
+
+FEWEST = 5  # epochs; a run that is shorter gets epochs of a part of the images, which fill the time
+WARM_UP = 5  # steps that are not measured: the first ones start processes and allocate memory
+MEASURED = 50  # steps, or one epoch
+
+
+class Length:
+    """The number of epochs of a run, and of optimizer steps in an epoch: fixed, or fitted to a time.
+
+    It is fitted after the first MEASURED steps, or the first epoch if that is shorter, and corrected after each epoch.
+    It sets args.epochs, and stretches warm-up and milestones with it.
+
+    Args:
+        args: epochs; and time_limit: seconds, or None
+        steps: in an epoch over all images
+        progress: of the run; a resumed run keeps its plan
+        started: time.monotonic() at the start of this process's run
+        val_share: seconds of an evaluation divided by those of a training epoch, as a guess for the first plan
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, steps: int, progress: Progress, started: float, val_share: float
+    ) -> None:
+        self.args, self.progress, self.val_share = args, progress, val_share
+        self.steps, self.marked = steps, 0.0
+        self.began = started - progress.seconds - sum(row["seconds"] for row in progress.rows)
+        if args.time_limit and progress.epochs:
+            self.steps = progress.steps
+            stretch_epochs(args, progress.epochs)
+
+    def refit(self, epoch_ended: bool = False) -> bool:
+        """Plan the run if a plan is due; return whether the plan has changed. Called after each step and each epoch."""
+        now, progress, old = time.monotonic(), self.progress, (self.args.epochs, self.steps)
+        if not self.args.time_limit or not (epoch_ended or (not progress.epochs and progress.step <= MEASURED)):
+            return False
+        if not epoch_ended and progress.step == WARM_UP:
+            self.marked = synchronised_time()
+        if epoch_ended:
+            row = progress.rows[-1]
+            epoch = row["seconds"]
+            validation = epoch - self.steps * self.args.batch_size / row["images_per_s"]
+        elif progress.step == MEASURED and self.marked:
+            training = self.steps * (synchronised_time() - self.marked) / (MEASURED - WARM_UP)
+            epoch, validation = training * (1 + self.val_share), training * self.val_share
+        else:
+            return False
+        remaining = self.args.time_limit - (now - self.began) + (0 if epoch_ended else progress.seconds)
+        remaining, epoch, validation = (max(values) for values in zip(*gather((remaining, epoch, validation))))
+        left = remaining / epoch
+        if not progress.epochs and left < FEWEST:
+            count = max(1 - progress.epoch, math.ceil(left - 0.05))
+            share = (remaining / max(count, 1) - validation) / (epoch - validation)
+            self.steps = min(self.steps, max(1, progress.step, round(share * self.steps)))
+        else:
+            count = max(1 - progress.epoch, round(left))
+        stretch_epochs(self.args, progress.epoch + count)
+        progress.epochs, progress.steps = self.args.epochs, self.steps
+        if old == (self.args.epochs, self.steps):
+            return False
+        log(f"{self.args.time_limit / 60:.3g} min fit {self.args.epochs} epochs of {self.steps} steps")
+        return True
+
+
+def synchronised_time() -> float:
+    """Return the time when the device has done its work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.monotonic()

@@ -1,0 +1,85 @@
+"""Test --epochs 30min: the length of a run follows a time."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from kdlite.training import time_budget
+from kdlite.training.checkpoint import Progress
+from kdlite.training.time_budget import Length
+
+
+class Machine:
+    """A clock, and a run of train.py's loop on it, of which each step and each evaluation takes a known time."""
+
+    def __init__(self, monkeypatch, step, evaluation):
+        self.now, self.step, self.evaluation = 100.0, step, evaluation
+        monkeypatch.setattr(time_budget.time, "monotonic", lambda: self.now)
+
+    def start(self, limit, steps, progress=None, started=None):
+        self.args = SimpleNamespace(epochs=45, warmup_epochs=2.25, step_epochs=[22.5], time_limit=limit, batch_size=8)
+        self.progress = progress or Progress()
+        guess = self.evaluation / (self.step * steps)
+        self.length = Length(self.args, steps, self.progress, started or self.now, guess)
+
+    def train(self, slower_after=None, until=None):
+        progress, length = self.progress, self.length
+        while progress.epoch < self.args.epochs:
+            began = self.now - progress.seconds
+            while progress.step < length.steps:
+                self.now += self.step * (3 if slower_after is not None and progress.epoch >= slower_after else 1)
+                progress.step, progress.seconds = progress.step + 1, self.now - began
+                length.refit()
+                if until == (progress.epoch, progress.step):
+                    return
+            row = {"images_per_s": length.steps * 8 / progress.seconds}
+            self.now += self.evaluation
+            progress.rows.append(row | {"seconds": self.now - began})
+            progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
+            length.refit(epoch_ended=True)
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps", "step", "evaluation"),
+    [(1800, 31, 0.4, 4), (100, 31, 0.4, 4), (600, 500, 1.0, 60), (60, 5000, 0.1, 20), (36000, 1000, 1.0, 100)],
+)
+def test_a_run_ends_within_a_tenth_of_its_time(monkeypatch, limit, steps, step, evaluation):
+    machine = Machine(monkeypatch, step, evaluation)
+    machine.start(limit, steps)
+    machine.train()
+    assert machine.now - 100 == pytest.approx(limit, rel=0.1)
+
+
+def test_a_machine_that_becomes_slower_gets_fewer_epochs(monkeypatch):
+    machine = Machine(monkeypatch, step=0.4, evaluation=4)
+    machine.start(1800, 31)
+    machine.train(slower_after=30)
+    assert machine.now - 100 == pytest.approx(1800, rel=0.1)
+
+
+def test_warm_up_and_milestones_keep_their_share_of_a_fitted_run(monkeypatch):
+    machine = Machine(monkeypatch, step=0.4, evaluation=4)
+    machine.start(300, 31)
+    machine.train()
+    assert machine.args.warmup_epochs == pytest.approx(machine.args.epochs / 20)
+    assert machine.args.step_epochs == [pytest.approx(machine.args.epochs / 2)]
+
+
+def test_a_resumed_run_keeps_its_plan_and_ends_in_time(monkeypatch):
+    machine = Machine(monkeypatch, step=0.5, evaluation=10)
+    machine.start(400, 300)
+    machine.train(until=(1, 40))
+    planned = machine.args.epochs, machine.length.steps
+    machine.now += 5000  # the time between two processes does not count
+    machine.start(400, 300, machine.progress)
+    assert (machine.args.epochs, machine.length.steps) == planned
+    machine.train()
+    assert machine.now - 5100 == pytest.approx(400, rel=0.1)
+
+
+def test_a_run_of_a_number_of_epochs_is_never_fitted(monkeypatch):
+    machine = Machine(monkeypatch, step=0.4, evaluation=4)
+    machine.start(None, 31)
+    machine.train()
+    assert machine.args.epochs == 45
+    assert machine.progress.epochs == 0
