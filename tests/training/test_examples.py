@@ -13,11 +13,13 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from deploy.cli import UserError
 
@@ -297,6 +299,38 @@ def test_a_run_is_repeated_only_if_its_command_changes(tmp_path, monkeypatch):
     finetune.train_once(["--seed", 1], output)
     assert commands[-1][-1] == "--resume"
     assert (output / "last.pt").exists()
+
+
+@pytest.mark.trial
+def test_a_distilled_student_is_kept_only_if_it_is_ahead(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for label, low in (("dark", 0), ("bright", 130)):
+        for part, count in (("train", 8), ("val", 4), ("more", 6)):
+            folder = tmp_path / ("more" if part == "more" else f"photos/{part}") / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng([i, low]).integers(low, low + 120, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{part}{i}.png")
+    small = timm.create_model("test_efficientnet").state_dict()
+
+    def fetch(name):
+        save_file(small, f"{name}.safetensors")
+        return Path(f"{name}.safetensors")
+
+    for name in ("STUDENT", "TEACHER"):
+        monkeypatch.setattr(finetune, name, "test_efficientnet")
+    monkeypatch.setattr(finetune, "fetch", fetch)
+    flags = ["--img-size", "32", "--epochs", "1", "--workers", "0", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "photos", "--unlabelled", "more", *flags])
+    assert finetune.run_command("finetune.py", finetune.main) == 0
+    printed = capsys.readouterr().out
+    assert "| best epoch, 8 validation images | top-1 % | ahead of the student alone |" in printed
+    kept = re.search(r"kept: (.*), because (it is|no distilled student is) ahead by two standard errors", printed)
+    assert kept
+    gains = dict(re.findall(r"\| (KD|NKD) \| [\d.]+ \| ([-+.\d]+ \+- [.\d]+) \|", printed))
+    ahead = [name for name, cell in gains.items() if float(cell.split()[0]) > 2 * float(cell.split()[2])]
+    assert len(gains) == 2
+    assert kept[1] in (ahead or ["the student alone"])
 
 
 @pytest.mark.parametrize("flags", [[], ["--fetch", "resnet18"], ["photos", "--fetch", "tf_efficientnet_lite0"]])

@@ -1,0 +1,152 @@
+"""Measure the gain from photographs without a label: a teacher's answers (KD, NKD) and pseudo-labels.
+
+    python examples/paper/unlabelled.py SOURCE              # 2 folders, 5 draws, 50 runs: an hour on a core
+
+SOURCE is the unpacked Tiny-ImageNet. A draw has 10 classes of its own: 5 (or 50) labelled photographs a class, 95 (or
+400) without a label, 5 a class to validate and 45 to test. The student is EfficientNet-Lite0, the teacher Lite2, both
+from ImageNet weights at 64 px. The teacher is trained on the labelled photographs alone. A pseudo-label is the
+teacher's first class. The rows with more photographs have equal numbers of steps. A row for each run goes into
+results/unlabelled.csv; a finished draw is not repeated.
+"""
+
+import argparse
+import csv
+import random
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from fine_tuning import HERE, images_of, logits_of, top1
+from finetune import STUDENT, TEACHER, UserError, fetch, of_labels, run_command, store_labels, train_once
+
+from deploy.student import load_student
+
+RUNS, RESULTS = Path("runs/unlabelled"), HERE / "results" / "unlabelled.csv"
+FOLDERS = {"50 + 950": (5, 95), "500 + 4,000": (50, 400)}  # photographs a class: labelled, not
+EPOCHS = {"50 + 950": (20, 4), "500 + 4,000": (8, 2)}  # of the labelled photographs alone, of all
+CLASSES, SIZE = 10, 64
+METHODS = {"KD": ["--kd", "kd", "--temperature", "1"], "NKD": ["--kd", "nkd"]}
+ROWS = ("the student alone", "the teacher", "pseudo-labels", *METHODS)
+
+
+def draw(source: Path, name: str, seed: int) -> Path:
+    """Make a folder with data/train, data/val, more, and test: copies of the images. Return it."""
+    labelled, more = FOLDERS[name]
+    root = RUNS / "images" / f"{labelled}-{seed}"
+    if root.exists():
+        return root
+    chance, partial = random.Random(f"unlabelled {seed}"), root.with_name(f"{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for label in sorted(chance.sample(sorted(path.name for path in (source / "train").iterdir()), CLASSES)):
+        files = sorted((source / "train" / label).rglob("*.JPEG"))
+        chance.shuffle(files)
+        parts = {f"data/train/{label}": files[:labelled], f"data/val/{label}": files[50:55]}
+        parts |= {f"test/{label}": files[55:100], "more": files[-more:]}
+        for part, chosen in parts.items():
+            (partial / part).mkdir(parents=True, exist_ok=True)
+            for file in chosen:
+                shutil.copy(file, partial / part / file.name)
+    partial.rename(root)
+    return root
+
+
+def test(output: Path, root: Path) -> float:
+    model, config = load_student(output / "student")
+    images, labels = images_of(root / "test", config)
+    return top1(logits_of(model, images, config.mean, config.std), labels)
+
+
+def pseudo_label(root: Path, teacher: Path) -> Path:
+    """Return a folder with the labelled photographs, and the others in the folder of the teacher's first class."""
+    folder = root / "pseudo"
+    if not folder.exists():
+        partial = root / "pseudo.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(root / "data", partial)
+        model, config = load_student(teacher / "student")
+        files = sorted((root / "more").iterdir())
+        (root / "all").mkdir(exist_ok=True)
+        (root / "all" / "x").symlink_to((root / "more").resolve())
+        images, _ = images_of(root / "all", config)
+        answers = logits_of(model, images, config.mean, config.std).argmax(1).tolist()
+        for file, answer in zip(files, answers):
+            shutil.copy(file, partial / "train" / config.label_names[answer] / file.name)
+        partial.rename(folder)
+    return folder
+
+
+def run_draw(source: Path, name: str, seed: int) -> dict[str, float]:
+    """Return the top-1 of each row."""
+    root = draw(source, name, seed).resolve()
+    alone, whole = EPOCHS[name]
+    flags = [
+        "--img-size",
+        SIZE,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+        "--reference",
+        0,
+        "--seed",
+        seed,
+        "--batch-size",
+        16,
+    ]
+    student = [*flags, "--model", STUDENT, "--pretrained", fetch(STUDENT).resolve()]
+    teacher = [*flags, "--model", TEACHER, "--pretrained", fetch(TEACHER).resolve()]
+    of_folder, runs = ["--data", root / "data"], RUNS / root.name
+    train_once([*student, *of_folder, "--epochs", alone], runs / "alone")
+    train_once([*teacher, *of_folder, "--epochs", alone], runs / "teacher")
+    asked = [*of_labels([*student, *of_folder]), "--unlabelled", root / "more"]
+    store_labels([*asked, "--teacher", (runs / "teacher/student").resolve(), "--views", whole], runs / "labels")
+    found = {"the student alone": test(runs / "alone", root), "the teacher": test(runs / "teacher", root)}
+    train_once([*student, "--data", pseudo_label(root, runs / "teacher"), "--epochs", whole], runs / "pseudo")
+    found["pseudo-labels"] = test(runs / "pseudo", root)
+    for method, loss in METHODS.items():
+        more = ["--unlabelled", root / "more", "--teacher-labels", (runs / "labels").resolve(), "--epochs", whole]
+        train_once([*student, *of_folder, *more, *loss], runs / method)
+        found[method] = test(runs / method, root)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--draws", type=int, default=5, help="(default: 5)")
+    args = parser.parse_args()
+    if not (args.source / "train").is_dir():
+        raise UserError(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")
+    torch.set_num_threads(1)
+    rows = []
+    if RESULTS.exists():
+        with open(RESULTS, encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    for seed in range(args.draws):
+        for name in FOLDERS:
+            if any((row["folder"], row["draw"]) == (name, str(seed)) for row in rows):
+                continue
+            for row, percent in run_draw(args.source, name, seed).items():
+                rows.append({"folder": name, "draw": str(seed), "row": row, "top1": f"{percent:.2f}"})
+                print(*rows[-1].values(), flush=True)
+            with open(RESULTS, "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+    print(f"| top-1 %, n = {args.draws} | {' | '.join(FOLDERS)} |\n|---|{'---|' * len(FOLDERS)}")
+    for what in ROWS:
+        cells = []
+        for name in FOLDERS:
+            top = {row["draw"]: float(row["top1"]) for row in rows if (row["folder"], row["row"]) == (name, what)}
+            base = {row["draw"]: float(row["top1"]) for row in rows if (row["folder"], row["row"]) == (name, ROWS[0])}
+            gains = [top[seed] - base[seed] for seed in top]
+            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+            gain = f" ({statistics.mean(gains):+.1f} +- {error:.1f})" if what != ROWS[0] else ""
+            cells.append(f"{statistics.mean(top.values()):.1f}{gain}")
+        print(f"| {what} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("unlabelled.py", main))
