@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 
 from deploy.cli import ProgressBar, UserError
 from deploy.config import Metadata
-from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
+from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, resize, to_rgb, upright_size
 from deploy.reference import evenly
 from kdlite.training.data import Digits
 from kdlite.training.distributed import IS_MAIN, RANK, STOP_SIGNALS, WORLD_SIZE, start_fork_server
@@ -61,7 +61,8 @@ class View:
         if self.crop == "resized":
             steps: list[Any] = [RandomResizedCrop(size, interpolation=mode)]
         else:
-            steps = [functools.partial(to_rgb, needed=(width, height)), v2.Resize(size, interpolation=mode)]
+            steps = [functools.partial(to_rgb, needed=(width, height))]
+            steps += [functools.partial(resize, size=(width, height), interpolation=self.interpolation)]
         if self.crop == "pad":
             steps += [v2.RandomCrop(size, padding=(width // 8, height // 8))]
         if self.hflip:
