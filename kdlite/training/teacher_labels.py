@@ -42,7 +42,7 @@ from deploy.run_directory import locked
 from kdlite import Teacher, top_k_logprobs
 from kdlite.training import distributed
 from kdlite.training.checkpoint import digest_of
-from kdlite.training.data import NO_LABEL, Data, open_run
+from kdlite.training.data import NO_LABEL, Data, Part, open_run
 from kdlite.training.distributed import RANK, WORLD_SIZE, StopRequest, from_rank_zero, gather, log
 from kdlite.training.loading import Batch, CorruptCount, Samples, ToDevice, Transform, View, data_loader, image_progress
 from kdlite.training.teacher_classes import warn_of_teacher
@@ -85,8 +85,9 @@ def row_type(k: int, classes: int) -> np.dtype[Any]:
 
 def describe_images(data: Data, view: View) -> Header:
     """Return the fields of labels.json that belong to the training images and their transform."""
-    content = from_rank_zero(digest_of_content, data.train)
-    header = {"images": len(data.train), "files": data.digest(data.train), "classes": len(data.label_names)}
+    images: Any = data.train.dataset if isinstance(data.train, Part) else data.train  # the labels are of all of them
+    content = from_rank_zero(digest_of_content, images)
+    header = {"images": len(images), "files": data.digest(images), "classes": len(data.label_names)}
     return header | {"content": content, "view": view.describe(), "draws": DRAWS}
 
 
