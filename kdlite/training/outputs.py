@@ -10,11 +10,13 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,19 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from deploy.cli import is_code, use_backslashreplace, write_whole
-from deploy.config import Metadata
+from deploy.cli import ProgressBar, is_code, use_backslashreplace, write_whole
+from deploy.confidence import ANSWERED, FEWEST, fit_confidence
+from deploy.config import Metadata, read_config
 from deploy.flags import RECIPES
 from deploy.per_class import save, shortened, write_per_class
-from deploy.reference import keep_reference
+from deploy.reference import evenly, keep_reference
 from deploy.run_directory import SPLIT, claim, describe, locked, open_in_run, write_split
+from deploy.runtimes import RunOn, load
 from kdlite import WithWeakHead
 from kdlite.training.checkpoint import Checkpoint, Progress
 from kdlite.training.data import Data, class_counts
 from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_rank_zero, log, peak_memory
+from kdlite.training.loading import Samples, data_loader, eval_view
 
 # ---- the run directory --------------------------------------------------------------------------------------------
 
@@ -126,19 +131,20 @@ class RunFolder:
             batch_picture(self.path / "batch.png", images, labels.cpu().numpy(), self.data.label_names)
 
     def finish(self, progress: Progress, started: float) -> None:
-        """Write what describes the whole run: curves, the best epoch by class, and reference.npz."""
+        """Write what describes the whole run: curves, the best epoch by class, confidence and reference.npz."""
         if not IS_MAIN or not progress.rows:
             return
         plot_curves(self.path / "curves.png", progress.rows)
         if progress.answers is not None:
             labels, predictions = progress.answers.numpy()
             print(*write_per_class(self.path, labels, predictions, self.data.label_names), sep="\n")
+        own = [self.args.model] if is_code(self.args.model) else self.args.model_file
+        log(keep_confidence(self.path / "student", self.data.val, self.device, self.args.workers, own))
         if self.args.reference:
-            own = [self.args.model] if is_code(self.args.model) else self.args.model_file
             log(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own))
         top1 = f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {self.path}/student"
         log(f"{top1}; {time.monotonic() - started:.0f} s, {peak_memory(self.device)} MiB of memory at most")
-        log(f"next: python -m deploy.export {self.path}")
+        log(f"next: python -m deploy.export {shlex.quote(str(self.path))}")
 
     def __exit__(self, *error: Any) -> None:
         if isinstance(error[1], Exception):
@@ -303,10 +309,44 @@ def save_student(folder: Path, model: nn.Module, config: Metadata, later: bool =
 
 def write_student(folder: Path, weights: bytes, content: dict[str, Any], card: str) -> None:
     write_whole(folder / "model.safetensors", weights)
+    write_description(folder, content, card)
+
+
+def write_description(folder: Path, content: dict[str, Any], card: str) -> None:
+    """Write config.json and README.md, which stays if its owner has removed MARK."""
     write_whole(folder / "config.json", json.dumps(content, indent=2) + "\n")
     file = folder / "README.md"
     if not file.exists() or MARK in file.read_text(encoding="utf-8", errors="replace"):
         write_whole(file, card)
+
+
+MOST, MOST_LOGITS = 10_000, 2 * 10**7  # validation images of a fit, and numbers in their logits
+
+
+def keep_confidence(
+    folder: Path, val: Any, device: torch.device, workers: int | None, model_files: Sequence[str]
+) -> str:
+    """Fit temperature and threshold of a finished student on validation images, and add them to its description.
+
+    folder: the student/ folder; val: images and class indices, of which at most MOST are used, evenly spaced
+
+    Returns:
+        A line for the user.
+    """
+    student = load(folder, RunOn(device.type, model_files=tuple(model_files)))
+    classes = len(student.metadata.label_names)
+    indices = evenly(len(val), max(FEWEST, min(MOST, MOST_LOGITS // classes)))
+    samples = Samples(val, functools.partial(eval_view, metadata=student.metadata))
+    loader = data_loader(samples, [(0, index) for index in indices], 64, workers, pin_memory=False)
+    logits, labels = [np.empty((0, classes), np.float32)], [np.empty(0, np.int64)]
+    for batch in ProgressBar(loader, "temperature", len(indices), 64, unit="images"):
+        if batch.images is not None:
+            logits.append(student.run(batch.images.permute(0, 2, 3, 1).contiguous().numpy()))
+            labels.append(batch.labels.numpy())
+    found = fit_confidence(np.concatenate(logits), np.concatenate(labels), replace(student.metadata, temperature=None))
+    config = replace(read_config(folder), temperature=found.temperature, threshold=found.threshold)
+    write_description(folder, config.to_json(), model_card(config))
+    return found.description
 
 
 MARK = "<!-- Written by kdlite at every save of the student, until this line is removed. -->"
@@ -355,6 +395,11 @@ def model_card(config: Metadata) -> str:
     if "val_top1" in metrics:
         scores = f"top-1 {metrics['val_top1']:.2f} %, top-5 {metrics['val_top5']:.2f} %"
         facts["accuracy on the validation images"] = f"{scores} (n = {sizes[1]})"
+    if config.temperature:
+        facts["temperature"] = f"{config.temperature:g}, which divides the logits before the softmax"
+    if config.threshold:
+        share = f"{100 * ANSWERED:g} % of the validation images are above"
+        facts["none of these"] = f"a largest probability below {config.threshold:g}; {share}"
     lines += [f"- {name}: {value}" for name, value in facts.items() if value]
     lines += ["- licence of the weights: *to be filled in, here and in the header*"]
     lines += ["- licence of the data: *to be filled in*", "", "## Use", ""]
