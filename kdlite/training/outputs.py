@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from deploy.cli import ProgressBar, is_code, use_backslashreplace, write_whole
+from deploy.cli import ProgressBar, is_code, printable, use_backslashreplace, write_whole
 from deploy.confidence import ANSWERED, FEWEST, fit_confidence
 from deploy.config import Metadata, read_config
 from deploy.flags import RECIPES
@@ -39,6 +39,9 @@ from kdlite.training.checkpoint import Checkpoint, Progress
 from kdlite.training.data import Data, class_counts
 from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_rank_zero, log, peak_memory
 from kdlite.training.loading import Samples, data_loader, eval_view
+
+SHOWN = 12  # classes whose sizes are printed one by one
+IMBALANCE = 10  # ratio of class sizes from which a run advises weights
 
 # ---- the run directory --------------------------------------------------------------------------------------------
 
@@ -104,8 +107,7 @@ class RunFolder:
         terms = [f"{name[5:]} {value:.3f}" for name, value in row.items() if name.startswith("loss_")]
         each = f" ({', '.join(terms)})" if len(terms) > 1 else ""
         skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
-        minutes = (self.args.epochs - row["epoch"]) * row["seconds"] / 60
-        left = f"  about {minutes:.0f} min left" if minutes >= 1 else ""
+        left = describe_left((self.args.epochs - row["epoch"]) * row["seconds"], "  ")
         log(
             f"epoch {row['epoch']}/{self.args.epochs}  loss {row['train_loss']:.3f}{each}  "
             f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g} at its start  "
@@ -143,7 +145,8 @@ class RunFolder:
         if self.args.reference:
             log(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own))
         top1 = f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {self.path}/student"
-        log(f"{top1}; {time.monotonic() - started:.0f} s, {peak_memory(self.device)} MiB of memory at most")
+        peak = f"{peak_memory(self.device)} MiB of {'GPU memory' if self.device.type == 'cuda' else 'memory'} at most"
+        log(f"{top1}; {time.monotonic() - started:.0f} s, {peak}")
         log(f"next: python -m deploy.export {shlex.quote(str(self.path))}")
 
     def __exit__(self, *error: Any) -> None:
@@ -201,17 +204,27 @@ def tee() -> Iterator[None]:
         Tee.log = None
 
 
-def describe_balance(data: Data, weighted: bool) -> str | None:
-    """Return a line about the sizes of the classes and of the validation set, None if both are ordinary."""
-    counts = class_counts(data.train)
-    few, many = (data.label_names[pick(range(len(counts)), key=counts.__getitem__)] for pick in (min, max))
-    lines = []
-    if max(counts) >= 10 * max(1, min(counts)) and not weighted:
-        sizes = f"{max(counts)} training images of {many}, {min(counts)} of {few}"
+def describe_left(seconds: float, before: str = "") -> str:
+    """Return the time that a whole run still takes, "" for less than a minute. before: precedes the text"""
+    if seconds < 60:
+        return ""
+    left = f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.0f} min"
+    return f"{before}about {left} left for the whole run"
+
+
+def describe_balance(data: Data, weighted: bool) -> str:
+    """Return lines about the sizes of the classes, with advice if they differ much, and the worth of an image."""
+    counts, names = class_counts(data.train), [printable(name) for name in data.label_names]
+    few, many = (pick(range(len(counts)), key=counts.__getitem__) for pick in (min, max))
+    each = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
+    span = f"from {counts[few]} ({names[few]}) to {counts[many]} ({names[many]})"
+    lines = [f"training images of each class: {each if len(counts) <= SHOWN else span}"]
+    if counts[many] >= IMBALANCE * max(1, counts[few]) and not weighted:
+        sizes = f"{counts[many]} training images of {names[many]}, {counts[few]} of {names[few]}"
         lines.append(f"{sizes}: --class-weights balanced gives each class the same share of the loss")
-    if len(data.val) < 200:
-        lines.append(f"{len(data.val)} validation images: one image is {100 / len(data.val):.1f} points of top-1")
-    return "; ".join(lines) or None
+    images = len(data.val)
+    lines.append(f"{images} validation images: one image is {100 / images:.2g} points of top-1")
+    return "\n".join(lines)
 
 
 def added_losses(args: argparse.Namespace) -> list[str]:
