@@ -158,6 +158,17 @@ def contact_sheet(answers: Sequence[Answer]) -> bytes:
     return png.getvalue()
 
 
+def check_writable(file: Path) -> None:
+    """Raise UserError if the file cannot be written, before thousands of images are answered."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        reason = "is a folder" if file.is_dir() else "" if os.access(file.parent, os.W_OK) else "is read-only"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        raise UserError(f"cannot write {file}: {reason}; name another file")
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +187,8 @@ def get_parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     if args.sheet and not (args.least_certain and args.sheet.suffix.lower() == ".png"):
         raise UserError(f"--sheet {args.sheet}: expected a .png file, with --least-certain N")
+    for file in filter(None, (args.csv, args.sheet)):
+        check_writable(file)
     runtime, named = load(args.student, RunOn.from_args(args)), set(args.images)
     files, quiet = list_files(args.images), bool(args.csv or args.least_certain)
     answers: list[Answer] = []

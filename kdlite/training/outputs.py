@@ -333,7 +333,7 @@ def write_description(folder: Path, content: dict[str, Any], card: str) -> None:
         write_whole(file, card)
 
 
-MOST, MOST_LOGITS = 10_000, 2 * 10**7  # validation images of a fit, and numbers in their logits
+MOST, MOST_LOGITS = 10_000, 10**7  # validation images of a fit, and numbers in their logits
 
 
 def keep_confidence(

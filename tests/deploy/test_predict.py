@@ -153,6 +153,8 @@ def test_a_sheet_takes_grey_and_long_images_and_any_label(shape):
 @pytest.mark.parametrize(("flags", "words"), [
     (["PHOTOS", "-o", "sheet.png"], "with --least-certain N"),
     (["PHOTOS", "--least-certain", 3, "-o", "sheet.gif"], "expected a .png file"),
+    (["PHOTOS", "--csv", "EMPTY"], "is a folder; name another file"),
+    (["PHOTOS", "--csv", "/dev/null/answers.csv"], "cannot write /dev/null/answers.csv: "),
     (["EMPTY"], "no image in this folder"),
     (["BROKEN"], "not one of 1 images can be read"),
 ])  # fmt: skip
