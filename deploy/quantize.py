@@ -7,6 +7,9 @@ The two targets need different files. cpu: uint8 activations, which ONNX Runtime
 parser rejects. tensorrt: symmetric int8 activations and per-channel weights as Q/DQ pairs, and a float bias.
 In a network with a LayerNormalization (ViT, Swin, ConvNeXt) only Conv, Gemm and MatMul by a weight are quantised:
 softmax, norms and attention scores lose too much in 8 bits.
+
+The file gets a temperature and a threshold of its own, fitted on the validation images of the reference. A device that
+runs it may have neither images nor labels.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import numpy as np
 
 from deploy import cli, onnx_tools
 from deploy.cli import Parser, ProgressBar, UserError, command, first_line, log, make_parser, need, number, show
+from deploy.confidence import fit_file
 from deploy.config import FLOAT, Metadata
 from deploy.reference import evenly, read_reference
 from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate
@@ -196,7 +200,8 @@ def run(args: argparse.Namespace) -> None:
     if not onnx_file.is_file():
         raise UserError(f"{onnx_file} is missing: python -m deploy.export {student} --format onnx")
     otherwise = "resume the finished run to write it: python train.py --output RUN --resume"
-    images = read_reference(student, args.reference, otherwise).train_images
+    reference = read_reference(student, args.reference, otherwise)
+    images = reference.train_images
     if not len(images):
         raise UserError(f"the reference of {student} has no training images: train.py --reference N writes them")
     if args.count is not None and args.count > len(images):
@@ -207,6 +212,7 @@ def run(args: argparse.Namespace) -> None:
         log(f"this CPU has no VNNI, and its 8-bit products saturate: {what}")
     recipe = Recipe(args.target, args.op_types, args.method, args.reduce_range)
     file, agreement = quantize_student(onnx_file, images, recipe, args.output)
+    log(fit_file(file, reference.images, reference.labels))
     same = f"the class of the fp32 file on {agreement:.1f} % of {len(images)} calibration images"
     compares = f"python -m deploy.check {student} compares on validation images"
     show(f"{file}  {file.stat().st_size / 1e6:.1f} MB, {same}; {compares}")

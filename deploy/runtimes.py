@@ -284,8 +284,18 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def top_labels(logits: np.ndarray, labels: list[str], count: int = 5) -> list[tuple[str, float, int]]:
+def probabilities(logits: np.ndarray, metadata: Metadata) -> np.ndarray:
+    """Return probabilities over the last dimension, by the temperature of the student."""
+    return softmax(logits / (metadata.temperature or 1.0))
+
+
+def is_answered(probability: Any, metadata: Metadata) -> Any:
+    """Return whether a largest probability, or each of an array, reaches the threshold; else it is "none of these"."""
+    return probability >= (metadata.threshold or 0.0)  # a NaN does not
+
+
+def top_labels(logits: np.ndarray, metadata: Metadata, count: int = 5) -> list[tuple[str, float, int]]:
     """Return (label, probability, class index) of one image's most probable classes, best first; logits: (C,)."""
-    probabilities = softmax(logits)
-    best = np.argsort(-probabilities, kind="stable")[:count]
-    return [(labels[i], float(probabilities[i]), int(i)) for i in best]
+    p = probabilities(logits, metadata)
+    best = np.argsort(-p, kind="stable")[:count]
+    return [(metadata.label_names[i], float(p[i]), int(i)) for i in best]

@@ -152,7 +152,7 @@ def start_from_folder(
     if fault:
         advice = f"--model {config.architecture} --pretrained {folder} takes what fits"
         raise UserError(f"--model {folder} {fault}: {advice}")
-    return model, replace(config, label_names=label_names)
+    return model, replace(config, label_names=label_names, temperature=None, threshold=None)  # fitted anew at the end
 
 
 def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:

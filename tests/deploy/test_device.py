@@ -36,7 +36,7 @@ SERVER = ("starlette", "uvicorn", "prometheus-client", "python-multipart")
 
 # ---- the arrows ----------------------------------------------------------------------------------------------------
 
-FORMAT = ("cli", "config", "preprocess", "run_directory", "reference", "per_class", "student", "runtimes")  # a student
+FORMAT = ("cli", "config", "preprocess", "run_directory", "reference", "per_class", "student", "runtimes", "confidence")
 FORMAT = tuple(f"deploy.{name}" for name in FORMAT)
 # The files, and all that they may import besides the standard library. "deploy.*" are the files of the folder without
 # its folders; a package in brackets is imported inside a function, because not every machine has it. The first row
@@ -272,7 +272,7 @@ def expected(made):
     """The five best labels, computed here with torch."""
     runtime = load(made / "student", device="cpu")
     logits = runtime.run(prepare(open_image(made / "photo.jpg"), runtime.metadata)[None])[0]
-    return [(label, round(100 * p, 1)) for label, p, _ in top_labels(logits, runtime.metadata.label_names)]
+    return [(label, round(100 * p, 1)) for label, p, _ in top_labels(logits, runtime.metadata)]
 
 
 def test_predict_and_serve_print_the_labels_of_torch(device, made, expected):
