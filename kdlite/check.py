@@ -393,7 +393,7 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
 
     Args:
         loss: function, class, instance or partial of student logits, teacher logits and target, in any order.
-        gamma: a constant inside the loss; None: a number of the loss that acts as gamma is varied, else it is estimated.
+        gamma: a constant inside the loss; None: varied if a number of the loss acts as gamma, else estimated.
         temperature: a constant inside the loss; None: as for gamma.
 
     Raises:

@@ -31,7 +31,7 @@ CHUNK_ELEMENTS_ELSEWHERE = 2**24
 
 
 def can_fuse(*logits: Tensor) -> bool:
-    """Return False under torch.func, forward-mode AD and export, and for tensor subclasses: use plain autograd there."""
+    """Return False under torch.func, forward-mode AD and export, and for tensor subclasses: these need autograd."""
     if torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():

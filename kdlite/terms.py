@@ -23,7 +23,7 @@ from torch.nn import functional as F
 def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float) -> Tensor:
     """Return L_nkd of each row (eq. 7)::
 
-        L_nkd = - T_t log S_t  -  gamma temperature^2 sum_{i != t} N(T^temperature)_i log N(S^temperature)_i
+    L_nkd = - T_t log S_t  -  gamma temperature^2 sum_{i != t} N(T^temperature)_i log N(S^temperature)_i
     """
     student = centred(student)
     teacher = centred(teacher.detach()).to(student.dtype)
@@ -130,7 +130,7 @@ def uskd_non_target(strong: Tensor, weak: Tensor, label: Tensor) -> Tensor:
 
 
 def target_weight(minus_log_s: Tensor, valid: Tensor, group: Any = None) -> Tensor:
-    """Return P_t = S_t^2 + V_t - mean(S_t^2) with V_t = 1, (R,), without gradient; only ``valid`` rows count in the mean."""
+    """Return P_t = S_t^2 + V_t - mean(S_t^2) with V_t = 1, (R,), without gradient; the mean is over ``valid`` rows."""
     squared = (-2 * minus_log_s.detach()).exp()
     return squared + 1 - batch_mean(squared.where(valid, 0.0), valid, group)
 
@@ -193,7 +193,7 @@ def odds(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def log_odds(logits: Tensor, label: Tensor) -> Tensor:
-    """Return log(p / (1 - p)) of each row's label, (R,): its sigmoid is p, its logsigmoid log p, without lost digits."""
+    """Return log(p / (1 - p)) of each row's label, (R,); its sigmoid is p, its logsigmoid log p, to all digits."""
     # a label out of range fails in gather: with an error on CPU, with a device assert on CUDA
     return (logits.gather(1, label.unsqueeze(1)) - log_sum_others(logits, label)).squeeze(1)
 
@@ -204,5 +204,5 @@ def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def cross_entropy(weights: Tensor, log_probs: Tensor) -> Tensor:
-    """Return - sum_i weights_i log_probs_i over the last dimension; a class of weight 0 adds 0, also with a log of -inf."""
+    """Return - sum_i weights_i log_probs_i over the last dimension; a weight of 0 adds 0, also for a log of -inf."""
     return -(weights * log_probs.masked_fill(weights == 0, 0.0)).sum(-1)

@@ -61,7 +61,7 @@ def nkd_topk_loss(
         teacher_target_logprob: log T_t, of the target's shape; None if ``target`` is None.
         teacher_logprobs: log T_i, (N, k, d1, ...), with the k classes in the dimension of C.
         teacher_indices: the classes i, integers of the same shape, no class twice.
-        target: class indices, (N,), (N, d1, ...) or (); None: the teacher's largest class (for unlabelled data).
+        target: class indices, (N,), (N, d1, ...) or (); None: the teacher's most probable class (for unlabelled data).
         gamma: as in :func:`kdlite.nkd_loss`.
         ignore_index: targets of this class index add nothing and are not counted by "mean".
         reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
