@@ -281,7 +281,7 @@ def test_nkd_renormalises_over_the_columns():
 
 
 @pytest.mark.parametrize(("labels", "said"), [
-    (["tench", "unicorn"], "lacks 1 of --data's 2 classes: unicorn; --teacher-classes FILE"),
+    (["tench", "unicorn"], "lacks 1 of --data's 2 classes: unicorn; give the teacher's names"),
     (["tench", "crane"], r"several classes with the name crane: n02012849 \(134\), n03126707 \(517\)"),
     (["tench", "Tinca tinca"], "has one class for tench and Tinca tinca"),
     (["Tench", "tench"], "has one class for Tench and tench"),
@@ -303,7 +303,7 @@ def test_a_teacher_reads_its_weights_and_its_classes_from_files(tmp_path):
     model = torchvision.models.resnet18(num_classes=12).half()
     torch.save(model.state_dict(), "resnet.pth")
     student = student_of(["a", "b"])
-    with pytest.raises(UserError, match="has 12 classes of unknown names, --data has 2: --teacher-classes FILE"):
+    with pytest.raises(UserError, match="has 12 classes without names, but --data has 2: give the teacher's class for each"):
         load_teacher("resnet18:resnet.pth", student)
     Path("classes.csv").write_text("b,3\na,11\n")
     teacher = load_teacher("resnet18:resnet.pth", student, classes_file="classes.csv")
