@@ -1,9 +1,9 @@
 """Write the tables in README.md and examples/paper/README.md, and the plots, from results/*.csv.
 
-    python examples/paper/report.py            # writes them; --check fails if a table differs from its file
+    python examples/paper/report.py            # --check writes nothing, and fails if a table differs from its file
     python examples/paper/report.py --compare few-images KD NKD    # the paired t-test between two rows
 
-The table of results/NAME.csv is between <!-- table NAME --> and <!-- end -->; `summary` has the first two settings.
+The table of results/NAME.csv is between <!-- table NAME --> and <!-- end -->; `summary` has few-epochs and few-images.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from scipy.stats import t, ttest_1samp
 
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parents[1] / "README.md", HERE / "README.md"]
-BASELINE, TUNED = "cross-entropy", "KD tuned"  # only some tables have the second
-# The settings of the README's chart, and the rows of KD and NKD with the best weights of each, where they were tuned.
+BASELINE, TUNED = "cross-entropy", "KD tuned"  # only some tables have KD tuned
+# The settings of the README's chart, with the rows of KD and NKD: those with the best weights, if they were tuned.
 GAINS = {
     "teacher of the same images,\nstudent underfits": ("few-epochs", "KD", "NKD"),
     "teacher of the same images,\nstudent fits": ("few-images", "KD", "NKD"),
@@ -32,7 +32,7 @@ GAINS = {
     "no teacher,\n50 classes": ("self-50", "", ""),
     "no teacher, 50 classes,\nstudent fits": ("self-50-fits", "", ""),
 }
-SELF = {classes: f"self-{classes}" for classes in (20, 50, 100)}  # the same number of images in all
+SELF = {classes: f"self-{classes}" for classes in (20, 50, 100)}  # each with 8,000 images in all
 
 
 def read(name: str) -> dict[str, dict[int, dict[str, str]]]:
@@ -49,19 +49,19 @@ def column(rows: dict[int, dict[str, str]], key: str) -> list[float]:
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Return mean +- standard deviation over seeds."""
+    """Return the mean +- the standard deviation over seeds."""
     deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def baseline_of(method: str, table: dict[str, dict[int, dict[str, str]]]) -> str:
-    """Return the row of cross-entropy, of the same network if the table has several."""
+    """Return the name of the cross-entropy row, of the same network if the table has several networks."""
     own = method.partition(" ")[0] + " " + BASELINE
     return own if own in table else BASELINE
 
 
 def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> list[float]:
-    """Return the gains in top-1 of a method over another, seed by seed; empty if they cannot be compared."""
+    """Return the gains in top-1 of a method over another, one for each seed; empty if their seeds differ."""
     rows, base = table[method], table.get(base_name, {})
     if method in ("teacher", base_name) or rows.keys() != base.keys():
         return []
@@ -69,7 +69,10 @@ def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]
 
 
 def over(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
-    """Return the gain's mean and deviation, and p of a paired t-test; empty without a pair of at least two seeds."""
+    """Return the gain's mean and deviation, and p of a paired t-test.
+
+    Both are empty if the two methods do not have the same seeds, at least two.
+    """
     values = gains(base_name, method, table)
     if len(values) < 2:
         return "", ""
@@ -93,7 +96,7 @@ def markdown(name: str) -> str:
 
 
 def summary() -> str:
-    """Return the table of both settings."""
+    """Return the table of few-epochs and few-images."""
     few_epochs, few_images = read("few-epochs"), read("few-images")
     lines = [
         "| trained with | underfits: top-1 % | over cross-entropy | fits: top-1 % | over cross-entropy |",
@@ -108,7 +111,7 @@ def summary() -> str:
 
 
 def plot(name: str) -> None:
-    """Plot a dot for each run, the mean and a standard deviation on both sides; the line is cross-entropy's mean."""
+    """Plot a dot for each run, and mean and standard deviation; the vertical line is the mean of cross-entropy."""
     table = {method: column(rows, "val_top1") for method, rows in read(name).items() if method != "teacher"}
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.35 * len(table)), layout="constrained")
     for y, (method, values) in enumerate(table.items()):
@@ -121,17 +124,17 @@ def plot(name: str) -> None:
     axes.set_ylim(len(table) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel("top-1 of the last epoch (%)")
     axes.grid(axis="x", alpha=0.3)
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same file from the same figures
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same figures give the same file
         figure.savefig(HERE / f"results/{name}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
 def plot_classes() -> None:
-    """Plot the gain over cross-entropy without a teacher by number of classes: means and standard errors."""
+    """Plot the gain over cross-entropy by number of classes, without a teacher: means and standard errors."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     tables = {classes: read(name) for classes, name in SELF.items()}
     for i, method in enumerate(("label smoothing", "Tf-KD", "USKD")):
-        found = {  # shifted, so that the methods do not overlap
+        found = {  # shifted, so that the dots of the methods do not overlap
             classes * 1.03 ** (i - 1): gains(BASELINE, method, table)
             for classes, table in tables.items()
             if len(gains(BASELINE, method, table)) > 1
@@ -183,7 +186,7 @@ def plot_gains() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="only compare; status 1 if a table is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is out of date")
     parser.add_argument(
         "--compare", nargs=3, metavar=("TABLE", "METHOD", "OTHER"), help="print the gain of a row over another"
     )
@@ -211,7 +214,7 @@ def main() -> int:
             flags=re.S,
         )
         if args.check and new != text:
-            print(f"{page} is out of date: python examples/paper/report.py", file=sys.stderr)
+            print(f"{page} is out of date: run python examples/paper/report.py", file=sys.stderr)
             status = 1
         elif not args.check:
             page.write_text(new)
