@@ -407,7 +407,9 @@ def describe(bounded: Bounded, max_drop: float) -> list[str]:
     rows[0] |= {"top1": kept.top1}
     lines += [table(rows, "file: top1:.2f top1_difference:+.2f p50_ms:.2f mb:.1f cpu/wall:.2f"), ""]
     seen = f"{kept.images} validation images that calibration did not read; standard error {kept.error:.2f}"
-    lines += [f"top-1 loses {kept.drop:.2f} points (bound {max_drop:g}) on {seen}; calibrated by {bounded.method}"]
+    lines += [
+        f"top-1 changes by {-kept.drop:+.2f} points (bound {-max_drop:g}) on {seen}; calibrated by {bounded.method}"
+    ]
     if kept.error > max_drop:
         more = "train.py --reference N keeps more images"
         lines += [f"{kept.images} images cannot show a loss of {max_drop:g} points reliably: {more}"]
