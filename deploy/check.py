@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -37,7 +38,7 @@ from deploy.per_class import write_per_class
 from deploy.preprocess import UnreadableImage, endings, open_image, prepare
 from deploy.reference import NAME, evenly, read_reference
 from deploy.run_directory import SPLIT, read_split
-from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, load, products_saturate
+from deploy.runtimes import LOADERS, OPENVINO, TORCH_KINDS, RunOn, Runtime, has_torch, load, products_saturate
 
 BATCHES = (1, 2, 5, 64)
 LARGEST = max(BATCHES)
@@ -107,6 +108,8 @@ class Candidate:
 
     def __init__(self, artefact: Path, weights_sha256: str, on: RunOn) -> None:
         self.name, self.fault, self.tally = artefact.name, "", Tally()
+        if on.device == OPENVINO:
+            self.name += " in OpenVINO"
         self.runtime: Runtime | None = None
         try:
             self.runtime = load(artefact, on)
@@ -144,6 +147,10 @@ def check_artefacts(
 ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
     """Return a row of the student itself and of each artefact, the labels, and the classes that the student gives."""
     candidates = [Candidate(artefact, expected.weights_sha256, on) for artefact in artefacts]
+    if on.device in ("auto", "cpu") and importlib.util.find_spec("openvino"):
+        by_openvino = dataclasses.replace(on, device=OPENVINO)
+        onnx_files = [artefact for artefact in artefacts if artefact.suffix == ".onnx"]
+        candidates += [Candidate(artefact, expected.weights_sha256, by_openvino) for artefact in onnx_files]
     student, answers = Tally(), []
     for images, labels, logits in ProgressBar(expected.batches, "check", expected.images, LARGEST, unit="images"):
         for candidate in candidates:
@@ -298,10 +305,12 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     """Return the artefacts that are named, as paths or as files of the student's folder; by default all in it."""
     if not names:
         found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
-        of_torch = [file for file in found if file.suffix in TORCH_KINDS and not has_torch()]
-        if of_torch:
-            log(f"left out, since torch is not installed: {', '.join(file.name for file in of_torch)}")
-        found = [file for file in found if file not in of_torch]
+        found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # its own files
+        for package, kinds in (("torch", TORCH_KINDS), ("ncnn", (".param",))):
+            missing = [file for file in found if file.suffix in kinds and not importlib.util.find_spec(package)]
+            if missing:
+                log(f"left out, since {package} is not installed: {', '.join(file.name for file in missing)}")
+            found = [file for file in found if file not in missing]
         if not found:
             raise UserError(f"{student} has no artefact yet: python -m deploy.export {student}")
         return found

@@ -61,7 +61,7 @@ ARROWS = {
     "deploy/*.py": (
         *("deploy.*", "numpy", "PIL"),
         *("[matplotlib]", "[onnx]", "[onnxruntime]", "[pynvml]", "[tqdm]", "[torch]"),
-        *("[tensorrt]", "[tensorrt_rtx_bindings]", "[onnxruntime_ep_nv_tensorrt_rtx]"),
+        *("[tensorrt]", "[tensorrt_rtx_bindings]", "[onnxruntime_ep_nv_tensorrt_rtx]", "[openvino]", "[ncnn]"),
     ),
 }
 
