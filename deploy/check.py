@@ -50,7 +50,7 @@ TOLERANCES = {
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
     "int8": dict(error=float("inf"), agreement=90.0, drop=2.0),
 }
-INT8_ADVICE = "try quantize --method percentile, or calibrate on more images (train.py --reference N)"
+INT8_ADVICE = "try quantize --max-drop 2, or calibrate on more images (train.py --reference N)"
 
 
 COLUMNS = (  # of the table, and their formats
