@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -43,6 +44,7 @@ from deploy.reference import NAME, evenly, read_reference
 from deploy.run_directory import SPLIT, read_split
 from deploy.runtimes import (
     LOADERS,
+    OPENVINO,
     TORCH_KINDS,
     RunOn,
     Runtime,
@@ -64,7 +66,7 @@ TOLERANCES = {
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
     "int8": dict(error=float("inf"), agreement=90.0, drop=2.0),
 }
-INT8_ADVICE = "try quantize --method percentile, or calibrate on more images (train.py --reference N)"
+INT8_ADVICE = "try quantize --max-drop 2, or calibrate on more images (train.py --reference N)"
 
 
 COLUMNS = (  # of the table, and their formats
@@ -140,6 +142,8 @@ class Candidate:
 
     def __init__(self, artefact: Path, weights_sha256: str, on: RunOn) -> None:
         self.name, self.fault, self.tally = artefact.name, "", Tally()
+        if on.device == OPENVINO:
+            self.name += " in OpenVINO"
         self.runtime: Runtime | None = None
         try:
             self.runtime = load(artefact, on)
@@ -182,6 +186,10 @@ def check_artefacts(
     metadata: of the student
     """
     candidates = [Candidate(artefact, expected.weights_sha256, on) for artefact in artefacts]
+    if on.device in ("auto", "cpu") and importlib.util.find_spec("openvino"):
+        by_openvino = dataclasses.replace(on, device=OPENVINO)
+        onnx_files = [artefact for artefact in artefacts if artefact.suffix == ".onnx"]
+        candidates += [Candidate(artefact, expected.weights_sha256, by_openvino) for artefact in onnx_files]
     student, answers = Tally(), []
     for images, labels, logits in ProgressBar(expected.batches, "check", expected.images, LARGEST, unit="images"):
         for candidate in candidates:
@@ -337,10 +345,12 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     """Return the artefacts that are named, as paths or as files of the student's folder; by default all in it."""
     if not names:
         found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
-        of_torch = [file for file in found if file.suffix in TORCH_KINDS and not has_torch()]
-        if of_torch:
-            log(f"left out, since torch is not installed: {', '.join(file.name for file in of_torch)}")
-        found = [file for file in found if file not in of_torch]
+        found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # its own files
+        for package, kinds in (("torch", TORCH_KINDS), ("ncnn", (".param",))):
+            missing = [file for file in found if file.suffix in kinds and not importlib.util.find_spec(package)]
+            if missing:
+                log(f"left out, since {package} is not installed: {', '.join(file.name for file in missing)}")
+            found = [file for file in found if file not in missing]
         if not found:
             raise UserError(f"{student} has no artefact yet: python -m deploy.export {student}")
         return found

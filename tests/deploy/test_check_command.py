@@ -235,7 +235,7 @@ def test_a_failed_int8_file_comes_with_advice():
     row = {"provider": "CUDAExecutionProvider", "precision": "int8-tensorrt", "agreement": 70.0, "top1_difference": 0.0}
     verdict = check.judge(row, tally)
     assert verdict.startswith("FAIL: agreement 70.00 < 90.0 %; ")
-    assert "quantize --method percentile" in verdict
+    assert "quantize --max-drop" in verdict
     assert check.judge(row | {"agreement": 95.0}, tally) == "pass"
 
 

@@ -61,7 +61,7 @@ ARROWS = {
     "deploy/*.py": (
         *("deploy.*", "numpy", "PIL"),
         *("[matplotlib]", "[onnx]", "[onnxruntime]", "[pynvml]", "[tqdm]", "[torch]"),
-        *("[tensorrt]", "[tensorrt_rtx_bindings]", "[onnxruntime_ep_nv_tensorrt_rtx]"),
+        *("[tensorrt]", "[tensorrt_rtx_bindings]", "[onnxruntime_ep_nv_tensorrt_rtx]", "[openvino]", "[ncnn]"),
     ),
 }
 
@@ -167,7 +167,7 @@ def on(device, *command, cwd=None, status=0, output="stdout", **environment):
 @pytest.mark.slow
 def test_light_modules_load_nothing_else_even_where_torch_is_installed():
     """By all that they import at the top, directly or not."""
-    light = "serve, check, benchmark, build, triton, predict, pack, quantize, tensorrt, on_device"
+    light = "serve, check, benchmark, build, triton, predict, pack, quantize, candidates, tensorrt, on_device"
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from deploy import {light}; print(*sys.modules)"
     loaded = set(on(Path(sys.executable), "-c", program).split())
     foreign = (
