@@ -52,7 +52,7 @@ class Weights:
     """Hold the weights and options of the loss."""
 
     gamma: float
-    temperature: float | None  # None: 1
+    temperature: float | None  # None stands for 1
     ce_weight: float
 
 

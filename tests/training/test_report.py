@@ -72,9 +72,8 @@ def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_pat
     assert page.get_by_role("img", name="top-1 by epoch").count() == 1
     assert page.get_by_role("img", name="accuracy against confidence").count() == 1
     pictures = page.locator("img")
-    assert pictures.count() == 2 * report.SAMPLES + len(
-        runs
-    )  # samples of the two distilled students, a confusion matrix of each run
+    # samples of the two distilled students, and a confusion matrix of each run
+    assert pictures.count() == 2 * report.SAMPLES + len(runs)
     assert all(pictures.nth(i).evaluate("image => image.naturalWidth") > 0 for i in range(pictures.count()))
     assert "T_t" in page.locator("body").inner_text()
     assert "P_t" in page.locator("body").inner_text()
