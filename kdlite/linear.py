@@ -52,7 +52,7 @@ class Weights:
     """Hold the weights and options of the loss."""
 
     gamma: float
-    temperature: float | None  # None: 1
+    temperature: float | None  # None stands for 1
     ce_weight: float
 
 
@@ -102,7 +102,7 @@ def nkd_linear_loss(
         ce_weight: weight of the cross-entropy in the sum; 0: NKD alone.
         gamma: as in :func:`kdlite.nkd_loss`.
         temperature: as in :func:`kdlite.nkd_loss`.
-        ignore_index: targets of this class index add nothing and are not counted by "mean".
+        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
         reduction: "mean" (over the targets that are not ignored) or "sum".
 
     Returns:

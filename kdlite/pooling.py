@@ -124,14 +124,14 @@ def choose_layer(layers: list[str], seen: dict[str, Seen], batch: int) -> str:
     )
 
 
-def find_pooling(model: nn.Module, layer: str, example: Any, feature: Seen, asked: str | None) -> tuple[str, int]:
+def find_pooling(model: nn.Module, layer: str, example: Any, feature: Seen, pooling: str | None) -> tuple[str, int]:
     """Return the key of POOLINGS, and the number of first tokens that the mean leaves out."""
     if len(feature.shape) == 2:
         return "none", 0
-    if asked == "class token" and len(feature.shape) != 3:
+    if pooling == "class token" and len(feature.shape) != 3:
         raise ValueError(f'pooling="class token" needs (N, L, C), but layer {layer!r} returns {feature.text}')
-    if asked:
-        return asked, 0
+    if pooling:
+        return pooling, 0
     if not has_channels_last(model, layer, example, feature.shape):
         return "channels first", 0
     if len(feature.shape) > 3:

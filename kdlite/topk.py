@@ -63,7 +63,7 @@ def nkd_topk_loss(
         teacher_indices: the classes i, integers of the same shape, no class twice.
         target: class indices, (N,), (N, d1, ...) or (); None: the teacher's most probable class (for unlabelled data).
         gamma: as in :func:`kdlite.nkd_loss`.
-        ignore_index: targets of this class index add nothing and are not counted by "mean".
+        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
         reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
 
     Returns:

@@ -52,7 +52,7 @@ def uskd_loss(
         beta: weight of the non-target term. The paper uses 0.1.
         mu: weight of the weak head's own cross-entropy. The paper uses 0.005 on ImageNet, 0.1 on CIFAR-100.
         label_smoothing: smoothing of the weak head's target, in [0, 1].
-        ignore_index: targets of this class index add nothing and are not counted by "mean".
+        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
         reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
         group: processes that share one batch, such as ``torch.distributed.group.WORLD``; under DDP the gradients then
             equal those of the whole batch on one process. It costs one all-reduce of two numbers. None: this process

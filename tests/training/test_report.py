@@ -1,4 +1,4 @@
-"""examples/report.py: the page about some runs, opened in a real browser."""
+"""Test examples/report.py: the page about some runs, opened in a real browser."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-def test_the_calibration_error_is_that_of_a_plain_loop():
+def test_the_calibration_error_equals_that_of_a_plain_loop():
     random = np.random.default_rng(0)
     p = random.dirichlet(np.full(5, 0.3), 500)
     labels = random.integers(5, size=500)
@@ -64,12 +64,12 @@ def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_pat
     assert done.stderr == f"skipped: {tmp_path} is not a run of train.py, or has no finished epoch\n"
 
     page = browser.new_page(viewport={"width": 400, "height": 800})
-    problems, asked = [], []
+    problems, requested = [], []
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(f"file://{tmp_path}/page.html")
     assert problems == []
-    assert [url for url in asked if not url.startswith("data:")] == [f"file://{tmp_path}/page.html"]
+    assert [url for url in requested if not url.startswith("data:")] == [f"file://{tmp_path}/page.html"]
     for folder in runs:
         cells = page.locator("table").first.locator("tr", has_text=folder.name).locator("td").all_inner_texts()
         assert cells[4] == f"{float(rows(folder)[-1]['val_top1']):.2f}"
@@ -80,7 +80,7 @@ def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_pat
     wrong = [int((one.reference.logits.argmax(1) != one.reference.labels).sum()) for one in known]
     shown = sum(min(count, report.MISTAKES) for count in wrong)
     assert shown > 0
-    assert pictures.count() == 2 * report.SAMPLES + len(runs) + shown  # of the distilled ones; confusion, mistakes
+    assert pictures.count() == 2 * report.SAMPLES + len(runs) + shown  # samples of two students; confusion, mistakes
     assert all(pictures.nth(i).evaluate("image => image.naturalWidth") > 0 for i in range(pictures.count()))
     assert "T_t" in page.locator("body").inner_text()
     assert "P_t" in page.locator("body").inner_text()
@@ -136,7 +136,7 @@ def test_the_table_has_the_calibration_error_with_the_temperature(known):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_the_soft_labels_are_those_of_the_losses(runs, temperature):
+def test_the_soft_labels_on_the_page_equal_those_of_the_losses(runs, temperature):
     """Compare the gradient of the loss, by the student's logits, with one computed from the labels on the page."""
     known = report.read_run(next(folder for folder in runs if folder.name == "with-teacher"))
     known = known._replace(flags=known.flags | {"temperature": temperature})
@@ -167,14 +167,14 @@ def test_damaged_and_missing_files_are_reported_and_the_rest_is_shown(runs, tmp_
     shutil.copytree(teacher, odd)
     (odd / "metrics.csv").write_text("epoch,val_top1\n1,\n")
     row = {"batch": 1, "p50_ms": 1.0, "artefact": "student.onnx", "precision": "fp32", "provider": "CPU"}
-    (other / "student/benchmark.json").write_text(json.dumps({"rows": [row]}))  # timed on random images: no accuracy
+    (other / "student/benchmark.json").write_text(json.dumps({"rows": [row]}))  # without an accuracy
     folders = [str(teacher), str(other), str(odd)]
     assert report.command(report.parser, report.run, [*folders, "-o", str(tmp_path / "p.html")]) == 0
     assert capsys.readouterr().err == f"skipped: {odd} is not a run of train.py, or has no finished epoch\n"
     text = (tmp_path / "p.html").read_text()
     assert "reference.npz cannot be read" in text
     assert "Not measured" in text
-    assert f"<td>{teacher}</td>" in text  # two runs of one name
+    assert f"<td>{teacher}</td>" in text  # two runs have the same name
     assert f"<td>{other}</td>" in text
 
 
@@ -185,7 +185,7 @@ def test_grey_images_are_shown(tmp_path):
     assert "data:image/png" in report.page([report.read_run(tmp_path / "grey")])
 
 
-def test_folders_without_a_run_are_an_error_of_one_line(tmp_path, capsys):
+def test_folders_without_a_run_print_one_line(tmp_path, capsys):
     assert report.command(report.parser, report.run, [str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"report.py: error: no run of train.py among {tmp_path}: ")
     assert report.command(report.parser, report.run, [str(tmp_path / "nowhere")]) == 2

@@ -214,10 +214,10 @@ def test_a_second_run_in_a_directory_is_refused_and_changes_nothing(capsys):
         line = refused(capsys, *TINY, "--output", "out", "--resume")
         assert f"out is in use by process {os.getpid()} on {socket.gethostname()}: wait" in line
     assert {name: (Path("out") / name).read_bytes() for name in before} == before
-    run("--output", "out", "--resume", *OWN, "--epochs", 2)  # the lock is free
+    run("--output", "out", "--resume", *OWN, "--epochs", 2)  # the lock is free again
 
 
-def test_a_lock_does_not_outlive_a_killed_run():
+def test_a_lock_ends_with_a_killed_run():
     code = "import sys, os, signal; from pathlib import Path; from deploy import run_directory as r\n"
     code += "with r.locked(Path('.')): os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -229,7 +229,7 @@ def test_a_lock_does_not_outlive_a_killed_run():
 # ---- a run directory from elsewhere ----
 
 
-def test_code_that_a_run_directory_names_is_never_run(tmp_path, capsys):
+def test_a_resume_never_runs_code_that_only_the_run_directory_names(tmp_path, capsys):
     run(*TINY, "--output", "out")
     Path("evil.py").write_text("open('ran', 'w')\n\ndef loss(student, teacher, target):\n    return student.sum()\n")
     about = json.loads(Path("out/args.json").read_text())
