@@ -1,9 +1,10 @@
-"""Write the tables in README.md and examples/paper/README.md, and the plots, from results/*.csv.
+"""Write the tables in examples/paper/README.md, and the plots, from results/*.csv.
 
     python examples/paper/report.py            # --check writes nothing, and fails if a table differs from its file
     python examples/paper/report.py --compare few-images KD NKD    # the paired t-test between two rows
+    python examples/paper/report.py --pooled USKD                  # the mean gain over six settings
 
-The table of results/NAME.csv is between <!-- table NAME --> and <!-- end -->; `summary` has few-epochs and few-images.
+The table of results/NAME.csv is between <!-- table NAME --> and <!-- end -->.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from scipy.stats import t, ttest_1samp
+from scipy.stats import norm, t, ttest_1samp
 
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parents[1] / "README.md", HERE / "README.md"]
@@ -32,6 +33,7 @@ GAINS = {
     "no teacher,\n50 classes": ("self-50", "", ""),
     "no teacher, 50 classes,\nstudent fits": ("self-50-fits", "", ""),
 }
+POOLED = ("few-epochs", "few-images", "self-20", "self-50", "self-100", "self-50-fits")  # USKD at the same weights
 SELF = {classes: f"self-{classes}" for classes in (20, 50, 100)}  # each with 8,000 images in all
 
 
@@ -91,21 +93,6 @@ def markdown(name: str) -> str:
         cells += [spread(column(rows, "val_top5"), 1)]
         cells += [", ".join(f"{statistics.mean(column(rows, key)):.2f}" for key in ("loss_ce", "val_loss"))]
         cells += over(TUNED, method, table) if TUNED in table else ()
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def summary() -> str:
-    """Return the table of few-epochs and few-images."""
-    few_epochs, few_images = read("few-epochs"), read("few-images")
-    lines = [
-        "| trained with | underfits: top-1 % | over cross-entropy | fits: top-1 % | over cross-entropy |",
-        "|---|---|---|---|---|",
-    ]
-    for method in few_epochs:
-        cells = [method]
-        for table in (few_epochs, few_images):
-            cells += [spread(column(table[method], "val_top1")), over(BASELINE, method, table)[0]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -184,13 +171,29 @@ def plot_gains() -> None:
     plt.close(figure)
 
 
+def pooled(method: str) -> str:
+    """Return the mean gain of a method over the settings of POOLED, weighed by 1 / variance, with its 95 % interval."""
+    tables = {name: read(name) for name in POOLED}
+    found = {name: gains(BASELINE, method, table) for name, table in tables.items() if method in table}
+    errors = {name: statistics.stdev(values) / len(values) ** 0.5 for name, values in found.items()}
+    weights = {name: error**-2 for name, error in errors.items()}
+    mean = sum(weights[name] * statistics.mean(found[name]) for name in found) / sum(weights.values())
+    half = float(norm.ppf(0.975)) * sum(weights.values()) ** -0.5
+    count = sum(map(len, found.values()))
+    return f"{mean:+.2f} ({mean - half:.2f} to {mean + half:.2f}), {count} pairs of {', '.join(found)}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is out of date")
     parser.add_argument(
         "--compare", nargs=3, metavar=("TABLE", "METHOD", "OTHER"), help="print the gain of a row over another"
     )
+    parser.add_argument("--pooled", metavar="METHOD", help="print the mean gain of a method over POOLED")
     args = parser.parse_args()
+    if args.pooled:
+        print(pooled(args.pooled))
+        return 0
     if args.compare:
         name, method, other = args.compare
         names = {file.stem for file in HERE.glob("results/*.csv")}
@@ -209,7 +212,7 @@ def main() -> int:
         text = page.read_text()
         new = re.sub(
             r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)",
-            lambda m: f"{m[1]}\n{summary() if m[2] == 'summary' else markdown(m[2])}\n\n{m[3]}",
+            lambda m: f"{m[1]}\n{markdown(m[2])}\n\n{m[3]}",
             text,
             flags=re.S,
         )
