@@ -50,6 +50,11 @@ class Data(NamedTuple):
         """The training images with a label."""
         return self.train.part(range(len(self.train) - self.unlabelled)) if self.unlabelled else self.train
 
+    @property
+    def numbered(self) -> Any:
+        """The training images whose numbers stored labels have: those of --fold too."""
+        return self.train.dataset if isinstance(self.train, Fold) else self.train
+
     def preprocessing(self, channels: int, interpolation: str, crop: float) -> dict[str, Any]:
         """Return mean, std, interpolation and crop for images of 3 channels, or of 1."""
         mean, std = ([sum(x) / 3] if channels == 1 else list(x) for x in (self.mean, self.std))
@@ -304,7 +309,7 @@ def abbreviate(names: Iterable[str]) -> str:
 # ---- a part of the training images validates ----------------------------------------------------------------------
 
 
-class Part(Subset):
+class Fold(Subset):
     """Some images of a data set. Their numbers in the whole set seed their crops and find their stored labels."""
 
     def __init__(self, whole: Any, numbers: Sequence[int]) -> None:
@@ -331,15 +336,15 @@ def hold_out(data: Data, part: int, parts: int) -> Data:
     """
     if data.unlabelled or not part < parts or parts < 2:
         raise UserError(f"--fold {part} {parts}: expected I N with I < N and N of at least 2, and no --unlabelled")
-    whole = Part(data.train, range(len(data.train)))
+    whole = Fold(data.train, range(len(data.train)))
     members = collections.defaultdict(list)
     for number, (file, target) in enumerate(zip(whole.files(), whole.targets)):
         members[target].append((hashlib.sha256(f"fold {file}".encode()).digest(), number))
     held = {number for of_class in members.values() for _, number in sorted(of_class)[part::parts]}
-    train = Part(data.train, [number for number in range(len(whole)) if number not in held])
+    train = Fold(data.train, [number for number in range(len(whole)) if number not in held])
     if lacking := [name for name, count in zip(train.classes, class_counts(train)) if not count]:
         raise UserError(f"--fold {part} {parts}: no image of {abbreviate(lacking)} is left to train on: add images")
-    return data._replace(train=train, val=Part(data.train, sorted(held)))
+    return data._replace(train=train, val=Fold(data.train, sorted(held)))
 
 
 # ---- validation images split off ----------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ ARMS: dict[str, list[str]] = {
     },
 }
 FIRST = "NKD gamma 1.5 T 1"  # the arm whose run of one epoch is measured
-ANY_LABELS = [name for name in ARMS if name == "cross-entropy" or name.startswith("NKD") and name.endswith("T 1")]
+ANY_LABELS = [name for name in ARMS if name[:3] in ("cro", "NKD") and not name.endswith("T 3")]
 PARTS = 5  # of the training images: a run validates on one, and trains on the others
 MOST_CLASSES = 200  # with more classes the ten largest answers are stored, which only the arms of ANY_LABELS can use
 REFUSED = {"kd", "gamma", "temperature", "kd_weight", "self_kd", "unlabelled", "fold", "resume"}
@@ -120,9 +120,9 @@ class Trainer:
             flags = [*self.flags, *ARMS[name], *stored, "--epochs", epochs, "--warmup-epochs", warmup]
             flags += ["--fold", part, PARTS, "--seed", self.args.seed + part, "--reference", 0]
             place.parent.mkdir(parents=True, exist_ok=True)
-            with open(place.parent / "log.txt", "a", encoding="utf-8") as file:
-                with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                    status = self.main(list(map(str, [*flags, "--output", place, "--resume"])))
+            log_file = open(place.parent / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+            with log_file, contextlib.redirect_stdout(log_file), contextlib.redirect_stderr(log_file):
+                status = self.main(list(map(str, [*flags, "--output", place, "--resume"])))
             if status:
                 log(f"{name}: the run failed: {last_line(place.parent / 'log.txt')}")
                 return None, 0.0

@@ -1,7 +1,6 @@
 """Test python -m kdlite.training.tune: the choice of a loss and its weights on the training images."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -90,11 +89,10 @@ def test_it_runs_its_rounds_and_prints_a_command_that_train_py_accepts(photos, m
     assert "--data photos" in line
     assert len(commands) == 1 + sum(tune.RUNGS)  # the labels, and each arm of each round
 
-    commands.clear()  # the same command runs nothing again
-    call(*flags)
-    assert {Path(command[1]).name for command in commands} <= {"-m"}
     assert json.loads(Path("out/plan.json").read_text())["epochs"] == 1
-    assert not any(os.path.islink(path) for path in Path("out").glob("*"))
+    monkeypatch.delattr(tune, "make_plan")  # a second call takes the plan of the first
+    monkeypatch.setattr(tune, "tune", lambda *_: dict.fromkeys(tune.ARMS, np.ones(4)))
+    call(*flags)
 
 
 def test_a_time_that_is_too_short_is_refused(photos, monkeypatch):
