@@ -192,7 +192,9 @@ def test_a_tap_made_before_the_first_compiled_call_works():
 @pytest.mark.slow
 def test_tapping_a_compiled_model_is_refused():
     torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match="compiled already: make the FeatureTap or WithWeakHead first"):
+    with pytest.raises(
+        RuntimeError, match=r"is compiled already: make the FeatureTap or WithWeakHead first, then call torch.compile"
+    ):
         FeatureTap(torch.compile(Net()), "layer1")
     in_place = Net()
     in_place.compile()
