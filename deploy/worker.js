@@ -67,22 +67,22 @@ async function predict(picture) {
 const starts = (bytes, text, at = 0) => [...text].every((letter, i) => bytes[at + i] === letter.charCodeAt(0))
 const uint32 = (bytes, at) => new DataView(bytes.buffer, bytes.byteOffset).getUint32(at)
 
-function refuse(bytes) { // throw an Error, in words, for a picture that a browser would read unlike deploy/preprocess.py
+// Return where the EXIF data of a picture begins, or -1. Throw an Error, in words, for a picture that a browser would
+// read unlike deploy/preprocess.py.
+function examine(bytes) {
   const cut = new Error("The picture is cut off: its file is not complete.")
   if (!bytes.length) throw new Error("The file is empty.")
-  if (starts(bytes, "\xff\xd8\xff")) refuseJpeg(bytes, cut)
-  else if (starts(bytes, "\x89PNG")) refusePng(bytes, cut)
-  else if (starts(bytes, "RIFF") && starts(bytes, "WEBP", 8)) {
-    if (new DataView(bytes.buffer).getUint32(4, true) + 8 > bytes.length) throw cut
-  } else if (starts(bytes, "ftyphe", 4) || starts(bytes, "ftypmi", 4))
+  if (starts(bytes, "\xff\xd8\xff")) return examineJpeg(bytes, cut)
+  if (starts(bytes, "\x89PNG")) return examinePng(bytes, cut)
+  if (starts(bytes, "RIFF") && starts(bytes, "WEBP", 8)) return examineWebp(bytes, cut)
+  if (starts(bytes, "ftyphe", 4) || starts(bytes, "ftypmi", 4))
     throw new Error("This is HEIC, as iPhones make it: set the camera to Most Compatible, or convert it to JPEG.")
-  else if (!starts(bytes, "GIF8")) throw new Error(`This is not a picture of a known format: ${READS}.`)
-  const text = new TextDecoder("latin1").decode(bytes.subarray(0, 1 << 18))
-  if (/tiff:Orientation(="|>)[2-8]/.test(text) && !/Exif\0\0|eXIf|EXIF/.test(text))
-    throw new Error("Only XMP data says how the picture is turned, which browsers ignore: save it upright.")
+  if (!starts(bytes, "GIF8")) throw new Error(`This is not a picture of a known format: ${READS}.`)
+  return -1
 }
 
-function refuseJpeg(bytes, cut) {
+function examineJpeg(bytes, cut) {
+  let exif = -1
   for (let at = 2; ;) { // from segment to segment, up to the first scan
     while (bytes[at] === 0xff && bytes[at + 1] === 0xff) at++
     if (at + 4 > bytes.length) throw cut
@@ -90,24 +90,63 @@ function refuseJpeg(bytes, cut) {
     const kind = bytes[at + 1]
     if (kind >= 0xc0 && kind <= 0xcf && ![0xc4, 0xc8, 0xcc].includes(kind) && bytes[at + 9] === 4)
       throw new Error("This JPEG has CMYK colours, for printing: save it with RGB colours.")
+    if (kind === 0xe1 && starts(bytes, "Exif\0\0", at + 4) && exif < 0) exif = at + 10
     at += 2 + bytes[at + 2] * 256 + bytes[at + 3]
     if (kind === 0xda) {
-      for (; at < bytes.length - 1; at++) if (bytes[at] === 0xff && bytes[at + 1] === 0xd9) return
+      for (; at < bytes.length - 1; at++) if (bytes[at] === 0xff && bytes[at + 1] === 0xd9) return exif
       throw cut
     }
   }
 }
 
-function refusePng(bytes, cut) {
+function examinePng(bytes, cut) {
+  let exif = -1
   if (bytes.length < 33) throw cut
   if (bytes[24] === 16) throw new Error("This PNG has 16 bits a channel: save it with 8.")
   for (let at = 8; at + 12 <= bytes.length; at += 12 + uint32(bytes, at)) {
     const end = at + 8 + uint32(bytes, at)
     if (end + 4 > bytes.length) throw cut
     if (uint32(bytes, end) !== crc32(bytes.subarray(at + 4, end))) throw new Error("This PNG is damaged.")
-    if (starts(bytes, "IEND", at + 4)) return
+    if (starts(bytes, "eXIf", at + 4)) exif = at + 8
+    if (starts(bytes, "IEND", at + 4)) return exif
   }
   throw cut
+}
+
+function examineWebp(bytes, cut) {
+  const view = new DataView(bytes.buffer), end = view.getUint32(4, true) + 8
+  let exif = -1
+  if (end > bytes.length) throw cut
+  for (let at = 12, size; at + 8 <= end; at += 8 + size + (size & 1)) {
+    size = view.getUint32(at + 4, true)
+    if (at + 8 + size > end) throw cut
+    if (starts(bytes, "EXIF", at)) exif = at + (starts(bytes, "Exif\0\0", at + 8) ? 14 : 8)
+  }
+  return exif
+}
+
+// Return the orientation of a picture, 1 to 8, and set it to 1 in the bytes: browsers apply that of some formats only
+function takeOrientation(bytes, exif) {
+  const view = new DataView(bytes.buffer), little = exif >= 0 && starts(bytes, "II", exif)
+  try {
+    if (exif >= 0) {
+      const list = exif + view.getUint32(exif + 4, little)
+      for (let at = list + 2, left = view.getUint16(list, little); left > 0; at += 12, left--) {
+        if (view.getUint16(at, little) !== 0x0112 || view.getUint16(at + 2, little) !== 3) continue
+        const value = view.getUint16(at + 8, little)
+        view.setUint16(at + 8, 1, little)
+        if (starts(bytes, "\x89PNG")) { // a chunk ends with a checksum
+          const end = exif + view.getUint32(exif - 8)
+          view.setUint32(end, crc32(bytes.subarray(exif - 4, end)))
+        }
+        return value >= 1 && value <= 8 ? value : 1
+      }
+    }
+  } catch (reason) { // damaged EXIF data of a good picture: RangeError
+    if (!(reason instanceof RangeError)) throw reason
+  }
+  const text = new TextDecoder("latin1").decode(bytes.subarray(0, 1 << 20))
+  return Number(text.match(/tiff:Orientation(?:="|>)([1-8])/)?.[1] ?? 1) // of XMP data
 }
 
 const CRC = Uint32Array.from({ length: 256 }, (_, n) => {
@@ -172,14 +211,24 @@ function resizedSize(width, height) { // before the crop
   return width <= height ? [short, Math.trunc((short * height) / width)] : [Math.trunc((short * width) / height), short]
 }
 
+const TURNS = { // orientation -> the canvas transform that undoes it, of a picture of w x h pixels as stored
+  1: () => [1, 0, 0, 1, 0, 0],
+  2: w => [-1, 0, 0, 1, w, 0],
+  3: (w, h) => [-1, 0, 0, -1, w, h],
+  4: (w, h) => [1, 0, 0, -1, 0, h],
+  5: () => [0, 1, 1, 0, 0, 0],
+  6: (w, h) => [0, 1, -1, 0, h, 0],
+  7: (w, h) => [0, -1, -1, 0, h, w],
+  8: w => [0, -1, 1, 0, 0, w],
+}
+
 async function prepare(picture) { // a Blob -> the bytes that deploy.preprocess.prepare makes of it
-  const bytes = new Uint8Array(await picture.arrayBuffer())
-  refuse(bytes)
-  const raw = { colorSpaceConversion: "none", premultiplyAlpha: "default", imageOrientation: "from-image" }
-  const bitmap = await createImageBitmap(new Blob([bytes]), raw).catch(() => {
+  const bytes = new Uint8Array(await picture.arrayBuffer()), turn = takeOrientation(bytes, examine(bytes))
+  const bitmap = await createImageBitmap(new Blob([bytes]), { colorSpaceConversion: "none", premultiplyAlpha: "none" }).catch(() => {
     throw new Error("The picture is damaged, too large, or not of a kind that this browser reads.")
   })
-  const { width, height } = bitmap, [channels, H, W] = about.input_size, [w, h] = resizedSize(width, height)
+  const upright = turn < 5 ? [bitmap.width, bitmap.height] : [bitmap.height, bitmap.width]
+  const [width, height] = upright, [channels, H, W] = about.input_size, [w, h] = resizedSize(width, height)
   if (width * height > MOST_PIXELS || w * h > Math.max(MOST_PIXELS, 4 * H * W))
     throw new Error(`The picture is too large: ${width} x ${height} pixels, or too narrow a strip.`)
   const columns = weights(width, w, roundHalfToEven((w - W) / 2), W)
@@ -188,10 +237,14 @@ async function prepare(picture) { // a Blob -> the bytes that deploy.preprocess.
   const narrow = new Uint8ClampedArray((last - first) * W * 3), most = Math.max(1, Math.floor(STRIP / width))
   const canvas = new OffscreenCanvas(width, Math.min(most, last - first))
   const context = canvas.getContext("2d", { willReadFrequently: true })
+  const transform = TURNS[turn](bitmap.width, bitmap.height)
+  context.imageSmoothingEnabled = false
   for (let top = first; top < last; top += most) { // the width first, strip by strip
     const count = Math.min(most, last - top)
+    context.resetTransform()
     context.clearRect(0, 0, width, count)
-    context.drawImage(bitmap, 0, top, width, count, 0, 0, width, count)
+    context.setTransform(...transform.slice(0, 5), transform[5] - top)
+    context.drawImage(bitmap, 0, 0)
     const pixels = context.getImageData(0, 0, width, count).data
     whiten(pixels)
     resize(pixels, 4, 4 * width, count, columns, narrow, 3, 3 * W, (top - first) * 3 * W)
