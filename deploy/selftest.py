@@ -148,7 +148,8 @@ def read_vectors(folder: Path) -> dict[str, Any]:
     vectors = read_json(read_file(index, MAX_JSON), index)
     try:
         pictures, logits = vectors["pictures"], vectors["logits"]
-        valid = all(is_name(p["file"]) and is_name(p["prepared"]) for p in pictures) and len(pictures) > 0 and len(logits) > 0
+        valid = all(is_name(p["file"]) and is_name(p["prepared"]) for p in pictures)
+        valid = valid and len(pictures) > 0 and len(logits) > 0
         rows = [np.asarray(one["values"], np.float32) for one in logits.values()]
         valid = valid and all(row.ndim == 2 and len(row) == len(pictures) and row.size for row in rows)
         valid = valid and all(isinstance(one["tolerance"], (int, float)) for one in logits.values())
