@@ -521,7 +521,8 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                     if ema:
                         ema.update(student, step + 1)
                     if progress.step % LOG_EVERY == 0:
-                        shown.postfix = f"loss {losses.read():.4g}"
+                        left = (args.epochs * steps - step - 1) * progress.seconds / progress.step
+                        shown.postfix = f"loss {losses.read():.4g}{outputs.describe_left(left, ', ')}"
                     if saver.after_step():
                         return folder.report_stop(stop, progress)
                     if length.refit():

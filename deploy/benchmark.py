@@ -46,7 +46,7 @@ from deploy.runtimes import RunOn, Runtime, cuda_device_name, has_torch, load, p
 
 COLUMNS = (
     "artefact: runtime: provider: precision: batch:d threads:d p50_ms:.2f p90_ms:.2f p99_ms:.2f images_per_s:.0f "
-    "times_eager:.2f load_s:.2f build_s:.1f mb:.1f top1:.2f cpu/wall:.2f mj_per_image:.1f failed:"
+    "times_eager:.2f load_s:.2f build_s:.1f mb:.1f peak_mb:.0f top1:.2f cpu/wall:.2f mj_per_image:.1f failed:"
 )
 GPU_FIELDS = "name,clocks.sm,clocks.mem,power.limit,temperature.gpu"
 BUSY = 0.95  # least cpu/wall of a row on the CPU while no other program runs
@@ -61,6 +61,7 @@ class Slice(NamedTuple):
     wall_s: float
     cpu_s: float
     joules: float | None
+    peak_mb: float | None  # memory of the process so far, the libraries included; None: not Linux
 
 
 def work(pipe: Connection, path: Path, on: RunOn) -> None:
@@ -91,7 +92,13 @@ def time_calls(runtime: Runtime, images: np.ndarray, seconds: float, meter: Ener
         runtime.run(images)
         latencies.append(time.perf_counter() - before)
     wall = time.perf_counter() - started
-    return Slice(latencies, wall, time.process_time() - cpu, meter.stop())
+    return Slice(latencies, wall, time.process_time() - cpu, meter.stop(), peak_memory_mb())
+
+
+def peak_memory_mb() -> float | None:
+    """Return the most memory that this process has used; getrusage would count the parent's, from before the exec."""
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", read("/proc/self/status"), re.M)
+    return int(peak[1]) * 1024 / 1e6 if peak else None
 
 
 class Worker:
@@ -235,6 +242,7 @@ def summarise(slices: list[Slice], batch: int) -> dict[str, Any]:
     return times | {
         "images_per_s": images / latencies.sum(),
         "cpu/wall": sum(part.cpu_s for part in slices) / sum(part.wall_s for part in slices),
+        "peak_mb": slices[-1].peak_mb,
         "mj_per_image": 1e3 * sum(joules) / images if len(joules) == len(slices) else None,
     }
 

@@ -9,15 +9,19 @@ needed and the device that will serve can run the check. --images reads photogra
 torch's if torch and the weights are here, else those of student.onnx.
 
 The columns: top-1 and top-5; the difference to the student's own top-1; how often the two agree on the class; the
-largest error of a logit and the smallest cosine between two rows of logits, at batches of 1, 2, 5 and 64. Exit status 1
-if an artefact is outside the tolerance of its precision, cannot be run here, or was made from other weights. Writes
-check.json and, of the student's own answers, per_class.csv and confusion.png.
+largest error of a logit and the smallest cosine between two rows of logits, at batches of 1, 2, 5 and 64. ece_raw and
+ece: the calibration error in percent, without a temperature and with the file's own. answered: the percentage of images
+whose largest probability reaches the file's threshold ("none of these" for the others); top1_answered: their top-1.
+
+Exit status 1 if an artefact is outside the tolerance of its precision, cannot be run here, or was made from other
+weights. Writes check.json and, of the student's own answers, per_class.csv and confusion.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -32,12 +36,25 @@ import numpy as np
 
 from deploy import cli
 from deploy.cli import Parser, ProgressBar, UserError, first_line, log, printable, show
+from deploy.confidence import calibration
 from deploy.config import Metadata, read_config
 from deploy.per_class import write_per_class
 from deploy.preprocess import UnreadableImage, endings, open_image, prepare
 from deploy.reference import NAME, evenly, read_reference
 from deploy.run_directory import SPLIT, read_split
-from deploy.runtimes import LOADERS, TORCH_KINDS, RunOn, Runtime, has_torch, load, products_saturate
+from deploy.runtimes import (
+    LOADERS,
+    OPENVINO,
+    TORCH_KINDS,
+    RunOn,
+    Runtime,
+    has_torch,
+    is_answered,
+    load,
+    probabilities,
+    products_saturate,
+    softmax,
+)
 
 BATCHES = (1, 2, 5, 64)
 LARGEST = max(BATCHES)
@@ -49,12 +66,12 @@ TOLERANCES = {
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
     "int8": dict(error=float("inf"), agreement=90.0, drop=2.0),
 }
-INT8_ADVICE = "try quantize --method percentile, or calibrate on more images (train.py --reference N)"
+INT8_ADVICE = "try quantize --max-drop 2, or calibrate on more images (train.py --reference N)"
 
 
 COLUMNS = (  # of the table, and their formats
     "artefact: provider: precision: top1:.2f top5:.2f top1_difference:+.2f agreement:.2f max_abs_error:.1e cosine:.6f "
-    "batches: verdict:"
+    "batches: ece_raw:.2f ece:.2f answered:.2f top1_answered:.2f verdict:"
 )
 UNREADABLE = 0.01  # share of the images that may be unreadable
 Batch = tuple[np.ndarray, ...]  # images uint8 (B, H, W, 3), labels (B,) and logits (B, C)
@@ -77,14 +94,16 @@ class Tally:
     def __init__(self) -> None:
         self.images = self.top1 = self.top5 = self.agree = 0
         self.error, self.scale, self.cosine = 0.0, 0.0, 1.0
+        self.certainty: list[np.ndarray] = []  # (3, B): largest probability, raw and by the temperature; is it right
 
-    def add(self, logits: np.ndarray, labels: np.ndarray, expected: np.ndarray) -> None:
+    def add(self, logits: np.ndarray, labels: np.ndarray, expected: np.ndarray, metadata: Metadata) -> None:
         order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
         hits = order == labels[:, None]
         self.images += len(labels)
         self.top1 += int(hits[:, 0].sum())
         self.top5 += int(hits.sum())
         self.agree += int((order[:, 0] == expected.argmax(1)).sum())
+        self.certainty += [np.stack([softmax(logits).max(1), probabilities(logits, metadata).max(1), hits[:, 0]])]
         self.compare(logits, expected)
 
     def compare(self, logits: np.ndarray, expected: np.ndarray) -> None:
@@ -94,12 +113,28 @@ class Tally:
         cosine = (logits * expected).sum(1) / np.maximum(norms, np.finfo(np.float32).tiny)
         self.cosine = float(np.minimum(self.cosine, cosine.min()))
 
-    def columns(self, student: Tally) -> dict[str, Any]:
+    def columns(self, student: Tally, metadata: Metadata) -> dict[str, Any]:
         """Return the columns of the table; student: the tally of the expected logits."""
         counts = {"top1": self.top1, "top5": self.top5, "agreement": self.agree}
         row: dict[str, Any] = {name: 100 * count / self.images for name, count in counts.items()}
         row["top1_difference"] = row["top1"] - 100 * student.top1 / student.images
-        return row | {"max_abs_error": self.error, "cosine": self.cosine, "images": self.images}
+        row |= {"max_abs_error": self.error, "cosine": self.cosine, "images": self.images}
+        return row | self.confidence(metadata)
+
+    def confidence(self, metadata: Metadata) -> dict[str, Any]:
+        """Return the columns of temperature and threshold, without those that the metadata does not have."""
+        raw, by_temperature, right = np.concatenate(self.certainty, 1)
+        if not np.isfinite(raw).all():
+            return {}
+        row: dict[str, Any] = {"temperature": metadata.temperature, "threshold": metadata.threshold}
+        row |= {"ece_raw": 100 * calibration(raw, right).error}
+        if metadata.temperature:
+            row |= {"ece": 100 * calibration(by_temperature, right).error}
+        if metadata.threshold:
+            answered = is_answered(by_temperature, metadata)
+            row |= {"answered": 100 * answered.mean()}
+            row |= {"top1_answered": 100 * right[answered].mean() if answered.any() else None}
+        return row
 
 
 class Candidate:
@@ -107,6 +142,8 @@ class Candidate:
 
     def __init__(self, artefact: Path, weights_sha256: str, on: RunOn) -> None:
         self.name, self.fault, self.tally = artefact.name, "", Tally()
+        if on.device == OPENVINO:
+            self.name += " in OpenVINO"
         self.runtime: Runtime | None = None
         try:
             self.runtime = load(artefact, on)
@@ -120,7 +157,7 @@ class Candidate:
         if self.runtime is None or self.fault:
             return
         try:
-            self.tally.add(self.runtime.run_in_parts(images, LARGEST), labels, expected)
+            self.tally.add(self.runtime.run_in_parts(images, LARGEST), labels, expected, self.runtime.metadata)
             if first:
                 picked = np.arange(LARGEST) % len(images)
                 for size in sizes_of(self.runtime):
@@ -135,24 +172,34 @@ class Candidate:
             row |= {"provider": self.runtime.provider, "precision": self.runtime.metadata.precision}
         if self.runtime is None or self.fault:
             return row
-        row |= self.tally.columns(student) | {"batches": " ".join(map(str, sizes_of(self.runtime)))}
+        row |= self.tally.columns(student, self.runtime.metadata) | {
+            "batches": " ".join(map(str, sizes_of(self.runtime)))
+        }
         return row | {"verdict": judge(row, self.tally)}
 
 
 def check_artefacts(
-    artefacts: list[Path], expected: Expected, on: RunOn
+    artefacts: list[Path], expected: Expected, on: RunOn, metadata: Metadata
 ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    """Return a row of the student itself and of each artefact, the labels, and the classes that the student gives."""
+    """Return a row of the student itself and of each artefact, the labels, and the classes that the student gives.
+
+    metadata: of the student
+    """
     candidates = [Candidate(artefact, expected.weights_sha256, on) for artefact in artefacts]
+    if on.device in ("auto", "cpu") and importlib.util.find_spec("openvino"):
+        by_openvino = dataclasses.replace(on, device=OPENVINO)
+        onnx_files = [artefact for artefact in artefacts if artefact.suffix == ".onnx"]
+        candidates += [Candidate(artefact, expected.weights_sha256, by_openvino) for artefact in onnx_files]
     student, answers = Tally(), []
     for images, labels, logits in ProgressBar(expected.batches, "check", expected.images, LARGEST, unit="images"):
         for candidate in candidates:
             candidate.add(images, labels, logits, first=not student.images)
-        student.add(logits, labels, logits)
+        student.add(logits, labels, logits, metadata)
         answers.append((labels, logits.argmax(1)))
     if not student.images:
         raise UserError("not one validation image could be read")
-    row = {"artefact": "student/", "provider": expected.provider, "precision": "fp32", **student.columns(student)}
+    row = {"artefact": "student/", "provider": expected.provider, "precision": "fp32"}
+    row |= student.columns(student, metadata)
     labels, predictions = map(np.concatenate, zip(*answers))
     return [row, *(candidate.row(student) for candidate in candidates)], labels, predictions
 
@@ -298,10 +345,12 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     """Return the artefacts that are named, as paths or as files of the student's folder; by default all in it."""
     if not names:
         found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
-        of_torch = [file for file in found if file.suffix in TORCH_KINDS and not has_torch()]
-        if of_torch:
-            log(f"left out, since torch is not installed: {', '.join(file.name for file in of_torch)}")
-        found = [file for file in found if file not in of_torch]
+        found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # its own files
+        for package, kinds in (("torch", TORCH_KINDS), ("ncnn", (".param",))):
+            missing = [file for file in found if file.suffix in kinds and not importlib.util.find_spec(package)]
+            if missing:
+                log(f"left out, since {package} is not installed: {', '.join(file.name for file in missing)}")
+            found = [file for file in found if file not in missing]
         if not found:
             raise UserError(f"{student} has no artefact yet: python -m deploy.export {student}")
         return found
@@ -342,10 +391,11 @@ def run(args: argparse.Namespace) -> int:
         expected = from_photographs(student, args.images, args.count, on)
     else:
         expected = from_reference(student, args.reference, args.count)
-    rows, labels, predictions = check_artefacts(artefacts, expected, on)
+    config = read_config(student)
+    rows, labels, predictions = check_artefacts(artefacts, expected, on, config)
     text = json.dumps(rows, indent=2)
     cli.write_whole(output / "check.json", text + "\n")
-    confusions = write_per_class(output, labels, predictions, read_config(student).label_names)
+    confusions = write_per_class(output, labels, predictions, config.label_names)
     if args.json:
         print(text)
     else:

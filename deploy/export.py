@@ -53,6 +53,7 @@ def export_student(
     opset: int = 18,
     output: Path | None = None,
     model_file: str | None = None,
+    tolerance: float | None = None,
 ) -> list[Path]:
     """Export a student/ folder, or that of a run directory, and return the files, each of them compared with torch.
 
@@ -61,6 +62,7 @@ def export_student(
     precision: "fp32", or "fp16" for weights and arithmetic; the input and the logits keep their types
     layout: UINT8, normalised in the graph, or FLOAT, normalised by the caller
     output: folder of the files; default: the student's own
+    tolerance: of the comparison, relative to the largest logit; default: that of the precision
     """
     student = cli.student_folder(student)
     output = output or student
@@ -89,7 +91,7 @@ def export_student(
                 raise
             except Exception as error:  # the exporters have dozens
                 raise UserError(f"{config.architecture} cannot be exported to {kind}: {first_line(error)}") from error
-            compare(file, images, expected, TOLERANCE[precision])
+            compare(file, images, expected, tolerance or TOLERANCE[precision])
         files.append(output / file.name)
     return files
 

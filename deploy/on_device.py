@@ -17,6 +17,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from deploy.cli import Parser, Run, UserError, command, run_command
@@ -112,6 +113,8 @@ def main(argv: list[str]) -> int:
 def dispatch(archive: Path, argv: list[str]) -> int | None:
     """Run the command that the command line names, predict by default."""
     student = PackedPath(archive / "student")
+    if (student / "candidates.json").is_file():
+        return dispatch_candidates(archive, student, argv)
     artefact: Path = next(file for file in student.iterdir() if file.suffix in KINDS)
     if argv and argv[0].startswith("--file="):
         argv = ["--file", argv[0].partition("=")[2], *argv[1:]]
@@ -127,11 +130,7 @@ def dispatch(archive: Path, argv: list[str]) -> int | None:
         print(f"{usage}\n\nThe student is {artefact.name}; {another}")
         return 0
     name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("predict", argv)
-    try:
-        module = importlib.import_module(f"deploy.{name}")
-    except (ImportError, UserError) as error:
-        install = f"python3 {archive.name} --requirements > requirements.txt, then pip install -r requirements.txt"
-        raise UserError(f"{name} needs packages that are not installed ({error}): {install}") from error
+    module = import_command(archive, name)
     parser: Parser = module.get_parser()
     parser.prog = archive.name if name == "predict" else f"{archive.name} {name}"
     describe(parser, name, artefact)
@@ -139,6 +138,26 @@ def dispatch(archive: Path, argv: list[str]) -> int | None:
     files = [student, artefact.absolute()] if name in OF_STUDENT else [artefact]
     run = functools.partial(run_packed, module.run, student, artefact)
     return command(parser, run, [*map(str, files), *flags, *rest])
+
+
+def import_command(archive: Path, name: str) -> ModuleType:
+    """Import a module of deploy/; UserError with the way to install its packages if they are missing."""
+    try:
+        return importlib.import_module(f"deploy.{name}")
+    except (ImportError, UserError) as error:
+        install = f"python3 {archive.name} --requirements > requirements.txt, then pip install -r requirements.txt"
+        raise UserError(f"{name} needs packages that are not installed ({error}): {install}") from error
+
+
+def dispatch_candidates(archive: Path, folder: Path, argv: list[str]) -> int | None:
+    """Run the one command of an archive of deploy.candidates."""
+    if argv == ["--requirements"]:
+        print(RUNNING + ONNX, end="")
+        return 0
+    module = import_command(archive, "candidates")
+    parser: Parser = module.get_device_parser()
+    parser.prog = archive.name
+    return command(parser, functools.partial(module.measure, folder), argv)
 
 
 def describe(parser: Parser, name: str, artefact: Path) -> None:

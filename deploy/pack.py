@@ -25,6 +25,7 @@ import importlib.resources
 import json
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +67,27 @@ def pack(artefact: Path, output: Path) -> None:
     engine = artefact.suffix == ".engine"
     metadata = read_engine_metadata(artefact) if engine else load(artefact, RunOn("cpu")).metadata
     sidecar = artefact.with_name(artefact.name + ".json")  # of an engine, or of an ONNX file from elsewhere
+    files: dict[str, str | Path] = {"student/config.json": json.dumps(metadata.to_json(), indent=2) + "\n"}
+    files |= {f"student/{file.name}": file for file in (artefact, sidecar) if file == artefact or file.is_file()}
+    write_archive(output, files)
+
+
+def write_archive(output: Path, files: Mapping[str, str | Path]) -> None:
+    """Write an archive of the programs of a device and of further files, by their names in it: texts, or paths."""
     number = cli.version("kdlite").replace("not installed", "0")
     about = f"Metadata-Version: 2.1\nName: kdlite\nVersion: {number}\n"
-    contents: dict[str, str | bytes] = {"__main__.py": MAIN, f"kdlite-{number}.dist-info/METADATA": about}
-    contents["student/config.json"] = json.dumps(metadata.to_json(), indent=2) + "\n"
+    contents: dict[str, str | bytes | Path] = {"__main__.py": MAIN, f"kdlite-{number}.dist-info/METADATA": about}
     contents |= parts(importlib.resources.files("deploy"), "deploy/")
-    for file in (artefact, *([sidecar] if sidecar.is_file() else [])):
-        contents[f"student/{file.name}"] = read_file(file)
+    contents.update(files)
     cli.make_folder(output.parent)
     with replacing(output) as partial:
         with open(partial, "wb") as stream:
             stream.write(SHEBANG)
             with zipfile.ZipFile(stream, "w") as archive:
                 for name, content in contents.items():
-                    packed = zipfile.ZIP_STORED if name == f"student/{artefact.name}" else zipfile.ZIP_DEFLATED
-                    archive.writestr(zipfile.ZipInfo(name), content, packed)  # weights do not shrink
+                    packed = zipfile.ZIP_STORED if name.endswith(KINDS) else zipfile.ZIP_DEFLATED
+                    data = read_file(content) if isinstance(content, Path) else content
+                    archive.writestr(zipfile.ZipInfo(name), data, packed)  # weights do not shrink
         partial.chmod(0o755)
 
 

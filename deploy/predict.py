@@ -1,40 +1,222 @@
 """Classify photographs with a student or one of its artefacts.
 
-python -m deploy.predict runs/001-mobilenet_v2-uskd/student/student.onnx photo.jpg
+    python -m deploy.predict runs/001-mobilenet_v2-uskd/student/student.onnx photo.jpg
+    python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --csv answers.csv     # a folder, and the folders in it
+    python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --least-certain 50 -o sheet.png   # to label next
+
+A photograph whose largest probability is below the student's threshold is "none of these". The sheet shows the images
+as the network gets them, the smallest largest probability first; their paths are printed in the same order. Unreadable
+images of a folder are skipped, listed and counted.
+
+The CSV file has a line for each image: file, label, index, probability, answered (no: none of these), second_label,
+second_probability, and error for an image that could not be read. It is UTF-8; bytes of a name that are not are written
+as \\udcNN. No cell is a formula for a spreadsheet: a path that starts with = + - @ begins with ./, and such a label
+begins with an apostrophe. A program should read the index.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import heapq
+import io
+import math
+import os
 import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from deploy.cli import Parser, UserError, add_device, command, make_parser, printable, show
-from deploy.preprocess import UnreadableImage, open_image, prepare
-from deploy.runtimes import RunOn, Runtime, load, top_labels
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from deploy.check import is_visible, read_photograph
+from deploy.cli import (
+    Parser,
+    ProgressBar,
+    UserError,
+    add_device,
+    command,
+    log,
+    make_parser,
+    number,
+    printable,
+    show,
+    write_whole,
+)
+from deploy.preprocess import endings
+from deploy.runtimes import RunOn, Runtime, is_answered, load, top_labels, usable_cpus
+
+BATCH = 32
+TILE, LINE = 160, 14  # pixels: a side of an image on the sheet, the height of a line of its caption
+NUMBERS = 25  # characters that fit below a tile
+FORMULA = tuple("=+-@\t\r\n")  # first characters of a cell that a spreadsheet may compute
+COLUMNS = ["file", "label", "index", "probability", "answered", "second_label", "second_probability", "error"]
+NO_IMAGE = np.empty((0, 0, 3), np.uint8)
 
 
-def predict(runtime: Runtime, file: Path, count: int = 5) -> list[tuple[str, float, int]]:
-    """Return (label, probability, class index) of the most probable classes of a photograph, the best first."""
+class Answer(NamedTuple):
+    """The answer about a file."""
+
+    file: Path
+    best: list[tuple[str, float, int]]  # label, probability and class index, the best first; [] if it is unreadable
+    answered: bool  # False: none of these
+    image: np.ndarray  # as the network gets it, uint8 (H, W, C)
+    error: str = ""  # the reason why it cannot be read
+
+    @property
+    def certainty(self) -> float:
+        return self.best[0][1] if math.isfinite(self.best[0][1]) else 0.0
+
+    def __str__(self) -> str:
+        labels = ", ".join(f"{printable(label)} {p:.1%}" for label, p, _ in self.best)
+        return f"{printable(str(self.file))}: {'' if self.answered else 'none of these; nearest: '}{labels}"
+
+
+def predict(runtime: Runtime, files: Sequence[Path], count: int = 5) -> Iterator[Answer]:
+    """Yield the answer about each file, in their order, with the `count` most probable classes."""
+    metadata = runtime.metadata
+    with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
+        for start in range(0, len(files), BATCH):
+            part = files[start : start + BATCH]
+            images = list(pool.map(read_photograph, part, [metadata] * len(part)))
+            read = [image for image in images if isinstance(image, np.ndarray)]
+            logits = iter(runtime.run_in_parts(np.stack(read), BATCH) if read else ())
+            for file, image in zip(part, images):
+                if isinstance(image, np.ndarray):
+                    best = top_labels(next(logits), metadata, count)
+                    yield Answer(file, best, is_answered(best[0][1], metadata), image)
+                else:
+                    yield Answer(file, [], False, NO_IMAGE, str(image))
+
+
+def list_files(given: Sequence[Path]) -> list[Path]:
+    """Return the files that are given, and the images in the given folders and theirs. UserError without an image."""
+    files = []
+    for path in given:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(file for file in path.rglob("*") if is_visible(file, path) and file.is_file())
+        images = [file for file in inside if file.suffix.lower() in endings()]
+        if not images:
+            raise UserError(f"{path}: no image in this folder")
+        if len(images) < len(inside):
+            log(f"{printable(str(path))}: {len(inside) - len(images)} files are not images by their names")
+        files += images
+    return files
+
+
+# ---- a table and a sheet -------------------------------------------------------------------------------------------
+
+
+def answers_table(answers: Sequence[Answer]) -> bytes:
+    """Return the text of the CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for answer in answers:
+        row = [str(answer.file) if as_text(str(answer.file)) == str(answer.file) else os.path.join(".", answer.file)]
+        if answer.error:
+            writer.writerow([*row, *[""] * (len(COLUMNS) - 2), as_text(answer.error)])
+            continue
+        (label, p, index), *others = answer.best
+        row += [as_text(label), str(index), f"{p:.4f}", "yes" if answer.answered else "no"]
+        row += [as_text(others[0][0]), f"{others[0][1]:.4f}"] if others else ["", ""]
+        writer.writerow([*row, ""])
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def as_text(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def contact_sheet(answers: Sequence[Answer]) -> bytes:
+    """Return a PNG of the images with a number, a label and its probability below each."""
+    columns = min(10, math.ceil(math.sqrt(len(answers))))
+    width, height = TILE + 8, TILE + 2 * LINE + 8
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(answers) / columns) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for i, answer in enumerate(answers):
+        left, top = i % columns * width + 4, i // columns * height + 4
+        pixels = answer.image[..., 0] if answer.image.shape[-1] == 1 else answer.image
+        scale = TILE / max(pixels.shape[:2])
+        size = max(1, round(scale * pixels.shape[1])), max(1, round(scale * pixels.shape[0]))
+        picture = Image.fromarray(pixels)
+        sheet.paste(
+            picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BILINEAR), (left, top)
+        )
+        label, p, _ = answer.best[0]
+        captions = f"{i + 1}: {'' if answer.answered else 'none of these'}", f"{p:.1%} {printable(label)}"
+        for line, caption in enumerate(captions):  # the font of every Pillow has Latin-1
+            text = caption[:NUMBERS].encode("latin-1", "replace").decode("latin-1")
+            draw.text((left, top + TILE + line * LINE), text, "black", font)
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    return png.getvalue()
+
+
+def check_writable(file: Path) -> None:
+    """Raise UserError if the file cannot be written, before thousands of images are answered."""
     try:
-        image = prepare(open_image(file), runtime.metadata)
-    except UnreadableImage as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-    return top_labels(runtime.run(image[None])[0], runtime.metadata.label_names, count)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        reason = "is a folder" if file.is_dir() else "" if os.access(file.parent, os.W_OK) else "is read-only"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        raise UserError(f"cannot write {file}: {reason}; name another file")
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
 
 
 def get_parser() -> Parser:
-    parser = make_parser(__doc__, "predict")
-    parser.add_argument("student", type=Path, help="a run's student/ folder, or an artefact of it")
-    parser.add_argument("images", type=Path, nargs="+", help="image files")
+    parser = make_parser(__doc__, "predict", "--quiet")
+    add = parser.add_argument
+    add("student", type=Path, help="a run's student/ folder, or an artefact of it")
+    add("images", type=Path, nargs="+", help="image files, or folders of them")
+    add("--csv", type=Path, metavar="FILE", help="write the answers to this file instead of the screen")
+    add("--least-certain", type=number(int, 1, 1000), metavar="N", help="draw the N least certain images on one sheet")
+    add("-o", "--sheet", type=Path, metavar="FILE", help="the sheet, a PNG file (default: least-certain.png)")
     add_device(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    runtime = load(args.student, RunOn.from_args(args))
-    for file in args.images:
-        show(f"{file}: {', '.join(f'{printable(label)} {p:.1%}' for label, p, _ in predict(runtime, file))}")
+    if args.sheet and not (args.least_certain and args.sheet.suffix.lower() == ".png"):
+        raise UserError(f"--sheet {args.sheet}: expected a .png file, with --least-certain N")
+    for file in filter(None, (args.csv, args.sheet)):
+        check_writable(file)
+    runtime, named = load(args.student, RunOn.from_args(args)), set(args.images)
+    files, quiet = list_files(args.images), bool(args.csv or args.least_certain)
+    answers: list[Answer] = []
+    least: list[Answer] = []
+    for answer in ProgressBar(predict(runtime, files), "predict", len(files), unit="images", shown=quiet):
+        if answer.error and answer.file in named:
+            raise UserError(f"cannot read {answer.file}: {answer.error}")
+        if answer.error:
+            print(printable(f"skipped an unreadable image: {answer.file}: {answer.error}"), file=sys.stderr)
+        elif args.least_certain:
+            least = heapq.nsmallest(args.least_certain, [*least, answer], key=lambda one: one.certainty)
+        if not (answer.error or quiet):
+            show(str(answer))
+        answers.append(answer._replace(best=answer.best[:2], image=NO_IMAGE))
+    read = [answer for answer in answers if not answer.error]
+    if not read:
+        raise UserError(f"not one of {len(files)} images can be read")
+    if args.csv:
+        write_whole(args.csv, answers_table(answers))
+    if least:
+        args.sheet = args.sheet or Path("least-certain.png")
+        write_whole(args.sheet, contact_sheet(least))
+        show(*(f"{i}  {answer}" for i, answer in enumerate(least, 1)))
+    unknown, unreadable = sum(not answer.answered for answer in read), len(answers) - len(read)
+    if quiet or unreadable:
+        written = " and ".join(str(file) for file in (args.csv, args.sheet) if file)
+        counts = f"{len(read)} images, {unknown} of them none of these; {unreadable} could not be read"
+        log(f"{written}: {counts}" if written else counts)
 
 
 if __name__ == "__main__":

@@ -212,11 +212,17 @@ def prepare(image: Image.Image, metadata: Metadata) -> np.ndarray:
     if math.prod(size) > max(MAX_PIXELS, 4 * height * width):
         raise ImageTooLarge(f"{width_now}x{height_now} pixels would become {size[0]}x{size[1]}")
     image = to_rgb(image, size)
-    for step in ((size[0], image.height), size):  # width, then height: see above
-        image = image.resize(step, RESAMPLING[metadata.interpolation])
+    image = resize(image, size, metadata.interpolation)
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)  # half to even, as torchvision rounds
     image = image.crop((left, top, left + width, top + height))
     return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
+
+
+def resize(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
+    """Resize to (width, height), first the width and then the height: as the top of this file explains."""
+    for step in ((size[0], image.height), size):
+        image = image.resize(step, RESAMPLING[interpolation])
+    return image
 
 
 def resized_size(size: tuple[int, int], metadata: Metadata) -> tuple[int, int]:

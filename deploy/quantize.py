@@ -1,24 +1,35 @@
 """Quantise student.onnx to INT8, calibrated on the training images of the run's reference.npz.
 
     python -m deploy.quantize runs/001-mobilenet_v2-uskd/student --target cpu
+    python -m deploy.quantize runs/001-mobilenet_v2-uskd/student --target cpu --max-drop 0.5
     python -m deploy.quantize runs/001-mobilenet_v2-uskd/student --target tensorrt
 
 The two targets need different files. cpu: uint8 activations, which ONNX Runtime's CPU kernels need and TensorRT's
 parser rejects. tensorrt: symmetric int8 activations and per-channel weights as Q/DQ pairs, and a float bias.
 In a network with a LayerNormalization (ViT, Swin, ConvNeXt) only Conv, Gemm and MatMul by a weight are quantised:
 softmax, norms and attention scores lose too much in 8 bits.
+
+The file gets a temperature and a threshold of its own, fitted on the validation images of the reference. A device that
+runs it may have neither images nor labels.
+
+--max-drop POINTS bounds the loss of top-1 on the validation images of the reference, which calibration does not read.
+It measures how much each layer changes the logits if that layer alone is INT8, keeps as few of the worst layers in
+float as the bound needs, and prints these layers, the accuracy and the time. Status 2 and no file if that fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import io
 import logging
+import math
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +37,20 @@ from typing import Any
 import numpy as np
 
 from deploy import cli, onnx_tools
+from deploy.benchmark import Plan, benchmark
+from deploy.check import table
 from deploy.cli import Parser, ProgressBar, UserError, command, first_line, log, make_parser, need, number, show
+from deploy.confidence import fit_file
 from deploy.config import FLOAT, Metadata
 from deploy.reference import evenly, read_reference
 from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate
 
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
-METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
-BATCH = 16  # calibration images whose activations are in memory at a time
+METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
+BINS = {"entropy": 512, "percentile": 2048}  # of a histogram; the time of entropy grows with their square
+BATCH, BATCH_PIXELS = 16, 1 << 18  # calibration images whose activations are in memory at a time: five of 224 px
+RANKING = 32  # calibration images on which each layer is tried alone
+MOST_SHOWN = 10  # layers that are printed
 
 
 @dataclass(frozen=True)
@@ -47,99 +64,174 @@ class Recipe:
     reduce_range: bool | None = None
 
 
-class CalibrationImages:
-    """The reader of onnxruntime's calibration. It works in strides of one batch, so that the activations of one batch
-    are kept at a time: all of them would take 70 MB an image at 224 px."""
+@dataclass(frozen=True)
+class Accuracy:
+    """The top-1 of a float file and of an INT8 file on the same images, which were not used for calibration."""
+
+    top1: float  # percent, of the float file
+    quantised_top1: float
+    error: float  # standard error of their difference, in points
+    images: int
+
+    @classmethod
+    def of(cls, right: np.ndarray, quantised_right: np.ndarray) -> Accuracy:
+        """right, quantised_right: whether each image gets its label, from the float file and from the INT8 file."""
+        # At least one image counts as changed, because none among n does not show that none ever is.
+        changed = max(1, int((right != quantised_right).sum()))
+        error = 100 * math.sqrt(changed) / len(right)
+        return cls(100 * float(right.mean()), 100 * float(quantised_right.mean()), error, len(right))
+
+    @property
+    def drop(self) -> float:
+        return round(self.top1 - self.quantised_top1, 6) + 0.0  # no -0.0
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The points of top-1 that a file may lose, and the images to measure that on."""
+
+    max_drop: float
+    images: np.ndarray  # not those of the calibration
+    labels: np.ndarray
+    methods: Sequence[str] = ("minmax",)  # of calibration, tried in this order until every layer may be in INT8
+
+    def accuracy(self, file: Path, right: np.ndarray) -> Accuracy:
+        """Measure a file; right: whether the fp32 file gives each image its label."""
+        return Accuracy.of(right, run_all(file, self.images).argmax(1) == self.labels)
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """What --max-drop found: the accuracy with every layer in INT8 and with some in float, and the layers' costs."""
+
+    everything: Accuracy
+    kept: Accuracy
+    left_float: list[str]
+    layers: int
+    costs: dict[str, float]  # layer -> percent by which the logits change if it alone is INT8, worst first
+    times: list[dict[str, Any]]  # rows of deploy.benchmark: the fp32 file, every layer in INT8, the kept file
+    method: str  # of calibration
+
+
+class OneBatch:
+    """The reader of onnxruntime's calibration, with one batch, so that it keeps the activations of one batch."""
 
     def __init__(self, images: np.ndarray, metadata: Metadata) -> None:
-        self.metadata = metadata
-        parts = np.array_split(images, -(-len(images) // BATCH))
-        self.count, self.left = len(parts), 0
-        self.batches = iter(ProgressBar(parts, "calibrate", each=BATCH, total=len(images), unit="images"))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        self.left = end_index - start_index
+        self.rest = [{INPUT_NAME: as_input(images, metadata)}]
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        if not self.left:
-            return None
-        self.left -= 1
-        return {INPUT_NAME: as_input(next(self.batches), self.metadata)}
+        return self.rest.pop() if self.rest else None
 
 
-def quantize_student(
-    onnx_file: Path, images: np.ndarray, recipe: Recipe, output: Path | None = None
-) -> tuple[Path, float]:
-    """Quantise an fp32 ONNX file of deploy.export; return the file, and the percentage of images of the same class.
+class Quantizer:
+    """An fp32 ONNX file that is calibrated once, and written in INT8 any number of times."""
 
-    images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
-    output: folder of the file; default: the ONNX file's own
-    """
-    need("onnx", "pip install onnx")
-    need("onnxruntime", "pip install onnxruntime").set_default_logger_severity(3)
-    runtime = load(onnx_file, RunOn("cpu"))
-    metadata = runtime.metadata
-    if metadata.precision != "fp32" or metadata.tensors:
-        raise UserError(f"{onnx_file} is {metadata.precision}: quantise the fp32 file of deploy.export")
-    if recipe.reduce_range is None:
-        recipe = dataclasses.replace(recipe, reduce_range=recipe.target == "cpu" and products_saturate())
-    output = output or onnx_file.parent
-    cli.make_folder(output)
-    file = output / f"student{'-nchw' if metadata.input == FLOAT else ''}-int8-{recipe.target}.onnx"
-    with cli.replacing(file) as partial:
-        quantize_file(onnx_file, partial, images, metadata, recipe)
-        classes = [one.run_in_parts(images, 64).argmax(1) for one in (runtime, load(partial, RunOn("cpu")))]
-        agreement = 100 * float(np.mean(classes[0] == classes[1]))
-        if agreement < 50:
-            found = f"it gives the fp32 file's class on {agreement:.1f} % of the calibration images"
-            advice = "try --method percentile, --op-types Conv Gemm or a reference of more images"
-            raise UserError(f"{file.name} was not kept: {found}; {advice}")
-    return file, agreement
+    def __init__(self, source: Path, images: np.ndarray, metadata: Metadata, recipe: Recipe) -> None:
+        """Prepare and calibrate the file; UserError if onnxruntime cannot.
 
+        images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
+        """
+        onnx = need("onnx", "pip install onnx")
+        library = need("onnxruntime.quantization", "pip install onnxruntime onnx")
+        self.source, self.metadata, self.recipe, self.images = source, metadata, recipe, len(images)
+        with explained(source), tempfile.TemporaryDirectory(prefix="quantize-") as folder:
+            prepared = Path(folder) / "prepared.onnx"
+            with quiet_library():
+                library.shape_inference.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            self.model = onnx.load(prepared)
+            name_nodes(self.model)
+            onnx.save(self.model, prepared)
+            self.op_types = recipe.op_types
+            if self.op_types is None and any(node.op_type == "LayerNormalization" for node in self.model.graph.node):
+                self.op_types = CONTRACTIONS
+            self.ranges = calibrate(prepared, images, metadata, recipe.method, self.op_types)
+        self.excluded = preprocessing_nodes(self.model) + attention_products(self.model)
+        self.layers = layers_of(self.model, self.excluded, self.op_types)
 
-def quantize_file(source: Path, file: Path, images: np.ndarray, metadata: Metadata, recipe: Recipe) -> None:
-    """Write the quantised `source` to `file`, with our metadata; UserError if onnxruntime cannot quantise it."""
-    onnx = need("onnx", "pip install onnx")
-    quantization = need("onnxruntime.quantization", "pip install onnxruntime onnx")
-    try:
-        with quiet_library(), tempfile.TemporaryDirectory(prefix="quantize-") as folder:
-            prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "quantised.onnx"
-            quantization.shape_inference.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-            model = onnx.load(prepared)
-            op_types = recipe.op_types
-            if op_types is None and any(node.op_type == "LayerNormalization" for node in model.graph.node):
-                op_types = CONTRACTIONS
-            extra: dict[str, Any] = {"CalibStridedMinMax": 1}  # in spite of its name for every method
-            if recipe.target == "tensorrt":
-                extra |= dict(ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False)
-                extra |= dict(AddQDQPairToWeight=True, DedicatedQDQPair=True)
-            types = quantization.QuantType
-            quantization.quantize_static(
-                prepared,
-                quantised,
-                CalibrationImages(images, metadata),
-                op_types_to_quantize=op_types,
-                nodes_to_exclude=preprocessing_nodes(model) + attention_products(model),
-                per_channel=True,
-                reduce_range=recipe.reduce_range,
-                activation_type=types.QUInt8 if recipe.target == "cpu" else types.QInt8,
-                weight_type=types.QInt8,
-                calibrate_method=quantization.CalibrationMethod[METHODS[recipe.method]],
-                extra_options=extra,
+    def write(self, file: Path, left_float: Sequence[str] = (), only: Sequence[str] = (), about: Any = None) -> None:
+        """Write the file in INT8.
+
+        left_float: names of layers that stay in float; only: layers that alone are quantised, default all
+        about: further values for the metadata's `calibration`
+        """
+        library = need("onnxruntime.quantization", "pip install onnxruntime onnx")
+        registry = need("onnxruntime.quantization.registry", "")
+        chosen = need("onnxruntime.quantization.qdq_quantizer", "")
+        extra: dict[str, Any] = {}
+        if self.recipe.target == "tensorrt":
+            extra = dict(ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False)
+            extra |= dict(AddQDQPairToWeight=True, DedicatedQDQPair=True)
+        types, method = library.QuantType, library.CalibrationMethod.MinMax
+        every_type = sorted({*registry.QLinearOpsRegistry, *registry.QDQRegistry})
+        with explained(self.source), quiet_library():
+            quantizer = chosen.QDQQuantizer(
+                copy.deepcopy(self.model),
+                True,  # per_channel
+                bool(self.recipe.reduce_range),
+                types.QInt8,
+                types.QUInt8 if self.recipe.target == "cpu" else types.QInt8,
+                library.calibrate.TensorsData(method, dict(self.ranges)),
+                [node for layer in only for node in self.layers[layer]],
+                self.excluded + [node for layer in left_float for node in self.layers[layer]],
+                self.op_types or every_type,
+                extra,
             )
-            model = onnx.load(quantised)
+            quantizer.quantize_model()
+            quantizer.model.topological_sort()
+            model = quantizer.model.model
+        if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+            raise UserError(f"{self.source} has no {' or '.join(self.op_types or [])} to quantise: see --op-types")
+        calibration = dataclasses.asdict(self.recipe) | {"images": self.images, "op_types": self.op_types}
+        calibration |= about or {}
+        precision = f"int8-{self.recipe.target}"
+        onnx_tools.write(model, dataclasses.replace(self.metadata, precision=precision, calibration=calibration), file)
+
+
+def calibrate(
+    prepared: Path, images: np.ndarray, metadata: Metadata, method: str, op_types: list[str] | None
+) -> dict[str, tuple[Any, Any]]:
+    """Return the lowest and the highest value of each activation that INT8 has to hold, from the calibration images.
+
+    One batch of activations is in memory at a time. onnxruntime's histograms start with the first batch's range and
+    grow with every later one, without a limit, so they get the range of all images here, from a first pass.
+    """
+    library = need("onnxruntime.quantization.calibrate", "")
+    size = max(1, min(BATCH, BATCH_PIXELS // math.prod(images.shape[1:3])))
+    count = -(-len(images) // size)
+    batches = [images[i::count] for i in range(count)]  # images of every class in each
+    augmented = prepared.with_name("augmented.onnx")
+
+    def ranges_by(calibrator: Any, what: str) -> dict[str, tuple[Any, Any]]:
+        for batch in ProgressBar(batches, what, each=size, total=len(images), unit="images"):
+            with quiet_library():
+                calibrator.collect_data(OneBatch(batch, metadata))
+        with quiet_library():
+            return {name: one.range_value for name, one in calibrator.compute_data().items()}
+
+    calibrator = library.create_calibrator(prepared, op_types, augmented)
+    ranges = ranges_by(calibrator, "calibrate")
+    if method == "minmax":
+        return ranges
+    chosen, bins = library.CalibrationMethod[METHODS[method]], {"num_bins": BINS[method]}
+    calibrator = library.create_calibrator(prepared, op_types, augmented, chosen, extra_options=bins)
+    names = "method symmetric num_bins num_quantized_bins percentile scenario"
+    settings = {name: getattr(calibrator, name) for name in names.split()}
+    calibrator.collector = library.HistogramCollector(**settings)
+    ends = {name: [np.array([np.min(low), np.max(high), 0], np.float32)] for name, (low, high) in ranges.items()}
+    with quiet_library():
+        calibrator.collector.collect(ends)
+    return ranges_by(calibrator, f"{method}: histograms")
+
+
+@contextlib.contextmanager
+def explained(source: Path) -> Iterator[None]:
+    """Turn an error of onnx or onnxruntime, which have dozens, into UserError."""
+    try:
+        yield
     except (UserError, OSError):
         raise
-    except Exception as error:  # onnx and onnxruntime have dozens
+    except Exception as error:
         raise UserError(f"{source} cannot be quantised: {first_line(error)}") from error
-    if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        raise UserError(f"{source} has no {' or '.join(op_types or [])} to quantise: see --op-types")
-    calibration = dataclasses.asdict(recipe) | {"images": len(images), "op_types": op_types}
-    described = dataclasses.replace(metadata, precision=f"int8-{recipe.target}", calibration=calibration)
-    onnx_tools.write(model, described, file)
 
 
 @contextlib.contextmanager
@@ -153,6 +245,19 @@ def quiet_library() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+# ---- the nodes of a network ----------------------------------------------------------------------------------------
+
+
+def name_nodes(model: Any) -> None:
+    """Give each node a name of its own, because onnxruntime's quantiser picks nodes by name and exporters leave some
+    unnamed."""
+    taken: set[str] = set()
+    for index, node in enumerate(model.graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.name or node.op_type}#{index}"
+        taken.add(node.name)
 
 
 def preprocessing_nodes(model: Any) -> list[str]:
@@ -175,13 +280,200 @@ def attention_products(model: Any) -> list[str]:
     return [n.name for n in model.graph.node if n.op_type == "MatMul" and not constants.intersection(n.input)]
 
 
+def layers_of(model: Any, excluded: Sequence[str], op_types: list[str] | None) -> dict[str, list[str]]:
+    """Return the nodes of each layer: a convolution or a product by a weight, and all nodes after it up to the next.
+
+    A node after several layers belongs to the last of them. Names are those of the weights, where they have any.
+    Layers without a node of the op_types, which are not quantised, are left out.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for tensor in node.input:
+            readers.setdefault(tensor, []).append(node)
+    layers: list[tuple[str, list[str]]] = []
+    last: dict[str, int] = {}  # tensor -> index of its layer
+    for node in model.graph.node:  # in topological order
+        if node.name in excluded and node.op_type not in CONTRACTIONS:
+            continue
+        if node.op_type in CONTRACTIONS and node.name not in excluded:
+            near = [node, *readers.get(node.output[0], [])]
+            tensors = [tensor for one in near for tensor in one.input if tensor in constants and "." in tensor]
+            name = tensors[0].rpartition(".")[0].removeprefix("model.") if tensors else node.name
+            layers.append((name if name not in dict(layers) else node.name, []))
+            index = len(layers) - 1
+        else:
+            index = max((last[tensor] for tensor in node.input if tensor in last), default=-1)
+        last |= dict.fromkeys(node.output, index)
+        if index >= 0:
+            layers[index][1].append(node.name)
+    types = {node.name: node.op_type for node in model.graph.node}
+    return {name: nodes for name, nodes in layers if op_types is None or any(types[node] in op_types for node in nodes)}
+
+
+# ---- the bound -----------------------------------------------------------------------------------------------------
+
+
+def find_bounded(
+    source: Path, images: np.ndarray, metadata: Metadata, recipe: Recipe, bound: Bound, file: Path
+) -> Bounded:
+    """Write `file` with as few of the worst layers in float as the bound needs.
+
+    The number of layers is doubled until the bound holds, and then the smallest such number is found by halves: a
+    network of 80 layers needs 80 trials of one layer on 32 images and at most 14 of whole files.
+
+    source: the fp32 file; images: for calibration, on which the layers are ranked as well; file: of the result
+    """
+    right = run_all(source, bound.images).argmax(1) == bound.labels
+    every_layer, trial = file.with_name(f"every-layer-{file.name}"), file.with_name("trial.onnx")
+    quantizer, everything = None, None
+    for method in bound.methods:
+        tried = Quantizer(source, images, metadata, dataclasses.replace(recipe, method=method))
+        tried.write(trial)
+        accuracy = bound.accuracy(trial, right)
+        if everything is None or accuracy.drop < everything.drop:
+            quantizer, everything = tried, accuracy
+            os.replace(trial, every_layer)
+        if everything.drop <= bound.max_drop:
+            break
+    assert quantizer is not None
+    assert everything is not None
+    kept, left_float, costs = everything, list[str](), dict[str, float]()
+    if everything.drop > bound.max_drop:
+        costs = rank_layers(quantizer, run_all(source, images[evenly(len(images), RANKING)]), images, trial)
+        kept, left_float = leave_float(quantizer, list(costs), bound, right, trial)
+    promise = {"max_drop": bound.max_drop, "drop": kept.drop, "held_out_images": kept.images}
+    quantizer.write(file, left_float, about=promise | {"float_layers": left_float})
+    plan = Plan([images[:1]], [], seconds=1.5)
+    times = benchmark(file.parent, [source, every_layer, file], plan, RunOn("cpu", threads=1), eager=False)
+    return Bounded(everything, kept, left_float, len(quantizer.layers), costs, times, quantizer.recipe.method)
+
+
+def leave_float(
+    quantizer: Quantizer, worst_first: list[str], bound: Bound, right: np.ndarray, trial: Path
+) -> tuple[Accuracy, list[str]]:
+    """Return the accuracy with the fewest layers in float that keep the bound, and these layers.
+
+    right: whether the fp32 file gives each image of the bound its label; trial: a file to write
+    """
+    total, least = len(worst_first), math.inf
+    low, high, kept = 0, 0, None  # `low` layers in float are too few; `high` are enough, once `kept` has their accuracy
+    while kept is None or high - low > 1:
+        count = min(max(1, 2 * low), total - 1) if kept is None else (low + high) // 2
+        if count == low:
+            found = f"with {count} of {total} layers in float the file still loses {least:.2f} points"
+            advice = "try another --method, or calibrate on more images (train.py --reference N)"
+            raise UserError(f"--max-drop {bound.max_drop:g} cannot be kept: {found}; {advice}; no file was written")
+        quantizer.write(trial, worst_first[:count])
+        accuracy = bound.accuracy(trial, right)
+        least = min(least, accuracy.drop)
+        if accuracy.drop <= bound.max_drop:
+            high, kept = count, accuracy
+        else:
+            low = count
+    return kept, worst_first[:high]
+
+
+def run_all(file: Path, images: np.ndarray) -> np.ndarray:
+    """Return the logits of a file on the CPU."""
+    return load(file, RunOn("cpu")).run_in_parts(images, 64)
+
+
+def rank_layers(quantizer: Quantizer, expected: np.ndarray, images: np.ndarray, trial: Path) -> dict[str, float]:
+    """Return by how many percent the logits change if a layer alone is in INT8, the worst layer first.
+
+    expected: the fp32 file's logits of RANKING of the images; trial: a file to write
+    """
+    images = images[evenly(len(images), RANKING)]
+    size = max(float(np.square(expected - expected.mean(0)).mean()), float(np.finfo(np.float32).tiny))
+    costs = {}
+    for layer in ProgressBar(list(quantizer.layers), "one layer in INT8", unit="layers"):
+        quantizer.write(trial, only=[layer])
+        costs[layer] = 100 * math.sqrt(float(np.square(run_all(trial, images) - expected).mean()) / size)
+    return dict(sorted(costs.items(), key=lambda item: -item[1]))
+
+
+def describe(bounded: Bounded, max_drop: float) -> list[str]:
+    """Return the report of --max-drop: two tables and what follows from them."""
+    everything, kept, left_float, lines = bounded.everything, bounded.kept, bounded.left_float, []
+    if bounded.costs:
+        shown = list(bounded.costs.items())[: max(MOST_SHOWN, min(len(left_float) + 3, 2 * MOST_SHOWN))]
+        rows = [
+            {"layer": name, "logits_change_%": cost, "stays": "float" if name in left_float else "INT8"}
+            for name, cost in shown
+        ]
+        lines = ["the layers that change the logits most, each alone in INT8:"]
+        lines += [table(rows, "layer: logits_change_%:.2f stays:"), ""]
+    names = "fp32", "every layer in INT8", f"{len(left_float)} of {bounded.layers} layers in float"
+    rows = [{"file": name} | row for name, row in zip(names, bounded.times)]
+    for row, accuracy in zip(rows[1:], (everything, kept)):
+        row |= {"top1": accuracy.quantised_top1, "top1_difference": -accuracy.drop}
+    rows[0] |= {"top1": kept.top1}
+    lines += [table(rows, "file: top1:.2f top1_difference:+.2f p50_ms:.2f mb:.1f cpu/wall:.2f"), ""]
+    seen = f"{kept.images} validation images that calibration did not read; standard error {kept.error:.2f}"
+    lines += [
+        f"top-1 changes by {-kept.drop:+.2f} points (bound {-max_drop:g}) on {seen}; calibrated by {bounded.method}"
+    ]
+    if kept.error > max_drop:
+        more = "train.py --reference N keeps more images"
+        lines += [f"{kept.images} images cannot show a loss of {max_drop:g} points reliably: {more}"]
+    fp32, _, ours = (row.get("p50_ms", math.nan) for row in bounded.times)
+    if ours >= fp32:
+        lines += ["on this CPU the fp32 file is not slower than this file"]
+    return lines
+
+
+def quantize_student(
+    onnx_file: Path, images: np.ndarray, recipe: Recipe, output: Path | None = None, bound: Bound | None = None
+) -> tuple[Path, float, Bounded | None]:
+    """Quantise an fp32 ONNX file of deploy.export.
+
+    images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
+    output: folder of the file; default: the ONNX file's own
+    bound: the loss of top-1 that is allowed; default: none is measured
+
+    Returns:
+        The file, the percentage of images that keep their class, and the measurements of the bound, if any.
+    """
+    need("onnx", "pip install onnx")
+    need("onnxruntime", "pip install onnxruntime").set_default_logger_severity(3)
+    runtime = load(onnx_file, RunOn("cpu"))
+    metadata = runtime.metadata
+    if metadata.precision != "fp32" or metadata.tensors:
+        raise UserError(f"{onnx_file} is {metadata.precision}: quantise the fp32 file of deploy.export")
+    if recipe.reduce_range is None:
+        recipe = dataclasses.replace(recipe, reduce_range=recipe.target == "cpu" and products_saturate())
+    output, bounded = output or onnx_file.parent, None
+    cli.make_folder(output)
+    file = output / f"student{'-nchw' if metadata.input == FLOAT else ''}-int8-{recipe.target}.onnx"
+    with cli.replacing(file) as partial:
+        if bound is not None:
+            bounded = find_bounded(onnx_file, images, metadata, recipe, bound, partial)
+        else:
+            Quantizer(onnx_file, images, metadata, recipe).write(partial)
+        classes = [logits.argmax(1) for logits in (runtime.run_in_parts(images, 64), run_all(partial, images))]
+        agreement = 100 * float(np.mean(classes[0] == classes[1]))
+        if agreement < 50:
+            found = f"it gives the fp32 file's class on {agreement:.1f} % of the calibration images"
+            advice = "try --max-drop, --method percentile, --op-types Conv Gemm or a reference of more images"
+            raise UserError(f"{file.name} was not kept: {found}; {advice}")
+    return file, agreement, bounded
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "quantize", "student", "--quiet", "--reference")
     add = parser.add_argument
     add("--target", choices=["cpu", "tensorrt"], required=True, help="the runtime of the file")
+    add("--max-drop", type=number(float, 0, 100), metavar="POINTS", help="top-1 that the file may lose (default: any)")
     add("--onnx", type=Path, help="the fp32 file to start from (default: student.onnx in the folder)")
     add("--count", type=number(int, 1), metavar="N", help="training images, evenly spaced (default: all)")
-    add("--method", choices=sorted(METHODS), default="minmax", help="of calibration (default: minmax)")
+    methods = (
+        "of calibration (default: minmax; with --max-drop the first of minmax, percentile, entropy that needs no float)"
+    )
+    add("--method", choices=sorted(METHODS), help=methods)
     add("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")
     saturating = "x86 CPUs without VNNI, whose 8-bit products saturate"
     default = "(default: with --target cpu, if this CPU is one of them)"
@@ -196,7 +488,8 @@ def run(args: argparse.Namespace) -> None:
     if not onnx_file.is_file():
         raise UserError(f"{onnx_file} is missing: python -m deploy.export {student} --format onnx")
     otherwise = "resume the finished run to write it: python train.py --output RUN --resume"
-    images = read_reference(student, args.reference, otherwise).train_images
+    reference = read_reference(student, args.reference, otherwise)
+    images = reference.train_images
     if not len(images):
         raise UserError(f"the reference of {student} has no training images: train.py --reference N writes them")
     if args.count is not None and args.count > len(images):
@@ -205,11 +498,21 @@ def run(args: argparse.Namespace) -> None:
     if args.reduce_range is None and products_saturate():
         what = "7-bit weights" if args.target == "cpu" else "the agreement below would be higher on a GPU"
         log(f"this CPU has no VNNI, and its 8-bit products saturate: {what}")
-    recipe = Recipe(args.target, args.op_types, args.method, args.reduce_range)
-    file, agreement = quantize_student(onnx_file, images, recipe, args.output)
-    same = f"the class of the fp32 file on {agreement:.1f} % of {len(images)} calibration images"
-    compares = f"python -m deploy.check {student} compares on validation images"
-    show(f"{file}  {file.stat().st_size / 1e6:.1f} MB, {same}; {compares}")
+    recipe = Recipe(args.target, args.op_types, args.method or "minmax", args.reduce_range)
+    bound = None
+    if args.max_drop is not None:
+        methods = [args.method] if args.method else list(METHODS)
+        bound = Bound(args.max_drop, reference.images, reference.labels, methods)
+    file, agreement, bounded = quantize_student(onnx_file, images, recipe, args.output, bound)
+    log(fit_file(file, reference.images, reference.labels))
+    size = f"{file}  {file.stat().st_size / 1e6:.1f} MB"
+    if bound is None or bounded is None:
+        same = f"the class of the fp32 file on {agreement:.1f} % of {len(images)} calibration images"
+        show(f"{size}, {same}; python -m deploy.check {student} compares on validation images")
+        return
+    layers = list(bounded.left_float[:MOST_SHOWN])
+    more = [f"and {len(bounded.left_float) - MOST_SHOWN} more"] if len(bounded.left_float) > MOST_SHOWN else []
+    show(*describe(bounded, bound.max_drop), f"{size}; in float: {', '.join(layers + more) or 'nothing'}")
 
 
 if __name__ == "__main__":

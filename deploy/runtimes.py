@@ -43,13 +43,17 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 TORCH_KINDS = ("", ".ts", ".pt2")  # "": a student/ folder
 LOADERS = {".onnx": "deploy.runtimes:load_onnx", ".engine": "deploy.tensorrt:load_engine"}
 LOADERS |= dict.fromkeys(TORCH_KINDS, "deploy.torch_runtimes:load")
+LOADERS |= {".param": "deploy.other_runtimes:load_ncnn"}
+OPENVINO = "openvino"  # the device of RunOn that runs an .onnx file in OpenVINO instead of ONNX Runtime
 
 
 @dataclass(frozen=True)
 class RunOn:
     """Where and how a student is run."""
 
-    device: str = "auto"  # "cpu", "cuda", "tensorrt" (for .onnx), or "auto": a CUDA device if the runtime has one
+    device: str = (
+        "auto"  # "cpu", "cuda", "tensorrt" and OPENVINO (for .onnx), or "auto": a CUDA device if the runtime has one
+    )
     threads: int = 0  # CPU threads; 0: one for each CPU that this process may use
     allow_fallback: bool = False  # run on the CPU if the device is unavailable
     model_files: tuple[str, ...] = ()  # path/to/file.py:function of the user's own models
@@ -66,7 +70,7 @@ class RunOn:
 class Runtime:
     """A student that is loaded and ready to run."""
 
-    name: str  # torch, torch.compile, torchscript, torch.export, onnxruntime, tensorrt
+    name: str  # torch, torch.compile, torchscript, torch.export, onnxruntime, tensorrt, openvino, ncnn
     provider: str  # what really runs it
     metadata: Metadata
     call: Callable[[np.ndarray], np.ndarray]  # see run()
@@ -94,7 +98,7 @@ class Runtime:
 
 
 def load(path: Path, on: RunOn = RunOn()) -> Runtime:
-    """Load a student/ folder, or a .ts, .pt2, .onnx or .engine file made from it.
+    """Load a student/ folder, or a .ts, .pt2, .onnx, .engine or .ncnn.param file made from it.
 
     A missing device, a runtime that is not installed, and a file that is damaged, foreign or for another machine are
     each a UserError.
@@ -103,14 +107,15 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     exists = path.is_dir() or path.is_file()
     if kind not in LOADERS or not exists:
         what = "unknown kind of artefact" if exists else "no such file or folder"
-        raise UserError(f"{path}: {what}; expected a student/ folder, or a .ts, .pt2, .onnx or .engine file")
+        raise UserError(f"{path}: {what}; expected a student/ folder, or a .ts, .pt2, .onnx, .engine or .param file")
     if on.device == "tensorrt" and kind != ".onnx":
         raise UserError(f"--device tensorrt is ONNX Runtime's TensorRT provider; {path.name} is not an .onnx file")
     if kind in TORCH_KINDS:
         needs = "an .onnx or .engine file runs without it" if kind else "on this machine give its .onnx or .engine file"
         need("torch", f"{path.name or path} needs torch, torchvision and timm; {needs}")
     started = time.perf_counter()
-    module, _, loader = LOADERS[kind].partition(":")
+    named = "deploy.other_runtimes:load_openvino" if on.device == OPENVINO else LOADERS[kind]
+    module, _, loader = named.partition(":")
     try:
         load_kind = getattr(importlib.import_module(module), loader)
     except ImportError as error:  # torchvision or timm is missing, or this is the one file of deploy.pack
@@ -284,8 +289,18 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def top_labels(logits: np.ndarray, labels: list[str], count: int = 5) -> list[tuple[str, float, int]]:
+def probabilities(logits: np.ndarray, metadata: Metadata) -> np.ndarray:
+    """Return probabilities over the last dimension, by the temperature of the student."""
+    return softmax(logits / (metadata.temperature or 1.0))
+
+
+def is_answered(probability: Any, metadata: Metadata) -> Any:
+    """Return whether a largest probability, or each of an array, reaches the threshold; else it is "none of these"."""
+    return probability >= (metadata.threshold or 0.0)  # a NaN does not
+
+
+def top_labels(logits: np.ndarray, metadata: Metadata, count: int = 5) -> list[tuple[str, float, int]]:
     """Return (label, probability, class index) of one image's most probable classes, best first; logits: (C,)."""
-    probabilities = softmax(logits)
-    best = np.argsort(-probabilities, kind="stable")[:count]
-    return [(labels[i], float(probabilities[i]), int(i)) for i in best]
+    p = probabilities(logits, metadata)
+    best = np.argsort(-p, kind="stable")[:count]
+    return [(metadata.label_names[i], float(p[i]), int(i)) for i in best]

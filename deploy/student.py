@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -24,12 +25,12 @@ import timm
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
-from deploy.cli import UserError, first_line, is_code, student_folder
+from deploy.cli import UserError, first_line, is_code, student_folder, write_whole
 from deploy.config import Metadata, check_arguments, read_config
 
 
@@ -228,6 +229,40 @@ def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Modu
         raise UserError(f"{folder}: {error}") from error
     load_weights(model, load_file(file), str(folder))
     return model, metadata
+
+
+def write_random(
+    folder: Path, architecture: dict[str, Any], input_size: Sequence[int], num_classes: int, model_file: str
+) -> None:
+    """Write a student/ folder with random weights, to measure the speed of a network that is not trained yet.
+
+    Batch norms are set on noise, because otherwise logits of some networks are 1e-9 and every comparison passes.
+
+    architecture: of find_architecture; model_file: runs if the architecture is the user's own model
+    """
+    torch.manual_seed(0)
+    model = build_model(architecture, num_classes, input_size, [model_file])
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # a plain mean over batches
+    with torch.no_grad():
+        model.train()(torch.randn(4, *input_size))
+    names, count = [str(i) for i in range(num_classes)], input_size[0]
+    norm: Any = {"mean": [0.5] * count, "std": [0.25] * count, "interpolation": "bilinear", "crop": 1.0}
+    config = Metadata(names, list(input_size), **norm, num_classes=num_classes, **architecture)
+    write_whole(folder / "config.json", json.dumps(config.to_json(), indent=2) + "\n")
+    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, folder / "model.safetensors")
+
+
+def published_top1(architecture: dict[str, Any]) -> tuple[float, int] | None:
+    """Return ImageNet's top-1 of torchvision's newest weights of a network, in percent, and the side of their images.
+
+    None for timm's networks and for the user's own: timm's package has no table of results.
+    """
+    if architecture["library"] != "torchvision":
+        return None
+    weights = torchvision.models.get_model_weights(architecture["architecture"]).DEFAULT  # type: ignore[attr-defined]
+    return weights.meta["_metrics"]["ImageNet-1K"]["acc@1"], weights.transforms.keywords["crop_size"]
 
 
 class ParameterLimit:

@@ -1,8 +1,8 @@
 """Measure the cost of running and serving an ONNX file on a device: python examples/benchmark_device.py STUDENT.onnx
 
-Measures the imports of deploy.serve, and loading the file and running it once, each in a process of its own: CPU
-seconds, the peak of resident memory, modules, and the size on disk of the imported packages and those they require.
---python is the interpreter of the environment, --tree another checkout of this repository to compare with.
+One process imports deploy.serve, another loads the file and runs it once. The table shows CPU seconds, the peak of
+resident memory, the number of modules, and the size on disk of the imported packages and of the packages that these
+require. --python is the interpreter of the environment, --tree another checkout of this repository to compare with.
 """
 
 import argparse

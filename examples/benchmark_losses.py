@@ -1,13 +1,14 @@
-"""Time and memory of the losses, forward + backward, and of the same formulas with boolean masks: make bench
+"""Measure time and memory of the losses and of the same formulas with boolean masks: make bench
 
     python examples/benchmark_losses.py                     # every shape and dtype, eager and compiled: about 8 minutes
     python examples/benchmark_losses.py --shapes 256x1000 --dtypes float32
 
-One process. The rows of a table take turns in random order, one call each, until every row has had --seconds; the table
-shows medians. "x" is the speed relative to the formulas with boolean masks (NKD's or USKD's; cross-entropy and KL-based
-KD are compared with NKD's). Memory is the peak of one call in u, the bytes of one (N, C) tensor in the logits' dtype;
-it includes gradients, not inputs. On a GPU the table also has the bandwidth for the least traffic of NKD (5 u), as a
-share of the bandwidth of a copy, the number of kernels, and whether the host waited for the device.
+A call is forward and backward. In one process the rows of a table take turns in random order, one call each, until
+every row has run for --seconds; the table shows medians. "x" is the speed relative to the formulas with boolean masks
+(NKD's or USKD's; cross-entropy and KL-based KD are compared with NKD's). Memory is the peak of one call in u, the bytes
+of one (N, C) tensor in the logits' dtype; it includes gradients, but not inputs. On a GPU the table also shows the
+number of kernels, whether the host waited for the device, and "5u copied": NKD moves at least 5 u, and the column shows
+the bandwidth that this amounts to, as a share of the bandwidth of a copy.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kdlite import nkd_linear_loss, nkd_loss, terms, uskd_loss
 
-os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler, which measures memory, prints too much
+os.environ["KINETO_LOG_LEVEL"] = "99"  # less output of the profiler, which measures memory
 
 SHAPES = [(128, 100), (256, 1000), (1024, 1000), (256, 21841), (64, 128256)]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student or strong logits, teacher or weak logits, class indices)
@@ -38,7 +39,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student or strong logits, 
 
 
 def others(x: Tensor, target: Tensor) -> Tensor:
-    """Return the C - 1 columns other than the target's, by a boolean mask."""
+    """Return the C - 1 columns except the target's, by a boolean mask."""
     mask = torch.ones_like(x, dtype=torch.bool).scatter_(1, target[:, None], False)
     return x[mask].view(len(x), -1)
 
@@ -71,12 +72,12 @@ def cross_entropy(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def kl_based_kd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """KD in its usual form."""
+    """Return KD in its usual form, with F.kl_div."""
     return F.kl_div(student.log_softmax(1), teacher.detach().softmax(1), reduction="batchmean")
 
 
 def nkd_by_terms(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """nkd_loss without kdlite.fused."""
+    """Return nkd_loss without kdlite.fused."""
     return terms.nkd_rows(student, teacher, target, 1.5, 1.0).mean()
 
 
@@ -100,7 +101,7 @@ def wait_for(device: str) -> None:
 
 
 def median_seconds(losses: dict[str, Loss], inputs: tuple[Tensor, ...], seconds: float) -> dict[str, float]:
-    """Return the times of each loss; all take turns, until each has had its share of the time."""
+    """Return the median seconds of a call of each loss; the losses take turns until each has run for ``seconds``."""
     device = inputs[0].device.type
     taken: dict[str, list[float]] = {name: [] for name in losses}
     while waiting := [name for name, times in taken.items() if sum(times) < seconds or len(times) < 5]:
@@ -114,7 +115,7 @@ def median_seconds(losses: dict[str, Loss], inputs: tuple[Tensor, ...], seconds:
 
 
 def peak_of_call(function: Callable[[], object], device: str) -> int:
-    """Return the most bytes that a call holds, above those held before."""
+    """Return the peak memory of a call in bytes, above the memory before it."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -216,7 +217,7 @@ def bench_shape(rows: int, classes: int, dtype: torch.dtype, args: argparse.Name
 
 
 def bench_linear(rows: int, classes: int, width: int, args: argparse.Namespace) -> None:
-    """Print the classifier and NKD as one loss, and one after the other."""
+    """Print the cost of classifiers and NKD as one loss, and one after the other."""
     generator = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = (torch.randn(rows, width, generator=generator).to(args.device) for _ in range(2))
     weight, teacher_weight = (torch.randn(classes, width, generator=generator).to(args.device) / 8 for _ in range(2))
@@ -251,7 +252,7 @@ def machine(device: str) -> str:
 def shape(text: str) -> tuple[int, int]:
     rows, x, classes = text.partition("x")
     if not (x and rows.isdigit() and classes.isdigit() and int(rows) >= 1 and int(classes) >= 2):
-        raise argparse.ArgumentTypeError(f"{text!r} is not rows x classes, as 256x1000, of at least 1x2")
+        raise argparse.ArgumentTypeError(f"{text!r} is not rows x classes: expected for example 256x1000, at least 1x2")
     return int(rows), int(classes)
 
 
@@ -262,12 +263,14 @@ def main() -> None:
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each row of a table")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the compiled rows too")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds for each row of a table")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="also time the compiled rows"
+    )
     parser.add_argument("--linear", action=argparse.BooleanOptionalAction, default=True, help="nkd_linear_loss too")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no CUDA device")
+        parser.error("--device cuda, but torch finds no CUDA device")
     print(machine(args.device))
     bandwidth = copy_bandwidth() if args.device == "cuda" else 0.0
     if bandwidth:

@@ -1,8 +1,9 @@
-"""Measure what reading large JPEGs at a reduced scale saves: python examples/benchmark_preprocess.py STUDENT PHOTOS
+"""Measure the gain from decoding large JPEGs at a reduced scale: python examples/benchmark_preprocess.py STUDENT PHOTOS
 
-Time: prepares the largest photograph, resized to 12 megapixels, with and without the reduced scale, in turns. Change:
-prepares square crops of all photographs, each at least eight times as large as the student's resize and saved as a
-JPEG, both ways. Prints the mean difference of a value after the resize, and how often the class is the same.
+For the time, the script prepares the largest photograph, resized to 12 megapixels, with and without the reduced scale,
+in turns. For the change of the result, it prepares square crops of all photographs, saved as JPEGs at least eight times
+as large as the student's resize, in both ways. It prints the mean difference of a value after the resize, and the share
+of crops with the same class.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 parser = make_parser(__doc__, "benchmark_preprocess.py")
-parser.add_argument("student", type=Path, help="a student/ folder or an artefact of it")
+parser.add_argument("student", type=Path, help="a student/ folder, or an artefact of a student")
 parser.add_argument("photos", type=Path, help="a folder of large JPEG photographs")
 parser.add_argument("--crops", type=int, default=500)
 parser.add_argument("--rounds", type=int, default=11)

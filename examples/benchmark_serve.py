@@ -1,13 +1,13 @@
-"""Compare the server's throughput with the runtime's own, in turns: python examples/benchmark_serve.py STUDENT.onnx
+"""Compare the throughput of the server and of the runtime alone: python examples/benchmark_serve.py STUDENT.onnx
 
-The runtime alone: a process that calls it in a loop at the server's largest batch, and at 1; the better of the two
-counts. The server: deploy.serve in another process, and --concurrency clients in this one. Each client sends its next
-image (a binary tensor) after the answer to the last one. Client and server share this machine's cores, so leave one
-core for them: --threads should be one less than the cores.
+For the runtime alone, a process calls it in a loop with the server's largest batch, and with batch 1; the higher rate
+counts. The server is deploy.serve in another process, with --concurrency clients in this process. Each client sends its
+next image (a binary tensor) after the answer to the previous image. Clients and server share this machine's cores, so
+leave one core for the clients: set --threads to the number of cores minus one.
 
---litserve PYTHON also measures LitServe, in the same turns: that Python needs litserve and the onnxruntime of this
-one. Each server gets the image in its shortest form: a binary tensor here, base64 in JSON there. CPU seconds include
-all processes of a server.
+--litserve PYTHON also measures LitServe, in the same turns; PYTHON is an interpreter with litserve and the same version
+of onnxruntime. Each server gets the image in its shortest form: a binary tensor for deploy.serve, base64 in JSON for
+LitServe. CPU seconds include all processes of a server.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def litserve_request(image: np.ndarray) -> bytes:
 def start_litserve(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[subprocess.Popen, int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as script:  # its processes import it again
+    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as script:  # LitServe's processes import it again
         script.write(LITSERVE)
     given = [args.artefact.resolve(), port, args.max_batch, args.max_delay, args.threads, *shape]
     server = subprocess.Popen([args.litserve, script.name, *map(str, given)], stdout=subprocess.DEVNULL,
@@ -91,22 +91,22 @@ def start_litserve(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[su
     while time.monotonic() < deadline:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                time.sleep(2)  # its worker loads the file
+                time.sleep(2)  # LitServe's worker loads the file
                 return server, port
         time.sleep(0.2)
     os.killpg(server.pid, signal.SIGKILL)
-    raise UserError(f"LitServe did not start by {args.litserve}")
+    raise UserError(f"LitServe did not start with {args.litserve}: install litserve and onnxruntime there")
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds of a process and all that it started."""
+    """Return the CPU seconds of a process and of all processes that it started."""
     total, left = 0.0, [pid]
     children: dict[int, list[int]] = {}
     fields = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
     for child, values in fields.items():
         children.setdefault(int(values[1]), []).append(child)
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
             others["LitServe"] = start_litserve(args, images[0].shape)
             servers["LitServe"] = (*others["LitServe"], litserve_request(images[0]))
         for _, port, request in servers.values():
-            asyncio.run(load_server(port, request, args.concurrency, 1.0))  # warm
+            asyncio.run(load_server(port, request, args.concurrency, 1.0))  # warm-up
         own: dict[int, list[float]] = {1: [], args.max_batch: []}
         rows: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in servers}
         for _ in range(args.rounds):
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
         server.terminate()
         server.wait()
         for process, _ in others.values():
-            os.killpg(process.pid, signal.SIGKILL)  # its processes too, which outlive it
+            os.killpg(process.pid, signal.SIGKILL)  # also its child processes, which continue otherwise
         worker.close()
     print(f"{args.artefact.name}, {worker.name}, {worker.provider}, {args.threads or 'all'} threads, "
           f"{os.cpu_count()} cores; {args.rounds} rounds of {args.seconds:g} s each, medians")  # fmt: skip
@@ -188,13 +188,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 parser = make_parser(__doc__, "benchmark_serve.py")
-parser.add_argument("artefact", type=Path, help="an artefact of a student, best an absolute path")
+parser.add_argument("artefact", type=Path, help="an artefact of a student; give an absolute path")
 parser.add_argument("--concurrency", type=int, default=16)
 parser.add_argument("--max-batch", type=int, default=8)
 parser.add_argument("--max-delay", type=float, default=1.0, help="milliseconds")
-parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each measurement")
 parser.add_argument("--rounds", type=int, default=10)
-parser.add_argument("--litserve", metavar="PYTHON", help="measure LitServe too, run by this Python")
+parser.add_argument("--litserve", metavar="PYTHON", help="also measure LitServe, run by this Python")
 add_device(parser)
 
 if __name__ == "__main__":

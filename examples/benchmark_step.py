@@ -3,12 +3,13 @@
     python examples/benchmark_step.py                    # 224 px, synthetic: about 5 minutes on a CPU
     python examples/benchmark_step.py --models resnet18 --img-size 64 --batch-size 128 --data photos/
 
-For each model these take a step in turn: a minimal loop in this file (cross-entropy, without kdlite and train.py);
-train.py's step for cross-entropy, for USKD, for NKD with the teacher and for NKD from its stored top-10; the teacher's
-forward pass. A ratio is the median of the ratios within the rounds: "minimal" is the time of the minimal loop over that
-of train.py's cross-entropy; "USKD" and "stored" are over cross-entropy; "NKD" is over the sum of cross-entropy and the
-teacher's forward pass. Memory is the peak of a step above the memory before it. Weights and images are random, which
-does not change the time. At the end: how many images a second the data pipeline delivers (``--data`` as train.py's).
+In each round, for each model, these run one step in turn: a minimal loop in this file (cross-entropy, without kdlite
+and train.py); train.py's step for cross-entropy, for USKD, for NKD with the teacher and for NKD from its stored top-10;
+the teacher's forward pass. A ratio is the median over the rounds: "minimal" is the time of the minimal loop divided by
+that of train.py's cross-entropy; "USKD" and "stored" are divided by cross-entropy; "NKD" is divided by the sum of
+cross-entropy and the teacher's forward pass. Memory is the peak of a step above the memory before it. Weights and
+images are random, which does not change the time. At the end the script prints the images a second of the data pipeline
+(``--data`` is the flag of train.py).
 """
 
 import argparse
@@ -42,7 +43,7 @@ CLASSES = 1000
 
 
 def settle(model: str, args: argparse.Namespace, *method: str) -> argparse.Namespace:
-    """Return train.py's flags of a run of this model."""
+    """Return train.py's flags for a run with this model."""
     recipe = "imagenet-vit" if "deit" in model else "imagenet-cnn"
     flags = ["--model", model, "--recipe", recipe, "--img-size", str(args.img_size), "--amp", args.amp]
     flags += ["--batch-size", str(args.batch_size), "--device", args.device, "--workers", "0"]
@@ -51,7 +52,7 @@ def settle(model: str, args: argparse.Namespace, *method: str) -> argparse.Names
 
 
 def imaginary_data(args: argparse.Namespace) -> Data:
-    """Return a data set from which a run is built; its images are never read."""
+    """Return a data set to build a run from; its images are not read."""
     images = FakeData(2 * args.batch_size, (3, args.img_size, args.img_size), CLASSES)
     return Data(images, images, [str(i) for i in range(CLASSES)], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -61,7 +62,7 @@ def compiled(net: nn.Module, flags: argparse.Namespace) -> nn.Module:
 
 
 def make_teacher(name: str, flags: argparse.Namespace) -> Teacher:
-    """Return a network of random weights with the student's own preprocessing."""
+    """Return a teacher with random weights and the student's preprocessing."""
     teacher = Teacher(build_model(find_architecture(name), CLASSES, [3, *flags.img_size])).to(
         flags.device, memory_format=torch.channels_last
     )
@@ -70,7 +71,7 @@ def make_teacher(name: str, flags: argparse.Namespace) -> Teacher:
 
 
 class TrainStep:
-    """train.py's step with its optimizer. A batch with stored answers gets no teacher."""
+    """Run train.py's step with its optimizer. A batch with stored answers needs no teacher."""
 
     def __init__(self, batch: Batch, teacher: Teacher | None, flags: argparse.Namespace, data: Data) -> None:
         device = batch.images.device
@@ -91,7 +92,7 @@ class TrainStep:
 
 
 class MinimalStep:
-    """A step without kdlite and train.py, of the same model, optimizer and precision."""
+    """Run a step without kdlite and train.py, with the same model, optimizer and precision."""
 
     def __init__(self, model: str, batch: Batch, flags: argparse.Namespace) -> None:
         net = build_model(find_architecture(model), CLASSES, [3, *flags.img_size])
@@ -112,7 +113,7 @@ class MinimalStep:
 
 
 class TeacherForward:
-    """A teacher's forward pass alone."""
+    """Run a teacher's forward pass alone."""
 
     def __init__(self, teacher: nn.Module, images: Tensor, amp: torch.dtype | None) -> None:
         self.teacher, self.images, self.amp = teacher, images, amp
@@ -179,7 +180,7 @@ def bench_model(model: str, args: argparse.Namespace) -> None:
 
 
 def bench_data(args: argparse.Namespace) -> None:
-    """Print how many images a second become a normalised batch, from files and, if they are small, from the cache."""
+    """Print the images a second that the data pipeline prepares, from files and, if they are small, from the cache."""
     argv = ["--data", args.data, "--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
     argv += ["--device", args.device, *([] if args.workers is None else ["--workers", str(args.workers)])]
     print(f"\ndata pipeline: {args.data} at {args.img_size} px")
@@ -197,7 +198,7 @@ def bench_data(args: argparse.Namespace) -> None:
         while seen == 0 or time.perf_counter() < started + args.seconds:
             for batch in loader:
                 to_device(batch)
-                if not started:  # the workers have started
+                if not started:  # begin to measure after the workers have started
                     started = time.perf_counter()
                     continue
                 seen += len(batch.labels)
@@ -226,7 +227,7 @@ def main() -> None:
         args.batch_size = 256 if args.device == "cuda" else 16
     if args.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {args.rounds}")
-    pick_device(args.device)  # refuses a device that is not there
+    pick_device(args.device)  # raises an error for a missing device
     print(machine(args.device))
     for model in args.models:
         bench_model(model, args)

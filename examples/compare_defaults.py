@@ -1,10 +1,10 @@
-"""Compare a run's own defaults for a folder of photographs with three settings that people make by hand.
+"""Compare a run's own defaults for a folder of photographs with three settings that people choose by hand.
 
     python examples/compare_defaults.py SOURCE --seeds 2      # the table of README.md: 24 runs, an hour on a core
 
-SOURCE has train/nXXXXXXXX/*.JPEG of Tiny-ImageNet, 64 px. Its training images make three folders, of classes that no
-default was chosen on. Runs are kept under runs/defaults; a run is repeated only if its command changes. Prints top-1 of
-the last epoch of each seed.
+SOURCE has train/nXXXXXXXX/*.JPEG of Tiny-ImageNet, 64 px. The script makes three folders of its training images, with
+classes that no choice of the defaults was based on. Runs are stored under runs/defaults; a run is repeated only if its
+command changes. The script prints top-1 of the last epoch for each seed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from finetune import UserError, run_command, train_once
 
 RUNS = Path("runs/defaults")
-# name: classes of the sorted list, images a class to train on and to validate on, pixels, epochs
+# name: classes of the sorted list, training images a class, validation images a class, pixels, epochs
 FOLDERS = {
     "10x300": (slice(3, 203, 20), 300, 100, 32, 10),
     "20x450": (slice(5, 205, 10), 450, 50, 64, 4),

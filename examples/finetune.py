@@ -14,18 +14,15 @@ no model hub is needed.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -33,8 +30,7 @@ from safetensors.torch import save as safetensors_bytes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from deploy.cli import Parser, UserError, run_command, write_whole  # noqa: E402
-from deploy.flags import by_name, option  # noqa: E402
-from kdlite.training import teacher_labels  # noqa: E402
+from kdlite.training.launch import gain, read_answers, store_labels, train_once  # noqa: E402
 
 RUNS = Path("runs/finetune")
 VIEWS = 4  # random crops of each photograph that the teacher is asked about
@@ -70,50 +66,6 @@ def fetch(name: str, file: Path | None = None) -> Path:
     return file
 
 
-def train_once(flags: list, output: Path) -> float:
-    """Return top-1 of the last epoch of a run. Train it first, unless the same command has finished it.
-
-    A run of another command in `output` is removed, and a run of this command that was stopped is resumed.
-    """
-    command = list(map(str, [sys.executable, ROOT / "train.py", *flags, "--output", output, "--resume"]))
-    try:
-        before = json.loads((output / "args.json").read_text(encoding="utf-8"))["command"]
-    except (OSError, ValueError, KeyError, TypeError):
-        before = None
-    if before not in (None, shlex.join(command[1:])):
-        shutil.rmtree(output)
-    if not (output / "curves.png").exists():  # written at the end of a run
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with open(output.parent / "log.txt", "a", encoding="utf-8") as log:
-            if subprocess.run(command, stdout=log, stderr=log).returncode:
-                raise UserError(f"the run in {output} failed: see {log.name}")
-    with open(output / "metrics.csv", encoding="utf-8") as file:
-        return float(list(csv.DictReader(file))[-1]["val_top1"])
-
-
-def of_labels(flags: list) -> list:
-    """Return those of train.py's flags that the command for labels has too, with their values."""
-    names, kept, keeps = {option(name) for name in by_name(teacher_labels.FLAGS)}, [], False
-    for flag in map(str, flags):
-        keeps = flag.partition("=")[0] in names if flag.startswith("--") else keeps
-        kept += [flag] * keeps
-    return kept
-
-
-def store_labels(flags: list, output: Path) -> None:
-    """Store a teacher's answers; those that are stored stay as they are."""
-    command = [sys.executable, "-m", "kdlite.training.teacher_labels", *flags, "--output", output.resolve()]
-    with open(output.parent / "log.txt", "a", encoding="utf-8") as log:
-        if subprocess.run(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT).returncode:
-            raise UserError(f"the teacher's labels in {output} failed: see {log.name}")
-
-
-def read_answers(output: Path) -> np.ndarray:
-    """Return for each validation image of a run's best epoch whether the student is right."""
-    labels, predictions = torch.load(output / "last.pt", weights_only=True)["progress"]["answers"].numpy()
-    return (labels == predictions).astype(float)
-
-
 def compare(data: Path, unlabelled: Path | None, flags: list[str]) -> None:
     """Train the student alone, the teacher, and the student from the teacher's answers; print which one to keep."""
     data, runs = data.resolve(), RUNS / data.resolve().name
@@ -128,7 +80,7 @@ def compare(data: Path, unlabelled: Path | None, flags: list[str]) -> None:
     labels = runs / f"labels-{hashlib.sha256(weights).hexdigest()[:8]}"
     classes = len(json.loads((runs / "teacher/student/config.json").read_text(encoding="utf-8"))["label_names"])
     asked = ["--teacher", (runs / "teacher/student").resolve(), "--top-k", classes - 1, "--views", VIEWS]
-    store_labels([*of_labels(student), *more, *asked], labels)
+    store_labels([*student, *more, *asked], labels)
     for name, loss in {"KD": ["kd", "--temperature", 1], "NKD": ["nkd"]}.items():
         rows[name] = runs / name.lower()
         train_once([*student, *more, "--kd", *loss, "--teacher-labels", labels.resolve()], rows[name])
@@ -137,10 +89,12 @@ def compare(data: Path, unlabelled: Path | None, flags: list[str]) -> None:
     print(f"| best epoch, {len(alone)} validation images | top-1 % | ahead of the student alone |\n|---|---|---|")
     ahead = {}
     for name, right in answers.items():
-        gain, error = 100 * (right - alone).mean(), 100 * (right - alone).std() / len(alone) ** 0.5
-        print(f"| {name} | {100 * right.mean():.1f} | {f'{gain:+.1f} +- {error:.1f}' if right is not alone else ''} |")
-        if name in ("KD", "NKD") and gain > 2 * error:
-            ahead[name] = gain
+        points, error = gain(right, alone)
+        print(
+            f"| {name} | {100 * right.mean():.1f} | {f'{points:+.1f} +- {error:.1f}' if right is not alone else ''} |"
+        )
+        if name in ("KD", "NKD") and points > 2 * error:
+            ahead[name] = points
     best = max(ahead, key=ahead.__getitem__) if ahead else "the student alone"
     reason = "it is ahead by two standard errors" if ahead else "no distilled student is ahead by two standard errors"
     print(f"kept: {best}, because {reason} -> {rows[best]}/student")

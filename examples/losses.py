@@ -1,7 +1,7 @@
-"""Losses for comparison, each from its paper's formula: for train.py --kd examples/losses.py:dkd, or for a loop.
+"""Compute other losses from the formulas of their papers: for train.py --kd examples/losses.py:dkd, or for a loop.
 
-Arguments: student_logits (N, C), teacher_logits (N, C), target (N,) class indices. Each returns a value for each row
-(N,), except dist. The losses are added to the cross-entropy. Tune their weights for your teacher.
+The arguments are student_logits (N, C), teacher_logits (N, C) and target (N,), class indices. Each loss returns a value
+for each row, (N,), except dist. Add it to the cross-entropy, and tune its weights for your teacher.
 """
 
 import torch
@@ -25,7 +25,7 @@ def dkd(
 ) -> Tensor:
     """Return decoupled KD, arXiv 2203.08679: alpha KL(b^T || b^S) + beta KL(p^T || p^S), times temperature squared.
 
-    b: the target's probability and that of all the others together; p: the distribution over the others.
+    b: the target's probability and the sum of the others; p: the distribution over the other classes.
     """
     student, teacher = (x / temperature for x in (student_logits, teacher_logits))
     others = torch.ones_like(student, dtype=torch.bool).scatter(1, target.unsqueeze(1), False)
@@ -38,7 +38,7 @@ def dkd(
 def standardised_kd(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, weight: float = 9.0, temperature: float = 2.0
 ) -> Tensor:
-    """Return KD of logits with the mean and standard deviation of each row removed, arXiv 2403.01733."""
+    """Return KD of logits that are standardised in each row (mean 0, deviation 1), arXiv 2403.01733."""
     student, teacher = (
         (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-12).sqrt() / temperature
         for x in (student_logits, teacher_logits)
@@ -49,7 +49,7 @@ def standardised_kd(
 def wttm(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
     """Return weighted transformed teacher matching (arXiv 2402.11148), sum_i T_i^(1/tau) KL(T^(1/tau) || S).
 
-    Only the teacher has the temperature tau. The power sum of the teacher's probabilities weights each row.
+    Only the teacher has the temperature tau. The power sum of the teacher's probabilities is the weight of a row.
     """
     power_sum = (teacher_logits.log_softmax(1) / temperature).exp().sum(1)
     return power_sum * kl((teacher_logits / temperature).log_softmax(1), student_logits.log_softmax(1))
@@ -63,7 +63,7 @@ def dist(
     gamma: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return DIST (arXiv 2205.10536), 1 - Pearson's correlation of rows (beta) and of columns (gamma): one value."""
+    """Return DIST (arXiv 2205.10536) as one value: 1 - Pearson's correlation of rows (beta) and of columns (gamma)."""
     s, t = ((x / temperature).softmax(1) for x in (student_logits, teacher_logits))
     return temperature**2 * (beta * pearson_distance(s, t, 1) + gamma * pearson_distance(s, t, 0))
 
@@ -83,7 +83,7 @@ def tf_kd(
 ) -> Tensor:
     """Return teacher-free KD by regularisation (arXiv 1909.11723): the teacher is uniform except at the target.
 
-    weight * temperature^2 * KL(p^d || S), both at the temperature; correct: p^d at the target. Ignores teacher_logits.
+    weight * temperature^2 * KL(p^d || S), both at the temperature; correct: p^d of the target. Ignores teacher_logits.
     """
     classes = student_logits.shape[1]
     p_d = torch.full_like(student_logits, (1 - correct) / (classes - 1)).scatter(1, target.unsqueeze(1), correct)
@@ -92,9 +92,9 @@ def tf_kd(
 
 
 def ps_kd(student_logits: Tensor, past_logits: Tensor, target: Tensor, alpha: float = 0.8) -> Tensor:
-    """Return the addition of progressive self-KD (arXiv 2006.12000): alpha * (H(past, S) - H(target, S)).
+    """Return progressive self-KD (arXiv 2006.12000) without its cross-entropy: alpha * (H(past, S) - H(target, S)).
 
-    past_logits: of the student itself, one epoch before. The paper's alpha grows with the epochs to 0.8 at the end.
+    past_logits: logits of the student itself one epoch before. The paper's alpha grows over the epochs to 0.8.
     """
     log_s = student_logits.log_softmax(1)
     past = -(past_logits.softmax(1) * log_s).sum(1)

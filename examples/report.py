@@ -1,10 +1,10 @@
-"""Write one page about runs of train.py: table, curves, calibration, soft labels, confusions, latency.
+"""Write one page about runs of train.py: table, curves, calibration, soft labels, confusions, mistakes, latency.
 
     python examples/report.py runs/*                     # writes runs/report.html, a file that needs no other
 
-Reads args.json, metrics.csv and student/ of each run; if they are there, also reference.npz for calibration and sample
-images (the teacher's run's for its answers), confusion.png, and student/benchmark.json of deploy.benchmark. A section
-without its file prints which one is missing.
+Reads args.json, metrics.csv and student/ of each run; if they are there, also reference.npz for calibration, mistakes
+and sample images (the teacher's run's for its answers), confusion.png, and student/benchmark.json of deploy.benchmark.
+A section without its file prints which one is missing.
 """
 
 import argparse
@@ -31,11 +31,13 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from deploy.cli import UserError, command, make_parser, student_folder, write_whole  # noqa: E402
+from deploy.confidence import BINS, Calibration, calibration  # noqa: E402
 from deploy.config import read_config  # noqa: E402
 from deploy.reference import NAME, Reference, read_reference  # noqa: E402
 from deploy.runtimes import softmax  # noqa: E402
 
-SAMPLES, BARS, BINS = 6, 5, 15
+SAMPLES, BARS, MISTAKES = 6, 5, 24
+SIDE = 160  # largest side of an image on the page, pixels
 STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse } th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }
@@ -44,7 +46,8 @@ svg, img.wide { max-width: 100%; height: auto } .photo { width: 6rem; image-rend
 .bar { display: grid; grid-template-columns: 8rem 7rem 3rem; gap: .4rem; font-size: .8rem; align-items: center }
 .bar span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap } .bar b { font-weight: normal }
 .bar i { background: #4878a8; height: .7rem; display: block } .bar.target i { background: #d08030 }
-.remark { color: #666 }
+.remark { color: #666 } .grid { display: flex; flex-wrap: wrap; gap: .8rem }
+.grid figure { margin: 0; width: 7rem; font-size: .8rem; overflow-wrap: anywhere }
 """
 
 
@@ -55,6 +58,7 @@ class Run(NamedTuple):
     epochs: list[int]
     top1: list[float]  # after each, %
     labels: list[str]  # the classes' names
+    temperature: float | None  # of config.json
     reference: Reference | None
     missing: str  # the reason, if there is no reference
 
@@ -77,7 +81,7 @@ def read_run(folder: Path, name: str = "") -> Run | None:
         with open(folder / "metrics.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         epochs, top1 = [int(row["epoch"]) for row in rows], [float(row["val_top1"]) for row in rows]
-        labels = read_config(folder / "student").label_names
+        config = read_config(folder / "student")
         flags["model"]
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
@@ -86,29 +90,15 @@ def read_run(folder: Path, name: str = "") -> Run | None:
         reference = read_reference(folder / "student", None, "train.py --output RUN --resume writes it")
     except UserError as error:
         missing = str(error)
-    return Run(name or folder.name, folder, flags, epochs, top1, labels, reference, missing) if epochs else None
+    about = config.label_names, config.temperature, reference, missing
+    return Run(name or folder.name, folder, flags, epochs, top1, *about) if epochs else None
 
 
-class Calibration(NamedTuple):
-    """Mean confidence, accuracy and share of the images of each bin that is not empty, and the error over all."""
-
-    confidence: np.ndarray
-    accuracy: np.ndarray
-    share: np.ndarray
-    error: float
-
-
-def calibration(p: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
-    """Return the expected calibration error (Guo et al. 2017, arXiv 1706.04599) and its bins.
-
-    The error is the mean over the images of |accuracy - confidence| of their bins. p: (N, C); labels: (N,).
-    """
-    confidence, right = p.max(1), p.argmax(1) == labels
-    of_image = np.minimum((confidence * bins).astype(int), bins - 1)
-    members = [of_image == b for b in np.unique(of_image)]
-    c, a = (np.array([values[m].mean() for m in members]) for values in (confidence, right))
-    share = np.array([m.mean() for m in members])
-    return Calibration(c, a, share, float((share * abs(a - c)).sum()))
+def calibration_of(run: Run, temperature: float | None) -> Calibration:
+    """Return the calibration of a run's student on its reference images."""
+    assert run.reference is not None
+    p = softmax(run.reference.logits / (temperature or 1.0))
+    return calibration(p.max(1), p.argmax(1) == run.reference.labels)
 
 
 def teachers_logits(run: Run) -> tuple[np.ndarray | None, str]:
@@ -166,9 +156,17 @@ def bars(values: np.ndarray, labels: list[str], target: int) -> str:
     return "".join(lines)
 
 
-def picture(png: bytes, alternative: str, style: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img class="{style}" alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
+def picture(content: bytes, alternative: str, style: str, kind: str = "png") -> str:
+    data = base64.b64encode(content).decode()
+    return f'<img class="{style}" alt="{html.escape(alternative)}" src="data:image/{kind};base64,{data}">'
+
+
+def encoded(pixels: np.ndarray, kind: str) -> bytes:
+    """Return an image, uint8 (H, W, 3) or (H, W, 1), as a PNG or JPEG file with sides of at most SIDE pixels."""
+    image, content = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), io.BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(content, kind, quality=85)
+    return content.getvalue()
 
 
 def remark(text: str) -> str:
@@ -189,11 +187,9 @@ def samples(run: Run) -> str:
     rows = []
     for index in sorted(np.unique(run.reference.labels, return_index=True)[1])[:SAMPLES]:
         target, pixels = int(run.reference.labels[index]), run.reference.images[index]
-        png = io.BytesIO()
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(png, "PNG")
         label = soft_label(run, teacher, index)
         cells = [
-            picture(png.getvalue(), run.labels[target], "photo") + f"<br>{html.escape(run.labels[target])}",
+            picture(encoded(pixels, "PNG"), run.labels[target], "photo") + f"<br>{html.escape(run.labels[target])}",
             bars(softmax(teacher[index]), run.labels, target) if teacher is not None else "",
             bars(softmax(run.reference.logits[index]), run.labels, target),
             f"{html.escape(label[0])}{bars(label[1], run.labels, target)}" if label else "",
@@ -202,6 +198,28 @@ def samples(run: Run) -> str:
     heads = "<th>image</th><th>teacher T</th><th>student S</th><th>the loss's soft label</th>"
     remarks += "The first reference image of each of the first classes; the target's bars are orange."
     return f"{title}{remark(remarks)}<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def mistakes(run: Run) -> str:
+    """Return the reference images whose class is wrong, at most MISTAKES, the most certain answers first."""
+    title = f"<h2>Mistakes: {html.escape(run.name)}</h2>"
+    if run.reference is None:
+        return title + remark(run.missing)
+    images, labels, logits = run.reference[:3]
+    p = softmax(logits / (run.temperature or 1.0))
+    wrong = np.flatnonzero(p.argmax(1) != labels)
+    shown = wrong[np.argsort(-p.max(1)[wrong], kind="stable")][:MISTAKES]
+    cells = []
+    for index in shown:
+        true, taken = run.labels[labels[index]], run.labels[p[index].argmax()]
+        caption = f"{true}, taken for {taken}, {100 * p[index].max():.0f} %"
+        cells.append(
+            f"<figure>{picture(encoded(images[index], 'JPEG'), caption, 'photo', 'jpeg')}"
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
+    count = f"{len(wrong)} of the {len(labels)} validation images of {NAME} are answered wrongly"
+    about = f"{count}; {len(shown)} are shown as the network gets them, the most certain answers first."
+    return f'{title}{remark(about)}<div class="grid">{"".join(cells)}</div>'
 
 
 @contextmanager
@@ -222,18 +240,20 @@ def plot(body: list[str], alternative: str, size: tuple[float, float] = (8, 4.2)
 def table(runs: list[Run], calibrations: dict[str, Calibration]) -> str:
     lines = []
     for run in runs:
-        error = f"{100 * calibrations[run.name].error:.1f}" if run.name in calibrations else "-"
+        fitted = run.reference is not None and run.temperature
+        error = f"{100 * calibration_of(run, run.temperature).error:.1f}" if fitted else "-"
+        raw = f"{100 * calibrations[run.name].error:.1f}" if run.name in calibrations else "-"
         words = "".join(f"<td>{html.escape(x)}</td>" for x in (run.name, run.model, run.method))
-        numbers = (run.epochs[-1], f"{run.top1[-1]:.2f}", f"{max(run.top1):.2f}", error)
+        numbers = (run.epochs[-1], f"{run.top1[-1]:.2f}", f"{max(run.top1):.2f}", raw, error)
         lines.append(f"<tr>{words}{''.join(f'<td class=n>{x}</td>' for x in numbers)}</tr>")
     heads = "".join(f"<th>{x}</th>" for x in ("run", "model", "trained with"))
-    heads += "".join(f"<th class=n>{x}</th>" for x in ("epochs", "top-1 %, last", "best", "ECE %"))
+    heads += "".join(f"<th class=n>{x}</th>" for x in ("epochs", "top-1 %, last", "best", "ECE %", "with temperature"))
     sizes = sorted({len(run.reference.labels) for run in runs if run.reference is not None})
     images = f"{' or '.join(map(str, sizes))} images of {NAME}" if sizes else f"images of {NAME}, which no run has"
     about = (
         f"A run in each row, top-1 on its validation images. ECE: expected calibration error in {BINS} bins, on the "
     )
-    about += f"{images}."
+    about += f"{images}; with the temperature of config.json, which was fitted on validation images, next to it."
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>{remark(about)}"
 
 
@@ -248,11 +268,7 @@ def timings(run: Run) -> list[dict[str, Any]]:
 
 def page(runs: list[Run]) -> str:
     """Return the whole page as HTML."""
-    calibrations = {
-        run.name: calibration(softmax(run.reference.logits), run.reference.labels)
-        for run in runs
-        if run.reference is not None
-    }
+    calibrations = {run.name: calibration_of(run, None) for run in runs if run.reference is not None}
     timed = [(run.name, row) for run in runs for row in timings(run)]
     distilled = [run for run in runs if run.flags.get("kd") or run.flags.get("self_kd")]
     body = ["<h1>Runs</h1><h2>Table</h2>", table(runs, calibrations), "<h2>Curves</h2>"]
@@ -276,6 +292,7 @@ def page(runs: list[Run]) -> str:
         if file.is_file():
             body.append(f"<h2>Confusions: {html.escape(run.name)}</h2>")
             body.append(picture(file.read_bytes(), f"confusion matrix of {run.name}", "wide"))
+    body += map(mistakes, runs)
     body.append("<h2>Latency against accuracy</h2>")
     if timed:
         with plot(body, "top-1 against latency of each file") as axes:

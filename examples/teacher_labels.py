@@ -3,9 +3,9 @@
     python examples/teacher_labels.py teacher.onnx labels/ --views 4 --data photos/ --model mobilenet_v2
     python train.py --kd nkd --teacher-labels labels/ --data photos/ --model mobilenet_v2
 
-The ONNX file is one of deploy/'s, or another with a FILE.onnx.json next to it (deploy/README.md). Its classes are those
-of the data in their order, and its images have the student's size. The flags after --top-k are train.py's.
-from_answers is for the server of a language model.
+The ONNX file comes from deploy/, or has a FILE.onnx.json next to it (deploy/README.md). It must have the classes of the
+data in the same order, and the image size of the student. The flags after --top-k are train.py's. from_answers converts
+the answers of a language model's server.
 """
 
 import argparse
@@ -31,10 +31,10 @@ def from_answers(answers: list[dict[int, float]], labels: list[int], k: int) -> 
     """Return the arguments of nkd_topk_loss from a server's answers: log T_t (N,), log T_i (N, k), indices (N, k).
 
     Args:
-        answers: log-probabilities by token for each prediction, the label's among them; from vLLM's prompt_logprobs
+        answers: token -> log-probability for each prediction, with that of the label; for vLLM's prompt_logprobs
             {token: x.logprob for token, x in position.items()} of each position except the first, which is None
-        labels: the tokens; -100 where nothing is to be learned
-        k: classes to keep
+        labels: the next tokens; -100 for positions that training ignores
+        k: number of tokens to store, without the label
     """
     log_t = torch.tensor([a[t] if t >= 0 else 0.0 for a, t in zip(answers, labels, strict=True)])
     others = [sorted(((p, i) for i, p in a.items() if i != t), reverse=True)[:k] for a, t in zip(answers, labels)]
@@ -55,22 +55,22 @@ class Asker:
 
 
 def write(file: Path, folder: Path, views: int, k: int, flags: list[str]) -> None:
-    """Store the answers about all views of the training images. flags: of train.py."""
+    """Store the answers about all views of the training images. flags: the flags of train.py."""
     teacher = load(file)
     args, _, data = open_run(train.FLAGS, train.parse_flags(flags))
-    _, _, config = train.build_student(args, data)  # its weights may decide size and preprocessing
+    _, _, config = train.build_student(args, data)  # the student's weights may decide size and preprocessing
     k, size, ours = min(k, len(data.label_names) - 1), teacher.metadata.input_size, config.input_size
     if teacher.metadata.label_names != data.label_names:
-        raise UserError(f"the classes of {file} are not those of --data, or in another order")
+        raise UserError(f"the classes of {file} are not those of --data, or have another order")
     if size != ours:
-        raise UserError(f"{file} is for images of {size}, and the student's are {ours}: give --img-size")
+        raise UserError(f"{file} needs images of {size}, but the student's have {ours}: give --img-size")
     view = train.build_view(args, config)
     source = {"name": file.name, "digest": hashlib.sha256(file.read_bytes()).hexdigest()}
     header = describe_images(data, view) | {"teacher": source, "seed": args.seed, "views": views, "k": k}
     with stop_signals() as stop, lock_labels(folder, header):
         whole = write_labels(folder, header, data.train, view.transform(), Asker(teacher, k), args.workers, stop)
     if not whole:
-        log(f"stopped by {stop.name}: whole files in {folder} are kept, the same command continues")
+        log(f"stopped by {stop.name}: the complete files in {folder} are kept; run the same command again to continue")
 
 
 def main() -> None:

@@ -1,16 +1,17 @@
-"""Is your own NKD the paper's? Compare its gradient with the formula's on twenty cases.
+"""Compare the gradient of your own NKD with that of the paper's formula in twenty cases.
 
     python -m kdlite.check my_file.py:nkd_loss
-    python -m kdlite.check my_file.py:NKDLoss --gamma 3.5 --temperature 3     # constants inside it
+    python -m kdlite.check my_file.py:NKDLoss --gamma 3.5 --temperature 3     # its constants
 
-Takes a function, a class, an instance or a functools.partial that returns the mean over the batch, without the
-cross-entropy. Calls it with (N, C) float32 logits of student and teacher and (N,) class indices, in each order, and
-varies its numbers: two of them must act as gamma and temperature, by any name. A constant inside is estimated from the
-gradient, unless --gamma or --temperature gives it. The value may differ by a constant (a KL divergence instead of the
-cross-entropy), because training follows the gradient.
+The loss is a function, a class, an instance or a functools.partial that returns the mean over the batch, without the
+cross-entropy. The check calls it with (N, C) float32 logits of student and teacher and (N,) class indices, and tries
+each order of the three. It varies the numeric arguments and finds by their effect, not by their names, which of them
+are gamma and temperature. A gamma or temperature that is a constant in the loss is estimated from the gradient, unless
+--gamma or --temperature gives it. The value of the loss may differ from the formula's by a constant (as with a KL
+divergence instead of the cross-entropy), because training follows the gradient.
 
-Prints the verdict first, then the call, then a line for each case. Exit status: 0 if all are right, 1 if one is wrong
-(with the name of a known mistake), 2 if it cannot run.
+The check prints the verdict (with the name of a known mistake), then the call, then a line for each case. Exit status:
+0 if all cases are right, 1 if a case is wrong, 2 if the check cannot run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch.nn import functional as F
 
 from .terms import is_class, nkd_rows
 
-Formula = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]  # s, t, y, gamma, temperature -> mean
+Formula = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]  # s, t, y, gamma, temperature -> mean over the batch
 Order = tuple[str, ...]  # of "student", "teacher", "target" in the parameters of the loss
 
 # ---- cases --------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def cases() -> list[Case]:
     return found
 
 
-# ---- the formula, and what is often written for it ----------------------------------------------------------------
+# ---- the formula and frequent mistakes ----------------------------------------------------------------------------
 
 
 def right(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
@@ -79,12 +80,12 @@ def right(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
 
 
 def target_rows(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """- T_t log S_t."""
+    """Return - T_t log S_t of each row."""
     return nkd_rows(s, t, y, 0.0, 1.0)
 
 
 def other_rows(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
-    """The non-target part with its factor gamma T^2."""
+    """Return the non-target part of each row, with its factor gamma T^2."""
     return nkd_rows(s, t, y, g, T) - target_rows(s, t, y)
 
 
@@ -93,12 +94,12 @@ def p_of(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def ce(p: Tensor, q: Tensor) -> Tensor:
-    """Cross-entropy of two binary distributions."""
+    """Return the cross-entropy of two binary distributions."""
     return -(p * q.log() + (1 - p) * (1 - q).log())
 
 
 def with_epsilon(s: Tensor, t: Tensor, y: Tensor, g: float, T: float, target: float, others: float) -> Tensor:
-    """Log(p + epsilon), with an epsilon for each term."""
+    """Return NKD with log(p + epsilon) instead of log p, with an epsilon for each term."""
     n_t, n_s = ((x / T).masked_fill(is_class(x, y), -torch.inf).softmax(1) for x in (t, s))
     other_terms = -(n_t * (n_s + others).log()).masked_fill(is_class(s, y), 0.0).sum(1)
     return (-p_of(t, y) * (p_of(s, y) + target).log() + g * T**2 * other_terms).mean()
@@ -114,7 +115,7 @@ def not_normalised(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tenso
 
 
 def one_divided(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
-    """Only the teacher's logits are divided by the temperature."""
+    """Return NKD with only the teacher's logits divided by the temperature."""
     return (target_rows(s, t, y) + T**2 * other_rows(s, t / T, y, g, 1.0)).mean()
 
 
@@ -135,42 +136,42 @@ FORMULAS: list[tuple[str, Formula]] = [
     ),
     (f"{PARTS} is missing", lambda s, t, y, g, T: target_rows(s, t, y).mean()),
     (
-        "the target term is at the temperature; it is at 1",
+        "the target term is at the temperature: compute it at temperature 1",
         lambda s, t, y, g, T: (target_rows(s / T, t / T, y) + other_rows(s, t, y, g, T)).mean(),
     ),
     (
-        "the target term is at the temperature, with its square; it is at 1",
+        "the target term is at the temperature, with its square: compute it at temperature 1",
         lambda s, t, y, g, T: (T**2 * target_rows(s / T, t / T, y) + other_rows(s, t, y, g, T)).mean(),
     ),
     (
-        "the target term has no gradient: it must weigh the student's own log-probability",
+        "the target term has no gradient: it must contain the student's log-probability of the target",
         lambda s, t, y, g, T: other_rows(s, t, y, g, T).mean(),
     ),
     (
-        "the target term is the cross-entropy: weigh it by the teacher's probability of the target",
+        "the target term is the cross-entropy: multiply it by the teacher's probability of the target",
         lambda s, t, y, g, T: F.cross_entropy(s, y) + other_rows(s, t, y, g, T).mean(),
     ),
     (
-        "the target term is weighed by the batch mean of the teacher's probability: use each row's own",
+        "the target term has the batch mean of the teacher's probability as its factor: use each row's own probability",
         lambda s, t, y, g, T: p_of(t, y).mean() * F.cross_entropy(s, y) + other_rows(s, t, y, g, T).mean(),
     ),
     (
-        "the target term is DKD's binary KL at the temperature: it is -T_t log S_t, at temperature 1",
+        "the target term is DKD's binary KL at the temperature: use -T_t log S_t at temperature 1",
         lambda s, t, y, g, T: (T**2 * ce(p_of(t / T, y), p_of(s / T, y)) + other_rows(s, t, y, g, T)).mean(),
     ),
     (
-        "the target term is a binary KL: it is -T_t log S_t",
+        "the target term is a binary KL: use -T_t log S_t",
         lambda s, t, y, g, T: (ce(p_of(t, y), p_of(s, y)) + other_rows(s, t, y, g, T)).mean(),
     ),
     (
-        "the cross-entropy is in it: NKD is compared without it, and added to it",
+        "the loss contains the cross-entropy: return NKD alone, and add it to the cross-entropy in training",
         lambda s, t, y, g, T: right(s, t, y, g, T) + F.cross_entropy(s, y),
     ),
     (
         "this is classic temperature KD, not NKD",
         lambda s, t, y, g, T: -(T**2) * ((t / T).softmax(1) * (s / T).log_softmax(1)).sum(1).mean(),
     ),
-    ("the sum over the batch is returned, not its mean", lambda s, t, y, g, T: nkd_rows(s, t, y, g, T).sum()),
+    ("the loss returns the sum over the batch: return the mean", lambda s, t, y, g, T: nkd_rows(s, t, y, g, T).sum()),
     (
         "the mean is over rows and classes: sum over the classes, then take the mean over the batch",
         lambda s, t, y, g, T: right(s, t, y, g, T) / s.shape[1],
@@ -189,14 +190,14 @@ FORMULAS: list[tuple[str, Formula]] = [
         for a, b in ((epsilon, epsilon), (epsilon, 0.0), (0.0, epsilon))
     ),
 ]
-DIGITS_LOST = "it loses its digits where a probability is near 0 or 1: use log_softmax, not the log of a softmax"
-UNKNOWN = "the mistake is not a known one: compare it with kdlite/README.md, term by term"
+DIGITS_LOST = "the loss loses digits if a probability is near 0 or 1: use log_softmax, not the log of a softmax"
+UNKNOWN = "the mistake is not a known one: compare each term with kdlite/README.md"
 
 
 # ---- the loss to check --------------------------------------------------------------------------------------------
 
 TARGETS = {"target", "targets", "label", "labels", "gt", "gt_label", "gt_labels", "y", "y_true", "ground_truth"}
-# names that promise a role, the likeliest first
+# usual names of the two numbers, the most likely first
 GAMMAS = ("gamma", "alpha", "beta", "weight", "lam", "lamb", "lambda_")
 TEMPERATURES = ("temperature", "temp", "tau", "t", "kd_t", "lam", "lamb", "lambda_")
 
@@ -206,7 +207,7 @@ def is_number(value: object) -> bool:
 
 
 class Subject:
-    """A function, class, instance or partial: the numbers that it takes, and a call with others."""
+    """Hold the loss to check, find its tensor and number arguments, and call it with other numbers."""
 
     def __init__(self, loss: Any) -> None:
         self.loss = loss
@@ -228,7 +229,7 @@ class Subject:
         self.called = {p.name: p for p in parameters if p.name in names and p.name not in self.tensors}
         attributes = {name: x for name, x in vars(loss).items() if name[0] != "_"} if self.is_object else {}
         defaults = {name: p.default for name, p in [*self.built.items(), *self.called.items()]} | attributes
-        # an argument without a default: any number, to see whether it acts as gamma or temperature
+        # an argument without a default gets 1.0, to test whether it acts as gamma or temperature
         defaults = {name: 1.0 if x is inspect.Parameter.empty else x for name, x in defaults.items()}
         self.numbers: dict[str, float] = {name: x for name, x in defaults.items() if is_number(x)}
         self.others = {name: x for name, x in defaults.items() if isinstance(x, (bool, str)) and name != "training"}
@@ -247,7 +248,7 @@ class Subject:
         return loss(**{name: tensors[role] for name, role in zip(self.tensors, order)}, **options)
 
     def gradient(self, order: Order, case: Case, numbers: dict[str, float]) -> tuple[Tensor, bool]:
-        """Return the gradient of the student's logits, and whether the teacher's have one."""
+        """Return the gradient of the student's logits, and whether the teacher's logits get a gradient."""
         leaves = [x.clone().requires_grad_() for x in (case.student, case.teacher)]
         tensors = dict(student=leaves[0].clone(), teacher=leaves[1].clone(), target=case.target.clone())
         value = self(order, tensors, numbers)
@@ -262,10 +263,10 @@ class Subject:
 
 
 class Numbers(NamedTuple):
-    """The effect of each number of the loss, seen by doubling it."""
+    """Sort the numbers of the loss by their effect, found by doubling each."""
 
     base: dict[str, float]
-    live: list[str]  # those that must be gamma and temperature
+    live: list[str]  # the numbers that may be gamma or temperature
     without_effect: list[str]
 
 
@@ -279,12 +280,12 @@ def find_roles(subject: Subject, order: Order, probe: Case) -> Numbers:
         changed = 2.0 * value if value else 1.0
         try:
             after, _ = subject.gradient(order, probe, base | {name: changed})
-        except Exception:  # a number of another kind, such as the number of classes
+        except Exception:  # the number has another meaning, such as the number of classes
             continue
         if is_close(after, before):
             without_effect.append(name)
         elif value and (is_close(after, before * (changed / value)) or is_close(after - before, target * value)):
-            base[name] = 1.0  # a weight of the whole loss, or of its target term
+            base[name] = 1.0  # the number is a weight of the whole loss, or of its target term
         else:
             live.append(name)
     return Numbers(base, live, without_effect)
@@ -294,7 +295,7 @@ def find_roles(subject: Subject, order: Order, probe: Case) -> Numbers:
 
 
 class Attempt(NamedTuple):
-    """The loss, called in one order with two of its numbers as gamma and temperature."""
+    """Hold the gradients of the loss, called in one order with two of its numbers as gamma and temperature."""
 
     order: Order
     gamma: str | None
@@ -350,7 +351,7 @@ def attempt(subject: Subject, order: Order, numbers: Numbers, gamma: str | None,
 
 
 def estimate(formula: Formula, tried: Attempt, gamma: float | None, temperature: float | None) -> tuple[float, float]:
-    """Return gamma and temperature of the first case: as varied or given, else those that fit its gradient best."""
+    """Return gamma and temperature of the first case: the varied or given values, else those that fit the gradient."""
     case, actual = tried.actual[0]
     gamma = case.gamma if tried.gamma else gamma
     temperature = case.temperature if tried.temperature else temperature
@@ -371,7 +372,7 @@ def estimate(formula: Formula, tried: Attempt, gamma: float | None, temperature:
 
 
 def compare(formula: Formula, tried: Attempt, constants: tuple[float, float]) -> Iterator[tuple[Case, float]]:
-    """Yield each case with the gamma and temperature that the loss had, and the relative error of its gradient."""
+    """Yield each case with the gamma and temperature of the loss in it, and the relative error of its gradient."""
     for case, actual in tried.actual:
         gamma = case.gamma if tried.gamma else constants[0]
         temperature = case.temperature if tried.temperature else constants[1]
@@ -382,7 +383,7 @@ def compare(formula: Formula, tried: Attempt, constants: tuple[float, float]) ->
 
 
 class Result(NamedTuple):
-    mistake: str | None  # None: right
+    mistake: str | None  # None: the loss is right
     notes: list[str]  # how the loss was called
     lines: list[str]  # one for each case
 
@@ -392,11 +393,11 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
 
     Args:
         loss: function, class, instance or partial of student logits, teacher logits and target, in any order.
-        gamma: the constant inside it; None: varied if one of its numbers acts as gamma, else estimated.
-        temperature: the constant inside it; None: as gamma.
+        gamma: a constant inside the loss; None: varied if a number of the loss acts as gamma, else estimated.
+        temperature: a constant inside the loss; None: as for gamma.
 
     Raises:
-        TypeError: it does not return one value.
+        TypeError: the loss does not return one value.
         Exception: an error of the loss itself.
     """
     subject = Subject(loss)
@@ -405,14 +406,14 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
     for order in subject.orders:
         try:
             tried += attempts(subject, order)
-        except Exception as error:  # the arguments may fit in another order
+        except Exception as error:  # the loss may accept another order of the arguments
             failure = failure or error
     if not tried and failure is not None:
         raise failure
     for words, formula in [("", right), *FORMULAS]:
         for one in tried:
             constants = estimate(formula, one, gamma, temperature)
-            skip = EXTREME if words else ()  # a mistake may lose digits there too
+            skip = EXTREME if words else ()  # a loss with another mistake may lose digits there too
             found = compare(formula, one, constants)
             if constants[0] > 1e-3 and all(not error for case, error in found if case.name not in skip):
                 return report(subject, one, constants, words or side_mistake(one))
@@ -424,9 +425,9 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
 
 
 def side_mistake(tried: Attempt) -> str | None:
-    """Return what is wrong with a loss whose gradient is right."""
+    """Return the mistake of a loss whose gradient is right, or None if it has no mistake."""
     if tried.into_teacher:
-        return "gradient flows into the teacher: detach its logits"
+        return "gradient flows into the teacher: detach the teacher's logits"
     idle = [name for name in tried.numbers.without_effect if name.lower() in GAMMAS + TEMPERATURES]
     return f"{idle[0]} has no effect" if idle and not (tried.gamma and tried.temperature) else None
 
@@ -434,10 +435,10 @@ def side_mistake(tried: Attempt) -> str | None:
 def report(subject: Subject, tried: Attempt, constants: tuple[float, float], mistake: str | None) -> Result:
     notes = [f"called as ({', '.join(tried.order)})"]
     for role, name, constant in zip(("gamma", "temperature"), (tried.gamma, tried.temperature), constants):
-        notes.append(f"{role}: varied by {name}" if name else f"{role}: {constant:.4g}, a constant inside")
+        notes.append(f"{role}: varied by {name}" if name else f"{role}: {constant:.4g}, a constant in the loss")
     if mistake is None and tried.gamma is None and constants[1] != 1:
         squared = constants[0] * constants[1] ** 2
-        notes.append(f"if you meant gamma {squared:.4g}, the temperature squared is missing")
+        notes.append(f"if gamma should be {squared:.4g}, the temperature squared is missing")
     varied = {tried.gamma, tried.temperature, *tried.numbers.without_effect}
     rest = {name: tried.numbers.base[name] for name in subject.numbers if name not in varied} | subject.others
     if rest:
@@ -473,14 +474,14 @@ def load(name: str) -> Any:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("loss", help="path/to/file.py:name of a function, class, instance or partial")
-    parser.add_argument("--gamma", type=float, help="gamma, if it is a constant inside (default: estimated)")
+    parser.add_argument("--gamma", type=float, help="gamma, if it is a constant in the loss (default: estimated)")
     parser.add_argument(
-        "--temperature", type=float, help="temperature, if it is a constant inside (default: estimated)"
+        "--temperature", type=float, help="temperature, if it is a constant in the loss (default: estimated)"
     )
     args = parser.parse_args(argv)
     try:
         result = check(load(args.loss), args.gamma, args.temperature)
-    except Exception as error:  # the user's file may raise anything
+    except Exception as error:  # the user's file may raise any error
         if os.environ.get("KDLITE_TRACEBACK") == "1":
             traceback.print_exc()
         message = " ".join(str(error).split())

@@ -1,12 +1,13 @@
-"""The hard-label terms of :mod:`kdlite.terms` with less memory: the logits are read once forward, once more backward.
+"""Compute the hard-label terms of :mod:`kdlite.terms` with less memory.
 
-Each forward saves a few numbers per row, and each backward is elementwise in the logits. So no tensor as large as the
-logits is stored, except the gradients and USKD's Zipf weights. ``torch.compile`` makes one or two passes of each; eager
-code goes over chunks of rows that fit in the cache. Both apply the incoming gradient in float32, before it is rounded
-to the logits' dtype. ``make bench`` compares speed and memory with the terms.
+The forward reads the logits once, the backward reads them once more. Each forward saves a few numbers per row, and each
+backward is elementwise in the logits. So no tensor as large as the logits is stored, except the gradients and USKD's
+Zipf weights. ``torch.compile`` turns each forward and each backward into one or two passes over the logits; eager code
+works on chunks of rows that fit in the cache. Both multiply by the incoming gradient in float32, and then round the
+result to the logits' dtype. ``make bench`` compares speed and memory with the terms.
 
-Within a row every number is a difference to the largest logit other than the label's, so the result is exact for any
-common offset and any certainty.
+Within a row, all logits are relative to the largest logit other than the label's. So the result loses no digits if all
+logits share an offset, or if a probability is near 1.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from torch.nn import functional as F
 from . import terms
 from .terms import USKDWeights, is_class, zipf_weights
 
-# Elements of a chunk. CPU: 1 MiB in float32, the size of a core's L2 cache. On other devices it bounds the memory.
+# Elements of a chunk. CPU: 1 MiB in float32, the size of a core's L2 cache. Other devices: a bound of the memory.
 CHUNK_ELEMENTS = {"cpu": 2**18}
 CHUNK_ELEMENTS_ELSEWHERE = 2**24
 
 
 def can_fuse(*logits: Tensor) -> bool:
-    """Return False for torch.func, forward-mode AD, export and subclasses, which must trace through the functions."""
+    """Return False under torch.func, forward-mode AD and export, and for tensor subclasses: these need autograd."""
     if torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():
@@ -38,9 +39,9 @@ def can_fuse(*logits: Tensor) -> bool:
     return all(type(x) in (Tensor, Parameter) and unpack_dual(x).tangent is None for x in logits)  # type: ignore
 
 
-@torch.compiler.assume_constant_result  # type: ignore  # evaluated while tracing, again for another kind of tensor
+@torch.compiler.assume_constant_result  # type: ignore  # called while tracing, again for another kind of tensor
 def is_export_or_inference(x: Tensor) -> bool:
-    """Return True under export and for inference tensors: a compiler cannot trace is_inference."""
+    """Return True under export and for inference tensors; apart, because a compiler cannot trace is_inference."""
     return torch.compiler.is_exporting() or x.is_inference()
 
 
@@ -49,18 +50,18 @@ def saveable(x: Tensor) -> Tensor:
     return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
 
 
-def wants_second_gradient() -> bool:
-    """Return, in a backward, whether it runs with create_graph."""
+def needs_second_gradient() -> bool:
+    """Return whether the backward that calls this runs with create_graph."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def in_chunks(
     function: Callable[..., tuple[Tensor, ...]], rows: list[Tensor], *options: Any, into: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, ...]:
-    """Return ``function(*rows, *options)``, computed by chunks of rows; each result has one row per input row.
+    """Return ``function(*rows, *options)``, computed in chunks of rows; each result has one row per input row.
 
-    A compiler gets all rows at once, because it makes its own loops. ``into``: tensors for the results; one of the rows
-    may be among them.
+    A compiler gets all rows at once, because it makes its own loops. ``into``: tensors that receive the results; an
+    input tensor of ``rows`` may be among them.
     """
     count, classes = rows[0].shape
     size = max(1, CHUNK_ELEMENTS.get(rows[0].device.type, CHUNK_ELEMENTS_ELSEWHERE) // classes)
@@ -79,14 +80,14 @@ def in_chunks(
 
 
 def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float) -> Tensor:
-    """:func:`kdlite.terms.nkd_rows`; requires :func:`can_fuse`."""
-    # None, not 1: with dynamic shapes a number is a symbol for the compiler, and a Function cannot branch on it
+    """Return :func:`kdlite.terms.nkd_rows`; requires :func:`can_fuse`."""
+    # None instead of 1: with dynamic shapes the compiler makes a number a symbol, on which a Function cannot branch
     loss: Tensor = NKDRows.apply(student, teacher, label, gamma, None if temperature == 1 else temperature)
     return loss
 
 
 class NKDSaved(NamedTuple):
-    """The numbers of a row that the gradient needs, each (R, 1)."""
+    """Hold the numbers of each row that the gradient needs, each (R, 1)."""
 
     target_slope: Tensor  # T_t (1 - S_t)
     student_max: Tensor  # largest logit other than the label's
@@ -97,7 +98,7 @@ class NKDSaved(NamedTuple):
 
 
 class NKDRows(torch.autograd.Function):
-    """The loss of each row, (R,), with a gradient for the student's logits only."""
+    """Compute the loss of each row, (R,), with a gradient for the student's logits only."""
 
     @staticmethod
     def forward(
@@ -112,7 +113,7 @@ class NKDRows(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, label, *saved = ctx.saved_tensors
         gamma, temperature = ctx.options
-        if wants_second_gradient():
+        if needs_second_gradient():
             loss = terms.nkd_rows(student, teacher, label, gamma, temperature or 1.0)
             return *torch.autograd.grad(loss, student, d_loss, create_graph=True), None, None, None, None
         rows = [student, teacher, label, d_loss.unsqueeze(1), *saved]
@@ -139,7 +140,7 @@ def nkd_forward(
         n_s = normalize(student.div_(temperature), zero)
         n_t = normalize(teacher.sub_(teacher_max).div_(temperature), zero)
         gamma = gamma * temperature**2
-    # - sum_i N(T)_i log N(S)_i; finite, so that a weight of 0 removes a class: 0 * -inf is NaN
+    # - sum_i N(T)_i log N(S)_i; the clamp keeps it finite: a class of weight 0 would give 0 * -inf, which is NaN
     dot = n_t.scale * n_t.weights.mul_(student.clamp_(min=-1e30)).sum(1, keepdim=True)
     loss = target_term - gamma * (n_s.of_max.log() + dot)
     return loss, *NKDSaved(target_slope, student_max, teacher_max, s_max, n_s.of_max, n_t.of_max)
@@ -150,7 +151,7 @@ def nkd_backward(
 ) -> tuple[Tensor]:
     """Return d loss / d student, (R, C); the options are gamma and the temperature.
 
-    The two terms, with T_t (1 - S_t) in ``target_slope``::
+    ``target_slope`` holds T_t (1 - S_t). The gradients of the two terms are::
 
         d target / d s_i     =  T_t (1 - S_t) N(S)_i      d target / d s_t  =  - T_t (1 - S_t)
         d non_target / d s_i =  (N(S^temperature)_i - N(T^temperature)_i) / temperature
@@ -174,13 +175,13 @@ def nkd_backward(
 
 
 def uskd_rows(strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weights: USKDWeights) -> Tensor:
-    """:func:`kdlite.terms.uskd_rows`; requires :func:`can_fuse`."""
+    """Return :func:`kdlite.terms.uskd_rows`; requires :func:`can_fuse`."""
     loss: Tensor = USKDRows.apply(strong, weak, label, valid, weights)
     return loss
 
 
 class USKDSaved(NamedTuple):
-    """The numbers of a row that the gradient needs, each (R, 1) except z."""
+    """Hold the numbers of each row that the gradient needs, each (R, 1) except z."""
 
     one_minus_s: Tensor  # 1 - S_t
     one_minus_w: Tensor  # 1 - W_t
@@ -188,12 +189,12 @@ class USKDSaved(NamedTuple):
     weak_max: Tensor
     s_max: Tensor  # N(S) of that logit
     w_max: Tensor
-    z_sum: Tensor  # of Z over the classes other than t
+    z_sum: Tensor  # sum of Z over the classes other than t
     z: Tensor  # (R, C)
 
 
 class USKDRows(torch.autograd.Function):
-    """The loss of each row, (R,), with gradients for the strong and the weak logits."""
+    """Compute the loss of each row, (R,), with gradients for the strong and the weak logits."""
 
     @staticmethod
     def forward(ctx: Any, strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weights: USKDWeights) -> Tensor:
@@ -209,7 +210,7 @@ class USKDRows(torch.autograd.Function):
         strong, weak, label, valid, alpha_p, *saved = ctx.saved_tensors
         _, beta, mu, smoothing, _ = ctx.weights
         grads: tuple[Tensor | None, ...]
-        if wants_second_gradient():
+        if needs_second_gradient():
             loss = terms.uskd_rows(strong, weak, label, valid, ctx.weights)
             logits = [x for x, wanted in zip((strong, weak), ctx.needs_input_grad) if wanted]
             found = iter(torch.autograd.grad(loss, logits, d_loss, create_graph=True))
@@ -233,7 +234,7 @@ def uskd_forward(strong: Tensor, weak: Tensor, label: Tensor, smoothing: float) 
     strong_t, log_s_max = strong_t - strong_max, s_max.log()
     weak_t, log_w_max = weak_t - weak_max, w_max.log()
     weak_mean = set_label_column(weak.sub_(weak_max), label, weak_t).mean(1, keepdim=True)
-    del n_s, n_w, weak  # as large as the logits
+    del n_s, n_w, weak  # free them: each is as large as the logits
 
     z = zipf_weights(set_label_column(r, label, strong_t.exp() * s_max + weak_t.exp() * w_max))
     del r
@@ -259,7 +260,7 @@ def uskd_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return d loss / d strong and d loss / d weak, (R, C); the option is the smoothing.
 
-    The three terms, before their weights::
+    The gradients of the three terms, before their weights, are::
 
         d target / d s_i      =  (1 - S_t) N(S)_i          d target / d s_t  =  - (1 - S_t)
         d non_target / d s_i  =  N(S)_i - N(Z)_i
@@ -284,7 +285,7 @@ def uskd_backward(
 def mask_label(rows: Tensor, label: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return a copy of the rows with -inf for the label's logit, that logit, and the largest other one, (R, 1)."""
     rows = rows.to(dtype, copy=True)
-    # gather refuses a label out of range: with an error on CPU, a device assert on CUDA
+    # a label out of range fails in gather: with an error on CPU, with a device assert on CUDA
     target = rows.gather(1, label.unsqueeze(1))
     rows = set_label_column(rows, label, -math.inf)
     return rows, target, rows.amax(1, keepdim=True)
@@ -292,13 +293,14 @@ def mask_label(rows: Tensor, label: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 def set_label_column(rows: Tensor, label: Tensor, value: Tensor | float) -> Tensor:
     """Return the rows with ``value``, (R, 1), in the label's column; modifies ``rows`` in place."""
-    if torch.compiler.is_compiling():  # a mask costs little there, but a scatter stores the rows
+    # under a compiler a mask costs little, but a scatter makes it store the rows in memory
+    if torch.compiler.is_compiling():
         return torch.where(is_class(rows, label), value, rows)
     return rows.scatter_(1, label.unsqueeze(1), value)
 
 
 class Normalized(NamedTuple):
-    """N(.) of masked rows: ``weights * scale``. Under a compiler this saves the pass that divides by the sum."""
+    """Hold N(.) of masked rows as ``weights * scale``. Under a compiler this saves a pass, the division by the sum."""
 
     weights: Tensor  # (R, C)
     scale: Tensor | float  # (R, 1)
@@ -318,7 +320,7 @@ def normalize(rows: Tensor, row_max: Tensor) -> Normalized:
 def recompute_n(
     rows: Tensor, label: Tensor, row_max: Tensor, of_max: Tensor, temperature: float | None = None
 ) -> Tensor:
-    """Return N(.) of the rows, in the backward; the caller sets the label's column."""
+    """Compute N(.) of the rows again, for the backward; the caller sets the label's column."""
     if torch.compiler.is_compiling():
         rows = rows.to(row_max.dtype) - row_max
         return (rows if temperature is None else rows / temperature).exp() * of_max

@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_map
 
 
 class FeatureTap:
-    """Keep the last output of one layer; change nothing else about the model.
+    """Store the last output of one layer; leave the rest of the model unchanged.
 
-    The hook clones the output, so a later in-place layer never changes the feature. With ``transform`` the hook keeps
-    ``transform(output)`` instead, and no feature map is held if the transform pools it.
+    The hook clones the output, so a later in-place layer never changes the feature. With ``transform`` the hook stores
+    ``transform(output)`` instead; a transform that pools the output leaves no feature map in memory.
 
     Works on any ``nn.Module``, under DistributedDataParallel, autocast, gradient accumulation and (non-reentrant)
     activation checkpointing. Make the tap before ``torch.compile``; with checkpointing, compile without ``fullgraph``.
-    A deepcopy of a tapped model has no live tap. After :meth:`close` the model pickles and exports as before.
+    In a deepcopy of a tapped model the hook does nothing. After :meth:`close` the model pickles and exports as before.
 
     Args:
         module: the model, or a DistributedDataParallel around it.
@@ -57,8 +57,8 @@ class FeatureTap:
         """Return the layer's last output, transformed, and drop it to free memory.
 
         Raises:
-            RuntimeError: the layer has not run since the last pop, or it ran without gradient in training mode
-                (reentrant checkpointing), where a loss of its feature would train nothing.
+            RuntimeError: the layer has not run since the last pop; or it ran in training mode without gradient
+                (reentrant checkpointing), so that a loss of its feature cannot train it.
         """
         capture = self._capture
         output, capture.output = capture.output, None
@@ -89,13 +89,13 @@ class FeatureTap:
         self.close()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # a copy of the tap itself (deepcopy or pickle of WithWeakHead) is a live tap of the copied model
+        # deepcopy and pickle of WithWeakHead copy the tap too: switch the copied hook on
         self.__dict__.update(state)
         self._capture.live = True
 
 
 class _Capture:
-    """The forward hook; holds one output. Its copies do nothing, unless a FeatureTap is copied with them."""
+    """Store one output of a layer, as its forward hook. A copy does nothing, except a copy made with its FeatureTap."""
 
     def __init__(self, transform: Callable[[Any], Any]) -> None:
         self.transform = transform
@@ -106,7 +106,8 @@ class _Capture:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.live:
             return
-        # checkpointing compares the tensors that its second run, inside backward, saves: transform there too
+        # checkpointing compares the tensors saved in its second run (inside backward) with those of the first:
+        # apply the transform in both
         kept = self.transform(output)
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self.output = kept
@@ -130,10 +131,11 @@ def _clone(value: Any) -> Any:
 
 
 def refuse_compiled(module: nn.Module, layer: str) -> None:
-    """Raise when any module from the root down to the layer is compiled."""
+    """Raise RuntimeError if a module on the path from the root to the layer is compiled."""
+    advice = "make the FeatureTap or WithWeakHead first, then call torch.compile"
     path = [module]
     for name in layer.split(".") if layer else []:
         path.append(path[-1].get_submodule(name))
     for part in path:
         if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
-            raise RuntimeError(f"{type(module).__name__} is compiled already: tap {layer!r} first, then compile")
+            raise RuntimeError(f"{type(module).__name__} is compiled already: {advice}")

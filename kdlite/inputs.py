@@ -1,6 +1,6 @@
 """Check logits and targets, and flatten them to rows.
 
-Targets are those of :func:`torch.nn.functional.cross_entropy`: class indices, with ``ignore_index``, or class
+Targets have the forms of :func:`torch.nn.functional.cross_entropy`: class indices, with ``ignore_index``, or class
 probabilities (mixup, cutmix, smoothed labels). Logits have their classes in dimension 1 and any number of trailing
 dimensions. The losses work on rows: ``(R, C)`` logits, one row per target.
 """
@@ -19,14 +19,14 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class ClassIndices(NamedTuple):
-    """A target of class indices, one row per prediction."""
+    """Hold a target of class indices, one row per prediction."""
 
     label: Tensor  # (R,) int64, 0 where ignored
     valid: Tensor  # (R,) bool, False where the index is ignore_index
 
 
 class ClassProbabilities(NamedTuple):
-    """A target of class probabilities, one row per prediction."""
+    """Hold a target of class probabilities, one row per prediction."""
 
     probs: Tensor  # (R, C)
 
@@ -35,7 +35,7 @@ class ClassProbabilities(NamedTuple):
 
 
 def check_tensors(**values: object) -> None:
-    """Raise unless each value is a dense tensor; the names are the caller's arguments."""
+    """Raise unless each value is a dense tensor; the keywords are the names of the caller's arguments."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             hint = ": pass its .logits" if hasattr(value, "logits") else ""
@@ -47,7 +47,7 @@ def check_tensors(**values: object) -> None:
 
 
 def check_logits(logits: Tensor, other: Tensor, name: str, other_name: str) -> None:
-    """Raise unless both are floating point, of one shape, on one device, with at least two classes."""
+    """Raise unless both logits are floating point, of one shape, on one device, with at least two classes."""
     check_tensors(**{name: logits, other_name: other})
     check_floating(logits, name)
     check_floating(other, other_name)
@@ -86,9 +86,10 @@ def check_classes(logits: Tensor, name: str) -> None:
 
 
 def cut_hint(shape: torch.Size, other: torch.Size) -> str:
-    """Return a hint if one of two shapes has more classes, as the padded vocabulary of a language model."""
+    """Return a hint if two shapes differ only in the number of classes, as after padding of a vocabulary."""
     different = [d for d, (a, b) in enumerate(zip(shape, other)) if a != b] if len(shape) == len(other) else []
-    if different in ([min(1, len(shape) - 1)], [len(shape) - 1]):  # the classes, or where others have theirs
+    # dimension 1, or the last dimension, where other libraries have the classes
+    if different in ([min(1, len(shape) - 1)], [len(shape) - 1]):
         return f": cut padded classes to {min(shape[different[0]], other[different[0]])}"
     return ""
 
@@ -97,11 +98,11 @@ def find_logits(output: Any, where: str | int | None) -> Tensor:
     """Return the logits in a model's output.
 
     Args:
-        output: a tensor, or a dict, tuple, list or object that holds one.
-        where: key, index or attribute; None: "logits", or the only entry of a dict.
+        output: a tensor; or a dict, tuple, list or object that holds the logits.
+        where: key, index or attribute of the logits; None: "logits", or the only entry of a dict.
 
     Raises:
-        TypeError: the output does not hold them.
+        TypeError: the output does not hold the logits.
     """
     if isinstance(output, Tensor):
         return output
@@ -111,7 +112,7 @@ def find_logits(output: Any, where: str | int | None) -> Tensor:
         found = output.get("logits" if key is None else key)
     elif isinstance(where, int):
         found = output[where] if isinstance(output, (tuple, list)) and len(output) > where else None
-    elif where or not isinstance(output, tuple):  # the entries of a tuple have no names: ask
+    elif where or not isinstance(output, tuple):  # the entries of a tuple have no names: the caller must choose
         found = getattr(output, where or "logits", None)
     if isinstance(found, Tensor):
         return found
@@ -150,7 +151,7 @@ def check_positive(**positive: float) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    if not isinstance(value, numbers.Real):  # no loss has a gradient for its weights
+    if not isinstance(value, numbers.Real):  # a tensor is refused: the losses have no gradient for their weights
         raise TypeError(f"{name} must be a Python number, got {describe(value)}")
 
 
@@ -175,12 +176,12 @@ def as_rows(logits: Tensor) -> Tensor:
 
 
 def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndices | ClassProbabilities:
-    """Check ``target`` against ``logits`` and return it as rows; its number of dimensions decides what it is."""
+    """Check ``target`` against ``logits`` and return it as rows; its number of dimensions decides its kind."""
     check_tensors(target=target)
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise TypeError(f"ignore_index must be an integer of 64 bits, got {ignore_index!r}")
     probs_shape, label_shape = tuple(logits.shape), tuple(label_shape_of(logits))
-    as_probs = target.ndim == logits.ndim  # without the sizes, which may be symbols under torch.compile
+    as_probs = target.ndim == logits.ndim  # not by the sizes, which may be symbols under torch.compile
     fits = tuple(target.shape) == (probs_shape if as_probs else label_shape)
     if not fits or not (target.is_floating_point() if as_probs else is_integer(target)):
         classes_last = logits.ndim > 2 and tuple(target.shape) == probs_shape[:-1]
@@ -195,13 +196,13 @@ def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndic
         return ClassProbabilities(as_rows(target.detach()).to(torch.promote_types(logits.dtype, torch.float32)))
     label = target.reshape(-1).long()
     valid = label != ignore_index
-    if torch.compiler.is_compiling():  # torch 2.11 counts a negative index from the end: make it too large instead
+    if torch.compiler.is_compiling():  # torch 2.11 counts a negative index from the end: replace it by one out of range
         label = label.where(label >= 0, probs_shape[class_dim(logits)])
     return ClassIndices(label * valid, valid)
 
 
 def reduce(loss: Tensor, target: ClassIndices | ClassProbabilities, reduction: str, logits_shape: torch.Size) -> Tensor:
-    """Reduce the rows of a loss as cross_entropy does: the "mean" of no target is 0/0, NaN."""
+    """Reduce the rows of a loss as cross_entropy does: without a target the "mean" is 0/0, NaN."""
     if isinstance(target, ClassIndices):
         loss = loss.where(target.valid, 0.0)
     if reduction == "none":

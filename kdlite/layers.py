@@ -6,8 +6,8 @@ import re
 
 from torch import nn
 
-# Layers that the structure does not show, by class name; -k counts children from the end. First the paper's layers
-# (official configs, checked by channel count), then the last stage but one of others, then those of Hugging Face.
+# Class name -> layer, for models whose structure does not show it; -k counts children from the end. First the paper's
+# layers (official configs, checked by channel count), then second-to-last stages of others, then Hugging Face's models.
 _DEFAULT_TAPS = {
     "MobileNetV2": "features.-2",  # features.17, 320 channels
     "ShuffleNetV2": "stage4",  # 464 channels
@@ -29,18 +29,18 @@ _DEFAULT_TAPS = {
 
 
 def default_tap(model: nn.Module) -> str:
-    """Return the layer that USKD reads by default: the end of the last stage but one, or block L/2 of a transformer.
+    """Return the layer that USKD reads by default: the end of the second-to-last stage, or block L/2 of a transformer.
 
     Args:
-        model: a classifier of torchvision, timm or Hugging Face, or one whose stages follow their naming; also one
+        model: a classifier of torchvision, timm or Hugging Face, or a model with the same names of stages; or a model
             that holds such a model as its backbone.
 
     Returns:
-        The layer's dotted path, as :class:`FeatureTap` takes it. Of a stage it is the last block, which returns the
-        same tensor: activation checkpointing calls blocks, not stages.
+        The layer's dotted path, as :class:`FeatureTap` takes it. For a stage it is the path of the last block, which
+        returns the same tensor, because activation checkpointing calls blocks, not stages.
 
     Raises:
-        ValueError: the model has another structure.
+        ValueError: the model does not have a known structure.
 
     Source: the paper's choices (official configs of yzd-v/cls_KD), extended to other models by structure.
 
@@ -53,7 +53,7 @@ def default_tap(model: nn.Module) -> str:
 
 
 def default_taps(model: nn.Module) -> list[str]:
-    """Return the default and, after it, the other layers that the structure suggests."""
+    """Return the default layer and, after it, the other layers that the structure suggests."""
     layers = list(dict.fromkeys(_last_block(model, layer) for layer in _candidates(model)))
     if not layers:
         children = ", ".join(name for name, _ in model.named_children())
@@ -82,7 +82,7 @@ def _last_block(model: nn.Module, layer: str) -> str:
 
 
 def _in_backbone(model: nn.Module) -> list[str]:
-    """Look into the backbone: the one that Hugging Face names, or the first child if it outweighs the rest."""
+    """Find layers in the backbone: the part that Hugging Face names, or a first child with most of the parameters."""
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     first = next((name for name, size in sizes.items() if size), "")
     backbone = getattr(model, "base_model_prefix", "")
@@ -94,13 +94,13 @@ def _in_backbone(model: nn.Module) -> list[str]:
 
 
 def _from_feature_info(model: nn.Module) -> str | None:
-    """Read the stages that a timm model lists."""
+    """Find the layer among the stages that a timm model lists."""
     info = getattr(model, "feature_info", None)
     stages = list(getattr(info, "info", info) or [])
     if len(stages) < 2:
         return None
     if len({stage.get("reduction") for stage in stages}) == 1:
-        return None  # a plain transformer: _middle_block finds its layer
+        return None  # a plain transformer, for _middle_block
     if isinstance(getattr(model, "conv_head", None), nn.Conv2d) and hasattr(model, "bn2"):
         # MobileNetV2 and EfficientNet: a 1x1 convolution before the pooling is the last stage
         return str(stages[-1]["module"])
@@ -156,13 +156,14 @@ def _last_stage_but_one(model: nn.Module) -> str | None:
             module = model.get_submodule(container)
         except AttributeError:
             continue
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) and 2 <= len(module) <= 6:  # more are blocks, not stages
+        # a longer container holds blocks, not stages
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and 2 <= len(module) <= 6:
             return f"{container}.{len(module) - 2}"
     return None
 
 
 def _before_last_pool_but_one(model: nn.Module) -> str | None:
-    """Find the stages of VGG: each ends at a max-pool of one long ``features``."""
+    """Find the layer in VGG, where each stage ends with a max-pool in one long ``features``."""
     features = getattr(model, "features", None)
     pools = (
         [i for i, m in enumerate(features) if isinstance(m, nn.MaxPool2d)]

@@ -1,4 +1,4 @@
-"""NKD from hidden states: classifiers and loss together, for vocabularies whose logits do not fit in memory."""
+"""Compute NKD from hidden states and classifiers, for vocabularies whose logits do not fit in memory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .inputs import (
 from .terms import nkd_rows
 from .topk import check_top_k, largest_class, nkd_rows_topk
 
-# Logits held at a time, for student and teacher each: 88 MiB in float32. With fewer, reading the weights costs more.
+# Logits in memory at a time, for student and teacher each: 88 MiB in float32. Small chunks read the weights more often.
 LOGITS_AT_A_TIME = 22 * 2**20
 
 
 class Linear(NamedTuple):
-    """A classifier and its input: the logits are softcap(scale * linear(hidden, weight, bias))."""
+    """Hold a classifier and its input; the logits are softcap(scale * linear(hidden, weight, bias))."""
 
     hidden: Tensor  # (R, D)
     weight: Tensor  # (C, D)
@@ -40,7 +40,7 @@ class Linear(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """A teacher's log-probabilities."""
+    """Hold a teacher's log-probabilities of the target and of k classes."""
 
     target: Tensor  # log T_t, (R,)
     top: Tensor  # log T_i, (R, k)
@@ -49,10 +49,10 @@ class TopK(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """The numbers of the loss."""
+    """Hold the weights and options of the loss."""
 
     gamma: float
-    temperature: float | None  # None: 1
+    temperature: float | None  # None stands for 1
     ce_weight: float
 
 
@@ -76,42 +76,42 @@ def nkd_linear_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return the NKD loss of ``linear(hidden, weight, bias)`` without holding all logits.
+    """Return the NKD loss of ``linear(hidden, weight, bias)`` without all logits in memory.
 
-    Equal to ``nkd_loss(logits, teacher_logits, target) + ce_weight * cross_entropy(logits, target)``, computed a few
-    rows at a time, together with the gradients. NKD is added to the cross-entropy, which needs the logits too: pass
-    ``ce_weight=1.0`` for both. Under autocast the products have its dtype, the loss is float32.
+    The loss equals ``nkd_loss(logits, teacher_logits, target) + ce_weight * cross_entropy(logits, target)``. It is
+    computed a few rows at a time, together with the gradients. Training needs NKD and the cross-entropy: pass
+    ``ce_weight=1.0`` for their sum. Under autocast the matrix products have autocast's dtype, and the loss is float32.
 
-    For a served teacher, which returns log-probabilities, pass None for its hidden states and weight, and
-    ``teacher_top_k``. The loss is then :func:`kdlite.nkd_topk_loss`, at temperature 1.
+    A served teacher returns log-probabilities: pass them as ``teacher_top_k``, and None as ``teacher_hidden`` and
+    ``teacher_weight``. The loss is then :func:`kdlite.nkd_topk_loss`, at temperature 1.
 
     Args:
         hidden: (..., D), the student's last hidden states, any floating dtype.
         weight: (C, D), the student's classifier; C >= 2.
         teacher_hidden: (..., E); no gradient flows into it, nor into the other arguments of the teacher.
-        teacher_weight: (C, E).
-        target: class indices, integers of shape (...); None: the teacher's largest class (for unlabelled data).
-        bias: (C,), the student's.
-        teacher_bias: (C,).
+        teacher_weight: (C, E), the teacher's classifier.
+        target: class indices, integers of shape (...); None: the teacher's most probable class (for unlabelled data).
+        bias: (C,), of the student's classifier; None: no bias.
+        teacher_bias: (C,), of the teacher's classifier; None: no bias.
         teacher_top_k: log T_t (...), log T_i (..., k) and their indices (..., k), as for :func:`kdlite.nkd_topk_loss`,
-            but with k last; under torch.compile all logits of the student are then held.
-        logit_scale: factor of the logits, a number.
-        softcap: the scaled logits become ``softcap * tanh(logits / softcap)``; None: no cap.
-        teacher_logit_scale: the teacher's.
-        teacher_softcap: the teacher's.
-        ce_weight: weight of the cross-entropy that is added.
+            but with k in the last dimension; under torch.compile all logits of the student are then in memory.
+        logit_scale: number by which the student's logits are multiplied.
+        softcap: the student's scaled logits become ``softcap * tanh(logits / softcap)``; None: no cap.
+        teacher_logit_scale: as ``logit_scale``, for the teacher.
+        teacher_softcap: as ``softcap``, for the teacher.
+        ce_weight: weight of the cross-entropy in the sum; 0: NKD alone.
         gamma: as in :func:`kdlite.nkd_loss`.
         temperature: as in :func:`kdlite.nkd_loss`.
-        ignore_index: targets of this class index add nothing and are not counted by "mean".
+        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
         reduction: "mean" (over the targets that are not ignored) or "sum".
 
     Returns:
         The loss, float32 (float64 for float64 input); gradients have the dtypes of ``hidden``, ``weight`` and ``bias``.
-        A second derivative is an error.
+        A second derivative raises an error.
 
     Raises:
-        ValueError: shapes that do not fit, reduction="none", a weight or temperature out of range, two teachers or
-            none.
+        ValueError: shapes that do not fit, reduction="none", a weight or temperature out of range, a missing or a
+            second teacher.
         TypeError: a tensor of the wrong dtype, a weight that is a tensor.
 
     Source: the loss, Yang et al., ICCV 2023, arXiv 2303.13005.
@@ -132,7 +132,7 @@ def nkd_linear_loss(
         **{name: cap for name, cap in caps.items() if cap is not None},
     )
     if reduction == "none":
-        raise ValueError('reduction must be "mean" or "sum": the gradient is computed with the loss')
+        raise ValueError('reduction must be "mean" or "sum", because the gradient is computed with the loss')
     shape = hidden.shape[:-1] if target is None else target_shape(target)
     student = check_linear(Linear(hidden, weight, bias, logit_scale, softcap), shape, "")
     teacher: Linear | TopK
@@ -168,7 +168,7 @@ def nkd_linear_loss(
     if reduction == "sum":
         return total
     count = rows.valid.sum() if rows else torch.full_like(total, len(student.hidden))
-    # as cross_entropy, NaN with a gradient of 0 if every target is ignored
+    # if every target is ignored, the loss is NaN with a gradient of 0, as in cross_entropy
     return torch.where(count > 0, total / count.clamp(min=1), math.nan)
 
 
@@ -191,7 +191,7 @@ def as_indices(target: Tensor, student: Linear, ignore_index: int) -> ClassIndic
 def read_top_k(
     given: tuple[Tensor | None, Tensor, Tensor], target: Tensor | None, shape: torch.Size, ignore_index: int
 ) -> tuple[TopK, Tensor, int]:
-    """Return the teacher as rows, the target or the teacher's largest classes, and the index to ignore."""
+    """Return the teacher as rows, the target or the teacher's most probable classes, and the index to ignore."""
     if not isinstance(given, (tuple, list)) or len(given) != 3:
         raise ValueError("teacher_top_k must be three tensors: log T_t (or None), log T_i and their indices")
     target_logprob, logprobs, indices = given
@@ -234,7 +234,7 @@ def check_linear(linear: Linear, shape: torch.Size, prefix: str) -> Linear:
 
 
 def must_hold_logits(student: Linear, teacher: Linear | TopK) -> bool:
-    """Return True for torch.func and the like, and for a top-k under a compiler, which cannot trace its gradient."""
+    """Return True if can_fuse() is False, or for a top-k under a compiler, which cannot trace topk_rows."""
     tensors = [x for x in (*student, *teacher) if isinstance(x, Tensor)]
     return not can_fuse(*tensors) or (isinstance(teacher, TopK) and torch.compiler.is_compiling())
 
@@ -265,7 +265,7 @@ def whole_logits(linear: Linear) -> Tensor:
 
 
 def sum_of_rows(student: Linear, teacher: Linear | TopK, rows: ClassIndices | None, weights: Weights) -> Tensor:
-    """Return the sum over rows; its gradients are made at once, while the logits of a row exist."""
+    """Return the sum over rows, with its gradients, which are computed while the logits of a chunk are in memory."""
     inputs = student[:3]
     wide = torch.promote_types(student.hidden.dtype, torch.float32)
     grads = [
@@ -276,7 +276,7 @@ def sum_of_rows(student: Linear, teacher: Linear | TopK, rows: ClassIndices | No
         total = student.hidden.new_zeros((), dtype=wide)
         count, classes = len(student.hidden), len(student.weight)
         size = max(1, LOGITS_AT_A_TIME // classes)
-        # preallocate the logits: an allocation per chunk costs more than the loss
+        # allocate the logits once: an allocation per chunk costs more time than the loss
         buffer = student.hidden.new_empty(min(size, count), classes)
         teacher_buffer = teacher.hidden.new_empty(buffer.shape) if isinstance(teacher, Linear) else None
         for start in range(0, count, size):
@@ -300,7 +300,7 @@ def sum_of_rows(student: Linear, teacher: Linear | TopK, rows: ClassIndices | No
 
 
 def logits_of_rows(linear: Linear, i: slice, buffer: Tensor) -> Tensor:
-    """Write the logits into the first rows of ``buffer``."""
+    """Write the logits of the rows ``i`` into the first rows of ``buffer``, and return them."""
     hidden = linear.hidden[i]
     logits = torch.mm(hidden, linear.weight.T, out=buffer[: len(hidden)])
     logits = logits if linear.bias is None else logits.add_(linear.bias)
@@ -309,14 +309,14 @@ def logits_of_rows(linear: Linear, i: slice, buffer: Tensor) -> Tensor:
 
 
 def cap_slope(linear: Linear, logits: Tensor) -> Tensor | float | None:
-    """Return d logits / d linear(...), from the logits; None: 1."""
+    """Return d logits / d linear(...), computed from the logits; None stands for 1."""
     if linear.softcap is None:
         return None if linear.scale == 1 else linear.scale
     return linear.scale * (1 - (logits / linear.softcap).square_())
 
 
 def dense_rows(
-    student: Tensor, teacher: Tensor, rows: ClassIndices | None, weights: Weights, wants_gradient: bool
+    student: Tensor, teacher: Tensor, rows: ClassIndices | None, weights: Weights, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the rows' losses, and its gradient, which overwrites the student's logits."""
     wide = torch.promote_types(student.dtype, torch.float32)
@@ -325,7 +325,7 @@ def dense_rows(
     options = weights.gamma, weights.temperature
     loss, *stats = in_chunks(nkd_forward, [student, teacher, label], *options, weights.ce_weight)
     loss = loss.squeeze(1).where(included > 0, 0.0).sum()
-    if not wants_gradient:
+    if not needs_gradient:
         return loss, None
     saved = [student, teacher, label, included.unsqueeze(1), *stats]
     return loss, in_chunks(nkd_backward, saved, *options, into=(student,))[0]
@@ -356,7 +356,7 @@ def accumulate(grads: list[Tensor | None], d_logits: Tensor, student: Linear, i:
 
 
 class WithGradients(torch.autograd.Function):
-    """Return the total; its gradients for hidden, weight and bias are computed already."""
+    """Return the total, with the gradients for hidden, weight and bias that are computed already."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, *inputs_and_grads: Tensor | None) -> Tensor:
@@ -367,7 +367,7 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        # in place: autograd refuses a second backward, which would read changed gradients
+        # in place; autograd refuses a second backward, which would read the changed gradients
         scale = torch.mul if torch.compiler.is_compiling() else Tensor.mul_
         grads = (None if x is None else scale(x, d_total).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
         return None, *grads, None, None, None

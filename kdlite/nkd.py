@@ -1,4 +1,4 @@
-"""Normalized knowledge distillation: a teacher's target probability and its distribution over the other classes."""
+"""Compute normalized knowledge distillation: NKD, the loss of ICCV 2023 for a student with a teacher."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ def nkd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Return the normalized KD loss; ADD it to the cross-entropy, it does not replace it.
+    r"""Return the normalized KD loss; ADD it to the cross-entropy, which it does not replace.
 
-    With S and T the softmax of student and teacher, t the target class, and N(.) the renormalisation over the
-    C - 1 classes other than t, where a power is a temperature (the paper's lambda) before the softmax (eq. 7)::
+    S and T are the softmax of student and teacher, t is the target class, and N(.) renormalises over the C - 1 classes
+    other than t. A power is a temperature (the paper's lambda) that divides the logits before the softmax (eq. 7)::
 
         L_nkd = - T_t log S_t  -  gamma * temperature^2 * sum_{i != t} N(T^temperature)_i log N(S^temperature)_i
 
-    The first term is at temperature 1. The second is a cross-entropy, so L_nkd does not reach 0 when student and
-    teacher agree. For class probabilities V the loss is its expectation over the label, ``sum_k V_k L_nkd(t = k)``,
-    exact for mixup and cutmix, and equal to the hard-label loss for a one-hot row.
+    The first term is at temperature 1. The second term is a cross-entropy, so L_nkd does not reach 0 if student and
+    teacher agree. For class probabilities V the loss is the expectation over the label, ``sum_k V_k L_nkd(t = k)``. It
+    is exact for mixup and cutmix, and equals the hard-label loss for a one-hot row.
 
     Args:
         student_logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
         teacher_logits: the same shape, of any floating dtype; no gradient flows into it.
-        target: class indices, (N,), (N, d1, ...) or (), or class probabilities of the logits' shape, constant;
-            None: the teacher's largest class (for unlabelled data).
-        gamma: weight of the non-target term. The paper's: 1.5 for ImageNet CNNs, 1.0 for ViTs, 3.5 for CIFAR-100.
-        temperature: of the non-target term. The paper's: 1.0 on ImageNet, 3.0 on CIFAR-100.
-        ignore_index: targets of this class index add nothing and are not counted by "mean".
+        target: class indices, (N,), (N, d1, ...) or (); or class probabilities of the logits' shape, without gradient;
+            or None: the teacher's most probable class (for unlabelled data).
+        gamma: weight of the non-target term. The paper uses 1.5 for ImageNet CNNs, 1.0 for ViTs, 3.5 for CIFAR-100.
+        temperature: temperature of the non-target term. The paper uses 1.0 on ImageNet, 3.0 on CIFAR-100.
+        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
         reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
 
     Returns:
         The loss, float32 (float64 for float64 logits); its gradient has the dtype of ``student_logits``.
 
     Raises:
-        ValueError: shapes that do not fit, one class, gamma < 0, temperature <= 0, an unknown reduction.
+        ValueError: shapes that do not fit, fewer than two classes, gamma < 0, temperature <= 0, an unknown reduction.
         TypeError: logits that are not floating point, class indices that are not integers, a weight or temperature
             that is not a number: the loss has no gradient for them.
 

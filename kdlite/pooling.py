@@ -1,4 +1,4 @@
-"""How the feature of a layer becomes (N, C): dry forwards of the model find out, :func:`pool` does it."""
+"""Find, with dry forwards of the model, how the feature of a layer becomes (N, C), and pool it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POOLINGS = {
     "channels first": "the mean of (N, C, ...) over positions",
     "channels last": "the mean of (N, ..., C) over positions",
 }
-# learnt tokens that precede the positions of a sequence, by the last part of the parameter's name
+# names of parameters (their last part) that hold class or register tokens in front of a sequence
 TOKENS = re.compile(r"(cls|class|reg|register|storage|dist|distillation)_(tokens?|embedding)(_?\d+)?")
 
 
@@ -29,13 +29,13 @@ TOKENS = re.compile(r"(cls|class|reg|register|storage|dist|distillation)_(tokens
 
 
 class Seen(NamedTuple):
-    """A layer's output in a dry forward."""
+    """Describe a layer's output in a dry forward."""
 
     text: str
     shape: tuple[int, ...]  # () if the output is not a tensor
     dtype: torch.dtype | None
     device: torch.device | None
-    positions: frozenset[int]  # counts of positions of the convolutions that ran before
+    positions: frozenset[int]  # numbers of positions in the outputs of the convolutions that ran before
 
 
 def dry_forward(model: nn.Module, example: Any) -> tuple[Any, dict[str, Seen]]:
@@ -50,7 +50,7 @@ def dry_forward(model: nn.Module, example: Any) -> tuple[Any, dict[str, Seen]]:
 
 
 def see(seen: dict[str, Seen], name: str, module: nn.Module, args: Any, output: Any) -> None:
-    """Record the output of a layer; a forward hook."""
+    """Record the output of a layer, as its forward hook."""
     output = first_entry(output)
     positions = next(reversed(seen.values())).positions if seen else frozenset()
     if not isinstance(output, Tensor):
@@ -58,7 +58,7 @@ def see(seen: dict[str, Seen], name: str, module: nn.Module, args: Any, output: 
         return
     if isinstance(module, nn.Conv2d):
         positions |= {math.prod(output.shape[2:])}
-    seen.pop(name, None)  # a layer that runs again goes to the end
+    seen.pop(name, None)  # the last run of a layer decides its place
     seen[name] = Seen(describe(output), tuple(output.shape), output.dtype, output.device, positions)
 
 
@@ -88,7 +88,7 @@ def two_samples(example: Any) -> Any:
 
 
 def larger_inputs(example: Any) -> list[Any]:
-    """Return inputs of twice the size, for each way to read it: images, (N, C, L), (N, L, C), or (N, L) of indices."""
+    """Return larger inputs for each meaning of the example: images, (N, C, L), (N, L, C), or indices (N, L)."""
     inputs = next(x for x in tree_leaves(example) if isinstance(x, Tensor))
     if inputs.ndim == 2:
         ways = [] if inputs.is_floating_point() else [[1]]
@@ -98,7 +98,7 @@ def larger_inputs(example: Any) -> list[Any]:
 
 
 def double(value: Any, ndim: int, dims: list[int]) -> Any:
-    """Repeat a tensor of the inputs' dimensions along each of ``dims``: a mask grows with its tokens."""
+    """Double a tensor of ``ndim`` dimensions along each of ``dims``, so that a mask grows with its tokens."""
     if isinstance(value, Tensor) and value.ndim == ndim:
         for dim in dims:
             value = torch.cat([value, value], dim)
@@ -109,13 +109,13 @@ def double(value: Any, ndim: int, dims: list[int]) -> Any:
 
 
 def choose_layer(layers: list[str], seen: dict[str, Seen], batch: int) -> str:
-    """Return the first layer that ran and returned a feature for each sample."""
+    """Return the first of the layers that ran and returned a feature for each sample."""
     for layer in layers:
         if layer in seen and len(seen[layer].shape) >= 2 and seen[layer].shape[0] == batch:
             return layer
     usable = [name for name, output in seen.items() if name and len(output.shape) > 2 and output.shape[0] == batch]
     middle = usable[len(usable) // 4 :]
-    middle = middle[: len(middle) - len(usable) // 4]  # in the order in which they ran
+    middle = middle[: len(middle) - len(usable) // 4]  # by the order of their runs
     middle.sort(key=lambda name: name.count("."))
     found = f"returns {seen[layers[0]].text}" if layers[0] in seen else "does not run"
     raise ValueError(
@@ -124,19 +124,19 @@ def choose_layer(layers: list[str], seen: dict[str, Seen], batch: int) -> str:
     )
 
 
-def find_pooling(model: nn.Module, layer: str, example: Any, feature: Seen, asked: str | None) -> tuple[str, int]:
-    """Return the key of POOLINGS, and how many tokens before the positions the mean leaves out."""
+def find_pooling(model: nn.Module, layer: str, example: Any, feature: Seen, pooling: str | None) -> tuple[str, int]:
+    """Return the key of POOLINGS, and the number of first tokens that the mean leaves out."""
     if len(feature.shape) == 2:
         return "none", 0
-    if asked == "class token" and len(feature.shape) != 3:
+    if pooling == "class token" and len(feature.shape) != 3:
         raise ValueError(f'pooling="class token" needs (N, L, C), but layer {layer!r} returns {feature.text}')
-    if asked:
-        return asked, 0
+    if pooling:
+        return pooling, 0
     if not has_channels_last(model, layer, example, feature.shape):
         return "channels first", 0
     if len(feature.shape) > 3:
         return "channels last", 0
-    # class and register tokens by parameter name: how many each adds to a sequence
+    # parameter name -> number of class or register tokens that it adds to a sequence
     tokens = {name.rpartition(".")[2]: p.shape[-2] if p.ndim > 1 else 1 for name, p in model.named_parameters()}
     tokens = {name: count for name, count in tokens.items() if TOKENS.fullmatch(name)}
     extra = {feature.shape[1] - n for n in feature.positions}
@@ -150,11 +150,11 @@ def find_pooling(model: nn.Module, layer: str, example: Any, feature: Seen, aske
 
 
 def has_channels_last(model: nn.Module, layer: str, example: Any, shape: tuple[int, ...]) -> bool:
-    """Decide by a larger input, where the channels do not grow; for a model of one size by the shape of an image."""
+    """Return whether the channels, which do not grow with the input, are last; for a model of one size by the shape."""
     for larger in larger_inputs(example):
         try:
             _, seen = dry_forward(model, larger)
-        except Exception:  # models of one size raise different errors
+        except Exception:  # models of one size raise errors of many kinds
             continue
         other = seen[layer].shape if layer in seen else ()
         grown = [len(other) == len(shape) and other[dim] != shape[dim] for dim in (1, -1)]
@@ -176,7 +176,7 @@ def two_readings(layer: str, shape: tuple[int, ...]) -> ValueError:
 
 
 def pool(pooling: str, skip: int, output: Any) -> Tensor:
-    """Return (N, C) in memory of its own, which a later in-place layer does not change."""
+    """Return the pooled feature, (N, C), as a copy that a later in-place layer does not change."""
     feature: Tensor = first_entry(output)
     if pooling == "none":
         return feature.clone()

@@ -1,4 +1,4 @@
-"""A frozen teacher: eval mode, no gradient, its own normalisation and input size."""
+"""Run a frozen teacher: in eval mode, without gradient, with its own normalisation and input size."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from .inputs import find_logits
 
 
 class Teacher(nn.Module):
-    """A frozen classifier for :func:`kdlite.nkd_loss`, called with the student's own batch.
+    """Wrap a classifier as a frozen teacher for :func:`kdlite.nkd_loss`; call it with the student's own batch.
 
-    It stays in eval mode, also if ``.train()`` is called on it or on a module around it, and computes no gradient. It
-    converts the images to the normalisation and the size of its own training.
+    The teacher computes no gradient, and stays in eval mode, also if ``.train()`` is called on it or on a module around
+    it. It converts the images to the normalisation and the size of its own training.
 
     Args:
-        model: from images (N, channels, H, W) to an output that is, or holds, logits (N, C).
+        model: classifier of images (N, channels, H, W); its output is, or holds, the logits (N, C).
         mean: the teacher's mean, one value per channel, for pixels from 0 to 1.
         std: the teacher's standard deviation, one value per channel.
-        student_mean: the mean with which the batch is normalised.
-        student_std: the standard deviation of that. Without these four the batch is not changed.
-        size: (H, W) in pixels for the teacher; None: the size of the batch.
-        columns: the teacher's class for each class of the student, if the teacher has more classes or another order;
-            the softmax of the loss then renormalises over them. None: all classes in their order.
+        student_mean: the mean by which the student's batch is normalised.
+        student_std: the standard deviation by which that batch is normalised. Without these four arguments the teacher
+            does not change the normalisation.
+        size: (H, W) in pixels to which the batch is resized; None: the size of the batch.
+        columns: index of the teacher's class for each class of the student, if the teacher has more classes or another
+            order; the softmax of the loss is then over these classes. None: all classes in their order.
         logits: key, attribute or index of the logits in the output, as in :class:`WithWeakHead`.
 
     Raises:
-        ValueError: one of the four without the others; the batch is on another device than the teacher.
-        TypeError: the logits are not found in the output.
+        ValueError: some of the means and deviations are missing; the batch is on another device than the teacher.
+        TypeError: the output of the model does not hold the logits.
 
     Example:
         >>> teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), size=(2, 2)).train()
@@ -56,7 +57,7 @@ class Teacher(nn.Module):
         self.size = None if size is None else tuple(size)
         given = [x for x in (mean, std, student_mean, student_std) if x is not None]
         if len(given) not in (0, 4):
-            raise ValueError("mean, std, student_mean and student_std go together: pass all four, or none")
+            raise ValueError("mean, std, student_mean and student_std go together: pass all four, or leave all out")
         self.scale: Tensor | None
         self.shift: Tensor | None
         scale = shift = None
@@ -70,7 +71,7 @@ class Teacher(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Always stay in eval mode."""
+        """Stay in eval mode for any ``mode``."""
         return super().train(False)
 
     @torch.no_grad()

@@ -1,11 +1,11 @@
-"""All the mathematics on one page: the loss of each row in plain autograd, with the paper's symbols.
+"""Compute the loss of each row in plain autograd, with the paper's symbols.
 
-These are the definitions; :mod:`kdlite.fused` computes the hard-label ones with less memory and fewer passes.
+These functions define the losses; :mod:`kdlite.fused` computes those of hard labels with less memory and fewer passes.
 
-Rows are (R, C) logits. S, T and W are the softmax of the student's (USKD: the strong), the teacher's and the weak
-head's logits; t is the target class, ``label`` (R,), or V the class probabilities, ``probs`` (R, C); N(.) renormalises
-over the C - 1 classes other than t. Losses are (R,), float32 at least. Source: Yang et al., arXiv 2303.13005, section
-3.1 (NKD; its loss is eq. 7) and section 3.2 (USKD).
+Rows are (R, C) logits. S, T and W are the softmax of the student's logits (in USKD: the strong logits), of the
+teacher's and of the weak head's. A target is the class t, ``label`` (R,), or the class probabilities V, ``probs`` (R,
+C). N(.) renormalises over the C - 1 classes other than t. Losses are (R,), float32 at least. Source: Yang et al., arXiv
+2303.13005, section 3.1 (NKD; its loss is eq. 7) and section 3.2 (USKD).
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from torch.nn import functional as F
 
 
 def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float) -> Tensor:
-    """L_nkd = - T_t log S_t  -  gamma temperature^2 sum_{i != t} N(T^temperature)_i log N(S^temperature)_i  (eq. 7)."""
+    """Return L_nkd of each row (eq. 7)::
+
+    L_nkd = - T_t log S_t  -  gamma temperature^2 sum_{i != t} N(T^temperature)_i log N(S^temperature)_i
+    """
     student = centred(student)
     teacher = centred(teacher.detach()).to(student.dtype)
     target_term = -log_odds(teacher, label).sigmoid() * F.logsigmoid(log_odds(student, label))
@@ -31,7 +34,7 @@ def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temp
 
 
 def nkd_rows_soft(student: Tensor, teacher: Tensor, probs: Tensor, gamma: float, temperature: float) -> Tensor:
-    """sum_k V_k L_nkd(t = k): the expectation over the label."""
+    """Return sum_k V_k L_nkd(t = k), the expectation over the label."""
     student = centred(student)
     teacher = centred(teacher.detach()).to(student.dtype)
     target_term = cross_entropy(probs * teacher.softmax(1), student.log_softmax(1))
@@ -40,14 +43,14 @@ def nkd_rows_soft(student: Tensor, teacher: Tensor, probs: Tensor, gamma: float,
 
 
 def expected_non_target(student: Tensor, teacher: Tensor, probs: Tensor) -> Tensor:
-    """- sum_k V_k sum_{i != k} N_k(T)_i log N_k(S)_i, (R,), where N_k excludes class k.
+    """Return - sum_k V_k sum_{i != k} N_k(T)_i log N_k(S)_i, (R,), where N_k excludes class k.
 
-    Two facts make it one pass over the classes. log N_k(S)_i = log S_i - log(1 - S_k), and the N_k(T) mix to
+    Two equations reduce the double sum to one pass over the classes: log N_k(S)_i = log S_i - log(1 - S_k), and
 
         sum_k V_k N_k(T)_i = T_i * (sum_k V_k / (1 - T_k)  -  V_i / (1 - T_i)).
 
-    Both lose every digit for a class near certainty. At most one class of a row is above one half, the largest: it is
-    masked, and the other classes have 1 - S_k and 1 - T_k of at least one half.
+    Both lose all digits for a class with a probability near 1. At most one class of a row, the largest, has a
+    probability above one half: it is masked, and for the other classes 1 - S_k and 1 - T_k are at least one half.
     """
     student_top, teacher_top = student.detach().argmax(1), teacher.argmax(1)
 
@@ -56,7 +59,7 @@ def expected_non_target(student: Tensor, teacher: Tensor, probs: Tensor) -> Tens
         log_normalized(teacher, student_top).exp(), log_normalized(student, student_top)
     )
 
-    # the other k: V is `rest`, sum_k V_k N_k(T) is `mixed`, again with the teacher's largest class by itself
+    # the other k: V is `rest`, sum_k V_k N_k(T) is `mixed`; the teacher's largest class is added separately
     rest = drop(probs, student_top)
     t, log_s = teacher.softmax(1), student.log_softmax(1)
     ratio = drop(rest / (1 - t), teacher_top)
@@ -72,7 +75,7 @@ def expected_non_target(student: Tensor, teacher: Tensor, probs: Tensor) -> Tens
 
 
 class USKDWeights(NamedTuple):
-    """The weights of the three terms, the smoothing of V~, and the processes that share a batch."""
+    """Hold the weights of the three terms, the smoothing of V~, and the processes that share a batch."""
 
     alpha: float
     beta: float
@@ -82,9 +85,9 @@ class USKDWeights(NamedTuple):
 
 
 def uskd_rows(strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weights: USKDWeights) -> Tensor:
-    """L_uskd = - alpha P_t log S_t  -  beta sum_{i != t} N(Z)_i log N(S)_i  -  mu sum_i V~_i log W_i.
+    """Return L_uskd = - alpha P_t log S_t  -  beta sum_{i != t} N(Z)_i log N(S)_i  -  mu sum_i V~_i log W_i.
 
-    valid: (R,) bool, the rows of the mean in P_t.
+    valid: (R,) bool, the rows that the mean in P_t counts.
     """
     alpha, beta, mu, smoothing, group = weights
     strong = centred(strong)
@@ -96,7 +99,7 @@ def uskd_rows(strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weight
 
 
 def uskd_rows_soft(strong: Tensor, weak: Tensor, probs: Tensor, weights: USKDWeights) -> Tensor:
-    """The expectation of L_uskd over the label; its non-target term takes the two largest labels of a row only."""
+    """Return the expectation of L_uskd over the label; the non-target term uses the two largest labels of a row."""
     alpha, beta, mu, smoothing, group = weights
     strong = centred(strong)
     weak = centred(weak).to(strong.dtype)
@@ -118,7 +121,7 @@ def uskd_rows_soft(strong: Tensor, weak: Tensor, probs: Tensor, weights: USKDWei
 
 
 def uskd_non_target(strong: Tensor, weak: Tensor, label: Tensor) -> Tensor:
-    """- sum_{i != t} N(Z)_i log N(S)_i, with Z the Zipf weights of R_i = W_i / (1 - W_t) + S_i / (1 - S_t)."""
+    """Return - sum_{i != t} N(Z)_i log N(S)_i; Z are the Zipf weights of R_i = W_i / (1 - W_t) + S_i / (1 - S_t)."""
     with torch.no_grad():
         r = odds(strong, label) + odds(weak, label)
         z = zipf_weights(r).masked_fill(is_class(strong, label), 0.0)
@@ -127,22 +130,22 @@ def uskd_non_target(strong: Tensor, weak: Tensor, label: Tensor) -> Tensor:
 
 
 def target_weight(minus_log_s: Tensor, valid: Tensor, group: Any = None) -> Tensor:
-    """P_t = S_t^2 + V_t - mean(S_t^2) with V_t = 1, (R,), without gradient, the mean over the ``valid`` rows."""
+    """Return P_t = S_t^2 + V_t - mean(S_t^2) with V_t = 1, (R,), without gradient; the mean is over ``valid`` rows."""
     squared = (-2 * minus_log_s.detach()).exp()
     return squared + 1 - batch_mean(squared.where(valid, 0.0), valid, group)
 
 
 def batch_mean(values: Tensor, counted: Tensor, group: Any) -> Tensor:
-    """The sum of the values by the sum of ``counted``, both (R,), over the processes of the group; None: this one."""
+    """Return sum(values) / sum(counted), both (R,), over the processes of the group; None: this process alone."""
     totals = torch.stack([values.sum(), counted.sum().to(values.dtype)])
     if group is not None:
         dist.all_reduce(totals, group=group)
-    return totals[0] / totals[1].clamp(min=1)  # the clamp: with no row, 0/0 here would turn the gradient to NaN
+    return totals[0] / totals[1].clamp(min=1)  # without rows, 0/0 would make the gradient NaN
 
 
 @torch.no_grad()
 def zipf_weights(scores: Tensor) -> Tensor:
-    """1 / rank_i by descending score, (R, C), for scores >= 0; ties are ranked by class index.
+    """Return 1 / rank_i by descending score, (R, C), for scores >= 0; ties are ranked by class index.
 
     The caller divides by their sum.
     """
@@ -155,51 +158,51 @@ def zipf_weights(scores: Tensor) -> Tensor:
 
 
 def centred(rows: Tensor) -> Tensor:
-    """float32 at least, the largest logit of a row at 0.
+    """Return the rows minus their largest logit, in float32 at least.
 
-    Every loss here is unchanged by a shift common to a row, so the shift carries no gradient; it keeps float32
-    exact where all logits share a large offset.
+    A common shift of a row does not change a loss, so it needs no gradient; it keeps the digits of float32 if all
+    logits share a large offset.
     """
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return rows - rows.detach().amax(1, keepdim=True)
 
 
 def is_class(logits: Tensor, label: Tensor) -> Tensor:
-    """(R, C) bool: True in the column of each row's label."""
+    """Return a mask, (R, C) bool, that is True in the column of each row's label."""
     return torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32) == label.int().unsqueeze(1)
 
 
 def pick(values: Tensor, label: Tensor) -> Tensor:
-    """The column of each row's label, (R, 1)."""
+    """Return the value in the column of each row's label, (R, 1)."""
     return values.gather(1, label.unsqueeze(1))
 
 
 def drop(values: Tensor, label: Tensor) -> Tensor:
-    """The values with 0 in the column of each row's label."""
+    """Return the values with 0 in the column of each row's label."""
     return values.masked_fill(is_class(values, label), 0.0)
 
 
 def log_sum_others(logits: Tensor, label: Tensor) -> Tensor:
-    """log sum_{i != label} exp z_i, (R, 1), never by subtraction from the whole sum."""
+    """Return log sum_{i != label} exp z_i, (R, 1), without a subtraction from the whole sum."""
     return logits.masked_fill(is_class(logits, label), -torch.inf).logsumexp(1, keepdim=True)
 
 
 def odds(logits: Tensor, label: Tensor) -> Tensor:
-    """p_i / (1 - p_t) of every class i, (R, C), t included: exp(z_i) / sum_{j != t} exp(z_j)."""
+    """Return p_i / (1 - p_t) of every class i, also t, (R, C): exp(z_i) / sum_{j != t} exp(z_j)."""
     return (logits - log_sum_others(logits, label)).exp()
 
 
 def log_odds(logits: Tensor, label: Tensor) -> Tensor:
-    """log(p / (1 - p)) of each row's label, (R,): p is its sigmoid, log p its logsigmoid, however near 0 or 1."""
-    # gather refuses a label out of range: with an error on CPU, a device assert on CUDA
+    """Return log(p / (1 - p)) of each row's label, (R,); its sigmoid is p, its logsigmoid log p, to all digits."""
+    # a label out of range fails in gather: with an error on CPU, with a device assert on CUDA
     return (logits.gather(1, label.unsqueeze(1)) - log_sum_others(logits, label)).squeeze(1)
 
 
 def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
-    """log N(.), (R, C): the log-softmax over the classes other than the label, -inf at the label."""
+    """Return log N(.), (R, C): the log-softmax over the classes other than the label; -inf at the label."""
     return logits.masked_fill(is_class(logits, label), -torch.inf).log_softmax(1)
 
 
 def cross_entropy(weights: Tensor, log_probs: Tensor) -> Tensor:
-    """- sum_i weights_i log_probs_i over the last dimension; a weight of 0 removes a class, even with a log of -inf."""
+    """Return - sum_i weights_i log_probs_i over the last dimension; a weight of 0 adds 0, also for a log of -inf."""
     return -(weights * log_probs.masked_fill(weights == 0, 0.0)).sum(-1)

@@ -1,7 +1,7 @@
-"""NKD from a teacher's top-k: stored labels, or the answers of a server.
+"""Compute NKD from a teacher's top-k: stored labels, or the answers of a server.
 
-The teacher's log-probabilities of the target t and of k other classes K are given. All other classes count as one class
-r, the rest, on both sides, with probabilities T_r and S_r.
+The inputs are the teacher's log-probabilities of the target t and of a set K of k other classes. For teacher and
+student, all remaining classes count as one class r (the rest), with probabilities T_r and S_r.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .inputs import (
 )
 from .terms import centred, cross_entropy, is_class, log_odds
 
-# Probabilities above 1 by more than the rounding of bfloat16 are not probabilities.
+# Largest sum of a row's probabilities that the rounding of bfloat16 explains. A larger sum makes the loss NaN.
 MOST_PROBABILITY = 1.05
 
 
@@ -44,33 +44,34 @@ def nkd_topk_loss(
 ) -> Tensor:
     r"""Return NKD from a teacher's log-probabilities of the target and of k classes; ADD it to the cross-entropy.
 
-    With K the k classes without the target, and r all other classes as one::
+    K is the k classes without the target; r stands for all other classes as one::
 
         L_nkd = - T_t log S_t  -  gamma * sum_{i in K and r} N(T)_i log N(S)_i
 
-    Equal to :func:`kdlite.nkd_loss` at temperature 1 if K holds every other class. Other temperatures are impossible,
-    because the mass of the rest at another temperature is unknown. A softmax over K alone is another loss, which gives
-    the rest probability 0.
+    The loss equals :func:`kdlite.nkd_loss` at temperature 1 if K holds every other class. Other temperatures are
+    impossible, because the mass of the rest at another temperature is unknown. A softmax over K alone gives another
+    loss, in which the rest has probability 0.
 
-    The target may be among the k, and is ignored there. Entries with index -1 or log-probability -inf are padding.
-    Log-probabilities are at temperature 1, of any floating dtype; use float32 for a target near certainty. A NaN among
-    them makes the loss NaN, and so do probabilities that sum to more than 1.05.
+    The target may be among the k classes; that entry is ignored. Entries with index -1 or log-probability -inf are
+    padding. Log-probabilities are at temperature 1, of any floating dtype; use float32 if the target's probability is
+    near 1. A NaN among them makes the loss NaN, and so do probabilities that sum to more than 1.05.
 
     Args:
         student_logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
         teacher_target_logprob: log T_t, of the target's shape; None if ``target`` is None.
-        teacher_logprobs: log T_i, (N, k, d1, ...): k in the dimension of C.
+        teacher_logprobs: log T_i, (N, k, d1, ...), with the k classes in the dimension of C.
         teacher_indices: the classes i, integers of the same shape, no class twice.
-        target: class indices, (N,), (N, d1, ...) or (); None: the teacher's largest class (for unlabelled data).
+        target: class indices, (N,), (N, d1, ...) or (); None: the teacher's most probable class (for unlabelled data).
         gamma: as in :func:`kdlite.nkd_loss`.
-        ignore_index: targets of this class index add nothing and are not counted by "mean".
+        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
         reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
 
     Returns:
         The loss, float32 (float64 for float64 logits); its gradient has the dtype of ``student_logits``.
 
     Raises:
-        ValueError: shapes that do not fit, one class, gamma < 0, an unknown reduction.
+        ValueError: shapes that do not fit, fewer than two classes, a target of class probabilities, gamma < 0, an
+            unknown reduction.
         TypeError: logits or log-probabilities that are not floating point, indices or targets that are not integers, a
             gamma that is a tensor.
 
@@ -95,7 +96,7 @@ def nkd_topk_loss(
         ignore_index = -100
     rows = read_target(target, student_logits, ignore_index)
     if not isinstance(rows, ClassIndices):
-        raise ValueError("target must be class indices, got class probabilities, which need the whole teacher")
+        raise ValueError("target must be class indices, got class probabilities: pass indices, or use nkd_loss")
     top, index = as_rows(teacher_logprobs), as_rows(teacher_indices)
     loss = nkd_rows_topk(as_rows(student_logits), rows, teacher_target_logprob.reshape(-1), top, index, gamma)
     return reduce(loss, rows, reduction, student_logits.shape)
@@ -106,9 +107,9 @@ def nkd_from_logprobs(
 ) -> Tensor:
     """Return the loss of :func:`nkd_topk_loss` from log-probabilities alone, one value per prediction.
 
-    For logits that are not in one place: a vocabulary split over devices, a fused classifier. The student's
-    probability of the rest is 1 - S_t - sum_K S_i, with an error of 1e-7 in float32: pass float64 if the student may be
-    certain.
+    Use it if the logits are not in one tensor: a vocabulary split over devices, a fused classifier. The student's
+    probability of the rest is 1 - S_t - sum_K S_i, with an error of 1e-7 in float32: pass float64 if that probability
+    may be near 0.
 
     Args:
         student_target: log S_t, (...).
@@ -151,7 +152,7 @@ def nkd_from_logprobs(
 
 
 def top_k_logprobs(teacher_logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the teacher's part of :func:`nkd_topk_loss` from its logits, to be stored or sent.
+    """Return the teacher's arguments of :func:`nkd_topk_loss`, computed from its logits, to store or to send them.
 
     Args:
         teacher_logits: (N, C), (N, C, d1, ...) or (C,).
@@ -182,7 +183,7 @@ def top_k_logprobs(teacher_logits: Tensor, target: Tensor, k: int) -> tuple[Tens
         raise ValueError(f"k must be from 1 to C - 1 = {classes - 1}, got {k}")
     logits = centred(as_rows(teacher_logits.detach()))
     label = target.reshape(-1).long().clamp(0, classes - 1)
-    target_logprob = F.logsigmoid(log_odds(logits, label))  # exact near certainty, where a log-softmax is 0
+    target_logprob = F.logsigmoid(log_odds(logits, label))  # exact near 1, where log_softmax rounds to 0
     top, index = logits.masked_fill(is_class(logits, label), -math.inf).topk(k, 1)
     top = top - logits.logsumexp(1, keepdim=True)
     shape = (*target.shape, k)
@@ -199,18 +200,19 @@ def top_k_logprobs(teacher_logits: Tensor, target: Tensor, k: int) -> tuple[Tens
 def nkd_rows_topk(
     student: Tensor, rows: ClassIndices, teacher_target: Tensor, teacher_top: Tensor, index: Tensor, gamma: float
 ) -> Tensor:
-    """The loss of each row, (R,), from the student's logits (R, C) and the teacher's k classes, (R, k)."""
+    """Return the loss of each row, (R,), from the student's logits (R, C) and the teacher's k classes, (R, k)."""
     student, label, index = centred(student), rows.label.unsqueeze(1), index.long()
-    is_target = (index == label) & ~teacher_top.isnan()  # a NaN there must reach the loss too
+    is_target = (index == label) & ~teacher_top.isnan()  # a NaN of the target's entry must reach the loss too
     given = rows.valid.unsqueeze(1) & (index != -1) & ~is_target & (teacher_top != -math.inf)
     index = index.where(given, label)  # padding points at the target, which is masked below
-    teacher_target = teacher_target.where(rows.valid, 0.0)  # undefined for ignored rows
+    teacher_target = teacher_target.where(rows.valid, 0.0)  # any value is allowed in ignored rows
     teacher_top = teacher_top.where(given, -math.inf)
 
     top = student.gather(1, index).masked_fill(~given, -math.inf)
     known = torch.zeros_like(student, dtype=torch.bool).scatter(1, torch.cat([index, label], 1), True)
     rest = student.masked_fill(known, -math.inf)
-    no_rest = (rest == -math.inf).all(1, keepdim=True)  # logsumexp of nothing has no gradient
+    # logsumexp over -inf alone has a gradient that is not finite
+    no_rest = (rest == -math.inf).all(1, keepdim=True)
     log_rest = rest.masked_fill(no_rest, 0.0).logsumexp(1, keepdim=True).masked_fill(no_rest, -math.inf)
     log_others = torch.cat([top, log_rest], 1).logsumexp(1, keepdim=True)  # all but the target
 
@@ -221,14 +223,14 @@ def nkd_rows_topk(
 def nkd_terms(
     log_s_t: Tensor, log_n: Tensor, log_n_rest: Tensor, teacher_target: Tensor, teacher_top: Tensor, gamma: float
 ) -> Tensor:
-    """- T_t log S_t  -  gamma * (sum_{i in K} N(T)_i log N(S)_i  +  N(T)_r log N(S)_r).
+    """Return - T_t log S_t  -  gamma * (sum_{i in K} N(T)_i log N(S)_i  +  N(T)_r log N(S)_r).
 
-    log_n: log N(S) of K, (..., k); log_n_rest: log N(S)_r, (...), -inf if K holds every other class. The teacher's
-    log-probabilities may be rounded: if K holds more than 1 - T_t, the sum over K replaces it.
+    log_n: log N(S) of K, (..., k); log_n_rest: log N(S)_r, (...), -inf if K holds every other class. Rounding may make
+    the teacher's probabilities of K sum to more than 1 - T_t: then that sum replaces 1 - T_t.
     """
     teacher_target, teacher_top = (x.detach().to(log_s_t.dtype) for x in (teacher_target, teacher_top))
     given = teacher_top != -math.inf
-    # without waiting for the device an error is impossible: NaN shows that these are not log-probabilities
+    # an error would have to wait for the device: values that are not log-probabilities make the loss NaN instead
     total = teacher_target.exp() + teacher_top.exp().sum(-1)
     teacher_target = teacher_target.clamp(max=0).where(total <= MOST_PROBABILITY, math.nan)
     log_others = torch.maximum(log1mexp(teacher_target), teacher_top.logsumexp(-1))
@@ -240,7 +242,7 @@ def nkd_terms(
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, exact from 0 (-inf) to -inf."""
+    """Return log(1 - exp(x)) for x <= 0, exact over the whole range; x = 0 gives -inf."""
     near = x > -math.log(2)
     return torch.where(near, (-torch.expm1(x.where(near, -1.0))).log(), torch.log1p(-x.where(~near, -1.0).exp()))
 
@@ -283,7 +285,10 @@ def check_top_k(
 
 
 def largest_class(logprobs: Tensor, indices: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the log-probability and the index of the teacher's largest class; -100, ignored, if all is padding."""
+    """Return the log-probability and the index of the teacher's most probable class.
+
+    The index is -100, which the loss ignores, if all entries are padding.
+    """
     indices = indices.long()
     logprob, best = logprobs.masked_fill(indices == -1, -math.inf).max(dim, keepdim=True)
     label = indices.gather(dim, best).where(logprob != -math.inf, -100)

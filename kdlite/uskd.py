@@ -1,4 +1,4 @@
-"""Universal self-knowledge distillation: soft labels made from the student's own logits and a weak head's."""
+"""Compute universal self-knowledge distillation: soft labels from the logits of the student and of its weak head."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def uskd_loss(
     reduction: str = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Return the universal self-KD loss; ADD it to the cross-entropy, it does not replace it.
+    r"""Return the universal self-KD loss; ADD it to the cross-entropy, which it does not replace.
 
-    With S the softmax of ``logits``, W that of ``weak_logits``, t the target class, and N(.) the renormalisation
-    over the C - 1 classes other than t::
+    S is the softmax of ``logits``, W the softmax of ``weak_logits``, t the target class, and N(.) renormalises over the
+    C - 1 classes other than t::
 
         P_t      = S_t^2 + 1 - mean_batch(S_t^2)                                              (no gradient)
         R_i      = W_i / (1 - W_t) + S_i / (1 - S_t)                                          (no gradient)
@@ -33,35 +33,37 @@ def uskd_loss(
         L_uskd   = - alpha * P_t log S_t  -  beta * sum_{i != t} N(Z)_i log N(S)_i
                    - mu * sum_i V~_i log W_i,    V~ the label, smoothed by label_smoothing
 
-    R is of probabilities, as in the paper and unlike the official code since July 2023. The batch mean is over the
-    targets that are not ignored; with ``group``, over those of all its processes. Ties in R are ranked by class
-    index. Z weights every class, so a class masked by a logit of -inf makes the loss infinite: remove such classes
-    from the logits.
+    R is computed from probabilities, as in the paper; the official code since July 2023 uses log-probabilities. The
+    batch mean is over the targets that are not ignored, with ``group`` over those of all its processes. Ties in R are
+    ranked by class index. Z gives every class a weight, so a class masked by a logit of -inf makes the loss infinite:
+    remove such classes from the logits.
 
-    For class probabilities V the loss is its expectation over the label: the first term becomes
-    ``- alpha * sum_k V_k P_k log S_k`` with ``P_k = S_k^2 + 1 - mean_batch(sum_k V_k S_k^2)``; the second, which needs
-    a ranking, takes the two largest labels of a row (any of equal ones), renormalised to sum to 1; the third is
-    already linear in V. For a one-hot row each equals the hard-label term.
+    For class probabilities V the loss is the expectation over the label. The first term becomes ``- alpha * sum_k V_k
+    P_k log S_k`` with ``P_k = S_k^2 + 1 - mean_batch(sum_k V_k S_k^2)``. The second term needs a ranking for each
+    label, so it uses only the two largest labels of a row, renormalised to sum to 1 (with ties, any two of them). The
+    third term is linear in V already. For a one-hot row each term equals the hard-label term.
 
     Args:
         logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
-        weak_logits: the same shape; a linear classifier on a pooled mid-level feature (see ``WithWeakHead``).
-        target: class indices, (N,), (N, d1, ...) or (), or class probabilities of the logits' shape, constant.
-        alpha: weight of the target term. The paper's: 1.0 on ImageNet, 0.1 on CIFAR-100.
-        beta: weight of the non-target term. The paper's: 0.1.
-        mu: weight of the weak head's own cross-entropy. The paper's: 0.005 on ImageNet, 0.1 on CIFAR-100.
-        label_smoothing: of the weak head's target, in [0, 1].
-        ignore_index: targets of this class index add nothing and are not counted by "mean".
+        weak_logits: the same shape; the output of a linear classifier on a pooled mid-level feature (see
+            ``WithWeakHead``).
+        target: class indices, (N,), (N, d1, ...) or (); or class probabilities of the logits' shape, without gradient.
+        alpha: weight of the target term. The paper uses 1.0 on ImageNet, 0.1 on CIFAR-100.
+        beta: weight of the non-target term. The paper uses 0.1.
+        mu: weight of the weak head's own cross-entropy. The paper uses 0.005 on ImageNet, 0.1 on CIFAR-100.
+        label_smoothing: smoothing of the weak head's target, in [0, 1].
+        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
         reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
-        group: processes that share one batch, such as ``torch.distributed.group.WORLD`` under DDP, whose gradients are
-            then those of the whole batch on one process; one all-reduce of two numbers. None: this process alone.
+        group: processes that share one batch, such as ``torch.distributed.group.WORLD``; under DDP the gradients then
+            equal those of the whole batch on one process. It costs one all-reduce of two numbers. None: this process
+            alone.
 
     Returns:
         The loss, float32 (float64 for float64 logits); gradients have the dtypes of ``logits`` and ``weak_logits``.
 
     Raises:
-        ValueError: shapes that do not fit, one class, a negative weight, label_smoothing outside [0, 1], an
-            unknown reduction.
+        ValueError: shapes that do not fit, fewer than two classes, a negative weight, label_smoothing outside [0, 1],
+            an unknown reduction.
         TypeError: logits that are not floating point, class indices that are not integers, a weight that is not a
             number: the loss has no gradient for it.
 

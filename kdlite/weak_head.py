@@ -1,4 +1,4 @@
-"""The weak classifier that USKD trains on a mid-level feature, together with its model as one module."""
+"""Join a model and the weak classifier that USKD trains on a mid-level feature, as one module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORWARDED = (
     "activation_checkpointing_enable",
     "gradient_checkpointing_enable",
 )
-# class names, so that no wrapper is imported; fully_shard and replicate change a module's class in place
+# names instead of imported classes; fully_shard and replicate change a module's class in place
 PARALLEL = {
     "DistributedDataParallel",
     "DataParallel",
@@ -35,24 +35,25 @@ PARALLEL = {
 
 
 class WithWeakHead(nn.Module):
-    """A model and the weak classifier that USKD needs, as one module.
+    """Join a model and the weak classifier that USKD needs in one module.
 
-    In training mode the forward returns ``(logits, weak_logits)``, in eval mode the model's own output. It takes the
-    model's own arguments. Head and model are one module, so DistributedDataParallel, the optimizer and the checkpoint
-    have both; ``.model`` is the plain student. Wrap before compiling, and before DistributedDataParallel or
-    fully_shard. A deepcopy (EMA) has its own tap.
+    The forward takes the model's own arguments. In training mode it returns ``(logits, weak_logits)``, in eval mode the
+    model's own output. Head and model are one module, so DistributedDataParallel, the optimizer and the checkpoint
+    contain both; ``.model`` is the plain student. Wrap the model before torch.compile, DistributedDataParallel or
+    fully_shard. A deepcopy (EMA) works independently of the original.
 
-    The head is a linear layer on the pooled feature: the class token of (N, L, C) if the layer returns one, else the
-    mean over positions; for a layer that returns a tuple, its first entry. ``pooling`` holds the choice, and ``print``
-    shows it. One dry forward (eval mode, no gradient) finds the shape; a second one, on larger inputs, finds the
-    channels, which do not grow. If the model refuses other sizes, three dimensions are (N, L, C), and the positions of
-    an image keep its proportions. Class and register tokens are the ones that a layer returns in addition to the
-    positions of a convolution; a mean leaves them out.
+    The head is a linear layer on the pooled feature: the class token of (N, L, C) if the layer returns a class token,
+    else the mean over positions. If the layer returns a tuple, its first entry is the feature. ``pooling`` stores the
+    choice, and ``print`` shows it. A dry forward (eval mode, no gradient) finds the shape of the feature. Further dry
+    forwards on larger inputs find its channels, the dimension that does not grow. If the model refuses other sizes, a
+    feature of three dimensions is read as (N, L, C); one of four is read by the proportions of the image. Class and
+    register tokens are the tokens that a layer returns in addition to the positions of a convolution; a mean leaves
+    them out.
 
     Args:
         model: classifier whose output is, or holds, (N, C) logits.
-        tap: dotted path of the layer to read; None: the first of :func:`default_tap`'s choices that runs.
-        num_classes: C; None: as in the dry forward.
+        tap: dotted path of the layer to read; None: the first layer that :func:`default_tap` proposes and that runs.
+        num_classes: the number of classes, C; None: that of the logits in the dry forward.
         logits: key, attribute or index of the logits in an output that is not a tensor. None: "logits", or the only
             entry of a dict.
         example_input: a batch for the dry forward, a tuple of arguments or a dict of keyword arguments; None: zeros of
@@ -60,10 +61,10 @@ class WithWeakHead(nn.Module):
         pooling: "class token", "channels first" or "channels last"; None: as described above.
 
     Raises:
-        ValueError: a layer that does not exist, does not run or does not return a feature; a shape with two readings;
-            a guessed example that the model refuses; a model that is parallel already.
+        ValueError: the layer does not exist, does not run or does not return a feature; its shape has two readings; the
+            model refuses the guessed example; the model is parallel already.
         RuntimeError: the model is compiled already.
-        TypeError: the logits are not found in the output (auxiliary outputs in training, for example).
+        TypeError: the output does not hold the logits (with auxiliary outputs in training, for example).
 
     Source: Yang et al., ICCV 2023, arXiv 2303.13005, section 3.3 (weak logits).
 
@@ -94,7 +95,7 @@ class WithWeakHead(nn.Module):
             raise ValueError(f'pooling must be "class token", "channels first" or "channels last", got {pooling!r}')
         layers = default_taps(model) if tap is None else [tap]
         for layer in layers:
-            FeatureTap(model, layer).close()  # raises for a misspelt or a compiled layer
+            FeatureTap(model, layer).close()  # raise for a misspelt or a compiled layer
         example = two_samples(guess_example(model) if example_input is None else example_input)
         try:
             output, seen = dry_forward(model, example)
@@ -122,7 +123,7 @@ class WithWeakHead(nn.Module):
 
     @property
     def tap(self) -> str:
-        """Dotted path, in ``.model``, of the layer the weak head reads."""
+        """Return the dotted path, in ``.model``, of the layer that the weak head reads."""
         return self._tap.layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,17 +157,17 @@ class WithWeakHead(nn.Module):
 
 
 def below_model(spec: Any) -> Any:
-    """Return timm's patterns of parameter names, with an order or without, for names that begin with "model."."""
+    """Return timm's patterns of parameter names, changed to match names that begin with "model."."""
     if isinstance(spec, (list, tuple)):
         return type(spec)(below_model(part) for part in spec)
     if not isinstance(spec, str):
         return spec
-    unanchored = re.sub(r"(?<![\[\\])[\^]", "", spec)  # not the ^ of [^class]; timm's match() anchors the pattern
+    unanchored = re.sub(r"(?<![\[\\])[\^]", "", spec)  # but not the ^ of [^class]; timm's match() anchors the pattern
     return rf"^model\.(?:{unanchored})"
 
 
 def refuse_parallel(model: nn.Module) -> None:
-    """Raise if the model, or a part of it, is split or copied over ranks: the head would not be."""
+    """Raise if the model or a part of it is split or copied over ranks already: the head would be left out."""
     for module in model.modules():
         kinds = [*type(module).__mro__, *map(type, module.parameters(recurse=False))]
         parallel = next((kind.__name__ for kind in kinds if kind.__name__ in PARALLEL), None)

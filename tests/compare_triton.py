@@ -3,10 +3,10 @@
     /usr/bin/python3 -m venv /tmp/triton && /tmp/triton/bin/pip install nvidia-pytriton onnxruntime
     python tests/compare_triton.py STUDENT.onnx --triton /tmp/triton/bin/python
 
-nvidia-pytriton contains a real Triton, whose Python backend runs the file by ONNX Runtime here; it needs a Python that
-the system installed. It locks statistics, repository and the status of shared memory, which are not compared. Prints
-each request whose status or outputs differ. Exit status 1: a difference is not one of KNOWN (deploy/serving.md lists
-them), or one of KNOWN has disappeared.
+nvidia-pytriton contains a real Triton, whose Python backend runs the file with ONNX Runtime here. It needs the Python
+of the system. It disables statistics, repository and the status of shared memory, so the script does not compare these.
+The script prints each request whose status or outputs differ. Exit status 1: a difference is not in KNOWN
+(deploy/serving.md lists these), or a difference of KNOWN has disappeared.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ with Triton(config=TritonConfig(**ports)) as triton:
     triton.serve()
 """
 
-MISTAKE = "a mistake of the client: 400 here, 500 there"
-LABELS = "the labels are in the file here; pytriton's configuration has no label file (that of deploy.triton has)"
+MISTAKE = "a mistake of the client: 400 from deploy.serve, 500 from Triton"
+LABELS = "deploy.serve has the labels; pytriton's configuration lacks a label file (that of deploy.triton has it)"
 LABELLED = ("classification", "classification, binary", "classification of more than all")
 KNOWN = {
-    "another model ready": "what does not exist is 404 here, 400 there",
-    "another version ready": "what does not exist is 404 here, 400 there",
-    "an unknown encoding": "415, as in RFC 9110; 501 there",
+    "another model ready": "a missing model or version: 404 from deploy.serve, 400 from Triton",
+    "another version ready": "a missing model or version: 404 from deploy.serve, 400 from Triton",
+    "an unknown encoding": "415 from deploy.serve, as in RFC 9110; 501 from Triton",
     "gzip of two members": "RFC 1952 allows it; Triton reads the first",
-    "nested differently": "nested as the shape, or flat: a tensor of another layout is an error; any nesting there",
-    "256": "not a UINT8: refused here, taken modulo 256 there",
-    "1.0": "a whole number; refused there",
-    "output in shared memory": "400: not supported; 404 there, as no such region is registered",
+    "nested differently": "deploy.serve accepts a tensor nested as its shape, or flat; Triton accepts any nesting",
+    "256": "not a UINT8: deploy.serve refuses it, Triton takes it modulo 256",
+    "1.0": "a whole number: deploy.serve accepts it, Triton refuses it",
+    "output in shared memory": "400 from deploy.serve: not supported; 404 from Triton: the region is not registered",
 } | dict.fromkeys(LABELLED, LABELS) | dict.fromkeys((
     "id that is a number", "binary size as text", "classification as text", "classification below 0",
     "binary_data as text", "binary_data as a number", "binary_data_output as text", "a number too few",

@@ -32,10 +32,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def small_runs(request, monkeypatch):
-    """Make a run of train.py in this process cheap: 200 and 60 digits, and no pictures.
+    """Make a run of train.py in this process cheap: 200 training and 60 validation digits, and no pictures.
 
-    Loading 1,797 digits and drawing three pictures takes three quarters of a small run. Tests that need them
-    have the marker `whole_runs`.
+    All 1,797 digits and three pictures take three quarters of the time of a small run. Tests that need them have the
+    marker `whole_runs`.
     """
     if "training" not in request.path.parts or request.node.get_closest_marker("whole_runs"):
         return

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 
 def with_requirements(name, seen=None):
-    """Return the names of a distribution and of all installed ones that it requires."""
+    """Return the names of a distribution and of all installed distributions that it requires."""
     seen = set() if seen is None else seen
     try:
         requires = importlib.metadata.requires(name) or []

@@ -1,11 +1,11 @@
-"""A fake GPU for machines without one: it shows a tensor that stays on the host, and a read of a value.
+"""Fake a GPU, to find tensors that stay on the host and operations that read a value.
 
 CUDA tensors are torch's fake ones: they have a shape, a dtype and a device, but no values, and an operation that reads
 a value raises. Host tensors stay real. Three parts of CUDA need a driver, so they are replaced:
 
-- autograd's engine asks CUDA for its streams: Tensor.backward walks the graph's nodes itself (``walk_backward``);
-- torch.autocast and GradScaler disable themselves if torch.cuda.is_available() is False: it returns True;
-- torch.Generator("cuda") cannot be made: pass generator=None.
+- autograd's engine needs CUDA's streams, so ``walk_backward`` replaces Tensor.backward and calls the graph's nodes;
+- torch.autocast and GradScaler switch off if torch.cuda.is_available() returns False, so it returns True;
+- torch.Generator("cuda") needs a driver: pass generator=None.
 """
 
 import warnings
@@ -22,7 +22,7 @@ CUDA = torch.device("cuda", 0)
 class FakeCuda(FakeTensorMode):
     """Fake the tensors on the GPU and their results; run operations on host tensors."""
 
-    faking = False  # the host tensors that a fake operation makes are fake too
+    faking = False  # True inside a fake operation, whose host tensors are fake too
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -84,14 +84,14 @@ def walk_backward(root, gradient=None):
 
 @contextmanager
 def fake_gpu(monkeypatch):
-    """Yield the mode, entered."""
+    """Enter the mode and yield it."""
     torch._C._ensureCUDADeviceGuardSet()  # FakeTensorMode does this if is_available is False
     lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # for torch.tensor(..., device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *args: None)  # it makes a real tensor
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *args: None)  # the original makes a real tensor
     monkeypatch.setattr(torch.Tensor, "backward", walk_backward)
     with FakeCuda() as mode, warnings.catch_warnings():
         warnings.filterwarnings("error", ".*CUDA is not available")  # autocast and GradScaler are off

@@ -84,7 +84,7 @@ def checkpoint_target(folder: Path) -> Callable[[bytes], None]:
         kind, content = data[:1], data[1:]
         if kind in (b"s", b"z"):
             sealed = bytes(seal(bytearray(archive(content) if kind == b"z" else content)))
-            assert is_whole(sealed), "what seal() made is not whole"
+            assert is_whole(sealed), "is_whole() refuses the output of seal()"
             (folder / LAST).write_bytes(sealed)
             (folder / PREVIOUS).unlink(missing_ok=True)
             with promised(UserError):
@@ -96,7 +96,7 @@ def checkpoint_target(folder: Path) -> Callable[[bytes], None]:
             for older in (False, True):
                 with promised(UserError):
                     found = read_checkpoint(folder, older)
-                    assert is_whole(found[1]), "a checkpoint that is not whole was read"
+                    assert is_whole(found[1]), "a damaged checkpoint was read"
 
     return run
 
@@ -209,7 +209,7 @@ def check_line(error: Exception) -> None:
 def check_refusal(error: Any) -> None:
     check_line(error)
     assert error.status in (400, 413, 415), f"status {error.status}"
-    assert len(error.message.encode()) < 1000, "an error repeats too much"
+    assert len(error.message.encode()) < 1000, "an error message repeats too much of the input"
 
 
 VALUES = (None, True, False, 0, 1, 3, -1, 0.01, 1e-320, 1e308, 2**70, float("nan"), float("-inf"), "", "a", "bicubic",
@@ -313,7 +313,7 @@ def main() -> int:
     parser.add_argument("target", choices=sorted(TARGETS))
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="where findings are kept (default: a new folder in /tmp)")
+    parser.add_argument("--output", type=Path, help="folder of the findings (default: a new folder in /tmp)")
     parser.add_argument("--inner", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inner:

@@ -4,8 +4,8 @@
     python tests/matrix.py 3.12 --torch 2.11  # a part
 
 Build wheel and sdist, and check them with twine. For each python3.X in the path and each torch, make an environment,
-install the wheel and run the examples in kdlite's docstrings. Each environment is some GB of downloads, and is removed
-before the next one. Exit status 1 if a step failed or a Python is missing.
+install the wheel and run the examples in kdlite's docstrings. Each environment needs some GB of downloads, and is
+removed before the next one. Exit status 1: a step failed, or a Python is missing.
 """
 
 import argparse

@@ -26,7 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 ROOT = Path(__file__).resolve().parents[1]
-# An error that a data loading process of torch prints if another one is killed while it checks for the end.
+# A data loading process of torch prints this error if another process is killed while it checks for the end.
 AFTER = "Received final signal but neither done_event nor iteration_end is set"
 KINDS = ("rank", "launcher", "worker", "save", "signal", "job", "suspend")
 TWO_RANKS = ("rank", "launcher", "signal", "suspend")
@@ -157,7 +157,7 @@ def round_of(kind: str, folder: Path, photos: Path, whole: dict, most: int = 3) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="of each kind, counted in kills (default: 20)")
+    parser.add_argument("--rounds", type=int, default=20, help="kills of each kind (default: 20)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Servers in this process, in a thread and in a process, and clients, for the tests of deploy.serve."""
+"""Start servers in this process, in a thread or in another process, and send requests, for tests of deploy.serve."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from deploy.server.connections import listen, make_process
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).with_name("own_models.py")
 SHAPE = (16, 16, 3)
-ONE = 16 * 16 * 3  # bytes of an image
+ONE = 16 * 16 * 3  # number of bytes of an image
 NAMES = ["a cat", "a dog", "<b>café</b>", "d", "e", "f", "g"]
 INFER = "/v2/models/student/infer"
 DEFAULT = Limits()
@@ -45,14 +45,14 @@ def write_artefact(folder, names=NAMES):
 
 @contextlib.contextmanager
 def in_process(artefact, limits=DEFAULT, token=None, run=None):
-    """Give starlette's TestClient, without a socket. run: replaces the runtime's function."""
+    """Yield starlette's TestClient, without a socket. run: replaces the runtime's function."""
     with TestClient(make_app(make_server(artefact, limits, run), token), raise_server_exceptions=False) as client:
         yield client
 
 
 @contextlib.contextmanager
 def in_thread(artefact, limits=DEFAULT, token=None, run=None):
-    """Serve on a port of this process, which it gives: for real connections."""
+    """Serve in a thread of this process, for real connections, and yield the port."""
     server = make_server(artefact, limits, run)
     listener, began = listen("127.0.0.1", 0), threading.Event()
     process = make_process(make_app(server, token), server, began.set)
@@ -75,7 +75,7 @@ def make_server(artefact, limits=DEFAULT, run=None):
 
 @contextlib.contextmanager
 def server(artefact, *flags, prefix=(), environment=(), slow_load=0.0):
-    """Start python -m deploy.serve, and give its process and port: for signals, output and limits of a process."""
+    """Start python -m deploy.serve, and yield process and port, for tests of signals, output and limits."""
     run = ["-m", "deploy.serve"]
     if slow_load:
         run = ["-c", "import sys, time, deploy.serve as serve\nload = serve.load_and_try\n"
@@ -89,7 +89,7 @@ def server(artefact, *flags, prefix=(), environment=(), slow_load=0.0):
     try:
         line = process.stdout.readline()
         assert slow_load or "CPUExecutionProvider" in line, process.stderr.read()
-        found = re.search(r"http://.*:(\d+)", line)  # a line of text, or of JSON with --log json
+        found = re.search(r"http://.*:(\d+)", line)  # with --log json the line is JSON
         yield process, int(found[1]) if found else None
     finally:
         if process.poll() is None:
@@ -121,7 +121,7 @@ def error_of(site, *request, **given):
 
 
 def wait_until(true, seconds=30):
-    """Ask until it is so; fail when it takes too long."""
+    """Wait until the function returns True; fail after these seconds."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"not within {seconds} s"

@@ -1,12 +1,12 @@
-"""Run the server for half an hour at 80 % of its peak, with hostile requests among the others.
+"""Run the server for half an hour at 80 % of its peak rate, with some hostile requests.
 
     python tests/soak.py STUDENT.onnx --minutes 30
 
-Measures the peak first: clients send their next image after the answer to the last one. Then requests are sent at a
-steady rate, without waiting for answers; one in twenty is a hostile one of tests/server/test_serve_bounds.py. Each
-answer is compared with the runtime's own. Prints a line a minute; exit status 1 for a wrong answer, a good
-request that was refused, memory that grew by more than 2 %, or a p99 of the last third of twice the first's. Client
-and server share this machine's cores.
+The script first measures the peak: clients send their next image after the answer to the previous image. Then it sends
+requests at a steady rate, without waiting for answers; one in twenty is a hostile request of
+tests/server/test_serve_bounds.py. It compares each answer with that of the runtime, and prints a line a minute. Exit
+status 1: a wrong answer, a refused good request, a growth of memory by more than 2 %, or a p99 in the last third that
+is twice that of the first. Client and server share this machine's cores.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from deploy.cli import UserError, command, make_parser, number
 from deploy.runtimes import RunOn, load
 
 ROOT = Path(__file__).resolve().parents[1]
-IMAGES = 32  # different ones
-WARM_UP = 2  # minutes that count for nothing
-KEPT_S = 30  # half of the server's limit
-OUTSTANDING = 400  # requests; beyond it the server does not keep up
+IMAGES = 32  # number of different images
+WARM_UP = 2  # minutes at the start that are not measured
+KEPT_S = 30  # seconds that a connection stays open: half of the server's limit
+OUTSTANDING = 400  # unanswered requests; with more the server is too slow
 
 
 class Client:
-    """Connections that stay open, as those of a proxy, but not as long as the server keeps them."""
+    """Keep connections open, as a proxy does, but close them before the server does."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """Return (status, body) of a request; status 0 if the server closed without an answer."""
+        """Return (status, body) of a request; status 0 if the server closes the connection without an answer."""
         while self.idle and self.idle[0][0] < time.monotonic() - KEPT_S:
             self.idle.pop(0)[2].close()
         if self.idle:
@@ -159,7 +159,7 @@ def show(number: int, minute: Minute, pid: int) -> None:
 
 
 def memory_of(minute: Minute) -> float:
-    """Return the 10th percentile of the memory in MiB: a minute may have seconds with a large image."""
+    """Return the 10th percentile of the memory in MiB, because some seconds may have a large image."""
     return float(np.percentile(minute.memory, 10))
 
 
@@ -216,8 +216,10 @@ def run(args: argparse.Namespace) -> int:
 parser = make_parser(__doc__, "soak.py")
 parser.add_argument("artefact", type=Path, help="an .onnx file of deploy.export")
 parser.add_argument("--minutes", type=number(float, 0, above=True), default=30.0)
-parser.add_argument("--share", type=number(float, 0, 1, above=True), default=0.8, help="of the peak (default: 0.8)")
-parser.add_argument("--hostile", type=number(float, 0, 1), default=0.05, help="share of requests (default: 0.05)")
+parser.add_argument(
+    "--share", type=number(float, 0, 1, above=True), default=0.8, help="share of the peak (default: 0.8)"
+)
+parser.add_argument("--hostile", type=number(float, 0, 1), default=0.05, help="share of the requests (default: 0.05)")
 parser.add_argument("--peak-seconds", type=number(float, 1), default=20.0)
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def write_student(folder, name, img_size, label_names=10, arguments=()):
         for _ in range(10):
             model(torch.randn(16, *input_size))
         *_, classifier = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-        classifier.weight.normal_(0, 0.1)  # because some logits would be 1e-9, and every comparison would pass
+        classifier.weight.normal_(0, 0.1)  # else some logits are 1e-9, and every comparison passes
     config = Metadata(
         label_names=label_names,
         input_size=input_size,
@@ -78,7 +78,7 @@ def model_files(path):
     folder = path / "student" if (path / "student").is_dir() else path
     try:
         name = json.loads((folder / "config.json").read_text())["architecture"]
-    except (OSError, ValueError, KeyError, TypeError):  # a test has damaged it
+    except (OSError, ValueError, KeyError, TypeError):  # a test has damaged the file
         return []
     file, _, function = name.partition(":")
     return [f"{OWN[file]}:{function}"] if file in OWN else []

@@ -30,7 +30,7 @@ from starlette.routing import Route
 
 from deploy.cli import version
 from deploy.preprocess import MAX_PIXELS
-from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, Runtime, top_labels
+from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, Runtime, is_answered, top_labels
 from deploy.server.batching import Batcher
 from deploy.server.images import LARGE_IMAGE, Decoders
 from deploy.server.log import log
@@ -163,9 +163,11 @@ class StudentServer:
             logits = await until_left(request, self.run_photograph(request, runtime, body, taken))
         if not np.isfinite(logits).all():
             raise RequestError(500, "the model's logits are not finite")
-        best = top_labels(logits[0], runtime.metadata.label_names, int(top))
+        best = top_labels(logits[0], runtime.metadata, int(top))
         predictions = [{"label": label, "probability": p, "index": index} for label, p, index in best]
-        return JSONResponse({"model": self.name, "predictions": predictions})
+        content: dict[str, Any] = {"model": self.name, "predictions": predictions}
+        content |= {"none_of_these": not is_answered(best[0][1], runtime.metadata)}
+        return JSONResponse(content | {"threshold": runtime.metadata.threshold})
 
     async def ready(self, request: Request) -> Response:
         self.check_model(request)

@@ -1,4 +1,4 @@
-"""Accelerate: USKD on one process or many, with gradient accumulation; USKD uses the whole batch.
+"""Train with USKD under Accelerate, on one process or several, with gradient accumulation.
 
 python examples/loops/accelerate_loop.py [OUTPUT]
 torchrun --nproc-per-node 2 examples/loops/accelerate_loop.py [OUTPUT]
@@ -34,10 +34,10 @@ def cnn() -> nn.Module:
 
 if __name__ == "__main__":
     set_seed(0)
-    # with one seed for the order, the processes share the batches of one process
+    # with one seed for the order, the processes divide the batches of one process
     loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, dataloader_config=loading)
-    student = WithWeakHead(cnn(), example_input=images[:2])  # before prepare, which makes it parallel
+    student = WithWeakHead(cnn(), example_input=images[:2])  # before prepare, which makes the model parallel
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3)
     loader, val_loader = DataLoader(train, batch_size=32, shuffle=True, drop_last=True), DataLoader(val, batch_size=128)
     student, optimizer, loader, val_loader = accelerator.prepare(student, optimizer, loader, val_loader)
@@ -51,9 +51,9 @@ if __name__ == "__main__":
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-    accelerator.save_state(f"{output}/state")  # student and head, for load_state
+    accelerator.save_state(f"{output}/state")  # student and head; load_state restores them
 
-    student.eval()  # one output now, the plain logits
+    student.eval()  # in eval mode it returns only the logits
     with torch.no_grad():
         right = [accelerator.gather_for_metrics(student(x).argmax(1) == y) for x, y in val_loader]
     accelerator.print(f"USKD {torch.cat(right).float().mean().item():.1%}")

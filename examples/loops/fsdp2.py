@@ -1,4 +1,4 @@
-"""FSDP2: fully_shard splits student and weak head over processes; the gradients equal those of one process.
+"""Train with USKD under FSDP2, which splits student and weak head over processes.
 
 python examples/loops/fsdp2.py [OUTPUT]
 torchrun --nproc-per-node 2 examples/loops/fsdp2.py [OUTPUT]
@@ -52,8 +52,8 @@ if __name__ == "__main__":
     output = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/fsdp2")
 
     torch.manual_seed(0)
-    student = WithWeakHead(Network(), example_input=images[:2])  # first the head,
-    for block in student.model.blocks:  # then the shards, from the inside out
+    student = WithWeakHead(Network(), example_input=images[:2])  # first add the head,
+    for block in student.model.blocks:  # then shard the blocks, then the whole
         fully_shard(block, mesh=dist.init_device_mesh("cpu", (world,)))
     fully_shard(student, mesh=dist.init_device_mesh("cpu", (world,)))
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
@@ -72,5 +72,5 @@ if __name__ == "__main__":
         print(f"USKD {accuracy:.1%}")
         output.mkdir(parents=True, exist_ok=True)
         plain = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
-        torch.save(plain, output / "student.pt")  # for the plain network's load_state_dict
+        torch.save(plain, output / "student.pt")  # the plain network's load_state_dict reads it
     dist.destroy_process_group()

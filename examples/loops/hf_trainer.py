@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: NKD and USKD on a ViT, with accumulation and several processes; it takes the Trainer's flags.
+"""Train a ViT with NKD and with USKD in Hugging Face's Trainer; accepts the Trainer's flags.
 
 python examples/loops/hf_trainer.py --output_dir OUTPUT
 torchrun --nproc-per-node 2 examples/loops/hf_trainer.py --output_dir OUTPUT --per_device_train_batch_size 32
@@ -18,7 +18,7 @@ from kdlite import WithWeakHead, nkd_loss, uskd_loss
 
 class NKDTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]  # the Trainer's own loss may remove them
+        labels = inputs["labels"]  # read first: the Trainer's own loss may remove the labels
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             with torch.no_grad():
@@ -28,7 +28,7 @@ class NKDTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class USKDTrainer(Trainer):  # its model is WithWeakHead(...)
+class USKDTrainer(Trainer):  # the model is WithWeakHead(...)
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -58,7 +58,7 @@ def accuracy(p) -> dict[str, float]:
 
 def fit(trainer_class, model, args: TrainingArguments, folder: str) -> None:
     args = copy.copy(args)
-    args.output_dir = f"{args.output_dir}/{folder}"  # each model has its own checkpoints
+    args.output_dir = f"{args.output_dir}/{folder}"  # a folder of checkpoints for each model
     sets = dict(train_dataset=data[:1408], eval_dataset=data[1408:])
     trainer = trainer_class(model, args, **sets, compute_metrics=accuracy)
     trainer.train(get_last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None)
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     parser.set_defaults(output_dir="runs/hf", num_train_epochs=2, learning_rate=3e-3, save_strategy="no")
     parser.set_defaults(per_device_train_batch_size=64, per_device_eval_batch_size=128, report_to="none", use_cpu=True)
     parser.set_defaults(disable_tqdm=True, logging_strategy="no")
-    # the Trainer would guess these two from the names of forward's arguments
+    # the Trainer would guess these two arguments from the names of forward's arguments
     parser.set_defaults(remove_unused_columns=False, label_names=["labels"])
     (args,) = parser.parse_args_into_dataclasses()
     set_seed(0)
@@ -83,4 +83,4 @@ if __name__ == "__main__":
     fit(NKDTrainer, student, args, "nkd")
     student.save_pretrained(f"{args.output_dir}/nkd")
     fit(USKDTrainer, student_with_head, args, "uskd")
-    student_with_head.close().save_pretrained(f"{args.output_dir}/uskd")  # the plain student, for from_pretrained
+    student_with_head.close().save_pretrained(f"{args.output_dir}/uskd")  # from_pretrained reads it

@@ -1,4 +1,4 @@
-"""A language model of Hugging Face: NKD from logits, from hidden states, and from the top-k of a served teacher.
+"""Train a language model of Hugging Face with NKD from logits, hidden states, or the top-k of a served teacher.
 
 python examples/loops/language_model.py
 """
@@ -22,7 +22,7 @@ def llama(width: int, vocabulary: int) -> nn.Module:
 
 
 def batch(n: int = 8, length: int = 64) -> tuple[Tensor, Tensor]:
-    """Return tokens (N, L), and labels that are -100 for ignored positions, here the first half."""
+    """Return tokens (N, L) and labels; the label -100 marks ignored positions, here the first half."""
     start = torch.randint(len(text) - length, (n,)).tolist()
     tokens = torch.tensor([list(text[i : i + length]) for i in start])
     return tokens, torch.where(torch.arange(length) < length // 2, -100, tokens)
@@ -33,7 +33,7 @@ def cross_entropy(tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def from_logits(tokens: Tensor, labels: Tensor) -> Tensor:
-    """Each position predicts the next token; classes go to dimension 1, and padding classes are cut."""
+    """Return the loss from logits, with the classes in dimension 1 and without the padding classes."""
     with torch.no_grad():
         teacher_logits = teacher(tokens).logits[:, :-1, :VOCABULARY].transpose(1, 2)
     logits = student(tokens).logits[:, :-1].transpose(1, 2)  # (N, V, L - 1)
@@ -41,7 +41,7 @@ def from_logits(tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def from_hidden(tokens: Tensor, labels: Tensor) -> Tensor:
-    """The same loss; the logits, the largest tensors, are never held whole."""
+    """Return the same loss from hidden states, without all logits in memory."""
     with torch.no_grad():
         teacher_hidden = teacher.model(tokens).last_hidden_state[:, :-1]
     hidden = student.model(tokens).last_hidden_state[:, :-1]
@@ -50,7 +50,7 @@ def from_hidden(tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def from_top_k(tokens: Tensor, labels: Tensor, k: int = 20) -> Tensor:
-    """The loss from a server's answers: log-probabilities of the text's tokens, and of the k best at each position."""
+    """Return the loss from a server's answers: log-probabilities of the text's tokens, and of the k best tokens."""
     with torch.no_grad():
         logprobs = teacher(tokens).logits[:, :-1, :VOCABULARY].log_softmax(-1)
         own, (served, index) = logprobs.gather(2, tokens[:, 1:, None]).squeeze(2), logprobs.topk(k)
@@ -69,7 +69,7 @@ def fit(model: nn.Module, loss_of, steps: int = 30) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    teacher = llama(64, VOCABULARY + 16).eval()  # padded, as vocabularies often are
+    teacher = llama(64, VOCABULARY + 16).eval()  # 16 padding classes, as in many vocabularies
     fit(teacher, lambda tokens, labels: teacher(tokens, labels=tokens).loss, steps=80)
     for loss_of in (cross_entropy, from_logits, from_hidden, from_top_k):
         torch.manual_seed(0)

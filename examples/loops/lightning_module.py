@@ -1,4 +1,4 @@
-"""Lightning: NKD and USKD together in one LightningModule, on one device or two, with its checkpoint callback.
+"""Train with NKD and USKD together in a LightningModule, on one device or two, with the checkpoint callback.
 
 python examples/loops/lightning_module.py [OUTPUT [DEVICES]]
 """
@@ -31,16 +31,16 @@ def cnn(width: int) -> nn.Module:
 
 
 class Classifier(L.LightningModule):
-    """Trained with the cross-entropy, or, if ``distil``, with NKD and USKD added to it.
+    """Train a classifier with the cross-entropy; with ``distil`` add NKD and USKD.
 
-    The checkpoint holds no teacher: load_from_checkpoint(path) restores the student.
+    The checkpoint does not contain the teacher; load_from_checkpoint(path) restores the student.
     """
 
     def __init__(self, width: int, distil: bool = False, teacher: nn.Module | None = None) -> None:
         super().__init__()
         self.save_hyperparameters("width", "distil")
         self.student = WithWeakHead(cnn(width), example_input=images[:2]) if distil else cnn(width)
-        self.teacher = (Teacher(teacher),) if teacher is not None else ()  # a tuple, so not a submodule
+        self.teacher = (Teacher(teacher),) if teacher is not None else ()  # in a tuple it is not a submodule
 
     def training_step(self, batch, _):
         x, y = batch

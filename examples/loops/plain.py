@@ -1,4 +1,4 @@
-"""kdlite in your own training loop: the lines to add. On the embedded digits, under a minute on a laptop.
+"""Show the lines to add to your own training loop. Runs on the embedded digits, under a minute on a laptop.
 
 python examples/loops/plain.py
 """
@@ -36,7 +36,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def fit(model: nn.Module, loss_of, epochs: int = 15) -> nn.Module:
-    """Your existing loop."""
+    """Train the model, as your loop does."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(epochs):
         model.train()
@@ -56,12 +56,12 @@ def with_teacher(model, x, y):
     with torch.no_grad():
         teacher_logits = teacher(x)
     logits = model(x)
-    return F.cross_entropy(logits, y) + nkd_loss(logits, teacher_logits, y)  # added: this is the change
+    return F.cross_entropy(logits, y) + nkd_loss(logits, teacher_logits, y)  # changed: + the loss
 
 
 def without_teacher(model, x, y):
-    logits, weak_logits = model(x)  # the model is WithWeakHead(...): two logits in training, one in eval
-    return F.cross_entropy(logits, y) + uskd_loss(logits, weak_logits, y)  # added: this is the change
+    logits, weak_logits = model(x)  # changed: WithWeakHead returns two logits in training, one in eval mode
+    return F.cross_entropy(logits, y) + uskd_loss(logits, weak_logits, y)  # changed: + the loss
 
 
 teacher = fit(cnn(32), plain)
@@ -71,5 +71,5 @@ print(f"NKD              {accuracy(fit(cnn(8), with_teacher)):.1%}")
 
 student = WithWeakHead(cnn(8), tap="layer1", example_input=images[:2])  # head and student in one module
 fit(student, without_teacher)
-plain_student = student.close()  # the student itself: no head, no hook
+plain_student = student.close()  # the student without head and hook
 print(f"USKD             {accuracy(plain_student):.1%}")

@@ -1,4 +1,4 @@
-"""Segmentation with torchvision: NKD and USKD at every pixel except those marked 255.
+"""Train a segmentation model of torchvision with NKD or USKD at every pixel that is not marked 255.
 
 python examples/loops/segmentation.py
 """
@@ -11,20 +11,20 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from kdlite import FeatureTap, nkd_loss, uskd_loss
 
-CLASSES = 11  # the background, and ten digits
+CLASSES = 11  # background and ten digits
 digits = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
 labels = torch.tensor(load_digits().target)
 
 
 def scene(i: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return digits as images (N, 3, 64, 64) and the class of each pixel (N, 64, 64); faint ink is 255, ignored."""
+    """Return images (N, 3, 64, 64) of digits, and the class of each pixel (N, 64, 64); faint ink has 255 (ignored)."""
     ink = F.interpolate(digits[i], size=64, mode="bilinear")
     mask = torch.where(ink[:, 0] > 0.5, labels[i].view(-1, 1, 1) + 1, 0)
     return ink.repeat(1, 3, 1, 1), mask.where((ink[:, 0] > 0.5) | (ink[:, 0] < 0.2), 255)
 
 
 class WithDenseWeakHead(nn.Module):
-    """The weak logits of USKD at every pixel. Head and model are one module, so that DDP and FSDP have both."""
+    """Return weak logits at every pixel too. Head and model are one module, so that DDP and FSDP contain both."""
 
     def __init__(self, model: nn.Module, layer: str, channels: int) -> None:
         super().__init__()

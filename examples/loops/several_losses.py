@@ -1,4 +1,4 @@
-"""Several losses together: cross-entropy, NKD from two teachers, USKD, and a hint from a teacher's feature.
+"""Train with several losses: cross-entropy, NKD from two teachers, USKD, and a hint from a teacher's feature.
 
 python examples/loops/several_losses.py
 """
@@ -31,7 +31,7 @@ def fit(parameters, losses_of, epochs: int = 4) -> dict[str, Tensor]:
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
-    return losses  # by name, to be logged
+    return losses  # by name, for the log
 
 
 def accuracy(model: nn.Module) -> float:
@@ -39,7 +39,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 class Student(nn.Module):
-    """All trained parts in one module: the student, its weak head, and a layer from its feature to the teacher's."""
+    """Hold all trained parts: the student, its weak head, and a layer from its feature to the teacher's feature."""
 
     def __init__(self, model: nn.Module, channels: int, teacher_channels: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""timm: NKD and USKD as two tasks, with its EMA, checkpoints and resume. In a copy of timm's train.py use one of
+"""Define NKD and USKD as tasks of timm. In a copy of timm's train.py use one of these lines
 
     task = NKDTask(student_model=model, teacher_model=args.kd_model_name, criterion=train_loss_fn, device=device)
-    task = USKDTask(WithWeakHead(model), train_loss_fn, device=device)  # example_input= if it takes another size
+    task = USKDTask(WithWeakHead(model), train_loss_fn, device=device)  # example_input= for other sizes
 python examples/loops/timm_task.py [OUTPUT]
 """
 
@@ -39,7 +39,7 @@ class USKDTask(ClassificationTask):  # trains WithWeakHead(...); evaluates and s
         student = unwrap_model(model := super().get_eval_model(module, ema))
         return student.model if isinstance(student, WithWeakHead) else model
 
-    def get_task_state(self, module=None, ema=False):  # stores the head next to the student, to resume
+    def get_task_state(self, module=None, ema=False):  # adds the head, for a resume
         return {"head": unwrap_model(module or self.get_trainable_module(ema)).head.state_dict()}
 
     def load_task_state(self, state, strict=True, module=None, ema=False):

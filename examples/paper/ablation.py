@@ -1,4 +1,4 @@
-"""Run train.py with one loss replaced, for the ablations: by a part of it, or by the formula of the official code.
+"""Run train.py with a loss replaced by a part of it, or by the formula of the official code, for the ablations.
 
 python examples/paper/ablation.py nkd_without_target --kd nkd --teacher ...    # any flags of train.py
 """
@@ -20,7 +20,7 @@ from kdlite.terms import centred, cross_entropy, log_normalized
 def nkd_without_target(
     student: Tensor, teacher: Tensor, target: Tensor, *, gamma: float, temperature: float, reduction: str
 ) -> Tensor:
-    """Return NKD's non-target term of each row: eq. 7 of the paper without its first term."""
+    """Return NKD's non-target term of each row: eq. 7 of the paper without the first term."""
     assert reduction == "none"
     student, teacher = (centred(logits) / temperature for logits in (student, teacher.detach()))
     n_t = log_normalized(teacher, target).exp()
@@ -32,7 +32,7 @@ def uskd_ranked_by_log(
 ) -> Tensor:
     """Return USKD of each row as in the official code since July 2023, which ranks by log S instead of S.
 
-    means: reduction and group, of uskd_loss
+    means: the arguments reduction and group of uskd_loss
     """
     log_s, w = logits.float().log_softmax(1), weak_logits.float().softmax(1)
     is_target = F.one_hot(target, logits.shape[1]).bool()
@@ -54,6 +54,6 @@ VARIANTS: dict[str, tuple[str, Any]] = {
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
-        sys.exit(f"ablation.py: error: expected a variant first, one of {', '.join(VARIANTS)}")
+        sys.exit(f"ablation.py: error: give a variant as the first argument, one of {', '.join(VARIANTS)}")
     setattr(train, *VARIANTS[sys.argv[1]])
     sys.exit(train.main(sys.argv[2:]))

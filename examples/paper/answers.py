@@ -1,18 +1,20 @@
-"""Measure the answers of a run's networks about its images: student, USKD's weak head, teacher or stored labels.
+"""Measure the answers of a run's networks about its images: student, weak head, teacher, stored labels.
 
     python examples/paper/answers.py RUN ... [--model FILE.py:BUILD]
 
-RUN is a run directory of train.py with a last.pt. A run of code, such as --model FILE.py:BUILD, needs that flag again.
+RUN is a run directory of train.py with a last.pt. If the run used your code (--model FILE.py:BUILD), repeat the flag.
 
-Prints a line for each network, on the training and on the validation images, without crop and flip. Stored labels are
-those of the first view, as it was drawn. The student has the weights that are trained, not their average (--ema-decay).
+The command prints a line for each network, for the training and for the validation images, without crop and flip.
+Stored labels belong to the first view, with its crop and flip. The student has the trained weights, not their average
+(--ema-decay).
 
     top-1       accuracy, %
     label       mean probability of the label: S_t or T_t
-    spread      standard deviation of its square, by which P_t differs from the label in USKD's target term
-    entropy     of the other classes, normalised among themselves, in nats; then that of a uniform answer
+    spread      standard deviation of the square of that probability (USKD's P_t varies by the square)
+    entropy     entropy of the renormalised other classes, in nats; then that of a uniform answer, the maximum
 
-For USKD also: the share of the first five ranks of R, by which Zipf's weights are given, that the student alone gives.
+For USKD it also prints the share of the first five ranks of R (which decide Zipf's weights) that equal the ranks by the
+student's answer alone.
 """
 
 import argparse
@@ -41,7 +43,7 @@ from kdlite.training.teacher_labels import StoredLabels
 
 
 def describe(logits: Tensor, target: Tensor) -> str:
-    """Return the four measures of logits (N, C) with labels (N,)."""
+    """Return the four measures of logits (N, C) with labels (N,), as text."""
     logits = logits.double()
     top1 = 100 * (logits.argmax(1) == target).double().mean()
     label = logits.softmax(1).gather(1, target.unsqueeze(1))
@@ -54,7 +56,7 @@ def describe(logits: Tensor, target: Tensor) -> str:
 
 
 def own_ranks(student: Tensor, weak: Tensor, target: Tensor, first: int = 5) -> float:
-    """Return how many of the first ranks of R_i = W_i / (1 - W_t) + S_i / (1 - S_t) S alone gives, in percent."""
+    """Return the percentage of the first ranks by R_i = W_i / (1 - W_t) + S_i / (1 - S_t) that equal the ranks by S."""
     first = min(first, student.shape[1] - 1)
     own = odds(student.double(), target)
     both = own + odds(weak.double(), target)
@@ -67,10 +69,10 @@ def own_ranks(student: Tensor, weak: Tensor, target: Tensor, first: int = 5) -> 
 def collect_logits(
     net: nn.Module, teacher: Teacher | None, images: Any, config: Metadata, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the logits (N, C) of each network, by its name, and the labels (N,)."""
+    """Return the logits (N, C) of each network by name, and the labels (N,)."""
     net.eval()
     if isinstance(net, WithWeakHead):
-        net.training = True  # the wrapper alone returns both logits; the student in it stays in eval mode
+        net.training = True  # the wrapper in training mode returns both logits; the student stays in eval mode
     logits: dict[str, list[Tensor]] = {}
     labels, to_device = [], ToDevice(config.mean, config.std, device)
     for batch in eval_loader(images, functools.partial(eval_view, metadata=config), 256, workers=0):
@@ -89,7 +91,7 @@ def stored_logprobs(stored: StoredLabels, target: Tensor, classes: int) -> Tenso
     """Return the log-probabilities (N, C) of the first view of each training image.
 
     Raises:
-        UserError: the labels hold only some of the classes, so the entropy over all is unknown
+        UserError: the labels have only some of the classes, so the entropy is unknown
     """
     if stored.k < classes - 1:
         needed = f"write labels with --top-k {classes - 1}"
@@ -99,7 +101,7 @@ def stored_logprobs(stored: StoredLabels, target: Tensor, classes: int) -> Tenso
 
 
 def report(folder: Path, flags: list[str]) -> Iterator[str]:
-    """Yield the lines of a run. flags: of train.py, those that name code."""
+    """Yield the lines of a run. flags: the flags of train.py with the paths of code."""
     args, _, data = open_run(train.FLAGS, train.parse_flags(["--output", str(folder), "--resume", *flags]))
     resumed = load_checkpoint(folder)
     if resumed is None:

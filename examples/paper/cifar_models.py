@@ -1,10 +1,10 @@
-"""Networks for 32x32 images of the literature on CIFAR-100 distillation, which neither torchvision nor timm has.
+"""Build the networks for 32x32 images in the literature on CIFAR-100 distillation that torchvision and timm lack.
 
     python train.py --data cifar100 --model examples/paper/cifar_models.py:resnet8x4 ...
 
-The tables of Tian et al. 2020 (CRD, arXiv 1910.10699) name these networks. Residual networks: He et al. 2016
-(arXiv 1512.03385, section 4.2), with projection shortcuts; wide ones: Zagoruyko and Komodakis 2016 (arXiv 1605.07146).
-The blocks are torchvision's where it has them.
+The names are those in the tables of Tian et al. 2020 (CRD, arXiv 1910.10699). Residual networks: He et al. 2016 (arXiv
+1512.03385, section 4.2), with projection shortcuts. Wide residual networks: Zagoruyko and Komodakis 2016 (arXiv
+1605.07146). Blocks that torchvision has come from torchvision.
 """
 
 from collections import OrderedDict
@@ -32,7 +32,7 @@ def classifier(num_classes: int, channels: int, **layers: nn.Module) -> nn.Seque
 def stage(
     block: Callable[[int, int, int], nn.Module], channels_in: int, channels: int, blocks: int, stride: int = 2
 ) -> nn.Sequential:
-    """Return blocks of (channels_in, channels, stride); the first one changes channels and size."""
+    """Return a stage of blocks, made by block(channels_in, channels, stride); the first changes channels and size."""
     first = block(channels_in, channels, stride)
     return nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1)))
 
@@ -68,7 +68,7 @@ resnet8x4, resnet32x4 = (partial(resnet, depth=depth, width=64, stem=32) for dep
 
 
 class PreActivationBlock(nn.Module):
-    """Two convolutions, each after batch norm and ReLU. A projection gets the input after the first norm and ReLU."""
+    """Apply two convolutions, each after batch norm and ReLU; a projection reads the first ReLU's output."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2 = (
 
 
 def vgg(num_classes: int, convolutions: int = 1) -> nn.Module:
-    """Return VGG with batch norm: `convolutions` at each of five widths, three poolings, one linear layer."""
+    """Return VGG with batch norm: `convolutions` layers of each of five widths, three poolings, one linear layer."""
     widths: list[str | int] = []
     for width in (64, 128, 256):
         widths += [*[width] * convolutions, "M"]
@@ -115,7 +115,7 @@ vgg8, vgg13 = (partial(vgg, convolutions=n) for n in (1, 2))
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block with plain ReLU; it always has the first 1x1 convolution, also without an expansion."""
+    """Apply MobileNetV2's block with plain ReLU, and with the first 1x1 convolution also if the expansion is 1."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -158,11 +158,11 @@ def mobilenet_v2_half(num_classes: int) -> nn.Module:
 
 
 class ShuffleUnit(nn.Module):
-    """ShuffleNet's bottleneck of grouped 1x1 convolutions (Zhang et al. 2018, figure 2)."""
+    """Apply ShuffleNet's bottleneck of grouped 1x1 convolutions (Zhang et al. 2018, figure 2)."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, groups: int = 3) -> None:
         super().__init__()
-        branch = channels - channels_in if stride == 2 else channels  # the shortcut has the other channels
+        branch = channels - channels_in if stride == 2 else channels  # the shortcut gives the other channels
         hidden = branch // 4
         first_groups = 1 if channels_in == 24 else groups
         self.layers = nn.Sequential(

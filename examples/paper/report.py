@@ -1,9 +1,10 @@
-"""Write the tables in README.md and examples/paper/README.md, and the plots, from results/*.csv.
+"""Write the tables in examples/paper/README.md, and the plots, from results/*.csv.
 
-    python examples/paper/report.py            # writes them; --check fails if a table differs from its file
+    python examples/paper/report.py            # --check writes nothing, and fails if a table differs from its file
     python examples/paper/report.py --compare few-images KD NKD    # the paired t-test between two rows
+    python examples/paper/report.py --pooled USKD                  # the mean gain over six settings
 
-The table of results/NAME.csv is between <!-- table NAME --> and <!-- end -->; `summary` has the first two settings.
+The table of results/NAME.csv is between <!-- table NAME --> and <!-- end -->.
 """
 
 import argparse
@@ -17,12 +18,23 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from scipy.stats import ttest_1samp
+from scipy.stats import norm, t, ttest_1samp
 
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parents[1] / "README.md", HERE / "README.md"]
-BASELINE, TUNED = "cross-entropy", "KD tuned"  # only some tables have the second
-SELF = {classes: f"self-{classes}" for classes in (20, 50, 100)}  # the same number of images in all
+BASELINE, TUNED = "cross-entropy", "KD tuned"  # only some tables have KD tuned
+# The settings of the README's chart, with the rows of KD and NKD: those with the best weights, if they were tuned.
+GAINS = {
+    "teacher of the same images,\nstudent underfits": ("few-epochs", "KD", "NKD"),
+    "teacher of the same images,\nstudent fits": ("few-images", "KD", "NKD"),
+    "ImageNet teacher,\nstudent underfits": ("lite", "KD tuned", "NKD tuned"),
+    "ImageNet teacher,\nstudent fits": ("lite-fits", "KD tuned", "NKD tuned here"),
+    "ImageNet teacher,\n50 classes": ("lite-50", "KD tuned here", "NKD tuned here"),
+    "no teacher,\n50 classes": ("self-50", "", ""),
+    "no teacher, 50 classes,\nstudent fits": ("self-50-fits", "", ""),
+}
+POOLED = ("few-epochs", "few-images", "self-20", "self-50", "self-100", "self-50-fits")  # USKD at the same weights
+SELF = {classes: f"self-{classes}" for classes in (20, 50, 100)}  # each with 8,000 images in all
 
 
 def read(name: str) -> dict[str, dict[int, dict[str, str]]]:
@@ -39,19 +51,19 @@ def column(rows: dict[int, dict[str, str]], key: str) -> list[float]:
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Return mean +- standard deviation over seeds."""
+    """Return the mean +- the standard deviation over seeds."""
     deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def baseline_of(method: str, table: dict[str, dict[int, dict[str, str]]]) -> str:
-    """Return the row of cross-entropy, of the same network if the table has several."""
+    """Return the name of the cross-entropy row, of the same network if the table has several networks."""
     own = method.partition(" ")[0] + " " + BASELINE
     return own if own in table else BASELINE
 
 
 def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> list[float]:
-    """Return the gains in top-1 of a method over another, seed by seed; empty if they cannot be compared."""
+    """Return the gains in top-1 of a method over another, one for each seed; empty if their seeds differ."""
     rows, base = table[method], table.get(base_name, {})
     if method in ("teacher", base_name) or rows.keys() != base.keys():
         return []
@@ -59,7 +71,10 @@ def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]
 
 
 def over(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
-    """Return the gain's mean and deviation, and p of a paired t-test; empty without a pair of at least two seeds."""
+    """Return the gain's mean and deviation, and p of a paired t-test.
+
+    Both are empty if the two methods do not have the same seeds, at least two.
+    """
     values = gains(base_name, method, table)
     if len(values) < 2:
         return "", ""
@@ -82,23 +97,8 @@ def markdown(name: str) -> str:
     return "\n".join(lines)
 
 
-def summary() -> str:
-    """Return the table of both settings."""
-    few_epochs, few_images = read("few-epochs"), read("few-images")
-    lines = [
-        "| trained with | underfits: top-1 % | over cross-entropy | fits: top-1 % | over cross-entropy |",
-        "|---|---|---|---|---|",
-    ]
-    for method in few_epochs:
-        cells = [method]
-        for table in (few_epochs, few_images):
-            cells += [spread(column(table[method], "val_top1")), over(BASELINE, method, table)[0]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def plot(name: str) -> None:
-    """Plot a dot for each run, the mean and a standard deviation on both sides; the line is cross-entropy's mean."""
+    """Plot a dot for each run, and mean and standard deviation; the vertical line is the mean of cross-entropy."""
     table = {method: column(rows, "val_top1") for method, rows in read(name).items() if method != "teacher"}
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.35 * len(table)), layout="constrained")
     for y, (method, values) in enumerate(table.items()):
@@ -111,17 +111,17 @@ def plot(name: str) -> None:
     axes.set_ylim(len(table) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel("top-1 of the last epoch (%)")
     axes.grid(axis="x", alpha=0.3)
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same file from the same figures
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same figures give the same file
         figure.savefig(HERE / f"results/{name}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
 def plot_classes() -> None:
-    """Plot the gain over cross-entropy without a teacher by number of classes: means and standard errors."""
+    """Plot the gain over cross-entropy by number of classes, without a teacher: means and standard errors."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     tables = {classes: read(name) for classes, name in SELF.items()}
     for i, method in enumerate(("label smoothing", "Tf-KD", "USKD")):
-        found = {  # shifted, so that the methods do not overlap
+        found = {  # shifted, so that the dots of the methods do not overlap
             classes * 1.03 ** (i - 1): gains(BASELINE, method, table)
             for classes, table in tables.items()
             if len(gains(BASELINE, method, table)) > 1
@@ -141,13 +141,59 @@ def plot_classes() -> None:
     plt.close(figure)
 
 
+def interval(values: list[float]) -> float:
+    """Return half of the 95 % interval of the mean, by Student's t."""
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def plot_gains() -> None:
+    """Plot the gain of each method over cross-entropy in each setting: means and their 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    methods = {"KD": ("C0", "s"), "NKD": ("C1", "o"), "USKD": ("C2", "D"), "label smoothing": ("C7", "v")}
+    for y, (name, kd, nkd) in enumerate(GAINS.values()):
+        table = read(name)
+        for i, (method, (color, marker)) in enumerate(methods.items()):
+            row = {"KD": kd, "NKD": nkd}.get(method, method)
+            values = gains(BASELINE, row, table) if row in table else []
+            if values:
+                place = y + 0.18 * (i - 1.5)
+                axes.errorbar(statistics.mean(values), place, xerr=interval(values), fmt=marker, color=color, capsize=3)
+    for method, (color, marker) in methods.items():
+        axes.plot([], [], marker, color=color, label=method)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(GAINS)), list(GAINS))
+    axes.set_ylim(len(GAINS) - 0.5, -0.5)  # the first row on top
+    axes.set_xlabel("points of top-1 over cross-entropy, with 95 % intervals")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right")
+    with matplotlib.rc_context({"svg.hashsalt": "gains"}):
+        figure.savefig(HERE / "results/gains.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def pooled(method: str) -> str:
+    """Return the mean gain of a method over the settings of POOLED, weighed by 1 / variance, with its 95 % interval."""
+    tables = {name: read(name) for name in POOLED}
+    found = {name: gains(BASELINE, method, table) for name, table in tables.items() if method in table}
+    errors = {name: statistics.stdev(values) / len(values) ** 0.5 for name, values in found.items()}
+    weights = {name: error**-2 for name, error in errors.items()}
+    mean = sum(weights[name] * statistics.mean(found[name]) for name in found) / sum(weights.values())
+    half = float(norm.ppf(0.975)) * sum(weights.values()) ** -0.5
+    count = sum(map(len, found.values()))
+    return f"{mean:+.2f} ({mean - half:.2f} to {mean + half:.2f}), {count} pairs of {', '.join(found)}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="only compare; status 1 if a table is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is out of date")
     parser.add_argument(
         "--compare", nargs=3, metavar=("TABLE", "METHOD", "OTHER"), help="print the gain of a row over another"
     )
+    parser.add_argument("--pooled", metavar="METHOD", help="print the mean gain of a method over POOLED")
     args = parser.parse_args()
+    if args.pooled:
+        print(pooled(args.pooled))
+        return 0
     if args.compare:
         name, method, other = args.compare
         names = {file.stem for file in HERE.glob("results/*.csv")}
@@ -166,12 +212,12 @@ def main() -> int:
         text = page.read_text()
         new = re.sub(
             r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)",
-            lambda m: f"{m[1]}\n{summary() if m[2] == 'summary' else markdown(m[2])}\n\n{m[3]}",
+            lambda m: f"{m[1]}\n{markdown(m[2])}\n\n{m[3]}",
             text,
             flags=re.S,
         )
         if args.check and new != text:
-            print(f"{page} is out of date: python examples/paper/report.py", file=sys.stderr)
+            print(f"{page} is out of date: run python examples/paper/report.py", file=sys.stderr)
             status = 1
         elif not args.check:
             page.write_text(new)
@@ -179,6 +225,8 @@ def main() -> int:
     for name in sorted(shown) if not args.check else ():
         if name == "self-classes":
             plot_classes()
+        elif name == "gains":
+            plot_gains()
         else:
             plot(name)
     return status

@@ -1,21 +1,21 @@
-"""Run whole tables of train.py on Tiny-ImageNet: the losses on photographs, a row for each run in results/*.csv.
+"""Run train.py for all rows of a table on Tiny-ImageNet. Each run gives a row of results/*.csv.
 
     python examples/paper/tiny_imagenet.py SOURCE few-epochs    # CPU: 20 classes at 32 px, a student that underfits
-    python examples/paper/tiny_imagenet.py SOURCE few-images    # CPU: ... one that fits its training set
+    python examples/paper/tiny_imagenet.py SOURCE few-images    # CPU: 20 classes at 32 px, a student that fits
     python examples/paper/tiny_imagenet.py SOURCE nkd-parts     # CPU: ablations of NKD, in the setting of few-epochs
     python examples/paper/tiny_imagenet.py SOURCE uskd-parts    # CPU: ablations of USKD, in the setting of few-images
-    python examples/paper/tiny_imagenet.py SOURCE lite-sweep    # CPU: KD's and NKD's weights with an ImageNet teacher
-    python examples/paper/tiny_imagenet.py SOURCE lite-sharp    # CPU: ... at temperatures below 1
-    python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: the methods with that teacher, seeds paired
-    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: ... where the student fits; also lite-fits-sweep
+    python examples/paper/tiny_imagenet.py SOURCE lite-sweep    # CPU: weights of KD and NKD, ImageNet teacher
+    python examples/paper/tiny_imagenet.py SOURCE lite-sharp    # CPU: the same search at temperatures below 1
+    python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: all methods, ImageNet teacher, same seeds
+    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: as lite, a student that fits; lite-fits-sweep
     python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher trained on them
     python examples/paper/tiny_imagenet.py SOURCE lite-50       # CPU: as lite, 50 classes; also lite-50-sweep
     python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: no teacher, 50 classes; also self-20, self-100
-    python examples/paper/tiny_imagenet.py SOURCE self-50-fits  # CPU: ... 50 classes, a student that fits
+    python examples/paper/tiny_imagenet.py SOURCE self-50-fits  # CPU: no teacher, 50 classes, nearer to fitting
     python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, four networks
 
-SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are kept under runs/tiny_imagenet,
-and a finished run is not repeated. README.md has the choice of the settings. Then run examples/paper/report.py.
+SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are stored under runs/tiny_imagenet,
+and a finished run is not repeated. README.md explains the choice of the settings. Then run examples/paper/report.py.
 """
 
 import argparse
@@ -42,17 +42,17 @@ MODELS = HERE / "cifar_models.py"
 
 
 class Setting(NamedTuple):
-    """The images of a table, and flags of train.py that its runs share."""
+    """Hold the images of a table, and the flags of train.py that its runs share."""
 
     classes: int
     size: int  # pixels
-    train: int  # images a class, the first in alphabetical order
-    held_out: int  # of the others, the last, added to Tiny-ImageNet's own 50 validation images a class
+    train: int  # training images a class, the first in alphabetical order
+    held_out: int  # last unused images of a class, added to Tiny-ImageNet's own 50 validation images of it
     common: list[str]
-    teacher: list[str]  # flags of the teacher's training; none: no teacher, or ImageNet's
+    teacher: list[str]  # flags of the teacher's training; empty: no teacher, or an ImageNet teacher
     student: list[str]
-    copies: int = 1  # of each training image: an epoch has each of them this many times
-    views: int = 0  # of each training image, for the stored answers of ImageNet's teacher; 0: another teacher, or none
+    copies: int = 1  # copies of each training image in an epoch
+    views: int = 0  # views of each training image to store answers of an ImageNet teacher for; 0: without it
 
 
 class Table(NamedTuple):
@@ -82,21 +82,21 @@ SETTINGS = {
         teacher=["--model", f"{MODELS}:resnet20", "--epochs", "100"],
         student=["--model", f"{MODELS}:resnet8", "--epochs", "64", "--crop", "none"],
     ),
-    # few-epochs and few-images with the answers of a teacher that got larger images
+    # few-epochs and few-images with stored answers of a teacher that gets larger images
     "lite": Setting(
         20, 64, train=400, held_out=50, common=LITE, teacher=[], student=[*LITE_STUDENT, "8"], views=2,
     ),
     "lite-fits": Setting(
         20, 64, train=50, held_out=50, common=LITE, teacher=[], student=[*LITE_STUDENT, "16"], copies=4, views=2,
     ),
-    "lite-50": Setting(  # the same number of images, of more classes
+    "lite-50": Setting(  # the same number of images, but more classes
         50, 64, train=160, held_out=0, common=LITE, teacher=[], student=[*LITE_STUDENT, "8"], views=2,
     ),
     "lite-own": Setting(  # lite with a teacher that was trained on the same images
         20, 64, train=400, held_out=50, common=LITE,
         teacher=["--model", f"{MODELS}:resnet20", *LITE_STUDENT, "16"], student=[*LITE_STUDENT, "8"],
     ),
-    # few-epochs without its teacher; always 8,000 images in all, also of more classes
+    # few-epochs without its teacher; 8,000 training images in all, for each number of classes
     **{
         f"self-{classes}": Setting(
             classes, 32, train=8000 // classes, held_out=50, common=SMALL, teacher=[],
@@ -104,14 +104,14 @@ SETTINGS = {
         )
         for classes in (20, 50, 100)
     },
-    "self-50-fits": Setting(  # few-images with the same number of images, of more classes
+    "self-50-fits": Setting(  # few-images with the same number of images, but more classes
         50, 32, train=20, held_out=50, common=SMALL, teacher=[],
         student=["--model", f"{MODELS}:resnet8", "--epochs", "16", "--crop", "none"], copies=4,
     ),
     "full": Setting(200, 64, train=500, held_out=0, common=[], teacher=[*LARGE, "--model", "resnet34"], student=[]),
 }  # fmt: skip
 
-OWN = ["--model-file", f"{MODELS}:resnet20"]  # the teacher's
+OWN = ["--model-file", f"{MODELS}:resnet20"]  # the teacher's code
 KD, NKD = (["--kd", method, "--teacher", "{teacher}", *OWN] for method in ("kd", "nkd"))
 USKD = ["--self-kd", "uskd"]
 METHODS = {
@@ -140,10 +140,10 @@ LITE_METHODS = {
     "cross-entropy": [],
     "label smoothing": METHODS["label smoothing"],
     "KD tuned": lite_kd(1, 1),  # the best of lite-sweep
-    "KD T 0.5 weight 3": lite_kd(0.5, 3),  # the best of lite-sharp, added when the others had been run
+    "KD T 0.5 weight 3": lite_kd(0.5, 3),  # the best of lite-sharp; added after the other rows were run
     "NKD tuned": lite_nkd(0.25, 2),  # the best of both sweeps
-    "NKD": lite_nkd(3.5, 3),  # the paper's for CIFAR-100
-    "NKD gamma 1.5 T 1": lite_nkd(1.5, 1),  # ... for ImageNet
+    "NKD": lite_nkd(3.5, 3),  # the paper's values for CIFAR-100
+    "NKD gamma 1.5 T 1": lite_nkd(1.5, 1),  # the paper's values for ImageNet
     **{name: labels(f"{OTHERS}:{name}") for name in ("dkd", "standardised_kd", "wttm", "dist")},
 }
 SELF_METHODS = {
@@ -161,7 +161,7 @@ TABLES = {
             "cross-entropy": [],
             "NKD target": [*NKD, "--gamma", "0"],
             "NKD non-target": [*NKD, "variant=nkd_without_target"],
-            "NKD": NKD,  # gamma 3.5, temperature 3, the paper's for CIFAR-100
+            "NKD": NKD,  # gamma 3.5, temperature 3: the paper's values for CIFAR-100
             "NKD gamma 1.5": [*NKD, "--gamma", "1.5"],
             "NKD gamma 7": [*NKD, "--gamma", "7"],
             "NKD temperature 1": [*NKD, "--temperature", "1"],
@@ -182,7 +182,7 @@ TABLES = {
         },
     ),
     "lite": Table("lite", 5, LITE_METHODS),
-    "lite-fits": Table(  # KD tuned is the best of lite-fits-sweep too
+    "lite-fits": Table(  # KD tuned is also the best of lite-fits-sweep
         "lite-fits", 5, {**LITE_METHODS, "NKD tuned here": lite_nkd(1.5, 3)}
     ),
     "lite-50": Table(
@@ -192,13 +192,13 @@ TABLES = {
         "lite-own", 3, {"cross-entropy": [], "KD T 1 weight 1": [*KD, "--temperature", "1"], "NKD": NKD}
     ),
     **{name: Table(name, 5, SELF_METHODS) for name in ("self-20", "self-50", "self-100", "self-50-fits")},
-    "lite-sweep": Table(  # twelve of each method, on a seed that is not reported
+    "lite-sweep": Table(  # twelve settings of each method, on a seed that is not in the tables
         "lite", 1, first_seed=100,
         runs={
             "cross-entropy": [],
             **{f"KD T {t} weight {w}": lite_kd(t, w) for t in (1, 2, 4, 8) for w in (1, 3)},
             **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g in (0.25, 0.5, 1.5, 3.5) for t in (1, 2)},
-            # the best were at the edge of these: smaller weights
+            # the best settings above were at the edge of the grid: these have smaller weights
             **{f"KD T {t} weight {w}": lite_kd(t, w) for t, w in ((1, 0.3), (2, 0.1), (2, 0.25), (4, 0.06))},
             **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for t, g in ((1, 0.1), (2, 0.1), (4, 0.06), (4, 0.25))},
         },
@@ -210,14 +210,14 @@ TABLES = {
             **{f"KD T 0.5 weight {w}": lite_kd(0.5, w) for w in (1, 3)},
         },
     ),
-    "lite-fits-sweep": Table(  # larger weights and temperatures, where the student fits
+    "lite-fits-sweep": Table(  # larger weights and temperatures, for a student that fits
         "lite-fits", 1, first_seed=100,
         runs={
             **{f"KD T {t} weight {w}": lite_kd(t, w) for t, w in ((1, 1), (1, 3), (2, 3), (2, 9), (4, 1), (4, 3))},
             **{f"NKD gamma {g} T {t}": lite_nkd(g, t) for g, t in ((1.5, 1), (3.5, 1), (1.5, 3), (3.5, 3), (7, 3))},
         },
     ),
-    "lite-50-sweep": Table(  # the neighbours of the best with 20 classes
+    "lite-50-sweep": Table(  # settings near the best ones with 20 classes
         "lite-50", 1, first_seed=100,
         runs={
             **{f"KD T {t} weight {w}": lite_kd(t, w) for t, w in ((1, 1), (1, 3), (2, 1), (0.5, 3))},
@@ -256,7 +256,7 @@ def make_images(source: Path, target: Path, setting: Setting) -> None:
 
 
 def result(output: Path, command: list[str]) -> dict[str, str] | None:
-    """Return the last epoch of a run and facts of args.json; None if the run is of another command, or not finished."""
+    """Return the last epoch of a run and facts of args.json; None if the run has another command or is not finished."""
     try:
         about = json.loads((output / "args.json").read_text())
         with open(output / "metrics.csv") as file:
@@ -276,7 +276,7 @@ def result(output: Path, command: list[str]) -> dict[str, str] | None:
 
 
 def write_labels(folder: Path, images: Path, setting: Setting) -> None:
-    """Store the answers of ImageNet's teacher about the images; whole files of labels are kept."""
+    """Store the answers of the ImageNet teacher about the images; skip files of labels that are complete."""
     command = [sys.executable, "-m", "kdlite.training.teacher_labels", "--output", folder, "--data", images]
     command += ["--teacher", f"{TEACHER}:{fetch(TEACHER)}", "--views", setting.views, "--top-k", setting.classes - 1]
     command += ["--recipe", "cifar", "--model", f"{MODELS}:resnet8", "--img-size", setting.size, "--crop", "none"]
@@ -292,7 +292,7 @@ def run(name: str, flags: list[str]) -> dict[str, str]:
     command += ["--output", str(output)]
     row = result(output, command)
     if row is None:
-        if (output / "args.json").exists():  # another command, or a run that was stopped
+        if (output / "args.json").exists():  # the run has another command, or was stopped
             shutil.rmtree(output)
         done = subprocess.run(command, capture_output=True, text=True)
         row = result(output, command)
@@ -306,15 +306,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("source", type=Path, help="the unpacked Tiny-ImageNet")
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--seeds", type=int, help="of each row (default: the table's)")
+    parser.add_argument("--seeds", type=int, help="number of seeds of each row (default: the table's)")
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at the same time, on CPU, with one thread each (default: 1)"
     )
-    parser.add_argument("--flags", default="", help="more flags of train.py for every run, to try the table small")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the table is written")
+    parser.add_argument("--flags", default="", help="more flags of train.py for every run, for small test runs")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the table")
     args = parser.parse_args()
     if not (args.source / "train").is_dir():
-        parser.error(f"{args.source} has no train/ folder")
+        parser.error(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")
     table = TABLES[args.table]
     setting = SETTINGS[table.setting]
     images = RUNS / f"{table.setting}-images"
@@ -340,13 +340,13 @@ def main() -> None:
     for seed in range(table.first_seed, table.first_seed + (args.seeds or table.seeds)):
         for method, flags in table.runs.items():
             filled = [flag.format(teacher=teacher) for flag in flags]
-            shared = [known for known in METHODS if METHODS[known] == flags]  # shared with the setting's own table
+            shared = [known for known in METHODS if METHODS[known] == flags]  # shared with another table
             name = f"{table.setting}/{shared[0] if shared else method}-{seed}"
             runs[method, seed] = (name, [*common, *setting.student, *filled, *more, "--seed", str(seed)])
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             rows |= zip(runs, pool.map(lambda arguments: run(*arguments), runs.values()))
-        except BaseException:  # a run failed, or Ctrl-C: the waiting ones do not start
+        except BaseException:  # after a failed run or Ctrl-C, do not start the waiting runs
             pool.shutdown(cancel_futures=True)
             raise
 

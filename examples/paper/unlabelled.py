@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 from fine_tuning import HERE, images_of, logits_of, top1
-from finetune import STUDENT, TEACHER, UserError, fetch, of_labels, run_command, store_labels, train_once
+from finetune import STUDENT, TEACHER, UserError, fetch, run_command
 
 from deploy.student import load_student
+from kdlite.training.launch import store_labels, train_once
 
 RUNS, RESULTS = Path("runs/unlabelled"), HERE / "results" / "unlabelled.csv"
 FOLDERS = {"50 + 950": (5, 95), "500 + 4,000": (50, 400)}  # photographs a class: labelled, not
@@ -100,7 +101,7 @@ def run_draw(source: Path, name: str, seed: int) -> dict[str, float]:
     of_folder, runs = ["--data", root / "data"], RUNS / root.name
     train_once([*student, *of_folder, "--epochs", alone], runs / "alone")
     train_once([*teacher, *of_folder, "--epochs", alone], runs / "teacher")
-    asked = [*of_labels([*student, *of_folder]), "--unlabelled", root / "more"]
+    asked = [*student, *of_folder, "--unlabelled", root / "more"]
     store_labels([*asked, "--teacher", (runs / "teacher/student").resolve(), "--views", whole], runs / "labels")
     found = {"the student alone": test(runs / "alone", root), "the teacher": test(runs / "teacher", root)}
     train_once([*student, "--data", pseudo_label(root, runs / "teacher"), "--epochs", whole], runs / "pseudo")

@@ -1,4 +1,4 @@
-"""Save and restore all that a resume needs: the state of a run, its losses so far, and the thread that writes it."""
+"""Save the state of a run in a thread, and restore it: weights, optimizer, progress and losses so far."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ MARK = b"kdlite sha256 "  # and 64 digits, at the end of a checkpoint
 
 @dataclass
 class Progress:
-    """The position of a run and its results so far."""
+    """Hold the position of a run and its results so far."""
 
     epoch: int = 0  # finished epochs
     step: int = 0  # optimizer steps of the next epoch
-    executed: int = 0  # those that GradScaler did not skip
-    seconds: float = 0.0  # spent in that epoch
-    lr: float = 0.0  # in its first step
-    epochs: int = 0  # of the run, fitted to a time; 0: --epochs
-    steps: int = 0  # of an epoch, fitted to a time; 0: over all images
-    best: float = -1.0  # top-1
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
+    executed: int = 0  # steps of them that GradScaler did not skip
+    seconds: float = 0.0  # time spent in the next epoch
+    lr: float = 0.0  # learning rate in the first step of that epoch
+    epochs: int = 0  # epochs of the run if --epochs is a time; else 0
+    steps: int = 0  # steps of an epoch if --epochs is a time; 0: over all images
+    best: float = -1.0  # best top-1 in %
+    rows: list[dict[str, Any]] = field(default_factory=list)  # rows of metrics.csv
     answers: Tensor | None = None  # (2, N): labels and predictions of the validation images in the best epoch
     validated: str = ""  # digest of the validation images
     is_best: bool = False  # whether the last epoch was the best so far
@@ -48,7 +48,7 @@ class Progress:
         return f"at step {self.step} of epoch {self.epoch + 1}" if self.step else f"after epoch {self.epoch}"
 
     def count_executed(self, *_: Any) -> None:
-        """Count a step; a hook of the optimizer, which GradScaler does not call for a skipped step."""
+        """Count a step, as a hook of the optimizer. GradScaler does not call it for a skipped step."""
         self.executed += 1
 
     def end_epoch(self, row: dict[str, Any], answers: Tensor) -> None:
@@ -62,19 +62,19 @@ class Progress:
     def check_validation(self, digest: str) -> None:
         """Forget the best epoch if it was measured on other validation images."""
         if self.validated not in ("", digest):
-            best = f"their best top-1, {self.best:.2f} %, does not count any more"
-            log(f"the validation images are not those of the epochs before: {best}")
+            best = f"the best top-1 of those epochs, {self.best:.2f} %, is ignored"
+            log(f"the validation images differ from those of the earlier epochs: {best}")
             self.best, self.answers = -1.0, None
         self.validated = digest
 
 
 class LossLog:
-    """The losses of the steps, on the device until they are read, so that no step waits for the device."""
+    """Collect the losses on the device and read them later, so that a step does not wait for the device."""
 
     def __init__(self, skips_steps: bool) -> None:
         self.skips_steps = skips_steps  # fp16: GradScaler skips a step whose gradients are not finite
         self.waiting: list[tuple[int, Tensor]] = []
-        self.sums: dict[str, float] = {}  # with count, the part that a checkpoint stores
+        self.sums: dict[str, float] = {}  # term -> sum; a checkpoint stores these sums and count
         self.count = self.skipped_in_a_row = 0
 
     def add(self, step: int, losses: dict[str, Tensor]) -> None:
@@ -82,7 +82,7 @@ class LossLog:
         self.waiting.append((step, torch.stack([loss.detach() for loss in losses.values()])))
 
     def read(self) -> float:
-        """Read the steps since the last call and return their mean loss; raise UserError if one is not finite."""
+        """Read the losses since the last call and return their mean; raise UserError if a loss is not finite."""
         steps = [step for step, _ in self.waiting]
         values = torch.stack([value for _, value in self.waiting]).double().cpu() if steps else torch.empty(0, 1)
         self.waiting = []
@@ -100,7 +100,7 @@ class LossLog:
         return float(values[finite].sum(1).mean())
 
     def means(self, device: torch.device) -> dict[str, float]:
-        """Return the mean of each term over all ranks since the last call, and of their sum."""
+        """Return the mean of each term, and of their sum, over all ranks and the steps since the last call."""
         self.read()
         totals = torch.tensor([*self.sums.values(), self.count], dtype=torch.float64, device=device)
         if WORLD_SIZE > 1:
@@ -112,7 +112,7 @@ class LossLog:
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was read."""
+    """Hold a checkpoint that is read from a file."""
 
     file: str
     content: dict[str, Any]
@@ -121,7 +121,7 @@ class Checkpoint(NamedTuple):
 
 @dataclass
 class State:
-    """The parts of a run that change while it trains."""
+    """Hold the parts of a run that change during training."""
 
     net: nn.Module  # the student, with USKD's weak head if it has one
     ema: nn.Module | None  # average of the student's weights
@@ -131,7 +131,7 @@ class State:
     log: LossLog  # of this epoch on this rank
 
     def copy(self, flags: dict[str, Any], config: Metadata) -> bytearray:
-        """Return a checkpoint's bytes on rank 0; each rank calls this. UserError if a weight is not finite."""
+        """Return the bytes of a checkpoint on rank 0; every rank calls this. UserError if a weight is not finite."""
         for name, model in (("weights", self.net), ("averaged weights", self.ema)):
             values = [x for x in model.state_dict().values() if x.is_floating_point()] if model else []
             if values and not torch.stack([x.isfinite().all() for x in values]).all():
@@ -157,25 +157,27 @@ class State:
         return [model for model in (self.net, self.ema) if model is not None]
 
     def restore(self, checkpoint: Checkpoint, flags: dict[str, Any], config: Metadata) -> None:
-        """Take all of it from a checkpoint; options such as --weight-decay keep the values of today's flags.
+        """Load the state from a checkpoint; options such as --weight-decay keep the values of this run's flags.
 
         Raises:
-            UserError: the checkpoint is of another model, optimizer or data set, the rest of its epoch would see other
-                images, or the ranks differ
+            UserError: the checkpoint has another model, optimizer or set of classes; the rest of its epoch would get
+                other images; or the ranks differ
         """
         file, saved, before = checkpoint
         if before.label_names != config.label_names:
             pairs: Any = zip(before.label_names, config.label_names)
-            sizes = len(before.label_names), len(config.label_names)
+            sizes = [f"{len(names)} classes" for names in (before.label_names, config.label_names)]
             theirs, now = next((pair for pair in pairs if pair[0] != pair[1]), sizes)
-            raise UserError(f"{file} was trained on other classes than --data holds: {theirs} and not {now}")
+            fault = f"the classes of {file} differ from those of --data: {theirs} there, {now} here"
+            raise UserError(f"{fault}; use the classes of that run, or start a new run")
         load_weights(self.net, saved["model"], file)
         if self.ema and saved["ema"]:
             load_weights(self.ema, saved["ema"], file)
         elif self.ema:
             self.ema.load_state_dict(getattr(self.net, "model", self.net).state_dict())
         if saved["args"]["opt"] != flags["opt"]:
-            raise UserError(f"{file} was saved with --opt {saved['args']['opt']}, not {flags['opt']}")
+            fault = f"{file} was saved with --opt {saved['args']['opt']}, not {flags['opt']}"
+            raise UserError(f"{fault}: give the same --opt")
         groups, ours = saved["optimizer"]["param_groups"], self.optimizer.param_groups
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in ours]:
             raise UserError(f"{file} was saved with other groups of parameters: give the same --weight-decay and --tap")
@@ -185,7 +187,7 @@ class State:
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.progress.__dict__.update(saved["progress"])
-        if self.progress.step:  # within an epoch, which must go on with the same batches
+        if self.progress.step:  # within an epoch, which must continue with the same batches
             names = [name for name in ("batch_size", "seed", "cache") if saved["args"][name] != flags[name]]
             changed = [f"--{name.replace('_', '-')}" for name in names]
             if before.training["train_images"] != config.training["train_images"]:
@@ -195,7 +197,7 @@ class State:
                 raise UserError(f"{file} is {self.progress}: {stays}")
         if len(saved["ranks"]) == WORLD_SIZE:
             self.restore_own(saved["ranks"][RANK])
-        elif self.progress.step and IS_MAIN:  # the same images in the same order, shared by another number of ranks
+        elif self.progress.step and IS_MAIN:  # another number of ranks shares the same images in the same order
             self.log.sums = {k: sum(part["sums"][k] for part in saved["ranks"]) for k in saved["ranks"][0]["sums"]}
             self.log.count = sum(part["count"] for part in saved["ranks"])
         self.check_agreement()
@@ -208,13 +210,14 @@ class State:
         if not self.progress.step:
             return
         self.log.sums, self.log.count = own["sums"], own["count"]
-        for model, buffers in zip(self.models(), own["buffers"]):  # batch norms see each rank's own images
+        # the batch norms of each rank have their own statistics
+        for model, buffers in zip(self.models(), own["buffers"]):
             for name, buffer in model.named_buffers():
                 if name in buffers:
                     buffer.copy_(buffers[name])
 
     def check_agreement(self) -> None:
-        """Raise unless every rank resumes from the same place: epoch, step, weights and number of processes."""
+        """Raise unless every rank resumes with the same epoch, step, weights and number of processes."""
         digest = digest_of(self.net.named_parameters())[:16]
         everyone = gather((self.progress.epoch, self.progress.step, digest, WORLD_SIZE))
         for rank, other in enumerate(everyone):
@@ -223,10 +226,10 @@ class State:
 
 
 class Saver:
-    """Save checkpoints when they are due or when a signal asks for one; a thread writes them while training continues.
+    """Save a checkpoint when it is due or after a signal; a thread writes it while training continues.
 
-    flags and config are stored with the state. flags["save_every"]: minutes between two checkpoints within an epoch; 0:
-    only after epochs
+    The checkpoint stores flags and config with the state. flags["save_every"]: minutes between two checkpoints within
+    an epoch; 0: checkpoints only after epochs
     """
 
     def __init__(self, folder: Path, state: State, flags: dict[str, Any], config: Metadata, stop: StopRequest) -> None:
@@ -254,7 +257,7 @@ class Saver:
             self.writing = self.thread.submit(write_run, self.folder, content, others, best)
 
     def wait(self) -> None:
-        """Wait for the thread; raise the error that it met."""
+        """Wait for the thread, and raise its error."""
         if self.writing:
             self.writing.result()
 
@@ -271,7 +274,7 @@ class Saver:
 
 
 def write_run(folder: Path, content: bytearray, others: tuple[Callable[[], Any], ...], best: bool) -> None:
-    """Write the other files first, so that last.pt never knows of less than they hold; keep the checkpoint before."""
+    """Write the other files first, so that last.pt is never newer than they are; keep the previous checkpoint."""
     sealed = seal(content)
     for write in others:
         write()
@@ -288,7 +291,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     file, content = found
     try:
         read = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds
+    except Exception as error:  # torch.load raises errors of many kinds
         raise UserError(f"{file} cannot be read as a checkpoint: {type(error).__name__}") from error
     return Checkpoint(str(file), read, Metadata.from_json(read["config"], str(file)))
 
@@ -306,14 +309,14 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def seal(content: bytearray) -> bytearray:
-    """Append a SHA-256 digest to a zip archive, as its comment, so that torch.load reads it as before."""
+    """Append a SHA-256 digest to a zip archive as its comment, which torch.load ignores."""
     comment = len(MARK) + 64
     content[-2:] = comment.to_bytes(2, "little")  # the archive's last field
     return content + MARK + hashlib.sha256(content).hexdigest().encode()
 
 
 def is_whole(content: bytes) -> bool:
-    """Return whether the bytes are as seal() made them."""
+    """Return whether the bytes end with the digest that seal() appends."""
     body, mark = memoryview(content)[: -len(MARK) - 64], bytes(content[-len(MARK) - 64 :])
     return mark == MARK + hashlib.sha256(body).hexdigest().encode()
 

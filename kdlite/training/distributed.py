@@ -1,6 +1,6 @@
-"""The processes of one run: they meet, agree, stop on a signal, and end with their launcher. For train.py.
+"""Let the processes of one run meet, agree, stop on a signal and end with their launcher.
 
-torchrun starts the processes, notices one that has ended and ends the others; this file relies on it.
+torchrun starts the processes, detects a process that has ended and ends the others; this file relies on that.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from deploy.cli import UserError, explain, first_line
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 MEET = timedelta(minutes=10)  # how long a process waits for the others at the start
-# How long a process waits for another in a step. A suspended job (SLURM, a paused machine) is not a lost one, and
-# torchrun notices a process that has ended.
+# How long a process waits for another in a step: long, because a suspended job (SLURM, a paused machine) continues
+# later, and torchrun detects a process that has ended.
 WAIT = timedelta(days=1)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# What a collective reports if another process has ended.
+# Error texts of a collective after another process has ended.
 LOST_PEER = re.compile("(?i)closed by peer|reset by peer|broken pipe|NCCL|gloo|timed out|timeout")
 
 
 def read_launch() -> tuple[int, int, int, str | None]:
-    """Return rank, local rank, number of processes, and an error in the environment that a launcher set."""
+    """Return rank, local rank, number of processes, and the error in the launcher's environment, or None."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     found = [os.environ.get(name, default) for name, default in defaults.items()]
 
@@ -63,10 +63,10 @@ IS_MAIN = RANK == 0
 
 
 class Group:
-    """The process groups of this run; None with one process."""
+    """Hold the process groups of this run; None with one process."""
 
-    steps: Any = None  # gradients, losses, statistics: gloo on CPU, NCCL on CUDA
-    control: Any = None  # objects and decisions of the host: gloo
+    steps: Any = None  # for gradients, losses and statistics: gloo on CPU, NCCL on CUDA
+    control: Any = None  # for objects and decisions of the host: gloo
     store: Any = None
 
 
@@ -74,7 +74,7 @@ class Group:
 
 
 class StopRequest:
-    """The name of the signal that asked the run to stop, or None."""
+    """Store the name of the signal that asked the run to stop, or None."""
 
     name: str | None = None
 
@@ -88,7 +88,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Catch the termination signals of schedulers and terminals; a SIGHUP that is ignored (nohup) stays ignored."""
+    """Store the stop signals of schedulers and terminals; a SIGHUP that is ignored already (nohup) stays ignored."""
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     if before[signal.SIGHUP] == signal.SIG_IGN:
@@ -105,8 +105,8 @@ def stop_signals() -> Iterator[StopRequest]:
 def start_fork_server() -> Any:
     """Return the context that starts data loading processes; a signal to the whole job does not end them.
 
-    They start from a clean process, because a fork of this one may hang on locks that its threads held. The fork server
-    inherits ignored signals, and its children inherit them from it.
+    A clean process forks them, because a fork of this process may hang on locks that its threads hold. The fork server
+    inherits the signals that are ignored here, and its children inherit them from the server.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "torchvision"])
@@ -125,7 +125,7 @@ def end_with_launcher() -> None:
     launcher = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != launcher:  # it ended before the call
+    if os.getppid() != launcher:  # the launcher ended before the call
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -134,7 +134,7 @@ def end_with_launcher() -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Meet the other processes, and leave the group at the end; UserError if they do not come."""
+    """Connect to the other processes, and leave the group at the end; raise UserError if they do not connect."""
     if LAUNCH_ERROR:
         raise UserError(LAUNCH_ERROR)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -152,17 +152,22 @@ def process_group() -> Iterator[None]:
         Group.control = dist.new_group(backend="gloo", timeout=WAIT)
     except (RuntimeError, ValueError, KeyError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"the {WORLD_SIZE} processes could not meet at {address}: {str(error)[:200]}") from error
+        fault = f"the {WORLD_SIZE} processes could not connect at {address}: {str(error)[:200]}"
+        raise UserError(f"{fault}; check MASTER_ADDR and MASTER_PORT, and that all processes start") from error
     try:
         yield
     finally:
         dist.destroy_process_group()
-        Group.store = Group.steps = Group.control = None  # a group that outlives this aborts the process at its end
+        # a reference to a group that remains here aborts the process at its exit
+        Group.store = Group.steps = Group.control = None
 
 
 @contextmanager
 def reported_once() -> Iterator[None]:
-    """Let one process raise a user's error, and end the others with status 2: they end because of it."""
+    """Let the first process with a user's error raise it; end the others with status 2 and without a message.
+
+    Their errors follow from the first.
+    """
     try:
         yield
     except Exception as error:
@@ -178,10 +183,10 @@ def reported_once() -> Iterator[None]:
 
 
 def is_first_error() -> bool:
-    """Return whether no other process of the run has met an error."""
+    """Return True if this process is the first of the run with an error."""
     if Group.store is None:
         if not IS_MAIN:
-            time.sleep(2)  # torchrun ends rank 0, which prints, as soon as this process has ended
+            time.sleep(2)  # rank 0 prints the error, and torchrun ends rank 0 as soon as this process ends
         return IS_MAIN
     try:
         return int(Group.store.add("kdlite/errors", 1)) == 1
@@ -206,7 +211,7 @@ def from_rank_zero(function: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Let one rank of a machine download; the others find the files afterwards."""
+    """Run the block on the first rank of a machine, then on the others, which find the downloaded files."""
     if WORLD_SIZE > 1 and LOCAL_RANK > 0:
         dist.barrier(group=Group.control)
     yield
@@ -215,25 +220,34 @@ def local_rank_zero_first() -> Iterator[None]:
 
 
 class Agreement:
-    """Decide together after the same step, without waiting: the answer to one step's question comes with the next."""
+    """Let all ranks decide after the same step, without waiting.
+
+    ask() returns the answers to the questions of its previous call.
+    """
 
     work: Any = None
-    wanted: torch.Tensor
+    asked: torch.Tensor
 
-    def ask(self, *wanted: bool) -> list[bool]:
-        """Return for each question whether any rank wanted it, as of the last call."""
+    def ask(self, *asked: bool) -> list[bool]:
+        """Return for each question of the previous call whether a rank asked it with True.
+
+        With one process, return the answers of this call.
+        """
         if WORLD_SIZE == 1:
-            return list(wanted)
-        answer = [False] * len(wanted)
+            return list(asked)
+        answer = [False] * len(asked)
         if self.work:
             self.work.wait()
-            answer = self.wanted.bool().tolist()
-        self.wanted = torch.tensor(wanted, dtype=torch.int32)
-        self.work = dist.all_reduce(self.wanted, dist.ReduceOp.MAX, group=Group.control, async_op=True)
+            answer = self.asked.bool().tolist()
+        self.asked = torch.tensor(asked, dtype=torch.int32)
+        self.work = dist.all_reduce(self.asked, dist.ReduceOp.MAX, group=Group.control, async_op=True)
         return answer
 
     def finish(self) -> None:
-        """Wait for the last question, which every rank has asked: leaving the group before its answer is an error."""
+        """Wait for the answers to the last questions.
+
+        Every rank has asked them, and a rank that leaves the group before the answers causes an error.
+        """
         if self.work:
             self.work.wait()
 
@@ -247,7 +261,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def log(line: str | None) -> None:
-    """Print a line on stdout, on rank 0 only; None: nothing."""
+    """Print a line on stdout, on rank 0 only; print nothing for None."""
     if IS_MAIN and line:
         print(line, flush=True)
 
@@ -259,7 +273,7 @@ def warn(line: str) -> None:
 
 
 class Exchanging(DistributedDataParallel):
-    """DistributedDataParallel that names a parameter without a gradient, for which it would wait in vain."""
+    """Turn DistributedDataParallel's error about a parameter without a gradient into a UserError with its name."""
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         try:
@@ -270,8 +284,9 @@ class Exchanging(DistributedDataParallel):
                 raise
             names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
             unused = ", ".join(names[int(index)] for index in found[1].split()[:3])
-            fault = f"the model does not use its parameter {unused}, as several processes need"
-            raise UserError(f"{fault}: remove it, or set its requires_grad to False") from error
+            fault = f"the model does not use its parameter {unused}"
+            advice = "with several processes each parameter needs a gradient: remove it, or set requires_grad to False"
+            raise UserError(f"{fault}; {advice}") from error
 
 
 def exchange_gradients(net: Any, device: torch.device) -> Any:
@@ -283,7 +298,7 @@ def exchange_gradients(net: Any, device: torch.device) -> Any:
 
 
 def gradient_sync(net: nn.Module, last_pass: bool) -> AbstractContextManager[None]:
-    """Return the context of a pass: DDP exchanges gradients in the last one of a step."""
+    """Return the context of a pass: DDP exchanges the gradients in the last pass of a step."""
     return nullcontext() if last_pass or not isinstance(net, DistributedDataParallel) else net.no_sync()
 
 
@@ -298,16 +313,16 @@ def average_batch_norm(*models: nn.Module) -> None:
 
 
 def check_shared_memory(needed: int) -> None:
-    """Raise if /dev/shm is too small for the batches of the data loading processes: a container has 64 MiB."""
+    """Raise if /dev/shm (64 MiB in a container by default) is too small for the batches of the data loading workers."""
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else needed
     if free < needed:
-        fault = f"/dev/shm has {free >> 20} MiB free, and the workers hold up to {needed >> 20} MiB of images in it"
-        raise UserError(f"{fault}: docker run --shm-size 8g, or --workers 0, or fewer")
+        fault = f"/dev/shm has {free >> 20} MiB free, but the workers need up to {needed >> 20} MiB"
+        raise UserError(f"{fault}: use docker run --shm-size 8g, fewer --workers, or --workers 0")
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that --device names, and make it the current one; UserError if it is not there."""
+    """Return the device that --device names, and make it the current device; UserError if it does not exist."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device; leave the flag out to train on the CPU")
     if name == "cpu" or not torch.cuda.is_available():
@@ -328,7 +343,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most memory so far in MiB: of the GPU, or of this process on a CPU."""
+    """Return the peak memory so far in MiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS

@@ -1,7 +1,7 @@
-"""Load images: batches from data loading processes, or kept in the device's memory; then onto the device and mixed.
+"""Load batches of images, from data loading workers or from the device's memory, then normalise and mix them there.
 
-Each sample's augmentation has a seed of its own: the images of a run depend on its seed and epoch, and neither on the
-number of workers nor on the step that a resume starts from.
+Each sample's augmentation has its own seed. So the images of a run depend on its seed and epoch, but not on the number
+of workers or on the step at which a run resumes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 
 from deploy.cli import ProgressBar, UserError
 from deploy.config import Metadata
-from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, to_rgb, upright_size
+from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, resize, to_rgb, upright_size
 from deploy.reference import evenly
 from kdlite.training.data import Digits
 from kdlite.training.distributed import IS_MAIN, RANK, STOP_SIGNALS, WORLD_SIZE, start_fork_server
@@ -45,7 +45,7 @@ def eval_view(image: Image.Image, metadata: Metadata) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """The random crop and flip of a training image. Whole batches are erased and mixed later, on the device."""
+    """Describe the random crop and flip of a training image. Augment erases and mixes whole batches later."""
 
     input_size: Sequence[int]  # (channels, H, W)
     crop: str  # resized, pad or none
@@ -61,7 +61,8 @@ class View:
         if self.crop == "resized":
             steps: list[Any] = [RandomResizedCrop(size, interpolation=mode)]
         else:
-            steps = [functools.partial(to_rgb, needed=(width, height)), v2.Resize(size, interpolation=mode)]
+            steps = [functools.partial(to_rgb, needed=(width, height))]
+            steps += [functools.partial(resize, size=(width, height), interpolation=self.interpolation)]
         if self.crop == "pad":
             steps += [v2.RandomCrop(size, padding=(width // 8, height // 8))]
         if self.hflip:
@@ -78,11 +79,11 @@ class View:
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, for an image that is not decoded yet: a large JPEG is decoded only as finely as the crop needs."""
+    """Crop as torchvision does, but decode a large JPEG only at the resolution that the crop needs."""
 
     def forward(self, image: Image.Image) -> Image.Image:
         whole_width, whole_height = upright_size(image)
-        upright = torch.empty(1, whole_height, whole_width, device="meta")  # EXIF may turn the file by 90 degrees
+        upright = torch.empty(1, whole_height, whole_width, device="meta")  # EXIF may swap the sides
         top, left, height, width = self.make_params([upright]).values()
         image = to_rgb(image, (self.size[1] * whole_width / width, self.size[0] * whole_height / height))
         if image.size == (whole_width, whole_height):
@@ -96,16 +97,16 @@ class RandomResizedCrop(v2.RandomResizedCrop):
 
 
 class Batch(NamedTuple):
-    """A batch, or one sample without the dimension B."""
+    """Hold a batch, or one sample without the dimension B."""
 
     images: Any  # uint8 (B, C, H, W), later normalised float; None if no image of the batch could be read
     labels: Any  # class indices (B,), later perhaps class probabilities (B, classes)
-    corrupt: list[tuple[str, str]]  # the names of the images that cannot be read, and the reasons
+    corrupt: list[tuple[str, str]]  # name and reason for each image that cannot be read
     teacher: tuple[Tensor, ...] = ()  # a teacher's stored labels
 
 
 class Samples(Dataset):
-    """(epoch, index) -> a sample. With stored labels (teacher_labels.py) their seed and their views are used."""
+    """Return the sample of (epoch, index). Stored labels (teacher_labels.py) replace the seed and give the views."""
 
     def __init__(self, source: Any, transform: Transform, seed: int = 0, stored: Any = None) -> None:
         self.source, self.transform, self.stored = source, transform, stored
@@ -130,9 +131,9 @@ class Samples(Dataset):
 
 
 class EpochSampler(DistributedSampler):
-    """DistributedSampler that returns (epoch, index), because the seed of an augmentation depends on both."""
+    """Yield (epoch, index) instead of index, because the seed of an augmentation depends on both."""
 
-    start = 0  # samples of this rank before the step that a resume starts from
+    start = 0  # number of this rank's samples before the step at which a run resumes
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         super().set_epoch(epoch)
@@ -154,7 +155,7 @@ def collate(samples: list[Batch]) -> Batch:
 def train_loader(
     source: Any, transform: Transform, batch_size: int, seed: int, workers: int | None, pin_memory: bool, stored: Any
 ) -> DataLoader:
-    """Return whole batches of this rank's part of the shuffle. stored: a teacher's labels (StoredLabels), or None."""
+    """Return full batches of this rank's part of the shuffle. stored: a teacher's labels (StoredLabels), or None."""
     dataset = Samples(source, transform, seed, stored)
     sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=seed, drop_last=True)
     return data_loader(dataset, sampler, batch_size, workers, pin_memory, drop_last=True)
@@ -163,7 +164,7 @@ def train_loader(
 def eval_loader(
     source: Any, transform: Transform, batch_size: int, workers: int | None, pin: bool = False, most: int | None = None
 ) -> DataLoader:
-    """Return batches of all samples, or of an even choice of `most`; each sample is on exactly one rank."""
+    """Return batches of all samples, or of `most` evenly spaced samples; each sample is on exactly one rank."""
     indices = evenly(len(source), most or len(source))[RANK::WORLD_SIZE]
     return data_loader(Samples(source, transform), [(0, index) for index in indices], batch_size, workers, pin)
 
@@ -171,13 +172,14 @@ def eval_loader(
 def data_loader(
     dataset: Samples, sampler: Any, batch_size: int, workers: int | None, pin_memory: bool, drop_last: bool = False
 ) -> DataLoader:
-    """Return batches of the sampler's samples. workers: processes; None: as many as this process has cores."""
+    """Return batches of the sampler's samples. workers: data loading processes; None: one per core of this process."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         own = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = 0 if isinstance(dataset.source, Digits) else own
     options: dict[str, Any] = {"pin_memory": pin_memory, "drop_last": drop_last, "collate_fn": collate}
-    options["generator"] = torch.Generator()  # else starting workers draws from the state that --resume restores
+    # without it, the start of the workers changes the random state that --resume restores
+    options["generator"] = torch.Generator()
     if workers:
         options |= {"persistent_workers": True, "worker_init_fn": start_worker}
         options |= {"multiprocessing_context": start_fork_server(), "num_workers": workers}
@@ -187,11 +189,11 @@ def data_loader(
 def start_worker(_worker: int) -> None:
     """Ignore signals to the whole job, and end with the training process.
 
-    A worker's parent is the fork server, which waits for its children: without this thread they would outlive a run
-    that was killed.
+    A worker's parent is the fork server, which waits for its children: without this thread the workers would continue
+    after the run is killed.
     """
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # torch has set a handler of its own
+        signal.signal(number, signal.SIG_IGN)  # replaces a handler that torch has set
     threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
@@ -201,11 +203,11 @@ def wait_for_parent() -> None:
 
 
 class DeviceLoader:
-    """Batches of images that are decoded once and kept in the device's memory (--cache device).
+    """Return batches of images that are decoded once and stored in the device's memory (--cache device).
 
     Each process has its share of the data set, every WORLD_SIZE-th image. In training (with a view) the share is
-    shuffled, and each image is cropped and flipped on its own. The draws depend only on seed, epoch and rank, so a
-    resume repeats them. decoded: a loader of the images, neither cropped nor flipped
+    shuffled, and each image gets its own crop and flip. The random numbers depend only on seed, epoch and rank, so a
+    resumed run repeats them. decoded: a loader of the images without crop and flip
     """
 
     def __init__(
@@ -216,7 +218,7 @@ class DeviceLoader:
         self.corrupt = [unreadable for batch in batches for unreadable in batch.corrupt]
         whole = [batch for batch in batches if batch.images is not None]
         if not whole:
-            raise UserError(f"--cache device: not one image could be read, the first is {self.corrupt[0][0]}")
+            raise UserError(f"--cache device: all images are unreadable; the first is {self.corrupt[0][0]}")
         self.images, self.labels = (torch.cat(tensors).to(device) for tensors in list(zip(*whole))[:2])
         self.count, self.share = len(self.labels), len(decoded.dataset) // WORLD_SIZE  # type: ignore
         self.epoch = self.start = 0
@@ -231,7 +233,8 @@ class DeviceLoader:
         device, seed = self.images.device, (self.seed * 1_000_003 + self.epoch) * WORLD_SIZE + RANK
         generator = torch.Generator(device).manual_seed(seed)
         order = torch.arange(self.count, device=device)
-        if self.view:  # every rank needs the same number of batches: for unreadable images others come twice
+        # every rank needs the same number of batches: other images come twice in place of unreadable ones
+        if self.view:
             shuffled = torch.randperm(self.count, generator=generator, device=device)
             order = shuffled[torch.arange(len(self) * self.batch_size, device=device) % self.count]
         batches = order.split(self.batch_size)
@@ -262,7 +265,7 @@ def crop_and_flip(images: Tensor, crop: str, hflip: float, generator: torch.Gene
 
 
 class ToDevice:
-    """A batch of uint8 (B, C, H, W) on the host -> the same on the device, its images normalised."""
+    """Copy a batch of uint8 (B, C, H, W) images to the device, and normalise its images there."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.device = device
@@ -279,7 +282,7 @@ class ToDevice:
         return (images.float() - self.mean) / self.std
 
     def undo(self, images: Tensor) -> Any:
-        """Return normalised (B, C, H, W) images as a uint8 array (B, H, W, C)."""
+        """Return normalised images, (B, C, H, W), as a uint8 array, (B, H, W, C)."""
         pixels = (images * self.std + self.mean).round().clamp(0, 255)
         return pixels.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
 
@@ -303,7 +306,7 @@ class Augment:
 
 
 class CorruptCount:
-    """Print each image that cannot be read once; raise if they are more than 1 % of a part of the data."""
+    """Print the name of each unreadable image once; raise if more than 1 % of a part of the data is unreadable."""
 
     def __init__(self, part: str, total: int) -> None:
         self.part, self.total, self.seen = part, total, set[str]()
@@ -317,11 +320,11 @@ class CorruptCount:
             print(f"skipped a corrupt image ({count} so far in {self.part}): {name}: {reason}", file=sys.stderr)
             if count > max(1, 0.01 * self.total):
                 share = f"{count} of {self.total} {self.part} images cannot be read, more than 1 %"
-                raise UserError(f"{share}: mend or remove them; the last one is {name}")
+                raise UserError(f"{share}: repair or remove them; the last one is {name}")
 
 
 def image_progress(loader: Any, label: str, total: int | None = None, each: int = 0, first: int = 0) -> ProgressBar:
-    """Return the loader with a progress bar of rank 0, in images of all processes. each: images of a batch here."""
+    """Return the loader with a progress bar on rank 0 that counts images of all ranks. each: images in a batch."""
     each = WORLD_SIZE * (each or getattr(loader, "batch_size", None) or 1)
     if total is None and hasattr(loader, "sampler"):
         total = WORLD_SIZE * len(loader.sampler)

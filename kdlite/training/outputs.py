@@ -10,11 +10,13 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,22 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from deploy.cli import is_code, use_backslashreplace, write_whole
-from deploy.config import Metadata
+from deploy.cli import ProgressBar, is_code, printable, use_backslashreplace, write_whole
+from deploy.confidence import ANSWERED, FEWEST, fit_confidence
+from deploy.config import Metadata, read_config
 from deploy.flags import RECIPES
 from deploy.per_class import save, shortened, write_per_class
-from deploy.reference import keep_reference
+from deploy.reference import evenly, keep_reference
 from deploy.run_directory import SPLIT, claim, describe, locked, open_in_run, write_split
+from deploy.runtimes import RunOn, load
 from kdlite import WithWeakHead
 from kdlite.training.checkpoint import Checkpoint, Progress
 from kdlite.training.data import Data, class_counts
 from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_rank_zero, log, peak_memory
+from kdlite.training.loading import Samples, data_loader, eval_view
+
+SHOWN = 12  # classes whose sizes are printed one by one
+IMBALANCE = 10  # ratio of class sizes from which a run advises weights
 
 # ---- the run directory --------------------------------------------------------------------------------------------
 
@@ -100,8 +108,7 @@ class RunFolder:
         terms = [f"{name[5:]} {value:.3f}" for name, value in row.items() if name.startswith("loss_")]
         each = f" ({', '.join(terms)})" if len(terms) > 1 else ""
         skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
-        minutes = (self.args.epochs - row["epoch"]) * row["seconds"] / 60
-        left = f"  about {minutes:.0f} min left" if minutes >= 1 else ""
+        left = describe_left((self.args.epochs - row["epoch"]) * row["seconds"], "  ")
         log(
             f"epoch {row['epoch']}/{self.args.epochs}  loss {row['train_loss']:.3f}{each}  "
             f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g} at its start  "
@@ -127,19 +134,21 @@ class RunFolder:
             batch_picture(self.path / "batch.png", images, labels.cpu().numpy(), self.data.label_names)
 
     def finish(self, progress: Progress, started: float) -> None:
-        """Write what describes the whole run: curves, the best epoch by class, and reference.npz."""
+        """Write what describes the whole run: curves, the best epoch by class, confidence and reference.npz."""
         if not IS_MAIN or not progress.rows:
             return
         plot_curves(self.path / "curves.png", progress.rows)
         if progress.answers is not None:
             labels, predictions = progress.answers.numpy()
             print(*write_per_class(self.path, labels, predictions, self.data.label_names), sep="\n")
+        own = [self.args.model] if is_code(self.args.model) else self.args.model_file
+        log(keep_confidence(self.path / "student", self.data.val, self.device, self.args.workers, own))
         if self.args.reference:
-            own = [self.args.model] if is_code(self.args.model) else self.args.model_file
             log(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own))
         top1 = f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {self.path}/student"
-        log(f"{top1}; {time.monotonic() - started:.0f} s, {peak_memory(self.device)} MiB of memory at most")
-        log(f"next: python -m deploy.export {self.path}")
+        peak = f"{peak_memory(self.device)} MiB of {'GPU memory' if self.device.type == 'cuda' else 'memory'} at most"
+        log(f"{top1}; {time.monotonic() - started:.0f} s, {peak}")
+        log(f"next: python -m deploy.export {shlex.quote(str(self.path))}")
 
     def __exit__(self, *error: Any) -> None:
         if isinstance(error[1], Exception):
@@ -196,17 +205,27 @@ def tee() -> Iterator[None]:
         Tee.log = None
 
 
-def describe_balance(data: Data, weighted: bool) -> str | None:
-    """Return a line about the sizes of the classes and of the validation set, None if both are ordinary."""
-    counts = class_counts(data.train)
-    few, many = (data.label_names[pick(range(len(counts)), key=counts.__getitem__)] for pick in (min, max))
-    lines = []
-    if max(counts) >= 10 * max(1, min(counts)) and not weighted:
-        sizes = f"{max(counts)} training images of {many}, {min(counts)} of {few}"
+def describe_left(seconds: float, before: str = "") -> str:
+    """Return the time that a whole run still takes, "" for less than a minute. before: precedes the text"""
+    if seconds < 60:
+        return ""
+    left = f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.0f} min"
+    return f"{before}about {left} left for the whole run"
+
+
+def describe_balance(data: Data, weighted: bool) -> str:
+    """Return lines about the sizes of the classes, with advice if they differ much, and the worth of an image."""
+    counts, names = class_counts(data.train), [printable(name) for name in data.label_names]
+    few, many = (pick(range(len(counts)), key=counts.__getitem__) for pick in (min, max))
+    each = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
+    span = f"from {counts[few]} ({names[few]}) to {counts[many]} ({names[many]})"
+    lines = [f"training images of each class: {each if len(counts) <= SHOWN else span}"]
+    if counts[many] >= IMBALANCE * max(1, counts[few]) and not weighted:
+        sizes = f"{counts[many]} training images of {names[many]}, {counts[few]} of {names[few]}"
         lines.append(f"{sizes}: --class-weights balanced gives each class the same share of the loss")
-    if len(data.val) < 200:
-        lines.append(f"{len(data.val)} validation images: one image is {100 / len(data.val):.1f} points of top-1")
-    return "; ".join(lines) or None
+    images = len(data.val)
+    lines.append(f"{images} validation images: one image is {100 / images:.2g} points of top-1")
+    return "\n".join(lines)
 
 
 def added_losses(args: argparse.Namespace) -> list[str]:
@@ -305,10 +324,44 @@ def save_student(folder: Path, model: nn.Module, config: Metadata, later: bool =
 
 def write_student(folder: Path, weights: bytes, content: dict[str, Any], card: str) -> None:
     write_whole(folder / "model.safetensors", weights)
+    write_description(folder, content, card)
+
+
+def write_description(folder: Path, content: dict[str, Any], card: str) -> None:
+    """Write config.json and README.md, which stays if its owner has removed MARK."""
     write_whole(folder / "config.json", json.dumps(content, indent=2) + "\n")
     file = folder / "README.md"
     if not file.exists() or MARK in file.read_text(encoding="utf-8", errors="replace"):
         write_whole(file, card)
+
+
+MOST, MOST_LOGITS = 10_000, 10**7  # validation images of a fit, and numbers in their logits
+
+
+def keep_confidence(
+    folder: Path, val: Any, device: torch.device, workers: int | None, model_files: Sequence[str]
+) -> str:
+    """Fit temperature and threshold of a finished student on validation images, and add them to its description.
+
+    folder: the student/ folder; val: images and class indices, of which at most MOST are used, evenly spaced
+
+    Returns:
+        A line for the user.
+    """
+    student = load(folder, RunOn(device.type, model_files=tuple(model_files)))
+    classes = len(student.metadata.label_names)
+    indices = evenly(len(val), max(FEWEST, min(MOST, MOST_LOGITS // classes)))
+    samples = Samples(val, functools.partial(eval_view, metadata=student.metadata))
+    loader = data_loader(samples, [(0, index) for index in indices], 64, workers, pin_memory=False)
+    logits, labels = [np.empty((0, classes), np.float32)], [np.empty(0, np.int64)]
+    for batch in ProgressBar(loader, "temperature", len(indices), 64, unit="images"):
+        if batch.images is not None:
+            logits.append(student.run(batch.images.permute(0, 2, 3, 1).contiguous().numpy()))
+            labels.append(batch.labels.numpy())
+    found = fit_confidence(np.concatenate(logits), np.concatenate(labels), replace(student.metadata, temperature=None))
+    config = replace(read_config(folder), temperature=found.temperature, threshold=found.threshold)
+    write_description(folder, config.to_json(), model_card(config))
+    return found.description
 
 
 MARK = "<!-- Written by kdlite at every save of the student, until this line is removed. -->"
@@ -357,6 +410,11 @@ def model_card(config: Metadata) -> str:
     if "val_top1" in metrics:
         scores = f"top-1 {metrics['val_top1']:.2f} %, top-5 {metrics['val_top5']:.2f} %"
         facts["accuracy on the validation images"] = f"{scores} (n = {sizes[1]})"
+    if config.temperature:
+        facts["temperature"] = f"{config.temperature:g}, which divides the logits before the softmax"
+    if config.threshold:
+        share = f"{100 * ANSWERED:g} % of the validation images are above"
+        facts["none of these"] = f"a largest probability below {config.threshold:g}; {share}"
     lines += [f"- {name}: {value}" for name, value in facts.items() if value]
     lines += ["- licence of the weights: *to be filled in, here and in the header*"]
     lines += ["- licence of the data: *to be filled in*", "", "## Use", ""]

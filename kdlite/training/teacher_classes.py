@@ -21,38 +21,41 @@ from kdlite.training.distributed import warn
 def pick_columns(
     name: str, teacher: list[str] | None, count: int, data: list[str], classes_file: str | None
 ) -> tuple[list[int] | None, str | None]:
-    """Return the column of each class of the data, None for all in their order, and a line that reports it.
+    """Return the teacher's column of each class (None: all columns in their order), and a line that reports them.
 
-    name: of the teacher, whose `count` classes have the names `teacher`, or None if they are unknown
+    name: --teacher; teacher: the names of its `count` classes, or None if they are unknown; data: the names of our
+    classes
     """
     found = f"teacher {name}: {len(data)} of its {count} classes"
     if classes_file:
         columns = [column_of(theirs, name, teacher, count, classes_file) for theirs in read_classes(classes_file, data)]
         if twice := [label for label, column in zip(data, columns) if columns.count(column) > 1]:
-            raise UserError(f"{classes_file} gives {' and '.join(twice[:3])} one class of --teacher {name}")
+            raise UserError(f"{classes_file} gives {' and '.join(twice[:3])} the same class of --teacher {name}")
         return columns, f"{found}, from {classes_file}"
     if teacher is not None and teacher != data:
         return match(data, teacher, name), f"{found} match --data by name"
     if count != len(data):
-        fault = f"--teacher {name} has {count} classes of unknown names, --data has {len(data)}"
-        raise UserError(f"{fault}: --teacher-classes FILE gives the teacher's class for each")
+        fault = f"--teacher {name} has {count} classes without names, but --data has {len(data)}"
+        raise UserError(f"{fault}: give the teacher's class for each with --teacher-classes FILE")
     return None, None
 
 
 def column_of(theirs: str, name: str, teacher: list[str] | None, count: int, classes_file: str) -> int:
-    """Return the column that a line of --teacher-classes means: a class of the teacher by name, else a number."""
+    """Return the column for a line of --teacher-classes: that of the class with this name, else the number."""
     if teacher is not None and (not theirs.isdecimal() or plain(theirs) in map(plain, teacher)):
         return match([theirs], teacher, name)[0]
     if not theirs.isdecimal():
         fault = f"the names of --teacher {name}'s classes are unknown, so {theirs} cannot be found"
         raise UserError(f"{classes_file}: {fault}; give columns, from 0 to {count - 1}")
     if int(theirs) >= count:
-        raise UserError(f"{classes_file}: column {theirs}, but --teacher {name} has {count}, from 0")
+        raise UserError(
+            f"{classes_file}: column {theirs} is too large: --teacher {name} has the columns 0 to {count - 1}"
+        )
     return int(theirs)
 
 
 def match(data: list[str], teacher: list[str], name: str) -> list[int]:
-    """Return the index in `teacher` of each class of the data; UserError if it lacks one, or has several of that name.
+    """Return the index in `teacher` of each class of the data; UserError if a name is missing or occurs several times.
 
     Names match regardless of case, - and _; ImageNet's classes also match by their other names.
     """
@@ -70,19 +73,20 @@ def match(data: list[str], teacher: list[str], name: str) -> list[int]:
         if len(found) > 1:
             several = ", ".join(f"{teacher[i]} ({i})" for i in sorted(found)[:3])
             fault = f"--teacher {name} has several classes with the name {label}: {several}"
-            raise UserError(f"{fault}; --teacher-classes FILE gives the column")
+            raise UserError(f"{fault}; give the column with --teacher-classes FILE")
         columns += found
         lacking += [] if found else [label]
     if lacking:
         fault = f"--teacher {name} lacks {len(lacking)} of --data's {len(data)} classes: {abbreviate(lacking)}"
-        raise UserError(f"{fault}; --teacher-classes FILE gives its names for them")
+        raise UserError(f"{fault}; give the teacher's names for them with --teacher-classes FILE")
     if twice := [label for label, column in zip(data, columns) if columns.count(column) > 1]:
-        raise UserError(f"--teacher {name} has one class for {' and '.join(twice[:3])}: --teacher-classes FILE")
+        fault = f"--teacher {name} has one class for {' and '.join(twice[:3])}"
+        raise UserError(f"{fault}: give the columns with --teacher-classes FILE")
     return columns
 
 
 def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -> None:
-    """Warn if a teacher is not better than chance, or much better with its classes in another order.
+    """Warn if a teacher is not better than chance, or would be much better with its classes in another order.
 
     labels, predictions: class indices of the same images, (N,)
     """
@@ -92,14 +96,14 @@ def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -
     reordered = float(table[linear_sum_assignment(table, maximize=True)].sum() / count)
     if classes > 1 and reordered > right + 0.2 and reordered > 2 * right:
         top1 = f"a top-1 of {100 * reordered:.0f} % instead of {100 * right:.0f} %"
-        warn(f"in another order of its classes this teacher has {top1}: --teacher-classes FILE gives the order")
+        warn(f"in another order of its classes this teacher has {top1}: give the order with --teacher-classes FILE")
     elif right <= 1 / classes + 2 * math.sqrt((1 / classes) * (1 - 1 / classes) / count):
         fault = f"this teacher is not better than chance ({100 / classes:.2g} %)"
-        warn(f"{fault}: is it untrained, or trained with another mean and std?")
+        warn(f"{fault}: check that it is trained, and with this mean and std")
 
 
 def plain(label: str) -> str:
-    """Return a name in one form: NFC, lower case, blanks for - and _."""
+    """Return a name in one form: NFC, lower case, with blanks instead of - and _."""
     return " ".join(unicodedata.normalize("NFC", label).casefold().replace("_", " ").replace("-", " ").split())
 
 
@@ -118,11 +122,11 @@ def read_classes(file: str, data: list[str]) -> list[str]:
         if len(row) != 2:
             raise UserError(f"{file}: {','.join(row)!r}; expected a class of --data,the teacher's name for it")
         if row[0] in theirs:
-            raise UserError(f"{file} names {row[0]} twice: give one line for each class")
+            raise UserError(f"{file} has {row[0]} twice: give one line for each class")
         theirs[row[0]] = row[1]
     labels = [unicodedata.normalize("NFC", label) for label in data]
     if missing := [label for label in labels if label not in theirs]:
         raise UserError(f"{file} lacks {len(missing)} classes of --data: {abbreviate(missing)}")
     if unknown := [label for label in theirs if label not in labels]:
-        raise UserError(f"{file} names {len(unknown)} classes that --data does not have: {abbreviate(unknown)}")
+        raise UserError(f"{file} has {len(unknown)} classes that --data does not have: {abbreviate(unknown)}")
     return [theirs[label] for label in labels]

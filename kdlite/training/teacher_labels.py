@@ -3,16 +3,19 @@
     python -m kdlite.training.teacher_labels --data photos/ --teacher resnet50 --output labels/ --views 10
     python train.py --data photos/ --kd nkd --teacher-labels labels/ --model mobilenet_v2
 
-A view is a training image as one epoch crops and flips it. Its draws depend only on a seed, the number of the view and
-the number of the image, so that a student gets the same crops as the teacher. A folder of labels holds
+A view is a training image with the crop and the flip of one epoch. Its random numbers depend only on a seed, the number
+of images, the number of the view and the number of the image, so that a student gets the same crops as the teacher. A
+folder of labels holds
 
-    labels.json          what the answers belong to: files, transform, seed, teacher, k, views
-    000-00000000.npy     view 0, from image 0 on, up to 16,384 rows: log T_t of the label, float32; the k largest of
-    000-00016384.npy     the other classes: log T_i, float16; their indices, uint16 or int32 (fields target, logprobs,
-                         indices). Then the CRC-32 of all that, 4 bytes, least significant first, which numpy ignores
+    labels.json          the origin of the answers: files, transform, seed, teacher, k, views
+    000-00000000.npy     view 0, up to 16,384 rows from image 0 on. Fields of a row: target, log T_t of the label
+    000-00016384.npy     (float32); logprobs, log T_i of the k largest other classes (float16); indices, the indices of
+                         those classes (uint16 or int32). The last 4 bytes are the CRC-32 of the file before them,
+                         least significant byte first; numpy.load ignores them
 
-A log-probability of -inf is padding. A row of them is an image that could not be read, which training skips too.
-The command takes train.py's flags for data, model and teacher: those of the training that follows.
+A log-probability of -inf is padding. A row with -inf everywhere stands for an image that could not be read; training
+skips that image too. The command takes train.py's flags for data, model and teacher. Give it the data and model flags
+of the training that follows.
 """
 
 from __future__ import annotations
@@ -49,10 +52,10 @@ from kdlite.training.teacher_classes import warn_of_teacher
 from kdlite.training.weights import load_teacher, open_student
 
 HEADER = "labels.json"
-ROWS = 2**14  # of a file: a writer that is stopped loses at most these
-BATCH = 64  # images that the teacher is asked about at once
-FIRST = 2000  # labelled views after which the teacher's top-1 is printed
-SAMPLED = 1000  # files whose content the header's digest covers
+ROWS = 2**14  # rows of a file; a process that stops loses at most these
+BATCH = 64  # images in a batch of the teacher
+FIRST = 2000  # number of labelled views after which the teacher's top-1 is printed
+SAMPLED = 1000  # number of files whose contents the digest in labels.json covers
 
 # The fields that must agree with a student's run, and their names in messages.
 OF_IMAGES = {"images": "number of training images", "files": "digest of their names and classes", "classes": "classes"}
@@ -72,7 +75,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 DRAWS = "((seed * 1000003 + view) * images + index) % 2**63, torch.manual_seed"
 Header = dict[str, Any]  # labels.json
 Answers = tuple[Tensor, Tensor, Tensor]  # log T_t (B,), log T_i (B, k), indices (B, k)
-Ask = Callable[[Tensor, Tensor], Answers]  # of images, uint8 (B, C, H, W), and their labels (B,)
+Ask = Callable[[Tensor, Tensor], Answers]  # images, uint8 (B, C, H, W), and labels (B,) -> answers
 
 
 # ---- labels.json --------------------------------------------------------------------------------------------------
@@ -84,14 +87,17 @@ def row_type(k: int, classes: int) -> np.dtype[Any]:
 
 
 def describe_images(data: Data, view: View) -> Header:
-    """Return the fields of labels.json that belong to the training images and their transform."""
+    """Return the fields of labels.json that describe the training images and their transform."""
     content = from_rank_zero(digest_of_content, data.train)
     header = {"images": len(data.train), "files": data.digest(data.train), "classes": len(data.label_names)}
     return header | {"content": content, "view": view.describe(), "draws": DRAWS}
 
 
 def digest_of_content(images: Any) -> str:
-    """Return a digest of the files' sizes, and of an even sample of their contents: a replaced file changes it."""
+    """Return a digest of the sizes of all files and of the contents of an even sample of them.
+
+    A file of another size changes the digest; a replaced file of the same size changes it only if it is in the sample.
+    """
     paths = [path for path, _ in getattr(images, "samples", [])]
     digest = hashlib.sha256()
     for path in paths:
@@ -107,15 +113,15 @@ def read_header(folder: Path) -> Header:
     try:
         header = read_json(file.read_bytes(), file)
     except OSError as error:
-        fault = f"no teacher's labels in {folder}: {error.strerror}: {HEADER}"
-        raise UserError(f"{fault}; python -m kdlite.training.teacher_labels writes them") from error
+        fault = f"{file} cannot be read: {error.strerror}"
+        raise UserError(f"{fault}; write the labels with python -m kdlite.training.teacher_labels") from error
     check_fields(header, FIELDS, str(file))
     return header
 
 
 def compare(folder: Path, header: Header, ours: Header, fields: dict[str, str]) -> None:
     """Raise UserError at the first field that differs from this run's."""
-    if "content" in header and "images" in fields:  # labels of before 2026-11-28 have none
+    if "content" in header and "images" in fields:  # labels written before 2026-11-28 lack this field
         fields = {**fields, "content": "digest of the files' contents"}
     for name, words in fields.items():
         theirs, mine = header[name], ours[name]
@@ -124,17 +130,18 @@ def compare(folder: Path, header: Header, ours: Header, fields: dict[str, str]) 
             words += "".join(f", {key}" for key in differing)
             theirs, mine = ({key: values.get(key) for key in differing} for values in (theirs, mine))
         if theirs != mine:
-            raise UserError(f"the labels in {folder} are of another {words}: {theirs} there, {mine} here")
+            fault = f"the labels in {folder} differ from this run in the {words}: {theirs} there, {mine} here"
+            raise UserError(f"{fault}; use the flags and files of these labels, or another folder")
 
 
 # ---- files of rows ------------------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """A file, and the images of its rows."""
+    """Describe a file by its view and the images of its rows."""
 
     view: int
-    start: int  # its first image
+    start: int  # index of its first image
     rows: int
 
     @property
@@ -155,30 +162,33 @@ def find_faults(folder: Path, header: Header) -> list[tuple[Part, str]]:
 
 
 def find_fault(file: Path, header: Header, rows: int) -> str | None:
-    """Return the fault of a file of labels, None for none."""
+    """Return the fault of a file of labels, or None if the file is valid."""
     try:
         content = file.read_bytes()
         array = np.load(io.BytesIO(content))
         whole = array.dtype == row_type(header["k"], header["classes"]) and array.shape == (rows,)
         if not whole or content[-4:] != checksum(content[:-4]):
-            return "not whole"
-    except Exception:  # numpy raises many kinds for a damaged file
-        return "missing or not whole"
+            return "damaged"
+    except Exception:  # numpy raises errors of many kinds for a damaged file
+        return "missing or damaged"
     return find_invalid(array["target"], array["logprobs"], array["indices"], header["classes"])
 
 
 def find_invalid(log_t: np.ndarray, top: np.ndarray, indices: np.ndarray, classes: int) -> str | None:
-    """Return the fault of answers, None for none: log-probabilities of distinct classes that sum to at most 1."""
+    """Return the fault of answers, or None if they are valid.
+
+    Valid answers are log-probabilities, finite or -inf, of distinct classes whose probabilities sum to at most 1.01.
+    """
     log_t, top, indices = log_t.astype(np.float64), top.astype(np.float64), indices.astype(np.int64)
     with np.errstate(over="ignore"):
         total = np.exp(log_t) + np.exp(top).sum(1)
     if not (total <= 1.01).all():
-        return f"probabilities of {classes} classes that sum to {total.max():.4g} in an image"
+        return f"the probabilities of an image sum to {total.max():.4g}, expected at most 1"
     stored = top > -np.inf
     if (stored & ((indices < 0) | (indices >= classes))).any():
-        return f"an index outside of {classes} classes"
+        return f"a class index is out of range: expected 0 to {classes - 1}"
     distinct = np.sort(np.where(stored, indices, -1 - np.arange(indices.shape[1])), 1)
-    return "a class twice in an image" if (distinct[:, 1:] == distinct[:, :-1]).any() else None
+    return "an image has a class twice" if (distinct[:, 1:] == distinct[:, :-1]).any() else None
 
 
 def checksum(content: bytes) -> bytes:
@@ -186,23 +196,24 @@ def checksum(content: bytes) -> bytes:
 
 
 class StoredLabels:
-    """(view, index) -> log T_t, log T_i (k,) and indices (k,), read from the files when they are needed.
+    """Return log T_t, log T_i (k,) and indices (k,) of (view, index); read a file when its first row is needed.
 
-    UserError if the labels are missing or damaged, or of other images or another transform than ours (describe_images).
+    Raise UserError if the labels are missing or damaged, or if their images or transform differ from this run's, which
+    describe_images returns.
     """
 
     def __init__(self, folder: Path, ours: Header) -> None:
         self.folder, self.header = folder, read_header(folder)
         compare(folder, self.header, ours, OF_IMAGES)
         self.seed, self.views, self.k = (self.header[name] for name in ("seed", "views", "k"))
-        self.files: dict[tuple[int, int], np.ndarray] = {}  # of the view that was read last
+        self.files: dict[tuple[int, int], np.ndarray] = {}  # (view, first image) -> rows, last view only
         if faults := from_rank_zero(find_faults, folder, self.header):
             part, fault = faults[0]
             fault = f"{len(faults)} files of labels in {folder} are invalid, the first is {part.name}: {fault}"
-            raise UserError(f"{fault}; the same kdlite.training.teacher_labels command writes them again")
+            raise UserError(f"{fault}; run the same kdlite.training.teacher_labels command again to replace them")
 
     def __getstate__(self) -> Header:
-        return self.__dict__ | {"files": {}}  # each process opens its own
+        return self.__dict__ | {"files": {}}  # each process opens the files itself
 
     def __call__(self, view: int, index: int) -> tuple[Tensor, ...]:
         start = index // ROWS * ROWS
@@ -225,7 +236,7 @@ class StoredLabels:
 
 
 class Position(NamedTuple):
-    """Stands for stored labels while they are written: returns the view and the index of a sample."""
+    """Return the view and the index of a sample; replaces StoredLabels while the labels are written."""
 
     seed: int
     views: int
@@ -235,15 +246,15 @@ class Position(NamedTuple):
 
 
 class Writer:
-    """Fill the rows of this rank's files, and write each file when all its images have been seen."""
+    """Fill the rows of this rank's files, and write each file when all its images are processed."""
 
     def __init__(self, folder: Path, header: Header, todo: Sequence[Part]) -> None:
         self.folder, self.header, self.todo = folder, header, list(todo)
         self.rows: dict[tuple[int, int], np.ndarray] = {}  # (view, start) -> rows of a file
-        self.seen = 0  # images of the files that are not written
+        self.seen = 0  # processed images of files that are not written yet
 
     def unread_rows(self, rows: int) -> np.ndarray:
-        """Return rows of images that cannot be read: no class has a probability."""
+        """Return rows that stand for images that cannot be read: -inf everywhere."""
         file = np.zeros(rows, row_type(self.header["k"], self.header["classes"]))
         file["target"] = file["logprobs"] = -np.inf
         return file
@@ -252,7 +263,8 @@ class Writer:
         """Store the answers about images at (view, index)."""
         log_t, top, indices = (x.cpu().numpy() for x in answers)
         if fault := find_invalid(log_t, top, indices, self.header["classes"]):
-            raise UserError(f"the teacher's answers are invalid: {fault}; for NaN the cause may be --amp: --amp off")
+            fault = f"the teacher's answers are invalid: {fault}"
+            raise UserError(f"{fault}; if the sum is nan, try --amp off: mixed precision may be the cause")
         self.seen += len(positions)
         for (view, index), *row in zip(positions, log_t, top, indices):
             start = index // ROWS * ROWS
@@ -271,7 +283,7 @@ class Writer:
 
 @contextmanager
 def lock_labels(folder: Path, header: Header) -> Iterator[None]:
-    """Create and lock the folder; raise UserError if it has labels of something else, or another writer."""
+    """Create and lock the folder; UserError if it has other labels, or if another process writes to it."""
     with ExitStack() as at_the_end:
         from_rank_zero(begin_labels, folder, header, at_the_end)
         yield
@@ -282,7 +294,7 @@ def begin_labels(folder: Path, header: Header, at_the_end: ExitStack) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror}") from error
+        raise UserError(f"cannot make {folder}: {error.strerror}; --output names another folder") from error
     at_the_end.enter_context(locked(folder))
     if (folder / HEADER).exists():
         compare(folder, read_header(folder), header, OF_IMAGES | OF_TEACHER)
@@ -293,13 +305,13 @@ def begin_labels(folder: Path, header: Header, at_the_end: ExitStack) -> None:
 def write_labels(
     folder: Path, header: Header, images: Any, transform: Transform, ask: Ask, workers: int | None, stop: StopRequest
 ) -> bool:
-    """Ask the teacher about every view of every training image; return False if a rank was asked to stop.
+    """Run the teacher on every view of every training image; return whether all files are written (False after a stop).
 
-    The ranks share the files. Whole files stay as they are, so that the same call continues after a stop.
+    The ranks share the files. Files that are written already stay, so that the same call continues after a stop.
     """
     todo = [part for part, _ in from_rank_zero(find_faults, folder, header)]
     rows, all_rows = sum(part.rows for part in todo), header["images"] * header["views"]
-    there = f", {all_rows - rows} there already" if rows < all_rows else ""
+    there = f", {all_rows - rows} written already" if rows < all_rows else ""
     size = all_rows * row_type(header["k"], header["classes"]).itemsize / 1e6
     log(f"labels of {all_rows} views ({header['images']} images x {header['views']}){there}: {size:.1f} MB")
     mine = todo[RANK::WORLD_SIZE]
@@ -315,29 +327,29 @@ def write_labels(
         writer.write()
         if stop.name:
             break
-    return not any(gather(writer.todo))  # a rank may have fewer files than another, and waits for it
+    return not any(gather(writer.todo))  # a rank with fewer files waits here for the others
 
 
 # ---- the command --------------------------------------------------------------------------------------------------
 
 COUNT = number(int, 1)
-FLAGS: Table = {  # those with a name of train.py's mean the same
+FLAGS: Table = {  # a flag with the name of a train.py flag has the same meaning
     "labels": {
         "output": Flag(None, "the folder of labels; the same command continues after a stop", required=True),
-        "views": Flag(10, "epochs of crops and flips that the teacher is asked about", type=COUNT),
-        "top_k": Flag(None, "classes to store of each answer (default: 10; all with --unlabelled)", type=COUNT),
+        "views": Flag(10, "views of each image to store: epochs of crops and flips", type=COUNT),
+        "top_k": Flag(None, "classes of each answer to store (default: 10; all with --unlabelled)", type=COUNT),
         "seed": Flag(0, "seed of the views", type=number(int, 0, 2**32 - 1)),
     },
     "teacher": {
         "teacher": Flag(None, "the teacher, as train.py takes it", path=True, required=True),
-        "teacher_classes": Flag(None, "file of lines CLASS,THE TEACHER'S NAME OR COLUMN", path=True),
+        "teacher_classes": Flag(None, "CSV file: a class, then the teacher's name or column for it", path=True),
     },
     "the training that follows": {
         "data": Flag("digits", "digits, cifar10, cifar100 or a folder", path=True),
-        "unlabelled": Flag(None, "a folder of more photographs, without a label", path=True),
+        "unlabelled": Flag(None, "a folder of more photographs, without labels", path=True),
         "val_split": Flag(None, "share of each class to validate on", type=number(float, 0, 1, above=True)),
         "img_size": Flag(BY_RECIPE, "pixels a side, or height and width", type=COUNT, nargs="+"),
-        "in_chans": Flag(3, "channels that the student gets", type=int, choices=[1, 3]),
+        "in_chans": Flag(3, "channels of the student's images", type=int, choices=[1, 3]),
         "crop": Flag(BY_RECIPE, "random crop", choices=["resized", "pad", "none"]),
         "hflip": Flag(BY_RECIPE, "probability of a horizontal flip", type=number(float, 0, 1)),
         "randaugment": Flag(None, "operations (0: off) and magnitude", type=number(int, 0, 30), nargs=2),
@@ -348,15 +360,15 @@ FLAGS: Table = {  # those with a name of train.py's mean the same
         "recipe": Flag(None, "as train.py's", choices=sorted(RECIPES)),
     },
     "machine": {
-        "workers": Flag(None, "data loading processes per process", type=number(int, 0)),
-        "device": Flag("auto", "where the teacher runs", choices=["auto", "cpu", "cuda"]),
+        "workers": Flag(None, "data loading workers per rank", type=number(int, 0)),
+        "device": Flag("auto", "device that the teacher runs on", choices=["auto", "cpu", "cuda"]),
         "amp": Flag("auto", "mixed precision", choices=["auto", "bf16", "fp16", "off"]),
     },
 }  # fmt: skip
 
 
 class Asker:
-    """Ask the teacher about a batch; after FIRST labelled views print how often it is right."""
+    """Ask the teacher about a batch; after FIRST labelled views print its top-1."""
 
     def __init__(self, teacher: Teacher, to_device: ToDevice, amp: torch.dtype | None, k: int, classes: int) -> None:
         self.teacher, self.to_device, self.amp, self.k, self.classes = teacher, to_device, amp, k, classes
@@ -365,7 +377,7 @@ class Asker:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, labels: Tensor) -> Answers:
-        """Return the answers about a batch. An image without a label gets the teacher's first class in its place."""
+        """Return the answers about a batch. If an image has no label, the teacher's most probable class replaces it."""
         images, labels, *_ = self.to_device(Batch(images, labels, []))
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             logits = self.teacher(images)
@@ -391,9 +403,10 @@ def run(argv: list[str] | None = None) -> None:
         classes = len(data.label_names)
         k = (classes - 1 if args.unlabelled else min(10, classes - 1)) if args.top_k is None else args.top_k
         if args.unlabelled and k < classes - 1:
-            raise UserError(f"--unlabelled needs the teacher's answer about every class: --top-k {classes - 1}")
+            fault = "--unlabelled needs the teacher's answer about every class"
+            raise UserError(f"{fault}: give --top-k {classes - 1}, or omit --top-k")
         if k >= classes:
-            raise UserError(f"--top-k {k}: {classes} classes have {classes - 1} next to the label")
+            raise UserError(f"--top-k {k} is too large: give at most {classes - 1}, all classes but the label")
         args.small_stem = False  # only the student's preprocessing matters here
         images = data.preprocessing(args.in_chans, args.interpolation, args.eval_crop)
         _, config, _ = open_student(args, data.label_names, images, args.pretrained)
@@ -408,8 +421,9 @@ def run(argv: list[str] | None = None) -> None:
         folder, ask = Path(os.path.expanduser(args.output)), Asker(teacher, to_device, amp, k, classes)
         with lock_labels(folder, header):
             whole = write_labels(folder, header, data.train, view.transform(), ask, args.workers, stop)
-        kept = f"stopped by {stop}: whole files in {folder} are kept, the same command continues"
-        log(f"--kd nkd --teacher-labels {folder} trains from them" if whole else kept)
+        kept = f"stopped by {stop}: the complete files in {folder} are kept; run the same command again to continue"
+        done = f"all labels are written; python train.py --kd nkd --teacher-labels {folder} trains from them"
+        log(done if whole else kept)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
-"""Get the weights of a student and of a teacher: a library's ImageNet weights, a file, a student/ folder.
+"""Load the weights of a student and of a teacher: a library's ImageNet weights, a file or a student/ folder.
 
-A student takes the tensors of a file that fit its own, and prints how many. A teacher is taken whole; if it has more
-classes than the data, or another order, teacher_classes.py finds the columns of its logits.
+A student loads the tensors of a file that fit its own, and reports their number. A teacher loads all tensors; if it has
+more classes than the data, or another order, teacher_classes.py finds the columns of its logits.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from kdlite import Teacher
 from kdlite.training.distributed import local_rank_zero_first, log
 from kdlite.training.teacher_classes import pick_columns
 
-PREPROCESSING = ("mean", "std", "interpolation", "crop")  # of config.json, next to the input size
+PREPROCESSING = ("mean", "std", "interpolation", "crop")  # fields of config.json, next to the input size
 Images = dict[str, Any]  # the values of PREPROCESSING
 
 
 class Pretrained(NamedTuple):
-    """A library's ImageNet weights, before the download."""
+    """Describe a library's ImageNet weights before the download."""
 
     label_names: list[str] | None  # None: unknown
     num_classes: int
     input_size: list[int]  # [3, H, W]
     images: Images
-    where: str  # how to get the file without this download
+    where: str  # advice: how to get the file by hand
     fetch: Callable[[], nn.Module]  # may download
 
 
 def find_pretrained(name: str, library: str) -> Pretrained:
-    """Return torchvision's first weights, those of the paper's teachers, or timm's default ones.
+    """Return torchvision's first weights (which the paper's teachers have) or timm's default weights.
 
     UserError if the library has no weights for this model.
     """
@@ -80,13 +80,13 @@ def find_pretrained(name: str, library: str) -> Pretrained:
 
 def fetch(pretrained: Pretrained, flag: str, by_hand: str) -> nn.Module:
     """Download a library's model with its weights, one process of a machine first."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of ten attempts
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each of ten attempts
     try:
         with local_rank_zero_first():
             return pretrained.fetch()
-    except Exception as error:  # each source has its own errors
+    except Exception as error:  # each source raises errors of its own
         reason = f"{type(error).__name__}: {first_line(error)[:100]}"
-        fault = f"{flag}: its ImageNet weights are not here and could not be fetched ({reason})"
+        fault = f"{flag}: its ImageNet weights are not on this machine, and the download failed ({reason})"
         raise UserError(f"{fault}; {pretrained.where}; {by_hand}") from error
 
 
@@ -96,16 +96,16 @@ def fetch(pretrained: Pretrained, flag: str, by_hand: str) -> nn.Module:
 def open_student(
     args: argparse.Namespace, label_names: list[str], images: Images, pretrained: bool | str = False
 ) -> tuple[nn.Module, Metadata, str | None]:
-    """Return a model to train, its config.json, and a line that reports where its weights come from.
+    """Return a model to train, its config.json, and a line that reports the source of its weights.
 
     Args:
-        args: model, model_args, small_stem: as of find_architecture; or model: a student/ folder with these classes and
-            this size, which brings its preprocessing, arguments and stem, and model_file: code that may run for it;
-            in_chans, and img_size: [H, W]
-        label_names: the classes
-        images: used unless the weights bring theirs
-        pretrained: True: start from the library's ImageNet weights; a path: from what fits of a student/ folder or a
-            file of weights
+        args: model, model_args and small_stem, as for find_architecture, or model: a student/ folder with these classes
+            and this size, whose preprocessing, arguments and stem replace the flags, and model_file: code that may run
+            for that folder; in_chans; img_size: [H, W]
+        label_names: names of the classes
+        images: preprocessing, unless the weights have their own
+        pretrained: True: start from the library's ImageNet weights; a path: start from the tensors that fit in a
+            student/ folder or a file of weights
     """
     size, classes = [args.in_chans, *args.img_size], len(label_names)
     if is_folder(args.model):
@@ -114,27 +114,27 @@ def open_student(
     model = build_model(architecture, classes, size, [args.model])
     report = None
     if pretrained:
-        check_forward(model, f"--model {args.model}", size, classes, 2)  # lazy layers get their shapes
+        check_forward(model, f"--model {args.model}", size, classes, 2)  # gives lazy layers their shapes
         weights, theirs, source = find_start(args.model, architecture["library"], pretrained)
         images = theirs or images
         numbers = ", ".join(f"{key} {images[key]}" for key in PREPROCESSING)
         report = f"{load_matching(model, weights, source)}; preprocessing of these weights: {numbers}"
-    if len(images["mean"]) != size[0]:  # those of colour images, for grey ones
+    if len(images["mean"]) != size[0]:  # grey images with the values of colour images
         images = images | {key: [sum(images[key]) / len(images[key])] * size[0] for key in ("mean", "std")}
     config = {"num_classes": classes, "label_names": label_names, "input_size": size}
     return model, Metadata.from_json(architecture | config | images, "the student"), report
 
 
 def find_start(name: str, library: str, pretrained: bool | str) -> tuple[dict[str, Tensor], Images | None, str]:
-    """Return the weights of a library (True) or a file, the preprocessing they were trained with, and their source."""
+    """Return the weights of a library (True) or a file, their preprocessing (None: unknown), and their source."""
     if isinstance(pretrained, str):
         weights, images = read_weights(pretrained)
         if images is None and library != "file":
-            with contextlib.suppress(UserError):  # the library has no weights for it
+            with contextlib.suppress(UserError):  # the library may lack weights for the model
                 images = find_pretrained(name, library).images
         return weights, images, pretrained
     if library == "file":
-        raise UserError("--pretrained without a value is for torchvision's and timm's models: --pretrained FILE")
+        raise UserError("--pretrained without a value is for torchvision's and timm's models: give --pretrained FILE")
     found = find_pretrained(name, library)
     weights = fetch(found, f"--pretrained {name}", "--pretrained FILE uses it").state_dict()
     return weights, found.images, f"the ImageNet weights of {name}"
@@ -148,17 +148,17 @@ def start_from_folder(
     theirs, ours = ("x".join(map(str, size)) for size in (config.input_size, input_size))
     fault = f"takes {theirs} (--in-chans and --img-size), not {ours}" if theirs != ours else ""
     if config.num_classes != len(label_names):
-        fault = f"has {config.num_classes} classes, --data has {len(label_names)}"
+        fault = f"has {config.num_classes} classes, but --data has {len(label_names)}"
     if fault:
-        advice = f"--model {config.architecture} --pretrained {folder} takes what fits"
+        advice = f"--model {config.architecture} --pretrained {folder} loads the tensors that fit"
         raise UserError(f"--model {folder} {fault}: {advice}")
-    return model, replace(config, label_names=label_names)
+    return model, replace(config, label_names=label_names, temperature=None, threshold=None)  # fitted anew at the end
 
 
 def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
     """Return the tensors in a student/ folder, a .safetensors, a .pth or a .pt, and the preprocessing of a folder.
 
-    UserError if the file is missing or damaged, or holds more than tensors.
+    UserError if the file is missing or damaged, or contains other objects than tensors.
     """
     path, images = Path(name), None
     if path.is_dir():
@@ -171,10 +171,10 @@ def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
     try:
         safe = path.suffix == ".safetensors"
         found: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own
+    except Exception as error:  # each reader raises errors of its own
         raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
     found = found if isinstance(found, dict) else {}
-    nested = ("model_ema", "state_dict_ema", "ema", "state_dict", "model")  # keys of training scripts
+    nested = ("model_ema", "state_dict_ema", "ema", "state_dict", "model")  # keys that training scripts use
     sets = [key for key in nested if isinstance(found.get(key), dict)]
     if len(sets) > 1:
         log(f"{path} holds {' and '.join(sets)}: {sets[0]} is used")
@@ -185,12 +185,11 @@ def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
 
 
 def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> str:
-    """Load every tensor that fits the model, start a new classifier at zero, and return a line that reports both.
+    """Load every tensor that fits the model, set a new classifier to zero, and return a line that reports both.
 
-    Position embeddings are resampled, and colour filters summed for grey images, by timm's functions. A classifier that
-    starts at zero has a first loss of ln C; the library's random one may have twice that, which disturbs the features.
-    fit_classifiers (probe.py) gives a linear one a better start.
-    UserError if not one parameter fits.
+    timm's functions resample position embeddings, and sum colour filters for grey images. A classifier of zeros has a
+    first loss of ln C; a random classifier may have twice that loss, which disturbs the features. fit_classifiers
+    (probe.py) gives a linear classifier a better start. UserError if no parameter fits.
     """
     own = model.state_dict()
     prefix = common_prefix(own, weights)
@@ -204,7 +203,7 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
             taken[name] = fitted
     if not taken.keys() & dict(model.named_parameters()).keys():
         names = (", ".join(list(tensors)[:3]) for tensors in (weights, own))
-        held = "it has {}, ..., the model {}, ...".format(*names)
+        held = "it has {}, ..., the model has {}, ...".format(*names)
         raise UserError(f"{source} holds no tensor that fits {type(model).__name__}: {held}")
     model.load_state_dict(taken, strict=False)
     report = f"{source}: {len(taken)} of {len(own)} tensors loaded"
@@ -217,12 +216,12 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
 
 
 def find_new_classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the classifiers by name that load_matching has started at zero."""
+    """Return the classifiers, by name, that load_matching has set to zero."""
     return {name: head for name, head in find_classifiers(model).items() if not cast(Tensor, head.weight).any()}
 
 
 def find_classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the classifier by name: timm's own answer, else the last layer with weights if it is linear."""
+    """Return the classifiers by name: those that timm names, else the last layer with weights if it is linear."""
     weighted = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
     if hasattr(model, "get_classifier"):
         found: Any = model.get_classifier()  # type: ignore[operator]
@@ -234,7 +233,7 @@ def find_classifiers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def common_prefix(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
-    """Return the prefix of wrappers (module., model., _orig_mod.) before the names; "" if no other fits better."""
+    """Return the prefix that wrappers put before the names (module., model., _orig_mod.); "" if it fits most names."""
     count = Counter({"": sum(name in weights for name in own)})
     for key in weights:
         parts = key.split(".")
@@ -245,7 +244,7 @@ def common_prefix(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
 
 
 def convert_tensor(model: nn.Module, name: str, theirs: Tensor, ours: Tensor) -> Tensor | None:
-    """Return a tensor of another model in the shape of ours; None if it does not fit."""
+    """Convert a tensor of another model to the shape of ours; return None if it does not fit."""
     if theirs.shape == ours.shape:
         return theirs
     if "pos_embed" in name and theirs.ndim == 3 and theirs.shape[2] == ours.shape[2]:
@@ -263,8 +262,8 @@ def convert_tensor(model: nn.Module, name: str, theirs: Tensor, ours: Tensor) ->
 def settle_batch_norm(net: nn.Module, steps: int) -> str | None:
     """Raise the momentum of batch norms whose running averages would not settle in `steps` steps; return a report.
 
-    A momentum of 0.01 is for long training: after 90 steps 40 % of an average is still its initial value, and
-    evaluation fails while training goes well. Afterwards at most 1e-4 of the initial value is left.
+    A momentum of 0.01 is for long training: after 90 steps the initial value still has a weight of 40 % in an average,
+    so that evaluation fails although training works. With the raised momentum that weight is at most 1e-4.
     """
     least = 1 - 1e-4 ** (1 / steps)
     slow = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.momentum is not None and m.momentum < least]
@@ -275,9 +274,9 @@ def settle_batch_norm(net: nn.Module, steps: int) -> str | None:
 
 
 def freeze_batch_norm(net: nn.Module) -> None:
-    """Let trained batch norms use their running averages in training too: few images would only spoil them.
+    """Let trained batch norms use their running averages in training too: few images would make them worse.
 
-    net.train() ends it. A batch norm that has never seen an image keeps training.
+    net.train() undoes this. A batch norm with initial averages still trains.
     """
     for module in net.modules():
         if isinstance(module, _BatchNorm) and module.running_var is not None and (module.running_var != 1).any():
@@ -288,7 +287,7 @@ def copy_for_average(student: nn.Module, decay: float) -> ModelEmaV3 | None:
     try:
         return ModelEmaV3(student, decay=decay, use_warmup=True) if decay else None
     except RuntimeError as error:
-        raise UserError(f"--ema-decay needs a model that can be copied: {first_line(error)}") from error
+        raise UserError(f"--ema-decay needs a model that deepcopy can copy: {first_line(error)}") from error
 
 
 # ---- a teacher ----------------------------------------------------------------------------------------------------
@@ -299,11 +298,11 @@ class LoadedTeacher(NamedTuple):
     mean: Sequence[float]
     std: Sequence[float]
     input_size: Sequence[int]  # (channels, H, W)
-    columns: list[int] | None  # of its logits, one for each class of the student; None: all, in their order
-    report: str | None  # how they were found
+    columns: list[int] | None  # logits of the student's classes; None: all in their order
+    report: str | None  # the line of pick_columns about them
 
     def wrap(self, student: Metadata) -> Teacher:
-        """Print the report, and return the teacher, frozen, for batches that are normalised for a student."""
+        """Print the report, and return the frozen teacher for batches that are normalised for a student."""
         log(self.report)
         own, theirs = (self.mean, self.std), (student.mean, student.std)
         return Teacher(self.model, *own, *theirs, size=self.input_size[1:], columns=self.columns)
@@ -312,15 +311,15 @@ class LoadedTeacher(NamedTuple):
 def load_teacher(
     name: str, student: Metadata, model_files: Sequence[str] = (), classes_file: str | None = None
 ) -> LoadedTeacher:
-    """Load a teacher of a student's classes, which may have more classes or another order; UserError if it lacks one.
+    """Load a teacher, which may have more classes than the student, or another order; UserError if it lacks a class.
 
     Args:
-        name: a student/ folder; a library's model with its ImageNet weights, or model:file with weights in a file; or
-            path/to/file.py:function with its own weights and, if they differ from the student's, attributes mean, std
-            and input_size
+        name: a student/ folder; a library's model with its ImageNet weights; model:file with weights in a file; or
+            path/to/file.py:function, whose model has its own weights and, if they differ from the student's, the
+            attributes mean, std and input_size
         student: the student's config.json
-        model_files: as of load_student
-        classes_file: of --teacher-classes, or None
+        model_files: as for load_student
+        classes_file: the file of --teacher-classes, or None
     """
     count = student.num_classes
     names: list[str] | None = None
@@ -340,17 +339,19 @@ def load_teacher(
             model, count = load_from_file(model_name, file, input_size)
             names = names if names and count == len(names) else None
         else:
-            pick_columns(name, names, count, student.label_names, classes_file)  # before a download
+            pick_columns(name, names, count, student.label_names, classes_file)  # checks before the download
             model = fetch(found, f"--teacher {name}", f"--teacher {name}:FILE uses it").float()
     if input_size[0] < student.input_size[0]:
-        raise UserError(f"--teacher {name} takes grey images, the student colour: --in-chans 1 makes both grey")
+        raise UserError(
+            f"--teacher {name} takes grey images, but the student takes colour images: use --in-chans 1 for both"
+        )
     check_forward(model.eval(), f"--teacher {name}", input_size, count)
     columns, report = pick_columns(name, names, count, student.label_names, classes_file)
     return LoadedTeacher(model, mean, std, input_size, columns, report)
 
 
 def load_from_file(name: str, file: str, input_size: Sequence[int]) -> tuple[nn.Module, int]:
-    """Return a library's model with the weights in a file, and its number of classes, which the weights decide."""
+    """Return a library's model with the weights in a file, and its number of classes according to the weights."""
     weights, _ = read_weights(file)
     architecture = find_architecture(name, (), False, input_size)
     model = build_model(architecture, 2, input_size)
@@ -359,7 +360,7 @@ def load_from_file(name: str, file: str, input_size: Sequence[int]) -> tuple[nn.
     heads = [key for key, value in model.state_dict().items() if value.ndim >= 1 and value.shape[0] == 2]
     counts = Counter(weights[key].shape[0] for key in heads if key in weights)
     if not counts:
-        raise UserError(f"--teacher {name}:{file}: the file has no classifier of {name}: {', '.join(heads[:2])}")
+        raise UserError(f"--teacher {name}:{file}: the file lacks the classifier of {name}: {', '.join(heads[:2])}")
     classes = counts.most_common(1)[0][0]
     model = build_model(architecture, classes, input_size)
     load_weights(model, weights, f"--teacher {name}:{file}")

@@ -14,10 +14,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from students import load, model_files, write_run
 
-from deploy import check, quantize
+from deploy import check, export, quantize
 from deploy.config import read_config
 from deploy.preprocess import open_image, prepare
 from deploy.reference import keep_reference, read_reference
+from deploy.runtimes import softmax
 from deploy.student import load_student
 from kdlite.training.outputs import save_student
 
@@ -69,11 +70,47 @@ def test_the_table_is_what_a_plain_loop_counts(deployed, source, capsys, tmp_pat
         assert row["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
         assert row["agreement"] == pytest.approx(100 * (logits.argmax(1) == expected.argmax(1)).mean())
         assert row["max_abs_error"] == pytest.approx(np.abs(logits - expected).max(), abs=1e-5, rel=0.1)
+        assert row["ece_raw"] == pytest.approx(plain_calibration_error(logits, labels, 1), abs=0.05)
+        assert "ece" not in row
     with open(deployed / "student/per_class.csv", encoding="utf-8") as file:
         hits = sum(float(row["recall"] or 0) * int(row["n"]) for row in csv.DictReader(file))
     assert hits == pytest.approx((expected.argmax(1) == labels).sum(), abs=0.1)  # recalls have four digits
     assert (deployed / "student/confusion.png").stat().st_size > 1000
     assert "1 2 5 64" in capsys.readouterr().out
+
+
+def plain_calibration_error(logits, labels, temperature):
+    gaps = [0.0] * 15
+    for row, label in zip(logits.astype(float) / temperature, labels):
+        powers = np.exp(row - row.max())
+        confidence = powers.max() / powers.sum()
+        gaps[min(int(confidence * 15), 14)] += confidence - (row.argmax() == label)
+    return 100 * sum(map(abs, gaps)) / len(labels)
+
+
+def test_the_table_has_the_confidence_of_each_file_by_its_own_numbers(run, capsys):
+    config = json.loads((run / "student/config.json").read_text())
+    deploy(quantize, run, "--target", "cpu", "--count", "64")
+    reference = read_reference(run / "student", None, "")
+    p = softmax(reference.logits / 2.5)
+    threshold = float(np.median(p.max(1)))
+    (run / "student/config.json").write_text(json.dumps(config | {"temperature": 2.5, "threshold": threshold}))
+    deploy(export, run, "--format", "onnx")
+    np.savez(run / "reference.npz", **reference._asdict() | {"labels": np.roll(reference.labels, 1)})
+    labels = read_reference(run / "student", None, "").labels
+    deploy(check, run, "student.onnx", "student-int8-cpu.onnx", "--device", "cpu")
+    rows = rows_of(run)
+    row, answered, right = rows["student/"], p.max(1) >= threshold, p.argmax(1) == labels
+    assert (row["temperature"], row["threshold"]) == (2.5, threshold)
+    assert row["ece_raw"] == pytest.approx(plain_calibration_error(reference.logits, labels, 1), abs=0.01)
+    assert row["ece"] == pytest.approx(plain_calibration_error(reference.logits, labels, 2.5), abs=0.01)
+    assert 0 < answered.sum() < len(labels)
+    assert row["answered"] == pytest.approx(100 * answered.mean())
+    assert row["top1_answered"] == pytest.approx(100 * right[answered].mean())
+    for column in ("temperature", "threshold", "ece", "ece_raw"):
+        assert rows["student.onnx"][column] == pytest.approx(row[column], abs=0.01)
+    assert rows["student-int8-cpu.onnx"]["temperature"] != 2.5
+    assert "ece_raw" in capsys.readouterr().out
 
 
 def test_json_is_the_only_output_and_the_content_of_the_file(deployed, tmp_path, capsys):
@@ -198,7 +235,7 @@ def test_a_failed_int8_file_comes_with_advice():
     row = {"provider": "CUDAExecutionProvider", "precision": "int8-tensorrt", "agreement": 70.0, "top1_difference": 0.0}
     verdict = check.judge(row, tally)
     assert verdict.startswith("FAIL: agreement 70.00 < 90.0 %; ")
-    assert "quantize --method percentile" in verdict
+    assert "quantize --max-drop" in verdict
     assert check.judge(row | {"agreement": 95.0}, tally) == "pass"
 
 

@@ -36,7 +36,7 @@ SERVER = ("starlette", "uvicorn", "prometheus-client", "python-multipart")
 
 # ---- the arrows ----------------------------------------------------------------------------------------------------
 
-FORMAT = ("cli", "config", "preprocess", "run_directory", "reference", "per_class", "student", "runtimes")  # a student
+FORMAT = ("cli", "config", "preprocess", "run_directory", "reference", "per_class", "student", "runtimes", "confidence")
 FORMAT = tuple(f"deploy.{name}" for name in FORMAT)
 # The files, and all that they may import besides the standard library. "deploy.*" are the files of the folder without
 # its folders; a package in brackets is imported inside a function, because not every machine has it. The first row
@@ -61,7 +61,7 @@ ARROWS = {
     "deploy/*.py": (
         *("deploy.*", "numpy", "PIL"),
         *("[matplotlib]", "[onnx]", "[onnxruntime]", "[pynvml]", "[tqdm]", "[torch]"),
-        *("[tensorrt]", "[tensorrt_rtx_bindings]", "[onnxruntime_ep_nv_tensorrt_rtx]"),
+        *("[tensorrt]", "[tensorrt_rtx_bindings]", "[onnxruntime_ep_nv_tensorrt_rtx]", "[openvino]", "[ncnn]"),
     ),
 }
 
@@ -167,7 +167,7 @@ def on(device, *command, cwd=None, status=0, output="stdout", **environment):
 @pytest.mark.slow
 def test_light_modules_load_nothing_else_even_where_torch_is_installed():
     """By all that they import at the top, directly or not."""
-    light = "serve, check, benchmark, build, triton, predict, pack, quantize, tensorrt, on_device"
+    light = "serve, check, benchmark, build, triton, predict, pack, quantize, candidates, tensorrt, on_device"
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from deploy import {light}; print(*sys.modules)"
     loaded = set(on(Path(sys.executable), "-c", program).split())
     foreign = (
@@ -272,7 +272,7 @@ def expected(made):
     """The five best labels, computed here with torch."""
     runtime = load(made / "student", device="cpu")
     logits = runtime.run(prepare(open_image(made / "photo.jpg"), runtime.metadata)[None])[0]
-    return [(label, round(100 * p, 1)) for label, p, _ in top_labels(logits, runtime.metadata.label_names)]
+    return [(label, round(100 * p, 1)) for label, p, _ in top_labels(logits, runtime.metadata)]
 
 
 def test_predict_and_serve_print_the_labels_of_torch(device, made, expected):

@@ -1,4 +1,4 @@
-"""Small networks for the tests of FeatureTap and WithWeakHead."""
+"""Define small networks for the tests of FeatureTap and WithWeakHead."""
 
 import math
 
@@ -11,7 +11,7 @@ from kdlite import uskd_loss
 
 
 class Net(nn.Module):
-    """A small CNN with two stages and a layer that never runs."""
+    """Run a small CNN with two stages; a third layer never runs."""
 
     def __init__(self, checkpointed=None):
         super().__init__()
@@ -39,14 +39,14 @@ class Entry(nn.Module):
 
 
 class Transpose(nn.Module):
-    """Swap (N, L, C) and (L, N, C): nn.TransformerEncoder has tokens first."""
+    """Swap (N, L, C) and (L, N, C), because nn.TransformerEncoder has the tokens first."""
 
     def forward(self, x):
         return x.transpose(0, 1)
 
 
 class Returning(nn.Module):
-    """A model that returns ``pack(logits)``."""
+    """Return ``pack(logits)`` of a small model."""
 
     def __init__(self, pack):
         super().__init__()
@@ -57,7 +57,7 @@ class Returning(nn.Module):
 
 
 class TwoInputs(Net):
-    """A model that multiplies its images with a mask."""
+    """Multiply the images by a mask before the CNN."""
 
     def forward(self, x, mask, *, scale):
         return super().forward(x * mask) * scale

@@ -1,4 +1,4 @@
-"""python -m kdlite.check: is your own NKD the paper's?"""
+"""Test python -m kdlite.check, which compares a loss with NKD."""
 
 import functools
 import subprocess
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 def nkd_loss(student_logits, teacher_logits, target, gamma=1.5, temperature=1.0):
-    """A copy by hand: the classes but the target picked out by a mask."""
+    """Compute NKD with a mask that removes the target."""
     teacher_logits = teacher_logits.detach()
     s, t = F.log_softmax(student_logits, 1), F.softmax(teacher_logits, 1)
     rows = torch.arange(len(target))
@@ -48,7 +48,7 @@ CHANGES = {  # code, its replacement, and the name of the mistake
     "gamma * temperature**2": ("gamma", "the non-target part lacks the temperature squared"),
     "temperature**2 *": ("temperature *", "has the temperature once, not squared"),
     "teacher_logits.detach()": ("teacher_logits", "gradient flows into the teacher"),
-    ".mean()": (".sum()", "the sum over the batch is returned"),
+    ".mean()": (".sum()", "the loss returns the sum over the batch"),
     "-t[rows, target] * s[rows, target]": (
         "-t[rows, target] * s[rows, target].detach()",
         "the target term has no gradient",
@@ -60,7 +60,7 @@ CHANGES = {  # code, its replacement, and the name of the mistake
     ".sum(1)).mean()\n": (".sum(1)).mean() / s.shape[1]\n", "the mean is over rows and classes"),
     "return (target_term": (
         "return F.cross_entropy(student_logits, target) + (target_term",
-        "the cross-entropy is in it",
+        "the loss contains the cross-entropy",
     ),
     "target_term + ": ("0.5 * target_term + ", "the mistake is not a known one"),
 }
@@ -76,7 +76,7 @@ hand = function(HAND)
 
 
 class Official(nn.Module):
-    """In the form of the official code: a class with two arguments that the loss ignores."""
+    """Compute NKD in the form of the official code: a class, with two arguments that the loss ignores."""
 
     def __init__(self, name, use_this, temp=1.0, gamma=1.5):
         super().__init__()
@@ -94,12 +94,12 @@ class Callable:
         return hand(student, teacher, y, 1.5, self.T)
 
 
-RIGHT = {  # a right copy, and the notes about its call
+RIGHT = {  # a right loss, and the notes about its call
     "kdlite": (nkd_loss, ["gamma: varied by gamma", "temperature: varied by temperature"]),
     "a function": (hand, ["called as (student, teacher, target)"]),
     "a class": (Official, ["gamma: varied by gamma", "temperature: varied by temp"]),
     "an instance": (Official("nkd", True, 3.0, 3.5), ["gamma: varied by gamma", "temperature: varied by temp"]),
-    "an object": (Callable(), ["called as (teacher, student, target)", "gamma: 1.5, a constant inside"]),
+    "an object": (Callable(), ["called as (teacher, student, target)", "gamma: 1.5, a constant in the loss"]),
     "a partial": (functools.partial(hand, gamma=3.5, temperature=3.0), ["gamma: varied by gamma"]),
     "other names": (lambda a, b, y, tau=1.0, lam=1.0: hand(a, b, y, lam, tau), ["gamma: varied by lam"]),
     "unknown names": (lambda a, b, c, w=1.0, k=1.0: hand(a, b, c, w, k), ["temperature: varied by k"]),
@@ -108,19 +108,19 @@ RIGHT = {  # a right copy, and the notes about its call
     "the teacher first": (lambda a, b, target: hand(b, a, target), ["called as (teacher, student, target)"]),
     "the target first": (lambda label, a, b: hand(a, b, label), ["called as (target, student, teacher)"]),
     "a later target": (lambda a, b, T=1.0, target=None: hand(a, b, target, 1.5, T), ["temperature: varied by T"]),
-    "constants": (lambda s, t, y: hand(s, t, y, 3.5, 3.0), ["gamma: 3.5, a constant inside"]),
+    "constants": (lambda s, t, y: hand(s, t, y, 3.5, 3.0), ["gamma: 3.5, a constant in the loss"]),
     "a weight": (lambda s, t, y, weight=2.0, T=1.0, g=1.5: weight * hand(s, t, y, g, T), ["not varied: weight=1.0"]),
     "a weight of the target term": (
         lambda s, t, y, alpha=1.0, gamma=1.5: alpha * hand(s, t, y, 0.0) + hand(s, t, y, gamma) - hand(s, t, y, 0.0),
         ["gamma: varied by gamma", "not varied: alpha=1.0"],
     ),
     "a reduction": (lambda s, t, y, reduction="mean": hand(s, t, y), ["not varied: reduction='mean'"]),
-    "positional only": (lambda *tensors: hand(*tensors), ["gamma: 1.5, a constant inside"]),
+    "positional only": (lambda *tensors: hand(*tensors), ["gamma: 1.5, a constant in the loss"]),
 }
 
 
 @pytest.mark.parametrize("kind", RIGHT)
-def test_a_right_copy_is_right_in_twenty_cases(kind):
+def test_the_check_finds_a_right_loss_right_in_twenty_cases(kind):
     loss, notes = RIGHT[kind]
     result = check.check(loss)
     assert result.mistake is None
@@ -130,7 +130,7 @@ def test_a_right_copy_is_right_in_twenty_cases(kind):
 
 
 @pytest.mark.parametrize("written", CHANGES)
-def test_a_mistake_is_named(written):
+def test_the_check_prints_the_name_of_a_mistake(written):
     instead, named = CHANGES[written]
     assert HAND.count(written) == 1
     result = check.check(function(HAND.replace(written, instead)))
@@ -165,7 +165,7 @@ def with_epsilon(s, t, y, gamma, temperature, epsilon=1e-6):
     return (-target_of(t, y).detach() * (target_of(s, y) + epsilon).log() - gamma * temperature**2 * rest).mean()
 
 
-WRONG = {  # copies under other names: a wrong copy is never called right
+WRONG = {  # losses with other names of their arguments, and the mistake of each
     "no square": (lambda a, b, y, temp=1.0: hand(a, b, y, 1.5 / temp**2, temp), "lacks the temperature squared"),
     "no square, unknown names": (
         lambda a, b, c, w=1.5, k=1.0: hand(a, b, c, w / k**2, k),
@@ -188,7 +188,7 @@ WRONG = {  # copies under other names: a wrong copy is never called right
         lambda s, t, y, gamma=1.5: (
             target_of(t, y).mean().detach() * F.cross_entropy(s, y) + others(s, t, y, gamma, 1.0)
         ),
-        "weighed by the batch mean of the teacher's probability",
+        "the batch mean of the teacher's probability as its factor",
     ),
     "cross-entropy": (
         lambda s, t, y, gamma=1.5: F.cross_entropy(s, y) + others(s, t, y, gamma, 1.0),
@@ -207,12 +207,12 @@ WRONG = {  # copies under other names: a wrong copy is never called right
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_copy_with_other_names_is_wrong(kind):
+def test_the_check_finds_a_wrong_loss_with_other_argument_names_wrong(kind):
     loss, mistake = WRONG[kind]
     assert mistake in check.check(loss).mistake
 
 
-def test_every_formula_of_the_table_has_a_gradient_of_its_own():
+def test_no_two_formulas_of_the_table_have_the_same_gradient():
     probe = check.cases()[0]
     found = [(words, check.gradient(formula, probe, 3.5, 2.0)) for words, formula in check.FORMULAS]
     found.append(("right", check.gradient(check.right, probe, 3.5, 2.0)))
@@ -234,7 +234,7 @@ def test_constants_that_are_given_are_not_estimated():
     assert check.check(loss, gamma=3.5, temperature=3.0).mistake is None
     assert check.check(loss, gamma=3.5, temperature=1.0).mistake is not None
     without_square = functools.partial(lambda s, t, y: hand(s, t, y, 3.5 / 9, 3.0))
-    assert "if you meant gamma 3.5, the temperature squared is missing" in check.check(without_square).notes
+    assert "if gamma should be 3.5, the temperature squared is missing" in check.check(without_square).notes
     assert "lacks the temperature squared" in check.check(without_square, gamma=3.5, temperature=3.0).mistake
 
 
@@ -251,7 +251,7 @@ def test_the_command_prints_the_verdict_first_and_exits_with_0_if_all_are_right(
     assert sum(line.endswith(": right") for line in lines) == 20
 
 
-def test_a_mistake_is_status_1_and_a_failed_call_is_status_2(tmp_path, capsys, monkeypatch):
+def test_the_command_exits_with_1_after_a_mistake_and_with_2_if_it_cannot_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("wrong.py").write_text(HAND.replace("gamma * temperature**2", "gamma"))
     assert check.main(["wrong.py:nkd_loss"]) == 1

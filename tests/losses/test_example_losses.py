@@ -1,4 +1,4 @@
-"""examples/losses.py against loops over floats, written from the papers."""
+"""Test examples/losses.py against loops over floats, written from the papers."""
 
 import math
 import sys
@@ -48,7 +48,7 @@ def tf_kd(s, t, y):
 
 
 def ps_kd(s, t, y):
-    """The paper's objective, the cross-entropy with soft targets, minus the cross-entropy."""
+    """Return the paper's objective, the cross-entropy with soft targets, minus the cross-entropy."""
     log_s = log_softmax(s)
     soft = [0.8 * p + 0.2 * (i == y) for i, p in enumerate(softmax(t))]
     return -math.fsum(a * b for a, b in zip(soft, log_s)) + log_s[y]
@@ -56,7 +56,7 @@ def ps_kd(s, t, y):
 
 @pytest.mark.parametrize("expected", [dkd, standardised_kd, wttm, tf_kd, ps_kd])
 @pytest.mark.parametrize("classes", [2, 7])
-def test_a_loss_is_its_formula(expected, classes):
+def test_a_loss_equals_its_formula(expected, classes):
     student, teacher, target = inputs(9, classes)
     actual = getattr(losses, expected.__name__)(student, teacher, target)
     rows = zip(student.tolist(), teacher.tolist(), target.tolist())
@@ -68,7 +68,7 @@ def pearson(a, b):
     return math.fsum(x * y for x, y in zip(a, b)) / math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
 
 
-def test_dist_is_its_formula():
+def test_dist_equals_its_formula():
     student, teacher, target = inputs(6, 5)
     s, t = ([softmax(row, 2.0) for row in x.tolist()] for x in (student, teacher))
     rows = math.fsum(1 - pearson(a, b) for a, b in zip(s, t)) / 6
@@ -78,7 +78,7 @@ def test_dist_is_its_formula():
 
 
 @pytest.mark.parametrize("name", ["dkd", "standardised_kd", "wttm", "dist", "tf_kd", "ps_kd"])
-def test_certain_networks_have_finite_losses_and_gradients(name):
+def test_losses_and_gradients_are_finite_for_probabilities_near_1(name):
     student = (1e4 * torch.eye(4)).requires_grad_()
     teacher = 1e4 * torch.eye(4).flip(0)
     loss = getattr(losses, name)(student, teacher, torch.tensor([0, 1, 2, 0]))
@@ -87,7 +87,7 @@ def test_certain_networks_have_finite_losses_and_gradients(name):
     assert student.grad.isfinite().all()
 
 
-def test_a_loss_is_short_and_names_its_paper():
+def test_a_loss_is_short_and_gives_its_paper():
     import inspect
 
     for name in ("dkd", "standardised_kd", "wttm", "dist", "tf_kd", "ps_kd"):

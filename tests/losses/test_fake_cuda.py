@@ -1,6 +1,7 @@
-"""Device placement of the losses and modules on a fake GPU (tests/fake_cuda.py).
+"""Test the device placement of the losses and modules on a fake GPU (tests/fake_cuda.py).
 
-A fake tensor is a subclass of Tensor, for which kdlite.fused steps aside: the tests force both evaluations.
+A fake tensor is a subclass of Tensor, for which the losses would use plain autograd only: the tests force both
+evaluations.
 """
 
 import own_models
@@ -71,8 +72,8 @@ def test_a_planted_fault_is_caught(cuda, way):
         Faulty.apply(a).sum().backward()
 
 
-def test_the_walk_gives_the_gradients_of_the_engine():
-    """On the host, with real numbers: a small CNN with its weak head, and both losses."""
+def test_the_fake_backward_gives_the_gradients_of_autograd():
+    """Compare them on the host with real numbers, for a small CNN with its weak head and both losses."""
     torch.manual_seed(0)
     net = WithWeakHead(own_models.tiny(10), "layer2", example_input=torch.zeros(2, 3, 16, 16))
     images, target, teacher = torch.randn(8, 3, 16, 16), torch.randint(10, (8,)), torch.randn(8, 10)
@@ -134,7 +135,7 @@ def test_a_top_k_stays_on_the_device(cuda, monkeypatch):
     value = nkd_topk_loss(student, *top_k, target, ignore_index=3)
     value.backward()
     assert on_gpu(student.grad)
-    monkeypatch.setattr(linear, "can_fuse", lambda *logits: False)  # the other way needs autograd's engine
+    monkeypatch.setattr(linear, "can_fuse", lambda *logits: False)  # the other evaluation needs autograd's engine
     hidden, weight = logits(5, 6), logits(10, 6)
     top_k = top_k_logprobs(logits(5, 10), labels(5), 3)
     nkd_linear_loss(hidden, weight, None, None, labels(5), teacher_top_k=top_k, softcap=30.0, ce_weight=1.0).backward()
@@ -161,7 +162,7 @@ def test_a_teacher_normalises_and_resizes_on_the_device(cuda):
 
 
 @pytest.mark.parametrize("moved", ["before", "after"])
-def test_the_weak_head_is_where_the_model_is(cuda, moved):
+def test_the_weak_head_is_on_the_device_of_the_model(cuda, moved):
     model = own_models.tiny(10).to(CUDA if moved == "before" else "cpu")
     example = torch.zeros(2, 3, 16, 16, device=CUDA if moved == "before" else "cpu")
     net = WithWeakHead(model, "layer2", example_input=example).train()

@@ -1,7 +1,7 @@
-"""The fast evaluation of the losses, and nkd_linear_loss: the same numbers with less memory.
+"""Test the fast evaluation of the losses and nkd_linear_loss: the same numbers with less memory.
 
 The tests of class indices in test_losses.py check the values of the fast evaluation. These tests check that it agrees
-with plain autograd in chunks and compiled, the precision of its gradients, its memory, and the cases that get plain
+with plain autograd, in chunks and compiled; the precision of its gradients; its memory; and the cases that use plain
 autograd instead.
 """
 
@@ -20,7 +20,7 @@ from kdlite import fused, nkd_linear_loss, nkd_loss, nkd_topk_loss, terms, top_k
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Return a function; after a call of it every loss is plain autograd."""
+    """Return a function that makes every loss use plain autograd."""
     return lambda: monkeypatch.setattr(fused, "can_fuse", lambda *logits: False)
 
 
@@ -29,7 +29,7 @@ def plain(monkeypatch):
 
 @BOTH
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-@pytest.mark.parametrize("chunk_elements", [1, 40, 70, 10**6])  # a row, a row, 2 rows, all rows of 35 classes
+@pytest.mark.parametrize("chunk_elements", [1, 40, 70, 10**6])  # with 35 classes: 1 row, 1 row, 2 rows, all rows
 def test_chunks_of_rows_give_the_plain_loss(loss, temperature, chunk_elements, monkeypatch, plain):
     a, b, target = inputs(7, 35)
     target[2] = -100
@@ -66,10 +66,10 @@ def test_compiled_gives_the_plain_loss(loss, dtype, plain):
     ("dtype", "scale", "bound"), [("float32", 1.0, 3e-7), ("float16", 65536.0, 3e-4), ("bfloat16", 1.0, 2.5e-3)]
 )
 def test_the_gradient_is_rounded_once(loss, std, dtype, scale, bound):
-    """With the loss scale of AMP in fp16: a division by N before the scale would flush a part of it to 0."""
+    """Use the loss scale of AMP in fp16: a division by N before the scale would round a part of the gradient to 0."""
     a, b, target = inputs(256, 1000, std=std, dtype=getattr(torch, dtype))
-    # without the ranking, whose near-ties float64 may order differently, and without label smoothing, whose gradient
-    # has nearly one value, and so one rounding error
+    # without the ranking, because float64 may order near-ties differently, and without label smoothing, because its
+    # gradient has nearly one value, and so one rounding error
     options = {} if loss is nkd_loss else dict(beta=0.0, label_smoothing=0.0)
     _, grads = gradients(lambda *args: scale * loss(*args, **options), a, b, target)
     _, expected = gradients(lambda *args: scale * loss(*args, **options), a.double(), b.double(), target)
@@ -78,8 +78,8 @@ def test_the_gradient_is_rounded_once(loss, std, dtype, scale, bound):
 
 
 @BOTH
-@pytest.mark.parametrize("margin", [-40.0, -5.0, 5.0, 40.0])  # of the target over the others
-def test_a_certain_target_loses_no_digits(loss, margin):
+@pytest.mark.parametrize("margin", [-40.0, -5.0, 5.0, 40.0])  # the target's logit minus the others
+def test_a_target_with_a_probability_near_0_or_1_loses_no_digits(loss, margin):
     a, b, target = inputs(16, 50, std=1.0, dtype=torch.float32)
     a, b = (x + margin * F.one_hot(target, 50) for x in (a, b))
     value, grads = gradients(loss, a, b, target)
@@ -87,8 +87,8 @@ def test_a_certain_target_loses_no_digits(loss, margin):
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
     for grad, e in zip(grads, expected_grads):
         assert relative_l2(grad, e) < 1e-6
-        rows = torch.arange(16), target  # the target's gradient alone, which may be tiny next to the others
-        torch.testing.assert_close(grad.double()[rows], e[rows], rtol=1e-5, atol=0)  # log odds of 40 have 2e-6
+        rows = torch.arange(16), target  # the target's gradient separately, because it may be tiny next to the others
+        torch.testing.assert_close(grad.double()[rows], e[rows], rtol=1e-5, atol=0)  # 2e-6 for log odds of 40
 
 
 @pytest.mark.parametrize(("loss", "by_masks"), [(nkd_loss, nkd_by_masks), (uskd_loss, uskd_by_masks)])
@@ -154,13 +154,13 @@ def test_a_cuda_graph_can_capture_the_loss(loss, compiled):
         torch.testing.assert_close(grad, e)
 
 
-# ---- the cases that get plain autograd ----
+# ---- the cases that use plain autograd ----
 
 
 def test_uskd_can_be_differentiated_twice():
     strong, weak, target = inputs(4, 6, std=1.0)
     strong.requires_grad_(), weak.requires_grad_()
-    # the weights P_t and Z are constants of the formula: a numerical derivative would vary them, so alpha = beta = 0
+    # alpha = beta = 0, because a numerical derivative would vary P_t and Z, which the formula holds constant
     assert torch.autograd.gradgradcheck(lambda w: uskd_loss(strong, w, target, alpha=0.0, beta=0.0), weak)
     (grad,) = torch.autograd.grad(uskd_loss(strong, weak, target), strong, create_graph=True)
     (second,) = torch.autograd.grad(grad.square().sum(), strong)
@@ -352,7 +352,7 @@ def test_linear_loss_applies_the_softcap(logits_at_a_time, monkeypatch):
     actual = linear_gradients(nkd_linear_loss, args, biases, **CAPS, ce_weight=1.0)
     torch.testing.assert_close(actual, linear_gradients(unfused_capped, args, biases))
     by_func = torch.func.grad(lambda hidden: nkd_linear_loss(hidden, *args[1:], **biases, **CAPS, ce_weight=1.0))
-    torch.testing.assert_close(by_func(args[0]), actual[1][0])  # this way holds all logits
+    torch.testing.assert_close(by_func(args[0]), actual[1][0])  # torch.func needs all logits in memory
 
 
 def top_k_of(args, biases):

@@ -1,4 +1,4 @@
-"""FeatureTap: it returns the layer's output, it leaves nothing behind, and it fails loudly."""
+"""Test FeatureTap: the returned output, the model after close(), and the errors."""
 
 import copy
 import gc
@@ -37,7 +37,7 @@ def test_a_layer_that_never_ran_is_an_error():
 def test_the_error_for_a_misspelt_layer_lists_near_names():
     with pytest.raises(ValueError, match=r"no layer 'layer_1' in Net; near matches: layer1"):
         FeatureTap(Net(), "layer_1")
-    with pytest.raises(ValueError, match=r"near matches: layer1"):  # nothing is near: the first names
+    with pytest.raises(ValueError, match=r"near matches: layer1"):  # no name is near: the first names
         FeatureTap(Net(), "zzzzzzzzz")
 
 
@@ -55,10 +55,10 @@ def test_close_leaves_nothing_behind():
     torch.testing.assert_close(copy.deepcopy(model)(images()), model(images()))
 
 
-def test_a_deepcopy_of_a_tapped_model_has_no_live_tap():
+def test_the_hook_does_nothing_in_a_deepcopy_of_a_tapped_model():
     model = Net()
     with FeatureTap(model, "layer1") as tap:
-        model(images())  # the tap holds an output, which is not a leaf and cannot be copied
+        model(images())  # now the tap stores an output, which is not a leaf tensor and cannot be copied
         ema = copy.deepcopy(model)
         expected = tap.pop()
         model(images())
@@ -192,7 +192,9 @@ def test_a_tap_made_before_the_first_compiled_call_works():
 @pytest.mark.slow
 def test_tapping_a_compiled_model_is_refused():
     torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match="compiled already"):
+    with pytest.raises(
+        RuntimeError, match=r"is compiled already: make the FeatureTap or WithWeakHead first, then call torch.compile"
+    ):
         FeatureTap(torch.compile(Net()), "layer1")
     in_place = Net()
     in_place.compile()
@@ -202,7 +204,7 @@ def test_tapping_a_compiled_model_is_refused():
     part.layer1 = torch.compile(part.layer1)
     with pytest.raises(RuntimeError, match="compiled already"):
         FeatureTap(part, "layer1")
-    FeatureTap(part, "layer2")  # not compiled: fine
+    FeatureTap(part, "layer2")  # this part is not compiled
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""default_tap: the layer that USKD reads, on real architectures."""
+"""Test default_tap, the layer that USKD reads, on real architectures."""
 
 import itertools
 
@@ -67,7 +67,7 @@ def build(library, name, size):
 @pytest.mark.slow
 @pytest.mark.parametrize(("library", "name", "size", "tap", "channels"), ARCHITECTURES)
 def test_the_default_tap_and_the_channels_of_an_architecture(library, name, size, tap, channels):
-    with torch.device("cpu" if name.startswith("regnet_") else "meta"):  # its constructor reads a value
+    with torch.device("cpu" if name.startswith("regnet_") else "meta"):  # RegNet's constructor reads a value
         model = build(library, name, size).to("meta")
     student = WithWeakHead(model, num_classes=7, example_input=torch.zeros(1, 3, size, size, device="meta"))
     assert default_tap(model) == student.tap == tap
@@ -104,7 +104,7 @@ def test_one_uskd_step_of_an_architecture(library, name, size):
     ("name", "size", "read"),
     [
         ("deit_tiny_patch16_224", 64, lambda f: f[:, 0]),  # the class token
-        ("cait_xxs24_224", 64, lambda f: f.mean(1)),  # its class token comes after the tap
+        ("cait_xxs24_224", 64, lambda f: f.mean(1)),  # CaiT adds its class token after the tap
         ("mixer_s32_224", 64, lambda f: f.mean(1)),
         ("swin_tiny_patch4_window7_224", 224, lambda f: f.mean((1, 2))),
         ("convnext_atto", 64, lambda f: f.mean((2, 3))),
@@ -112,7 +112,7 @@ def test_one_uskd_step_of_an_architecture(library, name, size):
 )
 def test_the_head_reads_the_class_token_or_the_mean_of_an_architecture(name, size, read):
     student = WithWeakHead(build("timm", name, size), example_input=torch.zeros(1, 3, size, size))
-    student.model.eval()  # no drop path: two forwards are equal
+    student.model.eval()  # without drop path two forwards are equal
     _, weak_logits = student(images(2, size))
     with FeatureTap(student.model, student.tap) as tap:
         student.model(images(2, size))
@@ -134,11 +134,11 @@ def test_swin_is_read_with_its_channels_last(height, width):
     "name", ["efficientnet_b0", "mobilenetv3_small_100", "ghostnet_100", "resnet18", "convnext_atto"]
 )
 def test_a_checkpointed_model_runs_its_default_tap_with_equal_gradients(name):
-    """timm checkpoints the blocks of a stage, not the stage."""
+    """Use timm's checkpointing, which calls the blocks of a stage, not the stage."""
     pytest.importorskip("timm")
     torch.manual_seed(0)
     student = WithWeakHead(build("timm", name, 64), example_input=images(2, 32))
-    student.model.eval()  # no dropout, and the same statistics in both forwards
+    student.model.eval()  # without dropout, and with the same statistics in both forwards
     gradients = []
     for enable in (False, True):
         student.model.set_grad_checkpointing(enable)
@@ -151,7 +151,7 @@ def test_a_checkpointed_model_runs_its_default_tap_with_equal_gradients(name):
 
 
 class Stages(nn.Module):
-    """Two kinds of blocks that suggest a layer: ``layer1`` to ``layer3`` do not run, or return no feature."""
+    """Have two sets of blocks that suggest a layer; ``layer1`` to ``layer3`` do not run or do not return a feature."""
 
     def __init__(self, runs):
         super().__init__()
@@ -166,12 +166,12 @@ class Stages(nn.Module):
 
 
 @pytest.mark.parametrize(("runs", "tap"), [("blocks", "blocks.1"), ("layers", "layer2")])
-def test_the_next_candidate_is_tried_where_the_default_does_not_run(runs, tap):
+def test_the_next_candidate_is_used_if_the_default_layer_does_not_run(runs, tap):
     assert WithWeakHead(Stages(runs), example_input=images()).tap == tap
 
 
 @pytest.mark.slow
-def test_the_error_for_a_default_without_a_feature_names_layers_that_would_do():
+def test_the_error_for_a_default_layer_without_a_feature_lists_other_layers():
     timm = pytest.importorskip("timm")
     model = timm.create_model("hrnet_w18_small", num_classes=5)
     with pytest.raises(
@@ -188,19 +188,17 @@ def test_a_backbone_inside_a_classifier_is_found():
     assert default_tap(nn.Sequential(backbone, nn.Linear(1000, 5))) == "0.layer3.1"
     assert default_tap(nn.ModuleDict({"model": nn.ModuleDict({"backbone": backbone})})) == "model.backbone.layer3.1"
     unknown = nn.Sequential(nn.Linear(4, 8), nn.ModuleDict({f"layer{i}": nn.Linear(64, 64) for i in (1, 2, 3)}))
-    with pytest.raises(
-        ValueError, match="no default tap for Sequential"
-    ):  # the large part comes last, as a stage would
+    with pytest.raises(ValueError, match="no default tap for Sequential"):  # the large part comes last, like a stage
         default_tap(unknown)
 
 
-def test_an_unknown_structure_asks_for_the_layer():
+def test_the_error_for_an_unknown_structure_asks_for_the_layer():
     with pytest.raises(ValueError, match="no default tap for Sequential: pass tap="):
         WithWeakHead(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), example_input=images())
 
 
 def test_a_structure_without_stages_is_refused():
-    class MobileNet(nn.Module):  # thirteen blocks of growing width: no stages to see
+    class MobileNet(nn.Module):  # thirteen blocks of growing width do not show stages
         def __init__(self):
             super().__init__()
             widths = [32 * 2 ** (i // 3) for i in range(14)]

@@ -1,6 +1,6 @@
-"""The loops of examples/loops, run as users run them: gradients, checkpoints, resuming, several processes.
+"""Test the loops of examples/loops: gradients, checkpoints, resume and several processes.
 
-They run in processes forked from one that has imported the libraries, because the imports cost more than the loops.
+The loops run in forks of a process that has imported the libraries, because the imports take longer than the loops.
 Runs with two processes get the environment of torchrun.
 """
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("loops")]
 
 
 def load(name):
-    """Return the names that a loop defines, without running it."""
+    """Import a loop without running it; return its names."""
     return runpy.run_path(str(ROOT / "examples" / "loops" / name))
 
 
@@ -39,7 +39,7 @@ def loop(name, *argv):
 
 
 def loop_under_sgd(name, *argv):
-    """Run with SGD instead of AdamW, whose step does not depend on the scale of the gradient."""
+    """Run with SGD, because the step of AdamW does not depend on the scale of the gradient."""
     torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
     loop(name, *argv)
 
@@ -122,9 +122,9 @@ def nkd_gradient(logits, teacher_logits, labels, gamma=1.5):
 
 
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.name)
-def test_a_loop_is_short_and_its_name_is_not_a_library(path):
+def test_a_loop_is_short_and_does_not_have_the_name_of_a_library(path):
     assert len(path.read_text().splitlines()) <= 90
-    assert importlib.util.find_spec(path.stem) is None  # its folder comes first on sys.path
+    assert importlib.util.find_spec(path.stem) is None  # a loop's folder comes first on sys.path
 
 
 # ---- timm ----
@@ -229,7 +229,7 @@ def trained(forked, tmp_path_factory):
 def test_the_trainer_evaluates_the_student_and_saves_it_plain(trained, run):
     lines = re.findall(r"^(\w+) +([\d.]+)%, loss ([\d.]+)$", (trained / "log.txt").read_text(), re.M)
     assert [name for name, _, _ in lines] == ["Trainer", "NKDTrainer", "USKDTrainer"]
-    assert all(0 < float(loss) < 3 for _, _, loss in lines)  # cross-entropy: no distillation in the evaluation
+    assert all(0 < float(loss) < 3 for _, _, loss in lines)  # the evaluation is of the cross-entropy alone
     run(assert_loads, trained / "nkd", lines[1])
     run(assert_loads, trained / "uskd", lines[2])
 
@@ -261,7 +261,7 @@ def test_the_trainer_on_two_processes_equals_one(trained, run, tmp_path):
 def test_the_trainer_under_accumulation_and_checkpointing_equals_one_pass(trained, run, tmp_path):
     flags = ["--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"]
     run(loop, "hf_trainer.py", "--output_dir", tmp_path, *flags, *FAST)
-    # USKD's batch mean is each pass's own
+    # each pass has its own batch mean in USKD
     assert_equal(
         weights(tmp_path / "nkd" / "model.safetensors"),
         weights(trained / "nkd" / "model.safetensors"),
@@ -380,7 +380,7 @@ def assert_step_of_the_trainer(output):
     assert_equal(taken, gradients, rtol=1e-3, atol=1e-5)
 
 
-def test_a_language_models_three_ways_have_the_gradient_of_the_paper(run):
+def test_the_three_losses_of_the_language_model_have_the_gradient_of_the_paper(run):
     run(assert_language_model)
 
 
@@ -393,7 +393,7 @@ def assert_language_model():
     gradients = {}
     for way in ("from_logits", "from_hidden", "from_top_k"):
         names["student"].zero_grad()
-        options = dict(k=128) if way == "from_top_k" else {}  # all of them: nothing is lost
+        options = dict(k=128) if way == "from_top_k" else {}  # all classes, so that the loss is exact
         its[way](tokens, labels, **options).backward()
         gradients[way] = {name: p.grad.clone() for name, p in names["student"].named_parameters()}
     names["student"].zero_grad()
@@ -411,7 +411,7 @@ def assert_language_model():
 def test_the_language_model_loop_learns_from_twenty_served_tokens(run):
     lines = dict(re.findall(r"^(\w+) +cross-entropy ([\d.]+)$", run(loop, "language_model.py"), re.M))
     assert lines.keys() == {"cross_entropy", "from_logits", "from_hidden", "from_top_k"}
-    assert max(map(float, lines.values())) < 3.5  # 4.85 before
+    assert max(map(float, lines.values())) < 3.5  # 4.85 before training
     assert abs(float(lines["from_logits"]) - float(lines["from_hidden"])) < 0.05
 
 
@@ -420,10 +420,10 @@ def test_the_language_model_loop_learns_from_twenty_served_tokens(run):
 
 def test_accelerate_on_two_processes_equals_one(run, tmp_path):
     printed = [run(loop_under_sgd, "accelerate_loop.py", tmp_path / str(n), processes=n) for n in (1, 2)]
-    assert float(re.search(r"USKD ([\d.]+)%", printed[0])[1]) > 30  # 10 by chance
+    assert float(re.search(r"USKD ([\d.]+)%", printed[0])[1]) > 30  # 10 is chance
     one, two = (weights(tmp_path / n / "model.safetensors") for n in "12")
     assert_equal(one, two, rtol=1e-4, atol=1e-5)
-    load("accelerate_loop.py")["cnn"]().load_state_dict(one)  # the plain student
+    load("accelerate_loop.py")["cnn"]().load_state_dict(one)  # it is the plain student
     state = weights(tmp_path / "1" / "state" / "model.safetensors")
     assert state.keys() == {f"model.{name}" for name in one} | {"head.weight", "head.bias"}
 
@@ -476,7 +476,7 @@ def test_fsdp2_on_two_processes_equals_one(run, tmp_path):
 def test_a_segmentation_loop_learns_from_the_pixels_that_count(run):
     lines = dict(re.findall(r"^(\w+) +([\d.]+)$", run(loop, "segmentation.py"), re.M))
     assert lines.keys() == {"cross_entropy", "with_teacher", "without_teacher"}
-    assert float(lines["cross_entropy"]) < 1.5  # 2.4 before: the logarithm of 11
+    assert float(lines["cross_entropy"]) < 1.5  # 2.4, the logarithm of 11, before training
 
 
 def test_segmentation_has_the_gradient_of_the_paper_and_zero_at_255():

@@ -1,7 +1,7 @@
-"""nkd_loss and uskd_loss: their values and gradients, their inputs, their errors.
+"""Test nkd_loss and uskd_loss: values, gradients, inputs and errors.
 
-Most properties hold for both, so most tests run twice: ``loss(a, b, target)`` is nkd_loss with student and teacher
-logits, or uskd_loss with strong and weak logits.
+Most tests run for both losses: ``loss(a, b, target)`` is nkd_loss with student and teacher logits, or uskd_loss with
+strong and weak logits.
 """
 
 import functools
@@ -37,7 +37,7 @@ def inputs(n, c, *trailing, std=2.0, dtype=torch.float64, seed=0, device="cpu"):
 
 
 def mixed_targets(target, c, seed=0):
-    """Return rows as mixup makes them: two labels each, some rows one-hot."""
+    """Return targets as mixup makes them: two labels in a row, and some one-hot rows."""
     g = torch.Generator().manual_seed(seed)
     lam = torch.rand(len(target), 1, generator=g, dtype=torch.float64)
     lam[0] = 1.0
@@ -45,7 +45,7 @@ def mixed_targets(target, c, seed=0):
 
 
 def gradients(loss, a, b, target, **options):
-    """Return the loss and its gradients: one for NKD, whose teacher has none, two for USKD."""
+    """Return the loss and its gradients: two for USKD, one for NKD, whose teacher has no gradient."""
     a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
     value = loss(a, b, target, **options)
     grads = torch.autograd.grad(value.sum(), (a, b), allow_unused=True)
@@ -62,7 +62,7 @@ def relative_l2(actual, expected):
 @pytest.mark.parametrize("std", [1.0, 4.0])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("c", [2, 3, 50])
-def test_nkd_is_the_formula(c, temperature, std):
+def test_nkd_equals_the_formula(c, temperature, std):
     student, teacher, target = inputs(16, c, std=std)
     actual = nkd_loss(student, teacher, target, gamma=1.7, temperature=temperature, reduction="none")
     expected = [
@@ -74,7 +74,7 @@ def test_nkd_is_the_formula(c, temperature, std):
 
 @pytest.mark.parametrize("std", [1.0, 4.0])
 @pytest.mark.parametrize("c", [2, 3, 50])
-def test_uskd_is_the_formula(c, std):
+def test_uskd_equals_the_formula(c, std):
     strong, weak, target = inputs(16, c, std=std)
     options = dict(alpha=0.9, beta=0.3, mu=0.2, label_smoothing=0.15)
     actual = uskd_loss(strong, weak, target, **options, reduction="none")
@@ -107,14 +107,14 @@ def test_uskd_of_soft_targets_is_the_documented_formula(c):
     options = dict(alpha=0.9, beta=0.3, mu=0.2, label_smoothing=0.15)
     actual = uskd_loss(strong, weak, soft, **options, reduction="none")
     expected = oracle.uskd_rows(strong.tolist(), weak.tolist(), soft.tolist(), *options.values())
-    # if two classes share the second largest label, the formula does not choose one
+    # if two classes have the second largest label, the formula leaves the choice open
     rows = torch.tensor([sorted(row)[-2] > sorted([-1.0, *row])[-3] for row in soft.tolist()])
     assert rows.sum() >= 10
     torch.testing.assert_close(actual[rows], torch.tensor(expected, dtype=torch.float64)[rows], rtol=1e-9, atol=1e-9)
 
 
 @BOTH
-@pytest.mark.parametrize("margin", [0.0, 20.0])  # 20: student and teacher are certain, of a right or wrong class
+@pytest.mark.parametrize("margin", [0.0, 20.0])  # 20: both have probabilities near 1, for a right or wrong class
 def test_one_hot_targets_give_the_hard_label_loss(loss, margin):
     a, b, target = inputs(32, 10)
     a, b = a + margin * F.one_hot(target.roll(3), 10), b + margin * F.one_hot(target.roll(5), 10)
@@ -145,7 +145,7 @@ def test_uskd_of_mixup_ranks_for_both_labels():
 
 
 def test_uskd_ranks_probabilities_as_the_paper_does_not_log_probabilities():
-    """Rows where the two rankings differ: class 1 before class 2 by probabilities, after it by log-probabilities."""
+    """Use rows in which class 1 comes before class 2 by probabilities, and after it by log-probabilities."""
     strong = torch.tensor([[4.5, -0.5, 1.0, 1.5]], dtype=torch.float64)
     weak = torch.tensor([[-1.0, 0.0, -1.5, -1.0]], dtype=torch.float64)
     s, w = strong.softmax(1)[0], weak.softmax(1)[0]
@@ -169,7 +169,7 @@ def test_with_two_classes_the_non_target_term_is_zero(c):
 
 
 def test_uskd_target_weights_average_to_one():
-    """E[P_t] = V_t: for equal rows P_t is exactly 1 and the target term is the cross-entropy."""
+    """Check E[P_t] = V_t: for equal rows P_t is exactly 1, and the target term is the cross-entropy."""
     strong, weak, _ = inputs(1, 10)
     target = torch.full((6,), 3)
     strong, weak = strong.expand(6, -1), weak.expand(6, -1)
@@ -262,7 +262,7 @@ def test_logits_may_be_made_under_inference_mode(loss):
 
 
 @BOTH
-def test_the_reductions_agree(loss):
+def test_sum_and_mean_are_those_of_the_rows(loss):
     a, b, target = inputs(8, 5)
     rows = loss(a, b, target, reduction="none")
     assert rows.shape == (8,)
@@ -419,7 +419,7 @@ def test_value_and_gradient_stay_finite(loss, case, soft, device):
 
 
 def test_nkd_is_exact_at_the_extremes_of_confidence():
-    """At S_t = 1 - 1e-8 and 1e-30 the float32 loss has the float64 formula's value, in both directions."""
+    """Compare the float32 loss with the float64 formula at S_t = 1 - 1e-8 and at 1e-30."""
     for log_odds in (math.log(1e8), math.log(1e-30)):
         student = torch.tensor([[log_odds, 0.0, -0.5, 0.3]])
         teacher = torch.tensor([[1.0, 0.5, 0.0, -1.0]])
@@ -432,7 +432,7 @@ def test_nkd_is_exact_at_the_extremes_of_confidence():
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_nkd_of_a_mix_is_exact_with_a_certain_teacher_and_student(soft):
-    """Soft targets where 1 - S_k and 1 - T_k underflow: against the float64 expectation."""
+    """Compare soft targets for which 1 - S_k and 1 - T_k underflow with the float64 expectation."""
     c = 6
     student, teacher, target = inputs(4, c, std=1.0, dtype=torch.float32)
     teacher = teacher + 30 * F.one_hot(target, c)
@@ -454,13 +454,13 @@ def test_a_vocabulary_of_128_256_classes_works(loss, device):
     expected, expected_grads = gradients(loss, a.double(), b.double(), target)
     torch.testing.assert_close(value.cpu().double(), expected, rtol=1e-5, atol=0)
     for g, e in zip(grads, expected_grads):
-        # USKD: with this number of classes a few near-ties rank differently in float32 and float64
+        # for USKD, float32 and float64 rank a few near-ties differently with this number of classes
         assert relative_l2(g.cpu(), e) < (1e-6 if loss is nkd_loss else 1e-4)
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_nkd_ignores_a_class_that_student_and_teacher_both_mask(soft):
-    """As in a padded vocabulary: cross_entropy is finite too."""
+    """Mask a class as in a padded vocabulary; cross_entropy is finite there too."""
     student, teacher, target = inputs(4, 9)
     padded = [torch.cat([x, torch.full((4, 3), -torch.inf)], dim=1) for x in (student, teacher)]
     soft_target = mixed_targets(target, 9)
@@ -470,8 +470,8 @@ def test_nkd_ignores_a_class_that_student_and_teacher_both_mask(soft):
     torch.testing.assert_close(grad, F.pad(expected_grad, (0, 3)))
 
 
-def test_uskd_ties_are_ranked_by_class_index_the_target_among_them():
-    """With equal logits all classes have the same R; the target takes the rank of its index."""
+def test_uskd_ranks_ties_by_class_index_also_the_target():
+    """Use equal logits, so that all classes have the same R: the target gets the rank of its index."""
     for c, t in ((7, 3), (10, 0), (33, 32)):
         for dtype in (torch.float32, torch.float64):
             strong = weak = torch.zeros(1, c, dtype=dtype)
@@ -638,7 +638,7 @@ def test_bad_weights_are_refused(loss, options):
 @pytest.mark.parametrize("value", [torch.tensor(1.5), torch.nn.Parameter(torch.ones(4)), np.ones(4), None, "1"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_weight_that_is_not_a_number_is_a_type_error(value, soft):
-    """A learnable weight or a temperature per sample has no gradient in these losses, so it is refused."""
+    """Check that a tensor is refused, because these losses have no gradient for a weight or a temperature."""
     a, b, target = inputs(4, 5)
     target = mixed_targets(target, 5) if soft else target
     calls = [(nkd_loss, a, b, name) for name in ("gamma", "temperature")]
@@ -675,7 +675,7 @@ def _half_of_a_batch(rank, path):
     torch.set_num_threads(1)
     grads = {}
     for kind, (x, weight, target) in shared_batch().items():
-        part = slice(0, 4) if rank == 0 else slice(4, 10)  # unequal shares: the mean is over rows, not over ranks
+        part = slice(0, 4) if rank == 0 else slice(4, 10)  # unequal parts: the mean is over rows, not ranks
         weight.requires_grad_()
         logits = x[part] @ weight
         uskd_loss(logits, logits * 0.5, target[part], reduction="sum", group=dist.group.WORLD).backward()
@@ -719,7 +719,7 @@ def test_the_type_error_for_another_object_names_the_argument(value):
         uskd_loss(logits, value, target)
     with pytest.raises(TypeError, match=f"target must be a tensor, got {kind}"):
         uskd_loss(logits, logits, value)
-    if value is None:  # nkd_loss then uses the teacher's largest class, nkd_linear_loss requires a top-k
+    if value is None:  # with None nkd_loss uses the teacher's most probable class, and nkd_linear_loss requires a top-k
         return
     with pytest.raises(TypeError, match=f"target must be a tensor, got {kind}"):
         nkd_loss(logits, logits, value)
@@ -754,7 +754,7 @@ def test_the_error_for_a_padded_vocabulary_names_the_number_of_classes():
         nkd_loss(torch.zeros(2, 5, 4), torch.zeros(2, 8, 4), target)
     with pytest.raises(ValueError, match=r": cut padded classes to 5$"):
         nkd_loss(torch.zeros(2, 4, 8), torch.zeros(2, 4, 5), target)
-    with pytest.raises(ValueError, match=r"got \(2, 5\) and \(3, 5\)$"):  # different batches: nothing to cut
+    with pytest.raises(ValueError, match=r"got \(2, 5\) and \(3, 5\)$"):  # batches differ: no advice
         nkd_loss(torch.zeros(2, 5), torch.zeros(3, 5), torch.zeros(2).long())
     hidden, target = torch.zeros(2, 3), torch.zeros(2).long()
     with pytest.raises(ValueError, match=r": cut padded classes to 5$"):

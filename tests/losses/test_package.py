@@ -1,4 +1,4 @@
-"""The installed package: the contents of the wheel, its requirements, its imports."""
+"""Test the built package: the contents of the wheel, its requirements and its imports."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ def wheel(built):
 
 
 @pytest.mark.slow
-def test_twine_accepts_both_distributions(built):
+def test_twine_accepts_the_wheel_and_the_sdist(built):
     pytest.importorskip("twine")
     files = list(built.iterdir())
     check = [sys.executable, "-m", "twine", "check", "--strict", *files]
@@ -40,7 +40,7 @@ def test_twine_accepts_both_distributions(built):
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_kdlite_and_nothing_else(wheel):
+def test_the_wheel_contains_only_kdlite(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "kdlite/py.typed" in names
     assert {name.partition("/")[0].rpartition(".")[2] for name in names} == {"kdlite", "dist-info"}
@@ -58,7 +58,7 @@ def test_the_package_requires_only_torch(wheel):
 
 
 @pytest.mark.slow
-def test_it_runs_in_an_environment_with_torch_only(wheel, tmp_path):
+def test_the_package_runs_in_an_environment_with_torch_only(wheel, tmp_path):
     """Use a fresh environment with the wheel, torch and its requirements, without numpy."""
     python = make_environment(tmp_path / "env", "torch")
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))

@@ -1,4 +1,4 @@
-"""Properties of the losses for inputs that hypothesis draws: few in `make test`, many in `make test-all`."""
+"""Test properties of the losses with inputs from hypothesis: few in `make test`, many in `make test-all`."""
 
 import math
 import os
@@ -33,7 +33,7 @@ IGNORED = -100
 
 @st.composite
 def cases(draw, dtypes=DTYPES, largest=1e4, ranks=(1, 2, 3)):
-    """Draw two logits tensors of one shape, class indices, and a mask of those that are not ignored."""
+    """Draw two logits tensors of one shape, class indices, and a mask of the indices that are not ignored."""
     rank, n, c, d = draw(st.sampled_from(ranks)), *(draw(st.integers(low, 5)) for low in (1, 2, 1))
     shape = {1: (c,), 2: (n, c), 3: (n, c, d)}[rank]
     label_shape = {1: (), 2: (n,), 3: (n, d)}[rank]
@@ -50,7 +50,7 @@ def cases(draw, dtypes=DTYPES, largest=1e4, ranks=(1, 2, 3)):
 
 
 def gradients(loss, a, b, target, **options):
-    """Return the loss and its gradients: one for NKD, whose teacher has none, two for USKD."""
+    """Return the loss and its gradients: two for USKD, one for NKD, whose teacher has no gradient."""
     a, b = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
     value = loss(a, b, target, **options)
     grads = torch.autograd.grad(value.sum(), (a, b), allow_unused=True)
@@ -58,7 +58,7 @@ def gradients(loss, a, b, target, **options):
 
 
 def attempt(call, *refusals):
-    """Return the result of a call and None, or None and its error."""
+    """Return (result, None) of a call, or (None, error)."""
     try:
         return call(), None
     except refusals as error:
@@ -131,7 +131,7 @@ def test_a_one_hot_target_is_its_class_index(loss, case):
 
 
 @given(cases(dtypes=[torch.float64], ranks=(2,)), st.sampled_from([0.0, 1.5]), st.sampled_from([0.5, 1.0, 3.0]))
-def test_nkd_is_the_formula(case, gamma, temperature):
+def test_nkd_equals_the_formula(case, gamma, temperature):
     a, b, target, valid = case
     rows, (grad,) = gradients(nkd_loss, a, b, target, gamma=gamma, temperature=temperature, reduction="none")
     for i in range(len(a)):
@@ -143,9 +143,9 @@ def test_nkd_is_the_formula(case, gamma, temperature):
 
 
 @given(cases(dtypes=[torch.float64], largest=30, ranks=(2,)), st.sampled_from([0.0, 0.1, 1.0]))
-def test_uskd_is_the_formula_over_the_targets_that_are_not_ignored(case, smoothing):
+def test_uskd_equals_the_formula_over_the_targets_that_are_not_ignored(case, smoothing):
     a, b, target, valid = case
-    # equal logits give equal R, whose order the formula leaves open: avoid them
+    # equal logits give equal R, and the formula leaves their order open: avoid them
     a = a + 0.01 * torch.arange(a.shape[1]) + 0.003 * torch.arange(len(a)).unsqueeze(1)
     options = dict(alpha=0.9, beta=0.3, mu=0.2, label_smoothing=smoothing)
     rows = uskd_loss(a, b, target, **options, reduction="none")
@@ -188,7 +188,7 @@ def test_any_target_is_computed_or_refused(loss, shape, target, reduction):
 @given(OBJECTS, OBJECTS, OBJECTS)
 def test_any_logits_are_computed_or_refused(loss, a, b, target):
     value, refusal = attempt(lambda: loss(a, b, target), TypeError, ValueError)
-    assert str(refusal) if refusal else value.isfinite() | value.isnan()  # NaN: the mean of no target
+    assert str(refusal) if refusal else value.isfinite() | value.isnan()  # NaN is the mean without a target
 
 
 @BOTH

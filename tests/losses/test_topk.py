@@ -1,4 +1,4 @@
-"""nkd_topk_loss: NKD from a teacher's log-probabilities of the target and of k classes."""
+"""Test nkd_topk_loss: NKD from a teacher's log-probabilities of the target and of k classes."""
 
 import math
 
@@ -29,7 +29,7 @@ def topk(student, teacher, target, k=3, **options):
 
 @pytest.mark.parametrize("k", [1, 3, 9])
 @pytest.mark.parametrize("std", [0.5, 5.0])
-def test_it_is_the_formula(k, std):
+def test_the_loss_equals_the_formula(k, std):
     student, teacher, target = inputs(12, 10, std=std)
     actual = topk(student, teacher, target, k, gamma=2.5, reduction="none")
     for row, s, t, y in zip(actual, student.tolist(), teacher.tolist(), target.tolist()):
@@ -41,7 +41,7 @@ def test_it_is_the_formula(k, std):
 
 @pytest.mark.parametrize("shape", [(), (7,), (4, 3), (2, 3, 2)])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_with_every_class_it_is_nkd(shape, reduction):
+def test_with_every_class_the_loss_equals_nkd(shape, reduction):
     n, *trailing = shape or (1,)
     student, teacher, target = inputs(n, 9, *trailing)
     if not shape:
@@ -53,7 +53,7 @@ def test_with_every_class_it_is_nkd(shape, reduction):
 
 
 # The table of kdlite/README.md: teachers whose non-target probabilities are power laws of rank.
-TEACHERS = {  # classes, T_t, exponent, k, mass of the k; cosines of the two ways
+TEACHERS = {  # classes, T_t, exponent, k, mass of the k classes; cosines of the two losses
     "C 1,000, flat, k 10": (1000, 0.56, 1.08, 10, 0.46, 0.929, 0.996),
     "C 1,000, peaked, k 10": (1000, 0.84, 1.67, 10, 0.86, 0.997, 0.9997),
     "C 1,000, flat, k 50": (1000, 0.56, 1.12, 50, 0.70, 0.986, 0.9996),
@@ -87,7 +87,7 @@ def test_the_gradient_is_near_the_whole_teachers_and_that_of_a_renormalised_top_
     assert theirs == pytest.approx(renormalised_cosine, abs=0.002)
 
 
-def test_without_labels_the_largest_class_is_the_target():
+def test_without_labels_the_most_probable_class_is_the_target():
     student, teacher, _ = inputs(6, 8)
     target = teacher.argmax(1)
     served, index = teacher.log_softmax(1).topk(4)
@@ -122,8 +122,8 @@ def test_a_top_k_of_the_target_alone_gives_the_target_term():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.uint64])
-def test_indices_of_any_integers_name_the_same_classes(dtype):
-    """Labels on disk are uint16; 255 of uint8 is a class, although torch compares it equal to -1."""
+def test_indices_may_have_any_integer_type(dtype):
+    """Use the integer types of stored labels; in uint8, 255 is a class, although torch compares it equal to -1."""
     student, teacher, target = inputs(6, 300)
     target_logprob, top, index = top_k_logprobs(teacher, target, 3)
     index[:, 0], index[:, 1:] = 255, index[:, 1:] % 250
@@ -131,7 +131,7 @@ def test_indices_of_any_integers_name_the_same_classes(dtype):
     assert torch.equal(nkd_topk_loss(student, target_logprob, top, index.to(dtype), target), expected)
 
 
-def test_without_labels_padding_is_never_the_largest_class():
+def test_without_labels_padding_is_never_the_target():
     student, teacher, _ = inputs(5, 8)
     top, index = teacher.log_softmax(1).topk(3)
     expected = nkd_topk_loss(student[1:], None, top[1:], index[1:], None)
@@ -144,7 +144,7 @@ def test_without_labels_padding_is_never_the_largest_class():
     torch.testing.assert_close(nkd_topk_loss(student, None, *padded, None), expected)
 
 
-def test_the_values_of_an_ignored_target_do_not_matter():
+def test_the_teachers_values_of_an_ignored_target_change_nothing():
     student, teacher, target = inputs(6, 8)
     served = top_k_logprobs(teacher, target, 3)
     expected, expected_grad = value_and_gradient(nkd_topk_loss, student[1:], *(x[1:] for x in served), target[1:])
@@ -160,7 +160,7 @@ def test_the_values_of_an_ignored_target_do_not_matter():
 @pytest.mark.parametrize("bad", [math.nan, 5.0, 0.1])
 @pytest.mark.parametrize("where", ["the target", "the top-k", "the target in the top-k"])
 def test_values_that_are_not_log_probabilities_make_the_loss_nan(where, bad):
-    """NaN, values above 0 and sums above 1; the other rows are as before, and nothing waits for the device."""
+    """Use NaN, values above 0 and sums above 1. The other rows stay the same, and no operation waits for the device."""
     student, teacher, _ = inputs(6, 8)
     target = teacher.argmax(1)
     logprobs = teacher.log_softmax(1)
@@ -193,8 +193,8 @@ def test_a_log_probability_above_0_by_rounding_is_0():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_rounded_log_probabilities_stay_near(dtype):
-    """They may sum to more than 1; the error is as small as the rounding."""
+def test_rounded_log_probabilities_change_the_loss_little(dtype):
+    """Use rounded values, whose sum may be above 1: the error is as small as the rounding."""
     student, teacher, target = inputs(64, 20, std=3.0)
     target_logprob, top, index = top_k_logprobs(teacher, target, 10)
     expected = nkd_topk_loss(student, target_logprob, top, index, target)
@@ -205,8 +205,8 @@ def test_rounded_log_probabilities_stay_near(dtype):
 # ---- numbers ----
 
 
-def test_it_is_exact_if_the_teacher_is_certain():
-    """T_t = 1 - 1e-7, and the k classes hold all but a millionth of the rest."""
+def test_the_loss_is_exact_if_the_teachers_probability_is_near_1():
+    """Use T_t = 1 - 1e-7, and k classes with all but a millionth of the rest."""
     others = [0.6e-7, 0.3e-7, 0.1e-7 * (1 - 1e-5), 0.1e-12]
     log_t = [math.log1p(-1e-7), *map(math.log, others)]
     student = [4.0, 1.0, 0.0, -1.0, 2.0]
@@ -236,7 +236,7 @@ def test_value_and_gradient_stay_finite(k, dtype, scale):
     assert grad.dtype == dtype
 
 
-def test_a_class_that_the_student_masks_and_the_teacher_does_not_name_is_ignored():
+def test_a_class_that_the_student_masks_and_the_top_k_lacks_is_ignored():
     student, teacher, target = inputs(4, 6)
     student[:, 5] = teacher[:, 5] = -torch.inf
     target = target.clamp(max=4)
@@ -265,7 +265,7 @@ def test_gradcheck_passes_and_the_teacher_has_no_gradient():
     assert top.grad is None
 
 
-def test_log_probabilities_alone_give_the_same():
+def test_nkd_from_logprobs_equals_the_loss_from_logits():
     student, teacher, target = inputs(16, 12)
     target_logprob, top, index = top_k_logprobs(teacher, target, 4)
 
@@ -304,7 +304,7 @@ def test_forward_and_backward_do_not_wait_for_the_device():
 
 
 @pytest.mark.slow
-def test_it_compiles_whole_with_dynamic_shapes():
+def test_the_loss_compiles_whole_with_dynamic_shapes():
     torch._dynamo.reset()
     compiled = torch.compile(topk, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, c in ((4, 10), (6, 10), (5, 7)):
@@ -404,7 +404,7 @@ def test_k_is_at_most_the_number_of_other_classes(k):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-def test_a_top_k_is_of_any_integers(dtype):
+def test_a_top_k_accepts_targets_of_any_integer_type(dtype):
     teacher, target = torch.randn(4, 1000), torch.tensor([0, 3, 99, 127])
     for actual, expected in zip(top_k_logprobs(teacher, target.to(dtype), 2), top_k_logprobs(teacher, target, 2)):
         assert torch.equal(actual, expected)

@@ -1,4 +1,4 @@
-"""WithWeakHead: one module of a model and its weak head, and how the head reads the feature."""
+"""Test WithWeakHead: a model and its weak head as one module, and the pooling of the feature."""
 
 import copy
 import io
@@ -49,7 +49,7 @@ def test_the_checkpoint_has_the_head_and_the_plain_student_does_not():
 
 
 def test_the_dry_forward_changes_nothing():
-    """It keeps BatchNorm statistics, the mode of a frozen layer, the random state and the caller's gradients."""
+    """Compare BatchNorm statistics, the mode of a frozen layer, the random state and the gradients before and after."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 5))
     model[1].eval()
     state = copy.deepcopy(model.state_dict())
@@ -92,7 +92,7 @@ def test_class_count_and_feature_shape_are_checked():
 
 
 def test_a_student_that_still_has_its_tap_exports():
-    """The exported program is the plain student, and training works afterwards."""
+    """Check that the exported program is the plain student, and that training works afterwards."""
     student = WithWeakHead(Net(), "layer1", example_input=images())
     program = torch.export.export(student.eval(), (images(),))
     torch.testing.assert_close(program.module()(images()), student(images()))
@@ -132,7 +132,7 @@ def test_a_deepcopy_has_its_own_tap():
     assert averaged(images())[1].shape == (2, 5)
 
 
-def test_it_pickles_with_its_tap():
+def test_a_student_pickles_with_its_tap():
     student = WithWeakHead(Net(), "layer1", example_input=images())
     train_step(student, images())
     loaded = pickle.loads(pickle.dumps(student))
@@ -169,12 +169,12 @@ def test_activation_checkpointing_changes_nothing():
     for _ in range(2):
         train_step(plain, images())
         train_step(checkpointed, images())
-        assert checkpointed._tap._capture.output is None  # the second run, in backward, is not kept
+        assert checkpointed._tap._capture.output is None  # the output of the second run, in backward, is not stored
     for a, b in zip(checkpointed.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_reentrant_checkpointing_which_would_train_nothing_is_refused():
+def test_reentrant_checkpointing_is_refused():
     student = WithWeakHead(Net(), "layer1", example_input=images())
     student.model.checkpointed = True
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
@@ -182,7 +182,7 @@ def test_reentrant_checkpointing_which_would_train_nothing_is_refused():
 
 
 @pytest.mark.trial
-def test_checkpointing_under_compile():
+def test_checkpointing_works_under_compile():
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain = WithWeakHead(Net(), "layer1", example_input=images())
@@ -221,7 +221,7 @@ def test_under_autocast_the_feature_has_the_lower_precision(dtype):
 
 
 @pytest.mark.slow
-def test_it_compiles_whole_and_trains_the_same():
+def test_a_compiled_student_trains_as_the_plain_student():
     torch._dynamo.reset()
     torch.manual_seed(0)
     student = WithWeakHead(Net(), "layer1", example_input=images())
@@ -236,7 +236,7 @@ def test_it_compiles_whole_and_trains_the_same():
 # ---- the pooling ----
 
 
-def test_a_larger_input_shows_the_channels_of_a_sequence():
+def test_a_larger_input_shows_the_channel_dimension_of_a_sequence():
     example = torch.randn(1, 2, 100)
     conv = classifier(nn.Conv1d(2, 16, 3), nn.ReLU(), width=16)
     assert WithWeakHead(conv, "0", example_input=example).head.in_features == 16
@@ -266,7 +266,7 @@ def test_a_shape_with_two_readings_is_refused(shape):
 
 
 @pytest.mark.parametrize(("shape", "width"), [((6, 10), 10), ((8, 4, 4), 8), ((4, 4, 8), 8)])
-def test_a_model_of_one_size_is_read_by_the_shape_of_its_images(shape, width):
+def test_for_a_model_of_one_size_the_shape_of_its_images_decides(shape, width):
     student = WithWeakHead(fixed_size(*shape), "1", example_input=images())
     assert student.head.in_features == width
 
@@ -285,7 +285,7 @@ def test_the_positions_of_an_image_keep_its_proportions(height, width):
 
 
 class Tokens(nn.Module):
-    """A transformer: class and register tokens, then patches of 4 px, through two blocks."""
+    """Run two transformer blocks on class tokens, register tokens and patches of 4 px."""
 
     def __init__(self, class_tokens=1, registers=0, late=False):
         super().__init__()
@@ -350,9 +350,9 @@ def test_a_later_in_place_layer_does_not_change_the_pooled_feature(pooling):
     assert layers[0][1].weight.grad.abs().sum() > 0
 
 
-def test_a_class_token_that_cannot_be_counted_is_asked_for():
+def test_the_error_asks_for_the_pooling_if_tokens_cannot_be_counted():
     class Unfolded(Tokens):
-        """It makes patches without a convolution."""
+        """Make patches without a convolution."""
 
         def __init__(self):
             super().__init__()
@@ -544,7 +544,7 @@ def test_a_model_of_several_inputs_takes_an_example_of_them(as_dict):
     assert weak_logits.shape == (2, 5)
 
 
-def test_a_wrong_guess_of_the_input_asks_for_an_example():
+def test_the_error_for_a_wrong_guess_of_the_input_asks_for_an_example():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
     with pytest.raises(ValueError, match=r"refuses the guess shape \(2, 3, 224, 224\): pass example_input"):
         WithWeakHead(model, "0")
@@ -585,7 +585,7 @@ def _rank(rank, world, path):
     torch.save([p.grad for p in ddp.parameters()], f"{path}/grads{rank}.pt")
     with pytest.raises(ValueError, match=r"inside DistributedDataParallel already.*WithWeakHead first"):
         WithWeakHead(nn.parallel.DistributedDataParallel(Net()), "layer1", example_input=images())
-    with FeatureTap(ddp, "model.layer2") as tap:  # a path in the model inside DDP
+    with FeatureTap(ddp, "model.layer2") as tap:  # the path counts from the model inside DDP
         ddp(images())
         assert tap.pop().shape == (2, 16, 4, 4)
     dist.destroy_process_group()
@@ -602,5 +602,5 @@ def test_two_ranks_under_ddp_have_equal_gradients(tmp_path):
     student = WithWeakHead(Net(), "layer1", example_input=images())
     losses = [train_step(student, half) for half in images(8).chunk(2)]
     assert len(losses) == 2
-    for grad, parameter in zip(first, student.parameters()):  # DDP averages what accumulation sums
+    for grad, parameter in zip(first, student.parameters()):  # DDP takes the mean, accumulation the sum
         torch.testing.assert_close(grad, parameter.grad / 2)

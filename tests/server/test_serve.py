@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import io
 import json
 import os
@@ -29,6 +30,7 @@ from serving import (
 )
 from sklearn.datasets import load_sample_images
 
+from deploy.onnx_tools import write
 from deploy.preprocess import open_image, prepare
 from deploy.runtimes import RunOn, load, softmax
 from deploy.server import images as images_module
@@ -248,6 +250,29 @@ def test_predict_prepares_a_photograph_as_training_does(site, artefact, kind):
     assert [p["index"] for p in predictions] == best.tolist()
     assert [p["probability"] for p in predictions] == pytest.approx(probabilities[best].tolist(), rel=1e-4)
     assert [p["label"] for p in predictions] == [NAMES[i] for i in best]
+
+
+def test_predict_divides_by_the_temperature_and_names_what_is_below_the_threshold(artefact, tmp_path):
+    """The V2 protocol still answers with raw logits."""
+    import onnx
+
+    def answer(**changes):
+        file = tmp_path / "student.onnx"
+        write(onnx.load(artefact), dataclasses.replace(load(artefact, RunOn("cpu")).metadata, **changes), file)
+        with in_process(file) as site:
+            raw = json.loads(ask(site, INFER, numbers())[2])["outputs"][0]["data"]
+            return json.loads(ask(site, "/predict?top=7", picture())[2]), raw
+
+    plain, logits = answer()
+    assert (plain["none_of_these"], plain["threshold"]) == (False, None)
+    warm, same = answer(temperature=2.0, threshold=0.999)
+    assert same == logits
+    assert (warm["none_of_these"], warm["threshold"]) == (True, 0.999)
+    assert [p["index"] for p in warm["predictions"]] == [p["index"] for p in plain["predictions"]]
+    roots = np.sqrt([p["probability"] for p in plain["predictions"]])
+    assert [p["probability"] for p in warm["predictions"]] == pytest.approx((roots / roots.sum()).tolist(), rel=1e-4)
+    largest = warm["predictions"][0]["probability"]
+    assert answer(temperature=2.0, threshold=largest - 1e-6)[0]["none_of_these"] is False
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "AVIF"])

@@ -95,7 +95,7 @@ def test_hidden_folders_do_not_count_as_classes(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["train", "."])
-def test_a_share_of_each_class_is_split_off(tmp_path, layout, capsys):
+def test_val_split_takes_a_share_of_each_class(tmp_path, layout, capsys):
     make(tmp_path / layout, {"cat": 40, "dog": 10, "eel": 2})
     (tmp_path / layout / "cat/old").mkdir()
     (tmp_path / layout / "cat/0.jpg").rename(tmp_path / layout / "cat/old/0.jpg")
@@ -108,13 +108,13 @@ def test_a_share_of_each_class_is_split_off(tmp_path, layout, capsys):
     assert dict(data.split) == {**dict.fromkeys(train, "train"), **dict.fromkeys(val, "val")}
     assert "old/0.jpg" in " ".join(train | val)
     assert data.train[0][0].size == (40, 30)
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1
-    assert "classes cat, dog, eel; 41 images to train, 11 to validate, 0.2 of each class" in said
+    message = capsys.readouterr().out
+    assert message.count("\n") == 1
+    assert "classes cat, dog, eel; 41 images to train, 11 to validate, 0.2 of each class" in message
 
 
 @pytest.mark.parametrize("share", [0.001, 0.999])
-def test_each_class_has_an_image_on_both_sides_for_any_share(tmp_path, share):
+def test_each_class_has_training_and_validation_images_for_any_share(tmp_path, share):
     data = open_data(str(make(tmp_path, {"cat": 20, "dog": 2})), val_split=share)
     assert min(class_counts(data.train) + class_counts(data.val)) == 1
 
@@ -166,11 +166,11 @@ def test_a_resumed_run_keeps_its_split(tmp_path, capsys):
     assert class_counts(data.val) == [5, 4]
     assert class_counts(data.train) == [15, 55]
     assert set(files(data.val)) < {file for file, side in rows if side == "val"}
-    assert dict(rows).items() < dict(data.split).items()  # a deleted file keeps its side in case it returns
-    said = capsys.readouterr().out
-    assert "new since this run was split, added to the training images: cat/20.jpg, cat/21.jpg" in said
-    assert "and 35 more" in said
-    assert f"missing since this run was split: {gone}\n" in said
+    assert dict(rows).items() < dict(data.split).items()  # split.csv keeps a deleted file, in case it returns
+    message = capsys.readouterr().out
+    assert "new since this run was split, added to the training images: cat/20.jpg, cat/21.jpg" in message
+    assert "and 35 more" in message
+    assert f"missing since this run was split: {gone}\n" in message
 
 
 def test_a_resume_is_refused_if_a_class_lacks_validation_images(tmp_path):
@@ -192,14 +192,14 @@ def test_check_reads_only_the_validation_images_that_a_run_split_off(tmp_path, c
     assert row["images"] == 10
 
 
-@pytest.mark.parametrize(("content", "said"), [
+@pytest.mark.parametrize(("content", "message"), [
     (b"", "is not a run's split"), (b"file,side\n", "is not a run's split"),
     (b"file,side\ncat/0.jpg,test\n", "cat/0.jpg"), (b"file,side\ncat/0.jpg\n", "cat/0.jpg"),
     (b"\xff\xfe\x00", "cannot be read as a run's split"),
 ])  # fmt: skip
-def test_a_damaged_split_is_refused(tmp_path, content, said):
+def test_a_damaged_split_is_refused(tmp_path, content, message):
     (tmp_path / "split.csv").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_split(tmp_path / "split.csv")
 
 
@@ -207,7 +207,7 @@ def test_read_split_returns_none_for_a_missing_file(tmp_path):
     assert read_split(tmp_path / "split.csv") is None
 
 
-@pytest.mark.parametrize(("tree", "options", "said"), [
+@pytest.mark.parametrize(("tree", "options", "message"), [
     (["train/cat", "train/dog"], {}, "no folder photos/val: --val-split 0.1 of train.py keeps a tenth of each class"),
     (["train/cat", "train/dog", "valid/cat"], {}, "for validation; or rename valid/ to val/"),
     (["cat", "dog"], {}, "if its folders are the classes (cat, dog), --val-split 0.1 of train.py keeps a tenth"),
@@ -220,10 +220,10 @@ def test_read_split_returns_none_for_a_missing_file(tmp_path):
     (["cat", "dog"], dict(val_split=float("nan")), "must be above 0 and below 1, got nan"),
     (["cat"], dict(val_split=0.5), "has the one class cat: at least 2 are needed"),
 ])  # fmt: skip
-def test_a_folder_that_cannot_be_split_is_refused_with_one_line(tmp_path, tree, options, said):
+def test_a_folder_that_cannot_be_split_is_refused_with_one_line(tmp_path, tree, options, message):
     for folder in tree:
         make(tmp_path, {folder: 2})
-    assert said in refusal(tmp_path, **options)
+    assert message in refusal(tmp_path, **options)
 
 
 def test_a_class_with_a_single_image_is_refused_by_name(tmp_path):
@@ -251,7 +251,7 @@ def test_a_new_val_folder_replaces_the_split_with_a_message(tmp_path, capsys):
     assert "val exists now: it replaces the images that the run split off" in capsys.readouterr().out
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_a_class_may_have_the_name_train(tmp_path):
     data = open_data(str(make(tmp_path, {"car": 4, "plane": 4, "train": 4})), val_split=0.25)
     assert data.label_names == ["car", "plane", "train"]
 
@@ -302,18 +302,18 @@ def test_class_weights_are_read_from_a_csv_file(tmp_path, header):
     assert class_weights(str(tmp_path / "w.csv"), ["cat", "dog"], [100, 10]) == pytest.approx([0.55, 5.5])
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "message"), [
     ("a,1\n", "lacks b"), ("a,1\nb,1\nc,1\nd,2\n", "names classes that --data does not have: c, d"),
     ("a,1\nb,-1\n", "weight of at least 0, got b,-1"), ("a,1\nb,inf\n", "at least 0, got b,inf"),
     ("a,nan\nb,1\n", "got a,nan"), ("a,1\nb,one\n", "got b,one"), ("a\nb\n", "got a"), ("a,1,2\nb,1\n", "got a,1,2"),
     ("a,1\na,2\nb,1\n", "names a twice"), ("a,0\nb,0\n", "the weight of every training image is 0"), ("", "lacks a, b"),
     (None, "expected balanced, or a CSV file"),
 ])  # fmt: skip
-def test_invalid_class_weights_are_refused_with_one_line(tmp_path, text, said):
+def test_invalid_class_weights_are_refused_with_one_line(tmp_path, text, message):
     file = tmp_path / "w.csv"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         class_weights(str(file), ["a", "b"], [1, 1])
     assert "\n" not in str(error.value)
 

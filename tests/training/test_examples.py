@@ -1,4 +1,4 @@
-"""examples/two_hosts.sh, slurm.sh and pytorchjob.yaml, as far as one machine can test them; finetune.py."""
+"""Test examples/two_hosts.sh, slurm.sh and pytorchjob.yaml, as far as one machine can, and finetune.py."""
 
 import json
 import os
@@ -32,7 +32,7 @@ BIN = Path(sys.executable).parent
 SLURM, JOB = EXAMPLES / "slurm.sh", EXAMPLES / "pytorchjob.yaml"
 TINY = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--img-size", "16", "--reference", "0"]
 
-# Ends by its first flag. "stopped" waits for the signal that stops train.py and that torchrun ignores.
+# A replacement of torchrun. Its first flag selects its end: "stopped" waits for SIGUSR1, which stops train.py.
 STAND_IN = """#!{python}
 import os, pathlib, signal, subprocess, sys
 flags = sys.argv[sys.argv.index("train.py") + 1 :]
@@ -86,7 +86,7 @@ def slurm(tmp_path):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         executable(tmp_path / "bin" / name, text)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
-    job = str(os.getpid())  # the port comes from it
+    job = str(os.getpid())  # the script computes the port from it
     path = f"{tmp_path}/bin:{BIN}:{os.environ['PATH']}"
     env = os.environ | {
         "PATH": path, "CALLS": str(tmp_path / "calls"), "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": job,
@@ -174,7 +174,7 @@ def test_slurm_requeues_a_run_that_the_signal_stopped_once(slurm):
 @pytest.mark.usefixtures("stand_in")
 def test_slurm_does_not_requeue_a_failed_run(slurm):
     slurm.output.mkdir(parents=True)
-    (slurm.output / "log.txt").write_text("stopped by SIGUSR1 at step 3 of epoch 1\n")  # an earlier time
+    (slurm.output / "log.txt").write_text("stopped by SIGUSR1 at step 3 of epoch 1\n")  # the line of an earlier stop
     assert slurm.start("failed").wait(60) == 2
     assert slurm.requeues() == []
 
@@ -208,12 +208,12 @@ def job():
     return yaml.safe_load(JOB.read_text())
 
 
-def test_kubeflows_own_models_accept_the_pytorchjob():
+def test_the_kubeflow_client_accepts_the_pytorchjob():
     training = pytest.importorskip("kubeflow.training", reason="needs the package kubeflow-training")
     client = training.ApiClient()
     assert client.client_side_validation
     read = client.deserialize(SimpleNamespace(data=json.dumps(job())), "KubeflowOrgV1PyTorchJob")
-    assert client.sanitize_for_serialization(read) == job()  # an unknown key would be lost
+    assert client.sanitize_for_serialization(read) == job()  # the client drops unknown keys
 
 
 def test_the_pytorchjob_restarts_failed_pods_and_leaves_time_to_save():
@@ -245,7 +245,7 @@ def test_a_pod_succeeds_only_at_the_end_of_the_training(tmp_path, how, status):
     pod = subprocess.Popen([*container["command"], script], env=env)
     if how == "stopped":
         rank = wait_for(tmp_path / "kdlite/log.txt", r"^ready (\d+)$")
-        os.kill(int(rank[1]), signal.SIGUSR1)  # as after the eviction of another pod
+        os.kill(int(rank[1]), signal.SIGUSR1)  # as if another pod was evicted
     assert pod.wait(60) == status
 
 
@@ -334,7 +334,7 @@ def test_a_distilled_student_is_kept_only_if_it_is_ahead(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("flags", [[], ["--fetch", "resnet18"], ["photos", "--fetch", "tf_efficientnet_lite0"]])
-def test_a_mistake_in_finetunes_flags_is_one_line(flags, capsys, monkeypatch):
+def test_a_mistake_in_the_flags_of_finetune_prints_one_line(flags, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
     assert finetune.run_command("finetune.py", finetune.main) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -118,7 +118,7 @@ def test_every_recipe_sets_the_flags_of_imagenet_cnn(recipe):
     ("lr", 1e400), ("randaugment", [1]), ("seed", 2**70), ("in_chans", 2), ("step_epochs", "abc"), ("step_factor", []),
     ("fitted", 3), ("fitted", {"epochs": 3}), ("fitted", RECIPES["digits"] | {"eval_crop": 1.0, "epochs": "x"}),
 ])  # fmt: skip
-def test_a_damaged_value_in_args_json_is_one_line(name, value):
+def test_a_damaged_value_in_args_json_prints_one_line(name, value):
     with pytest.raises(UserError, match=r"^args.json of the run is damaged: ") as raised:
         settle_flags(train.FLAGS, {"resume": True, "output": "out"}, {name: value})
     assert "\n" not in str(raised.value)
@@ -132,7 +132,7 @@ def test_stored_flags_keep_their_values():
 
 
 @pytest.mark.parametrize("typed", [{"small_stem": False}, {"pretrained": False}, {"model_args": []}])
-def test_a_flag_at_its_stored_default_is_no_change_at_a_resume(typed):
+def test_a_resume_accepts_a_flag_with_its_stored_default(typed):
     settle_flags(train.FLAGS, {"resume": True, "output": "out", **typed}, {"epochs": 2})
 
 

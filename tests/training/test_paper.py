@@ -1,4 +1,4 @@
-"""examples/paper: each row of the paper's tables starts, and our own tables agree with their files."""
+"""Test examples/paper: each row of the paper's tables starts, and our own tables agree with their files."""
 
 import csv
 import functools
@@ -68,7 +68,7 @@ OF_EACH_KIND = {
     "uskd-mobilenet-v2",
 }
 
-# the layer each weak head reads in the official configs, and its channels
+# the layer that each weak head reads in the official configs, and its channels
 TAPS = {
     "uskd-mobilenet": ("blocks.3.5", 512),
     "uskd-mobilenet-v2": ("features.17", 320),
@@ -83,7 +83,7 @@ TAPS = {
 }
 
 
-def test_no_row_is_missing():
+def test_every_row_of_the_paper_is_listed():
     names = list(rows())
     assert set(names) > OF_EACH_KIND
     assert len([n for n in names if n.startswith("nkd-")]) == 4 + 1 + 7 + 4
@@ -111,7 +111,7 @@ def test_a_row_builds_its_networks_and_schedule_and_takes_a_step(name, monkeypat
     teacher = None
     if args.teacher:
         name_of_teacher, theirs = args.teacher, settle([])
-        if args.teacher.startswith("runs/paper/"):  # another row's student
+        if args.teacher.startswith("runs/paper/"):  # the student of another row
             theirs = settle(rows()[Path(args.teacher).parts[2]])
             name_of_teacher = theirs.model
         architecture = find_architecture(name_of_teacher, theirs.model_args, theirs.small_stem)
@@ -164,7 +164,7 @@ def test_a_row_has_the_schedule_of_its_protocol(name):
 
 # ---- the networks ----
 
-PARAMETERS = {  # with 100 classes, as the protocol's papers count them
+PARAMETERS = {  # numbers of parameters with 100 classes, as in the papers of the protocol
     "resnet20": 278_324,
     "resnet32": 472_756,
     "resnet56": 861_620,
@@ -257,7 +257,7 @@ def test_the_tables_on_the_pages_agree_with_the_files():
     assert done.returncode == 0, done.stderr
 
 
-def test_two_rows_are_compared_seed_by_seed():
+def test_the_t_test_of_two_rows_pairs_their_seeds():
     with open(PAPER / "results/few-images.csv") as file:
         top1 = {(row["method"], row["seed"]): float(row["val_top1"]) for row in csv.DictReader(file)}
     gains = [top1["KD", seed] - top1["NKD", seed] for method, seed in top1 if method == "KD"]
@@ -270,10 +270,10 @@ def test_two_rows_are_compared_seed_by_seed():
 
 
 @pytest.mark.parametrize(
-    "asked", [["nope", "KD", "NKD"], ["lite", "KD", "NKD"], ["lite-sweep", *2 * ["cross-entropy"]]]
+    "names", [["nope", "KD", "NKD"], ["lite", "KD", "NKD"], ["lite-sweep", *2 * ["cross-entropy"]]]
 )
-def test_rows_that_cannot_be_compared_are_an_error(asked):
-    done = subprocess.run([sys.executable, PAPER / "report.py", "--compare", *asked], capture_output=True, text=True)
+def test_rows_that_cannot_be_compared_are_an_error(names):
+    done = subprocess.run([sys.executable, PAPER / "report.py", "--compare", *names], capture_output=True, text=True)
     assert done.returncode == 2
     assert "report.py: error: " in done.stderr
     assert "Traceback" not in done.stderr
@@ -297,7 +297,7 @@ def test_only_training_images_are_copied(tmp_path):
     ]
 
 
-def test_the_flags_of_every_table_go_together():
+def test_train_accepts_the_flags_of_every_table():
     tiny_imagenet = load("tiny_imagenet")
     for table in tiny_imagenet.TABLES.values():
         setting = tiny_imagenet.SETTINGS[table.setting]
@@ -306,7 +306,7 @@ def test_the_flags_of_every_table_go_together():
             settle(["--data", "images", *setting.common, *(flag for flag in flags if not flag.startswith("variant="))])
 
 
-def test_the_command_that_stores_labels_has_flags_that_go_together(tmp_path, monkeypatch):
+def test_the_labels_command_accepts_the_flags_of_the_tables(tmp_path, monkeypatch):
     tiny_imagenet = load("tiny_imagenet")
     commands = []
     monkeypatch.setattr(tiny_imagenet, "fetch", lambda name: tmp_path / f"{name}.safetensors")
@@ -328,7 +328,7 @@ def test_every_measured_run_has_its_command_versions_hardware_and_seed():
                 assert row["hardware"]
 
 
-def test_the_line_of_a_network_has_its_four_measures():
+def test_the_line_of_a_network_shows_four_measures():
     logits, labels = [[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 1.0, 1.0]], [0, 0]
     measured = {"label": [], "squared": [], "entropy": []}
     for row, label in zip(logits, labels):
@@ -362,7 +362,7 @@ def test_own_ranks_counts_the_ranks_of_the_student_alone():
 def test_answers_measures_student_weak_head_teacher_and_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--epochs", "1", "--img-size", "16"]
-    tiny += ["--crop", "none"]  # so the stored view equals the measured one
+    tiny += ["--crop", "none"]  # so that the stored view equals the measured view
     teacher = ["--teacher", "teacher/student", "--model-file", f"{ROOT}/tests/own_models.py:tiny"]
     run(*tiny, "--output", "teacher")
     labels = ["--device", "cpu", "--img-size", "16", "--crop", "none", "--views", "1", *teacher]
@@ -392,7 +392,7 @@ def test_answers_measures_student_weak_head_teacher_and_labels(tmp_path, monkeyp
     assert stored_top1 == pytest.approx(top1, abs=0.5)
     assert stored == pytest.approx(rest, abs=0.011)
 
-    # three of nine classes have no entropy over all of them
+    # the entropy of nine classes is unknown if the labels have three
     write_labels(*labels, "--output", "few", "--top-k", "3")
     run(*tiny, "--kd", "nkd", "--temperature", "1", "--teacher-labels", "few", "--output", "some")
     with pytest.raises(UserError, match="few has 3 of 9 other classes: write labels with --top-k 9"):
@@ -432,4 +432,4 @@ def test_a_whole_table_at_small_scale(tmp_path):
     written = (tmp_path / "runs/tiny_imagenet/few-images/NKD-0/last.pt").stat().st_mtime_ns
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "runs/tiny_imagenet/few-images/NKD-0/last.pt").stat().st_mtime_ns == written  # not repeated
+    assert (tmp_path / "runs/tiny_imagenet/few-images/NKD-0/last.pt").stat().st_mtime_ns == written  # not run again

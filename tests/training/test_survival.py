@@ -63,7 +63,7 @@ def same_weights(a, b):
 # ---- signals ----
 
 
-def test_a_signal_saves_and_exits_with_0_and_the_resumed_run_is_bitwise_equal():
+def test_a_run_saves_and_exits_with_0_after_a_signal_and_the_resumed_run_is_bitwise_equal():
     flags = [*TINY, "--epochs", 4, "--mixup", 0.2, "--ema-decay", 0.9]
     assert start(*flags, "--output", "whole").wait() == 0
     stopped = start(*flags, "--output", "out")
@@ -128,7 +128,7 @@ def test_a_killed_process_ends_the_other_processes_soon_with_a_message(victim):
     assert two.returncode != 0
 
 
-def test_a_signal_to_every_process_saves_while_the_loader_is_the_bottleneck(tmp_path):
+def test_a_run_saves_after_a_signal_to_every_process_also_if_the_data_loader_is_slow(tmp_path):
     """Signal the whole process group twice, as a scheduler does: the data loading processes must survive."""
     photos = random_kills.make_photos(tmp_path / "photos")
     flags = [*TINY, "--epochs", 400, "--data", photos, "--batch-size", 8, "--workers", 2, "--save-every", 0]
@@ -200,7 +200,7 @@ def test_processes_that_cannot_connect_print_one_line(port):
     assert done.returncode == 2
     lines = [line for line in done.stderr.strip().splitlines() if "train.py: error" in line]
     assert len(lines) == 1
-    assert "the 2 processes could not meet at 127.0.0.1" in lines[0]
+    assert "the 2 processes could not connect at 127.0.0.1" in lines[0]
     assert "Traceback" not in done.stderr
 
 
@@ -214,10 +214,10 @@ def test_a_second_run_in_a_directory_is_refused_and_changes_nothing(capsys):
         line = refused(capsys, *TINY, "--output", "out", "--resume")
         assert f"out is in use by process {os.getpid()} on {socket.gethostname()}: wait" in line
     assert {name: (Path("out") / name).read_bytes() for name in before} == before
-    run("--output", "out", "--resume", *OWN, "--epochs", 2)  # the lock is free
+    run("--output", "out", "--resume", *OWN, "--epochs", 2)  # the lock is free again
 
 
-def test_a_lock_does_not_outlive_a_killed_run():
+def test_a_lock_ends_with_a_killed_run():
     code = "import sys, os, signal; from pathlib import Path; from deploy import run_directory as r\n"
     code += "with r.locked(Path('.')): os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -229,7 +229,7 @@ def test_a_lock_does_not_outlive_a_killed_run():
 # ---- a run directory from elsewhere ----
 
 
-def test_code_that_a_run_directory_names_is_never_run(tmp_path, capsys):
+def test_a_resume_never_runs_code_that_only_the_run_directory_names(tmp_path, capsys):
     run(*TINY, "--output", "out")
     Path("evil.py").write_text("open('ran', 'w')\n\ndef loss(student, teacher, target):\n    return student.sum()\n")
     about = json.loads(Path("out/args.json").read_text())
@@ -279,7 +279,7 @@ def test_other_validation_images_reset_the_best_epoch(tmp_path, capsys):
             file.unlink()
     capsys.readouterr()
     run("--output", "out", "--resume", *OWN, "--epochs", 2)
-    assert f"their best top-1, {state['progress']['best']:.2f} %, does not count any more" in capsys.readouterr().out
+    assert f"the best top-1 of those epochs, {state['progress']['best']:.2f} %, is ignored" in capsys.readouterr().out
     progress = torch.load("out/last.pt", weights_only=True)["progress"]
     assert progress["best"] == progress["rows"][1]["val_top1"]
     assert progress["answers"].shape == (2, 18)
@@ -331,9 +331,9 @@ def test_the_last_two_checkpoints_are_kept_and_any_flipped_bit_is_detected(capsy
         assert not checkpoint.is_whole(bytes(damaged))
     last.write_bytes(damaged)
     run("--output", "out", "--resume", *OWN)
-    said = capsys.readouterr().out
-    assert "out/last.pt is damaged or not a checkpoint of train.py: out/previous.pt is used" in said
-    assert "resuming from out/previous.pt, after epoch 2" in said
+    printed = capsys.readouterr().out
+    assert "out/last.pt is damaged or not a checkpoint of train.py: out/previous.pt is used" in printed
+    assert "resuming from out/previous.pt, after epoch 2" in printed
     assert torch.load(last, weights_only=True)["progress"]["epoch"] == 3
     previous.write_bytes(b"")
     last.write_bytes(whole[:-1])
@@ -360,12 +360,12 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_and_kept(content, capsys):
 
 
 def test_resume_starts_a_new_run_in_an_empty_folder_and_continues_an_old_run(capsys):
-    for epochs, said in (
+    for epochs, line in (
         (1, "no checkpoint in out yet: a new run starts"),
         (2, "resuming from out/last.pt, after epoch 1"),
     ):
         run(*TINY, "--epochs", epochs, "--output", "out", "--resume")
-        assert said in capsys.readouterr().out
+        assert line in capsys.readouterr().out
 
 
 def test_a_resume_from_another_folder_finds_the_data(tmp_path, monkeypatch, capsys):
@@ -386,7 +386,7 @@ def test_a_resume_with_a_renamed_class_is_refused(tmp_path, capsys):
     for part in ("train", "val"):
         (photos / part / "china").rename(photos / part / "zebra")
     line = refused(capsys, "--output", "out", "--resume", *OWN, "--epochs", 2)
-    assert "out/last.pt was trained on other classes than --data holds: china and not flower" in line
+    assert "the classes of out/last.pt differ from those of --data: china there, flower here" in line
 
 
 def test_distillation_may_be_added_at_a_resume():
@@ -434,7 +434,7 @@ def test_a_closed_stdout_does_not_end_the_run():
 # ---- one process or several ----
 
 
-def gradients(grad_accum, method):
+def weights_after_three_steps(grad_accum, method):
     """Return the weights after train.py's first three optimizer steps, without batch norm."""
     flags = [*TINY, "--model", f"{MODELS}:plain", "--batch-size", 64, "--grad-accum", grad_accum, "--opt", "momentum",
              "--lr", 0.5, "--warmup-epochs", 0, "--label-smoothing", 0.1, "--crop", "none", *method]  # fmt: skip
@@ -466,7 +466,7 @@ METHODS = {
 if __name__ == "__main__":  # one of the two ranks of the test below
     torch.set_num_threads(1)
     with ranks.process_group():
-        found = {name: gradients(1, flags) for name, flags in METHODS.items()}
+        found = {name: weights_after_three_steps(1, flags) for name, flags in METHODS.items()}
         torch.save(found, f"{sys.argv[1]}/{ranks.RANK}.pt")
     sys.exit(0)
 
@@ -485,11 +485,11 @@ def test_one_process_two_processes_and_two_passes_take_the_same_step(tmp_path):
     assert [process.wait(120) for process in two] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, flags in METHODS.items():
-        whole = gradients(1, flags)
+        whole = weights_after_three_steps(1, flags)
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], whole, rtol=1e-4, atol=1e-5)
         if name != "uskd":  # because a pass of --grad-accum uses only its own logits: see Method.group
-            torch.testing.assert_close(gradients(2, flags), whole, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(weights_after_three_steps(2, flags), whole, rtol=1e-4, atol=1e-5)
 
 
 # ---- too little memory ----
@@ -505,7 +505,7 @@ def test_a_small_dev_shm_is_refused_before_the_first_batch():
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("train.py: error: /dev/shm has 64 MiB free, and the workers hold up to 147 MiB")
+    assert line.startswith("train.py: error: /dev/shm has 64 MiB free, but the workers need up to 147 MiB")
     assert "--shm-size" in line
     assert "--workers 0" in line
     assert not Path("out").exists()

@@ -112,7 +112,7 @@ def test_a_run_directory_holds_every_documented_file():
     assert Image.open("out/curves.png").size[0] > 500
 
     state = torch.load("out/last.pt", weights_only=True)
-    assert any(name.startswith("head.") for name in state["model"])  # a resume trains it further
+    assert any(name.startswith("head.") for name in state["model"])  # a resume trains the head further
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["label_names"] == [str(i) for i in range(10)]
     assert config["input_size"] == [3, 16, 16]
@@ -163,7 +163,7 @@ def test_predict_reaches_the_accuracy_of_the_saved_student(photos, capsys):
 
 @pytest.mark.slow
 def test_a_run_finishes_without_a_reference_if_its_image_is_unreadable(photos, capfd):
-    (photos / "val/china/0.jpg").write_bytes(b"no image")  # the only image in the reference
+    (photos / "val/china/0.jpg").write_bytes(b"no image")  # it is the only image in the reference
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--reference", 1, "--output", "out")
     assert "no reference.npz: none of the validation images" in capfd.readouterr().out
 
@@ -281,7 +281,7 @@ def test_an_fp16_run_counts_the_steps_that_the_scaler_skips(monkeypatch, capsys)
     monkeypatch.setattr(train, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
     run(*TINY, "--device", "cpu", "--amp", "fp16", "--output", "out")
     skipped = int(rows("out")[0]["skipped_steps"])
-    assert 10 <= skipped <= 40  # of 44 steps
+    assert 10 <= skipped <= 40  # 44 steps in all
     state = torch.load("out/last.pt", weights_only=True)
     assert state["scaler"]["scale"] == 2.0 ** (40 - skipped)
     assert f"{skipped} steps skipped" in capsys.readouterr().out
@@ -293,7 +293,7 @@ def test_the_step_and_cosine_schedules_set_the_learning_rate():
     run(*fast, "--schedule", "step", "--recipe", "imagenet-cnn", *TINY[4:], "--epochs", 4, "--output", "step")
     assert [float(row["lr"]) for row in rows("step")] == pytest.approx(
         [0.1, 0.01, 0.01, 0.001]
-    )  # falls at steps 6, 12, 18 of 20
+    )  # the rate falls at steps 6, 12, 18 of 20
     run(*fast, "--schedule", "cosine", "--output", "cosine")
     cosine = [0.05 * (1 + np.cos(np.pi * t / 4)) for t in range(4)]
     assert [float(row["lr"]) for row in rows("cosine")] == pytest.approx(cosine, rel=1e-5)
@@ -446,11 +446,11 @@ def test_hidden_files_are_ignored_and_files_that_are_not_images_are_counted(phot
     data = open_data(str(photos))
     assert data.label_names == ["china", "flower"]
     assert (len(data.train), len(data.val)) == (48, 17)
-    said = capsys.readouterr().out
-    assert f"{photos}/train: skipped 4 files that are not images by their names: 2 .txt" in said
-    assert "1 without ending" in said
-    assert "1 .heic" in said
-    assert "/val" not in said
+    printed = capsys.readouterr().out
+    assert f"{photos}/train: skipped 4 files that are not images by their names: 2 .txt" in printed
+    assert "1 without ending" in printed
+    assert "1 .heic" in printed
+    assert "/val" not in printed
 
 
 @pytest.mark.parametrize(("ending", "kind"), [("jfif", "JPEG"), ("gif", "GIF"), ("avif", "AVIF"), ("JPG", "JPEG")])
@@ -533,7 +533,7 @@ def test_a_short_run_raises_the_momentum_of_slow_batch_norms(capsys):
     net = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.01), torch.nn.BatchNorm2d(3))
     assert "momentum 0.01 is too slow for 90 steps: raised to 0.097" in settle_batch_norm(net, 90)
     assert (1 - net[0].momentum) ** 90 == pytest.approx(1e-4)
-    assert net[1].momentum == 0.1  # fast enough
+    assert net[1].momentum == 0.1  # this momentum is high enough
     assert settle_batch_norm(net, 90) is None
 
 
@@ -579,7 +579,7 @@ def test_the_padded_crop_and_flip_on_the_device_match_torchvision_and_vary_by_im
     assert (out.dtype, out.shape) == (torch.uint8, (3000, 3, 16, 16))
     counts = {place: int((out == cut).flatten(1).all(1).sum()) for place, cut in candidates.items()}
     assert sum(counts.values()) == 3000
-    assert min(counts.values()) > 60 - 5 * 60**0.5  # 60 expected of each, within five standard deviations
+    assert min(counts.values()) > 60 - 5 * 60**0.5  # 60 of each are expected; the bound is five standard deviations
     assert max(counts.values()) < 60 + 5 * 60**0.5
     assert torch.equal(crops(image.expand(9, -1, -1, -1), hflip=1.0)[4], image.flip(2))
     assert torch.equal(crops(image.expand(9, -1, -1, -1))[4], image)
@@ -627,7 +627,7 @@ def test_a_cached_run_trains_resumes_exactly_and_names_corrupt_images(photos, ca
     run(*flags, "--output", "whole")
     assert capfd.readouterr().err.count("skipped a corrupt image") == 2
     top1 = float(rows("whole")[-1]["val_top1"]) / 100
-    assert top1 * 16 == pytest.approx(round(top1 * 16), abs=1e-4)  # of 16 images, not 17
+    assert top1 * 16 == pytest.approx(round(top1 * 16), abs=1e-4)  # 16 images count, not 17
     state = torch.load("whole/last.pt", weights_only=True)
     with monkeypatch.context() as patched:
         patched.setattr(train, "evaluate", functools.partial(stop_and_call, train.evaluate))
@@ -679,18 +679,18 @@ def test_cifar10_trains_with_its_own_recipe(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_corrupt_image_is_named_and_skipped(photos, capfd):
+def test_a_run_prints_and_skips_a_corrupt_image(photos, capfd):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
     whole = (photos / "val/flower/2.jpg").read_bytes()
     (photos / "val/flower/2.jpg").write_bytes(whole[: len(whole) // 2])
     run(*TINY, "--data", photos, "--batch-size", 8, "--epochs", 2, "--workers", 1, "--output", "out")
     err = capfd.readouterr().err
-    assert re.findall(r"skipped a corrupt image .*?: .*/(\w+/\w+/\d.jpg): ", err) == [  # once, not once an epoch
+    assert re.findall(r"skipped a corrupt image .*?: .*/(\w+/\w+/\d.jpg): ", err) == [  # once, not in each epoch
         "train/china/3.jpg",
         "val/flower/2.jpg",
     ]
     top1 = float(rows("out")[-1]["val_top1"]) / 100
-    assert top1 * 16 == pytest.approx(round(top1 * 16), abs=1e-4)  # of 16 images, not 17
+    assert top1 * 16 == pytest.approx(round(top1 * 16), abs=1e-4)  # 16 images count, not 17
 
 
 def test_a_training_batch_leaves_a_corrupt_image_out(photos):
@@ -767,9 +767,9 @@ def test_a_killed_run_resumes_to_bitwise_equal_weights(photos):
 
 @pytest.mark.slow
 def test_a_resume_without_a_checkpoint_starts_again_with_the_stored_flags(capsys):
-    run(*TINY, "--output", "out", "--resume")  # as a launcher that always gives --resume
+    run(*TINY, "--output", "out", "--resume")  # as in a launcher that always gives --resume
     assert "no checkpoint in out yet: a new run starts" in capsys.readouterr().out
-    for name in ("last.pt", "metrics.csv"):  # as after an interrupt in the first epoch
+    for name in ("last.pt", "metrics.csv"):  # the state after an interrupt in the first epoch
         Path("out", name).unlink()
     run(*RESUME)
     assert "own_models.py:tiny" in capsys.readouterr().out
@@ -824,7 +824,7 @@ def test_an_error_on_all_ranks_is_printed_once():
     assert "no folder nowhere/train" in two.stderr
 
 
-# ---- mistakes: one line, status 2, nothing lost ----
+# ---- a user's mistake: one line and status 2 ----
 
 
 def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
@@ -862,7 +862,10 @@ def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
         (["--kd", "nkd", "--teacher", "resnet18", "--temperature", "0"], "--temperature: must be greater than 0"),
         (["--alpha", "inf", "--self-kd", "uskd"], "--alpha: must be at least 0, got inf"),
         (["--seed", "18446744073709551616"], "--seed: must be between 0 and 4294967295"),
-        (["--kd", "nkd", "--teacher", "resnet18", "--kd-weight", "1.0"], "--kd-weight needs --kd kd"),  # its default
+        (
+            ["--kd", "nkd", "--teacher", "resnet18", "--kd-weight", "1.0"],
+            "--kd-weight needs --kd kd",
+        ),  # the default
         (["--model", "runs", "--no-small-st"], "which has its own"),
         (["--opt", "adahessian"], "--opt adahessian cannot be used"),
         (["--hflip", "2"], "--hflip: must be between 0 and 1"),
@@ -944,7 +947,7 @@ def test_checkpoints_and_students_that_do_not_fit_are_refused(capsys):
     assert "out/last.pt holds the weights of another architecture than ShuffleNetV2" in line
     line = refused(capsys, *RESUME, "--opt", "momentum")
     assert "saved with --opt adamw, not momentum" in line
-    run(*TINY, *OWN, "--kd", "nkd", "--teacher", "out", "--output", "kd")  # a run directory is read as its student/
+    run(*TINY, *OWN, "--kd", "nkd", "--teacher", "out", "--output", "kd")  # a run directory stands for its student/
     capsys.readouterr()
     config = json.loads(Path("out/student/config.json").read_text())
     eleven = {"num_classes": 11, "label_names": [*config["label_names"], "eleven"]}

@@ -84,33 +84,33 @@ def imagenet_resnet(tmp_path):
 
 
 def test_pretrained_keeps_the_body_and_its_preprocessing_and_makes_a_new_head(imagenet_resnet):
-    model, config, said = start("resnet18", pretrained=True)
+    model, config, report = start("resnet18", pretrained=True)
     state = model.state_dict()
     for name, value in imagenet_resnet.items():
         assert name.startswith("fc.") or torch.equal(state[name], value)
     assert state["fc.weight"].shape == (2, 512)
     assert (config.mean, config.crop) == ([0.485, 0.456, 0.406], 0.875)
-    assert "120 of 122 tensors loaded; new: fc.weight ([1000, 512] there), fc.bias" in said
+    assert "120 of 122 tensors loaded; new: fc.weight ([1000, 512] there), fc.bias" in report
     assert list(find_new_classifiers(model)) == ["fc"]
     assert not state["fc.weight"].any()
     assert not state["fc.bias"].any()
-    assert "mean [0.485, 0.456, 0.406]" in said
+    assert "mean [0.485, 0.456, 0.406]" in report
 
 
-@pytest.mark.parametrize(("name", "said"), [
+@pytest.mark.parametrize(("name", "report"), [
     ("resnet18", "put https://download.pytorch.org/models/resnet18-f37072fd.pth into {}/torch/hub/checkpoints"),
     ("fastvit_t8", "fetch its model.safetensors from https://huggingface.co/timm/fastvit_t8.apple_in1k"),
 ])  # fmt: skip
-def test_weights_that_cannot_be_downloaded_are_refused_with_their_address(name, said, tmp_path, monkeypatch):
+def test_weights_that_cannot_be_downloaded_are_refused_with_their_address(name, report, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=re.escape(said.format(tmp_path))) as raised:
+    with pytest.raises(UserError, match=re.escape(report.format(tmp_path))) as raised:
         start(name, pretrained=True)
     assert "--pretrained FILE" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("flags", "said"), [
+@pytest.mark.parametrize(("flags", "report"), [
     (["--model", f"{MODELS}:tiny", "--pretrained"], "--pretrained without a value is for torchvision's"),
     (["--model", ".", "--pretrained"], "a student starts from one of them"),
     (["--pretrained", "x.pth"], "x.pth is neither a file of weights nor a student/ folder"),
@@ -118,10 +118,10 @@ def test_weights_that_cannot_be_downloaded_are_refused_with_their_address(name, 
     (["--teacher-classes", "x.csv"], "--teacher-classes needs --teacher"),
     (["--img-size", 1, 2, 3], "--img-size takes one number, or height and width"),
 ])  # fmt: skip
-def test_a_mistake_prints_one_line(flags, said, capsys):
+def test_a_mistake_prints_one_line(flags, report, capsys):
     run("--device", "cpu", *flags, check=2)
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert said in line
+    assert report in line
     assert not Path("runs").exists()
 
 
@@ -148,11 +148,11 @@ def test_pretrained_loads_the_body_from_any_file_of_weights(how):
     )
     file = {"folder": donor, "run": "donor", "safetensors": donor / "model.safetensors", "pth": "weights.pth",
             "wrapped": "wrapped.pth", "half": "half.pt"}[how]  # fmt: skip
-    model, config, said = start(f"{MODELS}:tiny", pretrained=str(file))
+    model, config, report = start(f"{MODELS}:tiny", pretrained=str(file))
     body = {name: value for name, value in model.state_dict().items() if not name.startswith("fc.")}
     for name, value in body.items():
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4)
-    assert "new: fc.weight ([10, 16] there), fc.bias" in said
+    assert "new: fc.weight ([10, 16] there), fc.bias" in report
     assert config.mean == ([0.485, 0.456, 0.406] if how in ("folder", "run") else [0.5, 0.5, 0.5])
 
 
@@ -160,23 +160,23 @@ def test_a_file_of_library_weights_sets_the_preprocessing_of_the_library():
     """Use EfficientNet-Lite, whose mean and std are 0.5 instead of ImageNet's."""
     model = timm.create_model("tf_efficientnet_lite0")
     save_file(model.state_dict(), "lite0.safetensors")
-    _, config, said = start("tf_efficientnet_lite0", pretrained="lite0.safetensors")
+    _, config, report = start("tf_efficientnet_lite0", pretrained="lite0.safetensors")
     assert (config.mean, config.std, config.crop) == ([0.5] * 3, [0.5] * 3, 0.875)
     assert config.interpolation == "bicubic"
-    assert "preprocessing of these weights: mean [0.5, 0.5, 0.5]" in said
+    assert "preprocessing of these weights: mean [0.5, 0.5, 0.5]" in report
 
 
 def test_a_file_for_a_model_without_library_weights_keeps_the_preprocessing_of_the_data():
     assert not timm.get_pretrained_cfg("mobilenetv2_035").has_weights
     donor = write_student(Path("donor"), "mobilenetv2_035", 32)
-    _, config, said = start("mobilenetv2_035", pretrained=str(donor / "model.safetensors"))
+    _, config, report = start("mobilenetv2_035", pretrained=str(donor / "model.safetensors"))
     assert (config.mean, config.interpolation) == ([0.5] * 3, "bilinear")
-    assert "new: classifier.weight" in said
+    assert "new: classifier.weight" in report
 
 
 def test_a_file_with_code_or_without_a_matching_tensor_is_refused():
     torch.save({"other.weight": torch.zeros(3)}, "other.pth")
-    with pytest.raises(UserError, match=r"no tensor that fits .*: it has other.weight, ..., the model lay"):
+    with pytest.raises(UserError, match=r"no tensor that fits .*: it has other.weight, ..., the model has lay"):
         start(f"{MODELS}:tiny", pretrained="other.pth")
     torch.save(torch.nn.Linear(2, 2), "module.pth")
     with pytest.raises(UserError, match="cannot be read as weights"):
@@ -200,12 +200,12 @@ def test_position_embeddings_are_resampled_to_another_size(library, height, widt
     model, _ = vit(library, height, width)
     donor.get_parameter(name).data.normal_()
     theirs = donor.state_dict()[name]
-    said = load_matching(model, donor.state_dict(), "donor")
+    report = load_matching(model, donor.state_dict(), "donor")
     grid = theirs[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     size = height // 16, width // 16
     expected = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(model.state_dict()[name], torch.cat([theirs[:, :1], expected], 1))
-    assert said == f"donor: {len(donor.state_dict())} of {len(donor.state_dict())} tensors loaded"
+    assert report == f"donor: {len(donor.state_dict())} of {len(donor.state_dict())} tensors loaded"
 
 
 @pytest.mark.parametrize(("name", "conv"), [("resnet18", "conv1.weight"), ("test_efficientnet", "conv_stem.weight")])
@@ -280,14 +280,14 @@ def test_nkd_renormalises_over_the_columns():
     torch.testing.assert_close(nkd_loss(student, narrowed, target), expected)
 
 
-@pytest.mark.parametrize(("labels", "said"), [
-    (["tench", "unicorn"], "lacks 1 of --data's 2 classes: unicorn; --teacher-classes FILE"),
+@pytest.mark.parametrize(("labels", "report"), [
+    (["tench", "unicorn"], "lacks 1 of --data's 2 classes: unicorn; give the teacher's names"),
     (["tench", "crane"], r"several classes with the name crane: n02012849 \(134\), n03126707 \(517\)"),
     (["tench", "Tinca tinca"], "has one class for tench and Tinca tinca"),
     (["Tench", "tench"], "has one class for Tench and tench"),
 ])  # fmt: skip
-def test_a_missing_or_ambiguous_class_is_refused_by_name(labels, said):
-    with pytest.raises(UserError, match=said):
+def test_a_missing_or_ambiguous_class_is_refused_by_name(labels, report):
+    with pytest.raises(UserError, match=report):
         match(labels, timm.data.ImageNetInfo().label_names(), "resnet18")
 
 
@@ -303,13 +303,13 @@ def test_a_teacher_reads_its_weights_and_its_classes_from_files(tmp_path):
     model = torchvision.models.resnet18(num_classes=12).half()
     torch.save(model.state_dict(), "resnet.pth")
     student = student_of(["a", "b"])
-    with pytest.raises(UserError, match="has 12 classes of unknown names, --data has 2: --teacher-classes FILE"):
+    with pytest.raises(UserError, match="has 12 classes without names, but --data has 2: give the teacher"):
         load_teacher("resnet18:resnet.pth", student)
     Path("classes.csv").write_text("b,3\na,11\n")
     teacher = load_teacher("resnet18:resnet.pth", student, classes_file="classes.csv")
     assert teacher.columns == [11, 3]
     torch.testing.assert_close(teacher.model.fc.weight, model.fc.weight.float())
-    for text, said in (
+    for text, report in (
         ("a,1\n", "lacks 1 classes of --data: b"),
         ("a,1\nb,12\n", "column 12"),
         ("a\nb,1\n", "'a'; exp"),
@@ -319,7 +319,7 @@ def test_a_teacher_reads_its_weights_and_its_classes_from_files(tmp_path):
         ("a,1\nb,2\nc,3\n", "classes that --data does not have: c"),
     ):
         Path("classes.csv").write_text(text)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=report):
             load_teacher("resnet18:resnet.pth", student, classes_file="classes.csv")
 
 

@@ -1,0 +1,144 @@
+"""Fit and check a student's temperature and its threshold for "none of these". Needs numpy alone.
+
+The temperature divides the logits before the softmax (Guo et al. 2017, arXiv 1706.04599): of the images with a
+probability of 80 %, 80 % are right then, and no answer changes. An image whose largest probability is below the
+threshold is answered with "none of these". Both are in config.json, in every exported file and in the model card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deploy import onnx_tools
+from deploy.cli import need, replacing
+from deploy.config import Metadata
+from deploy.runtimes import RunOn, load, probabilities, softmax
+
+ANSWERED = 0.95  # share of the validation images that the threshold lets through
+FEWEST = 40  # images: with fewer, two or three of them would decide both numbers
+TEMPERATURES = 0.05, 20.0  # the fit stays between them
+BINS = 15  # of the calibration error
+
+
+class Calibration(NamedTuple):
+    """Mean confidence, accuracy and share of the images of each bin that is not empty, and the error over all."""
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    share: np.ndarray
+    error: float
+
+
+def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> Calibration:
+    """Return the expected calibration error (Guo et al. 2017) and its bins.
+
+    The error is the mean over the images of |accuracy - confidence| of their bins.
+
+    confidence: the largest probability of each image (N,); right: whether its class is the true one (N,)
+    """
+    of_image = np.minimum((confidence * bins).astype(int), bins - 1)
+    members = [of_image == b for b in np.unique(of_image)]
+    c, a = (np.array([values[m].mean() for m in members]) for values in (confidence, right))
+    share = np.array([m.mean() for m in members])
+    return Calibration(c, a, share, float((share * abs(a - c)).sum()))
+
+
+class Confidence(NamedTuple):
+    """The result of a fit."""
+
+    temperature: float | None  # None: not fitted, or not kept
+    threshold: float | None
+    description: str  # lines for the user: the numbers, or the reason for their absence
+
+
+def fit_confidence(logits: np.ndarray, labels: np.ndarray, metadata: Metadata) -> Confidence:
+    """Fit temperature and threshold on validation images; the results depend on nothing but the arguments.
+
+    The temperature is fitted on one half of the images, each class divided evenly. It is kept if the calibration error
+    of the other half does not grow. The threshold uses all images.
+
+    logits: raw (N, C); labels: class indices (N,); metadata: has the temperature so far, which stays if none is kept
+    """
+    count, finite = len(labels), np.isfinite(logits).all(-1)
+    if count < FEWEST or not finite.all():
+        few = f"{count} validation images are fewer than {FEWEST}"
+        reason = few if finite.all() else f"the logits of {count - finite.sum()} of {count} images are not finite"
+        return Confidence(None, None, f"temperature and threshold are not fitted: {reason}")
+    by_class = np.argsort(labels, kind="stable")
+    fitting, other = by_class[::2], by_class[1::2]
+    kept, line = check_temperature(
+        fit_temperature(logits[fitting], labels[fitting]), logits[other], labels[other], metadata
+    )
+    p = softmax(logits / kept) if kept else probabilities(logits, metadata)
+    confidence = p.max(1)
+    threshold = float(np.floor(1e4 * np.sort(confidence)[int((1 - ANSWERED) * count + 1e-9)]) / 1e4)
+    threshold = min(threshold, 0.9999)  # a file of lower precision gives a little less than a probability of 1
+    answered = confidence >= threshold
+    right = (p.argmax(1) == labels)[answered].mean()
+    shares = (
+        f"{100 * answered.mean():.1f} % of {count} validation images are answered, {100 * right:.1f} % of them right"
+    )
+    return Confidence(kept, threshold, f'{line}\n"none of these" below a probability of {threshold:.4f}: {shares}')
+
+
+def fit_file(file: Path, images: np.ndarray, labels: np.ndarray) -> str:
+    """Fit temperature and threshold of an ONNX file of ours, write them into it, and return lines for the user.
+
+    A number that is not fitted stays that of the student. The file runs on the CPU, and onnx must be installed.
+
+    images: validation images, uint8 (N, H, W, C); labels: their class indices
+    """
+    onnx, runtime = need("onnx", "pip install onnx"), load(file, RunOn("cpu"))
+    found = fit_confidence(runtime.run_in_parts(images, 64), labels, runtime.metadata)
+    numbers: dict[str, Any] = {"temperature": found.temperature, "threshold": found.threshold}
+    described = replace(runtime.metadata, **{name: value for name, value in numbers.items() if value is not None})
+    with replacing(file) as partial:
+        onnx_tools.write(onnx.load(file), described, partial)
+    return found.description
+
+
+def check_temperature(
+    temperature: float | None, logits: np.ndarray, labels: np.ndarray, metadata: Metadata
+) -> tuple[float | None, str]:
+    """Return the temperature if the calibration error does not grow by it, else None; and a line about it.
+
+    logits, labels: of images that the temperature was not fitted on
+    """
+    if temperature is None:
+        low, high = TEMPERATURES
+        return None, f"temperature is not fitted: the best is not from {low:g} to {high:g} (0 if every answer is right)"
+    right = logits.argmax(1) == labels
+    before, after = (
+        calibration(p.max(1), right).error for p in (probabilities(logits, metadata), softmax(logits / temperature))
+    )
+    errors = f"calibration error {100 * before:.1f} % before, {100 * after:.1f} % after"
+    about = f"{errors}, on {len(labels)} validation images that the fit did not use"
+    if after > before:
+        return None, f"temperature {temperature:.4g} is not kept: {about}"
+    return temperature, f"temperature {temperature:.4g}: {about}"
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return the temperature of the least negative log-likelihood; None if it is outside TEMPERATURES.
+
+    The likelihood is convex in 1 / temperature, so that a bisection of its slope finds the minimum. If every answer is
+    right, the best temperature is 0.
+    """
+    logits = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    targets = logits[np.arange(len(labels)), labels].mean()
+    low, high = np.log(TEMPERATURES)
+    if (logits.argmax(1) == labels).all() or slope(logits, targets, low) <= 0 or slope(logits, targets, high) > 0:
+        return None
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(logits, targets, middle) > 0 else (low, middle)
+    return float(f"{np.exp(middle):.4g}")
+
+
+def slope(logits: np.ndarray, targets: float, log_temperature: float) -> float:
+    """Return the derivative of the negative log-likelihood by 1 / temperature. targets: mean logit of the true class"""
+    return float((softmax(logits * np.exp(-log_temperature)) * logits).sum(1).mean() - targets)

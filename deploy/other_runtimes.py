@@ -1,0 +1,73 @@
+"""Runtimes that open an exported file as it is: OpenVINO an .onnx file, ncnn the files that pnnx makes of one.
+
+deploy.check has a row for each where it is installed: pip install openvino, or ncnn and pnnx. Both run on the CPU here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.cli import UserError, first_line, need, read_file
+from deploy.config import FLOAT, Metadata
+from deploy.runtimes import RunOn, Runtime, as_input, load_onnx, tensor_names, usable_cpus
+
+
+def load_openvino(path: Path, on: RunOn) -> Runtime:
+    """Load an ONNX file of ours, or one from elsewhere with a .json next to it, in OpenVINO, in float32.
+
+    OpenVINO's own default on CPUs with AVX512-BF16 is bfloat16, which changes logits by up to 17 % of the largest.
+    """
+    openvino = need("openvino", "pip install openvino")
+    runtime = load_onnx(path, RunOn("cpu", threads=1))  # checks the file, and reads its metadata
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": on.threads or usable_cpus()}
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(read_file(path)), "CPU", settings)
+    except Exception as error:  # RuntimeError and others of its own
+        raise UserError(f"{path} cannot be loaded by OpenVINO: {first_line(error)}") from error
+    call = functools.partial(run_openvino, compiled, runtime.metadata)
+    return dataclasses.replace(runtime, name="openvino", provider="OpenVINO CPU", call=call)
+
+
+def run_openvino(compiled: Any, metadata: Metadata, images: np.ndarray) -> np.ndarray:
+    inputs, outputs = tensor_names(metadata)
+    logits: np.ndarray = compiled({inputs: as_input(images, metadata)})[outputs]
+    return logits
+
+
+def load_ncnn(path: Path, on: RunOn) -> Runtime:
+    """Load NAME.ncnn.param and .bin, which pnnx makes of NAME.onnx. That file has to lie next to it: pnnx leaves the
+    labels and the preprocessing out."""
+    ncnn = need("ncnn", "pip install ncnn")
+    if on.device not in ("auto", "cpu") and not on.allow_fallback:
+        raise UserError(f"--device {on.device}, but {path.name} runs on the CPU; --allow-fallback accepts that")
+    stem = path.name.removesuffix(".ncnn.param")
+    source = next((file for file in path.parent.glob("*.onnx") if file.stem.replace("-", "_") == stem), None)
+    weights = path.with_suffix(".bin")
+    if source is None or not weights.is_file():
+        missing = f"{stem}.onnx (- may be _)" if source is None else weights.name
+        raise UserError(f"{path} needs {missing} next to it: pnnx student-nchw.onnx inputshape=[1,3,224,224]f32")
+    metadata = load_onnx(source, RunOn("cpu", threads=1)).metadata
+    if metadata.input != FLOAT:
+        raise UserError(f"{source} takes {metadata.input}: give pnnx the file of deploy.export --input float")
+    net = ncnn.Net()
+    net.opt.num_threads = on.threads or usable_cpus()
+    if net.load_param(str(path)) or net.load_model(str(weights)):
+        raise UserError(f"{path} cannot be loaded by ncnn {ncnn.__version__}")
+    metadata = dataclasses.replace(metadata, precision="fp16")  # pnnx stores weights in 16 bits by default
+    return Runtime("ncnn", "ncnn CPU", metadata, functools.partial(run_ncnn, ncnn, net, metadata), max_batch=1)
+
+
+def run_ncnn(ncnn: Any, net: Any, metadata: Metadata, images: np.ndarray) -> np.ndarray:
+    (tensor,) = as_input(images, metadata)
+    extractor = net.create_extractor()
+    extractor.input("in0", ncnn.Mat(tensor))
+    status, logits = extractor.extract("out0")
+    if status:
+        raise UserError(f"ncnn stopped with status {status}")
+    return np.array(logits, np.float32).reshape(1, -1)
