@@ -45,6 +45,8 @@ FLAGS: Table = {
         "data": Flag("digits", "digits (embedded), cifar10, cifar100 (downloaded), or a folder with train/ and val/ or "
                      "with a folder for each class", path=True),
         "val_split": Flag(None, "share of each class to validate on, for a folder without val/", type=RATIO),
+        "fold": Flag(None, "I N: validate on part I of N of the training images instead of val/; to compare settings",
+                     type=number(int, 0), nargs=2),
         "unlabelled": Flag(None, "a folder of more photographs, without a label, which the teacher's answer trains",
                            needs=["kd"], path=True),
         "img_size": Flag(BY_RECIPE, "pixels a side that the student gets, or height and width", type=COUNT, nargs="+"),

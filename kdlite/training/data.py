@@ -18,7 +18,7 @@ import numpy as np
 import torchvision
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from deploy.cli import UserError, is_code
 from deploy.flags import Table, pick_recipe, settle_flags
@@ -49,6 +49,11 @@ class Data(NamedTuple):
     def labelled(self) -> Any:
         """The training images with a label."""
         return self.train.part(range(len(self.train) - self.unlabelled)) if self.unlabelled else self.train
+
+    @property
+    def numbered(self) -> Any:
+        """The training images whose numbers stored labels have: those of --fold too."""
+        return self.train.dataset if isinstance(self.train, Fold) else self.train
 
     def preprocessing(self, channels: int, interpolation: str, crop: float) -> dict[str, Any]:
         """Return mean, std, interpolation and crop for images of 3 channels, or of 1."""
@@ -135,6 +140,8 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
         overridden = [f"--{name.replace('_', '-')} {given[name]}" for name in recipe if name in given]
         log(f"{why}; you gave {', '.join(overridden)}" if overridden else f"{why} (--recipe or any flag overrides)")
         args, given = settle_flags(table, typed, saved, recipe)
+    if fold := vars(args).get("fold"):  # stored labels are of all training images, so their command has no --fold
+        data = hold_out(data, *fold)
     return args, given, data
 
 
@@ -297,6 +304,47 @@ def abbreviate(names: Iterable[str]) -> str:
     """Return the first five names, and the number of the others."""
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# ---- a part of the training images validates ----------------------------------------------------------------------
+
+
+class Fold(Subset):
+    """Some images of a data set. Their numbers in the whole set seed their crops and find their stored labels."""
+
+    def __init__(self, whole: Any, numbers: Sequence[int]) -> None:
+        super().__init__(whole, numbers)
+        self.classes, self.targets = whole.classes, [int(whole.targets[i]) for i in numbers]
+        self.samples = [whole.samples[i] for i in numbers] if hasattr(whole, "samples") else []
+
+    def files(self) -> list[str]:
+        """Return the names of the images in the whole set: CLASS/FILE, or numbers."""
+        whole: Any = self.dataset
+        names = whole.files() if hasattr(whole, "files") else list(map(str, range(len(whole))))
+        return [names[i] for i in self.indices]
+
+
+def hold_out(data: Data, part: int, parts: int) -> Data:
+    """Return the data set with one part of its training images to validate on, and the others to train on.
+
+    The parts are disjoint and have as many images of each class as possible; data.val is not used.
+
+    Args:
+        data: the data set
+        part: the number of the part, from 0
+        parts: of the training images
+    """
+    if data.unlabelled or not part < parts or parts < 2:
+        raise UserError(f"--fold {part} {parts}: expected I N with I < N and N of at least 2, and no --unlabelled")
+    whole = Fold(data.train, range(len(data.train)))
+    members = collections.defaultdict(list)
+    for number, (file, target) in enumerate(zip(whole.files(), whole.targets)):
+        members[target].append((hashlib.sha256(f"fold {file}".encode()).digest(), number))
+    held = {number for of_class in members.values() for _, number in sorted(of_class)[part::parts]}
+    train = Fold(data.train, [number for number in range(len(whole)) if number not in held])
+    if lacking := [name for name, count in zip(train.classes, class_counts(train)) if not count]:
+        raise UserError(f"--fold {part} {parts}: no image of {abbreviate(lacking)} is left to train on: add images")
+    return data._replace(train=train, val=Fold(data.train, sorted(held)))
 
 
 # ---- validation images split off ----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from deploy.cli import ProgressBar, UserError
 from deploy.config import Metadata
 from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, resize, to_rgb, upright_size
 from deploy.reference import evenly
-from kdlite.training.data import Digits
+from kdlite.training.data import Digits, Fold
 from kdlite.training.distributed import IS_MAIN, RANK, STOP_SIGNALS, WORLD_SIZE, start_fork_server
 
 Transform = Callable[[Image.Image], Tensor]
@@ -118,11 +118,14 @@ class Samples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
         epoch = epoch % self.stored.views if self.stored else epoch
+        number, count = index, len(self)
+        if isinstance(self.source, Fold):
+            number, count = self.source.indices[index], len(self.source.dataset)  # type: ignore[arg-type]
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * len(self) + index) % 2**63)
+        torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * count + number) % 2**63)
         try:
             image, label = self.source[index]
-            return Batch(self.transform(image), label, [], self.stored(epoch, index) if self.stored else ())
+            return Batch(self.transform(image), label, [], self.stored(epoch, number) if self.stored else ())
         except UnreadableImage as error:
             samples = getattr(self.source, "samples", None)
             return Batch(None, None, [(str(samples[index][0]) if samples else f"sample {index}", str(error))])

@@ -1,160 +1,280 @@
-"""Choose the loss and its weights for your photographs: cross-entropy, KD or NKD, over temperature and gamma.
+"""Choose the loss and its weights for your images: cross-entropy, KD or NKD, over temperature and gamma.
 
     python -m kdlite.training.tune --data photos/ --model mobilenet_v2 --teacher runs/001-ce/student --minutes 30
 
-The flags are train.py's. A fifth of the training images validates; your validation images choose nothing. The teacher's
-answers are stored once. All arms get a short run; the better half gets a run twice as long, and so on (successive
-halving, Jamieson and Talwalkar 2016, arXiv 1502.07943). Prints a table with the paired standard error of each
-difference, which arms are not told apart, and the command to train with. The same command continues after a stop.
+Other flags are train.py's. The teacher's answers are stored once. A fifth of the training images validates: the
+validation images choose nothing. All arms get a short run, the better half gets runs of twice the epochs, and so on
+(successive halving, Jamieson and Talwalkar 2016, arXiv 1502.07943). Prints a table with the paired standard error of
+each difference, the arms that are not told apart, and the command to train with. The same command continues after a
+stop.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
+import math
+import runpy
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy.cli import Parser, UserError, number, replacing, run_command, write_whole
-from kdlite.training.data import Photos, draw_split, open_data
-from kdlite.training.distributed import log
-from kdlite.training.launch import gain, read_answers, read_rows, store_labels, train_once
+from deploy.cli import Parser, UserError, number, run_command, write_whole
+from deploy.flags import option, read_flags
+from kdlite.training.data import open_run
+from kdlite.training.distributed import WORLD_SIZE, log
+from kdlite.training.launch import ROOT, gain, of_labels, read_answers, read_rows, store_labels
+from kdlite.training.teacher_labels import read_header
 
 ARMS: dict[str, list[str]] = {
     "cross-entropy": [],
-    "KD T 1": ["--kd", "kd", "--temperature", "1"],
-    "KD T 1, weight 3": ["--kd", "kd", "--temperature", "1", "--kd-weight", "3"],
-    "KD T 4": ["--kd", "kd", "--temperature", "4"],
-    "NKD gamma 0.25": ["--kd", "nkd", "--gamma", "0.25", "--temperature", "1"],
-    "NKD gamma 0.5": ["--kd", "nkd", "--gamma", "0.5", "--temperature", "1"],
-    "NKD gamma 1.5": ["--kd", "nkd", "--gamma", "1.5", "--temperature", "1"],
-    "NKD gamma 1.5, T 3": ["--kd", "nkd", "--gamma", "1.5", "--temperature", "3"],
-    "NKD gamma 3.5, T 3": ["--kd", "nkd", "--gamma", "3.5", "--temperature", "3"],
+    **{f"KD T {t}": ["--kd", "kd", "--temperature", f"{t}"] for t in (1, 4)},
+    **{
+        f"NKD gamma {gamma} T {t}": ["--kd", "nkd", "--gamma", f"{gamma}", "--temperature", f"{t}"]
+        for gamma in (0.5, 1.5, 3.5)
+        for t in (1, 3)
+    },
 }
-RUNGS = (9, 4, 2)  # arms of each round; a round has twice the epochs of the one before
-COST = sum(arms * 2**rung for rung, arms in enumerate(RUNGS))  # runs of the first round's length
-SHARE = 0.2  # of the training images, to validate on
-OWN = ("--kd", "--gamma", "--temperature", "--kd-weight", "--teacher-labels", "--self-kd", "--epochs", "--resume")
+FIRST = "NKD gamma 1.5 T 1"  # the arm whose run of one epoch is measured
+ANY_LABELS = [name for name in ARMS if name[:3] in ("cro", "NKD") and not name.endswith("T 3")]
+PARTS = 5  # of the training images: a run validates on one, and trains on the others
+MOST_CLASSES = 200  # with more classes the ten largest answers are stored, which only the arms of ANY_LABELS can use
+REFUSED = {"kd", "gamma", "temperature", "kd_weight", "self_kd", "unlabelled", "fold", "resume"}
 
 
-def link_images(data: str, val_split: float | None, folder: Path) -> None:
-    """Make folder/train and folder/val: links to the training images of a data set, a share of each class in val/."""
-    photos = open_data(data, val_split).train
-    if not isinstance(photos, Photos):
-        raise UserError(f"--data {data}: expected a folder of photographs")
-    files = photos.files()
-    sides = draw_split(files, photos.targets, SHARE, seed=1)  # another seed than the split of the run itself
-    if folder.exists():
-        shutil.rmtree(folder)
-    with replacing(folder) as partial:
-        for file, (path, target) in zip(files, photos.samples):
-            link = partial / sides[file] / photos.classes[target] / file.replace("/", "-")
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(Path(path).resolve())
+# ---- a plan for the time -------------------------------------------------------------------------------------------
 
 
-def run_arm(name: str, flags: Sequence[Any], epochs: int, labels: Path, output: Path) -> tuple[np.ndarray, float]:
-    """Train an arm; return whether it is right on each validation image, and the seconds of an epoch."""
-    stored = ["--teacher-labels", labels] if ARMS[name] else []
-    train_once([*flags, "--epochs", epochs, "--reference", 0, *ARMS[name], *stored], output)
-    return read_answers(output), float(np.mean([float(row["seconds"]) for row in read_rows(output)]))
+class Plan(NamedTuple):
+    """The rounds of a search."""
+
+    arms: list[int]  # of each round
+    epochs: list[int]  # of its runs
+    parts: int  # runs of each arm in a round, which validate on different parts
+
+    def __str__(self) -> str:
+        rounds = ", ".join(f"{arms} arms of {epochs} epochs" for arms, epochs in zip(self.arms, self.epochs))
+        return f"{rounds}; {self.parts} of {PARTS} parts validate in each round"
 
 
-def make_plan(flags: Sequence[Any], labels: Path, output: Path, ends: float) -> int:
-    """Return the epochs of the first round that let all rounds end at `ends` (time.monotonic()), from a first run."""
-    began = time.monotonic()
-    _, epoch = run_arm("cross-entropy", flags, 1, labels, output / "first")
-    overhead = max(time.monotonic() - began - epoch, 0)  # of a process
-    epochs = int((ends - time.monotonic() - sum(RUNGS) * overhead) / (COST * epoch))
-    if epochs < 1:
-        needed = (COST * epoch + sum(RUNGS) * overhead) / 60
-        raise UserError(f"--minutes is too short: after the labels the shortest plan takes {needed:.0f} minutes")
-    return epochs
+def make_plan(seconds: float, epoch: float, start: float, arms: int, full: int) -> Plan:
+    """Return the longest plan that takes at most `seconds`; UserError if none does.
 
+    More epochs come first, up to those of the whole training; then more parts. Rounds are left out where time is short.
 
-def tune(flags: Sequence[Any], labels: Path, output: Path, epochs: int) -> dict[str, np.ndarray]:
-    """Run the rounds; return the answers of each arm in its longest run, the best arm first.
-
-    epochs: of the first round
+    Args:
+        seconds: that are left
+        epoch: seconds of an epoch
+        start: seconds that each run takes more than its epochs
+        arms: of the first round
+        full: epochs of the whole training
     """
-    names, found = list(ARMS), dict[str, np.ndarray]()
-    for rung, arms in enumerate(RUNGS):
-        names = names[:arms]
+    sizes = [arms]
+    while sizes[-1] >= 4:
+        sizes.append(sizes[-1] // 2)
+    for rounds in range(len(sizes), 0, -1):
+        for first in range(math.ceil(full / 2 ** (rounds - 1)), 0, -1):
+            epochs = [min(full, first * 2**i) for i in range(rounds)]
+            cost = sum(size * (count * epoch + start) for size, count in zip(sizes, epochs))
+            if cost <= seconds:
+                return Plan(sizes[:rounds], epochs, min(PARTS, int(seconds / cost)))
+    fault = f"one epoch of each of {arms} arms takes {arms * (epoch + start) / 60:.1f} minutes"
+    raise UserError(f"--minutes is too short: {max(seconds, 0) / 60:.1f} are left, and {fault}; what is stored is kept")
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Runs train.py in this process, because a process of its own takes seconds to import torch.
+
+    Args:
+        flags: of train.py, for every run
+        labels: the folder of the teacher's answers
+        epochs, warmup, seed: of the whole training; runs of fewer epochs have less warm-up
+        output: the folder of the run directories
+    """
+
+    def __init__(self, flags: Sequence[str], labels: Path, args: argparse.Namespace, output: Path) -> None:
+        self.flags, self.labels, self.args, self.output = flags, labels, args, output
+        self.main = runpy.run_path(str(ROOT / "train.py"))["main"]
+
+    def run(self, name: str, epochs: int, part: int) -> tuple[np.ndarray | None, float]:
+        """Train an arm, unless its run is finished.
+
+        Returns:
+            For each image of the part 1 if the student is right, else 0; None if the run failed. Then the seconds of
+            an epoch
+        """
+        place = self.output / f"{epochs}-epochs" / f"{name.replace(' ', '-')}-{part}"
+        if not is_finished(place, epochs):
+            stored = ["--teacher-labels", self.labels] if ARMS[name] else []
+            warmup = self.args.warmup_epochs * min(1, epochs / self.args.epochs)
+            flags = [*self.flags, *ARMS[name], *stored, "--epochs", epochs, "--warmup-epochs", warmup]
+            flags += ["--fold", part, PARTS, "--seed", self.args.seed + part, "--reference", 0]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            log_file = open(place.parent / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+            with log_file, contextlib.redirect_stdout(log_file), contextlib.redirect_stderr(log_file):
+                status = self.main(list(map(str, [*flags, "--output", place, "--resume"])))
+            if status:
+                log(f"{name}: the run failed: {last_line(place.parent / 'log.txt')}")
+                return None, 0.0
+            if not is_finished(place, epochs):
+                raise UserError(f"stopped in {place}: the same command continues")
+        return read_answers(place), float(np.mean([float(row["seconds"]) for row in read_rows(place)]))
+
+
+def is_finished(run: Path, epochs: int) -> bool:
+    return (run / "curves.png").exists() and len(read_rows(run)) == epochs  # the picture is written at the end
+
+
+def last_line(file: Path) -> str:
+    return file.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+
+
+def measure(trainer: Trainer) -> tuple[float, float]:
+    """Return the seconds of an epoch, and those that a run takes more than its epochs."""
+    began = time.monotonic()
+    right, epoch = trainer.run(FIRST, 1, 0)
+    if right is None:
+        raise UserError(last_line(trainer.output / "1-epochs/log.txt"))
+    return epoch, max(time.monotonic() - began - epoch, 0)
+
+
+def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> list[dict[str, np.ndarray]]:
+    """Run the rounds until time.monotonic() is `ends`; return the answers of each arm in each finished round.
+
+    A round validates on other parts than the one before, as far as there are parts.
+    """
+    rounds: list[dict[str, np.ndarray]] = []
+    for i, (arms, epochs) in enumerate(zip(plan.arms, plan.epochs)):
+        names, found = names[:arms], dict[str, np.ndarray]()
         for name in names:
-            place = output / f"{epochs * 2**rung}-epochs" / name.replace(" ", "-").replace(",", "")
-            found[name], _ = run_arm(name, flags, epochs * 2**rung, labels, place)
-            log(f"{name}, {epochs * 2**rung} epochs: top-1 {100 * found[name].mean():.2f} %")
-        names.sort(key=lambda name: -found[name].mean())
-    return {name: found[name] for name in [*names, *(other for other in found if other not in names)]}
+            each = []
+            for part in range(i * plan.parts, (i + 1) * plan.parts):
+                if time.monotonic() > ends:
+                    log(f"the time is over in round {i + 1}, which does not count")
+                    return rounds
+                each.append(trainer.run(name, epochs, part % PARTS)[0])
+            answers = [right for right in each if right is not None]
+            if len(answers) == len(each):
+                found[name] = np.concatenate(answers)
+                log(f"round {i + 1}, {name}, {epochs} epochs: top-1 {100 * found[name].mean():.2f} %")
+        if not found:
+            raise UserError(
+                f"every run of round {i + 1} failed: {trainer.output}/{epochs}-epochs/log.txt has the reasons"
+            )
+        rounds.append(found)
+        names = sorted(found, key=lambda name: -found[name].mean())
+    return rounds
 
 
-def report(found: dict[str, np.ndarray], rounds: Sequence[int]) -> str:
-    """Print the table and the arms that are not told apart from the best; return the name of the best arm."""
-    best, *others = found
-    print(f"| arm | round | top-1 on {len(found[best])} images, % | behind the best |\n|---|---|---|---|")
+# ---- the result ----------------------------------------------------------------------------------------------------
+
+
+def report(rounds: Sequence[dict[str, np.ndarray]], epochs: Sequence[int]) -> str:
+    """Print the table of all arms and those that are not told apart from the best; return the name of the best.
+
+    Each arm is compared with the best in the last round that has both.
+    """
+    best = max(rounds[-1], key=lambda name: rounds[-1][name].mean())
+    last = {name: i for i, found in enumerate(rounds) for name in found}
+    order = sorted(last, key=lambda name: (-last[name], -rounds[last[name]][name].mean()))
     alike = []
-    for place, (name, right) in enumerate(found.items()):
-        rung = 1 + sum(place < arms for arms in rounds[1:])
-        behind, error = gain(found[best], right)
-        same_round = place < rounds[-1]
-        print(f"| {name} | {rung} | {100 * right.mean():.1f} | {f'{behind:.1f} +- {error:.1f}' if place else ''} |")
-        alike += [name] if name in others and same_round and behind < 2 * error else []
+    print(f"| arm | epochs | images | top-1 % | points behind {best} |\n|---|---|---|---|---|")
+    for name in order:
+        found = rounds[last[name]]
+        behind, error = gain(found[best], found[name])
+        shown = "" if name == best else f"{behind:.1f} +- {error:.1f}"
+        print(f"| {name} | {epochs[last[name]]} | {len(found[name])} | {100 * found[name].mean():.1f} | {shown} |")
+        alike += [name] if name != best and behind <= 2 * error else []
+    print("+-: the paired standard error over the images. Arms with fewer epochs left in an earlier round.")
     if alike:
-        print(f"not told apart from {best} (less than two standard errors): {', '.join(alike)}")
-    print("an arm of an earlier round had a shorter run")
+        print(f"not told apart from {best} (two standard errors or less behind): {', '.join(alike)}")
     return best
 
 
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
 def get_parser() -> Parser:
-    parser = Parser(
-        prog="tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--data", required=True, help="a folder of photographs, as train.py takes it")
-    parser.add_argument("--val-split", type=number(float, 0, 1, above=True), help="as train.py's")
-    parser.add_argument("--teacher", required=True, help="the teacher, as train.py takes it")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="tune", description=__doc__, formatter_class=form, allow_abbrev=False)
+    teacher = parser.add_mutually_exclusive_group(required=True)
+    teacher.add_argument("--teacher", help="the teacher, as train.py takes it; its answers are stored in --output")
+    teacher.add_argument("--teacher-labels", type=Path, help="a folder of stored answers instead")
+    parser.add_argument("--teacher-classes", help="with --teacher, as train.py's")
     parser.add_argument("--views", type=number(int, 1), default=4, help="crops that the teacher sees (default: 4)")
     parser.add_argument("--minutes", type=number(float, 0, above=True), default=30.0, help="(default: 30)")
     parser.add_argument("--output", type=Path, default=Path("runs/tune"), help="(default: runs/tune)")
     return parser
 
 
-def run(argv: Sequence[str] | None = None) -> None:
-    args, flags = get_parser().parse_known_args(argv)
-    if own := [flag for flag in flags if flag.partition("=")[0] in OWN]:
-        raise UserError(f"{own[0]} is chosen here: leave it out")
-    folder, labels = args.output / "images", args.output / "labels"
+def open_training(flags: Sequence[str], labels: Path) -> tuple[argparse.Namespace, int]:
+    """Return the flags of the whole training, and the number of classes; UserError if tune cannot have a flag."""
+    table = runpy.run_path(str(ROOT / "train.py"))["FLAGS"]
+    typed = read_flags(table, flags)
+    if chosen := sorted(map(option, typed.keys() & REFUSED)):
+        raise UserError(f"{', '.join(chosen)}: tune chooses or does not support this flag: leave it out")
+    args, _, data = open_run(table, typed | {"kd": "nkd", "teacher_labels": str(labels)})
+    return args, len(data.label_names)
+
+
+def run(argv: Sequence[str]) -> None:
+    if WORLD_SIZE > 1:
+        raise UserError("start tune without torchrun: its runs have one process")
     began = time.monotonic()
-    link_images(args.data, args.val_split, folder)
-    classes = len(list((folder / "train").iterdir()))
-    shared = ["--data", folder.resolve(), *flags]
-    store_labels([*shared, "--teacher", args.teacher, "--top-k", classes - 1, "--views", args.views], labels)
-    log(f"the teacher's answers are in {labels}: {time.monotonic() - began:.0f} s")
-    plan, command = args.output / "plan.json", shlex.join(sys.argv[1:] if argv is None else argv)
-    stored = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
-    epochs = stored.get("epochs") if stored.get("command") == command else None  # the command was stopped before
-    epochs = epochs or make_plan(shared, labels.resolve(), args.output, began + 60 * args.minutes)
-    write_whole(plan, json.dumps({"command": command, "epochs": epochs}))
-    log("plan: " + ", ".join(f"{arms} arms of {epochs * 2**rung} epochs" for rung, arms in enumerate(RUNGS)))
-    best = report(tune(shared, labels.resolve(), args.output, epochs), RUNGS)
-    split = ["--val-split", f"{args.val_split:g}"] if args.val_split else []
-    teacher = ["--teacher", args.teacher] if ARMS[best] else []
-    chosen = ["--data", args.data, *split, *flags, *ARMS[best], *teacher]
-    log(f"next: torchrun train.py {shlex.join(chosen)}")
+    given, flags = get_parser().parse_known_args(argv)
+    output = given.output.resolve()
+    labels = (given.teacher_labels or output / "labels").resolve()
+    args, classes = open_training(flags, labels)
+    stored, plan = read_plan(output / "plan.json", argv)
+    if given.teacher:
+        k = classes - 1 if classes <= MOST_CLASSES else 10
+        asked = ["--teacher", given.teacher, "--top-k", k, "--views", given.views]
+        asked += ["--teacher-classes", given.teacher_classes] if given.teacher_classes else []
+        store_labels([*of_labels(flags), *asked], labels)
+        log(f"the teacher's answers are in {labels}: {time.monotonic() - began:.0f} s")
+    names = list(ARMS) if read_header(labels)["k"] == classes - 1 else ANY_LABELS
+    if len(names) < len(ARMS):
+        log(f"{labels} has not every class: KD and NKD at other temperatures than 1 are left out")
+    trainer = Trainer(flags, labels, args, output)
+    ends = began + 60 * given.minutes
+    if plan is None:
+        epoch, start = measure(trainer)
+        full = max(1, int(args.time_limit / epoch)) if args.time_limit else args.epochs
+        plan = make_plan(ends - time.monotonic(), epoch, start, len(names), full)
+        write_whole(output / "plan.json", json.dumps(stored | {"plan": plan}))
+        log(f"an epoch takes {epoch:.1f} s, and the rest of a run {start:.1f} s")
+    log(f"plan: {plan}")
+    rounds = search(trainer, names, plan, ends)
+    if not rounds:
+        raise UserError("the time ended in the first round: the same command continues it")
+    best = report(rounds, plan.epochs)
+    chosen = [*flags, *ARMS[best], *(["--teacher-labels", str(labels)] if ARMS[best] else [])]
+    log(f"{time.monotonic() - began:.0f} s in all; next: torchrun train.py {shlex.join(chosen)}")
+
+
+def read_plan(file: Path, argv: Sequence[str]) -> tuple[dict[str, Any], Plan | None]:
+    """Return the content of a new plan.json, and the stored plan; UserError if that is of another command."""
+    command = {"command": list(argv)}
+    if not file.exists():
+        return command, None
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    if stored["command"] != command["command"]:
+        raise UserError(f"{file.parent} has the runs of another command: give another --output, or remove that folder")
+    return command, Plan(*stored["plan"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command("tune", functools.partial(run, argv))
+    return run_command("tune", functools.partial(run, sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":
