@@ -95,34 +95,36 @@ def script(name: str, text: str, kind: str = "text/plain") -> str:
 
 def runtime_parts(archive: Path | None) -> dict[str, bytes]:
     """Return the program and the WebAssembly of ONNX Runtime Web; UserError if the archive is not the pinned one."""
-    archive = archive or fetched_runtime()
-    content = read_file(archive)
-    if base64.b64encode(hashlib.sha512(content).digest()).decode() != DIGEST:
-        raise UserError(
-            f"{archive} is not {PACKAGE}-{VERSION}.tgz of npm pack {PACKAGE}@{VERSION}: its SHA-512 differs"
-        )
+    content = read_file(archive or fetched_runtime())
+    if archive and not is_pinned(content):
+        raise UserError(f"{archive} is not the file of npm pack {PACKAGE}@{VERSION}: its SHA-512 differs")
     with tarfile.open(fileobj=io.BytesIO(content)) as files:
         return {name: files.extractfile(path).read() for name, path in RUNTIME.items()}  # type: ignore[union-attr]
+
+
+def is_pinned(content: bytes) -> bool:
+    return base64.b64encode(hashlib.sha512(content).digest()).decode() == DIGEST
 
 
 def fetched_runtime() -> Path:
     """Return the archive of the npm package in the user's cache folder, fetched by npm if it is not there."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdlite"
     archive, npm = cache / f"{PACKAGE}-{VERSION}.tgz", shutil.which("npm")
-    if archive.is_file():
+    if archive.is_file() and is_pinned(read_file(archive)):
         return archive
     instead = f"npm pack {PACKAGE}@{VERSION} writes {archive.name} on another machine, and --runtime takes that file"
     if npm is None:
         raise UserError(f"no npm here, which fetches ONNX Runtime Web: {instead}")
     log(f"npm fetches {PACKAGE} {VERSION} into {cache}, once")
-    cli.make_folder(cache)
     with replacing(archive) as partial:
         command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", str(partial.parent)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_S, cwd=partial.parent)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UserError(f"npm did not fetch ONNX Runtime Web ({cli.first_line(error)}): {instead}") from error
-        if done.returncode or not partial.is_file():
-            reason = " ".join(done.stderr.split())[:200]
-            raise UserError(f"npm did not fetch ONNX Runtime Web ({reason}): {instead}")
+        reason = " ".join(done.stderr.split())[:200]
+        if not done.returncode and partial.is_file():
+            reason = "" if is_pinned(read_file(partial)) else "the SHA-512 of its file differs"
+        if done.returncode or reason or not partial.is_file():
+            raise UserError(f"npm did not fetch ONNX Runtime Web ({reason or 'no file'}): {instead}")
     return archive
