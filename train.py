@@ -485,6 +485,8 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
         if resumed:
             state.restore(resumed, vars(args), config)
         progress.check_validation(data.digest(data.val, config.input_size))
+        length = Length(args, len(train_batches) // args.grad_accum, progress, started, len(data.val) / len(data.train))
+        schedule = build_schedule(net, optimizer, args, length.steps)
         folder.report_start(config, net, amp, resumed, progress)
         known = check_teacher(teacher, args, data, config, to_device, amp) if teacher else {}
         compiled: Any = torch.compile(net) if args.compile else net
@@ -493,8 +495,6 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
         parallel = distributed.exchange_gradients(compiled, device)
         trained, evaluated = (ema.module, ema.module) if ema else (student, compiled)
         optimizer.register_step_post_hook(progress.count_executed)
-        length = Length(args, len(train_batches) // args.grad_accum, progress, started, len(data.val) / len(data.train))
-        schedule = build_schedule(net, optimizer, args, length.steps)
 
         with Saver(folder.path, state, vars(args), config, stop) as saver:
             while progress.epoch < args.epochs:
@@ -542,13 +542,13 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                 row |= {"seconds": time.monotonic() - began, "memory_mib": distributed.peak_memory(device)}
 
                 progress.end_epoch(row, torch.cat(gather(scores.answers), 1))
+                if length.refit(epoch_ended=True):
+                    schedule = build_schedule(net, optimizer, args, length.steps)
                 folder.report_epoch(row)
                 writers = [folder.write_metrics(progress.rows)]
                 if progress.is_best and IS_MAIN:
                     best = replace(config, metrics={"epoch": epoch + 1} | scores.metrics)
                     writers += [outputs.save_student(folder.path / "student", trained, best, later=True)]
-                if length.refit(epoch_ended=True):
-                    schedule = build_schedule(net, optimizer, args, length.steps)
                 saver.save(*writers, best=progress.is_best)
         folder.finish(progress, started)
 

@@ -222,7 +222,7 @@ def check_recipe(table: Table, values: Any, needed: Iterable[str] = CNN) -> dict
     flags, argv = by_name(table), list[str]()
     for name, value in values.items():
         if name not in flags:
-            template: Any = next((recipe[name] for recipe in RECIPES.values() if name in recipe), {})
+            template: Any = next((group[name] for group in (RECIPE_ONLY, *RECIPES.values()) if name in group), {})
             if not is_like(value, template):
                 raise UserError(f"args.json of the run is damaged: {name} is {repr(value)[:80]}")
         elif value is True and flags[name].options.keys() & {"action", "const"}:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from deploy.cli import Parser, Run, UserError, command, run_command
 
 KINDS = (".onnx", ".engine")
-COMMANDS = ("benchmark", "build", "check", "serve")
-OF_STUDENT = ("benchmark", "check")  # these take the student/ folder before the artefact
+COMMANDS = ("benchmark", "build", "check", "selftest", "serve")
+OF_STUDENT = ("benchmark", "check", "selftest")  # these take the student/ folder before the artefact
 WRITING = ("benchmark", "build", "check")  # these write next to the artefact by default, here into this folder
 # The oldest of each that was tried, and the limits of the last onnxruntime for JetPack 6 (Python 3.10, aarch64).
 RUNNING = """\

@@ -2,6 +2,9 @@
 
     python -m deploy.pack runs/001-mobilenet_v2-uskd -o student.pyz                      # of student.onnx
     python -m deploy.pack runs/001-mobilenet_v2-uskd --file student-int8-cpu.onnx -o student.pyz
+    python -m deploy.pack runs/001-mobilenet_v2-uskd -o student.html    # for a browser: it opens by a double click
+
+It also writes student/vectors/, ten pictures with the student's answers, which `selftest` runs.
 
 On the device, with Python 3.10 or later:
 
@@ -9,13 +12,14 @@ On the device, with Python 3.10 or later:
     python3 -m pip install -r requirements.txt
     python3 student.pyz photo.jpg
     python3 student.pyz benchmark --threads 1
+    python3 student.pyz selftest                               # does this device answer like the workstation?
     python3 student.pyz check --reference reference.npz        # copied from the run: still the same classifier?
     python3 student.pyz serve --host 0.0.0.0 --token-file token
     python3 student.pyz build --max-batch 8                    # by TensorRT, for this device: ./student.engine
     python3 student.pyz --file student.engine serve
 
-The file is a zip archive as of the standard library's zipapp: unzip -l lists it. It runs from memory and unpacks
-nothing.
+student.pyz is a zip archive as of the standard library's zipapp: unzip -l lists it. It runs from memory and unpacks
+nothing. student.html holds ONNX Runtime Web, which npm fetches once (33 MB), or --runtime names.
 """
 
 from __future__ import annotations
@@ -23,16 +27,17 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import json
+import os
 import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deploy import cli
-from deploy.cli import Parser, UserError, command, read_file, replacing, show
+from deploy import cli, page, selftest
+from deploy.cli import Parser, UserError, command, log, read_file, replacing, show, write_whole
 from deploy.on_device import KINDS
-from deploy.runtimes import RunOn, load
+from deploy.runtimes import RunOn, Runtime, load
 from deploy.tensorrt import read_engine_metadata
 
 WORKSTATION = ("student", "torch_runtimes", "export", "flags", "quantize", "triton", "pack")
@@ -56,8 +61,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def pack(artefact: Path, output: Path) -> None:
-    """Write the archive `output` around an artefact, whose metadata becomes the config.json in the archive.
+def pack(artefact: Path, output: Path, runtime: Path | None = None) -> None:
+    """Write `output` around an artefact: a page if its name ends with .html, else an archive.
+
+    The metadata of the artefact becomes the config.json in the archive, and the vectors are written next to the
+    artefact. runtime: see deploy.page.write_html
 
     Raises:
         UserError: an artefact that needs torch, that is not ours, or cannot be loaded here
@@ -65,15 +73,27 @@ def pack(artefact: Path, output: Path) -> None:
     if artefact.suffix not in KINDS:
         raise UserError(f"{artefact} does not run without torch: pack an .onnx or .engine file")
     engine = artefact.suffix == ".engine"
-    metadata = read_engine_metadata(artefact) if engine else load(artefact, RunOn("cpu")).metadata
+    if engine and is_page(output):
+        raise UserError(f"{artefact.name} does not run in a browser: pack an .onnx file")
+    vectors: dict[str, bytes] = {}  # an engine's are those of its ONNX file, because no GPU is needed here
+    if engine:
+        metadata = read_engine_metadata(artefact)
+    else:
+        student = load(artefact, RunOn("cpu"))
+        metadata, vectors = student.metadata, write_vectors(student, artefact.parent / selftest.FOLDER)
+    if is_page(output):
+        cli.make_folder(output.parent)
+        page.write_html(artefact, metadata, selftest.as_one_object(vectors, artefact.name), runtime, output)
+        return
     sidecar = artefact.with_name(artefact.name + ".json")  # of an engine, or of an ONNX file from elsewhere
-    files: dict[str, str | Path] = {"student/config.json": json.dumps(metadata.to_json(), indent=2) + "\n"}
+    files: dict[str, str | bytes | Path] = {"student/config.json": json.dumps(metadata.to_json(), indent=2) + "\n"}
     files |= {f"student/{file.name}": file for file in (artefact, sidecar) if file == artefact or file.is_file()}
+    files |= {f"student/{selftest.FOLDER}/{name}": data for name, data in vectors.items()}
     write_archive(output, files)
 
 
-def write_archive(output: Path, files: Mapping[str, str | Path]) -> None:
-    """Write an archive of the programs of a device and of further files, by their names in it: texts, or paths."""
+def write_archive(output: Path, files: Mapping[str, str | bytes | Path]) -> None:
+    """Write an archive of the programs of a device and of further files, by their names in it: contents, or paths."""
     number = cli.version("kdlite").replace("not installed", "0")
     about = f"Metadata-Version: 2.1\nName: kdlite\nVersion: {number}\n"
     contents: dict[str, str | bytes | Path] = {"__main__.py": MAIN, f"kdlite-{number}.dist-info/METADATA": about}
@@ -91,6 +111,21 @@ def write_archive(output: Path, files: Mapping[str, str | Path]) -> None:
         partial.chmod(0o755)
 
 
+def is_page(output: Path) -> bool:
+    return output.suffix.lower() in (".html", ".htm")
+
+
+def write_vectors(student: Runtime, folder: Path) -> dict[str, bytes]:
+    """Return the conformance vectors of a student, and write them to a folder if it can be written to."""
+    vectors = selftest.make_vectors(student, folder)
+    if os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
+        for name, data in vectors.items():
+            write_whole(folder / name, data)
+    else:
+        log(f"{folder} cannot be written to: the vectors are only in the packed file")
+    return vectors
+
+
 def parts(package: Any, prefix: str) -> dict[str, bytes]:
     """Return the files of deploy/ that run on a device, by name: all but the modules of the workstation."""
     contents: dict[str, bytes] = {}
@@ -105,7 +140,10 @@ def parts(package: Any, prefix: str) -> dict[str, bytes]:
 def get_parser() -> Parser:
     parser = cli.make_parser(__doc__, "pack", "student")
     parser.add_argument("--file", default="student.onnx", help="the file of the folder to pack (default: student.onnx)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("student.pyz"), help="(default: student.pyz)")
+    kinds = "student.pyz, or student.html for a browser (default: student.pyz)"
+    parser.add_argument("-o", "--output", type=Path, default=Path("student.pyz"), help=kinds)
+    archive = f"{page.PACKAGE}-{page.VERSION}.tgz, for student.html (default: npm fetches it once)"
+    parser.add_argument("--runtime", type=Path, metavar="FILE", help=archive)
     return parser
 
 
@@ -114,9 +152,14 @@ def run(args: argparse.Namespace) -> None:
     artefact = Path(args.file) if Path(args.file).is_file() else student / args.file
     if not artefact.is_file():
         raise UserError(f"no {artefact.name} in {student}: python -m deploy.export {student} writes student.onnx")
-    pack(artefact, args.output)
-    size = args.output.stat().st_size / 1e6
-    show(f"{args.output}  {size:.1f} MB; next, on the device: python3 {args.output.name} --requirements")
+    if args.runtime and not is_page(args.output):
+        raise UserError("--runtime is for student.html: give --output a name that ends with .html")
+    pack(artefact, args.output, args.runtime)
+    size, name = args.output.stat().st_size / 1e6, args.output.name
+    following = f"on the device: python3 {name} --requirements"
+    if is_page(args.output):
+        following = f"open it in a browser, or {name}?selftest"
+    show(f"{args.output}  {size:.1f} MB; next, {following}")
 
 
 if __name__ == "__main__":

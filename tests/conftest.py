@@ -13,6 +13,8 @@ from kdlite.training.data import Digits
 # Costly fixtures, and the group of the slow tests that use them.
 SHARED = {"trained": "run", "deployed": "run", "made": "device"}
 
+CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"  # a moving picture, without a question
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # because more threads would compete for the cores
 
@@ -78,6 +80,6 @@ def browser():
     if not program:
         pytest.skip("no Chromium here")
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *CAMERA])
         yield chromium
         chromium.close()

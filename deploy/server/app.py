@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import hmac
-import importlib.resources
 import os
 import re
 import secrets
@@ -29,6 +28,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from deploy.cli import version
+from deploy.page import describe_model, read_page
 from deploy.preprocess import MAX_PIXELS
 from deploy.runtimes import INPUT_NAME, OUTPUT_NAME, Runtime, is_answered, top_labels
 from deploy.server.batching import Batcher
@@ -53,7 +53,7 @@ HEADER_LENGTH = "inference-header-content-length"
 LARGE_JSON = 2**14  # bytes: more is not parsed in the event loop
 LARGE_ANSWER = 20_000  # logits: more are not written in the event loop
 OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # need no token: probes have none
-ENDPOINTS = ("infer", "predict", "metrics", "ready", "live", "stats", "config")  # labels of /metrics
+ENDPOINTS = ("infer", "predict", "metrics", "ready", "live", "stats", "config", "about")  # labels of /metrics
 Result = TypeVar("Result")
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -111,7 +111,7 @@ class StudentServer:
         self.pixels = Budget("pixels of large photographs", limits.pixels)
         self.draining = False
         self.uploads: set[anyio.CancelScope] = set()
-        self.page = importlib.resources.files("deploy").joinpath("server/page.html").read_text(encoding="utf-8")
+        self.page = read_page()
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -252,6 +252,9 @@ class StudentServer:
 
     # ---- content of describe() ----
 
+    def about(self) -> dict[str, Any]:
+        return describe_model(self.runtime.metadata, self.runtime.file)
+
     def about_server(self) -> dict[str, Any]:
         return {"name": "kdlite", "version": version("kdlite"), "extensions": EXTENSIONS}
 
@@ -288,6 +291,7 @@ def make_app(server: StudentServer, token: str | None = None) -> Starlette:
     """Return the ASGI application of a server. token: that requests must have, except for OPEN."""
     routes = [
         Route("/", server.show_page),
+        Route("/about", functools.partial(server.describe, server.about)),
         Route("/predict", server.predict, methods=["POST"]),
         Route("/metrics", server.show_metrics),
         Route("/v2", functools.partial(server.describe, server.about_server)),

@@ -26,7 +26,7 @@ from kdlite.training.launch import store_labels, train_once
 
 RUNS, RESULTS = Path("runs/unlabelled"), HERE / "results" / "unlabelled.csv"
 FOLDERS = {"50 + 950": (5, 95), "500 + 4,000": (50, 400)}  # photographs a class: labelled, not
-EPOCHS = {"50 + 950": (20, 4), "500 + 4,000": (8, 2)}  # of the labelled photographs alone, of all
+EPOCHS = {"50 + 950": (20, 3), "500 + 4,000": (8, 1)}  # of the labelled photographs alone, of all
 CLASSES, SIZE = 10, 64
 METHODS = {"KD": ["--kd", "kd", "--temperature", "1"], "NKD": ["--kd", "nkd"]}
 ROWS = ("the student alone", "the teacher", "pseudo-labels", *METHODS)
@@ -125,8 +125,8 @@ def main() -> None:
     if RESULTS.exists():
         with open(RESULTS, encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    for seed in range(args.draws):
-        for name in FOLDERS:
+    for name in FOLDERS:
+        for seed in range(args.draws):
             if any((row["folder"], row["draw"]) == (name, str(seed)) for row in rows):
                 continue
             for row, percent in run_draw(args.source, name, seed).items():

@@ -33,7 +33,7 @@ class Progress:
 
     epoch: int = 0  # finished epochs
     step: int = 0  # optimizer steps of the next epoch
-    executed: int = 0  # steps of them that GradScaler did not skip
+    executed: int = 0  # steps that GradScaler did not skip
     seconds: float = 0.0  # time spent in the next epoch
     lr: float = 0.0  # learning rate in the first step of that epoch
     epochs: int = 0  # epochs of the run if --epochs is a time; else 0
@@ -128,7 +128,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    log: LossLog  # of this epoch on this rank
+    log: LossLog  # losses of this epoch on this rank
 
     def copy(self, flags: dict[str, Any], config: Metadata) -> bytearray:
         """Return the bytes of a checkpoint on rank 0; every rank calls this. UserError if a weight is not finite."""
@@ -222,7 +222,8 @@ class State:
         everyone = gather((self.progress.epoch, self.progress.step, digest, WORLD_SIZE))
         for rank, other in enumerate(everyone):
             if other != everyone[0]:
-                raise UserError(f"rank {rank} is at epoch, step, weights, processes {other}, rank 0 at {everyone[0]}")
+                fault = "the ranks differ in epoch, step, weights or number of processes"
+                raise UserError(f"{fault}: rank {rank} has {other}, rank 0 has {everyone[0]}")
 
 
 class Saver:
@@ -284,7 +285,7 @@ def write_run(folder: Path, content: bytearray, others: tuple[Callable[[], Any],
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read the newest whole checkpoint of a run on rank 0, and send it to all ranks; None if the run has none."""
+    """Read the newest whole checkpoint of a run on rank 0, and send it to all ranks; None if it is missing."""
     found = from_rank_zero(read_checkpoint, folder)
     if found is None:
         return None

@@ -123,10 +123,10 @@ def test_every_flag_and_command_on_a_page_exists(page):
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     theirs = {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and TensorBoard
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
-    theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
+    theirs |= {"--system-site-packages", "--no-deps", "--with"}  # of venv, pip and uv
     theirs |= {"--requirements", "--budget-ms"}  # of student.pyz and candidates.pyz
     theirs |= {"--jobs", "--seeds", "--fetch", "--fastai", "--timm"}  # of examples/paper/*.py and examples/finetune.py
-    theirs |= {"--litserve", "--compare"}  # of examples/benchmark_serve.py and examples/paper/report.py
+    theirs |= {"--litserve", "--compare", "--pooled"}  # of examples/benchmark_serve.py and examples/paper/report.py
     theirs |= {"--minutes", "--share", "--triton"}  # of tests/soak.py and tests/compare_triton.py
     theirs |= {"--torchcompile", "--clip-mode"}  # of timm's train.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs

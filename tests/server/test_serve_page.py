@@ -5,7 +5,7 @@ import json
 
 import pytest
 from PIL import Image
-from serving import ask, in_thread, picture
+from serving import NAMES, ask, in_thread, picture
 from sklearn.datasets import load_sample_images
 
 pytestmark = pytest.mark.slow
@@ -120,17 +120,63 @@ def test_it_fits_a_phone_with_long_labels(browser, port, scheme):
     page.close()
 
 
-@pytest.mark.trial
-def test_the_page_asks_for_a_token_and_sends_it(browser, artefact):
+def test_the_page_asks_for_a_token_and_a_wrong_one_is_told_from_none(browser, artefact):
     with in_thread(artefact, token="s3cret") as port:
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{port}/")
-        assert not page.is_visible("#token")
-        upload(page, "a.png")
         page.wait_for_selector("#token", state="visible")
+        assert page.inner_text("#error") == ""
+        assert not page.is_visible("#classes")  # the labels need the token, too
+        upload(page, "a.png")
+        page.fill("#token", "wrong")
+        page.press("#token", "Enter")
+        page.wait_for_selector("#error:not(:empty)")
+        assert page.inner_text("#error") == "The server does not accept this token."
         page.fill("#token", "s3cret")
         page.press("#token", "Enter")
         page.wait_for_selector("#answers li:nth-child(5)")
         assert not page.is_visible("#token")
+        assert page.is_visible("#classes")
         assert page.inner_text("#error") == ""
         page.close()
+
+
+def test_the_page_shows_its_model_and_finds_a_camera(browser, port):
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.wait_for_selector("body[data-ready]")
+    assert page.inner_text("#about") == "tiny · fp32"
+    page.click("summary")
+    assert page.locator("#names li").all_inner_texts() == NAMES
+    assert page.locator("#names b").count() == 0  # a label is text
+    assert not page.is_visible("#selftest")
+    page.click("#camera")
+    page.wait_for_function("() => document.getElementById('camera').textContent === 'Take the picture'")
+    page.click("#camera")
+    page.wait_for_selector("#answers li:nth-child(5)")
+    page.close()
+
+
+@pytest.mark.trial
+def test_a_page_that_gets_no_camera_offers_the_file_of_one(browser, port):
+    """As over http:// from another machine."""
+    page = browser.new_page()
+    page.add_init_script("Object.defineProperty(Navigator.prototype, 'mediaDevices', { value: undefined })")
+    page.goto(f"http://127.0.0.1:{port}/")
+    with page.expect_file_chooser() as chosen:
+        page.click("#camera")
+    chosen.value.set_files({"name": "x.png", "mimeType": "image/png", "buffer": picture()})
+    page.wait_for_selector("#answers li:nth-child(5)")
+    page.close()
+
+
+@pytest.mark.trial
+def test_an_answer_below_the_threshold_is_none_of_these(browser, port):
+    page = browser.new_page()
+    answer = json.dumps(json.loads(predictions("a cat")) | {"none_of_these": True})
+    page.route("**/predict*", lambda route: route.fulfill(body=answer, content_type="application/json"))
+    page.goto(f"http://127.0.0.1:{port}/")
+    upload(page, "a.png")
+    page.wait_for_selector("#none:not(:empty)")
+    assert "None of these" in page.inner_text("#none")
+    page.close()

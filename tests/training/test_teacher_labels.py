@@ -183,7 +183,7 @@ def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
     run(*TINY, "--kd", "nkd", "--teacher-labels", "M", "--output", "out")
     line = subprocess.run([sys.executable, ROOT / "examples/teacher_labels.py", "none.onnx", "N"], capture_output=True)
     assert (line.returncode, line.stderr.count(b"\n")) == (2, 1)
-    for views, flags, message in ((0, [], "views is 0"), (1, ["--img-size", "32"], "the student's are [3, 32, 32]")):
+    for views, flags, message in ((0, [], "views is 0"), (1, ["--img-size", "32"], "the student's have [3, 32, 32]")):
         with pytest.raises(UserError, match=re.escape(message)):
             example.write(Path("t/student/student.onnx"), Path("N"), views, 10, [*map(str, TINY), *flags])
         assert not Path("N").exists()
@@ -412,7 +412,7 @@ def test_labels_with_impossible_values_and_a_right_checksum_are_refused(digits, 
     np.save(content, array)
     file.write_bytes(content.getvalue() + zlib.crc32(content.getvalue()).to_bytes(4, "little"))
     line = refused(capsys, *TINY, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
-    assert {"index": "an index outside of 10 classes", "twice": "a class twice", "sum": "sum to", "nan": "sum to"}[
+    assert {"index": "out of range: expected 0 to 9", "twice": "a class twice", "sum": "sum to", "nan": "sum to"}[
         fault
     ] in line
 

@@ -1,12 +1,17 @@
 """Test --epochs 30min: the length of a run follows a time."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from running import refused, rows, run
 
 from kdlite.training import time_budget
 from kdlite.training.checkpoint import Progress
 from kdlite.training.time_budget import Length
+
+MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 
 
 class Machine:
@@ -83,3 +88,20 @@ def test_a_run_of_a_number_of_epochs_is_never_fitted(monkeypatch):
     machine.train()
     assert machine.args.epochs == 45
     assert machine.progress.epochs == 0
+
+
+@pytest.mark.slow
+def test_a_run_for_a_time_ends_and_its_resume_trains_nothing_more(tmp_path, capsys):
+    flags = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--img-size", 16, "--reference", 0]
+    run(*flags, "--epochs", "3s", "--output", tmp_path / "run")
+    printed = capsys.readouterr().out
+    (epochs,) = {int(last) for last in re.findall(r"^epoch \d+/(\d+) ", printed, re.M)[-1:]}
+    assert len(rows(tmp_path / "run")) == epochs
+    run("--output", tmp_path / "run", "--resume", "--model", f"{MODELS}:tiny", "--device", "cpu")
+    assert "nothing is trained" in capsys.readouterr().out
+    assert len(rows(tmp_path / "run")) == epochs
+
+
+@pytest.mark.parametrize("text", ["0min", "5 min", "-3s", "1d", "min", "1e3s", "infh"])
+def test_a_text_that_is_not_a_time_is_refused(text, capsys):
+    assert "--epochs" in refused(capsys, "--epochs", text)

@@ -314,8 +314,8 @@ def test_a_teacher_reads_its_weights_and_its_classes_from_files(tmp_path):
         ("a,1\nb,12\n", "column 12"),
         ("a\nb,1\n", "'a'; exp"),
         ("a,1\nb,cat\n", "names of --teacher .* are unknown, so cat cannot be found; give columns, from 0 to 11"),
-        ("a,1\nb,1\n", "gives a and b one class"),
-        ("a,1\nb,2\na,3\n", "names a twice"),
+        ("a,1\nb,1\n", "gives a and b the same class"),
+        ("a,1\nb,2\na,3\n", "has a twice"),
         ("a,1\nb,2\nc,3\n", "classes that --data does not have: c"),
     ):
         Path("classes.csv").write_text(text)
