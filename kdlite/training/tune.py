@@ -146,20 +146,20 @@ def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> l
     for i, (arms, epochs) in enumerate(zip(plan.arms, plan.epochs)):
         names, found = names[:arms], dict[str, np.ndarray]()
         for name in names:
-            each = []
-            for part in range(i * plan.parts, (i + 1) * plan.parts):
-                if time.monotonic() > ends:
-                    log(f"the time is over in round {i + 1}, which does not count")
-                    return rounds
-                each.append(trainer.run(name, epochs, part % PARTS)[0])
-            answers = [right for right in each if right is not None]
-            if len(answers) == len(each):
-                found[name] = np.concatenate(answers)
-                log(f"round {i + 1}, {name}, {epochs} epochs: top-1 {100 * found[name].mean():.2f} %")
+            answers = []
+            try:
+                for part in range(i * plan.parts, (i + 1) * plan.parts):
+                    if time.monotonic() > ends:
+                        log(f"the time is over in round {i + 1}, which does not count")
+                        return rounds
+                    answers.append(trainer.run(name, epochs, part % PARTS)[0])
+            except UserError as error:  # such as a loss that is not finite
+                log(f"round {i + 1}, {name} failed: {error}")
+                continue
+            found[name] = np.concatenate(answers)
+            log(f"round {i + 1}, {name}, {epochs} epochs: top-1 {100 * found[name].mean():.2f} %")
         if not found:
-            raise UserError(
-                f"every run of round {i + 1} failed: {trainer.output}/{epochs}-epochs/log.txt has the reasons"
-            )
+            raise UserError(f"every run of round {i + 1} failed; the lines above have the reasons")
         rounds.append(found)
         names = sorted(found, key=lambda name: -found[name].mean())
     return rounds
