@@ -16,7 +16,7 @@ import train
 from deploy.flags import get_parser, read_flags, settle_flags
 from kdlite.training import teacher_labels
 
-COMMANDS = ["export", "quantize", "build", "check", "benchmark", "serve", "triton", "pack", "predict"]
+COMMANDS = ["export", "quantize", "build", "check", "benchmark", "serve", "triton", "pack", "selftest", "predict"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -124,7 +124,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs = {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and TensorBoard
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps"}  # of venv and pip
-    theirs |= {"--requirements"}  # of student.pyz
+    theirs |= {"--requirements", "--with"}  # of student.pyz and uv
     theirs |= {"--jobs", "--seeds", "--fetch"}  # of examples/paper/tiny_imagenet.py and examples/finetune.py
     theirs |= {"--litserve", "--compare"}  # of examples/benchmark_serve.py and examples/paper/report.py
     theirs |= {"--minutes", "--share", "--triton"}  # of tests/soak.py and tests/compare_triton.py
