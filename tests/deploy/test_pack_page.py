@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import functools
+import gzip
 import io
 import json
 import re
@@ -352,6 +353,25 @@ def test_a_wrong_answer_fails_the_self_test(browser, runtime, html, tmp_path):
     with opened(browser, tmp_path / "wrong.html", "?selftest") as wrong:
         wrong.wait_for_function("() => document.getElementById('verdict').textContent.includes('FAILED')")
         assert "jpeg-420-16x9.jpg" in wrong.inner_text("#verdict")
+
+
+@pytest.mark.parametrize("part", ["model", pytest.param("wasm", marks=pytest.mark.trial)])
+def test_a_page_whose_model_does_not_open_says_so_at_each_picture(browser, html, tmp_path, part):
+    """As of a file that was damaged on its way."""
+    start = f'(<script type="text/plain" id="{part}">).*?(</script>)'
+    junk = base64.b64encode(gzip.compress(b"damaged")).decode()
+    text = re.sub(start, lambda found: found[1] + junk + found[2], html.read_text(encoding="utf-8"), flags=re.S)
+    (tmp_path / "damaged.html").write_text(text, encoding="utf-8")
+    tab = browser.new_page()
+    tab.goto(f"file://{tmp_path}/damaged.html")
+    tab.wait_for_selector("#error:not(:empty)")
+    assert tab.inner_text("#error").startswith("This page cannot open its model: ")
+    assert not tab.is_visible("#loading")
+    upload(tab, encoded(crop(99, 99)))
+    tab.wait_for_selector("#image", state="visible")
+    tab.wait_for_function("() => busy.textContent === ''")
+    assert tab.inner_text("#error").startswith("This page cannot open its model: ")
+    tab.close()
 
 
 LOGITS = """async images => {
