@@ -17,6 +17,7 @@ from deploy.flags import get_parser, read_flags, settle_flags
 from kdlite.training import teacher_labels
 
 COMMANDS = ["export", "quantize", "candidates", "build", "check", "benchmark", "serve", "triton", "pack", "predict"]
+COMMANDS += ["selftest"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
