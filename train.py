@@ -92,19 +92,20 @@ FLAGS: Table = {
         "epochs": Flag(BY_RECIPE, "a number, or a time for the run: 90s, 30min, 8h; warm-up and milestones are "
                        "stretched to fit", type=count_or_time),
         "batch_size": Flag(BY_RECIPE, "images per optimizer step, over all processes", type=COUNT),
-        "grad_accum": Flag(1, "forward and backward passes per optimizer step, each on a part of the batch", type=COUNT),
+        "grad_accum": Flag(1, "forward and backward passes per optimizer step, each on a part of the batch",
+                           type=COUNT),
         "opt": Flag(BY_RECIPE, "a timm optimizer: momentum (plain SGD), sgd (Nesterov), adamw, ..."),
         "lr": Flag(BY_RECIPE, "peak learning rate", type=WEIGHT),
         "weight_decay": Flag(BY_RECIPE, "weight decay", type=WEIGHT),
-        "layer_decay": Flag(None, "fine-tuning: the learning rate of a layer is this factor times that of the next layer",
+        "layer_decay": Flag(None, "fine-tuning: the learning rate of a layer is this times that of the next layer",
                             type=RATIO),
         "schedule": Flag(BY_RECIPE, "schedule of the learning rate", choices=["cosine", "step"]),
         "warmup_epochs": Flag(0.0, "linear warm-up, a part of --epochs", type=WEIGHT),
         "label_smoothing": Flag(0.0, "label smoothing of the cross-entropy alone", type=SHARE),
         "class_weights": Flag(None, "weight every loss by class: balanced, or a CSV file of name,weight", path=True),
         "clip_grad": Flag(None, "largest gradient norm", type=POSITIVE),
-        "ema_decay": Flag(0.0, "decay of an average of the weights; the average is evaluated and saved instead of the "
-                          "weights; 0: off", type=SHARE),
+        "ema_decay": Flag(0.0, "decay of an average of the weights, which is evaluated and saved instead of "
+                          "them; 0: off", type=SHARE),
         "seed": Flag(0, "seed of weights, order and augmentation", type=number(int, 0, 2**32 - 1)),
     },
     "machine": {
@@ -243,7 +244,7 @@ def loss_terms(
         losses["own"] = loss = method.kd(logits.float(), None if teacher is None else teacher.float(), target)
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         if shape != logits.shape[:1] and (shape != () or method.class_weights is not None):
-            raise UserError(f"--kd must return a loss for each row, (N,), or without --class-weights one value, not {shape}")
+            raise UserError(f"--kd must return one loss a row, (N,), or one value without --class-weights, not {shape}")
     if weak_logits is not None:
         each |= {"alpha": method.alpha, "beta": method.beta, "mu": method.mu, "group": method.group}
         losses["uskd"] = uskd_loss(logits, weak_logits, target, **each)
@@ -358,7 +359,7 @@ def build_student(
         example = torch.zeros(2, *config.input_size)
         return student, WithWeakHead(student, args.tap, config.num_classes, example_input=example), config
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--self-kd uskd does not work with {args.model}: {error}; --tap names another layer") from error
+        raise UserError(f"--self-kd uskd does not work with {args.model}: {error}; --tap sets the layer") from error
 
 
 def build_teacher(

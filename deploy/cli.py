@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(doc: str | None, name: str, *shared: str) -> Parser:
-    """Return a parser with flags of SHARED. doc: text of --help; name: a command of deploy/, or a script's file name."""
+    """Return a parser with flags of SHARED. doc: text of --help; name: a command of deploy/, or a script."""
     prog = f"python -m deploy.{name}" if "." not in name else name
     parser = Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_shared(*shared)
@@ -245,7 +245,7 @@ def log(text: str) -> None:
 
 @dataclass
 class ProgressBar:
-    """Loop over things and show the progress on stderr: tqdm's bar on a terminal, elsewhere a line from time to time."""
+    """Loop and show the progress on stderr: tqdm's bar on a terminal, elsewhere a line from time to time."""
 
     things: Iterable[Any]
     what: str  # the label, a word or two
@@ -302,7 +302,7 @@ class ProgressBar:
 
 
 def version(package: str) -> str:
-    """Return the installed version of a package, or "not installed": kdlite's folders also work without installation."""
+    """Return the installed version of a package, or "not installed": kdlite also works without an installation."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

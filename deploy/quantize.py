@@ -78,7 +78,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, right: np.ndarray, quantised_right: np.ndarray) -> Accuracy:
-        """Return the accuracy. right, quantised_right: whether the float and the INT8 file classify each image right."""
+        """Return the accuracy. right, quantised_right: whether the float and INT8 files classify each image right."""
         # At least one image counts as changed: if all n images keep their class, another image may still change.
         changed = max(1, int((right != quantised_right).sum()))
         error = 100 * math.sqrt(changed) / len(right)
@@ -476,8 +476,8 @@ def get_parser() -> Parser:
     add("--onnx", type=Path, help="the fp32 file to start from (default: student.onnx in the folder)")
     add("--count", type=number(int, 1), metavar="N", help="training images, evenly spaced (default: all)")
     methods = (
-        "method of calibration (default: minmax; with --max-drop the first of minmax, percentile and entropy with which "
-        "every layer can be INT8, or else the best)"
+        "method of calibration (default: minmax; with --max-drop the first of minmax, percentile and entropy with "
+        "which every layer can be INT8, or else the best)"
     )
     add("--method", choices=sorted(METHODS), help=methods)
     add("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")

@@ -115,7 +115,7 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
         fault = f"is ONNX Runtime's TensorRT provider and needs an .onnx file, but {path.name} is not one"
         raise UserError(f"--device tensorrt {fault}: use --device cuda")
     if kind in TORCH_KINDS:
-        needs = "an .onnx or .engine file runs without them" if kind else "on this machine give its .onnx or .engine file"
+        needs = "an .onnx or .engine file runs without them" if kind else "here give its .onnx or .engine file"
         need("torch", f"{path.name or path} needs torch, torchvision and timm; {needs}")
     started = time.perf_counter()
     named = "deploy.other_runtimes:load_openvino" if on.device == OPENVINO else LOADERS[kind]

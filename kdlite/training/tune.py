@@ -2,10 +2,11 @@
 
     python -m kdlite.training.tune --data photos/ --model mobilenet_v2 --teacher runs/001-ce/student --minutes 30
 
-The flags are train.py's. A fifth of the training images validates; your validation images choose nothing. The teacher's
-answers are stored once. All arms get a short run; the better half gets a run twice as long, and so on (successive
-halving, Jamieson and Talwalkar 2016, arXiv 1502.07943). Prints a table with the paired standard error of each
-difference, which arms are not told apart, and the command to train with. The same command continues after a stop.
+The flags are train.py's. A fifth of the training images is for the comparison; your validation images are not used. The
+teacher's answers are stored once. All arms (a loss with its weights) get a short run; the better half gets a run twice
+as long, and so on (successive halving, Jamieson and Talwalkar 2016, arXiv 1502.07943). The command prints a table with
+the paired standard error of each difference, the arms that are not clearly worse than the best arm, and the command for
+the training. After a stop, the same command continues.
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ ARMS: dict[str, list[str]] = {
     "NKD gamma 1.5, T 3": ["--kd", "nkd", "--gamma", "1.5", "--temperature", "3"],
     "NKD gamma 3.5, T 3": ["--kd", "nkd", "--gamma", "3.5", "--temperature", "3"],
 }
-RUNGS = (9, 4, 2)  # arms of each round; a round has twice the epochs of the one before
-COST = sum(arms * 2**rung for rung, arms in enumerate(RUNGS))  # runs of the first round's length
-SHARE = 0.2  # of the training images, to validate on
+RUNGS = (9, 4, 2)  # arms of each round; the next round has twice the epochs
+COST = sum(arms * 2**rung for rung, arms in enumerate(RUNGS))  # of all rounds, in runs of the first round's length
+SHARE = 0.2  # share of the training images that compares the arms
 OWN = ("--kd", "--gamma", "--temperature", "--kd-weight", "--teacher-labels", "--self-kd", "--epochs", "--resume")
 
 
 def link_images(data: str, val_split: float | None, folder: Path) -> None:
-    """Make folder/train and folder/val: links to the training images of a data set, a share of each class in val/."""
+    """Make folder/train and folder/val with links to the training images of a data set; val/ gets SHARE of each class."""
     photos = open_data(data, val_split).train
     if not isinstance(photos, Photos):
         raise UserError(f"--data {data}: expected a folder of photographs")
     files = photos.files()
-    sides = draw_split(files, photos.targets, SHARE, seed=1)  # another seed than the split of the run itself
+    sides = draw_split(
+        files, photos.targets, SHARE, seed=1
+    )  # not the seed of the split into training and validation images
     if folder.exists():
         shutil.rmtree(folder)
     with replacing(folder) as partial:
@@ -62,17 +65,17 @@ def link_images(data: str, val_split: float | None, folder: Path) -> None:
 
 
 def run_arm(name: str, flags: Sequence[Any], epochs: int, labels: Path, output: Path) -> tuple[np.ndarray, float]:
-    """Train an arm; return whether it is right on each validation image, and the seconds of an epoch."""
+    """Train an arm; return whether it classifies each validation image right, and the seconds of an epoch."""
     stored = ["--teacher-labels", labels] if ARMS[name] else []
     train_once([*flags, "--epochs", epochs, "--reference", 0, *ARMS[name], *stored], output)
     return read_answers(output), float(np.mean([float(row["seconds"]) for row in read_rows(output)]))
 
 
 def make_plan(flags: Sequence[Any], labels: Path, output: Path, ends: float) -> int:
-    """Return the epochs of the first round that let all rounds end at `ends` (time.monotonic()), from a first run."""
+    """Run one epoch, and return the epochs of the first round with which all rounds end at `ends` (time.monotonic())."""
     began = time.monotonic()
     _, epoch = run_arm("cross-entropy", flags, 1, labels, output / "first")
-    overhead = max(time.monotonic() - began - epoch, 0)  # of a process
+    overhead = max(time.monotonic() - began - epoch, 0)  # seconds of a process outside its epochs
     epochs = int((ends - time.monotonic() - sum(RUNGS) * overhead) / (COST * epoch))
     if epochs < 1:
         needed = (COST * epoch + sum(RUNGS) * overhead) / 60
@@ -83,7 +86,7 @@ def make_plan(flags: Sequence[Any], labels: Path, output: Path, ends: float) -> 
 def tune(flags: Sequence[Any], labels: Path, output: Path, epochs: int) -> dict[str, np.ndarray]:
     """Run the rounds; return the answers of each arm in its longest run, the best arm first.
 
-    epochs: of the first round
+    epochs: number of epochs in the first round
     """
     names, found = list(ARMS), dict[str, np.ndarray]()
     for rung, arms in enumerate(RUNGS):
@@ -97,7 +100,7 @@ def tune(flags: Sequence[Any], labels: Path, output: Path, epochs: int) -> dict[
 
 
 def report(found: dict[str, np.ndarray], rounds: Sequence[int]) -> str:
-    """Print the table and the arms that are not told apart from the best; return the name of the best arm."""
+    """Print the table and the arms that are not clearly worse than the best arm; return the best arm's name."""
     best, *others = found
     print(f"| arm | round | top-1 on {len(found[best])} images, % | behind the best |\n|---|---|---|---|")
     alike = []
@@ -121,11 +124,17 @@ def get_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--data", required=True, help="a folder of photographs, as train.py takes it")
-    parser.add_argument("--val-split", type=number(float, 0, 1, above=True), help="as train.py's")
+    parser.add_argument("--val-split", type=number(float, 0, 1, above=True), help="flag of train.py")
     parser.add_argument("--teacher", required=True, help="the teacher, as train.py takes it")
-    parser.add_argument("--views", type=number(int, 1), default=4, help="crops that the teacher sees (default: 4)")
-    parser.add_argument("--minutes", type=number(float, 0, above=True), default=30.0, help="(default: 30)")
-    parser.add_argument("--output", type=Path, default=Path("runs/tune"), help="(default: runs/tune)")
+    parser.add_argument(
+        "--views", type=number(int, 1), default=4, help="crops of each image that the teacher classifies (default: 4)"
+    )
+    parser.add_argument(
+        "--minutes", type=number(float, 0, above=True), default=30.0, help="time for all runs (default: 30)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/tune"), help="folder of the runs (default: runs/tune)"
+    )
     return parser
 
 
@@ -142,7 +151,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     log(f"the teacher's answers are in {labels}: {time.monotonic() - began:.0f} s")
     plan, command = args.output / "plan.json", shlex.join(sys.argv[1:] if argv is None else argv)
     stored = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
-    epochs = stored.get("epochs") if stored.get("command") == command else None  # the command was stopped before
+    epochs = stored.get("epochs") if stored.get("command") == command else None  # continue after a stop
     epochs = epochs or make_plan(shared, labels.resolve(), args.output, began + 60 * args.minutes)
     write_whole(plan, json.dumps({"command": command, "epochs": epochs}))
     log("plan: " + ", ".join(f"{arms} arms of {epochs * 2**rung} epochs" for rung, arms in enumerate(RUNGS)))

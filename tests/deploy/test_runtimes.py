@@ -123,7 +123,9 @@ def test_an_engine_is_built_without_a_gpu_and_refused_where_it_cannot_run(run, c
     deploy(check, run, "student.engine", "--count", "8", check=1)
     assert "needs a CUDA device" in capsys.readouterr().out
     sidecar.write_text(json.dumps(values | {"built": values["built"] | {"version": "1.0"}}))
-    with pytest.raises(UserError, match=r"built by tensorrt_rtx 1\.0, here is .* build it again here, from student"):
+    with pytest.raises(
+        UserError, match=r"built by tensorrt_rtx 1\.0, but this machine has .* build it again here, from student"
+    ):
         load(run / "student/student.engine")
     deploy(triton, run / "student/student.engine", "--output", run / "models", check=2)
     assert "TensorRT-RTX" in capsys.readouterr().err
