@@ -179,7 +179,7 @@ def data_loader(
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         own = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        workers = 0 if isinstance(dataset.source, Digits) else own
+        workers = 0 if isinstance(getattr(dataset.source, "dataset", dataset.source), Digits) else own
     options: dict[str, Any] = {"pin_memory": pin_memory, "drop_last": drop_last, "collate_fn": collate}
     # without it, the start of the workers changes the random state that --resume restores
     options["generator"] = torch.Generator()

@@ -12,7 +12,6 @@ stop.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -28,22 +27,24 @@ import numpy as np
 
 from deploy.cli import Parser, UserError, number, run_command, write_whole
 from deploy.flags import option, read_flags
+from kdlite.training import launch
 from kdlite.training.data import open_run
 from kdlite.training.distributed import WORLD_SIZE, log
 from kdlite.training.launch import ROOT, gain, of_labels, read_answers, read_rows, store_labels
 from kdlite.training.teacher_labels import read_header
 
+GAMMAS = (0.5, 1.5, 3.5)
 ARMS: dict[str, list[str]] = {
     "cross-entropy": [],
     **{f"KD T {t}": ["--kd", "kd", "--temperature", f"{t}"] for t in (1, 4)},
     **{
         f"NKD gamma {gamma} T {t}": ["--kd", "nkd", "--gamma", f"{gamma}", "--temperature", f"{t}"]
-        for gamma in (0.5, 1.5, 3.5)
+        for gamma in GAMMAS
         for t in (1, 3)
     },
 }
 FIRST = "NKD gamma 1.5 T 1"  # the arm whose run of one epoch is measured
-ANY_LABELS = [name for name in ARMS if name[:3] in ("cro", "NKD") and not name.endswith("T 3")]
+ANY_LABELS = ["cross-entropy", *(f"NKD gamma {gamma} T 1" for gamma in GAMMAS)]
 PARTS = 5  # of the training images: a run validates on one, and trains on the others
 MOST_CLASSES = 200  # with more classes the ten largest answers are stored, which only the arms of ANY_LABELS can use
 REFUSED = {"kd", "gamma", "temperature", "kd_weight", "self_kd", "unlabelled", "fold", "resume"}
@@ -93,25 +94,23 @@ def make_plan(seconds: float, epoch: float, start: float, arms: int, full: int) 
 
 
 class Trainer:
-    """Runs train.py in this process, because a process of its own takes seconds to import torch.
+    """Trains arms by train.py.
 
     Args:
         flags: of train.py, for every run
         labels: the folder of the teacher's answers
-        epochs, warmup, seed: of the whole training; runs of fewer epochs have less warm-up
+        args: epochs, warmup_epochs and seed of the whole training; a run of fewer epochs has less warm-up
         output: the folder of the run directories
     """
 
     def __init__(self, flags: Sequence[str], labels: Path, args: argparse.Namespace, output: Path) -> None:
         self.flags, self.labels, self.args, self.output = flags, labels, args, output
-        self.main = runpy.run_path(str(ROOT / "train.py"))["main"]
 
-    def run(self, name: str, epochs: int, part: int) -> tuple[np.ndarray | None, float]:
-        """Train an arm, unless its run is finished.
+    def run(self, name: str, epochs: int, part: int) -> tuple[np.ndarray, float]:
+        """Train an arm, unless its run is finished; UserError if it fails or is stopped.
 
         Returns:
-            For each image of the part 1 if the student is right, else 0; None if the run failed. Then the seconds of
-            an epoch
+            For each image of the part 1 if the student is right, else 0; and the seconds of an epoch
         """
         place = self.output / f"{epochs}-epochs" / f"{name.replace(' ', '-')}-{part}"
         if not is_finished(place, epochs):
@@ -119,15 +118,11 @@ class Trainer:
             warmup = self.args.warmup_epochs * min(1, epochs / self.args.epochs)
             flags = [*self.flags, *ARMS[name], *stored, "--epochs", epochs, "--warmup-epochs", warmup]
             flags += ["--fold", part, PARTS, "--seed", self.args.seed + part, "--reference", 0]
-            place.parent.mkdir(parents=True, exist_ok=True)
-            log_file = open(place.parent / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
-            with log_file, contextlib.redirect_stdout(log_file), contextlib.redirect_stderr(log_file):
-                status = self.main(list(map(str, [*flags, "--output", place, "--resume"])))
-            if status:
-                log(f"{name}: the run failed: {last_line(place.parent / 'log.txt')}")
-                return None, 0.0
+            launch.run(
+                list(map(str, [sys.executable, ROOT / "train.py", *flags, "--output", place, "--resume"])), place
+            )
             if not is_finished(place, epochs):
-                raise UserError(f"stopped in {place}: the same command continues")
+                raise KeyboardInterrupt  # a signal stopped the run, which saved itself
         return read_answers(place), float(np.mean([float(row["seconds"]) for row in read_rows(place)]))
 
 
@@ -135,16 +130,10 @@ def is_finished(run: Path, epochs: int) -> bool:
     return (run / "curves.png").exists() and len(read_rows(run)) == epochs  # the picture is written at the end
 
 
-def last_line(file: Path) -> str:
-    return file.read_text(encoding="utf-8").strip().rpartition("\n")[2]
-
-
 def measure(trainer: Trainer) -> tuple[float, float]:
     """Return the seconds of an epoch, and those that a run takes more than its epochs."""
     began = time.monotonic()
-    right, epoch = trainer.run(FIRST, 1, 0)
-    if right is None:
-        raise UserError(last_line(trainer.output / "1-epochs/log.txt"))
+    _, epoch = trainer.run(FIRST, 1, 0)
     return epoch, max(time.monotonic() - began - epoch, 0)
 
 
@@ -157,20 +146,20 @@ def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> l
     for i, (arms, epochs) in enumerate(zip(plan.arms, plan.epochs)):
         names, found = names[:arms], dict[str, np.ndarray]()
         for name in names:
-            each = []
-            for part in range(i * plan.parts, (i + 1) * plan.parts):
-                if time.monotonic() > ends:
-                    log(f"the time is over in round {i + 1}, which does not count")
-                    return rounds
-                each.append(trainer.run(name, epochs, part % PARTS)[0])
-            answers = [right for right in each if right is not None]
-            if len(answers) == len(each):
-                found[name] = np.concatenate(answers)
-                log(f"round {i + 1}, {name}, {epochs} epochs: top-1 {100 * found[name].mean():.2f} %")
+            answers = []
+            try:
+                for part in range(i * plan.parts, (i + 1) * plan.parts):
+                    if time.monotonic() > ends:
+                        log(f"the time is over in round {i + 1}, which does not count")
+                        return rounds
+                    answers.append(trainer.run(name, epochs, part % PARTS)[0])
+            except UserError as error:  # such as a loss that is not finite
+                log(f"round {i + 1}, {name} failed: {error}")
+                continue
+            found[name] = np.concatenate(answers)
+            log(f"round {i + 1}, {name}, {epochs} epochs: top-1 {100 * found[name].mean():.2f} %")
         if not found:
-            raise UserError(
-                f"every run of round {i + 1} failed: {trainer.output}/{epochs}-epochs/log.txt has the reasons"
-            )
+            raise UserError(f"every run of round {i + 1} failed; the lines above have the reasons")
         rounds.append(found)
         names = sorted(found, key=lambda name: -found[name].mean())
     return rounds
