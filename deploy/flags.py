@@ -196,8 +196,8 @@ def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typ
     known = {*flags, "fitted", *(name for recipe in RECIPES.values() for name in recipe)}
     for name in saved.keys() - known:
         if name not in FORMER or FORMER[name] not in (None, saved[name]):
-            flag = f"{printable(option(name))[:80]} {repr(saved[name])[:80]}"
-            fault = f"the run was started with {flag}, which this train.py does not have"
+            unknown = f"{printable(option(name))[:80]} {repr(saved[name])[:80]}"
+            fault = f"the run was started with {unknown}, which this train.py does not have"
             raise UserError(f"{fault}: start a new run")
     for name, flag in flags.items():
         value = saved.get(name)

@@ -351,7 +351,7 @@ def hold_out(data: Data, part: int, parts: int) -> Data:
 
 
 def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed: int) -> dict[str, str]:
-    """Return file -> "train" or "val". In each class the files whose names have the smallest digests are for validation.
+    """Return file -> "train" or "val". The files of a class with the smallest digests of names validate.
 
     The side of a file depends on its name and the seed, so that a few new files move few others to the other side.
     Each class has at least one file for validation.
@@ -433,7 +433,7 @@ def read_class_weights(file: Path) -> dict[str, float]:
 
 
 def median_size(photos: Photos, count: int = 200) -> tuple[int, int]:
-    """Return the median (height, width) in pixels of an even sample of the files; raise UserError if all are unreadable."""
+    """Return the median (height, width) in pixels of an even sample of the files; UserError if none is readable."""
     sizes, reason = [], ""
     for index in evenly(len(photos), count):
         try:
