@@ -6,8 +6,8 @@
 
 GET / returns a page to drop an image on. POST /v2/models/NAME/infer takes images, uint8 (N, H, W, 3), resized and
 cropped, as JSON or as binary tensors. POST /predict takes an image file, or a form with one, and prepares it as in
-training. /metrics is for Prometheus. An overloaded server responds 503 with Retry-After. The response to a body that is too large
-is 413, and to any other mistake in a request 4xx with {"error": ...}.
+training. /metrics is for Prometheus. An overloaded server responds 503 with Retry-After. The response to a body that is
+too large is 413, and to any other mistake in a request 4xx with {"error": ...}.
 
 SIGTERM drains: readiness becomes 503, the server answers the requests that have begun, and ends within 20 seconds.
 SIGHUP loads the file again, and keeps the old one if the new one does not run. On an address that other machines reach,

@@ -246,7 +246,7 @@ def test_a_folder_of_other_weights_names_what_differs(run):
     ("quantize", ["run"], "--target"),
     ("quantize", ["run", "--target", "cpu", "--count", "0"], "--count: must be at least 1, got 0"),
     ("quantize", ["run", "--target", "cpu", "--count", "999"], "but the reference has 80"),
-    ("quantize", ["run", "--target", "cpu", "--count", "8", "--op-types", "Einsum"], "to quantise: expected Einsum; see"),
+    ("quantize", ["run", "--target", "cpu", "--count", "8", "--op-types", "Einsum"], "quantise: expected Einsum; see"),
     ("quantize", ["run", "--target", "cpu", "--onnx", "run/student/student-fp16.onnx"], "is fp16: quantise the fp32"),
     *([] if torch.cuda.is_available() else [("benchmark", ["run", "--device", "cuda"], "no CUDA device here")]),
     ("benchmark", ["run", "--batches", "0"], "at least 1"),
