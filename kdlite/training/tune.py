@@ -21,11 +21,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from deploy.cli import Parser, UserError, number, run_command, write_whole
+from deploy.config import read_json
 from deploy.flags import option, read_flags
 from kdlite.training import launch
 from kdlite.training.data import open_run
@@ -118,9 +119,8 @@ class Trainer:
             warmup = self.args.warmup_epochs * min(1, epochs / self.args.epochs)
             flags = [*self.flags, *ARMS[name], *stored, "--epochs", epochs, "--warmup-epochs", warmup]
             flags += ["--fold", part, PARTS, "--seed", self.args.seed + part, "--reference", 0]
-            launch.run(
-                list(map(str, [sys.executable, ROOT / "train.py", *flags, "--output", place, "--resume"])), place
-            )
+            command = [sys.executable, ROOT / "train.py", *flags, "--output", place, "--resume"]
+            launch.run(list(map(str, command)), place)
             if not is_finished(place, epochs):
                 raise KeyboardInterrupt  # a signal stopped the run, which saved itself
         return read_answers(place), float(np.mean([float(row["seconds"]) for row in read_rows(place)]))
@@ -216,7 +216,7 @@ def open_training(flags: Sequence[str], labels: Path) -> tuple[argparse.Namespac
     return args, len(data.label_names)
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: list[str]) -> None:
     if WORLD_SIZE > 1:
         raise UserError("start tune without torchrun: its runs have one process")
     began = time.monotonic()
@@ -224,7 +224,7 @@ def run(argv: Sequence[str]) -> None:
     output = given.output.resolve()
     labels = (given.teacher_labels or output / "labels").resolve()
     args, classes = open_training(flags, labels)
-    stored, plan = read_plan(output / "plan.json", argv)
+    plan = begin(output / "plan.json", argv)
     if given.teacher:
         k = classes - 1 if classes <= MOST_CLASSES else 10
         asked = ["--teacher", given.teacher, "--top-k", k, "--views", given.views]
@@ -240,7 +240,7 @@ def run(argv: Sequence[str]) -> None:
         epoch, start = measure(trainer)
         full = max(1, int(args.time_limit / epoch)) if args.time_limit else args.epochs
         plan = make_plan(ends - time.monotonic(), epoch, start, len(names), full)
-        write_whole(output / "plan.json", json.dumps(stored | {"plan": plan}))
+        write_whole(output / "plan.json", json.dumps({"command": argv, "plan": plan}))
         log(f"an epoch takes {epoch:.1f} s, and the rest of a run {start:.1f} s")
     log(f"plan: {plan}")
     rounds = search(trainer, names, plan, ends)
@@ -248,22 +248,27 @@ def run(argv: Sequence[str]) -> None:
         raise UserError("the time ended in the first round: the same command continues it")
     best = report(rounds, plan.epochs)
     chosen = [*flags, *ARMS[best], *(["--teacher-labels", str(labels)] if ARMS[best] else [])]
-    log(f"{time.monotonic() - began:.0f} s in all; next: torchrun train.py {shlex.join(chosen)}")
+    log(f"the search took {time.monotonic() - began:.0f} s")
+    log(f"next: torchrun train.py {shlex.join(chosen)}")
 
 
-def read_plan(file: Path, argv: Sequence[str]) -> tuple[dict[str, Any], Plan | None]:
-    """Return the content of a new plan.json, and the stored plan; UserError if that is of another command."""
-    command = {"command": list(argv)}
+def begin(file: Path, argv: list[str]) -> Plan | None:
+    """Return the plan in plan.json, None for a new search, which writes its command there.
+
+    UserError if the file is of another command, whose runs would be taken for those of this one.
+    """
     if not file.exists():
-        return command, None
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    if stored["command"] != command["command"]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps({"command": argv, "plan": None}))
+        return None
+    stored = read_json(file.read_bytes(), file)
+    if stored.get("command") != argv:
         raise UserError(f"{file.parent} has the runs of another command: give another --output, or remove that folder")
-    return command, Plan(*stored["plan"])
+    return Plan(*stored["plan"]) if stored.get("plan") else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command("tune", functools.partial(run, sys.argv[1:] if argv is None else argv))
+    return run_command("tune", functools.partial(run, sys.argv[1:] if argv is None else list(argv)))
 
 
 if __name__ == "__main__":

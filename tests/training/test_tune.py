@@ -236,7 +236,7 @@ def test_it_reads_no_validation_image_and_prints_a_command_that_trains(teacher, 
     assert len(commands) == 4  # the labels, and three runs: the measured one is the second arm's
     warmups = [command[command.index("--warmup-epochs", command.index("--fold") - 4) + 1] for command in commands[1:]]
     assert warmups == ["0.5", "0.5", "1.0"]
-    (line,) = re.findall(r"next: torchrun train\.py (.*)$", printed, re.M)
+    (line,) = re.findall(r"^next: torchrun train\.py (.*)$", printed, re.M)
     train.parse_flags(line.split())
     assert ("--teacher-labels" in line) == (" --kd " in line)
 
@@ -270,6 +270,13 @@ def test_a_run_that_a_signal_stopped_stops_the_search(photos, monkeypatch):
     trainer = tune.Trainer([], Path("L"), Namespace(epochs=4, warmup_epochs=0, seed=0), Path("out"))
     with pytest.raises(KeyboardInterrupt):
         trainer.run("cross-entropy", 2, 0)
+
+
+def test_a_search_that_stopped_before_its_plan_refuses_another_command(tmp_path):
+    assert tune.begin(tmp_path / "out/plan.json", ["--lr", "1"]) is None
+    assert tune.begin(tmp_path / "out/plan.json", ["--lr", "1"]) is None
+    with pytest.raises(UserError, match="another command"):
+        tune.begin(tmp_path / "out/plan.json", ["--lr", "2"])
 
 
 @pytest.mark.parametrize("flag", ["--kd=nkd", "--gamma=1", "--fold 1 5", "--unlabelled=more", "--self-kd=uskd"])
