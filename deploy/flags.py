@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import Parser, UserError, is_code, printable, student_folder
+from deploy.cli import Parser, UserError, is_code, student_folder
 from deploy.config import read_config
 
 Table = dict[str, dict[str, "Flag"]]  # group -> name -> flag
@@ -196,7 +196,7 @@ def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typ
     known = {*flags, "fitted", *(name for recipe in RECIPES.values() for name in recipe)}
     for name in saved.keys() - known:
         if name not in FORMER or FORMER[name] not in (None, saved[name]):
-            unknown = f"{printable(option(name))[:80]} {repr(saved[name])[:80]}"
+            unknown = f"{option(name)[:80]} {repr(saved[name])[:80]}"
             fault = f"the run was started with {unknown}, which this train.py does not have"
             raise UserError(f"{fault}: start a new run")
     for name, flag in flags.items():

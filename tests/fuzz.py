@@ -285,7 +285,9 @@ def promised(kind: type[Exception]):
 
 
 def check_line(error: Exception) -> None:
-    text = str(error)
+    from deploy.cli import printable  # run_command prints errors with it
+
+    text = printable(str(error))
     assert len(text.splitlines()) == 1, f"{type(error).__name__} is not one line: {text[:200]!r}"
 
 
