@@ -47,8 +47,8 @@ FLAGS: Table = {
         "val_split": Flag(None, "share of each class to validate on, for a folder without val/", type=RATIO),
         "fold": Flag(None, "I N: validate on part I of N of the training images instead of val/; to compare settings",
                      type=number(int, 0), nargs=2),
-        "unlabelled": Flag(None, "a folder of more photographs, without a label, which the teacher's answer trains",
-                           needs=["kd"], path=True),
+        "unlabelled": Flag(None, "a folder of more photographs without labels; the student learns the teacher's "
+                           "answers about them", needs=["kd"], path=True),
         "img_size": Flag(BY_RECIPE, "pixels a side that the student gets, or height and width", type=COUNT, nargs="+"),
         "in_chans": Flag(3, "channels that the student gets; 1: images become grey", type=int, choices=[1, 3]),
         "crop": Flag(BY_RECIPE, "random crop: resized, padded by 1/8, or none", choices=["resized", "pad", "none"]),
@@ -57,7 +57,8 @@ FLAGS: Table = {
         "mixup": Flag(0.0, "alpha of mixup; 0: off", type=MIXING),
         "cutmix": Flag(0.0, "alpha of cutmix; 0: off", type=MIXING),
         "cache": Flag("none", "device: decode small images once and keep them there", choices=["none", "device"]),
-        "workers": Flag(None, "data loading processes per process; default: the cores", type=number(int, 0)),
+        "workers": Flag(None, "data loading workers per rank; default: one for each of the rank's cores, 0 for digits",
+                        type=number(int, 0)),
     },
     "models": {
         "model": Flag("mobilenet_v2", "torchvision's or timm's name, a student/ folder, or file.py:build", path=True),
@@ -66,19 +67,19 @@ FLAGS: Table = {
         "small_stem": Flag(False, "for images of 64 px and less: 3x3 first convolution, no stride, no max-pool",
                            action=YES_NO),
         "pretrained": Flag(False, "start from the library's ImageNet weights (a download), or from the matching "
-                           "ones of a student/ folder, a .safetensors or a .pth", path=True, nargs="?", const=True,
+                           "weights of a student/ folder, a .safetensors or a .pth", path=True, nargs="?", const=True,
                            metavar="FILE"),
-        "teacher": Flag(None, "as --model; a library's name means its ImageNet weights (a download), NAME:FILE those "
-                        "in a file", path=True),
+        "teacher": Flag(None, "as --model; a library's name means its ImageNet weights (a download), NAME:FILE the "
+                        "weights in a file", path=True),
         "teacher_labels": Flag(None, "a folder of stored answers instead of --teacher; python -m "
                                "kdlite.training.teacher_labels writes it", path=True),
-        "teacher_classes": Flag(None, "file of lines CLASS,THE TEACHER'S NAME OR COLUMN; default: matched by name",
-                                needs=["teacher"], path=True),
+        "teacher_classes": Flag(None, "CSV file; each line has a class, then the teacher's name of it or the teacher's "
+                                "column; default: classes are matched by name", needs=["teacher"], path=True),
     },
     "distillation, added to the cross-entropy": {
-        "kd": Flag(None, "with --teacher: nkd; kd, classic temperature KD; or file.py:function of (student_logits, "
-                   "teacher_logits, target)", path=True, type=distillation),
-        "self_kd": Flag(None, "without a teacher: USKD", choices=["uskd"]),
+        "kd": Flag(None, "loss with --teacher: nkd; kd (classic temperature KD); or file.py:function, a function of "
+                   "(student_logits, teacher_logits, target)", path=True, type=distillation),
+        "self_kd": Flag(None, "self-distillation, which needs no teacher: USKD", choices=["uskd"]),
         "tap": Flag(None, "layer whose feature feeds USKD's weak head; default: by architecture", needs=USKD),
         "gamma": Flag(1.5, "NKD: weight of the non-target term", needs=["kd", "nkd"], type=WEIGHT),
         "temperature": Flag(None, "default: 1 for nkd, 4 for kd", needs=["kd", "nkd", "kd"], type=POSITIVE),
@@ -93,17 +94,20 @@ FLAGS: Table = {
         "epochs": Flag(BY_RECIPE, "a number, or a time for the run: 90s, 30min, 8h; warm-up and milestones are "
                        "stretched to fit", type=count_or_time),
         "batch_size": Flag(BY_RECIPE, "images per optimizer step, over all processes", type=COUNT),
-        "grad_accum": Flag(1, "passes that each optimizer step is split into", type=COUNT),
+        "grad_accum": Flag(1, "forward and backward passes per optimizer step, each on a part of the batch",
+                           type=COUNT),
         "opt": Flag(BY_RECIPE, "a timm optimizer: momentum (plain SGD), sgd (Nesterov), adamw, ..."),
         "lr": Flag(BY_RECIPE, "peak learning rate", type=WEIGHT),
         "weight_decay": Flag(BY_RECIPE, "weight decay", type=WEIGHT),
-        "layer_decay": Flag(None, "fine-tuning: factor of the rate from a layer to the one before", type=RATIO),
+        "layer_decay": Flag(None, "fine-tuning: the learning rate of a layer is this times that of the next layer",
+                            type=RATIO),
         "schedule": Flag(BY_RECIPE, "schedule of the learning rate", choices=["cosine", "step"]),
         "warmup_epochs": Flag(0.0, "linear warm-up, a part of --epochs", type=WEIGHT),
         "label_smoothing": Flag(0.0, "label smoothing of the cross-entropy alone", type=SHARE),
         "class_weights": Flag(None, "weight every loss by class: balanced, or a CSV file of name,weight", path=True),
         "clip_grad": Flag(None, "largest gradient norm", type=POSITIVE),
-        "ema_decay": Flag(0.0, "average of the weights, evaluated and saved instead of them; 0: off", type=SHARE),
+        "ema_decay": Flag(0.0, "decay of an average of the weights, which is evaluated and saved instead of "
+                          "them; 0: off", type=SHARE),
         "seed": Flag(0, "seed of weights, order and augmentation", type=number(int, 0, 2**32 - 1)),
     },
     "machine": {
@@ -115,13 +119,14 @@ FLAGS: Table = {
         "output": Flag(None, "the run directory; default: the next number under runs/"),
         "resume": Flag(False, "resume the run in --output, or start it there", action="store_true"),
         "save_every": Flag(10.0, "minutes between checkpoints within an epoch; 0: only after epochs", type=WEIGHT),
-        "reference": Flag(256, "images of each set in reference.npz, for deploy/; 0: none", type=number(int, 0)),
+        "reference": Flag(256, "validation images, and training images, in reference.npz for deploy/; 0: no file",
+                          type=number(int, 0)),
     },
 }  # fmt: skip
 
 
 def parse_flags(argv: list[str] | None = None) -> dict[str, Any]:
-    """Return the flags on the command line; UserError if they do not go together."""
+    """Return the flags on the command line; raise UserError if they contradict each other."""
     typed = read_flags(FLAGS, argv, __doc__ or "")
     if not typed.get("resume"):  # the other flags of a resumed run are in its directory
         settle_flags(FLAGS, typed)
@@ -132,8 +137,8 @@ def check_flags() -> None:
     parse_flags()
     needed = ("torch", "torchvision", "timm", "safetensors", "sklearn", "matplotlib", "tensorboard")
     if missing := [name for name in needed if find_spec(name) is None]:
-        advice = "pip install -c constraints.txt -e '.[train]', or activate the environment that has it"
-        raise UserError(f"{', '.join(missing)} not installed here: {advice}")
+        advice = "pip install -c constraints.txt -e '.[train]', or activate the environment that has these packages"
+        raise UserError(f"packages that are not installed here: {', '.join(missing)}; {advice}")
 
 
 # --help and a mistake in the flags end here, because the import of torch takes seconds.
@@ -180,27 +185,27 @@ from kdlite.training.weights import (
     settle_batch_norm,
 )
 
-Amp = torch.dtype | None  # of autocast; None: full precision
-LOG_EVERY = 50  # optimizer steps between reads of the losses, for which the host waits
+Amp = torch.dtype | None  # the type of autocast; None: full precision
+LOG_EVERY = 50  # optimizer steps between reads of the losses; at each read the host waits for the device
 
 # ---- losses and a step --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Method:
-    """The losses that are added to the cross-entropy, and their weights."""
+    """Hold the losses that are added to the cross-entropy, and their weights."""
 
-    kd: str | Callable[..., Tensor] | None = None  # nkd, kd, or a loss of (student_logits, teacher_logits, target)
+    kd: str | Callable[..., Tensor] | None = None  # nkd, kd, or a function of (student_logits, teacher_logits, target)
     gamma: float = 1.5
-    temperature: float = 1.0  # of nkd or kd
+    temperature: float = 1.0  # for nkd or kd
     kd_weight: float = 1.0
     alpha: float = 1.0
     beta: float = 0.1
     mu: float = 0.005
-    label_smoothing: float = 0.0  # of the cross-entropy alone
-    class_weights: Tensor | None = None  # (C,): of each image's losses, by its class
+    label_smoothing: float = 0.0  # for the cross-entropy alone
+    class_weights: Tensor | None = None  # (C,): the losses of an image are multiplied by the weight of its class
     unlabelled: bool = False  # whether a target may be NO_LABEL
-    group: Any = None  # the processes that share a batch: USKD's mean over the batch is over all of it
+    group: Any = None  # the processes that share a batch; USKD's batch mean is over the images of all of them
 
 
 def loss_terms(
@@ -213,12 +218,13 @@ def loss_terms(
         logits: the student's, (N, C)
         weak_logits: the weak head's; None without USKD
         teacher: the teacher's logits (N, C), or its stored log T_t, log T_i and indices, as nkd_topk_loss takes them
-        target: class indices (N,), or class probabilities (N, C); a mixed image has the mean of its classes' weights.
-            An image with NO_LABEL has no cross-entropy, and NKD's expectation over the teacher's probabilities
+        target: class indices (N,), or class probabilities (N, C). The class weight of a mixed image is the mean over
+            its classes. For an image with NO_LABEL the cross-entropy is 0, and the teacher's probabilities are the
+            target of the other losses
     """
     each: Any = {"reduction": "none"}
     if isinstance(teacher, tuple) and (method.kd != "nkd" or method.temperature != 1 or method.unlabelled):
-        teacher = all_logprobs(teacher, target, logits.shape[1])  # build_teacher has refused labels of some classes
+        teacher = all_logprobs(teacher, target, logits.shape[1])  # build_teacher requires all classes here
     labelled = None
     if method.unlabelled:
         labelled = target != NO_LABEL
@@ -240,7 +246,7 @@ def loss_terms(
         losses["own"] = loss = method.kd(logits.float(), None if teacher is None else teacher.float(), target)
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         if shape != logits.shape[:1] and (shape != () or method.class_weights is not None):
-            raise UserError(f"--kd must return a loss a row, or one value without --class-weights; it returned {shape}")
+            raise UserError(f"--kd must return one loss a row, (N,), or one value without --class-weights, not {shape}")
     if weak_logits is not None:
         each |= {"alpha": method.alpha, "beta": method.beta, "mu": method.mu, "group": method.group}
         losses["uskd"] = uskd_loss(logits, weak_logits, target, **each)
@@ -253,7 +259,8 @@ def loss_terms(
 def all_logprobs(stored: tuple[Tensor, ...], target: Tensor, classes: int) -> Tensor:
     """Return stored log-probabilities as a matrix (N, C); classes without a stored value get -1e30.
 
-    For an image without a label all classes but the teacher's first one are in `index`, and its value is in log_t.
+    For an image without a label, `index` holds all classes except the teacher's most probable one, and log_t holds the
+    value of that class.
     """
     log_t, top, index = stored
     target = target.where(target != NO_LABEL, classes * (classes - 1) // 2 - index.sum(1))
@@ -265,7 +272,10 @@ def all_logprobs(stored: tuple[Tensor, ...], target: Tensor, classes: int) -> Te
 def train_step(
     net: nn.Module, teacher: Teacher | None, batch: Batch, method: Method, amp: Amp, scaler: GradScaler, passes: int = 1
 ) -> dict[str, Tensor]:
-    """Add the gradients of one of `passes` batches to the parameters' and return its loss terms, without waiting."""
+    """Add the gradients of one batch (of `passes` in a step) to those of the parameters, and return its loss terms.
+
+    It does not wait for the device.
+    """
     with torch.autocast(batch.images.device.type, amp, enabled=amp is not None):
         answers = teacher(batch.images) if teacher else batch.teacher or None
         output = net(batch.images)
@@ -289,7 +299,7 @@ def optimizer_step(net: nn.Module, optimizer: Any, scaler: GradScaler, clip_grad
 
 
 class Scores(NamedTuple):
-    """The result of an evaluation."""
+    """Hold the result of an evaluation."""
 
     metrics: dict[str, float]  # over the images of all ranks: cross-entropy, top-1 and top-5 in percent
     answers: Tensor  # (2, N): labels and predictions of this rank's images
@@ -324,7 +334,7 @@ def evaluate(
     if stopped:
         return None
     if not count:
-        raise UserError("not one validation image could be read")
+        raise UserError("no validation image can be read: replace the damaged files")
     metrics = {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
     return Scores(metrics, torch.cat([x.cpu() for x in answers], 1))
 
@@ -351,7 +361,7 @@ def build_student(
         example = torch.zeros(2, *config.input_size)
         return student, WithWeakHead(student, args.tap, config.num_classes, example_input=example), config
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--self-kd uskd on {args.model} (--tap names the layer): {error}") from error
+        raise UserError(f"--self-kd uskd does not work with {args.model}: {error}; --tap sets the layer") from error
 
 
 def build_teacher(
@@ -372,7 +382,8 @@ def build_teacher(
         raise UserError(f"{method} needs the teacher's answer about every class, and {held}")
     before = resumed.config.training.get("teacher") if resumed else None
     if before not in (None, str(stored)):
-        raise UserError(f"this run began with labels of {before}; now they are of {stored}")
+        fault = f"this run began with labels of {before}, but --teacher-labels has labels of {stored}"
+        raise UserError(f"{fault}: give the former folder, or start a new run")
     return stored
 
 
@@ -383,7 +394,7 @@ def build_view(args: argparse.Namespace, config: Metadata) -> View:
 def build_loaders(
     args: argparse.Namespace, data: Data, config: Metadata, stored: StoredLabels | None, device: torch.device
 ) -> tuple[Any, Any]:
-    """Return the loaders of training and validation images. stored: a teacher's labels, which decide the crops."""
+    """Return the loaders of training and validation images. stored: a teacher's labels, which fix the crops."""
     batch, pin = args.batch_size // (WORLD_SIZE * args.grad_accum), device.type == "cuda"
     view, evaluation = build_view(args, config), functools.partial(loading.eval_view, metadata=config)
     train: Any
@@ -422,7 +433,7 @@ def build_optimizer(net: nn.Module, args: argparse.Namespace) -> torch.optim.Opt
 
 
 def build_schedule(net: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps: int) -> Any:
-    """Return timm's schedule for epochs of `steps`, a function of the step: it has no state.
+    """Return timm's schedule of the learning rate for epochs of `steps` steps: a function of the step, without state.
 
     The batch norms of the network get a momentum that fits the number of steps, unless they are frozen.
     """
@@ -453,7 +464,7 @@ def build_method(args: argparse.Namespace, data: Data, device: torch.device) -> 
 
 # It is one page on purpose: the parts, then the loop, in the order in which they run.
 def train(typed: dict[str, Any], stop: StopRequest) -> None:
-    """Train in a run directory: make the parts, restore a checkpoint; epochs of steps, each evaluated and saved."""
+    """Train in a run directory: make the parts, restore a checkpoint, then train, evaluate and save each epoch."""
     started = time.monotonic()
     args, given, data = open_run(FLAGS, typed)
     device = distributed.pick_device(args.device)
@@ -556,7 +567,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
 def check_teacher(
     teacher: Teacher, args: argparse.Namespace, data: Data, config: Metadata, to_device: ToDevice, amp: Amp
 ) -> dict[str, float]:
-    """Print the teacher's own top-1 on up to 2,000 validation images, and warn if its classes seem to be others."""
+    """Print the teacher's own top-1 on up to 2,000 validation images, and warn if its classes do not seem to fit."""
     view = functools.partial(loading.eval_view, metadata=config)
     loader = loading.eval_loader(data.val, view, 64, args.workers, most=2000)
     scores = evaluate(teacher, loader, to_device, amp, CorruptCount("validation", len(data.val)))
@@ -576,7 +587,10 @@ def run_rank(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run and return 0, also after a signal that stopped the run; 2 after a user's mistake: one line on stderr."""
+    """Run train.py and return its exit status: 0, also after a signal stopped the run; 2 after a user's mistake.
+
+    A user's mistake prints one line on stderr.
+    """
     with outputs.tee():
         return run_command("train.py", functools.partial(run_rank, argv))
 

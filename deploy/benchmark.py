@@ -1,14 +1,14 @@
-"""Measure how fast every artefact is here. Prints one table, with torch eager in its first row.
+"""Measure how fast every artefact is on this machine, and print a table with torch eager in its first row.
 
     python -m deploy.benchmark runs/001-mobilenet_v2-uskd --threads 1
     python -m deploy.benchmark runs/001-mobilenet_v2-uskd student.onnx student-int8-cpu.onnx --batches 1 16
 
-The images are those of the run's reference.npz. Without torch the table has no row of torch eager.
+The images come from the run's reference.npz. Without torch the table has no row of torch eager.
 
-Each runtime has a process of its own. The runtimes take turns in short rounds, so that a busy moment of the machine
-hits all of them. Latency is the whole call, from uint8 images in host memory to logits there. The header describes the
-machine and its load. cpu/wall is the processor time per second of a row. A row that failed stays, with its reason.
-Writes benchmark.json and benchmark.png (latency against accuracy).
+Each runtime has its own process. The runtimes take turns in short rounds, so that a busy moment of the machine slows
+all of them. Latency is the time of the whole call, from uint8 images to logits, both in host memory. The header
+describes the machine and its load. cpu/wall is the processor time of a row per second. A row that fails stays in the
+table, with the reason. The command writes benchmark.json and benchmark.png (latency against accuracy).
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ COLUMNS = (
     "times_eager:.2f load_s:.2f build_s:.1f mb:.1f peak_mb:.0f top1:.2f cpu/wall:.2f mj_per_image:.1f failed:"
 )
 GPU_FIELDS = "name,clocks.sm,clocks.mem,power.limit,temperature.gpu"
-BUSY = 0.95  # least cpu/wall of a row on the CPU while no other program runs
+BUSY = 0.95  # smallest cpu/wall of a row on the CPU if no other program runs
 Labelled = tuple[np.ndarray, np.ndarray]  # images and class indices
-PAUSE_S = 0.05  # between two turns, so that threads that spin for more work go to sleep
+PAUSE_S = 0.05  # between two turns, so that spinning threads go to sleep
 
 
 class Slice(NamedTuple):
-    """The measurements of a worker in one turn."""
+    """Hold the measurements of a worker in one turn."""
 
     latencies: list[float]  # seconds
     wall_s: float
     cpu_s: float
     joules: float | None
-    peak_mb: float | None  # memory of the process so far, the libraries included; None: not Linux
+    peak_mb: float | None  # peak memory of the process, with its libraries; None if this is not Linux
 
 
 def work(pipe: Connection, path: Path, on: RunOn) -> None:
-    """Load a runtime, then answer requests until None arrives; the loop of a worker's process."""
+    """Load a runtime, then answer requests until None arrives. This function runs in the process of a Worker."""
     meter = EnergyMeter()
     try:
         runtime = load(path, on)
@@ -96,13 +96,13 @@ def time_calls(runtime: Runtime, images: np.ndarray, seconds: float, meter: Ener
 
 
 def peak_memory_mb() -> float | None:
-    """Return the most memory that this process has used; getrusage would count the parent's, from before the exec."""
+    """Return the peak memory of this process. getrusage would add that of its parent, before the exec."""
     peak = re.search(r"^VmHWM:\s*(\d+) kB", read("/proc/self/status"), re.M)
     return int(peak[1]) * 1024 / 1e6 if peak else None
 
 
 class Worker:
-    """A process that holds one runtime."""
+    """Run one runtime in its own process."""
 
     def __init__(self, path: Path, on: RunOn) -> None:
         context = multiprocessing.get_context("spawn")
@@ -117,7 +117,7 @@ class Worker:
             raise
 
     def ask(self, images: np.ndarray | None = None, seconds: float | None = None) -> Any:
-        """Send images, if any, and return the answer of the process."""
+        """Send images, unless they are None, and return the next answer of the process."""
         try:
             if images is not None:
                 self.pipe.send((images, seconds))
@@ -138,20 +138,20 @@ class Worker:
 
 @dataclass(frozen=True)
 class Plan:
-    """The images to measure with, and the time."""
+    """Set the images and the time of the measurement."""
 
-    batches: list[np.ndarray]  # to be timed, each uint8 (N, H, W, 3)
+    batches: list[np.ndarray]  # batches to time, each uint8 (N, H, W, 3)
     validation: list[Labelled]  # for top-1; may be empty
-    seconds: float = 3.0  # of each row
-    rounds: int = 6  # turns that the seconds are split into
+    seconds: float = 3.0  # measured time of each row
+    rounds: int = 6  # turns of each row, which share the seconds
 
 
 @dataclass
 class Timed:
-    """A row of the table, the worker that is timed for it, and its measurements."""
+    """Hold a row of the table, its worker and its measurements."""
 
     row: dict[str, Any]
-    worker: Worker | None  # None: it cannot be run
+    worker: Worker | None  # None: the artefact cannot run here
     images: np.ndarray
     slices: list[Slice] = field(default_factory=list)
 
@@ -159,9 +159,9 @@ class Timed:
 def benchmark(
     student: Path, artefacts: list[Path], plan: Plan, on: RunOn, eager: bool = True, compile: bool = False
 ) -> list[dict[str, Any]]:
-    """Return a row per artefact and batch; torch eager's come first, and every ratio is to them.
+    """Return a row for each artefact and batch; the rows of torch eager are first, and ratios are relative to them.
 
-    eager: add rows of the student/ folder, run by torch; compile: and by torch.compile
+    eager: add rows of the student/ folder in torch; compile: add rows of it with torch.compile
     """
     torch_on = dataclasses.replace(on, device=on.device.replace("tensorrt", "cuda"))
     entries = [(student, torch_on)] if eager else []
@@ -185,7 +185,7 @@ def benchmark(
 
 
 def open_rows(path: Path, on: RunOn, plan: Plan) -> list[Timed]:
-    """Start a worker and return a row for each batch; if it cannot be run, one row with the reason."""
+    """Start a worker and return a row for each batch; if the artefact cannot run, return one row with the reason."""
     name, weights = ("student/", path / "model.safetensors") if path.is_dir() else (path.name, path)
     row, worker = {"artefact": name, "mb": weights.stat().st_size / 1e6}, None
     try:
@@ -208,7 +208,7 @@ def open_rows(path: Path, on: RunOn, plan: Plan) -> list[Timed]:
 
 
 def measure(timed: list[Timed], plan: Plan) -> None:
-    """Let the workers take turns and write what was measured into their rows; a row that fails keeps its reason."""
+    """Let the workers take turns, and write the measurements into their rows; a row that fails gets the reason."""
     for one in ProgressBar([one for _ in range(plan.rounds) for one in timed], "measure", unit="turns"):
         if one.worker is None or "failed" in one.row:
             continue
@@ -223,7 +223,7 @@ def measure(timed: list[Timed], plan: Plan) -> None:
 
 
 def busy_warning(rows: list[dict[str, Any]], load: float) -> str:
-    """Return a warning if other programs took the CPU, or an empty text. load: the load average before."""
+    """Return a warning if other programs took the CPU, else "". load: the load average before the measurement."""
     shares = [row["cpu/wall"] for row in rows if "cpu/wall" in row and "cpu" in row["provider"].lower()]
     if shares and min(shares) < BUSY:
         return f"other programs took the CPU: the least cpu/wall is {min(shares):.2f}, expected {BUSY} or more"
@@ -248,7 +248,7 @@ def summarise(slices: list[Slice], batch: int) -> dict[str, Any]:
 
 
 class EnergyMeter:
-    """Measures joules between start and stop: of the GPU by NVML, or of a Jetson's board by tegrastats."""
+    """Measure joules between start() and stop(): of the GPU by NVML, or of a Jetson's board by tegrastats."""
 
     def __init__(self) -> None:
         self.gpu: Any = None
@@ -261,7 +261,7 @@ class EnergyMeter:
             gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
             pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
             self.gpu = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu)  # in mJ
-        except Exception:  # no pynvml, no driver, or a GPU without a counter
+        except Exception:  # pynvml, the driver or the GPU's counter is missing
             pass
 
     def start(self) -> None:
@@ -353,7 +353,7 @@ def get_parser() -> Parser:
     add("artefacts", nargs="*", help="files to time (default: all in the folder)")
     add("--batches", type=at_least_1, nargs="+", default=[1, 16], help="images per call (default: 1 16)")
     add("--seconds", type=above_0, default=3.0, help="measured time of each row (default: 3)")
-    add("--rounds", type=at_least_1, default=6, help="turns that the seconds are split into (default: 6)")
+    add("--rounds", type=at_least_1, default=6, help="turns of each row, which share the seconds (default: 6)")
     add("--compile", action="store_true", help="time torch.compile too (takes a minute to warm up)")
     accuracy = "measure the accuracy on N images, evenly spaced; 0: no accuracy (default: 1000, or all)"
     add("--count", type=number(int, 0), default=1000, metavar="N", help=accuracy)
@@ -362,7 +362,10 @@ def get_parser() -> Parser:
 
 
 def read_images(student: Path, args: argparse.Namespace) -> tuple[np.ndarray, list[Labelled]]:
-    """Return the images to time, and (images, labels) for the accuracy: of the reference, else noise and no labels."""
+    """Return the images to time, and (images, labels) for the accuracy, of the reference.
+
+    Without a reference, return noise and an empty list.
+    """
     if not find_reference(student, args.reference):
         log(f"no {NAME} next to {student}: timed on noise, no accuracy")
         shape = 64, *read_config(student).image_shape
@@ -374,7 +377,7 @@ def read_images(student: Path, args: argparse.Namespace) -> tuple[np.ndarray, li
 
 
 def run(args: argparse.Namespace) -> int:
-    pick_device(args.device, cuda_device_name() is not None, args.allow_fallback)  # one line, not one for each row
+    pick_device(args.device, cuda_device_name() is not None, args.allow_fallback)  # one error, not one a row
     student = cli.student_folder(args.student)
     artefacts = find_artefacts(student, args.artefacts)
     output = args.output or student

@@ -4,13 +4,13 @@
 
 On the device, with Python 3.10 or later:
 
-    python3 candidates.pyz --requirements > requirements.txt      # the wheels it needs, with markers
+    python3 candidates.pyz --requirements > requirements.txt      # the wheels that the file needs, with markers
     python3 -m pip install -r requirements.txt
     python3 candidates.pyz --budget-ms 20 --threads 1
 
-Each network, by torchvision's or timm's name, is exported in fp32 and in INT8 for CPUs, calibrated on noise. The device
-prints milliseconds, memory and file size of both, and ImageNet's published top-1, which torchvision has for its models
-and timm's package does not have. It marks the networks that fit the budget, and names the best of them.
+The command exports each network, by torchvision's or timm's name, in fp32 and in INT8 for CPUs, calibrated on noise. On
+the device the file prints milliseconds, memory and file size of both, and the published top-1 on ImageNet, which exists
+for torchvision's models only. It marks the networks that fit the budget, and names the best of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from deploy.runtimes import RunOn, load
 
 LIST = "candidates.json"  # in the archive, next to the ONNX files
 CALIBRATION = 16  # images of noise
-TOLERANCE = 1e-2  # of the export: random weights round more than trained ones (EfficientNet-B0: 1.3e-4)
+TOLERANCE = 1e-2  # of the export: random weights give larger errors than trained ones (EfficientNet-B0: 1.3e-4)
 COLUMNS = (
     "network: top1:.1f top1_px:d fp32_ms:.2f int8_ms:.2f fp32_memory_mb:.0f int8_memory_mb:.0f fp32_file_mb:.1f "
     "int8_file_mb:.1f fits: failed:"
@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 def write_candidates(names: list[str], input_size: list[int], num_classes: int, output: Path) -> None:
-    """Write the archive of these networks; UserError if one of them is unknown or cannot be exported."""
+    """Write the archive of these networks; raise UserError if one of them is unknown or cannot be exported."""
     need = "candidates are built and exported on a workstation: pip install '.[deploy]'"
     student, export = cli.need("deploy.student", need), cli.need("deploy.export", need)
     quantize, pack = cli.need("deploy.quantize", need), cli.need("deploy.pack", need)
@@ -74,11 +74,11 @@ def write_candidates(names: list[str], input_size: list[int], num_classes: int, 
 def get_parser() -> Parser:
     parser = cli.make_parser(__doc__, "candidates", "--quiet")
     add, above_0 = parser.add_argument, number(int, 1)
-    add("--models", nargs="+", required=True, metavar="NAME", help="of torchvision or timm, or file.py:build")
+    add("--models", nargs="+", required=True, metavar="NAME", help="models of torchvision or timm, or file.py:build")
     size = "pixels a side, or height and width (default: 224)"
     add("--img-size", type=above_0, nargs="+", default=[224], metavar="PX", help=size)
     add("--classes", type=above_0, default=1000, metavar="N", help="outputs of each network (default: 1000)")
-    add("-o", "--output", type=Path, default=Path("candidates.pyz"), help="(default: candidates.pyz)")
+    add("-o", "--output", type=Path, default=Path("candidates.pyz"), help="the file to write (default: candidates.pyz)")
     return parser
 
 
@@ -105,7 +105,7 @@ def get_device_parser() -> Parser:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> int:
-    """Time the candidates of an archive's folder and print the table; 1 if one of them did not run."""
+    """Time the candidates in the folder of an archive and print the table; return 1 if one of them failed, else 0."""
     about = json.loads((folder / LIST).read_bytes())
     channels, height, width = about["input_size"]
     image = np.random.default_rng(0).integers(0, 256, (1, height, width, channels), dtype=np.uint8)
@@ -122,7 +122,7 @@ def measure(folder: Path, args: argparse.Namespace) -> int:
     else:
         threads = timed[0].get("threads", "?")
         log(f"{height}x{width} px, batch 1, {threads} threads, median of {args.seconds:g} s a file; top-1: ImageNet's,")
-        log("as published, at top1_px; a network with other weights, or at another size, has another one\n")
+        log("as published, at top1_px; other weights or another size of the images give another top-1\n")
         columns = [one for one in COLUMNS.split() if any(row.get(one.partition(":")[0]) is not None for row in rows)]
         show(table(rows, " ".join(columns)))
         if args.budget_ms is not None:
@@ -146,7 +146,7 @@ def row_of(candidate: dict[str, Any], pair: list[dict[str, Any]], budget_ms: flo
 
 
 def verdict(rows: list[dict[str, Any]], budget_ms: float) -> str:
-    """Return the line that names the best network within the budget: that of the highest published top-1."""
+    """Return the line that names the best network within the budget: the one with the highest published top-1."""
     fitting = [row for row in rows if row["fits"] != "no"]
     known = [row for row in fitting if row["top1"] is not None]
     unknown = [row["network"] for row in fitting if row["top1"] is None]

@@ -1,20 +1,20 @@
-"""Check that every artefact is still the same classifier. Prints one table.
+"""Check that every artefact is still the same classifier, and print one table.
 
     python -m deploy.check runs/001-mobilenet_v2-uskd                     # every artefact in student/
     python -m deploy.check runs/001-mobilenet_v2-uskd student.onnx        # only these
     python -m deploy.check runs/001-mobilenet_v2-uskd --images val/       # on the photographs of val/CLASS/
 
-The images and the student's own logits are those of the run's reference.npz, so neither torch nor the data set is
-needed and the device that will serve can run the check. --images reads photographs instead: the expected logits are
-torch's if torch and the weights are here, else those of student.onnx.
+The images and the student's own logits come from the run's reference.npz, so the check needs neither torch nor the data
+set, and runs on the device too. --images reads photographs instead: then torch computes the expected logits if torch
+and the weights are available, else student.onnx does.
 
 The columns: top-1 and top-5; the difference to the student's own top-1; how often the two agree on the class; the
 largest error of a logit and the smallest cosine between two rows of logits, at batches of 1, 2, 5 and 64. ece_raw and
 ece: the calibration error in percent, without a temperature and with the file's own. answered: the percentage of images
 whose largest probability reaches the file's threshold ("none of these" for the others); top1_answered: their top-1.
 
-Exit status 1 if an artefact is outside the tolerance of its precision, cannot be run here, or was made from other
-weights. Writes check.json and, of the student's own answers, per_class.csv and confusion.png.
+The exit status is 1 if an artefact is outside the tolerance of its precision, cannot run here, or was made from other
+weights. The command writes check.json, and per_class.csv and confusion.png of the student's own answers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from deploy.runtimes import (
 BATCHES = (1, 2, 5, 64)
 LARGEST = max(BATCHES)
 # Tolerances by precision: largest error of a logit relative to the largest logit, smallest agreement in percent,
-# largest loss of top-1 in points. fp32's and fp16's error: five times the worst of nine architectures
+# largest loss of top-1 in points. The errors of fp32 and fp16 are five times the largest error of nine architectures
 # (tests/deploy/test_export.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
@@ -79,7 +79,7 @@ Batch = tuple[np.ndarray, ...]  # images uint8 (B, H, W, 3), labels (B,) and log
 
 @dataclass(frozen=True)
 class Expected:
-    """The images to check on, and the answers that every artefact is compared with."""
+    """Hold the images to check on, and the logits to compare every artefact with."""
 
     batches: Iterable[Batch]  # of LARGEST images
     images: int
@@ -89,12 +89,12 @@ class Expected:
 
 
 class Tally:
-    """Counts over batches of logits: accuracy, and the differences from the expected logits."""
+    """Count over batches of logits: accuracy, and the differences from the expected logits."""
 
     def __init__(self) -> None:
         self.images = self.top1 = self.top5 = self.agree = 0
         self.error, self.scale, self.cosine = 0.0, 0.0, 1.0
-        self.certainty: list[np.ndarray] = []  # (3, B): largest probability, raw and by the temperature; is it right
+        self.certainty: list[np.ndarray] = []  # (3, B): largest probability raw, and by the temperature; 1 if right
 
     def add(self, logits: np.ndarray, labels: np.ndarray, expected: np.ndarray, metadata: Metadata) -> None:
         order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
@@ -122,7 +122,7 @@ class Tally:
         return row | self.confidence(metadata)
 
     def confidence(self, metadata: Metadata) -> dict[str, Any]:
-        """Return the columns of temperature and threshold, without those that the metadata does not have."""
+        """Return the columns of temperature and threshold, except those of a number that the metadata lacks."""
         raw, by_temperature, right = np.concatenate(self.certainty, 1)
         if not np.isfinite(raw).all():
             return {}
@@ -138,7 +138,7 @@ class Tally:
 
 
 class Candidate:
-    """An artefact that is checked; `fault` is the reason why it is not run any more."""
+    """Hold an artefact under test; `fault` is the reason why it is skipped from now on, or ""."""
 
     def __init__(self, artefact: Path, weights_sha256: str, on: RunOn) -> None:
         self.name, self.fault, self.tally = artefact.name, "", Tally()
@@ -153,7 +153,7 @@ class Candidate:
             self.fault = f"not checked: {error}"
 
     def add(self, images: np.ndarray, labels: np.ndarray, expected: np.ndarray, first: bool) -> None:
-        """Run a batch of images; the first batch at each batch size."""
+        """Run a batch of images; run the first batch at each size of BATCHES too."""
         if self.runtime is None or self.fault:
             return
         try:
@@ -162,7 +162,7 @@ class Candidate:
                 picked = np.arange(LARGEST) % len(images)
                 for size in sizes_of(self.runtime):
                     self.tally.compare(self.runtime.run_in_parts(images[picked], size), expected[picked])
-        except Exception as error:  # each runtime has its own
+        except Exception as error:  # each runtime has exceptions of its own
             self.fault = f"failed: {first_line(error)}"
 
     def row(self, student: Tally) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class Candidate:
 def check_artefacts(
     artefacts: list[Path], expected: Expected, on: RunOn, metadata: Metadata
 ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    """Return a row of the student itself and of each artefact, the labels, and the classes that the student gives.
+    """Return rows of the student itself and of each artefact, the labels, and the student's predicted classes.
 
     metadata: of the student
     """
@@ -197,7 +197,7 @@ def check_artefacts(
         student.add(logits, labels, logits, metadata)
         answers.append((labels, logits.argmax(1)))
     if not student.images:
-        raise UserError("not one validation image could be read")
+        raise UserError("no validation image can be read: replace the damaged files")
     row = {"artefact": "student/", "provider": expected.provider, "precision": "fp32"}
     row |= student.columns(student, metadata)
     labels, predictions = map(np.concatenate, zip(*answers))
@@ -245,7 +245,7 @@ def from_reference(student: Path, given: Path | None, count: int | None) -> Expe
 
 
 def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) -> Expected:
-    """Return the photographs of folder/CLASS/ with the student's own logits: torch's, else those of student.onnx."""
+    """Return the photographs of folder/CLASS/ with the student's own logits, computed by torch or else student.onnx."""
     files = [student / name for name in ("student.onnx", "student-fp16.onnx")]
     if has_torch() and (student / "model.safetensors").is_file():
         path = student
@@ -255,7 +255,7 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
         path = found[0]
         log(f"neither torch nor the weights are here: compared with {path.name}")
     else:
-        raise UserError(f"--images compares with torch or with {files[0]}, and neither is here")
+        raise UserError(f"--images compares with torch and the weights, or with {files[0]}: one must be here")
     runtime = load(path, on)
     photographs = without_training_images(list_photographs(folder, runtime.metadata.label_names), folder, student)
     photographs = [photographs[i] for i in evenly(len(photographs), count or len(photographs))]
@@ -264,7 +264,7 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
 
 
 def without_training_images(photographs: list[tuple[Path, int]], folder: Path, student: Path) -> list[tuple[Path, int]]:
-    """Return the photographs that the run of this student did not train on, by its split.csv; all without that file."""
+    """Return the photographs that are not training images in the run's split.csv; all if that file is missing."""
     sides = read_split(student.resolve().parent / SPLIT) or {}
     names = [unicodedata.normalize("NFC", file.relative_to(folder).as_posix()) for file, _ in photographs]
     kept = [one for one, name in zip(photographs, names) if sides.get(name) != "train"]
@@ -278,8 +278,8 @@ def without_training_images(photographs: list[tuple[Path, int]], folder: Path, s
 def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, int]]:
     """Return the image files of folder/CLASS/ with their class indices, in the order of the classes.
 
-    Folders are matched with the labels in Unicode's composed form. Hidden files and __MACOSX are skipped. No image, or
-    a folder that is not named like a class, is a UserError.
+    Folders are matched with the labels in Unicode's composed form. Hidden files and __MACOSX are skipped. Raise
+    UserError if no folder has an image, or if a folder is not named like a class.
     """
     classes = {unicodedata.normalize("NFC", label): i for i, label in enumerate(label_names)}
     try:
@@ -301,7 +301,7 @@ def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, i
     if missing := sorted(classes.keys() - by_class.keys()):
         log(f"{folder} has no folder for {len(missing)} of {len(classes)} classes: {', '.join(missing[:3])}")
     if others:
-        log(f"{folder}: {others} files are not images by their names")
+        log(f"{folder}: {others} files are not images by their names, so they are skipped")
     return files
 
 
@@ -342,7 +342,10 @@ def read_photograph(path: Path, metadata: Metadata) -> np.ndarray | UnreadableIm
 
 
 def find_artefacts(student: Path, names: list[str]) -> list[Path]:
-    """Return the artefacts that are named, as paths or as files of the student's folder; by default all in it."""
+    """Return the named artefacts, or without names all in the student's folder.
+
+    names: paths, or names of files in the student's folder
+    """
     if not names:
         found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
         found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # its own files
@@ -357,12 +360,15 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     paths = [Path(name) if Path(name).exists() else student / name for name in names]
     for path in paths:
         if not path.is_file():
-            raise UserError(f"no artefact {path.name}: neither a file of that name, nor in {student}")
+            raise UserError(f"no artefact {path.name}: give the path of a file, or the name of one in {student}")
     return paths
 
 
 def table(rows: list[dict[str, Any]], columns: str) -> str:
-    """Return rows as text: numbers on the right, a missing value as -. columns: "name:format name:format ..."."""
+    """Return rows as text: numbers are aligned right, and a missing value is -.
+
+    columns: "name:format name:format ..."
+    """
     texts = []
     for name, form in (column.split(":") for column in columns.split()):
         column = [printable(format(row[name], form)) if row.get(name) is not None else "-" for row in rows]

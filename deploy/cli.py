@@ -1,6 +1,7 @@
-"""Rules that every command shares: a user's mistake is one line and status 2, and a file is whole or not there.
+"""Share rules between all commands: a user's mistake prints one line and exits with status 2, and a file is written
+completely or not at all.
 
-Imports only the standard library, so that a command that fails does so at once, on any machine.
+This module imports only the standard library, so that a command can fail at once, on any machine.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u
 
 
 class UserError(Exception):
-    """A user's mistake: one line on stderr and exit status 2, without a traceback."""
+    """Report a user's mistake: one line on stderr and exit status 2, without a traceback."""
 
 
-Run = Callable[[argparse.Namespace], "int | None"]  # a command: from its flags to its exit status, None for 0
+Run = Callable[[argparse.Namespace], "int | None"]  # a command: takes its flags, returns its exit status; None: 0
 _quiet = False  # parse_and_run() sets it while a command runs
 
 
@@ -44,7 +45,7 @@ _quiet = False  # parse_and_run() sets it while a command runs
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises UserError, and expands ~/ where the shell does not: in --output=~/run."""
+    """Parse flags as argparse does, but raise UserError, and expand ~/ where the shell does not: in --output=~/run."""
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (--help lists the flags)")
@@ -60,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(doc: str | None, name: str, *shared: str) -> Parser:
-    """Return a parser with flags of SHARED. doc: for --help; name: of a command of deploy/, or of a script's file."""
+    """Return a parser with flags of SHARED. doc: text of --help; name: a command of deploy/, or a script."""
     prog = f"python -m deploy.{name}" if "." not in name else name
     parser = Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_shared(*shared)
@@ -70,7 +71,10 @@ def make_parser(doc: str | None, name: str, *shared: str) -> Parser:
 def number(
     kind: type, low: float, high: float = math.inf, above: bool = False, or_zero: bool = False
 ) -> Callable[[str], Any]:
-    """Return the type of a flag: a finite number from low to high, or above low, or 0."""
+    """Return the type of a flag: a finite number from low to high.
+
+    above: low itself is not allowed; or_zero: 0 is allowed too
+    """
     return functools.partial(read_number, kind, low, high, above, or_zero)
 
 
@@ -90,9 +94,9 @@ def read_number(kind: type, low: float, high: float, above: bool, or_zero: bool,
 
 SHARED: dict[str, dict[str, Any]] = {
     "student": dict(type=Path, help="a run's student/ folder, or the run directory"),
-    "--quiet": dict(action="store_true", help="print only results: no remarks, no progress"),
+    "--quiet": dict(action="store_true", help="print only results, without remarks and progress"),
     "--json": dict(action="store_true", help="print the content of the .json file and nothing else"),
-    "--reference": dict(type=Path, help="(default: reference.npz of the run directory)"),
+    "--reference": dict(type=Path, help="the reference file (default: reference.npz of the run directory)"),
     "--device": dict(
         choices=["auto", "cpu", "cuda", "tensorrt"],
         default="auto",
@@ -108,7 +112,9 @@ SHARED: dict[str, dict[str, Any]] = {
         help="CPU threads of a runtime; 0: one for each CPU that this process may use, by its affinity and its "
         "container's quota (default: 0)",
     ),
-    "--model-file": dict(metavar="FILE.py:FUNCTION", help="runs this file to build a student that is your own model"),
+    "--model-file": dict(
+        metavar="FILE.py:FUNCTION", help="Python file and function that build your own model; the command runs the file"
+    ),
 }
 DEVICE = ("--device", "--allow-fallback", "--threads", "--model-file")  # deploy.runtimes.RunOn.from_args reads them
 
@@ -155,9 +161,9 @@ def parse_and_run(parser: Parser, run: Run, argv: list[str] | None) -> int | Non
 
 
 def explain(error: Exception, advice: str = "") -> str | None:
-    """Return one line for an error that is not the program's own, or None for one that needs its traceback.
+    """Return one line for an error that the user or the machine causes, or None for any other error.
 
-    advice: appended where memory ran out
+    The caller shows the traceback of any other error. advice: appended to the line if memory ran out
     """
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
@@ -172,7 +178,8 @@ def explain(error: Exception, advice: str = "") -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     cut_off = isinstance(error, (EOFError, ConnectionError)) and any("dataloader" in f.filename for f in frames)
     if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker" in text):  # of torch
-        return f"a data loading process died, perhaps for lack of memory: use fewer{advice}; {text[:200]}"
+        fewer = f"use fewer data loading processes{advice}"
+        return f"a data loading process ended, perhaps because memory ran out: {fewer}; {text[:200]}"
     return None
 
 
@@ -191,7 +198,8 @@ def first_line(error: Exception) -> str:
 def needs(install: str, name: str = "") -> Iterator[None]:
     """Turn an ImportError of the body into UserError with `install`, the way to install the package.
 
-    name: __name__ of a command's module around its own imports: the command ends if it is "__main__"
+    name: a command's module passes its __name__ around its own imports; if it is "__main__", this prints the error and
+        exits with status 2
     """
     try:
         yield
@@ -204,7 +212,7 @@ def needs(install: str, name: str = "") -> Iterator[None]:
 
 
 def need(module: str, install: str) -> ModuleType:
-    """Import a module that not every machine has; UserError with `install` if it is missing."""
+    """Import a module that some machines lack; raise UserError with `install` if it is missing."""
     with needs(install):
         return importlib.import_module(module)
 
@@ -237,18 +245,19 @@ def log(text: str) -> None:
 
 @dataclass
 class ProgressBar:
-    """A loop that shows its progress on stderr: tqdm's bar on a terminal, elsewhere a line from time to time."""
+    """Loop and show the progress on stderr: tqdm's bar on a terminal, elsewhere a line from time to time."""
 
     things: Iterable[Any]
     what: str  # the label, a word or two
     total: int | None = None  # units in all; None: len(things) * each, if things have a length
-    each: int = 1  # units of a thing, such as the images of a batch
+    each: int = 1  # units in a thing, such as the images in a batch
     first: int = 0  # things done before a resume
     unit: str = ""
     shown: bool = True  # False in all processes but one
     postfix: str = ""  # printed after the rate, such as the loss
 
-    GAP_S: ClassVar = 30.0, 600.0  # least and most time between two lines; between them a quarter of the time so far
+    # Shortest and longest time between two lines, in seconds; within these limits a quarter of the time so far.
+    GAP_S: ClassVar = 30.0, 600.0
 
     def __iter__(self) -> Iterator[Any]:
         self.shown = self.shown and not _quiet
@@ -293,7 +302,7 @@ class ProgressBar:
 
 
 def version(package: str) -> str:
-    """Return the installed version of a package; kdlite's folders also work without being installed."""
+    """Return the installed version of a package, or "not installed": kdlite also works without an installation."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -306,7 +315,7 @@ def is_code(name: Any) -> bool:
 
 
 def student_folder(path: Path) -> Path:
-    """Return the student/ folder of a path, which is that folder or a run directory."""
+    """Return the student/ folder of a path. path: a run directory, or the student/ folder itself."""
     folder = path / "student" if (path / "student").is_dir() else path
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is neither a student/ folder nor a run directory: it has no config.json")
@@ -314,7 +323,7 @@ def student_folder(path: Path) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder if it is missing; UserError if it cannot be written to."""
+    """Make a folder if it is missing; raise UserError if files cannot be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -324,7 +333,7 @@ def make_folder(folder: Path) -> None:
 
 
 def read_file(path: Path, most: int | None = None) -> bytes:
-    """Return the content of a file; UserError if it is unreadable, has more than `most` bytes, or is a pipe."""
+    """Return the content of a file; raise UserError if it is unreadable, larger than `most` bytes, or a pipe."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file")
@@ -337,12 +346,13 @@ def read_file(path: Path, most: int | None = None) -> bytes:
 
 @contextlib.contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
-    """Give a path in a new folder next to `path`; the file or folder written there replaces `path` at the end.
+    """Yield a path in a new folder next to `path`; the file or folder written there replaces `path` at the end.
 
-    The new folder has an unpredictable name and is this process's own, so nothing is written through a link. If the
-    body raises, `path` is untouched and the new folder is removed. A full or read-only disk is a UserError.
+    The new folder has an unpredictable name and belongs to this process alone, so that another user cannot put a link
+    there that redirects the write. If the body raises, `path` is unchanged and the new folder is removed. A full or
+    read-only disk raises UserError.
 
-    path: a file, or a folder that does not exist yet; keep: the path to which a former `path` is renamed
+    path: a file, or a folder that does not exist yet; keep: the new name of an existing `path`; None: it is replaced
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,6 +376,9 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: Any, keep: Path | None = None) -> None:
-    """Write text or bytes to a file, which is the old one or the new one and never half of it; see `replacing`."""
+    """Write text or bytes to a file atomically: after a failure it has its old content, never a part of the new one.
+
+    See `replacing` for `keep`.
+    """
     with replacing(path, keep) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

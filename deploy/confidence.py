@@ -1,8 +1,8 @@
-"""Fit and check a student's temperature and its threshold for "none of these". Needs numpy alone.
+"""Fit and check a student's temperature and its threshold for "none of these", with numpy alone.
 
-The temperature divides the logits before the softmax (Guo et al. 2017, arXiv 1706.04599): of the images with a
-probability of 80 %, 80 % are right then, and no answer changes. An image whose largest probability is below the
-threshold is answered with "none of these". Both are in config.json, in every exported file and in the model card.
+The temperature divides the logits before the softmax (Guo et al. 2017, arXiv 1706.04599). After it, about 80 % of the
+images with a probability of 80 % are right, and no answer changes. The answer to an image whose largest probability is
+below the threshold is "none of these". Both are in config.json, in every exported file and in the model card.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from deploy.config import Metadata
 from deploy.runtimes import RunOn, load, probabilities, softmax
 
 ANSWERED = 0.95  # share of the validation images that the threshold lets through
-FEWEST = 40  # images: with fewer, two or three of them would decide both numbers
+FEWEST = 40  # images needed for a fit: with fewer, two or three of them would decide both numbers
 TEMPERATURES = 0.05, 20.0  # the fit stays between them
 BINS = 15  # of the calibration error
 
 
 class Calibration(NamedTuple):
-    """Mean confidence, accuracy and share of the images of each bin that is not empty, and the error over all."""
+    """Hold the mean confidence, accuracy and share of the images of each non-empty bin, and the error over all bins."""
 
     confidence: np.ndarray
     accuracy: np.ndarray
@@ -36,7 +36,7 @@ class Calibration(NamedTuple):
 def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> Calibration:
     """Return the expected calibration error (Guo et al. 2017) and its bins.
 
-    The error is the mean over the images of |accuracy - confidence| of their bins.
+    The error is the mean of |accuracy - confidence| over the bins, weighted by their numbers of images.
 
     confidence: the largest probability of each image (N,); right: whether its class is the true one (N,)
     """
@@ -48,20 +48,20 @@ def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> 
 
 
 class Confidence(NamedTuple):
-    """The result of a fit."""
+    """Hold the result of a fit."""
 
-    temperature: float | None  # None: not fitted, or not kept
+    temperature: float | None  # None: not fitted, or rejected
     threshold: float | None
     description: str  # lines for the user: the numbers, or the reason for their absence
 
 
 def fit_confidence(logits: np.ndarray, labels: np.ndarray, metadata: Metadata) -> Confidence:
-    """Fit temperature and threshold on validation images; the results depend on nothing but the arguments.
+    """Fit temperature and threshold on validation images; the results depend only on the arguments.
 
     The temperature is fitted on one half of the images, each class divided evenly. It is kept if the calibration error
     of the other half does not grow. The threshold uses all images.
 
-    logits: raw (N, C); labels: class indices (N,); metadata: has the temperature so far, which stays if none is kept
+    logits: raw (N, C); labels: class indices (N,); metadata: its temperature stays if the new one is rejected
     """
     count, finite = len(labels), np.isfinite(logits).all(-1)
     if count < FEWEST or not finite.all():
@@ -88,7 +88,8 @@ def fit_confidence(logits: np.ndarray, labels: np.ndarray, metadata: Metadata) -
 def fit_file(file: Path, images: np.ndarray, labels: np.ndarray) -> str:
     """Fit temperature and threshold of an ONNX file of ours, write them into it, and return lines for the user.
 
-    A number that is not fitted stays that of the student. The file runs on the CPU, and onnx must be installed.
+    A number that is not fitted keeps its present value in the file. The file runs on the CPU, and onnx must be
+    installed.
 
     images: validation images, uint8 (N, H, W, C); labels: their class indices
     """
@@ -104,13 +105,14 @@ def fit_file(file: Path, images: np.ndarray, labels: np.ndarray) -> str:
 def check_temperature(
     temperature: float | None, logits: np.ndarray, labels: np.ndarray, metadata: Metadata
 ) -> tuple[float | None, str]:
-    """Return the temperature if the calibration error does not grow by it, else None; and a line about it.
+    """Return the temperature, or None if it increases the calibration error; and a line about it.
 
-    logits, labels: of images that the temperature was not fitted on
+    logits, labels: for images that the fit of the temperature did not use
     """
     if temperature is None:
         low, high = TEMPERATURES
-        return None, f"temperature is not fitted: the best is not from {low:g} to {high:g} (0 if every answer is right)"
+        outside = f"its best value is outside {low:g} to {high:g} (0 if every answer is right)"
+        return None, f"temperature is not fitted: {outside}"
     right = logits.argmax(1) == labels
     before, after = (
         calibration(p.max(1), right).error for p in (probabilities(logits, metadata), softmax(logits / temperature))
@@ -123,7 +125,7 @@ def check_temperature(
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return the temperature of the least negative log-likelihood; None if it is outside TEMPERATURES.
+    """Return the temperature that minimises the negative log-likelihood; None if it is outside TEMPERATURES.
 
     The likelihood is convex in 1 / temperature, so that a bisection of its slope finds the minimum. If every answer is
     right, the best temperature is 0.

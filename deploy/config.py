@@ -1,10 +1,10 @@
-"""config.json of a student and the metadata of its artefacts: one dataclass, checked when it is read. Needs no torch.
+"""Read config.json of a student and the metadata of its artefacts into one dataclass, and check each field.
 
 The keys are timm's where timm has one (architecture, model_args, num_classes, label_names), so that timm opens the
-folder of a timm student. The key pretrained_cfg is for timm alone and is not read here.
+folder of a timm student. The key pretrained_cfg is for timm alone and is not read here. This module needs no torch.
 
-People share student/ folders, so config.json is untrusted: it names an architecture of torchvision or timm and plain
-arguments. Code and further weights are named on the command line only.
+People share student/ folders, so config.json is untrusted: it can only name an architecture of torchvision or timm and
+plain arguments. Only the command line can name code and other weights.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from deploy.cli import MAX_JSON, UserError, read_file
 
 LIBRARIES = ("torchvision", "timm", "file")
 INTERPOLATIONS = ("bicubic", "bilinear")
-UINT8, FLOAT = "uint8 NHWC", "float32 NCHW"  # what an artefact takes; float32 is normalised by the caller
+UINT8, FLOAT = "uint8 NHWC", "float32 NCHW"  # the input of an artefact; the caller normalises float32
 MAX_SIDE = 16_384  # pixels
-MAX_ARGUMENT = 10**6  # of a model, such as its depth: a billion layers would take minutes to refuse
-# Arguments of a model that fetch or load something, by the first letters of their names.
+MAX_ARGUMENT = 10**6  # largest argument of a model, such as its depth: a billion layers would take minutes to refuse
+# Arguments of a model that download or load weights start with one of these words.
 LOADING = re.compile(r"(pretrained|checkpoint|weights|cache_dir|file|url|state_dict|hf_|hub_)")
 
 
@@ -56,7 +56,7 @@ def is_list(value: Any, length: int | None, accepts: Callable[[Any], bool]) -> b
     return isinstance(value, list) and len(value) in (length, length or len(value)) and all(map(accepts, value))
 
 
-Check = tuple[Callable[[Any], bool], str]  # whether a value is valid, and the words for an expected one
+Check = tuple[Callable[[Any], bool], str]  # a test of a value, and a description of valid values
 PREPROCESSING: dict[str, Check] = {
     "label_names": (lambda v: is_list(v, None, is_text) and len(v) > 0, "the names of the classes"),
     "input_size": (
@@ -86,7 +86,7 @@ ENGINE: dict[str, Check] = {
 }
 REST: dict[str, Check] = {
     "temperature": (lambda v: is_number(v) and 0.01 <= v <= 100, "a number from 0.01 to 100, which divides the logits"),
-    "threshold": (lambda v: is_number(v) and 0 <= v <= 1, "a probability: a lower one is answered as none of these"),
+    "threshold": (lambda v: is_number(v) and 0 <= v <= 1, "a probability; below it the answer is none of these"),
     "tensors": (lambda v: is_list(v, 2, is_text), "the names of the input and the output"),
     "calibration": (is_object, "how the file was quantised"),
     "metrics": (is_object, "the metrics of the student by name"),
@@ -102,7 +102,7 @@ FORMER = {"library": "library", "architecture": "name", "model_args": "args", "s
 
 
 def check_fields(values: dict[str, Any], checks: dict[str, Check], where: str) -> None:
-    """Raise UserError, one line that names the field, if a field is missing or invalid."""
+    """Raise UserError, with the name of the field, if a field is missing or invalid."""
     for name, (accepts, expected) in checks.items():
         if name not in values:
             raise UserError(f"{where} has no {name}: expected {expected}")
@@ -115,7 +115,7 @@ def check_arguments(arguments: dict[str, Any], where: str) -> None:
     for name, value in arguments.items():
         argument = f"{where}: {name[:80]!r}"
         if LOADING.match(name):
-            raise UserError(f"{argument} would load or fetch weights, which for a student are in model.safetensors")
+            raise UserError(f"{argument} would load or fetch weights: leave it out, because model.safetensors has them")
         if not name.isidentifier() or not is_plain(value):
             expected = f"a number up to {MAX_ARGUMENT}, a text or a list"
             raise UserError(f"{argument} is {repr(value)[:80]}; expected {expected}")
@@ -123,9 +123,9 @@ def check_arguments(arguments: dict[str, Any], where: str) -> None:
 
 @dataclass(frozen=True)
 class Metadata:
-    """The fields of config.json and of an artefact's metadata; an attribute is named like its JSON key.
+    """Hold the fields of config.json and of an artefact's metadata; an attribute has the name of its JSON key.
 
-    A field that the JSON does not have keeps its empty default.
+    A field that the JSON lacks keeps its empty default.
     """
 
     label_names: list[str]
@@ -140,8 +140,8 @@ class Metadata:
     architecture: str = ""
     model_args: dict[str, Any] = field(default_factory=dict)
     small_stem: bool = False
-    temperature: float | None = None  # divides the logits before the softmax; None: not fitted, 1
-    threshold: float | None = None  # of the largest probability; a lower one means "none of these"; None: no threshold
+    temperature: float | None = None  # divides the logits before the softmax; None: not fitted, so 1
+    threshold: float | None = None  # the answer is "none of these" if the largest probability is below it; None: never
     # of an artefact
     precision: str = ""
     input: str = ""
@@ -157,20 +157,21 @@ class Metadata:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, channels) of a prepared image."""
+        """Return the shape of a prepared image, (H, W, channels)."""
         channels, height, width = self.input_size
         return height, width, channels
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """The shape of an image in the tensor that the artefact takes: (H, W, channels) or (channels, H, W)."""
+        """Return the shape of an image in the artefact's input: (H, W, channels) or (channels, H, W)."""
         return self.image_shape if self.input == UINT8 else tuple(self.input_size)
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str, required: Iterable[str] = ()) -> Metadata:
-        """Return the metadata in the JSON object of the file `where`; UserError if a field is missing or invalid.
+        """Return the metadata of a JSON object; raise UserError if a field is missing or invalid.
 
-        required: fields that must be there besides those of the preprocessing, such as STUDENT or ARTEFACT
+        where: name of the file, for the errors
+        required: fields that must exist in addition to PREPROCESSING, such as STUDENT or ARTEFACT
         """
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         checks = PREPROCESSING | STUDENT | ARTEFACT | ENGINE | REST
@@ -190,7 +191,7 @@ class Metadata:
         return cls(**known, others={key: value for key, value in values.items() if key not in checks})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object: the fields that are set, and the other keys it was read with."""
+        """Return the JSON object: the fields that are set, and the unknown keys that from_json has stored."""
         kept = {*PREPROCESSING, *(STUDENT if self.library else ()), *(ARTEFACT if self.precision else ())}
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "others"}
         return {name: value for name, value in values.items() if name in kept or value} | self.others
@@ -208,7 +209,7 @@ def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
 
 
 def read_config(student: Path) -> Metadata:
-    """Return the config.json of a student/ folder; UserError if it cannot be read or a field is invalid."""
+    """Return the config.json of a student/ folder; raise UserError if it is unreadable or a field is invalid."""
     file = student / "config.json"
     values = read_json(read_file(file, MAX_JSON), file)
     former = values.get("architecture")

@@ -3,9 +3,9 @@
     python -m deploy.export runs/001-mobilenet_v2-uskd/student                    # student.onnx, .ts, .pt2
     python -m deploy.export runs/001-mobilenet_v2-uskd/student --format onnx --precision fp16
 
-The files lie next to the weights. They take any number of images, uint8 (N, H, W, 3), resized and cropped but not
-normalised, and return float32 logits (N, C). They carry labels, preprocessing, metrics and the digest of the weights.
-They hold only the student: no weak head, no teacher, no hooks.
+The command writes the files next to the weights. They take any number of images, uint8 (N, H, W, 3), resized and
+cropped but not normalised, and return float32 logits (N, C). They carry labels, preprocessing, metrics and the digest
+of the weights. They contain only the student, without weak head, teacher and hooks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ FORMATS = {"onnx": ".onnx", "torchscript": ".ts", "torch.export": ".pt2"}
 # Largest |logit - torch's fp32 logit|, relative to the largest |logit|. Measured on nine architectures: fp32 at most
 # 2e-5, fp16 at most 6e-3 (tests/deploy/test_export.py).
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
-ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)  # traced at 2: a batch of 1 would be frozen
+# The example batch has 2 images, because torch would freeze a batch size of 1.
+ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)
 
 
 def export_student(
@@ -55,14 +56,14 @@ def export_student(
     model_file: str | None = None,
     tolerance: float | None = None,
 ) -> list[Path]:
-    """Export a student/ folder, or that of a run directory, and return the files, each of them compared with torch.
+    """Export a student/ folder or that of a run directory, compare each file with torch, and return the files.
 
-    A student that is damaged or cannot be exported is a UserError, and no half-written file stays.
+    Raise UserError if the student is damaged or cannot be exported; then no half-written file stays.
 
     precision: "fp32", or "fp16" for weights and arithmetic; the input and the logits keep their types
     layout: UINT8, normalised in the graph, or FLOAT, normalised by the caller
     output: folder of the files; default: the student's own
-    tolerance: of the comparison, relative to the largest logit; default: that of the precision
+    tolerance: largest error of a logit, relative to the largest logit; default: that of the precision
     """
     student = cli.student_folder(student)
     output = output or student
@@ -74,7 +75,7 @@ def export_student(
     batch = torch.from_numpy(as_input(images[:2], metadata))
     reference = ImageClassifier(model, metadata)
     with torch.no_grad():
-        singly = torch.from_numpy(as_input(images, metadata)).split(1)  # shows whether a batch mixes images up
+        singly = torch.from_numpy(as_input(images, metadata)).split(1)  # finds a file that mixes images
         expected = torch.cat([reference(image) for image in singly]).numpy()
     classifier = ImageClassifier(fuse(model), metadata, half=precision == "fp16")
 
@@ -89,7 +90,7 @@ def export_student(
                     WRITERS[kind](classifier, batch, metadata, file, opset)
             except (UserError, OSError):
                 raise
-            except Exception as error:  # the exporters have dozens
+            except Exception as error:  # the exporters have dozens of exception classes
                 raise UserError(f"{config.architecture} cannot be exported to {kind}: {first_line(error)}") from error
             compare(file, images, expected, tolerance or TOLERANCE[precision])
         files.append(output / file.name)
@@ -97,7 +98,7 @@ def export_student(
 
 
 def fuse(model: torch.nn.Module) -> torch.nn.Module:
-    """Fold into the weights what only training needs, in place, and return the model.
+    """Fold layers that only training needs into the weights, in place, and return the model.
 
     The branches of RepVGG, MobileOne and FastViT become one convolution each, by timm's function, and a weight norm
     becomes the weight that it computes. The exported file is compared with the model before this change.
@@ -145,12 +146,12 @@ WRITERS = {"onnx": write_onnx, "torchscript": write_torchscript, "torch.export":
 
 
 def compare(file: Path, images: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    """Run the file on the CPU in batches of 1, 2 and 5; UserError if its logits differ from torch's."""
+    """Run the file on the CPU in batches of 1, 2 and 5; raise UserError if its logits differ from torch's."""
     runtime = load(file, RunOn("cpu"))
     for size in (1, 2, 5):
         try:
             logits = runtime.run_in_parts(images, size)
-        except Exception as failure:  # each runtime has its own
+        except Exception as failure:  # each runtime has exceptions of its own
             raise UserError(f"{file.name} does not run in batches of {size}: {first_line(failure)}") from failure
         error = np.abs(logits - expected).max() / np.abs(expected).max()
         if not error <= tolerance:
@@ -164,7 +165,7 @@ def get_parser() -> Parser:
     add(
         "--format", nargs="+", choices=kinds, default=kinds, metavar="FORMAT", help=f"{', '.join(kinds)} (default: all)"
     )
-    add("--precision", choices=list(TOLERANCE), default="fp32", help="of arithmetic and weights (default: fp32)")
+    add("--precision", choices=list(TOLERANCE), default="fp32", help="type of arithmetic and weights (default: fp32)")
     layouts = "uint8: NHWC, normalised in the graph; float: NCHW, normalised by you (default: uint8)"
     add("--input", choices=["uint8", "float"], default="uint8", help=layouts)
     add("--opset", type=int, choices=[18, 20], default=18, help="ONNX opset (default: 18)")

@@ -1,10 +1,10 @@
-"""Read the flags of train.py: one table, recipes, and the refusal of flags that do not go together. Imports no torch.
+"""Read the flags of train.py: from one table, with recipes; and reject flags that contradict each other.
 
     typed = read_flags(FLAGS, argv)                       # only the flags on the command line
     args, given = settle_flags(FLAGS, typed, saved)       # defaults <- recipe <- resumed run <- command line
 
-This module is in deploy/ and not in kdlite/training/, because an import of anything in kdlite imports torch. That takes
-seconds, and `--help` or a mistake in the flags must not wait for it.
+This module does not import torch, which takes seconds: `--help` and a mistake in the flags must not wait for it. It is
+in deploy/ because an import of any module in kdlite imports torch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ RECIPE_ONLY: dict[str, Any] = dict(
     eval_crop=1.0, interpolation="bilinear", random_erasing=0.0, warmup_epochs=0.0, freeze_batch_norm=False
 )
 RENAMED = {"kd_temperature": "temperature", "init": "pretrained"}  # flags that older run directories store
-# Those that are no flags any more, and the value that train.py keeps; None: any value, because it has no effect.
+# Former flags, and the only value that train.py still supports; None: any value, because the flag has no effect.
 FORMER = dict(momentum=0.9, channels_last=True, timeout=None, log_interval=None, data_dir=None, download=None)
-AT_THE_START = ("val_split", "pretrained", "tap", "small_stem", "model_args")  # without effect in a resumed run
+AT_THE_START = ("val_split", "pretrained", "tap", "small_stem", "model_args")  # flags that a resume cannot change
 
 CNN = dict(
     epochs=100, batch_size=256, opt="momentum", lr=0.1, weight_decay=1e-4, schedule="step",
@@ -62,21 +62,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         gamma=1.0,
     ),
 }  # fmt: skip
-BY_DATA = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}  # a folder: pick_recipe
-LARGE = 100_000  # training images
+BY_DATA = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}  # for a folder see pick_recipe
+LARGE = 100_000  # training images from which imagenet-cnn is the recipe
 STEPS = 12_000  # optimizer steps of a run on a smaller folder, from random weights
-FINE_TUNING_STEPS = 600  # from pretrained weights, which start as a linear probe
+FINE_TUNING_STEPS = 600  # the same from pretrained weights, with a classifier that starts as a linear probe
 
 
 class Flag:
-    """A flag of a command.
+    """Describe a flag of a command.
 
     Args:
-        default: its value if nothing sets it
-        help: one line
-        needs: the flag without which this one has no effect, then the values of that flag; no values: any
-        path: whether the value may be a path, which is made absolute: a resume may start in another folder
-        options: of argparse.add_argument
+        default: the value if neither the command line nor a recipe sets it
+        help: its line in --help
+        needs: name of a flag that this flag requires, then the required values of that flag; no values: any value
+        path: whether the value may be a path; read_flags makes it absolute, because a resume may start elsewhere
+        options: more arguments of argparse.add_argument
     """
 
     def __init__(self, default: Any, help: str, needs: Sequence[str] = (), path: bool = False, **options: Any) -> None:
@@ -125,7 +125,7 @@ def option(name: str) -> str:
 
 
 def absolute(name: str) -> str:
-    """Return an existing path as an absolute one, ~ as the home folder; any other name as it is."""
+    """Return the absolute path of an existing path, with ~ as the home folder; return any other name unchanged."""
     path, function = (name.rpartition(":")[0], ":" + name.rpartition(":")[2]) if is_code(name) else (name, "")
     path = os.path.expanduser(path)
     if os.path.lexists(path) and path not in ("nkd", "kd"):
@@ -140,13 +140,13 @@ def absolute(name: str) -> str:
 def settle_flags(
     table: Table, typed: dict[str, Any], saved: dict[str, Any] | None = None, fitted: dict[str, Any] | None = None
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Return the value of every flag, and what a run directory stores of them.
+    """Return the value of every flag, and the flags that a run directory stores.
 
-    UserError if flags do not go together or have no effect, or if a resumed run cannot change one.
+    Raise UserError if flags contradict each other or have no effect, or if a resumed run cannot change one.
 
     Args:
         typed: as read_flags returns them
-        saved: the second result, of the run that is resumed
+        saved: the second result of this function for the run to resume
         fitted: the recipe for a folder of images (pick_recipe). Without it `args.recipe` is None for such a folder,
             and the values that the recipe sets are not known yet.
     """
@@ -191,12 +191,13 @@ def stretch_epochs(args: argparse.Namespace, epochs: int, fixed: Iterable[str] =
 
 
 def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
-    """Return the stored flags of a run under their present names; refuse those that a resume must not take over."""
+    """Return the stored flags of a run under their present names; raise UserError for flags that cannot be resumed."""
     saved = {RENAMED.get(name, name): value for name, value in saved.items()}
     known = {*flags, "fitted", *(name for recipe in RECIPES.values() for name in recipe)}
     for name in saved.keys() - known:
         if name not in FORMER or FORMER[name] not in (None, saved[name]):
-            fault = f"the run was started with {option(name)} {saved[name]}, which this train.py does not have"
+            unknown = f"{option(name)[:80]} {repr(saved[name])[:80]}"
+            fault = f"the run was started with {unknown}, which this train.py does not have"
             raise UserError(f"{fault}: start a new run")
     for name, flag in flags.items():
         value = saved.get(name)
@@ -204,7 +205,7 @@ def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typ
         code = next((value for value in values if flag.path and is_code(value)), None)
         if code and name not in typed:
             fault = f"the run was started with code, {option(name)} {code}: give that flag again"
-            raise UserError(f"{fault}; code that a run directory names is never run")
+            raise UserError(f"{fault}; train.py does not run code that only the run directory names")
         before = saved.get(name, flag.default)
         if saved and name in AT_THE_START and typed.get(name, before) != before:
             fault = f"{option(name)} was {before} when this run began"
@@ -216,9 +217,9 @@ def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typ
 
 
 def check_recipe(table: Table, values: Any, needed: Iterable[str] = CNN) -> dict[str, Any]:
-    """Return stored values, read by the command line's own parser; UserError if args.json holds an invalid one."""
+    """Return stored values after the command line's parser has read them; raise UserError if one is invalid."""
     if not isinstance(values, dict) or not set(needed) <= values.keys():
-        raise UserError("args.json of the run is damaged: its recipe is not whole; restore it, or start a new run")
+        raise UserError("args.json of the run is damaged: its recipe lacks values; restore it, or start a new run")
     flags, argv = by_name(table), list[str]()
     for name, value in values.items():
         if name not in flags:
@@ -240,7 +241,7 @@ def check_recipe(table: Table, values: Any, needed: Iterable[str] = CNN) -> dict
 
 
 def is_like(value: Any, template: Any) -> bool:
-    """Return whether a value has the type of a recipe's: a finite number, a list of them, a text, a dictionary."""
+    """Return whether a value has the type of the template: a finite number, a list of numbers, a text, a dictionary."""
     if isinstance(template, list):
         return isinstance(value, list) and len(value) > 0 and all(is_like(item, template[0]) for item in value)
     if isinstance(template, (int, float)) and not isinstance(template, bool):
@@ -249,7 +250,7 @@ def is_like(value: Any, template: Any) -> bool:
 
 
 def settle_size(args: argparse.Namespace, given: dict[str, Any]) -> None:
-    """Make args.img_size [height, width]; a student/ folder brings its own."""
+    """Set args.img_size to [height, width]; a student/ folder has its own size."""
     if os.path.isdir(args.model) and "img_size" not in given:
         args.in_chans, *args.img_size = read_config(student_folder(Path(args.model))).input_size
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
@@ -258,11 +259,11 @@ def settle_size(args: argparse.Namespace, given: dict[str, Any]) -> None:
     args.img_size = args.img_size[:2]
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------------------------
 
 
 def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[str, Flag]) -> None:
-    """Raise unless the flags that name methods and models go together."""
+    """Raise UserError if the flags of methods and models contradict each other."""
     if "kd" in args:
         if args.teacher_labels and (not args.kd or args.teacher):
             raise UserError("--teacher-labels needs --kd, and no --teacher")
@@ -279,13 +280,13 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
         if typed.keys() & {"model_args", "small_stem"}:
             raise UserError("--model is a student/ folder, which has its own arguments and stem")
         if args.pretrained:
-            raise UserError("--pretrained and a folder as --model: a student starts from one of them")
+            raise UserError("--pretrained, and --model is a folder with weights: a student starts from one of them")
 
 
 def check_values(args: argparse.Namespace) -> None:
-    """Raise unless the values of a training's flags go together, the recipe's among them."""
+    """Raise UserError if the values of the training flags, with those of the recipe, contradict each other."""
     if args.teacher_labels:
-        args.random_erasing = 0.0  # the teacher answered about whole images; RunFolder prints this
+        args.random_erasing = 0.0  # the stored answers are about whole images; RunFolder prints a line
         mixing = [f"--{name} 0" for name in ("mixup", "cutmix") if getattr(args, name)]
         mixing += ["--cache none"] * (args.cache == "device")
         if mixing:
@@ -310,18 +311,19 @@ def check_values(args: argparse.Namespace) -> None:
 def pick_recipe(
     images: int, classes: int, size: tuple[int, int], pretrained: bool, img_size: Sequence[int] | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Return defaults that fit a folder of photographs, as one of RECIPES, and a line that reports and explains them.
+    """Return a recipe that fits a folder of photographs, and a line that explains it.
 
-    From random weights, 100,000 images and more of at least 100 px get imagenet-cnn. Any other folder gets AdamW with
-    a cosine, batches of 16 to 64 (32 for some thousand images) and as many epochs as make a number of steps.
+    With random weights, 100,000 or more images of at least 100 px get imagenet-cnn. Any other folder gets AdamW with
+    a cosine schedule, batches of 16 to 64 (32 for some thousand images), and the epochs that give STEPS or
+    FINE_TUNING_STEPS steps.
 
     Args:
         images: number of training images
-        classes: of them
-        size: (height, width) of a typical one, in pixels
-        pretrained: whether the student starts from weights of other images; their own mean, std, interpolation and
-            crop are kept
-        img_size: a side, or height and width, for the student; None: one that fits
+        classes: number of classes
+        size: (height, width) of a typical image, in pixels
+        pretrained: whether the student starts from pretrained weights; the recipe leaves their mean, std, interpolation
+            and crop unchanged
+        img_size: a side, or height and width, of the student's images; None: chosen by `size`
     """
     short = min(size)
     seen = f"defaults for {images} images of {classes} classes, {size[1]}x{size[0]} pixels"

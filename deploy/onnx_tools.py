@@ -1,4 +1,4 @@
-"""ONNX files: metadata, format, and references to other files. Only `write` needs onnx."""
+"""Read the metadata of ONNX files, reject references to other files, and write files. Only `write` needs onnx."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ MAX_DEPTH = 100  # of nested messages; protobuf's own limit
 def refuse_external_data(content: bytes, path: Path) -> None:
     """Raise UserError if an ONNX file names other files as its weights, which some onnxruntimes would read.
 
-    Without this a file could name /etc/passwd. A device has no onnx package, so the messages are read here.
+    Without this check a file could name /etc/passwd. A device has no onnx package, so this module parses the messages.
     """
     try:
         external = has_external_data(memoryview(content))
     except (ValueError, IndexError) as error:
-        raise UserError(f"{path} is not a whole ONNX file: {error}") from error
+        raise UserError(f"{path} is not a complete ONNX file: {error}") from error
     if external:
         raise UserError(f"{path} keeps weights in other files, which are not read: save it as one file")
 
@@ -81,7 +81,7 @@ def read_varint(content: memoryview, position: int) -> tuple[int, int]:
 
 
 def read_properties(properties: dict[str, str]) -> dict[str, Any]:
-    """Return an ONNX file's properties from JSON; a property of a foreign file that is not JSON is left out."""
+    """Return an ONNX file's properties, parsed as JSON; skip a property that is not JSON (in a file from elsewhere)."""
     values = {}
     for key, value in properties.items():
         with contextlib.suppress(ValueError, RecursionError):
@@ -90,10 +90,11 @@ def read_properties(properties: dict[str, str]) -> dict[str, Any]:
 
 
 def write(model: Any, metadata: Metadata, file: Path) -> None:
-    """Write an onnx.ModelProto with our metadata and nothing of the machine that made it.
+    """Write an onnx.ModelProto with our metadata and without the paths of the machine that made it.
 
-    It gets the oldest IR version and only the opsets it uses: onnxruntime 1.17 reads IR 9 and older, and refuses
-    unknown opset imports even if no node uses them. The exporter stores source lines and absolute paths at every node.
+    The file gets the oldest IR version that fits, and imports only the opsets of its nodes: onnxruntime 1.17 reads IR 9
+    and older, and rejects unknown opset imports even if no node uses them. The exporter stores source lines and
+    absolute paths at every node.
     """
     import onnx
 

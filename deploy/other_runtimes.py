@@ -1,6 +1,7 @@
-"""Runtimes that open an exported file as it is: OpenVINO an .onnx file, ncnn the files that pnnx makes of one.
+"""Run an exported file in OpenVINO (an .onnx file) or in ncnn (the files that pnnx makes of an .onnx file).
 
-deploy.check has a row for each where it is installed: pip install openvino, or ncnn and pnnx. Both run on the CPU here.
+If one of them is installed (pip install openvino, or ncnn and pnnx), deploy.check has a row for it. Both run on the CPU
+here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from deploy.runtimes import RunOn, Runtime, as_input, load_onnx, tensor_names, u
 def load_openvino(path: Path, on: RunOn) -> Runtime:
     """Load an ONNX file of ours, or one from elsewhere with a .json next to it, in OpenVINO, in float32.
 
-    OpenVINO's own default on CPUs with AVX512-BF16 is bfloat16, which changes logits by up to 17 % of the largest.
+    On CPUs with AVX512-BF16 OpenVINO's default is bfloat16, which changes logits by up to 17 % of the largest logit.
     """
     openvino = need("openvino", "pip install openvino")
     runtime = load_onnx(path, RunOn("cpu", threads=1))  # checks the file, and reads its metadata
@@ -28,7 +29,7 @@ def load_openvino(path: Path, on: RunOn) -> Runtime:
     try:
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(read_file(path)), "CPU", settings)
-    except Exception as error:  # RuntimeError and others of its own
+    except Exception as error:  # RuntimeError, and OpenVINO's own exceptions
         raise UserError(f"{path} cannot be loaded by OpenVINO: {first_line(error)}") from error
     call = functools.partial(run_openvino, compiled, runtime.metadata)
     return dataclasses.replace(runtime, name="openvino", provider="OpenVINO CPU", call=call)
@@ -41,8 +42,10 @@ def run_openvino(compiled: Any, metadata: Metadata, images: np.ndarray) -> np.nd
 
 
 def load_ncnn(path: Path, on: RunOn) -> Runtime:
-    """Load NAME.ncnn.param and .bin, which pnnx makes of NAME.onnx. That file has to lie next to it: pnnx leaves the
-    labels and the preprocessing out."""
+    """Load NAME.ncnn.param and .bin, which pnnx makes of NAME.onnx.
+
+    NAME.onnx must be in the same folder, because the files of pnnx lack the labels and the preprocessing.
+    """
     ncnn = need("ncnn", "pip install ncnn")
     if on.device not in ("auto", "cpu") and not on.allow_fallback:
         raise UserError(f"--device {on.device}, but {path.name} runs on the CPU; --allow-fallback accepts that")

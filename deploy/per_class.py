@@ -1,7 +1,7 @@
-"""Precision and recall of each class, and the confusion matrix. Needs numpy; the picture needs matplotlib.
+"""Write precision and recall of each class, and the confusion matrix. The picture needs matplotlib.
 
 per_class.csv   label, n, precision, recall, f1: a line for each class, in the order of the classes
-confusion.png   rows are true classes, columns are answers
+confusion.png   a row for each true class, a column for each predicted class
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 
 from deploy.cli import UserError, printable, write_whole
 
-LABELLED, NUMBERED = 60, 20  # classes up to which the picture has names, and a number in each cell
+LABELLED, NUMBERED = 60, 20  # most classes of a picture with names, and of one with a number in each cell
 MAX_DRAWN = 2000  # classes; with more of them a cell is smaller than a pixel
 
 
 def write_per_class(folder: Path, labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> list[str]:
-    """Write per_class.csv and confusion.png; return lines to print: the worst confusions, the reason for no picture.
+    """Write per_class.csv and confusion.png; return lines to print: the worst confusions, why the picture is missing.
 
-    labels, predictions: class indices (N,), the true ones and the answers; one that is out of range is a UserError
+    labels, predictions: true and predicted class indices (N,); UserError if one is out of range
     """
     known = set(range(len(label_names)))
     if labels.shape != predictions.shape or not {*labels.tolist(), *predictions.tolist()} <= known:
@@ -42,15 +42,15 @@ def write_per_class(folder: Path, labels: np.ndarray, predictions: np.ndarray, l
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """Return the number of images by true class (row) and answer (column): int64 (C, C)."""
+    """Return the number of images for each true class (row) and predicted class (column): int64 (C, C)."""
     pairs = labels.astype(np.int64) * classes + predictions
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def per_class_table(labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> str:
-    """Return the text of per_class.csv: n is the number of images of the class, the shares go from 0 to 1.
+    """Return the text of per_class.csv: n is the number of images of the class, the shares are from 0 to 1.
 
-    A share of nothing is an empty field: the recall of a class without images.
+    A share is empty if its denominator is 0, such as the recall of a class without images.
     """
     three = labels, predictions, labels[labels == predictions]
     n, answered, hits = (np.bincount(one, minlength=len(label_names)).tolist() for one in three)
@@ -70,7 +70,7 @@ def share(part: float, whole: float) -> str:
 def worst_confusions(
     labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str], count: int = 10
 ) -> list[str]:
-    """Return the pairs of classes with most images, as "cat taken for dog: 12 of 40"; equal ones by their share."""
+    """Return the pairs of classes with most images, as "cat taken for dog: 12 of 40"; with equal counts by share."""
     wrong = labels != predictions
     pairs, images = np.unique(np.stack([labels[wrong], predictions[wrong]]), axis=1, return_counts=True)
     of = np.bincount(labels, minlength=len(label_names))

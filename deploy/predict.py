@@ -4,14 +4,14 @@
     python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --csv answers.csv     # a folder, and the folders in it
     python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --least-certain 50 -o sheet.png   # to label next
 
-A photograph whose largest probability is below the student's threshold is "none of these". The sheet shows the images
-as the network gets them, the smallest largest probability first; their paths are printed in the same order. Unreadable
-images of a folder are skipped, listed and counted.
+The answer to a photograph is "none of these" if its largest probability is below the student's threshold. The sheet
+shows the images as the network gets them, the least certain image first; the command prints their paths in the same
+order. Unreadable images of a folder are skipped, listed and counted.
 
 The CSV file has a line for each image: file, label, index, probability, answered (no: none of these), second_label,
-second_probability, and error for an image that could not be read. It is UTF-8; bytes of a name that are not are written
-as \\udcNN. No cell is a formula for a spreadsheet: a path that starts with = + - @ begins with ./, and such a label
-begins with an apostrophe. A program should read the index.
+second_probability, and error for an image that could not be read. The file is UTF-8; a byte of a name that is not UTF-8
+becomes \\udcNN. No cell is a formula for a spreadsheet: a path that starts with = + - @ gets ./ in front, and such a
+label gets an apostrophe. A program should read the index, not the label.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from deploy.runtimes import RunOn, Runtime, is_answered, load, top_labels, usabl
 
 BATCH = 32
 TILE, LINE = 160, 14  # pixels: a side of an image on the sheet, the height of a line of its caption
-NUMBERS = 25  # characters that fit below a tile
+NUMBERS = 25  # characters of a caption that fit below a tile
 FORMULA = tuple("=+-@\t\r\n")  # first characters of a cell that a spreadsheet may compute
 COLUMNS = ["file", "label", "index", "probability", "answered", "second_label", "second_probability", "error"]
 NO_IMAGE = np.empty((0, 0, 3), np.uint8)
 
 
 class Answer(NamedTuple):
-    """The answer about a file."""
+    """Hold the answer about a file."""
 
     file: Path
     best: list[tuple[str, float, int]]  # label, probability and class index, the best first; [] if it is unreadable
@@ -92,7 +92,10 @@ def predict(runtime: Runtime, files: Sequence[Path], count: int = 5) -> Iterator
 
 
 def list_files(given: Sequence[Path]) -> list[Path]:
-    """Return the files that are given, and the images in the given folders and theirs. UserError without an image."""
+    """Return the given files, and the images in the given folders and their subfolders.
+
+    Raise UserError if a folder has no image.
+    """
     files = []
     for path in given:
         if not path.is_dir():
@@ -102,8 +105,8 @@ def list_files(given: Sequence[Path]) -> list[Path]:
         images = [file for file in inside if file.suffix.lower() in endings()]
         if not images:
             raise UserError(f"{path}: no image in this folder")
-        if len(images) < len(inside):
-            log(f"{printable(str(path))}: {len(inside) - len(images)} files are not images by their names")
+        if others := len(inside) - len(images):
+            log(f"{printable(str(path))}: {others} files are not images by their names, so they are skipped")
         files += images
     return files
 
@@ -129,7 +132,7 @@ def answers_table(answers: Sequence[Answer]) -> bytes:
 
 
 def as_text(text: str) -> str:
-    """Return a text that no spreadsheet takes for a formula."""
+    """Return a text, with an apostrophe in front if a spreadsheet would compute it as a formula."""
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
@@ -159,7 +162,7 @@ def contact_sheet(answers: Sequence[Answer]) -> bytes:
 
 
 def check_writable(file: Path) -> None:
-    """Raise UserError if the file cannot be written, before thousands of images are answered."""
+    """Raise UserError if the file cannot be written: a check before thousands of images are classified."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         reason = "is a folder" if file.is_dir() else "" if os.access(file.parent, os.W_OK) else "is read-only"
@@ -205,7 +208,7 @@ def run(args: argparse.Namespace) -> None:
         answers.append(answer._replace(best=answer.best[:2], image=NO_IMAGE))
     read = [answer for answer in answers if not answer.error]
     if not read:
-        raise UserError(f"not one of {len(files)} images can be read")
+        raise UserError(f"not one of {len(files)} images can be read: replace the damaged files")
     if args.csv:
         write_whole(args.csv, answers_table(answers))
     if least:

@@ -6,13 +6,13 @@ Training's evaluation, check, quantize, serve and predict all use this function.
 the height, in two passes, so that Pillow 10 to 13 give the same bytes. Torchvision's Resize and CenterCrop with Pillow
 10 to 12 give these bytes too; Pillow 13 picks the order of the passes by the shape of the image.
 
-A JPEG at least eight times as large as the resize needs is decoded at a reduced scale, at least four times the size
-that is needed (Image.draft). That takes half the time and moves a value by a few tenths of 255 on average.
+If a JPEG has at least eight times the side that the resize needs, it is decoded at a reduced scale, of at least four
+times that side (Image.draft). This takes half the time and changes a value by a few tenths of 255 on average.
 examples/benchmark_preprocess.py measures both, and how often the class changes.
 
 An image is turned upright first, as its EXIF describes. A transparent image is composited on white, so that the colour
-hidden under its transparency does not matter. Deep greys become 8 bits by the range of their type. An image whose range
-is unknown is refused, because it would be read as black or white.
+under its transparency does not matter. Greys of 16 bits become 8 bits by the range of their type. An image whose range
+is unknown raises an error, because it would be read as black or white.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from PIL import Image, UnidentifiedImageError
 from deploy.config import INTERPOLATIONS, Metadata
 
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
-MAX_PIXELS = 64_000_000  # of an image at the student's size: a strip of 94 bytes may ask for gigabytes
+MAX_PIXELS = 64_000_000  # largest size after the resize: a long strip of 94 bytes could need gigabytes
 # Pillow's names of formats that it decodes itself; EPS and WMF would run other programs.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI"),
     *("TGA", "PCX", "PSD", "SGI", "ICO", "DDS"),
 )
 BACKGROUND = (255, 255, 255)  # under transparent pixels
-# The first bytes of files that people send and Pillow does not read, and what to do.
+# First bytes of common files that Pillow does not read -> the format, and the way to convert it.
 UNREAD = {
     b"ftyphe": "HEIC, as iPhones make it: set the camera to Most Compatible, or convert it to JPEG",
     b"ftypmi": "HEIF: convert it to JPEG",
@@ -55,20 +55,20 @@ UNREAD = {
 TURN = Image.Transpose
 TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
 TURNS |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
-DRAFT_MARGIN = 4  # a reduced JPEG keeps at least this many times the pixels a side that the resize needs
+DRAFT_MARGIN = 4  # the side of a reduced JPEG is at least this many times the side that the resize needs
 
 
 class UnreadableImage(ValueError):
-    """An image file that Pillow cannot read, with its reason."""
+    """Report an image file that Pillow cannot read, with the reason."""
 
 
 class ImageTooLarge(UnreadableImage):
-    """An image with more pixels than Pillow or this module accepts."""
+    """Report an image with more pixels than Pillow or this module accepts."""
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Return those of FORMATS that this Pillow was built with."""
+    """Return the formats of FORMATS that the installed Pillow can read."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -81,7 +81,7 @@ def endings() -> frozenset[str]:
 
 
 def open_image(file: str | Path | bytes | BinaryIO, accepted: tuple[str, ...] | None = None) -> Image.Image:
-    """Open an image file, or the bytes of one, without decoding it; UnreadableImage if it is not an image.
+    """Open an image file, or its bytes, without decoding it; raise UnreadableImage if it is not an image.
 
     accepted: some of FORMATS; default: all
     """
@@ -128,7 +128,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, needed: tuple[float, float] | None = None) -> Image.Image:
-    """Decode an opened image to upright RGB of 8 bits, composited on white; UnreadableImage if it is damaged.
+    """Decode an opened image to upright RGB of 8 bits, composited on white; raise UnreadableImage if it is damaged.
 
     needed: (width, height) in pixels to which the whole image will be resized
     """
@@ -160,7 +160,7 @@ def composite(image: Image.Image) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Decode, and scale greys of more than 8 bits, which Pillow would clip to white, by the range of their type."""
+    """Decode, and scale greys of more than 8 bits by the range of their type; Pillow would clip them to white."""
     image.load()
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))  # 16 bits in 32
     if image.mode in ("I", "F") and not deep:
@@ -184,7 +184,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def is_deep_colour(image: Image.Image) -> bool:
-    """Return whether Pillow will reduce the colours of an opened file from 16 bits to 8 as it decodes."""
+    """Return whether Pillow will reduce the colours of an opened file from 16 bits to 8 when it decodes the file."""
     if image.mode.startswith(("I", "F")):
         return False
     if image.format == "JPEG2000":  # Pillow does not report the depth
@@ -202,9 +202,10 @@ def refuse_12_bits(brightest: int) -> None:
 
 
 def prepare(image: Image.Image, metadata: Metadata) -> np.ndarray:
-    """Decode, resize and centre-crop an opened image as the metadata describes -> uint8 (H, W, channels).
+    """Decode, resize and centre-crop an opened image as the metadata describes; return uint8 (H, W, channels).
 
-    A damaged file is UnreadableImage; a strip so long that the resize would not fit in memory is ImageTooLarge.
+    Raise UnreadableImage for a damaged file, and ImageTooLarge for a strip so long that its resize needs too much
+    memory.
     """
     channels, height, width = metadata.input_size
     width_now, height_now = upright_size(image)
@@ -219,14 +220,17 @@ def prepare(image: Image.Image, metadata: Metadata) -> np.ndarray:
 
 
 def resize(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
-    """Resize to (width, height), first the width and then the height: as the top of this file explains."""
+    """Resize to (width, height), first the width and then the height, so that every Pillow gives the same bytes."""
     for step in ((size[0], image.height), size):
         image = image.resize(step, RESAMPLING[interpolation])
     return image
 
 
 def resized_size(size: tuple[int, int], metadata: Metadata) -> tuple[int, int]:
-    """Return (width, height) before the centre crop: a square input keeps the image's shape, an oblong one does not."""
+    """Return (width, height) before the centre crop.
+
+    For a square input the resize keeps the proportions of the image, for another input it does not.
+    """
     height, width = metadata.input_size[1:]
     if height != width:
         return math.floor(width / metadata.crop), math.floor(height / metadata.crop)

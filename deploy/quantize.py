@@ -9,12 +9,13 @@ parser rejects. tensorrt: symmetric int8 activations and per-channel weights as 
 In a network with a LayerNormalization (ViT, Swin, ConvNeXt) only Conv, Gemm and MatMul by a weight are quantised:
 softmax, norms and attention scores lose too much in 8 bits.
 
-The file gets a temperature and a threshold of its own, fitted on the validation images of the reference. A device that
-runs it may have neither images nor labels.
+The file gets a temperature and a threshold of its own. They are fitted here, on the validation images of the
+reference, because the device that runs the file may have neither images nor labels.
 
 --max-drop POINTS bounds the loss of top-1 on the validation images of the reference, which calibration does not read.
 It measures how much each layer changes the logits if that layer alone is INT8, keeps as few of the worst layers in
-float as the bound needs, and prints these layers, the accuracy and the time. Status 2 and no file if that fails.
+float as the bound needs, and prints these layers, the accuracy and the time. If the bound cannot be kept, it writes no
+file and ends with status 2.
 """
 
 from __future__ import annotations
@@ -47,26 +48,28 @@ from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate
 
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
-BINS = {"entropy": 512, "percentile": 2048}  # of a histogram; the time of entropy grows with their square
-BATCH, BATCH_PIXELS = 16, 1 << 18  # calibration images whose activations are in memory at a time: five of 224 px
+BINS = {"entropy": 512, "percentile": 2048}  # bins of a histogram; the time of entropy grows with their square
+BATCH, BATCH_PIXELS = 16, 1 << 18  # most calibration images in a batch, and their pixels: five images of 224 px
 RANKING = 32  # calibration images on which each layer is tried alone
 MOST_SHOWN = 10  # layers that are printed
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a file is quantised; deploy.quantize has a flag for each."""
+    """Set how a file is quantised; deploy.quantize has a flag for each field."""
 
     target: str  # "cpu" or "tensorrt"
-    op_types: list[str] | None = None  # ONNX operators; None: all that can be, or CONTRACTIONS in a transformer
-    method: str = "minmax"  # of calibration: a key of METHODS
-    # 7 bits for weights, for x86 CPUs without VNNI; None: for the target "cpu", if this CPU is one of them
+    # ONNX operators to quantise; None: every operator that onnxruntime can quantise, or CONTRACTIONS in a network with
+    # a LayerNormalization
+    op_types: list[str] | None = None
+    method: str = "minmax"  # method of calibration: a key of METHODS
+    # True: 7-bit weights, for x86 CPUs without VNNI. None: True if the target is "cpu" and this CPU is one of these
     reduce_range: bool | None = None
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The top-1 of a float file and of an INT8 file on the same images, which were not used for calibration."""
+    """Compare the top-1 of a float file and of an INT8 file on the same images, which calibration does not use."""
 
     top1: float  # percent, of the float file
     quantised_top1: float
@@ -75,8 +78,8 @@ class Accuracy:
 
     @classmethod
     def of(cls, right: np.ndarray, quantised_right: np.ndarray) -> Accuracy:
-        """right, quantised_right: whether each image gets its label, from the float file and from the INT8 file."""
-        # At least one image counts as changed, because none among n does not show that none ever is.
+        """Return the accuracy. right, quantised_right: whether the float and INT8 files classify each image right."""
+        # At least one image counts as changed: if all n images keep their class, another image may still change.
         changed = max(1, int((right != quantised_right).sum()))
         error = 100 * math.sqrt(changed) / len(right)
         return cls(100 * float(right.mean()), 100 * float(quantised_right.mean()), error, len(right))
@@ -88,33 +91,33 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Bound:
-    """The points of top-1 that a file may lose, and the images to measure that on."""
+    """Set how many points of top-1 a file may lose, and the images that measure this loss."""
 
     max_drop: float
-    images: np.ndarray  # not those of the calibration
+    images: np.ndarray  # other images than those of the calibration
     labels: np.ndarray
-    methods: Sequence[str] = ("minmax",)  # of calibration, tried in this order until every layer may be in INT8
+    methods: Sequence[str] = ("minmax",)  # methods of calibration, tried in this order until every layer may be INT8
 
     def accuracy(self, file: Path, right: np.ndarray) -> Accuracy:
-        """Measure a file; right: whether the fp32 file gives each image its label."""
+        """Return the accuracy of a file. right: whether the fp32 file classifies each image right."""
         return Accuracy.of(right, run_all(file, self.images).argmax(1) == self.labels)
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """What --max-drop found: the accuracy with every layer in INT8 and with some in float, and the layers' costs."""
+    """Hold the results of --max-drop."""
 
-    everything: Accuracy
-    kept: Accuracy
+    everything: Accuracy  # with every layer in INT8
+    kept: Accuracy  # of the written file, with the layers `left_float` in float
     left_float: list[str]
     layers: int
     costs: dict[str, float]  # layer -> percent by which the logits change if it alone is INT8, worst first
-    times: list[dict[str, Any]]  # rows of deploy.benchmark: the fp32 file, every layer in INT8, the kept file
-    method: str  # of calibration
+    times: list[dict[str, Any]]  # rows of deploy.benchmark: the fp32 file, every layer in INT8, the written file
+    method: str  # method of calibration
 
 
 class OneBatch:
-    """The reader of onnxruntime's calibration, with one batch, so that it keeps the activations of one batch."""
+    """Give onnxruntime's calibration one batch of images, so that only the activations of one batch are in memory."""
 
     def __init__(self, images: np.ndarray, metadata: Metadata) -> None:
         self.rest = [{INPUT_NAME: as_input(images, metadata)}]
@@ -124,10 +127,10 @@ class OneBatch:
 
 
 class Quantizer:
-    """An fp32 ONNX file that is calibrated once, and written in INT8 any number of times."""
+    """Calibrate an fp32 ONNX file once, and write it in INT8 any number of times."""
 
     def __init__(self, source: Path, images: np.ndarray, metadata: Metadata, recipe: Recipe) -> None:
-        """Prepare and calibrate the file; UserError if onnxruntime cannot.
+        """Prepare and calibrate the file; raise UserError if onnxruntime cannot.
 
         images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
         """
@@ -151,8 +154,8 @@ class Quantizer:
     def write(self, file: Path, left_float: Sequence[str] = (), only: Sequence[str] = (), about: Any = None) -> None:
         """Write the file in INT8.
 
-        left_float: names of layers that stay in float; only: layers that alone are quantised, default all
-        about: further values for the metadata's `calibration`
+        left_float: names of layers that stay in float; only: names of the layers to quantise, default all
+        about: more values for the metadata's `calibration`
         """
         library = need("onnxruntime.quantization", "pip install onnxruntime onnx")
         registry = need("onnxruntime.quantization.registry", "")
@@ -180,7 +183,8 @@ class Quantizer:
             quantizer.model.topological_sort()
             model = quantizer.model.model
         if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-            raise UserError(f"{self.source} has no {' or '.join(self.op_types or [])} to quantise: see --op-types")
+            wanted = " or ".join(self.op_types or ["Conv", "Gemm", "another one that onnxruntime can quantise"])
+            raise UserError(f"{self.source} has no operator to quantise: expected {wanted}; see --op-types")
         calibration = dataclasses.asdict(self.recipe) | {"images": self.images, "op_types": self.op_types}
         calibration |= about or {}
         precision = f"int8-{self.recipe.target}"
@@ -190,10 +194,10 @@ class Quantizer:
 def calibrate(
     prepared: Path, images: np.ndarray, metadata: Metadata, method: str, op_types: list[str] | None
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the lowest and the highest value of each activation that INT8 has to hold, from the calibration images.
+    """Return the range of values of each activation that INT8 has to represent, from the calibration images.
 
-    One batch of activations is in memory at a time. onnxruntime's histograms start with the first batch's range and
-    grow with every later one, without a limit, so they get the range of all images here, from a first pass.
+    The activations of one batch are in memory at a time. A histogram of onnxruntime starts with the range of the first
+    batch and grows with each later batch, without a limit; so a first pass here gives it the range of all images.
     """
     library = need("onnxruntime.quantization.calibrate", "")
     size = max(1, min(BATCH, BATCH_PIXELS // math.prod(images.shape[1:3])))
@@ -225,7 +229,7 @@ def calibrate(
 
 @contextlib.contextmanager
 def explained(source: Path) -> Iterator[None]:
-    """Turn an error of onnx or onnxruntime, which have dozens, into UserError."""
+    """Turn an error of onnx or onnxruntime, which have dozens of exception classes, into UserError."""
     try:
         yield
     except (UserError, OSError):
@@ -236,7 +240,7 @@ def explained(source: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_library() -> Iterator[None]:
-    """Hide the remarks that onnxruntime's quantiser prints and logs for people who call it by hand."""
+    """Hide the remarks that onnxruntime's quantiser prints and logs."""
     logger = logging.getLogger()
     level = logger.level
     try:
@@ -273,8 +277,8 @@ def preprocessing_nodes(model: Any) -> list[str]:
 def attention_products(model: Any) -> list[str]:
     """Return the MatMuls of two activations, which stay float.
 
-    ONNX Runtime 1.31 computes them wrongly with uint8 activations: quantised, DeiT-Tiny with random weights kept its
-    class on 9 % of images, with them in float on 94 %.
+    ONNX Runtime 1.31 computes them wrongly with uint8 activations. An INT8 DeiT-Tiny with random weights gives the fp32
+    class on 9 % of the images if they are quantised, and on 94 % if they stay float.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     return [n.name for n in model.graph.node if n.op_type == "MatMul" and not constants.intersection(n.input)]
@@ -283,8 +287,8 @@ def attention_products(model: Any) -> list[str]:
 def layers_of(model: Any, excluded: Sequence[str], op_types: list[str] | None) -> dict[str, list[str]]:
     """Return the nodes of each layer: a convolution or a product by a weight, and all nodes after it up to the next.
 
-    A node after several layers belongs to the last of them. Names are those of the weights, where they have any.
-    Layers without a node of the op_types, which are not quantised, are left out.
+    A node after several layers belongs to the last of them. A layer has the name of its weights, or of its node if the
+    weights have no name. The result has no layers without a node of the op_types, because they are not quantised.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     readers: dict[str, list[Any]] = {}
@@ -319,10 +323,10 @@ def find_bounded(
 ) -> Bounded:
     """Write `file` with as few of the worst layers in float as the bound needs.
 
-    The number of layers is doubled until the bound holds, and then the smallest such number is found by halves: a
-    network of 80 layers needs 80 trials of one layer on 32 images and at most 14 of whole files.
+    The search doubles the number of float layers until the bound holds, and then finds the smallest such number by
+    bisection. A network of 80 layers needs 80 trials of one layer on 32 images, and at most 14 trials of whole files.
 
-    source: the fp32 file; images: for calibration, on which the layers are ranked as well; file: of the result
+    source: the fp32 file; images: for calibration and for the ranking of the layers; file: the path of the result
     """
     right = run_all(source, bound.images).argmax(1) == bound.labels
     every_layer, trial = file.with_name(f"every-layer-{file.name}"), file.with_name("trial.onnx")
@@ -354,7 +358,7 @@ def leave_float(
 ) -> tuple[Accuracy, list[str]]:
     """Return the accuracy with the fewest layers in float that keep the bound, and these layers.
 
-    right: whether the fp32 file gives each image of the bound its label; trial: a file to write
+    right: whether the fp32 file classifies each image of the bound right; trial: a path for temporary files
     """
     total, least = len(worst_first), math.inf
     low, high, kept = 0, 0, None  # `low` layers in float are too few; `high` are enough, once `kept` has their accuracy
@@ -380,9 +384,9 @@ def run_all(file: Path, images: np.ndarray) -> np.ndarray:
 
 
 def rank_layers(quantizer: Quantizer, expected: np.ndarray, images: np.ndarray, trial: Path) -> dict[str, float]:
-    """Return by how many percent the logits change if a layer alone is in INT8, the worst layer first.
+    """Return by how many percent the logits change if one layer alone is in INT8, for each layer, the worst first.
 
-    expected: the fp32 file's logits of RANKING of the images; trial: a file to write
+    expected: the fp32 file's logits of RANKING of the images; trial: a path for temporary files
     """
     images = images[evenly(len(images), RANKING)]
     size = max(float(np.square(expected - expected.mean(0)).mean()), float(np.finfo(np.float32).tiny))
@@ -394,7 +398,7 @@ def rank_layers(quantizer: Quantizer, expected: np.ndarray, images: np.ndarray, 
 
 
 def describe(bounded: Bounded, max_drop: float) -> list[str]:
-    """Return the report of --max-drop: two tables and what follows from them."""
+    """Return the report of --max-drop: two tables and a summary."""
     everything, kept, left_float, lines = bounded.everything, bounded.kept, bounded.left_float, []
     if bounded.costs:
         shown = list(bounded.costs.items())[: max(MOST_SHOWN, min(len(left_float) + 3, 2 * MOST_SHOWN))]
@@ -430,10 +434,11 @@ def quantize_student(
 
     images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
     output: folder of the file; default: the ONNX file's own
-    bound: the loss of top-1 that is allowed; default: none is measured
+    bound: the largest loss of top-1; default: no limit, and the loss is not measured
 
     Returns:
-        The file, the percentage of images that keep their class, and the measurements of the bound, if any.
+        The new file, the percentage of images to which both files give the same class, and the results of the bound or
+        None.
     """
     need("onnx", "pip install onnx")
     need("onnxruntime", "pip install onnxruntime").set_default_logger_severity(3)
@@ -456,7 +461,7 @@ def quantize_student(
         if agreement < 50:
             found = f"it gives the fp32 file's class on {agreement:.1f} % of the calibration images"
             advice = "try --max-drop, --method percentile, --op-types Conv Gemm or a reference of more images"
-            raise UserError(f"{file.name} was not kept: {found}; {advice}")
+            raise UserError(f"{file.name} is not stored: {found}, expected at least 50 %; {advice}")
     return file, agreement, bounded
 
 
@@ -471,12 +476,13 @@ def get_parser() -> Parser:
     add("--onnx", type=Path, help="the fp32 file to start from (default: student.onnx in the folder)")
     add("--count", type=number(int, 1), metavar="N", help="training images, evenly spaced (default: all)")
     methods = (
-        "of calibration (default: minmax; with --max-drop the first of minmax, percentile, entropy that needs no float)"
+        "method of calibration (default: minmax; with --max-drop the first of minmax, percentile and entropy with "
+        "which every layer can be INT8, or else the best)"
     )
     add("--method", choices=sorted(METHODS), help=methods)
     add("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")
     saturating = "x86 CPUs without VNNI, whose 8-bit products saturate"
-    default = "(default: with --target cpu, if this CPU is one of them)"
+    default = "(default: if --target is cpu and this CPU is one of these)"
     add("--reduce-range", action=argparse.BooleanOptionalAction, help=f"7-bit weights, for {saturating} {default}")
     add("--output", type=Path, help="folder of the file (default: that of the ONNX file)")
     return parser
@@ -496,8 +502,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--count {args.count}, but the reference has {len(images)}: train.py --reference N keeps N")
     images = images[evenly(len(images), args.count or len(images))]
     if args.reduce_range is None and products_saturate():
-        what = "7-bit weights" if args.target == "cpu" else "the agreement below would be higher on a GPU"
-        log(f"this CPU has no VNNI, and its 8-bit products saturate: {what}")
+        what = "the weights get 7 bits" if args.target == "cpu" else "the agreement below would be higher on a GPU"
+        log(f"the 8-bit products of this CPU saturate (x86 without VNNI): {what}")
     recipe = Recipe(args.target, args.op_types, args.method or "minmax", args.reduce_range)
     bound = None
     if args.max_drop is not None:
@@ -507,8 +513,8 @@ def run(args: argparse.Namespace) -> None:
     log(fit_file(file, reference.images, reference.labels))
     size = f"{file}  {file.stat().st_size / 1e6:.1f} MB"
     if bound is None or bounded is None:
-        same = f"the class of the fp32 file on {agreement:.1f} % of {len(images)} calibration images"
-        show(f"{size}, {same}; python -m deploy.check {student} compares on validation images")
+        same = f"same class as the fp32 file on {agreement:.1f} % of {len(images)} calibration images"
+        show(f"{size}, {same}; python -m deploy.check {student} compares them on validation images")
         return
     layers = list(bounded.left_float[:MOST_SHOWN])
     more = [f"and {len(bounded.left_float) - MOST_SHOWN} more"] if len(bounded.left_float) > MOST_SHOWN else []

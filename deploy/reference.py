@@ -1,7 +1,7 @@
-"""reference.npz: prepared images of a run with the student's own logits, so that a device needs no data set.
+"""Write and read reference.npz: prepared images and the student's own logits, so that a device needs no data set.
 
-train.py writes it into the run directory next to student/, not in it, because it holds training images. check compares
-with its logits, quantize calibrates on its training images, benchmark times its validation images.
+train.py writes the file into the run directory, and not into student/, because it contains training images. check
+compares with its logits, quantize calibrates on its training images, benchmark times its validation images.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ NAME = "reference.npz"
 
 
 class Reference(NamedTuple):
-    """The arrays of the file, under these names."""
+    """Hold the arrays of the file, which have these names."""
 
     images: np.ndarray  # validation images, evenly spaced and prepared: uint8 (N, H, W, C)
-    labels: np.ndarray  # their class indices: int64 (N,)
-    logits: np.ndarray  # the student's own in full precision: float32 (N, C)
+    labels: np.ndarray  # class indices of the images: int64 (N,)
+    logits: np.ndarray  # logits of the student in full precision: float32 (N, C)
     train_images: np.ndarray  # training images, evenly spaced and prepared as for evaluation: uint8 (M, H, W, C)
-    weights_sha256: np.ndarray  # of the weights that computed the logits: a string
+    weights_sha256: np.ndarray  # digest of the weights that computed the logits: a string
 
     @property
     def digest(self) -> str:
         return str(self.weights_sha256.item())
 
     def some(self, count: int | None) -> Reference:
-        """Return a reference with `count` of the validation images, evenly spaced, or with all for None."""
+        """Return a reference with `count` of the validation images, evenly spaced; None: with all."""
         if count is None or count >= len(self.images):
             return self
         picked = evenly(len(self.images), count)
@@ -49,9 +49,9 @@ def evenly(total: int, count: int) -> list[int]:
 
 
 def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Sequence[str] = ()) -> str:
-    """Write a run's reference.npz: `count` images of each set and the logits of its student/, computed by torch.
+    """Write a run's reference.npz: `count` validation and training images, and the logits of student/ by torch.
 
-    val, train: sequences of (PIL image, class index); unreadable images are left out
+    val, train: sequences of (PIL image, class index); unreadable images are skipped
 
     Returns:
         A line for the user that describes the file.
@@ -60,7 +60,7 @@ def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Seq
     images, labels = prepare_some(val, count, student.metadata)
     train_images, _ = prepare_some(train, count, student.metadata)
     if not len(images):
-        return f"no {NAME}: none of the validation images drawn for it could be read"
+        return f"no {NAME}: its validation images are all unreadable"
     logits = student.run_in_parts(images, 32)
     digest = np.array(student.metadata.source["weights_sha256"])
     buffer = io.BytesIO()
@@ -90,7 +90,7 @@ def find_reference(student: Path, given: Path | None) -> Path | None:
 
 
 def read_reference(student: Path, given: Path | None, otherwise: str) -> Reference:
-    """Return the reference of a student/ folder; UserError if it is missing, damaged, or of another student.
+    """Return the reference of a student/ folder; raise UserError if it is missing, damaged, or of another student.
 
     given: the file that --reference names; otherwise: the advice if there is no reference
     """
@@ -100,14 +100,14 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
     try:
         with np.load(file, allow_pickle=False) as arrays:
             reference = Reference(**{name: np.atleast_1d(arrays[name]) for name in Reference._fields})
-    except Exception as error:  # numpy and zipfile have a dozen
+    except Exception as error:  # numpy and zipfile have a dozen exception classes
         raise UserError(f"{file} cannot be read: {first_line(error)}") from error
     config = read_config(student)
     count, image = len(reference.images), config.image_shape
     found = [reference.images.shape, reference.train_images.shape[1:], reference.labels.shape, reference.logits.shape]
     expected = [(count, *image), image, (count,), (count, len(config.label_names))]
     if found != expected or not count:
-        raise UserError(f"{file} is of another student than {student}: its arrays are {found} and not {expected}")
+        raise UserError(f"{file} is of another student than {student}: its arrays are {found}, expected {expected}")
     images, labels, logits, train_images, digest = reference
     indices = labels.dtype.kind in "iu" and ((labels >= 0) & (labels < len(config.label_names))).all()
     numbers = logits.dtype.kind == "f" and np.isfinite(logits).all()

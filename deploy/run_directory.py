@@ -1,4 +1,4 @@
-"""A run directory: train.py claims, describes and fills it, the commands of deploy/ read it. Needs no torch.
+"""Make and read a run directory: train.py makes, describes and fills it; the commands of deploy/ read it.
 
 runs/001-mobilenet_v2-uskd/   args.json  metrics.csv  curves.png  log.txt  last.pt  previous.pt  best.pt
                               reference.npz  student/
@@ -31,9 +31,9 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def claim(output: str | None, model: str, method: str, resume: bool = False) -> Path:
-    """Return the directory of a run: output, or the next number under runs/, which no other run gets.
+    """Return the directory of a run: output, or a new one under runs/ with the next number.
 
-    UserError if output holds a run and resume is not set, or if the directory cannot be made.
+    Raise UserError if output has a run already and resume is not set, or if the directory cannot be made.
     """
     try:
         if not output:
@@ -48,7 +48,7 @@ def claim(output: str | None, model: str, method: str, resume: bool = False) -> 
 
 
 def claim_number(runs: Path, model: str, method: str) -> Path:
-    """Make runs/NNN-model-method; of several runs that start together each gets its own number."""
+    """Make runs/NNN-model-method; runs that start at the same time get different numbers."""
     if os.path.isdir(model):
         parts = Path(model).resolve().parts
         model = parts[-2] if parts[-1] == "student" else parts[-1]
@@ -69,7 +69,7 @@ def claim_number(runs: Path, model: str, method: str) -> Path:
 
 
 def open_in_run(path: Path, mode: str) -> IO[str]:
-    """Open a text file of a run directory, which may come from elsewhere; UserError for a link, a pipe or a device."""
+    """Open a text file of a run directory, which may come from elsewhere; raise UserError for a link or a pipe."""
     try:
         file = open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_no_link)  # noqa: SIM115
     except OSError as error:
@@ -87,9 +87,9 @@ def open_no_link(path: str, flags: int) -> int:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run directory for one run at a time; UserError with the host and process of another run that holds it.
+    """Lock a run directory for one run; raise UserError, with host and process, if another run has the lock.
 
-    The kernel releases the directory when a run is killed.
+    The kernel releases the lock when a run is killed.
     """
     with open_in_run(folder / ".lock", "a+") as file:
         try:
@@ -107,7 +107,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def describe(flags: dict[str, Any], given: dict[str, Any], device: str, processes: int) -> str:
-    """Return args.json: the value of every flag, the flags that a resume takes over, versions and hardware."""
+    """Return the text of args.json: the value of every flag, the flags that a resume repeats, versions and hardware."""
     versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
     machine = {"device": device, "processes": processes, "cpu_cores": os.cpu_count(), "platform": platform.platform()}
     about = {"flags": flags, "given": given, "command": shlex.join(sys.argv)}
@@ -115,7 +115,7 @@ def describe(flags: dict[str, Any], given: dict[str, Any], device: str, processe
 
 
 def read_given(output: Path) -> dict[str, Any]:
-    """Return the flags that a run was started with, {} before a run; UserError if args.json is damaged or removed."""
+    """Return the flags of a run, or {} before it starts; raise UserError if args.json is damaged or removed."""
     file = output / "args.json"
     try:
         if not file.exists():
@@ -124,21 +124,21 @@ def read_given(output: Path) -> dict[str, Any]:
             return {}
         return dict(json.loads(file.read_bytes())["given"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"cannot read {file} to resume from: {error!r}") from error
+        raise UserError(f"cannot read {file}, which a resume needs: {error!r}; start a new run") from error
 
 
 # ---- validation images that a run split off -------------------------------------------------------------------------
 
 
 def write_split(file: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write the side of each image, train or val, as a CSV file. rows: (CLASS/FILE, side)."""
+    """Write a CSV file: whether each image is for training or validation. rows: (CLASS/FILE, "train" or "val")."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("file", "side"), *rows])
     write_whole(file, text.getvalue())
 
 
 def read_split(file: Path) -> dict[str, str] | None:
-    """Return the sides that write_split wrote, None if the file is missing; UserError if it is something else."""
+    """Return the rows that write_split wrote, or None if the file is missing; raise UserError if one is invalid."""
     if not file.exists():
         return None
     header, *rows = read_csv(file, "a run's split") or [[]]

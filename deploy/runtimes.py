@@ -1,12 +1,11 @@
-"""One interface to everything that runs a student: ONNX Runtime, TensorRT, torch, TorchScript, torch.export.
+"""Run a student through one interface, with ONNX Runtime, TensorRT, OpenVINO, ncnn, torch, TorchScript, torch.export.
 
     runtime = load(Path("runs/001-mobilenet_v2-uskd/student/student.onnx"))
-    runtime.provider                # what really runs it, such as CPUExecutionProvider
+    runtime.provider                # the backend that runs it, such as CPUExecutionProvider
     logits = runtime.run(images)    # uint8 (N, H, W, 3) -> float32 (N, C)
 
-Images are what deploy.preprocess.prepare makes of a photograph; each runtime normalises them, in its graph where the
-artefact has the normalisation there. A runtime's library is imported when a file needs it: an .onnx file
-needs no torch.
+The images come from deploy.preprocess.prepare. Each runtime normalises them: in its graph if the artefact's graph has
+the normalisation, else before it. A runtime's library is imported when a file needs it: an .onnx file needs no torch.
 """
 
 from __future__ import annotations
@@ -36,8 +35,9 @@ from deploy.onnx_tools import read_properties, refuse_external_data
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
 SIDECAR = (
-    "an ONNX file from elsewhere needs a {}.json next to it, with mean, std, label_names, input_size [3, height, "
-    f'width], interpolation, crop and input, which is "{UINT8}", or "{FLOAT}" for images normalised by mean and std'
+    "an ONNX file from elsewhere needs a {}.json next to it; its fields are mean, std, label_names, input_size [3, "
+    f'height, width], interpolation, crop and input. The value of input is "{UINT8}", or "{FLOAT}" if the images are '
+    "normalised by mean and std"
 )
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 TORCH_KINDS = ("", ".ts", ".pt2")  # "": a student/ folder
@@ -49,59 +49,62 @@ OPENVINO = "openvino"  # the device of RunOn that runs an .onnx file in OpenVINO
 
 @dataclass(frozen=True)
 class RunOn:
-    """Where and how a student is run."""
+    """Set where and how a student runs."""
 
-    device: str = (
-        "auto"  # "cpu", "cuda", "tensorrt" and OPENVINO (for .onnx), or "auto": a CUDA device if the runtime has one
-    )
+    # "cpu", "cuda", "tensorrt" and OPENVINO (for .onnx), or "auto": a CUDA device if the runtime has one
+    device: str = "auto"
     threads: int = 0  # CPU threads; 0: one for each CPU that this process may use
     allow_fallback: bool = False  # run on the CPU if the device is unavailable
     model_files: tuple[str, ...] = ()  # path/to/file.py:function of the user's own models
-    compile: bool = False  # a student/ folder through torch.compile
+    compile: bool = False  # run a student/ folder through torch.compile
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> RunOn:
-        """Return what the flags of deploy.cli.add_device ask for."""
+        """Return the RunOn of the flags that deploy.cli.add_device adds."""
         files = (args.model_file,) if args.model_file else ()
         return cls(args.device, args.threads, args.allow_fallback, files)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A student that is loaded and ready to run."""
+    """Hold a student that is loaded and ready to run."""
 
     name: str  # torch, torch.compile, torchscript, torch.export, onnxruntime, tensorrt, openvino, ncnn
-    provider: str  # what really runs it
+    provider: str  # the backend that runs it
     metadata: Metadata
     call: Callable[[np.ndarray], np.ndarray]  # see run()
-    max_batch: int | None = None  # of an engine's profile; None: any
+    max_batch: int | None = None  # the largest batch of an engine's profile; None: no limit
     file: str = ""
     load_s: float = 0.0
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3) -> float32 (N, C). Raise UserError unless there is one logit for each label."""
+        """Return the logits, float32 (N, C), of images, uint8 (N, H, W, 3).
+
+        Raise UserError unless there is one logit for each label.
+        """
         logits, labels = self.call(images), len(self.metadata.label_names)
         if logits.shape != (len(images), labels):
             found = f"logits of shape {list(logits.shape)} for {len(images)} images"
-            raise UserError(f"{self.file} has {labels} label_names and returns {found}")
+            expected = f"expected [{len(images)}, {labels}]: correct label_names"
+            raise UserError(f"{self.file} has {labels} label_names and returns {found}; {expected}")
         return logits
 
     def run_in_parts(self, images: np.ndarray, size: int) -> np.ndarray:
-        """Run all images in batches of at most `size`, and of at most the largest that the runtime takes."""
+        """Run all images in batches of at most `size` images, and of at most max_batch images."""
         size = min(size, self.max_batch or size)
         return np.concatenate([self.run(images[i : i + size]) for i in range(0, len(images), size)])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, 3) of an image."""
+        """Return the shape of an image, (H, W, 3)."""
         return self.metadata.image_shape
 
 
 def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     """Load a student/ folder, or a .ts, .pt2, .onnx, .engine or .ncnn.param file made from it.
 
-    A missing device, a runtime that is not installed, and a file that is damaged, foreign or for another machine are
-    each a UserError.
+    Raise UserError if the device is missing, if the runtime is not installed, or if the file is damaged, foreign or
+    made for another machine.
     """
     kind = "" if path.is_dir() else path.suffix or "without a suffix"
     exists = path.is_dir() or path.is_file()
@@ -109,18 +112,19 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
         what = "unknown kind of artefact" if exists else "no such file or folder"
         raise UserError(f"{path}: {what}; expected a student/ folder, or a .ts, .pt2, .onnx, .engine or .param file")
     if on.device == "tensorrt" and kind != ".onnx":
-        raise UserError(f"--device tensorrt is ONNX Runtime's TensorRT provider; {path.name} is not an .onnx file")
+        fault = f"is ONNX Runtime's TensorRT provider and needs an .onnx file, but {path.name} is not one"
+        raise UserError(f"--device tensorrt {fault}: use --device cuda")
     if kind in TORCH_KINDS:
-        needs = "an .onnx or .engine file runs without it" if kind else "on this machine give its .onnx or .engine file"
+        needs = "an .onnx or .engine file runs without them" if kind else "here give its .onnx or .engine file"
         need("torch", f"{path.name or path} needs torch, torchvision and timm; {needs}")
     started = time.perf_counter()
     named = "deploy.other_runtimes:load_openvino" if on.device == OPENVINO else LOADERS[kind]
     module, _, loader = named.partition(":")
     try:
         load_kind = getattr(importlib.import_module(module), loader)
-    except ImportError as error:  # torchvision or timm is missing, or this is the one file of deploy.pack
+    except ImportError as error:  # torchvision or timm is missing, or the .pyz of deploy.pack lacks the module
         raise UserError(f"{path} cannot be loaded here: {first_line(error)}") from error
-    # auto falls back to the CPU where an onnxruntime without CUDA meets a machine with it
+    # auto falls back to the CPU if the machine has CUDA, but its onnxruntime does not
     on = dataclasses.replace(on, allow_fallback=on.allow_fallback or on.device == "auto")
     return dataclasses.replace(load_kind(path, on), file=path.name, load_s=time.perf_counter() - started)
 
@@ -132,7 +136,7 @@ def usable_cpus() -> int:
 
 
 def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Return the CPUs' worth of time that the container's cgroup allows, or infinity without a quota."""
+    """Return the CPU quota of the container's cgroup as a number of CPUs, or infinity without a quota."""
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
@@ -153,7 +157,8 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
 
 
 def pick_device(device: str, has_cuda: bool, allow_fallback: bool) -> str:
-    """Return "cpu", "cuda" or "tensorrt": the device that was asked for, or the CPU if the fallback is allowed."""
+    """Return "cpu", "cuda" or "tensorrt": the requested device, or the CPU if the device is missing and fallback is
+    allowed."""
     if device == "auto":
         return "cuda" if has_cuda else "cpu"
     if device == "cpu" or has_cuda:
@@ -164,7 +169,7 @@ def pick_device(device: str, has_cuda: bool, allow_fallback: bool) -> str:
 
 
 def as_input(images: np.ndarray, metadata: Metadata) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> what the artefact takes: the same, or normalised float32 (N, 3, H, W)."""
+    """Return the artefact's input of images, uint8 (N, H, W, 3): the same array, or normalised float32 (N, 3, H, W)."""
     if metadata.input == UINT8:
         return images
     mean, std = np.array(metadata.mean, np.float32), np.array(metadata.std, np.float32)
@@ -192,15 +197,15 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
         ort.preload_dlls()  # finds CUDA and cuDNN in torch's wheels
     options = ort.SessionOptions()
     options.intra_op_num_threads = on.threads or usable_cpus()
-    # Without this threads wait for work by spinning, which takes CPU time from every other program.
+    # By default idle threads spin, which takes CPU time from every other program.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4  # an error is raised, or shows in get_providers()
+    options.log_severity_level = 4  # log nothing: onnxruntime raises its errors, or get_providers() shows them
     content = read_file(path)
     refuse_external_data(content, path)
     try:
-        fallback = int(on.allow_fallback and device != "cpu")  # onnxruntime's own, which prints what it does
+        fallback = int(on.allow_fallback and device != "cpu")  # of onnxruntime, which prints a line about it
         session = ort.InferenceSession(content, options, providers=[wanted], enable_fallback=fallback)
-    except Exception as error:  # onnxruntime has its own dozen
+    except Exception as error:  # onnxruntime has about a dozen exception classes of its own
         raise UserError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error
     provider = session.get_providers()[0]
     if provider != wanted and not on.allow_fallback:
@@ -230,7 +235,7 @@ def onnx_metadata(session: Any, path: Path) -> Metadata:
 
 
 def check_graph(session: Any, metadata: Metadata, where: str) -> None:
-    """Raise UserError unless the graph's input and output are what the metadata describes."""
+    """Raise UserError unless the graph's input and output fit the metadata."""
     images, logits = session.get_inputs(), session.get_outputs()
     shape, (inputs, outputs) = metadata.tensor_shape, tensor_names(metadata)
     wanted = f"tensor({'uint8' if metadata.input == UINT8 else 'float'})"
@@ -242,7 +247,8 @@ def check_graph(session: Any, metadata: Metadata, where: str) -> None:
     classes = len(metadata.label_names)
     found = next((list(one.shape) for one in logits if one.name == outputs), None)
     if found is None or len(found) != 2 or (isinstance(found[1], int) and found[1] != classes):
-        raise UserError(f"{where} has {classes} label_names; the graph answers {outputs}: {found}")
+        fault = "the graph has no such output" if found is None else f"its shape is {found}"
+        raise UserError(f"{where} has {classes} label_names; expected an output {outputs!r}, [N, {classes}]; {fault}")
 
 
 def tensor_names(metadata: Metadata) -> tuple[str, str]:
@@ -275,7 +281,7 @@ def cuda_device_name() -> str | None:
 
 
 def products_saturate() -> bool:
-    """Return whether this CPU adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI."""
+    """Return True on x86 without VNNI, where the CPU adds pairs of 8-bit products in 16 bits and the sums saturate."""
     try:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -295,8 +301,11 @@ def probabilities(logits: np.ndarray, metadata: Metadata) -> np.ndarray:
 
 
 def is_answered(probability: Any, metadata: Metadata) -> Any:
-    """Return whether a largest probability, or each of an array, reaches the threshold; else it is "none of these"."""
-    return probability >= (metadata.threshold or 0.0)  # a NaN does not
+    """Return whether the largest probability of an image reaches the threshold; if not, it is "none of these".
+
+    probability: a number, or an array with one for each image
+    """
+    return probability >= (metadata.threshold or 0.0)  # False for a NaN
 
 
 def top_labels(logits: np.ndarray, metadata: Metadata, count: int = 5) -> list[tuple[str, float, int]]:

@@ -4,10 +4,10 @@
     curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
     curl http://127.0.0.1:8000/v2/models/student
 
-GET / is a page to drop an image on. POST /v2/models/NAME/infer takes images as uint8 (N, H, W, 3), resized and cropped,
-as JSON or as binary tensors. POST /predict takes an image file, or a form with one, and prepares it as in training.
-/metrics is for Prometheus. An overloaded server responds 503 with Retry-After, to a body that is too large 413, and to
-any other mistake in a request 4xx with {"error": ...}.
+GET / returns a page to drop an image on. POST /v2/models/NAME/infer takes images, uint8 (N, H, W, 3), resized and
+cropped, as JSON or as binary tensors. POST /predict takes an image file, or a form with one, and prepares it as in
+training. /metrics is for Prometheus. An overloaded server responds 503 with Retry-After. The response to a body that is
+too large is 413, and to any other mistake in a request 4xx with {"error": ...}.
 
 SIGTERM drains: readiness becomes 503, the server answers the requests that have begun, and ends within 20 seconds.
 SIGHUP loads the file again, and keeps the old one if the new one does not run. On an address that other machines reach,
@@ -87,20 +87,20 @@ def get_parser() -> Parser:
     parser = make_parser(__doc__, "serve")
     add = parser.add_argument
     add("artefact", type=Path, help="a student/ folder, or a .ts, .pt2, .onnx or .engine file of it")
-    add("--name", default="student", help="of the model in the protocol's paths (default: %(default)s)")
+    add("--name", default="student", help="name of the model in the protocol's paths (default: %(default)s)")
     add("--host", default="127.0.0.1", help="0.0.0.0 for every interface (default: %(default)s)")
-    add("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
+    add("--port", type=int, default=8000, help="port; 0: any free port (default: %(default)s)")
     add("--unix-socket", type=Path, metavar="PATH", help="listen on a unix socket instead of a port")
-    add("--token-file", type=Path, metavar="FILE", help=f"the token that clients must send, else that of {TOKEN}")
+    add("--token-file", type=Path, metavar="FILE", help=f"file of the token that clients must send (default: {TOKEN})")
     add("--no-token", action="store_true", help="serve on an open --host without a token")
     for flag, kind, value, text in (
         ("--max-batch", number(int, 1, 2**16), default.max_batch, "images in one call of the runtime"),
         ("--max-delay", number(float, 0, 60_000), default.max_delay_ms, "milliseconds to wait for other requests"),
         ("--queue", number(int, 1, 2**20), default.queue, "images that wait or run; a request for more gets 503"),
-        ("--formats", read_formats, ",".join(default.formats).lower(), "of the photographs that /predict reads"),
+        ("--formats", read_formats, ",".join(default.formats).lower(), "formats of photographs that /predict reads"),
         ("--body-limit", number(float, 0, 2**12, above=True), default.body_mib, "MiB of a body; a larger one gets 413"),
-        ("--connections", number(int, 1, 2**16), default.connections, "open at the same time"),
-        ("--drain", number(float, 0, 10), default.drain_s, "seconds from SIGTERM, when readiness is 503, to the end"),
+        ("--connections", number(int, 1, 2**16), default.connections, "open connections"),
+        ("--drain", number(float, 0, 10), default.drain_s, "seconds from SIGTERM (readiness is 503) until the end"),
     ):
         add(flag, type=kind, default=value, help=f"{text} (default: %(default)s)")
     add("--log", choices=["json"], help="print a line for each request on stdout")
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     if args.queue < args.max_batch:
         raise UserError(f"--queue {args.queue} must be at least --max-batch, {args.max_batch}")
     if not args.name or "/" in args.name:
-        raise UserError(f"--name {args.name!r} must be a part of a path")
+        raise UserError(f"--name {args.name!r}: expected a name without /")
     token, thread = read_token(args), start_log(as_json=args.log == "json")
     try:
         serve_file(args, token)
@@ -142,12 +142,12 @@ def serve_file(args: argparse.Namespace, token: str | None) -> None:
         began = functools.partial(begin, server, reloader, message)
         serve(make_process(make_app(server, token), server, began), listener)
     finally:
-        if bound and bound == identity(args.unix_socket):  # else another server listens there by now
+        if bound and bound == identity(args.unix_socket):  # otherwise another server listens on this path
             args.unix_socket.unlink()
 
 
 def identity(path: Path | None) -> tuple[int, ...]:
-    """Return what differs between two files that have the same name one after the other."""
+    """Return device, inode and time of a file: they show whether another file has replaced it."""
     try:
         found = os.stat(path or "")
     except OSError:

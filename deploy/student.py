@@ -1,9 +1,9 @@
-"""Find, build and load the model of a student/ folder. Needs torch, torchvision and timm.
+"""Find, build and load the model of a student/ folder, with torch, torchvision and timm.
 
     model, metadata = load_student(Path("runs/001-mobilenet_v2-uskd/student"))
 
-config.json holds all that is needed to use the weights in model.safetensors: the architecture, the names of the
-classes, the size and the preprocessing of an image.
+config.json describes how to use the weights in model.safetensors: architecture, class names, image size and
+preprocessing.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from deploy.config import Metadata, check_arguments, read_config
 def find_architecture(
     name: str, arguments: Sequence[str] = (), small_stem: bool = False, input_size: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Return the fields of config.json that build a model again: library, architecture, model_args, small_stem.
+    """Return the fields of config.json that describe a model: library, architecture, model_args, small_stem.
 
     name: a model of torchvision or timm, or path/to/file.py:function; arguments: "KEY=VALUE" each, for the model
-    input_size: (channels, H, W), for models that take it when they are built
+    input_size: (channels, H, W), for models whose constructor needs it
     """
     if is_code(name):
         library, name = "file", Path(name).name  # the folder of the file is private
@@ -73,7 +73,7 @@ def find_architecture(
 
 
 def size_arguments(architecture: dict[str, Any], input_size: Sequence[int]) -> dict[str, Any]:
-    """Return the model's arguments, with the size of its images if it needs it, and so that it returns a tensor."""
+    """Return the model's arguments, with the image size if it needs one, and without extra outputs."""
     library, name = architecture["library"], architecture["architecture"]
     channels, height, width = input_size
     side = height if height == width else [height, width]
@@ -98,7 +98,7 @@ def is_torchvisions(name: str) -> bool:
 
 
 def pick_model_file(name: str, model_files: Sequence[str]) -> str:
-    """Return the --model-file of an architecture called file.py:function; only code that the user names is run."""
+    """Return the --model-file of an architecture file.py:function; raise UserError if the user names no such file."""
     for model_file in model_files:
         if not is_code(model_file):
             raise UserError(f"--model-file takes path/to/file.py:function, got {model_file}")
@@ -114,7 +114,7 @@ def build_model(
 ) -> nn.Module:
     """Build the model that find_architecture or a config.json describes, with random weights.
 
-    input_size: (channels, H, W), or the side of square colour images; model_files: those that may be run
+    input_size: (channels, H, W), or the side of square colour images; model_files: files that may run
     """
     library, name = architecture["library"], architecture["architecture"]
     known = {"torchvision": is_torchvisions, "timm": timm.is_model}
@@ -139,7 +139,7 @@ def build_model(
             model = timm.create_model(name, num_classes=num_classes, **options)
     except UserError:
         raise
-    except Exception as error:  # by the arguments of a config.json, which may be any
+    except Exception as error:  # the arguments of a config.json can raise any exception
         size = f"{height} px" if height == width else f"{height}x{width} px"
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"cannot build {name} for {num_classes} classes at {size}: {reason}") from error
@@ -179,7 +179,7 @@ def own_function(name: str) -> Callable[..., Any]:
 
 
 def call_own(function: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
-    """Call a function of the user's file; UserError with the file's line if it fails."""
+    """Call a function of the user's file; raise UserError with the line in the file if it fails."""
     try:
         return function(*args, **options)
     except UserError:
@@ -194,7 +194,7 @@ def call_own(function: Callable[..., Any], name: str, *args: Any, **options: Any
 def shrink_stem(model: nn.Module) -> None:
     """Give the model the usual stem for images of up to 64 px: a first 3x3 convolution of stride 1, no max-pool."""
     for name, conv in convolutions(model)[:1]:
-        if conv.stride[0] > 1 and conv.kernel_size != conv.stride:  # else it is small already, or cuts patches
+        if conv.stride[0] > 1 and conv.kernel_size != conv.stride:  # else the stem is small already, or cuts patches
             stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
             nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
             model.set_submodule(name, stem)
@@ -206,7 +206,8 @@ def shrink_stem(model: nn.Module) -> None:
 def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Module, Metadata]:
     """Load the model and the config.json of a student/ folder, or of the run directory that holds it.
 
-    The folder may come from other people: no code in it is run, and no size in it is built before it is compared.
+    The folder may come from other people. So no code in it runs, and the shapes of a model are compared with the file
+    before the model takes memory.
     """
     folder = student_folder(folder)
     metadata = read_config(folder)
@@ -236,9 +237,9 @@ def write_random(
 ) -> None:
     """Write a student/ folder with random weights, to measure the speed of a network that is not trained yet.
 
-    Batch norms are set on noise, because otherwise logits of some networks are 1e-9 and every comparison passes.
+    Noise sets the statistics of the batch norms; else some networks have logits of 1e-9, and every comparison passes.
 
-    architecture: of find_architecture; model_file: runs if the architecture is the user's own model
+    architecture: as find_architecture returns it; model_file: file.py:function, run only for the user's own model
     """
     torch.manual_seed(0)
     model = build_model(architecture, num_classes, input_size, [model_file])
@@ -255,9 +256,9 @@ def write_random(
 
 
 def published_top1(architecture: dict[str, Any]) -> tuple[float, int] | None:
-    """Return ImageNet's top-1 of torchvision's newest weights of a network, in percent, and the side of their images.
+    """Return the ImageNet top-1 of torchvision's newest weights of a network, in percent, and the side of its images.
 
-    None for timm's networks and for the user's own: timm's package has no table of results.
+    Return None for timm's networks, because timm's package has no table of results, and for the user's own.
     """
     if architecture["library"] != "torchvision":
         return None
@@ -266,13 +267,13 @@ def published_top1(architecture: dict[str, Any]) -> tuple[float, int] | None:
 
 
 class ParameterLimit:
-    """Stops the building of a model with many more parameters than its file has, in a `with` block.
+    """Stop, in a `with` block, the construction of a model with many more parameters than its file has.
 
-    It is a hook of torch that runs before a parameter is initialised, which is when its memory is first used.
+    The hook runs before a parameter is initialised, so before its memory is used.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        # twice: some libraries replace layers that they have built
+        # twice the number: some libraries build layers and then replace them
         self.tensors, self.elements = 2 * len(shapes) + 1000, 2 * sum(map(math.prod, shapes.values())) + 10**7
 
     def __enter__(self) -> None:
@@ -285,13 +286,13 @@ class ParameterLimit:
         if parameter is not None:
             self.tensors, self.elements = self.tensors - 1, self.elements - parameter.numel()
         if self.tensors < 0 or self.elements < 0:
-            raise UserError("its config.json describes a far larger model than model.safetensors holds")
+            raise UserError("its config.json describes a far larger model than model.safetensors: they do not fit")
 
 
 def build_bounded(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], where: str) -> nn.Module:
     """Build the model of a config.json, which may describe any size, such as a million layers.
 
-    It is built without memory first and compared with the shapes in the file of weights.
+    It is first built without memory (on torch's meta device), and its shapes are compared with those of the weights.
     """
     fields = metadata.to_json(), metadata.num_classes, metadata.input_size
     try:
@@ -306,7 +307,7 @@ def build_bounded(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], whe
 
 
 def compare_shapes(name: str, own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raise UserError, with the first three differences, unless the shapes are those of the model's tensors."""
+    """Raise UserError, with the first three differences, unless the shapes fit the model's tensors."""
     differing = [f"{key} is missing" for key in own if key not in shapes]
     differing += [f"{key} is unknown" for key in shapes if key not in own]
     expected = {key: tuple(value.shape) for key, value in own.items() if key in shapes and not is_lazy(value)}
@@ -316,9 +317,9 @@ def compare_shapes(name: str, own: Mapping[str, Tensor], shapes: Mapping[str, tu
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Load a state_dict, with a UserError on what differs."""
+    """Load a state_dict; raise UserError, with the differences, if it does not fit."""
     versioned = OrderedDict(weights)
-    # A file of tensors has no versions of the modules' layouts, without which MNASNet refuses its own weights.
+    # A file of tensors lacks the versions of the modules' layouts, and MNASNet rejects weights without a version.
     versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     try:
         model.load_state_dict(versioned)
@@ -331,7 +332,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> No
 def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int, batch: int = 1) -> None:
     """Run a blank batch through the model, in its present mode, and raise UserError unless it returns logits.
 
-    Lazy layers get their shapes here. The running statistics are restored.
+    The run gives lazy layers their shapes. The running statistics are restored after it.
     """
     kept = {key: value.clone() for key, value in model.named_buffers() if not is_lazy(value)}
     try:
@@ -347,4 +348,4 @@ def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int
     if shape != (batch, num_classes):
         raise UserError(f"{name} must return logits of shape (N, {num_classes}), got {shape} for N = {batch}")
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
-        raise UserError(f"{name} returns probabilities, whose sum is 1: take its last softmax out: logits are needed")
+        raise UserError(f"{name} returns probabilities, whose sum is 1; expected logits: remove its last softmax")

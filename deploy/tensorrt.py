@@ -1,6 +1,6 @@
-"""TensorRT: build engines from ONNX files and run them, without torch.
+"""Build TensorRT engines from ONNX files and run them, without torch.
 
-CUDA is called through ctypes (see Cuda and Engine), so that a Jetson needs no package besides JetPack's. This module is
+This module calls CUDA through ctypes (see Cuda and Engine), so that a Jetson needs only the packages of JetPack. It is
 imported when a file or a command needs TensorRT.
 """
 
@@ -51,7 +51,7 @@ INTEGRATED, CAN_MAP = 18, 19  # cudaDevAttrIntegrated, cudaDevAttrCanMapHostMemo
 
 
 class Cuda:
-    """The functions of CUDA's runtime library that an engine needs; a call that fails raises RuntimeError."""
+    """Call the functions of CUDA's runtime library that an engine needs; raise RuntimeError if a call fails."""
 
     def __init__(self, library: Any) -> None:
         self.library = library
@@ -79,7 +79,7 @@ class Cuda:
 
 
 def load_cuda() -> Cuda:
-    """Load libcudart of the system (JetPack's), else of NVIDIA's wheels, which TensorRT's wheels require."""
+    """Load the system's libcudart (JetPack's), or else that of NVIDIA's wheels, a requirement of TensorRT's wheels."""
     names = [ctypes.util.find_library("cudart"), *(f"libcudart.so{end}" for end in ("", ".13", ".12", ".11.0"))]
     with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec("nvidia")
@@ -93,10 +93,10 @@ def load_cuda() -> Cuda:
 
 
 class Buffer:
-    """Memory for one tensor: an array on the host and a pointer on the device.
+    """Hold the memory of one tensor: an array on the host and a pointer on the device.
 
-    It is pinned host memory and a block of device memory. A GPU that shares the host's memory uses one mapped block,
-    which needs no copy.
+    The buffer has pinned host memory and a block of device memory. A GPU that shares the host's memory uses one mapped
+    block instead, without copies.
     """
 
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: Any, release: contextlib.ExitStack) -> None:
@@ -121,15 +121,15 @@ class Buffer:
 
 
 class Engine:
-    """A deserialised engine with its execution context, stream and buffers; close() frees them in the reverse order."""
+    """Run a deserialised engine, with its context, stream and buffers; close() frees them in the reverse order."""
 
     def __init__(self, engine: Any, cuda: Cuda, metadata: Metadata, max_batch: int, runtime: Any = None) -> None:
-        self.owners = runtime, engine  # TensorRT requires that they outlive the context
+        self.owners = runtime, engine  # TensorRT requires that both outlive the context
         self.metadata, self.max_batch, self.cuda = metadata, max_batch, cuda
-        with contextlib.ExitStack() as taken:  # frees what was taken if the next step fails
+        with contextlib.ExitStack() as taken:  # frees everything if a later step fails
             self.context = engine.create_execution_context()
             if self.context is None:
-                raise RuntimeError("TensorRT made no execution context: not enough GPU memory?")
+                raise RuntimeError("TensorRT cannot make an execution context; perhaps GPU memory is short")
             self.stream = cuda.new("cudaStreamCreate")
             taken.callback(cuda.call, "cudaStreamDestroy", self.stream)
             dtype = np.uint8 if metadata.input == UINT8 else np.float32
@@ -142,7 +142,7 @@ class Engine:
             self.close = weakref.finalize(self, taken.pop_all().close)
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3), N at most max_batch -> float32 (N, C)."""
+        """Return the logits, float32 (N, C), of images, uint8 (N, H, W, 3) with N at most max_batch."""
         count = len(images)
         if not self.close.alive:
             raise RuntimeError("the engine is closed")
@@ -163,18 +163,18 @@ class Engine:
 
 
 def load_engine(path: Path, on: RunOn) -> Runtime:
-    """Load an engine of deploy.build. It has not run on a GPU yet; the tests run it with their own libcudart."""
+    """Load an engine of deploy.build. This code has not run on a GPU yet; tests run it with their own libcudart."""
     metadata = read_engine_metadata(path)
     library, version, gpu, max_batch = (metadata.built[key] for key in ("library", "version", "gpu", "max_batch"))
     trt = import_tensorrt(library)
     again = f"build it again here, from {metadata.onnx}, with the command build"
     if trt.__version__ != version:
-        raise UserError(f"{path} was built by {library} {version}, here is {trt.__version__}: {again}")
+        raise UserError(f"{path} was built by {library} {version}, but this machine has {trt.__version__}: {again}")
     here = cuda_device_name()
     if on.device == "cpu" or here is None:
         raise UserError(f"{path}: a TensorRT engine needs a CUDA device; this machine has none")
     if gpu and gpu != here:
-        raise UserError(f"{path} was built for {gpu}, here is {here}: {again}")
+        raise UserError(f"{path} was built for {gpu}, but this machine has {here}: {again}")
     cuda = load_cuda()
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     deserialised = runtime.deserialize_cuda_engine(read_file(path))
@@ -183,7 +183,7 @@ def load_engine(path: Path, on: RunOn) -> Runtime:
     try:
         engine = Engine(deserialised, cuda, metadata, max_batch, runtime)
     except RuntimeError as error:
-        raise UserError(f"{path} cannot be loaded: {first_line(error)}; a smaller --max-batch takes less") from error
+        raise UserError(f"{path} cannot be loaded: {first_line(error)}; build it with a smaller --max-batch") from error
     return Runtime("tensorrt", f"{library} {version}", metadata, engine.run, max_batch)
 
 
@@ -195,11 +195,11 @@ def read_engine_metadata(path: Path) -> Metadata:
     return Metadata.from_json(read_json(read_file(sidecar, MAX_JSON), sidecar), str(sidecar), ARTEFACT | ENGINE)
 
 
-RTX = "install TensorRT-RTX, which needs no GPU to build: pip install '.[rtx]'"
+RTX = "install TensorRT-RTX, which builds without a GPU: pip install '.[rtx]'"
 
 
 def import_tensorrt(library: str | None = None) -> ModuleType:
-    """Import the named library, or tensorrt, else TensorRT-RTX, whose libraries its ONNX Runtime provider brings."""
+    """Import the named library; without a name, tensorrt or else TensorRT-RTX (in its ONNX Runtime provider)."""
     names, reasons = [library] if library else ["tensorrt", "tensorrt_rtx"], []
     for name in names:
         try:
@@ -221,9 +221,9 @@ def build_engine(
     library: str | None = None,
     output: Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Build an engine of an ONNX file of deploy.export or deploy.quantize; return its file and the build in its .json.
+    """Build an engine from an ONNX file of deploy.export or deploy.quantize; return its path, and the field `built`.
 
-    batches: smallest, usual and largest of the optimisation profile; workspace_mib: largest scratch memory of a layer
+    batches: smallest, usual and largest batch of the profile; workspace_mib: largest scratch memory of a layer
     library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
     output: folder of the engine; default: the ONNX file's own
     """
@@ -248,7 +248,7 @@ def build_engine(
 
 
 def read_onnx(onnx_file: Path) -> Metadata:
-    """Return the metadata of an ONNX file that TensorRT can take."""
+    """Return the metadata of an ONNX file; raise UserError if the file is quantised for CPUs."""
     metadata = load(onnx_file, RunOn("cpu")).metadata
     if metadata.precision == "int8-cpu":
         raise UserError(
@@ -258,7 +258,7 @@ def read_onnx(onnx_file: Path) -> Metadata:
 
 
 class Network:
-    """An ONNX file parsed by TensorRT, strongly typed."""
+    """Hold an ONNX file as a strongly typed network, parsed by TensorRT."""
 
     def __init__(self, trt: ModuleType, onnx_file: Path) -> None:
         self.trt, self.onnx_file = trt, onnx_file
@@ -302,7 +302,7 @@ class Network:
 
 @contextlib.contextmanager
 def parse_onnx(onnx_file: Path, library: str | None) -> Iterator[Network]:
-    """Parse an ONNX file, and free the network in the order that does not crash."""
+    """Parse an ONNX file; free the network at the end in the only order that does not crash."""
     network = Network(import_tensorrt(library), onnx_file)
     try:
         yield network
@@ -313,7 +313,7 @@ def parse_onnx(onnx_file: Path, library: str | None) -> Iterator[Network]:
 
 
 def make_log(trt: ModuleType, errors: list[str]) -> Any:
-    """Return a TensorRT logger that appends to `errors`; its base class exists only once the library is imported."""
+    """Return a TensorRT logger that appends to `errors`. Its class is made here, after the import of its base class."""
 
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]
         def log(self, severity: Any, message: str) -> None:
@@ -330,7 +330,7 @@ def report(onnx_file: Path, library: str | None = None) -> tuple[str, bool]:
         title = f"{network}: {onnx_file.name}, {metadata.precision}"
         if not network.parsed:
             return "\n  ".join([f"{title}\ncannot be parsed:", *network.unsupported()]), False
-        count = network.definition.num_layers  # no name keeps a layer, which must not outlive the network
+        count = network.definition.num_layers  # store no layer in a variable: it must not outlive the network
         kinds = Counter(str(network.definition.get_layer(i).type).rpartition(".")[2] for i in range(count))
         counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
         return f"{title}\nparsed whole: {count} layers ({counts})", True

@@ -1,4 +1,4 @@
-"""The runtimes that need torch: a student/ folder, TorchScript and torch.export files.
+"""Run a student in torch: from a student/ folder, a TorchScript file or a torch.export file.
 
 deploy.runtimes.load imports this module when it loads one of them.
 """
@@ -22,11 +22,11 @@ from deploy.config import ARTEFACT, UINT8, Metadata, read_json
 from deploy.runtimes import RunOn, Runtime, as_input, pick_device, source_of, usable_cpus
 from deploy.student import load_student
 
-EPS = 1e-5  # of the batch norm that normalises; ONNX and cuDNN require one
+EPS = 1e-5  # epsilon of the batch norm that normalises; ONNX and cuDNN require an epsilon
 
 
 class ImageClassifier(nn.Module):
-    """A student with its normalisation in front: images -> float32 logits, in any precision between."""
+    """Normalise images and run a student; returns float32 logits, also from a float16 student."""
 
     mean: Tensor
     variance: Tensor
@@ -67,7 +67,7 @@ def load(path: Path, on: RunOn) -> Runtime:
         else:
             program = torch.export.load(path, extra_files=extra)
             module = (program if device == "cpu" else move_to_device_pass(program, device)).module()
-    except Exception as error:  # a dozen kinds
+    except Exception as error:  # torch raises a dozen exception classes here
         kind = "TorchScript" if script else "a torch.export program"
         raise UserError(f"{path} cannot be read as {kind}: {first_line(error)}") from error
     metadata = Metadata.from_json(read_json(extra["metadata.json"], path), f"the metadata of {path}", ARTEFACT)

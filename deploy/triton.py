@@ -3,8 +3,8 @@
     python -m deploy.triton runs/001-mobilenet_v2-uskd/student/student-fp16.onnx --output models --name digits
     tritonserver --model-repository models
 
-models/digits/config.pbtxt, models/digits/labels.txt and models/digits/1/model.onnx (or model.plan). Clients of
-deploy.serve work unchanged, with the same names, shapes and protocol.
+The command writes models/digits/config.pbtxt, labels.txt and 1/model.onnx (or model.plan). Clients of deploy.serve work
+unchanged, because names, shapes and protocol are the same.
 examples/triton/ has manifests for Docker and KServe.
 """
 
@@ -27,7 +27,7 @@ BACKENDS = {".onnx": ("onnxruntime", "model.onnx"), ".engine": ("tensorrt", "mod
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a repository; deploy.triton has a flag for each."""
+    """Describe a model of a repository; deploy.triton has a flag for each field."""
 
     name: str = "student"
     max_batch: int = 8  # largest number of images that Triton gathers into one call
@@ -37,13 +37,13 @@ class Model:
 
 
 def write_repository(artefact: Path, output: Path, model: Model) -> Path:
-    """Write a model of an .onnx or .engine file of deploy/ into the repository `output` and return its folder.
+    """Write an .onnx or .engine file of deploy/ as a model into the repository `output`, and return its folder.
 
     Raises:
-        UserError: another kind of file, a model of this name in the repository, or an engine of smaller batches
+        UserError: another kind of file, a name that the repository has already, or an engine with smaller batches
     """
     if artefact.suffix not in BACKENDS:
-        raise UserError(f"{artefact} is neither .onnx nor .engine, which Triton's backends take")
+        raise UserError(f"{artefact} is neither .onnx nor .engine: Triton's backends take only these")
     if artefact.suffix == ".onnx":
         metadata = load(artefact, RunOn("cpu")).metadata
     else:
@@ -72,7 +72,7 @@ def write_repository(artefact: Path, output: Path, model: Model) -> Path:
 
 
 def config_text(metadata: Metadata, backend: str, model: Model) -> str:
-    """Return Triton's model configuration; dims leave out the batch."""
+    """Return Triton's model configuration; its dims do not include the batch."""
     (inputs, outputs), classes = tensor_names(metadata), len(metadata.label_names)
     kind = "TYPE_UINT8" if metadata.input == UINT8 else "TYPE_FP32"
     return f"""name: {json.dumps(model.name)}
@@ -94,8 +94,8 @@ def get_parser() -> Parser:
     add("--output", type=Path, default=Path("models"), help="the model repository (default: models)")
     add("--name", default=default.name, help="name of the model (default: %(default)s)")
     add("--max-batch", type=at_least_1, default=default.max_batch, help="images in one call (default: %(default)s)")
-    add("--delay-us", type=number(int, 0), default=default.delay_us, help="microseconds to wait (default: %(default)s)")
-    add("--instances", type=at_least_1, default=default.instances, help="copies side by side (default: %(default)s)")
+    add("--delay-us", type=number(int, 0), default=default.delay_us, help="longest wait (default: %(default)s)")
+    add("--instances", type=at_least_1, default=default.instances, help="parallel copies (default: %(default)s)")
     add("--cpu", action="store_true", help="run on the CPU (default: on GPUs)")
     return parser
 

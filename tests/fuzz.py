@@ -1,6 +1,9 @@
 """Search, guided by coverage, for bytes that make deploy/ raise an undocumented error. Needs atheris.
 
     python tests/fuzz.py config --seconds 600         # config.json of a student, then a small image prepared with it
+    python tests/fuzz.py run --seconds 600            # args.json and split.csv of a run directory
+    python tests/fuzz.py labels --seconds 600         # a folder of a teacher's labels
+    python tests/fuzz.py reference --seconds 600      # reference.npz
     python tests/fuzz.py checkpoint --seconds 600     # a run directory's last.pt, sealed and unsealed
     python tests/fuzz.py image --seconds 600          # an image, opened and prepared at 32 px
     python tests/fuzz.py request --seconds 600        # a request of the server's protocol, compressed or not
@@ -36,7 +39,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "tests" / "corpus"
 SEEDS = {"photograph": "image"}  # the folder in tests/corpus/, if its name differs from the target
-LARGEST = {"config": 4096, "checkpoint": 4096, "image": 8192, "request": 2048, "photograph": 8192}  # bytes per input
+LARGEST = {
+    "config": 4096,
+    "run": 4096,
+    "labels": 2048,
+    "reference": 2048,
+    "checkpoint": 4096,
+    "image": 8192,
+    "request": 2048,
+    "photograph": 8192,
+}  # bytes per input
 SECONDS_A_RUN = 10
 GIB_ADDRESSABLE = 8  # because an input must not allocate more; torch alone maps a part of it
 MAX_PIXELS = 2_000_000  # instead of Pillow's 89 million, because larger images are slow
@@ -88,15 +100,83 @@ def checkpoint_target(folder: Path) -> Callable[[bytes], None]:
             (folder / LAST).write_bytes(sealed)
             (folder / PREVIOUS).unlink(missing_ok=True)
             with promised(UserError):
-                load_checkpoint(folder, older=False)
+                load_checkpoint(folder)
         else:
             is_whole(content)
             (folder / LAST).write_bytes(content)
             (folder / PREVIOUS).write_bytes(content[1:])
-            for older in (False, True):
-                with promised(UserError):
-                    found = read_checkpoint(folder, older)
-                    assert is_whole(found[1]), "a damaged checkpoint was read"
+            with promised(UserError):
+                found = read_checkpoint(folder)
+                assert found, "a checkpoint that exists was not read"
+                assert is_whole(found[1]), "a damaged checkpoint was read"
+
+    return run
+
+
+def run_target(folder: Path) -> Callable[[bytes], None]:
+    import train
+    from deploy.cli import UserError
+    from deploy.flags import settle_flags
+    from deploy.run_directory import read_given, read_split
+
+    def run(data: bytes) -> None:
+        """Read the bytes as args.json, and settle a resume's flags with them; read them as split.csv."""
+        (folder / "args.json").write_bytes(data)
+        (folder / "split.csv").write_bytes(data)
+        with promised(UserError):
+            settle_flags(train.FLAGS, {"resume": True, "output": str(folder)}, read_given(folder))
+        with promised(UserError):
+            read_split(folder / "split.csv")
+
+    return run
+
+
+def labels_target(folder: Path) -> Callable[[bytes], None]:
+    import numpy as np
+
+    from deploy.cli import UserError
+    from kdlite.training.teacher_labels import HEADER, Part, checksum, find_fault, find_invalid, read_header
+
+    header = {"k": 2, "classes": 5}
+
+    def run(data: bytes) -> None:
+        """Read the bytes as labels.json, and as a file of rows with a right checksum."""
+        (folder / HEADER).write_bytes(data)
+        with promised(UserError):
+            read_header(folder)
+        file = folder / Part(0, 0, 3).name
+        file.write_bytes(data + checksum(data))
+        if find_fault(file, header, 3) is None:
+            rows = np.load(file)
+            assert not find_invalid(rows["target"], rows["logprobs"], rows["indices"], 5)
+
+    return run
+
+
+def reference_target(folder: Path) -> Callable[[bytes], None]:
+    from deploy.cli import UserError
+    from deploy.reference import read_reference
+
+    config = {"label_names": ["a", "b"], "input_size": [3, 4, 4], "mean": [0.5] * 3, "std": [0.5] * 3, "crop": 1.0}
+    config |= {"interpolation": "bilinear", "num_classes": 2, "library": "timm", "architecture": "resnet18"}
+    student = folder / "student"
+    student.mkdir(exist_ok=True)
+    (student / "config.json").write_text(json.dumps(config | {"model_args": {}, "small_stem": False}))
+
+    def run(data: bytes) -> None:
+        """Read the bytes as reference.npz, or as one array of a whole one, which the first byte selects."""
+        file = io.BytesIO(data)
+        names = ("images", "labels", "logits", "train_images", "digest")
+        if data[:1] in b"01234":
+            with zipfile.ZipFile(file := io.BytesIO(), "w") as whole:
+                for i, name in enumerate(names):
+                    own = (
+                        data[1:] if i == int(data[:1] or b"0") else (CORPUS / "reference" / f"{name}.npy").read_bytes()
+                    )
+                    whole.writestr(f"{name}.npy", own)
+        (folder / "reference.npz").write_bytes(file.getvalue())
+        with promised(UserError):
+            read_reference(student, None, "none")
 
     return run
 
@@ -186,6 +266,9 @@ def photograph_target(folder: Path) -> Callable[[bytes], None]:
 
 TARGETS = {
     "config": config_target,
+    "run": run_target,
+    "labels": labels_target,
+    "reference": reference_target,
     "checkpoint": checkpoint_target,
     "image": image_target,
     "request": request_target,
@@ -202,7 +285,9 @@ def promised(kind: type[Exception]):
 
 
 def check_line(error: Exception) -> None:
-    text = str(error)
+    from deploy.cli import printable  # run_command prints errors with it
+
+    text = printable(str(error))
     assert len(text.splitlines()) == 1, f"{type(error).__name__} is not one line: {text[:200]!r}"
 
 
@@ -302,7 +387,7 @@ def search(target: str, found: Path, new: Path, seconds: int, seed: int) -> None
 
     flags = [f"-max_total_time={seconds}", f"-timeout={SECONDS_A_RUN}", f"-max_len={LARGEST[target]}", f"-seed={seed}",
              "-rss_limit_mb=3000", "-print_final_stats=1", f"-artifact_prefix={found}/"]  # fmt: skip
-    mutators = {"config": mutate_config, "request": mutate_request}
+    mutators = {"config": mutate_config, "run": mutate_config, "request": mutate_request}
     mutator = {"custom_mutator": mutators[target]} if target in mutators else {}
     atheris.Setup([sys.argv[0], *flags, str(new), str(CORPUS / SEEDS.get(target, target))], one_input, **mutator)
     atheris.Fuzz()

@@ -1,4 +1,4 @@
-"""The server of one student, as an ASGI application."""
+"""Serve one student, as an ASGI application."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ from deploy.server.protocol import (
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
 HEADER_LENGTH = "inference-header-content-length"
-LARGE_JSON = 2**14  # bytes: more is not parsed in the event loop
-LARGE_ANSWER = 20_000  # logits: more are not written in the event loop
-OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # need no token: probes have none
+LARGE_JSON = 2**14  # bytes; a thread parses a larger text, outside the event loop
+LARGE_ANSWER = 20_000  # logits; a thread writes a larger answer, outside the event loop
+OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # paths without a token, because probes cannot send one
 ENDPOINTS = ("infer", "predict", "metrics", "ready", "live", "stats", "config", "about")  # labels of /metrics
 Result = TypeVar("Result")
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -60,24 +60,24 @@ REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a server."""
+    """Set the limits of a server."""
 
     max_batch: int = 8  # images in one call of the runtime, and in one request
-    max_delay_ms: float = 1.0  # that a request waits for others
+    max_delay_ms: float = 1.0  # longest wait of a request for others in its batch
     queue: int = 256  # images that wait or run; a request for more gets 503
-    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")  # that people send; Pillow's names
-    body_mib: float = 16.0  # in one request, unpacked
-    bodies: int = 16  # that are in memory at once, if each has body_mib
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")  # formats of photographs, Pillow's names
+    body_mib: float = 16.0  # size of a request's body, unpacked
+    bodies: int = 16  # bodies of body_mib that fit in memory at once; 503 beyond
     pixels: int = 4 * MAX_PIXELS  # in large photographs that wait to be decoded
-    connections: int = 1024
+    connections: int = 1024  # open at the same time
     headers_s: float = 10.0  # from the first byte of a request to the end of its headers
-    body_s: float = 30.0  # from there to the end of its body
-    idle_s: float = 60.0  # without a request, before a connection closes
-    drain_s: float = 2.0  # after SIGTERM, before the listener closes
+    body_s: float = 30.0  # from the end of the headers to the end of the body
+    idle_s: float = 60.0  # time without a request before the server closes the connection
+    drain_s: float = 2.0  # from SIGTERM until the server stops listening
 
 
 class Budget:
-    """An amount that requests share, such as bytes in memory."""
+    """Share an amount between requests, such as bytes in memory."""
 
     def __init__(self, unit: str, total: int) -> None:
         self.unit, self.total, self.taken = unit, total, 0
@@ -85,7 +85,8 @@ class Budget:
     def take(self, amount: int, until: contextlib.ExitStack) -> None:
         """Take an amount until the stack closes. Raise RequestError 503 if less is left."""
         if self.taken + amount > self.total:
-            raise RequestError(503, f"overloaded: {self.taken} of {self.total} {self.unit} are in use")
+            taken = f"{self.taken} of {self.total} {self.unit} are taken"
+            raise RequestError(503, f"overloaded: {taken}; send the request again later")
         self.taken += amount
         until.callback(self.give_back, amount)
 
@@ -94,12 +95,12 @@ class Budget:
 
 
 class StudentServer:
-    """The endpoints of a server, and their state.
+    """Hold the endpoints of a server and their state.
 
     Args:
         runtime: runs the student; use() replaces it
-        name: of the model in the protocol's paths
-        limits: how much the server accepts
+        name: name of the model in the protocol's paths
+        limits: limits of the requests and connections
     """
 
     def __init__(self, runtime: Runtime, name: str, limits: Limits) -> None:
@@ -117,7 +118,7 @@ class StudentServer:
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """Start the threads that the endpoints use, and stop them."""
         self.batcher = Batcher(self.limits.max_batch, self.limits.max_delay_ms, self.metrics)
-        self.parser = ThreadPoolExecutor(1, "parse")  # one: its work holds the interpreter
+        self.parser = ThreadPoolExecutor(1, "parse")  # one thread, because its work holds the interpreter lock
         self.decoders = Decoders(min(4, os.cpu_count() or 1), self.limits.formats, LARGE_IMAGE)
         self.large_decoder = Decoders(1, self.limits.formats, MAX_PIXELS)
         yield
@@ -127,11 +128,11 @@ class StudentServer:
         self.large_decoder.close()
 
     def use(self, runtime: Runtime) -> None:
-        """Serve the next requests by another runtime."""
+        """Run the next requests in another runtime."""
         self.runtime = runtime
 
     def drain(self) -> None:
-        """Announce the end: /ready is 503, connections close, and uploads get a shorter time limit."""
+        """Announce the end: /ready returns 503, connections close, and uploads get a shorter time limit."""
         self.draining = True
         for upload in self.uploads:
             upload.deadline = min(upload.deadline, anyio.current_time() + self.limits.body_s / 6)
@@ -185,7 +186,7 @@ class StudentServer:
     async def show_page(self, request: Request) -> Response:
         return HTMLResponse(self.page)
 
-    # ---- their parts ----
+    # ---- parts of the endpoints ----
 
     def check_model(self, request: Request) -> None:
         name, number = request.path_params.get("name", self.name), request.path_params.get("version", VERSION)
@@ -211,7 +212,8 @@ class StudentServer:
             finally:
                 self.uploads.discard(upload)
         if upload.cancelled_caught:
-            raise RequestError(408, "the body took too long")
+            limit = f"the body is not complete after {self.limits.body_s:g} s"
+            raise RequestError(408, f"{limit}: send it faster, or in smaller requests")
         return bytes(body)
 
     async def unpack(self, request: Request, body: bytes, taken: contextlib.ExitStack) -> bytes:
@@ -288,7 +290,10 @@ class StudentServer:
 
 
 def make_app(server: StudentServer, token: str | None = None) -> Starlette:
-    """Return the ASGI application of a server. token: that requests must have, except for OPEN."""
+    """Return the ASGI application of a server.
+
+    token: requests must have it, except requests for the paths of OPEN; None: the server needs no token
+    """
     routes = [
         Route("/", server.show_page),
         Route("/about", functools.partial(server.describe, server.about)),
@@ -322,7 +327,8 @@ def make_app(server: StudentServer, token: str | None = None) -> Starlette:
 
 
 async def until_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return the result of the work, or cancel it when the client closes its connection. The body has been read."""
+    """Return the result of the work, or cancel it when the client closes its connection. Call it after the body has
+    been read."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
     try:
         await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
@@ -380,11 +386,11 @@ class Observe:
             request_id = secrets.token_hex(16)
         scope["status"] = 0  # until the response begins
         send = functools.partial(self.send, scope, send, (b"x-request-id", request_id.encode()))
-        # with both lengths, what follows may be smuggled (RFC 9112, 6.1)
+        # with both lengths, the bytes after the body may be a smuggled request (RFC 9112, 6.1): close the connection
         scope["ambiguous"] = b"content-length" in headers and b"transfer-encoding" in headers
         try:
             await self.app(scope, receive, send)
-        except asyncio.CancelledError:  # uvicorn ends what is left after the drain
+        except asyncio.CancelledError:  # uvicorn cancels the requests that are left after the drain
             if not scope["status"]:
                 await refusal(RequestError(503, "the server ends"))(scope, receive, send)
         finally:
@@ -413,7 +419,7 @@ class Observe:
 
 
 class RequireToken:
-    """Respond 401 to a request without the token, unless it is for one of OPEN."""
+    """Respond 401 to a request without the token, unless it is for one of the paths of OPEN."""
 
     def __init__(self, app: Any, token: str | None) -> None:
         self.app, self.token = app, token.encode() if token else None
@@ -430,7 +436,10 @@ class RequireToken:
 
 
 class Compress(GZipMiddleware):
-    """Compress responses for clients that accept gzip. The base class does not read the weights: "gzip;q=0"."""
+    """Compress responses for clients that accept gzip.
+
+    The base class ignores the weights, so it would compress for "gzip;q=0" too.
+    """
 
     def __init__(self, app: Any) -> None:
         super().__init__(app, minimum_size=1024, compresslevel=1)

@@ -20,7 +20,7 @@ from deploy.server.protocol import RequestError
 
 @dataclass(eq=False)
 class Waiting:
-    """A request in the queue."""
+    """Hold a request in the queue."""
 
     runtime: Runtime
     images: np.ndarray
@@ -29,15 +29,15 @@ class Waiting:
 
 
 class Batcher:
-    """A queue, and a thread that runs the requests in it.
+    """Queue requests, and run them in a thread.
 
-    The thread takes the next batch when it is full or its oldest request has waited for max_delay_ms. It does not wait
-    for the event loop between two batches.
+    The thread runs the next batch when the batch is full, or when its oldest request has waited for max_delay_ms.
+    Between two batches the thread does not wait for the event loop.
 
     Args:
-        max_batch: images in one call of a runtime, unless the runtime takes fewer
-        max_delay_ms: how long a request waits for others
-        metrics: where each batch is counted
+        max_batch: most images in one call of a runtime; a runtime may have a smaller limit
+        max_delay_ms: longest wait of a request for others
+        metrics: counts each batch
     """
 
     def __init__(self, max_batch: int, max_delay_ms: float, metrics: Metrics) -> None:
@@ -51,7 +51,7 @@ class Batcher:
         self.thread.start()
 
     async def infer(self, runtime: Runtime, images: np.ndarray) -> np.ndarray:
-        """Return the logits of (N, H, W, 3) images, N at most largest_batch. Cancelled, it leaves the queue."""
+        """Return the logits of images (N, H, W, 3), N at most largest_batch. A cancelled request leaves the queue."""
         request = Waiting(runtime, images, self.loop.create_future(), time.perf_counter_ns())
         with self.changed:
             if not self.alive:
@@ -63,7 +63,7 @@ class Batcher:
             return await request.logits
         finally:
             if request.logits.cancelled():
-                with self.changed, contextlib.suppress(ValueError):  # it has left the queue already
+                with self.changed, contextlib.suppress(ValueError):  # the request has left the queue already
                     self.waiting.remove(request)
                     self.count(-len(images))
 
@@ -98,7 +98,7 @@ class Batcher:
             self.deliver(left, RequestError(503, "the server ends"), *[time.perf_counter_ns()] * 2)
 
     def gather(self) -> list[Waiting]:
-        """Return the next batch, all for one runtime; an empty list if none is left, or after close()."""
+        """Return the next batch, all for one runtime; return [] if the queue is empty, or after close()."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.closed)
             while self.waiting and not self.closed:

@@ -1,7 +1,7 @@
 """Listen, and protect uvicorn's connections against slow clients.
 
-uvicorn has no time limit for headers and bodies, stops the clock of an idle connection at each byte, and keeps the
-connections that exceed its limit. deploy/serving.md compares it with hypercorn and granian.
+uvicorn has no time limit for headers and bodies, ends the time limit of an idle connection at each byte, and keeps
+connections beyond its limit open. deploy/serving.md compares it with hypercorn and granian.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from deploy.server.app import StudentServer
 from deploy.server.log import log
 
 SMALL_READ, LARGE_READ = 2**12, 2**18  # bytes
-RESERVED_FILES = 64  # descriptors of the process that are not connections
+RESERVED_FILES = 64  # file descriptors for everything except connections
 ACCEPTED_AT_ONCE = 16
 BACKLOG = 2048
-DRAIN_S = 12.0  # at most; then uvicorn waits for 3 s, and cancels what is left
+DRAIN_S = 12.0  # longest drain; then uvicorn waits for 3 s, and cancels the remaining requests
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """A client's connection, which check() closes if it stays in one state for too long.
+    """Handle a client's connection; check() closes it if it stays in one state for too long.
 
-    received: LARGE_READ bytes that all connections share: each empties them before the next one reads
+    received: a buffer of LARGE_READ bytes for all connections; each empties it before the next one reads
     """
 
     def __init__(self, server: StudentServer, received: memoryview, **given: Any) -> None:
         super().__init__(**given)
         limits, self.closed, self.received = server.limits, server.metrics.closed, received
         self.limit = limits.connections
-        # a body that the application reads gets its 408 there, a second earlier
+        # read_body() responds 408 to a slow body a second earlier
         self.seconds = {
             "headers": limits.headers_s,
             "body": limits.body_s + 1,
@@ -66,15 +66,15 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.closed.labels("limit").inc()
         others: set[Any] = self.connections - {self}
         idle = [other for other in others if other.conn.our_state is h11.IDLE]
-        if idle:  # the one that has been idle longest gives way
+        if idle:  # close the connection that has been idle longest
             oldest = min(idle, key=lambda other: other.since)
             self.connections.discard(oldest)
             oldest.transport.abort()
         else:
-            self.refuse(503, f"{self.limit} connections are open, the limit of this server")
+            self.refuse(503, f"all {self.limit} connections of this server are in use; try again later")
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Read little at once where each byte may cost time: headers, and chunks, which may have one byte each."""
+        """Return a small buffer if each byte may cost time: for headers, and for chunks, which may be a byte."""
         cheap = self.conn.their_state is h11.SEND_BODY and all(name != b"transfer-encoding" for name, _ in self.headers)
         return self.received[: LARGE_READ if cheap else SMALL_READ]
 
@@ -82,7 +82,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.data_received(bytes(self.received[:nbytes]))
 
     def check(self, now: float) -> None:
-        """Close the connection if nothing has changed for too long. The cycle is another one for each request."""
+        """Close the connection if its state lasts too long. Each request has another cycle, so a request changes it."""
         name = {h11.IDLE: "idle", h11.SEND_BODY: "body"}.get(self.conn.their_state, "answer")
         if self.transport.get_write_buffer_size():
             name = "unread answer"
@@ -93,14 +93,14 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         elif now - self.since > self.seconds[name]:
             self.closed.labels(name).inc()
             if name in ("headers", "body"):
-                self.refuse(408, f"the {name} took too long")
+                self.refuse(408, f"the {name} took longer than {self.seconds[name]:g} s: send it faster")
             self.transport.abort() if name == "unread answer" else self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         self.refuse(400, msg)
 
     def refuse(self, status: int, message: str) -> None:
-        """Close the connection; before that, send an answer if none has begun."""
+        """Send a response, unless one has begun, and close the connection."""
         if not self.transport.is_closing() and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps({"error": message})
             head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "Content-Type: application/json"]
@@ -110,7 +110,10 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
 
 class Process(uvicorn.Server):
-    """uvicorn's server, with a drain before the shutdown. began: is called when requests and signals are handled."""
+    """Run uvicorn's server with a drain before the shutdown.
+
+    began: a function to call once the server handles requests and signals
+    """
 
     def __init__(self, config: uvicorn.Config, server: StudentServer, began: Callable[[], None]) -> None:
         super().__init__(config)
@@ -121,7 +124,7 @@ class Process(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(self.on_loop_error)
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # asyncio uses its own backlog for the number that it accepts at once, too
+            listener.listen(BACKLOG)  # asyncio's backlog also limits how many it accepts at once
         self.began()
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -134,7 +137,7 @@ class Process(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.force_exit = self.should_exit  # the second signal
-        if sig == signal.SIGINT:  # a terminal: end at once
+        if sig == signal.SIGINT:  # Ctrl-C: end at once
             self.drain_s = 0
         super().handle_exit(sig, frame)
 
@@ -172,17 +175,17 @@ def make_process(app: Starlette, server: StudentServer, began: Callable[[], None
 
 def serve(process: Process, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C, and answer the requests that have begun."""
-    sys.setswitchinterval(5e-4)  # so that the runtime's thread gets the interpreter soon after its batch
+    sys.setswitchinterval(5e-4)  # so that the runtime's thread gets the interpreter lock soon after its batch
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, and then raises the signal again
     try:
         asyncio.run(process.serve([listener]))
     finally:
-        for child in multiprocessing.active_children():  # decoders, whose last photograph has no client any more
+        for child in multiprocessing.active_children():  # decoders; their clients have left
             child.kill()
 
 
 def bounded_by_files(connections: int) -> int:
-    """Return this number of connections, or the number that RLIMIT_NOFILE allows. Raises the soft limit."""
+    """Return `connections`, or the smaller number that RLIMIT_NOFILE allows. Raise its soft limit if needed."""
     try:
         import resource
     except ImportError:  # Windows
@@ -205,13 +208,13 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port") from error
-    # asyncio sets it only for sockets that name their protocol; without it a delayed ACK costs an answer 40 ms
+    # asyncio sets this only for sockets that name their protocol; without it a delayed ACK delays a response by 40 ms
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def listen_unix(path: Path) -> socket.socket:
-    """Listen on a unix socket. Replace one that a server left behind, and nothing else."""
+    """Listen on a unix socket. Replace a socket without a server, but no other file."""
     listener = socket.socket(socket.AF_UNIX)
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode):

@@ -1,6 +1,6 @@
-"""Decode posted photographs in processes of their own, within limits of pixels, time and memory.
+"""Decode posted photographs in separate processes, within limits of pixels, time and memory.
 
-A file of a few bytes may make a reader of images work for minutes, and hold the interpreter meanwhile.
+For a file of a few bytes, a reader of images may work for minutes and hold the interpreter lock all that time.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from deploy.preprocess import (
 from deploy.server.protocol import RequestError, bad, show
 
 DECODE_S = 10.0  # CPU time of one photograph
-MEMORY = 3 * 2**29  # bytes that a process may allocate: 64 million transparent pixels need 2**30
+MEMORY = 3 * 2**29  # bytes that a process may allocate; 64 million transparent pixels need 2**30
 LARGE_IMAGE = MAX_PIXELS // 16  # pixels: larger photographs are decoded one at a time, because of their memory
-SCANS = 20  # in a progressive JPEG of MAX_PIXELS: each passes over the whole image; cameras and editors write 10
+SCANS = 20  # in a progressive JPEG of MAX_PIXELS: each scan decodes the whole image; cameras and editors write 10
 
 
 class Decoders:
-    """Processes that decode photographs. The first photograph starts the first one.
+    """Decode photographs in processes. The first photograph starts the first process.
 
     Args:
         count: the largest number of processes
         accepted: Pillow's names of the formats
-        most_pixels: decode() returns the number of pixels of a photograph that has more
+        most_pixels: for a photograph with more pixels, decode() returns their number instead of the image
     """
 
     def __init__(self, count: int, accepted: tuple[str, ...], most_pixels: int) -> None:
         self.count, self.accepted, self.most_pixels = count, accepted, most_pixels
-        self.probe: Future[Any] | None = None  # whether processes start, after one has ended
+        self.probe: Future[Any] | None = None  # after a process has ended: a test that processes start again
         self.start()
 
     @property
@@ -68,7 +68,7 @@ class Decoders:
             future = processes.submit(decode_in_time, body, content_type, metadata, self.accepted, self.most_pixels)
             return await asyncio.wrap_future(future)
         except BrokenProcessPool as error:
-            if processes is self.processes:  # the first request that notices it
+            if processes is self.processes:  # only the first request that gets this error
                 self.start()
                 self.probe = self.processes.submit(formats)
             raise RequestError(
@@ -79,7 +79,7 @@ class Decoders:
         self.processes.shutdown(wait=False, cancel_futures=True)
 
 
-# ---- in such a process --------------------------------------------------------------------------------------------
+# ---- in a decoding process ----------------------------------------------------------------------------------------
 
 
 def prepare_process() -> None:
@@ -89,7 +89,7 @@ def prepare_process() -> None:
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGPROF, stop_decoding)
     threading.Thread(target=end_with_server, daemon=True).start()
-    # the readers warn about one request, and its response has the error
+    # no warnings: the response to the request has the error
     warnings.simplefilter("ignore")
     for name in ("PIL", "python_multipart"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -97,7 +97,7 @@ def prepare_process() -> None:
     try:
         import resource
 
-        os.nice(10)  # the server and its runtime come first: hostile photographs must not slow other requests
+        os.nice(10)  # lower priority than the server: hostile photographs must not slow other requests
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     except (ImportError, OSError, ValueError):  # not Linux
@@ -112,7 +112,7 @@ def end_with_server() -> None:
 
 
 def stop_decoding(number: int, frame: Any) -> None:
-    raise TimeoutError(f"decoding takes more than {DECODE_S:.0f} s of CPU")
+    raise TimeoutError(f"decoding takes more than {DECODE_S:.0f} s of CPU: send a smaller image")
 
 
 def decode_in_time(*photograph: Any) -> np.ndarray | int:
@@ -122,7 +122,7 @@ def decode_in_time(*photograph: Any) -> np.ndarray | int:
     signal.setitimer(signal.ITIMER_VIRTUAL, 2 * DECODE_S)  # ends the process if a reader does not return to Python
     try:
         return decode(*photograph)
-    except TimeoutError as error:  # in the form: the readers of images turn it into an error of their own
+    except TimeoutError as error:  # while a form is parsed: elsewhere Pillow turns it into UnreadableImage
         raise bad(str(error)) from error
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -132,10 +132,10 @@ def decode_in_time(*photograph: Any) -> np.ndarray | int:
 def decode(
     body: bytes, content_type: str, metadata: Metadata, accepted: tuple[str, ...], most_pixels: int
 ) -> np.ndarray | int:
-    """Return uint8 (1, H, W, 3), prepared as in training, or the number of pixels if it exceeds most_pixels.
+    """Return the image, uint8 (1, H, W, 3), prepared as in training, or its number of pixels if above most_pixels.
 
     Raises:
-        RequestError: 400 or 413; 415 for a form where python-multipart is not installed
+        RequestError: 400 or 413; 415 for a form if python-multipart is not installed
     """
     if content_type.lstrip()[:10].lower() == "multipart/":
         body = file_in(body, content_type)
@@ -147,7 +147,7 @@ def decode(
             scans = body.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
             if pixels * scans > SCANS * MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels in {scans} scans")
-            size = resized_size(image.size, metadata)  # upright or not: reading EXIF may decode the image
+            size = resized_size(image.size, metadata)  # before it is turned: reading EXIF may decode it
             if math.prod(size) > MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
             if image.format in ("JPEG", "MPO"):
@@ -166,7 +166,7 @@ def decode(
 
 
 def file_in(body: bytes, content_type: str) -> bytes:
-    """Return the one file of a form."""
+    """Return the content of the one file in a form."""
     try:
         from python_multipart.exceptions import FormParserError
         from python_multipart.multipart import create_form_parser

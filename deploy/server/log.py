@@ -12,12 +12,12 @@ from logging.handlers import QueueHandler, QueueListener
 
 from deploy.cli import printable
 
-LINES = 10_000  # that may wait to be written
+LINES = 10_000  # most lines that wait for the thread
 log = logging.getLogger("deploy.serve")
 
 
 class JsonFormatter(logging.Formatter):
-    """A line of JSON: the time, and the message or the fields of a request."""
+    """Format a record as a line of JSON: the time, and the message or the fields of a request."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
@@ -26,19 +26,19 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line of text: messages repeat texts of files, which may have control characters."""
+    """Format a record as text without control characters, which a message may repeat from a file."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 class LossyHandler(QueueHandler):
-    """Queue records for the thread that writes them; skip them when the queue is full, and count them in the next."""
+    """Queue records for the thread that writes them; if the queue is full, skip them and log their number later."""
 
     skipped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # the base class formats it here; the thread does that
+        return record  # the base class would format it here; the thread formats it
 
     def enqueue(self, record: logging.LogRecord) -> None:
         if self.skipped and isinstance(record.args, dict):
@@ -51,7 +51,7 @@ class LossyHandler(QueueHandler):
 
 
 def start_log(as_json: bool) -> QueueListener:
-    """Start the thread that writes to stdout: a terminal or pipe that stands still must not stop the server."""
+    """Start the thread that writes to stdout, because a terminal or pipe that blocks must not stop the server."""
     logging.raiseExceptions = False  # a closed stdout is not an error of the server
     out, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     errors.setLevel(logging.WARNING)

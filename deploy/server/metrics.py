@@ -1,4 +1,4 @@
-"""Count for /metrics and for the protocol's statistics."""
+"""Count requests and batches for /metrics and for the protocol's statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The counters of a server with the model `name`."""
+    """Hold the counters of a server. name: the model's name"""
 
     def __init__(self, name: str) -> None:
         self.name = name

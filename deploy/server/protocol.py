@@ -1,4 +1,4 @@
-"""Parse requests of the Open Inference Protocol (V2) and write the responses: functions of bytes, without a server.
+"""Parse requests of the Open Inference Protocol (V2) and write the responses, as functions of bytes.
 
 https://github.com/kserve/open-inference-protocol, with Triton's extensions: binary tensors, raw binary requests,
 classification and compressed requests. Sizes are checked before the bytes are read. An error message repeats at most
@@ -22,15 +22,15 @@ import numpy as np
 from deploy.runtimes import INPUT_NAME, OUTPUT_NAME
 
 VERSION = "1"  # the protocol requires a version of the model
-JSON_LIMIT = 2**20  # bytes of a request's JSON: json.loads holds the interpreter until it ends
-LISTS = 2**17  # and objects in it: an image of 224 px that is nested has 50,401 lists
-GZIP_MEMBERS = 1000  # in one body: an empty member, too, costs some microseconds
+JSON_LIMIT = 2**20  # bytes of a request's JSON: json.loads holds the interpreter lock until it ends
+LISTS = 2**17  # most lists and objects in the JSON: a nested image of 224 px has 50,401 lists
+GZIP_MEMBERS = 1000  # most members in one body: even an empty member takes some microseconds
 Shape = tuple[int, ...]
 
 
 @dataclass(eq=False)
 class RequestError(Exception):
-    """An error in a request: the HTTP status and the message of its response."""
+    """Report an error in a request: the HTTP status and the message of its response."""
 
     status: int
     message: str
@@ -42,22 +42,22 @@ def bad(message: str) -> RequestError:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A valid inference request."""
+    """Hold a valid inference request."""
 
     id: str | None
     images: np.ndarray  # uint8 (N, H, W, 3)
     binary: bool  # respond with a binary tensor
-    classes: int  # 0: respond with logits; else with this number of "logit:index:label"
+    classes: int  # 0: respond with logits; else with "logit:index:label" of this number of classes
 
 
 def show(value: Any) -> str:
-    """Return a value of a request for an error message: at most 100 ASCII characters."""
+    """Return the text of a request's value for an error message: at most 100 ASCII characters."""
     text = ascii(value[:100] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def whole_number(text: str) -> int | None:
-    """Parse a non-negative integer of at most 18 digits, else return None."""
+    """Return the non-negative integer of a text of at most 18 digits; return None for any other text."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
@@ -68,7 +68,7 @@ def parse_infer(body: bytes, header_length: str | None, shape: Shape, max_batch:
     """Parse the body of an inference request.
 
     Args:
-        body: JSON, and after it the binary tensor if the request has one; one image alone if header_length is "0"
+        body: JSON, then the binary tensor if the request has one; only the bytes of one image if header_length is "0"
         header_length: the header Inference-Header-Content-Length, which gives the number of bytes of the JSON
         shape: (H, W, 3) of an image
         max_batch: the largest number of images in a request
@@ -180,7 +180,7 @@ def read_numbers(data: Any, shape: Shape) -> np.ndarray:
     flat = isinstance(data, list) and len(data) == math.prod(shape)
     values = [data]
     for side in (math.prod(shape),) if flat else shape:
-        # a generator, not numpy: other threads get the interpreter in between
+        # a generator, not numpy, so that other threads get the interpreter lock in between
         if not all(type(row) is list and len(row) == side for row in values):
             raise bad(
                 f"the data of input {INPUT_NAME!r} must be a list of {math.prod(shape)} numbers, flat or nested as its "
@@ -195,10 +195,10 @@ def read_numbers(data: Any, shape: Shape) -> np.ndarray:
 
 
 def unpack(body: bytes, encoding: str, limit: int) -> bytes:
-    """Return a body without its Content-Encoding. Raise RequestError 413 if it has more than limit bytes then."""
+    """Return the decompressed body. Raise RequestError 413 if it has more than `limit` bytes."""
     try:
         if encoding == "deflate":
-            unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # some clients mean gzip
+            unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # reads gzip too: some clients send it as deflate
             unpacked = unpacker.decompress(body, limit + 1)
             if not unpacker.eof and len(unpacked) <= limit:
                 raise EOFError("the data ends too early")
@@ -236,7 +236,7 @@ def write_infer(
     response |= {} if request.id is None else {"id": request.id}
     response["outputs"] = [output]
     if not request.binary:
-        # not json.dumps, which holds the interpreter until all numbers are written; null: not finite
+        # not json.dumps, which holds the interpreter lock until it ends; null stands for a number that is not finite
         numbers = (repr(x) if math.isfinite(x) else "null" for x in logits.ravel().tolist())
         data = ", ".join(map(json.dumps, values) if request.classes else numbers)
         text = json.dumps(response).removesuffix("}]}")

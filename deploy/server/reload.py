@@ -1,4 +1,4 @@
-"""Load the model's file, at the start and at each SIGHUP."""
+"""Load the model's file at the start, and again at each SIGHUP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deploy.server.log import log
 
 
 def load_and_try(path: Path, max_batch: int, on: RunOn) -> Runtime:
-    """Return a runtime after a batch of one image and the largest batch, which are slow the first time."""
+    """Return a runtime that has run a batch of one image and the largest batch, because the first run is slow."""
     runtime = load(path, on)
     for size in sorted({1, min(max_batch, runtime.max_batch or max_batch)}):
         try:
@@ -31,9 +31,9 @@ def load_and_try(path: Path, max_batch: int, on: RunOn) -> Runtime:
 
 
 class Reloader:
-    """Load the file again at each SIGHUP, in a thread, one after the other.
+    """Load the file again at each SIGHUP, in a thread, one load after the other.
 
-    A signal before start() is served by start(): the file may have changed while it was loaded.
+    For a signal before start(), start() loads the file again, because it may have changed during the first load.
     """
 
     def __init__(self, load_again: Callable[[], Runtime], name: str) -> None:
@@ -52,7 +52,7 @@ class Reloader:
         while self.signals.get():
             try:
                 server.use(self.load_again())
-            except Exception as error:  # any error in the file: the server keeps the old one
+            except Exception as error:  # for any error in the file the server keeps the old model
                 server.metrics.reloads.labels("refused").inc()
                 reason = explain(error) or f"{type(error).__name__}: {first_line(error)}"
                 log.error("%s: not loaded again, the server keeps the old one: %s", self.name, reason)

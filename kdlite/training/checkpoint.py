@@ -294,6 +294,9 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         read = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises errors of many kinds
         raise UserError(f"{file} cannot be read as a checkpoint: {type(error).__name__}") from error
+    parts = ("model", "optimizer", "scaler", "ema", "progress", "ranks", "args", "config")
+    if not isinstance(read, dict) or not set(parts) <= read.keys() or not isinstance(read["config"], dict):
+        raise UserError(f"{file} is not a checkpoint of train.py: expected a dictionary of {', '.join(parts)}")
     return Checkpoint(str(file), read, Metadata.from_json(read["config"], str(file)))
 
 

@@ -29,25 +29,25 @@ from kdlite.training.distributed import from_rank_zero, local_rank_zero_first, l
 
 EXPECTED = "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or one of digits, cifar10, cifar100"
 NO_LABEL = -1  # the target of an image of --unlabelled
-FOLDER = "data"  # CIFAR is downloaded into it
-# Folders with these names that hold folders are sets of images, not classes.
+FOLDER = "data"  # the folder for the downloads of CIFAR
+# A folder with one of these names is not a class if it contains folders.
 SETS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 class Data(NamedTuple):
-    """A data set."""
+    """Hold a data set."""
 
     train: Any  # a sequence of (PIL image, class index) with the attributes targets and classes
     val: Any
     label_names: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    split: list[tuple[str, str]] | None = None  # (file, "train" or "val") if the images were split here
-    unlabelled: int = 0  # the last images of train, whose target is NO_LABEL
+    split: list[tuple[str, str]] | None = None  # (file, "train" or "val") if this run splits the images
+    unlabelled: int = 0  # number of images at the end of train, whose target is NO_LABEL
 
     @property
     def labelled(self) -> Any:
-        """The training images with a label."""
+        """Return the training images with a label."""
         return self.train.part(range(len(self.train) - self.unlabelled)) if self.unlabelled else self.train
 
     @property
@@ -56,7 +56,7 @@ class Data(NamedTuple):
         return self.train.dataset if isinstance(self.train, Fold) else self.train
 
     def preprocessing(self, channels: int, interpolation: str, crop: float) -> dict[str, Any]:
-        """Return mean, std, interpolation and crop for images of 3 channels, or of 1."""
+        """Return mean, std, interpolation and crop for images of 3 channels or of 1."""
         mean, std = ([sum(x) / 3] if channels == 1 else list(x) for x in (self.mean, self.std))
         return {"mean": mean, "std": std, "interpolation": interpolation, "crop": crop}
 
@@ -71,7 +71,7 @@ class Data(NamedTuple):
 
 
 class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fifth of each class is held out."""
+    """Hold scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fifth of each class is for validation."""
 
     classes = tuple("0123456789")
 
@@ -96,9 +96,9 @@ def open_data(name: str, val_split: float | None = None, seed: int = 0, sides: M
 
     Args:
         name: digits, cifar10, cifar100 (downloaded into data/) or a folder
-        val_split: the share of each class that is kept for validation, above 0 and below 1; for a folder without val/
-        seed: of that split, which depends only on the names of the files: it is equal on every machine
-        sides: the split of the run that is resumed (read_split); new files are added to the training images
+        val_split: share of each class for validation, above 0 and below 1; for a folder without val/
+        seed: seed of the split; the split depends only on it and on the names of the files
+        sides: the split of a resumed run (read_split); new files become training images
     """
     if val_split is not None and not 0 < val_split < 1:
         raise UserError(f"--val-split must be above 0 and below 1, got {val_split:g}")
@@ -121,7 +121,7 @@ def open_data(name: str, val_split: float | None = None, seed: int = 0, sides: M
 def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, dict[str, Any], Data]:
     """Return the value of every flag, the flags that a run directory stores, and the data set.
 
-    A folder of images without --recipe gets a recipe that fits its images, which is printed.
+    Without --recipe, a folder of images gets a recipe that fits its images; the run prints it.
     """
     saved, sides = {}, None
     if typed.get("resume"):
@@ -136,7 +136,7 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
         size = from_rank_zero(median_size, data.labelled)
         recipe, why = pick_recipe(len(data.train), len(data.label_names), size, pretrained, given.get("img_size"))
         if is_code(args.model):
-            recipe = recipe | {"small_stem": False}  # a model of the user's keeps its stem
+            recipe = recipe | {"small_stem": False}  # the user's own model keeps its stem
         overridden = [f"--{name.replace('_', '-')} {given[name]}" for name in recipe if name in given]
         log(f"{why}; you gave {', '.join(overridden)}" if overridden else f"{why} (--recipe or any flag overrides)")
         args, given = settle_flags(table, typed, saved, recipe)
@@ -149,10 +149,10 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
 
 
 class Photos(torchvision.datasets.ImageFolder):
-    """Images in a folder for each class. Class names are in Unicode's composed form (NFC).
+    """Hold images in a folder for each class. Class names are in Unicode's composed form (NFC).
 
-    Hidden files and folders (.ipynb_checkpoints, ._photo.jpg) and __MACOSX are skipped; other files that are not
-    images by their name are counted by ending.
+    Hidden files and folders (.ipynb_checkpoints, ._photo.jpg) and __MACOSX are skipped. Other files that are not images
+    by their names are skipped too, and counted by ending.
     """
 
     def __init__(self, root: Path) -> None:
@@ -191,7 +191,7 @@ class Photos(torchvision.datasets.ImageFolder):
         return ending in endings()
 
     def files(self) -> list[str]:
-        """Return CLASS/FILE of each image, the same on every machine."""
+        """Return CLASS/FILE of each image, the same text on every machine."""
         return [nfc(Path(os.path.relpath(path, self.root)).as_posix()) for path, _ in self.samples]
 
     def part(self, indices: Iterable[int]) -> Photos:
@@ -203,7 +203,7 @@ class Photos(torchvision.datasets.ImageFolder):
 
 
 def add_unlabelled(data: Data, folder: Path) -> Data:
-    """Return the data set with the images of a folder, at any depth, as training images without a label."""
+    """Return the data set with the images of a folder and its subfolders added as training images without a label."""
     if not isinstance(data.train, Photos):
         raise UserError(f"--unlabelled {folder} needs a folder of photographs as --data")
     if not folder.is_dir():
@@ -266,7 +266,7 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
 def find_classes_to_split(root: Path, asks: bool) -> Path:
     """Return the folder that holds the class folders of a data set without val/: train/, or root itself.
 
-    asks: raise with the flag that splits it
+    asks: raise UserError, with the advice --val-split, if train/ or root would have to be split
     """
     folders = visible_folders(root) if os.path.isdir(root) else []
     sets = [folder for folder in folders if folder.lower() in SETS and visible_folders(root / folder)]
@@ -351,10 +351,10 @@ def hold_out(data: Data, part: int, parts: int) -> Data:
 
 
 def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed: int) -> dict[str, str]:
-    """Return file -> "train" or "val". Of each class the files whose names have the smallest digests validate.
+    """Return file -> "train" or "val". The files of a class with the smallest digests of names validate.
 
-    The side of a file depends on its name and the seed: a few new files leave most of the others where they are.
-    At least one file of a class validates.
+    The side of a file depends on its name and the seed, so that a few new files move few others to the other side.
+    Each class has at least one file for validation.
     """
     members = collections.defaultdict(list)
     for file, target in zip(files, targets):
@@ -368,7 +368,7 @@ def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed:
 
 
 def keep_split(files: Sequence[str], sides: Mapping[str, str]) -> dict[str, str]:
-    """Return the split of a resumed run: new files train; missing files keep their side in case they return."""
+    """Return the split of a resumed run: new files become training images, missing files keep their side."""
     there = set(files)
     new, gone = sorted(there - set(sides)), sorted(set(sides) - there)
     if new:
@@ -382,7 +382,7 @@ def keep_split(files: Sequence[str], sides: Mapping[str, str]) -> dict[str, str]
 
 
 def class_counts(source: Any) -> list[int]:
-    """Return the number of labelled images of each class, without decoding any."""
+    """Return the number of labelled images of each class, without decoding images."""
     targets = np.asarray(source.targets, np.int64)
     return np.bincount(targets[targets != NO_LABEL], minlength=len(source.classes)).tolist()
 
@@ -391,9 +391,9 @@ def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) 
     """Return a weight for the loss of each class; the mean over the training images is 1, so that --lr keeps its scale.
 
     Args:
-        spec: "balanced", weights of n / (C * n_c); or a CSV file with a line name,weight for each class
-        label_names: of the C classes
-        counts: n_c, the training images of each class
+        spec: "balanced" (weights of n / (C * n_c)), or a CSV file with a line name,weight for each class
+        label_names: names of the C classes
+        counts: n_c, the number of training images of each class
     """
     if spec == "balanced":
         if absent := [name for name, count in zip(label_names, counts) if not count]:
@@ -409,7 +409,9 @@ def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) 
         raise UserError(f"--class-weights {spec}: expected balanced, or a CSV file of name,weight for each class")
     total = sum(weights[name] * count for name, count in zip(label_names, counts))
     if not total:
-        raise UserError(f"{spec}: the weight of every training image is 0, so nothing would be learned")
+        raise UserError(
+            f"{spec}: the weight of every training image is 0: give a class with training images a weight above 0"
+        )
     return [weights[name] * sum(counts) / total for name in label_names]
 
 
@@ -431,7 +433,7 @@ def read_class_weights(file: Path) -> dict[str, float]:
 
 
 def median_size(photos: Photos, count: int = 200) -> tuple[int, int]:
-    """Return the median (height, width) in pixels of an even sample of the files; UserError if not one can be read."""
+    """Return the median (height, width) in pixels of an even sample of the files; UserError if none is readable."""
     sizes, reason = [], ""
     for index in evenly(len(photos), count):
         try:

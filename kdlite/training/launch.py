@@ -1,4 +1,4 @@
-"""Run train.py, and the command that stores a teacher's labels, as processes of their own; read their results."""
+"""Run train.py, and the command that stores a teacher's labels, as separate processes; read their results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def train_once(flags: Sequence[Any], output: Path) -> float:
     """Return top-1 of the last epoch of a run. Train it first, unless the same command has finished it.
 
-    A run of another command in `output` is removed, and a run of this command that was stopped is resumed.
+    It removes a run of another command in `output`, and resumes a stopped run of this command.
     """
     command = list(map(str, [sys.executable, ROOT / "train.py", *flags, "--output", output, "--resume"]))
     try:
@@ -40,13 +40,13 @@ def train_once(flags: Sequence[Any], output: Path) -> float:
 
 
 def store_labels(flags: Sequence[Any], output: Path) -> None:
-    """Store a teacher's answers for a training with these flags of train.py; stored ones stay as they are."""
+    """Store a teacher's answers for a training with these flags of train.py; answers in `output` stay unchanged."""
     command = [sys.executable, "-m", "kdlite.training.teacher_labels", *of_labels(flags), "--output", output.resolve()]
     run(list(map(str, command)), output)
 
 
 def of_labels(flags: Sequence[Any]) -> list[str]:
-    """Return the flags, with their values, that the command for labels has."""
+    """Return those flags, with their values, that the command for labels has too."""
     names, kept, keeps = {option(name) for name in by_name(teacher_labels.FLAGS)}, list[str](), False
     for flag in map(str, flags):
         keeps = flag.partition("=")[0] in names if flag.startswith("--") else keeps
@@ -55,7 +55,7 @@ def of_labels(flags: Sequence[Any]) -> list[str]:
 
 
 def run(command: list[str], output: Path) -> None:
-    """Run a command whose lines go to log.txt next to `output`; raise UserError with its last line if it fails."""
+    """Run a command whose lines go to log.txt next to `output`; raise UserError with the last line if it fails."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output.parent / "log.txt", "a+", encoding="utf-8") as log:
         start = log.seek(0, 2)
@@ -73,12 +73,12 @@ def read_rows(output: Path) -> list[dict[str, str]]:
 
 
 def read_answers(output: Path) -> np.ndarray:
-    """Return for each validation image of a run's best epoch 1 if the student is right, else 0."""
+    """Return an array with 1 for each validation image that the student of the best epoch classifies right, else 0."""
     labels, predictions = torch.load(output / "last.pt", weights_only=True)["progress"]["answers"].numpy()
     return np.asarray(labels == predictions, float)
 
 
 def gain(right: np.ndarray, base: np.ndarray) -> tuple[float, float]:
-    """Return the difference in top-1, in points, of answers about the same images, and its standard error."""
+    """Return the difference in top-1, in points, of two models on the same images, and its standard error."""
     difference = 100 * (right - base)
     return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)

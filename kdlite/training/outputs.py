@@ -1,4 +1,4 @@
-"""Write what a run leaves for people and for deploy/: student, model card, metrics, curves, pictures, log.txt."""
+"""Write the files of a run for people and for deploy/: student, model card, metrics, curves, pictures, log.txt."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from kdlite.training.data import Data, class_counts
 from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_rank_zero, log, peak_memory
 from kdlite.training.loading import Samples, data_loader, eval_view
 
-SHOWN = 12  # classes whose sizes are printed one by one
-IMBALANCE = 10  # ratio of class sizes from which a run advises weights
+SHOWN = 12  # most classes of a run that prints the size of each class
+IMBALANCE = 10  # smallest ratio of class sizes for which a run advises class weights
 
 # ---- the run directory --------------------------------------------------------------------------------------------
 
 
 class RunFolder:
-    """The directory of a run: claimed, locked and filled by rank 0. given: the flags that a resume takes over"""
+    """Make, lock and fill the directory of a run, on rank 0. given: the flags that a resume repeats"""
 
     def __init__(self, args: argparse.Namespace, given: dict[str, Any], data: Data, device: torch.device) -> None:
         self.args, self.given, self.data, self.device = args, given, data, device
@@ -58,10 +58,10 @@ class RunFolder:
         return self
 
     def begin(self) -> Path:
-        """Make the directory, lock it, and write what is known before training."""
+        """Make the directory, lock it, and write split.csv, log.txt and args.json."""
         path = claim(self.args.output, self.args.model, "-".join(added_losses(self.args)) or "ce", self.args.resume)
         self.at_the_end.enter_context(locked(path))
-        for partial in path.glob(".*.partial"):  # of a run that was killed while it saved
+        for partial in path.glob(".*.partial"):  # left by a run that was killed while it saved
             shutil.rmtree(partial, ignore_errors=True)
         if self.data.split:
             write_split(path / SPLIT, self.data.split)
@@ -74,7 +74,7 @@ class RunFolder:
     def report_start(
         self, config: Metadata, net: nn.Module, amp: torch.dtype | None, resumed: Checkpoint | None, progress: Progress
     ) -> None:
-        """Print what is trained and from where, and open TensorBoard's file, without the rows that a resume repeats."""
+        """Print model, method, data and start, and open TensorBoard's file, without the rows that a resume repeats."""
         if not IS_MAIN:
             return
         args, student = self.args, net.model if isinstance(net, WithWeakHead) else net
@@ -121,7 +121,7 @@ class RunFolder:
         log(f"stopped by {stop} {progress}: {self.path}/last.pt is saved, --resume continues")
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> Callable[[], None]:
-        """Return a function that writes the whole of metrics.csv, whose rows a resume may drop or extend."""
+        """Return a function that writes all of metrics.csv, because a resume may remove rows or add columns."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
@@ -134,7 +134,7 @@ class RunFolder:
             batch_picture(self.path / "batch.png", images, labels.cpu().numpy(), self.data.label_names)
 
     def finish(self, progress: Progress, started: float) -> None:
-        """Write what describes the whole run: curves, the best epoch by class, confidence and reference.npz."""
+        """Write the files about the whole run: curves, the best epoch by class, confidence and reference.npz."""
         if not IS_MAIN or not progress.rows:
             return
         plot_curves(self.path / "curves.png", progress.rows)
@@ -152,22 +152,22 @@ class RunFolder:
 
     def __exit__(self, *error: Any) -> None:
         if isinstance(error[1], Exception):
-            self.at_the_end.pop_all()  # the error's line still goes to log.txt; the process ends after it
+            self.at_the_end.pop_all()  # log.txt stays open for the line of the error
         else:
             Tee.log = None
             self.at_the_end.close()
 
 
 class Tee:
-    """A stream that continues after its terminal or pipe has closed, and that copies lines to log.txt."""
+    """Copy lines to a stream and to log.txt, also after the stream's terminal or pipe has closed."""
 
-    log: Any = None  # of this process, for both streams
+    log: Any = None  # the open log.txt of this process, for both streams
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        if self.log and "\r" not in text:  # which a progress bar prints
+        if self.log and "\r" not in text:  # a text with "\r" is of a progress bar
             with contextlib.suppress(OSError, ValueError):
                 self.log.write(text)
         self.forward(self.stream.write, text)
@@ -183,7 +183,7 @@ class Tee:
         try:
             method(*values)
         except (OSError, ValueError):  # ValueError: the stream was closed
-            with contextlib.suppress(Exception):  # else the interpreter fails when it flushes at its end
+            with contextlib.suppress(Exception):  # otherwise the interpreter fails at its last flush
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -206,7 +206,7 @@ def tee() -> Iterator[None]:
 
 
 def describe_left(seconds: float, before: str = "") -> str:
-    """Return the time that a whole run still takes, "" for less than a minute. before: precedes the text"""
+    """Return the remaining time of a run as a text, or "" for less than a minute. before: text in front of it"""
     if seconds < 60:
         return ""
     left = f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.0f} min"
@@ -214,7 +214,7 @@ def describe_left(seconds: float, before: str = "") -> str:
 
 
 def describe_balance(data: Data, weighted: bool) -> str:
-    """Return lines about the sizes of the classes, with advice if they differ much, and the worth of an image."""
+    """Return lines about the sizes of the classes, with advice if they differ much, and the points of one image."""
     counts, names = class_counts(data.train), [printable(name) for name in data.label_names]
     few, many = (pick(range(len(counts)), key=counts.__getitem__) for pick in (min, max))
     each = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
@@ -266,14 +266,14 @@ def batch_picture(path: Path, images: np.ndarray, labels: np.ndarray, label_name
 
     Args:
         images: uint8 (N, H, W, 3) or (N, H, W, 1)
-        labels: class indices (N,), or class probabilities (N, C), of which the two largest are shown
+        labels: class indices (N,), or class probabilities (N, C); the picture shows the two largest
     """
     from matplotlib.figure import Figure
 
     count = min(len(images), 32)
     columns = min(count, 8)
     height, width = images.shape[1:3]
-    gap, line = max(1, width // 16), max(1, width // 8)  # between images; of a caption, which has one or two
+    gap, line = max(1, width // 16), max(1, width // 8)  # between images; height of a caption line
     step = height + gap + 2 * line, width + gap
     # one picture on one axis, because 32 axes take 1.25 seconds
     grid = np.full((math.ceil(count / columns) * step[0], columns * step[1], 3), 255, np.uint8)
@@ -290,7 +290,7 @@ def batch_picture(path: Path, images: np.ndarray, labels: np.ndarray, label_name
 
 
 def caption(label: Any, label_names: Sequence[str]) -> str:
-    """Return the name of a class, or of two with their probabilities in percent; a negative index is no label."""
+    """Return the name of a class, or of the two most probable classes with percentages; (no label) for an index < 0."""
     shares = np.asarray(label)
     if shares.ndim == 0:
         return shortened(label_names[int(shares)]) if shares >= 0 else "(no label)"
@@ -304,13 +304,13 @@ def caption(label: Any, label_names: Sequence[str]) -> str:
 
 
 def save_student(folder: Path, model: nn.Module, config: Metadata, later: bool = False) -> Callable[[], None]:
-    """Write the plain student, without weak head and optimizer: the files that deploy/ needs and that people share.
+    """Write the plain student, without weak head and optimizer: the files for deploy/ and for sharing.
 
-    later: copy the weights now, and write when the returned function is called
+    later: copy the weights now, and write the files when the caller calls the returned function
     """
     weights = safetensors_bytes({name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()})
     content = {"format": 2} | config.to_json()
-    if config.library == "timm":  # by which timm prepares images, and finds the first and the last layer
+    if config.library == "timm":  # timm needs these to prepare images, and to find the first and the last layer
         known = timm.get_pretrained_cfg(config.architecture).to_dict()
         kept = {k: known[k] for k in ("first_conv", "classifier", "fixed_input_size", "pool_size") if k in known}
         names = ("input_size", "num_classes", "mean", "std", "interpolation", "label_names")
@@ -328,14 +328,14 @@ def write_student(folder: Path, weights: bytes, content: dict[str, Any], card: s
 
 
 def write_description(folder: Path, content: dict[str, Any], card: str) -> None:
-    """Write config.json and README.md, which stays if its owner has removed MARK."""
+    """Write config.json and README.md; a README.md without MARK belongs to the user and stays."""
     write_whole(folder / "config.json", json.dumps(content, indent=2) + "\n")
     file = folder / "README.md"
     if not file.exists() or MARK in file.read_text(encoding="utf-8", errors="replace"):
         write_whole(file, card)
 
 
-MOST, MOST_LOGITS = 10_000, 10**7  # validation images of a fit, and numbers in their logits
+MOST, MOST_LOGITS = 10_000, 10**7  # most validation images of a fit, and most numbers in their logits
 
 
 def keep_confidence(
@@ -343,10 +343,10 @@ def keep_confidence(
 ) -> str:
     """Fit temperature and threshold of a finished student on validation images, and add them to its description.
 
-    folder: the student/ folder; val: images and class indices, of which at most MOST are used, evenly spaced
+    folder: the student/ folder; val: (image, class index); the fit uses at most MOST of them, evenly spaced
 
     Returns:
-        A line for the user.
+        Lines for the user.
     """
     student = load(folder, RunOn(device.type, model_files=tuple(model_files)))
     classes = len(student.metadata.label_names)

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from kdlite.training.distributed import from_rank_zero, gather
 from kdlite.training.loading import CorruptCount, ToDevice, image_progress
 
-MOST_IMAGES = 20_000  # whose features are in memory: 200 MB at 2,560 features
+MOST_IMAGES = 20_000  # most images of a fit; their features take 200 MB at 2,560 features an image
 ITERATIONS = 100  # of L-BFGS
 WEIGHT_DECAY = 0.1  # of features with deviation 1; 0.03 to 1 give the same accuracy (examples/paper/LOG.md, 21)
 
 
 class Inputs:
-    """A hook that keeps the inputs of a layer."""
+    """Store the inputs of a layer, as its hook."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.rows: list[Tensor] = []
@@ -43,8 +43,8 @@ def fit_classifiers(
 ) -> str:
     """Fit each classifier to the model's features of the images of a loader, and return a report.
 
-    Every process calls it, with its own images. A classifier that is not linear, or whose input is not one row for
-    each image, keeps its weights. The model is in eval mode afterwards.
+    Every process calls this function with its own images. A classifier keeps its weights if it is not linear, or if its
+    input is not one row for each image. The call leaves the model in eval mode.
 
     Args:
         model: on its device
@@ -52,7 +52,7 @@ def fit_classifiers(
         loader: batches of training images without augmentation; a target below 0 has no label and is skipped
         to_device: normalises a batch
         corrupt: counts the images that cannot be read
-        class_weights: (C,), as of the loss; None: equal
+        class_weights: (C,), the class weights of the loss; None: equal weights
     """
     linear = {name: layer for name, layer in classifiers.items() if isinstance(layer, nn.Linear)}
     lines = [f"{name} starts at zero: it is not a linear layer" for name in classifiers.keys() - linear.keys()]
@@ -86,10 +86,10 @@ def fit_classifiers(
 def fit_linear(
     features: Tensor, target: Tensor, classes: int, class_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Return weight (C, D) and bias (C,) of a softmax regression, and its top-1 in percent on these features (N, D).
+    """Fit a softmax regression to features (N, D); return weight (C, D), bias (C,) and its top-1 on them in percent.
 
-    The regression is fitted to features that are centred and divided by their deviation; the result is for the
-    features as they are.
+    The fit uses features that are centred and divided by their deviation; weight and bias are for the original
+    features.
     """
     mean, scale = features.mean(0), features.std(0, correction=0).clamp(min=1e-3)
     rows = (features - mean) / scale

@@ -12,21 +12,21 @@ from deploy.flags import stretch_epochs
 from kdlite.training.checkpoint import Progress
 from kdlite.training.distributed import gather, log
 
-FEWEST = 5  # epochs; a run that is shorter gets epochs of a part of the images, which fill the time
+FEWEST = 5  # epochs; a shorter run gets epochs over a part of the images, so that they fill the time
 WARM_UP = 5  # steps that are not measured: the first ones start processes and allocate memory
 MEASURED = 50  # steps, or one epoch
 
 
 class Length:
-    """The number of epochs of a run, and of optimizer steps in an epoch: fixed, or fitted to a time.
+    """Set the number of epochs of a run, and of optimizer steps in an epoch: fixed, or fitted to a time.
 
-    It is fitted after the first MEASURED steps, or the first epoch if that is shorter, and corrected after each epoch.
-    It sets args.epochs, and stretches warm-up and milestones with it.
+    The fit is after the first MEASURED steps, or after the first epoch if that is shorter, and again after each epoch.
+    It sets args.epochs, and stretches warm-up and milestones in proportion.
 
     Args:
-        args: epochs; and time_limit: seconds, or None
-        steps: in an epoch over all images
-        progress: of the run; a resumed run keeps its plan
+        args: has epochs, and time_limit in seconds, or None without a limit
+        steps: optimizer steps in an epoch over all images
+        progress: progress of the run; a resumed run keeps the plan in it
         started: time.monotonic() at the start of this process's run
         val_share: seconds of an evaluation divided by those of a training epoch, as a guess for the first plan
     """
@@ -42,7 +42,7 @@ class Length:
             stretch_epochs(args, progress.epochs)
 
     def refit(self, epoch_ended: bool = False) -> bool:
-        """Plan the run if a plan is due; return whether the plan has changed. Called after each step and each epoch."""
+        """Plan the run if a plan is due; return whether the plan has changed. Call it after each step and epoch."""
         now, progress, old = time.monotonic(), self.progress, (self.args.epochs, self.steps)
         if not self.args.time_limit or not (epoch_ended or (not progress.epochs and progress.step <= MEASURED)):
             return False
@@ -75,7 +75,7 @@ class Length:
 
 
 def synchronised_time() -> float:
-    """Return the time when the device has done its work."""
+    """Wait until the device has done its work, and return the time."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.monotonic()

@@ -48,7 +48,7 @@ def test_a_damaged_file_is_one_row_in_openvino(run, needs_openvino):
     (run / "student/student.onnx").write_bytes((run / "student/student.onnx").read_bytes()[:1000])
     deploy(check, run, "student.onnx", "--device", "cpu", check=1)
     rows = rows_of(run)
-    assert "not a whole ONNX file" in rows["student.onnx in OpenVINO"]["verdict"]
+    assert "not a complete ONNX file" in rows["student.onnx in OpenVINO"]["verdict"]
 
 
 @pytest.fixture

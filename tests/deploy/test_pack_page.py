@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import functools
+import gzip
 import io
 import json
 import re
@@ -291,10 +292,10 @@ def test_the_camera_takes_a_picture(student):
     page.wait_for_function("() => document.getElementById('camera').textContent === 'Take the picture'")
     assert page.is_visible("#close")
     page.click("#camera")
+    page.wait_for_selector("#image[alt='camera.png']")
     assert len(shown(page)) == 5
     assert not page.is_visible("#view")
     assert page.evaluate("view.srcObject") is None
-    assert page.get_attribute("#image", "alt") == "camera.png"
     page.evaluate("""() => { navigator.mediaDevices.getUserMedia = async () => {
         throw new DOMException("", "NotFoundError") } }""")
     page.click("#camera")
@@ -354,6 +355,25 @@ def test_a_wrong_answer_fails_the_self_test(browser, runtime, html, tmp_path):
         assert "jpeg-420-16x9.jpg" in wrong.inner_text("#verdict")
 
 
+@pytest.mark.parametrize("part", ["model", pytest.param("wasm", marks=pytest.mark.trial)])
+def test_a_page_whose_model_does_not_open_says_so_at_each_picture(browser, html, tmp_path, part):
+    """As of a file that was damaged on its way."""
+    start = f'(<script type="text/plain" id="{part}">).*?(</script>)'
+    junk = base64.b64encode(gzip.compress(b"damaged")).decode()
+    text = re.sub(start, lambda found: found[1] + junk + found[2], html.read_text(encoding="utf-8"), flags=re.S)
+    (tmp_path / "damaged.html").write_text(text, encoding="utf-8")
+    tab = browser.new_page()
+    tab.goto(f"file://{tmp_path}/damaged.html")
+    tab.wait_for_selector("#error:not(:empty)")
+    assert tab.inner_text("#error").startswith("This page cannot open its model: ")
+    assert not tab.is_visible("#loading")
+    upload(tab, encoded(crop(99, 99)))
+    tab.wait_for_selector("#image", state="visible")
+    tab.wait_for_function("() => busy.textContent === ''")
+    assert tab.inner_text("#error").startswith("This page cannot open its model: ")
+    tab.close()
+
+
 LOGITS = """async images => {
   const results = []
   for (const image of images) results.push(Array.from(await askWorker("logitsOf", Uint8Array.from(image))))
@@ -410,7 +430,8 @@ def test_npm_that_fails_or_fetches_something_else_is_one_line(capfd, tmp_path, m
     file = f"{page.PACKAGE}-{page.VERSION}.tgz"
     for script, message in (
         ("echo offline >&2; exit 1", "(offline): npm pack"),
-        (f"echo x > {file}", "SHA-512 differs"),
+        (f"echo x > {file}", "(the SHA-512 of its file differs): npm pack"),
+        ("exit 0", "(no file): npm pack"),
     ):
         npm.write_text(f"#!/bin/sh\n{script}\n")
         npm.chmod(0o755)

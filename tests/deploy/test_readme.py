@@ -17,6 +17,7 @@ from deploy.flags import get_parser, read_flags, settle_flags
 from kdlite.training import teacher_labels
 
 COMMANDS = ["export", "quantize", "candidates", "build", "check", "benchmark", "serve", "triton", "pack", "predict"]
+COMMANDS += ["selftest"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -127,7 +128,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs |= {"--requirements", "--budget-ms"}  # of student.pyz and candidates.pyz
     theirs |= {"--jobs", "--seeds", "--fetch", "--fastai", "--timm"}  # of examples/paper/*.py and examples/finetune.py
     theirs |= {"--litserve", "--compare", "--pooled"}  # of examples/benchmark_serve.py and examples/paper/report.py
-    theirs |= {"--minutes", "--share", "--triton"}  # of tests/soak.py and tests/compare_triton.py
+    theirs |= {"--minutes", "--share", "--triton", "--only"}  # of tests/*.py and examples/gpu.py
     theirs |= {"--torchcompile", "--clip-mode"}  # of timm's train.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= theirs
     for name, flags in re.findall(r"^(?:    )?python -m deploy\.(\w+) ([^#\n]*)", text, re.M):

@@ -95,9 +95,9 @@ def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):
 @pytest.mark.parametrize(("change", "message"), [
     ({"input": "uint8 NHWC"}, "tensor(uint8) of [N, 32, 32, 3]; the graph has [('pixel_values', 'tensor(float)', ["),
     ({"input_size": [3, 64, 64]}, "of [N, 3, 64, 64]; the graph has"),
-    ({"label_names": ["a", "b"]}, "has 2 label_names; the graph answers scores: ['N', 10]"),
+    ({"label_names": ["a", "b"]}, "has 2 label_names; expected an output 'scores', [N, 2]; its shape is ['N', 10]"),
     ({"std": [0, 1, 1]}, "std is [0, 1, 1]; expected a number above 0 per channel"),
-    (None, "a theirs.onnx.json next to it, with mean, std, label_names"),
+    (None, "a theirs.onnx.json next to it; its fields are mean, std, label_names"),
 ])  # fmt: skip
 def test_a_sidecar_must_fit_the_graph(foreign, change, message):
     file, _, values = foreign
@@ -123,7 +123,9 @@ def test_an_engine_is_built_without_a_gpu_and_refused_where_it_cannot_run(run, c
     deploy(check, run, "student.engine", "--count", "8", check=1)
     assert "needs a CUDA device" in capsys.readouterr().out
     sidecar.write_text(json.dumps(values | {"built": values["built"] | {"version": "1.0"}}))
-    with pytest.raises(UserError, match=r"built by tensorrt_rtx 1\.0, here is .* build it again here, from student"):
+    with pytest.raises(
+        UserError, match=r"built by tensorrt_rtx 1\.0, but this machine has .* build it again here, from student"
+    ):
         load(run / "student/student.engine")
     deploy(triton, run / "student/student.engine", "--output", run / "models", check=2)
     assert "TensorRT-RTX" in capsys.readouterr().err
@@ -244,7 +246,7 @@ def test_a_folder_of_other_weights_names_what_differs(run):
     ("quantize", ["run"], "--target"),
     ("quantize", ["run", "--target", "cpu", "--count", "0"], "--count: must be at least 1, got 0"),
     ("quantize", ["run", "--target", "cpu", "--count", "999"], "but the reference has 80"),
-    ("quantize", ["run", "--target", "cpu", "--count", "8", "--op-types", "Einsum"], "no Einsum to quantise"),
+    ("quantize", ["run", "--target", "cpu", "--count", "8", "--op-types", "Einsum"], "quantise: expected Einsum; see"),
     ("quantize", ["run", "--target", "cpu", "--onnx", "run/student/student-fp16.onnx"], "is fp16: quantise the fp32"),
     *([] if torch.cuda.is_available() else [("benchmark", ["run", "--device", "cuda"], "no CUDA device here")]),
     ("benchmark", ["run", "--batches", "0"], "at least 1"),

@@ -46,7 +46,8 @@ def load(name):
 def rows():
     """Return train.py's flags of each row by its name, as the shell makes them."""
     command = ["bash", str(PAPER / "rows.sh")]
-    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = [line.split()[0] for line in listed]
     lines = subprocess.run(
         [*command, "all"], capture_output=True, text=True, check=True, env=os.environ | {"LAUNCH": "echo"}
     ).stdout.splitlines()
@@ -94,6 +95,40 @@ def test_an_unknown_row_is_an_error():
     result = subprocess.run(["bash", str(PAPER / "rows.sh"), "nope"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "no row named nope" in result.stderr
+
+
+def test_the_list_has_the_epochs_of_each_row_its_expected_top1_and_hours():
+    listed = subprocess.run(["bash", str(PAPER / "rows.sh")], capture_output=True, text=True, check=True).stdout
+    line = r"^(\S+) +(\d+) epochs  ([\d.]+ -> [\d.]+|not given) +([\d.]+) A100 hours or more$"
+    found = re.findall(line, listed, re.M)
+    assert len(found) == len(listed.splitlines()) == len(rows())
+    for name, epochs, _, hours in found:
+        assert settle(rows()[name]).epochs == int(epochs), name
+        assert float(hours) > 0
+    by_name = {name: (top1, float(hours)) for name, _, top1, hours in found}
+    assert by_name["nkd-resnet18"][0] == "69.90 -> 71.96"
+    # 100 epochs of 1,281,167 images at 2,470 a second
+    assert by_name["uskd-resnet50"][1] == pytest.approx(14.4, abs=0.05)
+    assert by_name["uskd-cifar-resnet18"][1] == pytest.approx(0.3, abs=0.05)  # 10,000 a second at most
+
+
+def run_rows(*asked):
+    command, environment = ["bash", str(PAPER / "rows.sh"), *asked], os.environ | {"LAUNCH": "echo"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_flags_after_the_names_go_to_train_py():
+    lines = run_rows("uskd-cifar-resnet18", "nkd-resnet18", "--epochs", "1", "--batch-size", "8").stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        args = settle(shlex.split(line)[1:])
+        assert (args.epochs, args.batch_size) == (1, 8)
+
+
+def test_flags_without_a_row_are_an_error():
+    result = run_rows("--epochs", "1")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "rows.sh: error: --epochs without a row: give names before the flags\n"
 
 
 @pytest.mark.parametrize(

@@ -556,7 +556,7 @@ def test_a_run_prints_the_teachers_accuracy_first_and_warns_of_a_poor_teacher(ca
 
 def test_a_model_that_ends_in_a_softmax_is_refused_before_training(capsys):
     flags = [*TINY, "--kd", "nkd", "--teacher", f"{MODELS}:softmax"]
-    assert "returns probabilities, whose sum is 1: take its last softmax out" in refused(capsys, *flags)
+    assert "returns probabilities, whose sum is 1; expected logits" in refused(capsys, *flags)
     assert "returns probabilities" in refused(capsys, *TINY, "--model", f"{MODELS}:softmax")
 
 
@@ -856,7 +856,7 @@ def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
         (["--teacher", "resnet34"], "--teacher needs --kd"),
         (["--kd", "nkd", "--teacher", "resnet43"], "unknown model 'resnet43'"),
         (["--kd", "nkd", "--teacher", "."], "is neither a student/ folder nor a run directory: it has no config.json"),
-        (["--self-kd", "uskd", "--tap", "features.71"], "--tap names the layer.*near matches: features.7"),
+        (["--self-kd", "uskd", "--tap", "features.71"], "near matches: features.7.*--tap sets the layer"),
         (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
         (["--lr", "nan"], "--lr: must be at least 0, got nan"),
         (["--kd", "nkd", "--teacher", "resnet18", "--temperature", "0"], "--temperature: must be greater than 0"),
