@@ -5,7 +5,8 @@
     curl http://127.0.0.1:8000/v2/models/student
 
 GET / returns a page to drop an image on. POST /v2/models/NAME/infer takes images, uint8 (N, H, W, 3), resized and
-cropped, as JSON or as binary tensors. POST /predict takes an image file, or a form with one, and prepares it as in training.
+cropped, as JSON or as binary tensors. POST /predict takes an image file, or a form with one, and prepares it as in
+training.
 /metrics is for Prometheus. An overloaded server responds 503 with Retry-After. The response to a body that is too large
 is 413, and to any other mistake in a request 4xx with {"error": ...}.
 

@@ -303,7 +303,7 @@ def abbreviate(names: Iterable[str]) -> str:
 
 
 def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed: int) -> dict[str, str]:
-    """Return file -> "train" or "val". In each class the files whose names have the smallest digests are for validation.
+    """Return file -> "train" or "val". In each class, the files whose names have the smallest digests are "val".
 
     The side of a file depends on its name and the seed, so that a few new files move few others to the other side.
     Each class has at least one file for validation.
@@ -361,9 +361,7 @@ def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) 
         raise UserError(f"--class-weights {spec}: expected balanced, or a CSV file of name,weight for each class")
     total = sum(weights[name] * count for name, count in zip(label_names, counts))
     if not total:
-        raise UserError(
-            f"{spec}: the weight of every training image is 0: give a class with training images a weight above 0"
-        )
+        raise UserError(f"{spec}: every training image has the weight 0: expected a weight above 0")
     return [weights[name] * sum(counts) / total for name in label_names]
 
 
@@ -385,7 +383,7 @@ def read_class_weights(file: Path) -> dict[str, float]:
 
 
 def median_size(photos: Photos, count: int = 200) -> tuple[int, int]:
-    """Return the median (height, width) in pixels of an even sample of the files; raise UserError if all are unreadable."""
+    """Return the median (height, width) in pixels of an even sample of files; raise UserError if all are damaged."""
     sizes, reason = [], ""
     for index in evenly(len(photos), count):
         try:

@@ -55,7 +55,7 @@ def of_labels(flags: Sequence[Any]) -> list[str]:
 
 
 def run(command: list[str], output: Path) -> None:
-    """Run a command, and write its lines to log.txt next to `output`; raise UserError with the last line if it fails."""
+    """Run a command and write its lines to log.txt next to `output`; raise UserError with its last line if it fails."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output.parent / "log.txt", "a+", encoding="utf-8") as log:
         start = log.seek(0, 2)

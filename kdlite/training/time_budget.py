@@ -42,7 +42,7 @@ class Length:
             stretch_epochs(args, progress.epochs)
 
     def refit(self, epoch_ended: bool = False) -> bool:
-        """Plan the run if a plan is due; return whether the plan has changed. Call it after each step and each epoch."""
+        """Plan the run if a plan is due; return whether the plan has changed. Call it after each step and epoch."""
         now, progress, old = time.monotonic(), self.progress, (self.args.epochs, self.steps)
         if not self.args.time_limit or not (epoch_ended or (not progress.epochs and progress.step <= MEASURED)):
             return False

@@ -47,14 +47,12 @@ OWN = ("--kd", "--gamma", "--temperature", "--kd-weight", "--teacher-labels", "-
 
 
 def link_images(data: str, val_split: float | None, folder: Path) -> None:
-    """Make folder/train and folder/val with links to the training images of a data set; val/ gets SHARE of each class."""
+    """Make folder/train and folder/val with links to the training images of a data set; val/ gets SHARE of a class."""
     photos = open_data(data, val_split).train
     if not isinstance(photos, Photos):
         raise UserError(f"--data {data}: expected a folder of photographs")
     files = photos.files()
-    sides = draw_split(
-        files, photos.targets, SHARE, seed=1
-    )  # not the seed of the split into training and validation images
+    sides = draw_split(files, photos.targets, SHARE, seed=1)  # not the seed of the split by --val-split
     if folder.exists():
         shutil.rmtree(folder)
     with replacing(folder) as partial:
@@ -72,7 +70,7 @@ def run_arm(name: str, flags: Sequence[Any], epochs: int, labels: Path, output: 
 
 
 def make_plan(flags: Sequence[Any], labels: Path, output: Path, ends: float) -> int:
-    """Run one epoch, and return the epochs of the first round with which all rounds end at `ends` (time.monotonic())."""
+    """Run one epoch, and return the epochs of the first round that let all rounds end at `ends` (time.monotonic())."""
     began = time.monotonic()
     _, epoch = run_arm("cross-entropy", flags, 1, labels, output / "first")
     overhead = max(time.monotonic() - began - epoch, 0)  # seconds of a process outside its epochs
@@ -126,15 +124,9 @@ def get_parser() -> Parser:
     parser.add_argument("--data", required=True, help="a folder of photographs, as train.py takes it")
     parser.add_argument("--val-split", type=number(float, 0, 1, above=True), help="flag of train.py")
     parser.add_argument("--teacher", required=True, help="the teacher, as train.py takes it")
-    parser.add_argument(
-        "--views", type=number(int, 1), default=4, help="crops of each image that the teacher classifies (default: 4)"
-    )
-    parser.add_argument(
-        "--minutes", type=number(float, 0, above=True), default=30.0, help="time for all runs (default: 30)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/tune"), help="folder of the runs (default: runs/tune)"
-    )
+    parser.add_argument("--views", type=number(int, 1), default=4, help="stored crops of each image (default: 4)")
+    parser.add_argument("--minutes", type=number(float, 0, above=True), default=30.0, help="of all runs (default: 30)")
+    parser.add_argument("--output", type=Path, default=Path("runs/tune"), help="for the runs (default: runs/tune)")
     return parser
 
 

@@ -38,7 +38,7 @@ def call(*flags, check=0):
 
 
 def run_here(command, output):
-    """Run the command of a process in the process of the tests."""
+    """Run the command of a child process in the process of the tests."""
     main = train.main if command[1].endswith("train.py") else teacher_labels.main
     assert main(command[2:] if main is train.main else command[3:]) == 0
 
@@ -75,7 +75,7 @@ def test_an_arm_within_two_errors_of_the_best_is_not_told_apart(capsys):
 
 
 @pytest.mark.slow
-def test_it_runs_its_rounds_and_prints_a_command_that_train_py_accepts(photos, monkeypatch, capsys):
+def test_tune_runs_its_rounds_and_prints_a_command_that_train_py_accepts(photos, monkeypatch, capsys):
     run(*TINY, *RECIPE, "--data", "photos", "--epochs", 3, "--reference", 0, "--output", "t")
     commands = []
     monkeypatch.setattr(launch, "run", lambda command, output: (commands.append(command), run_here(command, output)))
