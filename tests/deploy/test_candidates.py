@@ -1,4 +1,4 @@
-"""Test deploy.candidates: one file times networks on a device without torch, and names the best that fits the budget."""
+"""Test deploy.candidates: one file times networks on a device without torch, and names the best within the budget."""
 
 import json
 import shutil
