@@ -224,7 +224,8 @@ def run(argv: list[str]) -> None:
     output = given.output.resolve()
     labels = (given.teacher_labels or output / "labels").resolve()
     args, classes = open_training(flags, labels)
-    plan = begin(output / "plan.json", argv)
+    known = [f"{name} {value}" for name, value in sorted(vars(given).items()) if name != "minutes"] + flags
+    measured = begin(output / "tune.json", known)
     if given.teacher:
         k = classes - 1 if classes <= MOST_CLASSES else 10
         asked = ["--teacher", given.teacher, "--top-k", k, "--views", given.views]
@@ -236,12 +237,14 @@ def run(argv: list[str]) -> None:
         log(f"{labels} has not every class: KD and NKD at other temperatures than 1 are left out")
     trainer = Trainer(flags, labels, args, output)
     ends = began + 60 * given.minutes
-    if plan is None:
+    if measured is None:
         epoch, start = measure(trainer)
-        full = max(1, int(args.time_limit / epoch)) if args.time_limit else args.epochs
-        plan = make_plan(ends - time.monotonic(), epoch, start, len(names), full)
-        write_whole(output / "plan.json", json.dumps({"command": argv, "plan": plan}))
-        log(f"an epoch takes {epoch:.1f} s, and the rest of a run {start:.1f} s")
+        measured = [time.monotonic() - began, epoch, start]
+        write_whole(output / "tune.json", json.dumps({"command": known, "measured": measured}))
+    spent, epoch, start = measured
+    log(f"an epoch takes {epoch:.1f} s, and the rest of a run {start:.1f} s")
+    full = max(1, int(args.time_limit / epoch)) if args.time_limit else args.epochs
+    plan = make_plan(60 * given.minutes - spent, epoch, start, len(names), full)
     log(f"plan: {plan}")
     rounds = search(trainer, names, plan, ends)
     if not rounds:
@@ -252,19 +255,18 @@ def run(argv: list[str]) -> None:
     log(f"next: torchrun train.py {shlex.join(chosen)}")
 
 
-def begin(file: Path, argv: list[str]) -> Plan | None:
-    """Return the plan in plan.json, None for a new search, which writes its command there.
+def begin(file: Path, command: list[str]) -> list[float] | None:
+    """Return the seconds that a stopped search measured, so that its plan is the same; None if it has not.
 
     UserError if the file is of another command, whose runs would be taken for those of this one.
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({"command": argv, "plan": None}))
-        return None
+        write_whole(file, json.dumps({"command": command, "measured": None}))
     stored = read_json(file.read_bytes(), file)
-    if stored.get("command") != argv:
+    if stored.get("command") != command:
         raise UserError(f"{file.parent} has the runs of another command: give another --output, or remove that folder")
-    return Plan(*stored["plan"]) if stored.get("plan") else None
+    return stored.get("measured")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

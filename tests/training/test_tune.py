@@ -240,9 +240,9 @@ def test_it_reads_no_validation_image_and_prints_a_command_that_trains(teacher, 
     train.parse_flags(line.split())
     assert ("--teacher-labels" in line) == (" --kd " in line)
 
-    commands.clear()  # the same command finds its plan and its runs
-    monkeypatch.delattr(tune, "make_plan")
-    call(*flags, *TEACHER, "--views", 1, "--output", "out")
+    commands.clear()  # the same command, or one with more time, finds what was measured, and the runs
+    monkeypatch.delattr(tune, "measure")
+    call(*flags, *TEACHER, "--views", 1, "--output", "out", "--minutes", 40)
     assert [command[1] for command in commands] == ["-m"]
     assert f"next: torchrun train.py {line}" in capsys.readouterr().out
 
@@ -272,11 +272,11 @@ def test_a_run_that_a_signal_stopped_stops_the_search(photos, monkeypatch):
         trainer.run("cross-entropy", 2, 0)
 
 
-def test_a_search_that_stopped_before_its_plan_refuses_another_command(tmp_path):
-    assert tune.begin(tmp_path / "out/plan.json", ["--lr", "1"]) is None
-    assert tune.begin(tmp_path / "out/plan.json", ["--lr", "1"]) is None
+def test_a_search_that_stopped_before_it_measured_refuses_another_command(tmp_path):
+    assert tune.begin(tmp_path / "out/tune.json", ["--lr", "1"]) is None
+    assert tune.begin(tmp_path / "out/tune.json", ["--lr", "1"]) is None
     with pytest.raises(UserError, match="another command"):
-        tune.begin(tmp_path / "out/plan.json", ["--lr", "2"])
+        tune.begin(tmp_path / "out/tune.json", ["--lr", "2"])
 
 
 @pytest.mark.parametrize("flag", ["--kd=nkd", "--gamma=1", "--fold 1 5", "--unlabelled=more", "--self-kd=uskd"])
