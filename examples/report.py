@@ -2,9 +2,9 @@
 
     python examples/report.py runs/*                     # writes runs/report.html, a file that needs no other
 
-Reads args.json, metrics.csv and student/ of each run; if they are there, also reference.npz for calibration, mistakes
-and sample images (the teacher's run's for its answers), confusion.png, and student/benchmark.json of deploy.benchmark.
-A section without its file prints which one is missing.
+The command reads args.json, metrics.csv and student/ of each run. If they exist, it also reads reference.npz (for
+calibration, mistakes and sample images), the reference.npz of the teacher's run (for the teacher's answers),
+confusion.png, and student/benchmark.json of deploy.benchmark. A section without its file names the missing file.
 """
 
 import argparse
@@ -52,15 +52,15 @@ svg, img.wide { max-width: 100%; height: auto } .photo { width: 6rem; image-rend
 
 
 class Run(NamedTuple):
-    name: str  # of the folder, or its path if another run has that name
+    name: str  # name of the folder, or its path if another run has the same name
     folder: Path
     flags: dict[str, Any]  # of args.json
     epochs: list[int]
-    top1: list[float]  # after each, %
-    labels: list[str]  # the classes' names
+    top1: list[float]  # after each epoch, %
+    labels: list[str]  # names of the classes
     temperature: float | None  # of config.json
     reference: Reference | None
-    missing: str  # the reason, if there is no reference
+    missing: str  # the reason why the reference is missing, else ""
 
     @property
     def method(self) -> str:
@@ -102,9 +102,9 @@ def calibration_of(run: Run, temperature: float | None) -> Calibration:
 
 
 def teachers_logits(run: Run) -> tuple[np.ndarray | None, str]:
-    """Return the teacher's logits on the run's reference images; or None, and the reason.
+    """Return the teacher's logits on the run's reference images and ""; or None and the reason.
 
-    They are in the reference.npz of the teacher's own run, if it has the same images.
+    The logits come from the reference.npz of the teacher's own run, if that file has the same images.
     """
     teacher = run.flags.get("teacher")
     if run.flags.get("teacher_labels"):
@@ -146,7 +146,7 @@ def soft_label(run: Run, teacher: np.ndarray | None, index: int) -> tuple[str, n
 
 
 def bars(values: np.ndarray, labels: list[str], target: int) -> str:
-    """Return the largest values as HTML, a line each: name, bar, number."""
+    """Return the largest values as HTML, one line for each class: name, bar, number."""
     lines = []
     for i in np.argsort(-values, kind="stable")[:BARS]:
         lines.append(
@@ -174,14 +174,14 @@ def remark(text: str) -> str:
 
 
 def samples(run: Run) -> str:
-    """Return a table of the first reference image of each of the first classes: teacher, student, soft label."""
+    """Return a table with one reference image for each of the first classes: teacher, student, soft label."""
     title = f"<h3>{html.escape(run.name)} ({html.escape(run.method)})</h3>"
     if run.reference is None:
         return title + remark(run.missing)
     teacher, remarks = teachers_logits(run)
     if run.flags.get("self_kd"):
         remarks += (
-            "Z is ranked here by the student alone; in training also by the weak head, which is not kept. "
+            "Z is ranked here by the student alone; in training also by the weak head, which is not stored. "
             "The mean in P_t is over the reference images here, and over a batch in training. "
         )
     rows = []
@@ -201,7 +201,7 @@ def samples(run: Run) -> str:
 
 
 def mistakes(run: Run) -> str:
-    """Return the reference images whose class is wrong, at most MISTAKES, the most certain answers first."""
+    """Return at most MISTAKES reference images that the student classifies wrongly, the most certain first."""
     title = f"<h2>Mistakes: {html.escape(run.name)}</h2>"
     if run.reference is None:
         return title + remark(run.missing)
@@ -224,7 +224,7 @@ def mistakes(run: Run) -> str:
 
 @contextmanager
 def plot(body: list[str], alternative: str, size: tuple[float, float] = (8, 4.2)) -> Iterator[plt.Axes]:
-    """Give axes to draw on, and append them to the page as an inline SVG. alternative: the text for screen readers."""
+    """Yield axes to draw on, and append them to the page as an inline SVG. alternative: the text for screen readers."""
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     yield axes
     axes.grid(alpha=0.3)
@@ -258,7 +258,7 @@ def table(runs: list[Run], calibrations: dict[str, Calibration]) -> str:
 
 
 def timings(run: Run) -> list[dict[str, Any]]:
-    """Return the rows of deploy.benchmark at batch 1 that have an accuracy too."""
+    """Return the rows of deploy.benchmark that have batch 1 and an accuracy."""
     try:
         rows = json.loads((run.folder / "student/benchmark.json").read_text(encoding="utf-8"))["rows"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,12 +1,12 @@
-"""Measure "none of these": train on 8 of the 10 digits, and ask about the other two, which no training image shows.
+"""Measure "none of these": train on 8 of the 10 digits, and classify images of the other two, the unknown images.
 
     python examples/unknown.py --draws 5 --output build/unknown        # about 2 minutes on a free core
 
 Each draw leaves two other classes out, splits the rest by 3 : 1 : 1 into training, validation and test images, and runs
-train.py, which fits temperature and threshold. A score orders the images; its threshold lets 95 % of the validation
-images through. The table has, over the draws, mean and standard deviation of: AUROC, which is 50 for a score that does
-not tell the classes apart; the share of unknown images that are refused; the share of known test images that are
-answered, and how many of these are right.
+train.py, which fits temperature and threshold. A score orders the images; 95 % of the validation images reach its
+threshold. The table has mean and standard deviation over the draws of: AUROC (50 % for a score that does not separate
+known from unknown images), the share of unknown images below the threshold (refused), the share of known test images
+that reach it (answered), and the share of these that are right.
 """
 
 import argparse
@@ -32,7 +32,7 @@ NO_LABEL = -1
 
 
 def split(draw: int, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return the indices of train, val, test and unknown images, and the classes that are known."""
+    """Return the indices of train, val, test and unknown images, and the known classes."""
     g = np.random.default_rng(draw)
     classes = np.sort(g.permutation(10)[:8])
     known = g.permutation(np.flatnonzero(np.isin(labels, classes)))
@@ -78,7 +78,7 @@ def scores_of(logits: np.ndarray, temperature: float | None) -> dict[str, np.nda
 def measure(
     logits: dict[str, np.ndarray], labels: dict[str, np.ndarray], temperature: float | None
 ) -> dict[str, list[float]]:
-    """Return AUROC, unknown images refused, known ones answered and their top-1 in percent, by score."""
+    """Return for each score, in percent: AUROC, unknown images refused, known images answered, and top-1 of these."""
     by_part = {name: scores_of(values, temperature) for name, values in logits.items()}
     right = logits["test"].argmax(1) == labels["test"]
     rows = {}

@@ -1,12 +1,12 @@
-"""Compare train.py's defaults for own photographs with fastai, timm's train.py and a linear probe.
+"""Compare train.py's defaults for your own photographs with fastai, timm's train.py and a linear probe.
 
     python examples/paper/fine_tuning.py SOURCE --fastai PYTHON --timm TRAIN.PY      # 3 folders, 3 draws
 
 SOURCE is the unpacked Tiny-ImageNet. A draw of a folder has its own classes, its own training images, 5 validation
-images a class, and 2,000 test images that choose nothing (1,475 with 5 classes). Every row starts from the same
+images a class, and 2,000 test images (1,475 with 5 classes), used only for the result. Every row starts from the same
 ImageNet weights (tf_efficientnet_lite0) at 96 px on one thread. The epochs of a row were chosen so that it takes about
 as many CPU seconds as train.py's defaults. PYTHON is an interpreter with fastai, TRAIN.PY is timm's script.
-A row for each run goes into results/fine_tuning.csv; a finished run is not repeated. Prints the table.
+The command appends a row for each run to results/fine_tuning.csv, skips finished runs, and prints the table.
 """
 
 import argparse
@@ -44,7 +44,7 @@ EPOCHS = {  # for 500 and for 1,000 training images
     "timm": (8, 4),
     "timm, AdamW": (8, 4),
 }
-# What somebody who has fine-tuned before passes to timm's script: its own defaults are for 300 epochs of ImageNet.
+# Usual flags of timm's script for fine-tuning; its defaults are for 300 epochs of ImageNet.
 ADAMW = ["--opt", "adamw", "--lr", "5e-4", "--warmup-epochs", "1", "-b", "16"]
 FASTAI = """
 import sys
@@ -78,7 +78,7 @@ print("top1", 100 * sum(right) / len(right))
 
 
 def draw(source: Path, name: str, seed: int) -> Path:
-    """Make a folder with data/train, data/val and test, of hard links, and return it."""
+    """Make a folder with data/train, data/val and test, of copied images, and return it."""
     root = RUNS / "images" / f"{name}-{seed}"
     if root.exists():
         return root
@@ -100,7 +100,7 @@ def draw(source: Path, name: str, seed: int) -> Path:
 
 
 def images_of(folder: Path, config: object) -> tuple[np.ndarray, torch.Tensor]:
-    """Return the images of class folders, prepared as a student's config.json says, and their labels."""
+    """Return the images of class folders, prepared by a student's config.json, and their labels."""
     names = sorted(path.name for path in folder.iterdir())
     files = [(file, names.index(file.parent.name)) for file in sorted(folder.glob("*/*"))]
     return np.stack([prepare(open_image(file), config) for file, _ in files]), torch.tensor([y for _, y in files])
@@ -130,7 +130,7 @@ def run_command_of(command: list) -> tuple[str, float]:
 
 
 def run_ours(root: Path, weights: Path, epochs: int, seed: int, output: Path) -> dict[str, tuple[float, float]]:
-    """Return (top-1, CPU seconds) of train.py's defaults and of a linear probe, which is where it starts from."""
+    """Return (top-1, CPU seconds) of train.py's defaults, and of the linear probe that they start from."""
     flags = ["--data", root / "data", "--model", STUDENT, "--pretrained", weights, "--img-size", SIZE, "--workers", 0]
     flags += ["--epochs", epochs, "--seed", seed, "--reference", 0, "--device", "cpu", "--output", output]
     shutil.rmtree(output, ignore_errors=True)
@@ -183,8 +183,8 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--fastai", type=Path, help="a Python with fastai")
     parser.add_argument("--timm", type=Path, help="timm's train.py")
-    parser.add_argument("--draws", type=int, default=3, help="of each folder (default: 3)")
-    parser.add_argument("--rows", nargs="+", default=list(EPOCHS), choices=EPOCHS, help="(default: all)")
+    parser.add_argument("--draws", type=int, default=3, help="draws of each folder (default: 3)")
+    parser.add_argument("--rows", nargs="+", default=list(EPOCHS), choices=EPOCHS, help="rows to run (default: all)")
     args = parser.parse_args()
     weights = fetch(STUDENT).resolve()
     torch.set_num_threads(1)

@@ -1,12 +1,12 @@
-"""Measure the gain from photographs without a label: a teacher's answers (KD, NKD) and pseudo-labels.
+"""Measure the gain from photographs without labels, by a teacher's answers (KD, NKD) and by pseudo-labels.
 
     python examples/paper/unlabelled.py SOURCE              # 2 folders, 5 draws, 50 runs: an hour on a core
 
 SOURCE is the unpacked Tiny-ImageNet. A draw has 10 classes of its own: 5 (or 50) labelled photographs a class, 95 (or
-400) without a label, 5 a class to validate and 45 to test. The student is EfficientNet-Lite0, the teacher Lite2, both
+400) without a label, 5 for validation and 45 for the test. The student is EfficientNet-Lite0, the teacher Lite2, both
 from ImageNet weights at 64 px. The teacher is trained on the labelled photographs alone. A pseudo-label is the
-teacher's first class. The rows with more photographs have equal numbers of steps. A row for each run goes into
-results/unlabelled.csv; a finished draw is not repeated.
+teacher's most probable class. The rows with more photographs have equal numbers of steps. The command writes a row for
+each run into results/unlabelled.csv, and skips finished draws.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from deploy.student import load_student
 from kdlite.training.launch import store_labels, train_once
 
 RUNS, RESULTS = Path("runs/unlabelled"), HERE / "results" / "unlabelled.csv"
-FOLDERS = {"50 + 950": (5, 95), "500 + 4,000": (50, 400)}  # photographs a class: labelled, not
-EPOCHS = {"50 + 950": (20, 3), "500 + 4,000": (8, 1)}  # of the labelled photographs alone, of all
+FOLDERS = {"50 + 950": (5, 95), "500 + 4,000": (50, 400)}  # photographs a class: with a label, without
+EPOCHS = {"50 + 950": (20, 3), "500 + 4,000": (8, 1)}  # over the labelled photographs alone, over all
 CLASSES, SIZE = 10, 64
 METHODS = {"KD": ["--kd", "kd", "--temperature", "1"], "NKD": ["--kd", "nkd"]}
 ROWS = ("the student alone", "the teacher", "pseudo-labels", *METHODS)
@@ -60,7 +60,7 @@ def test(output: Path, root: Path) -> float:
 
 
 def pseudo_label(root: Path, teacher: Path) -> Path:
-    """Return a folder with the labelled photographs, and the others in the folder of the teacher's first class."""
+    """Return a folder of the labelled photographs, and the others in the folders of their pseudo-labels."""
     folder = root / "pseudo"
     if not folder.exists():
         partial = root / "pseudo.partial"
@@ -116,7 +116,7 @@ def run_draw(source: Path, name: str, seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
-    parser.add_argument("--draws", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--draws", type=int, default=5, help="draws of each folder (default: 5)")
     args = parser.parse_args()
     if not (args.source / "train").is_dir():
         raise UserError(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")

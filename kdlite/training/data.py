@@ -409,9 +409,7 @@ def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) 
         raise UserError(f"--class-weights {spec}: expected balanced, or a CSV file of name,weight for each class")
     total = sum(weights[name] * count for name, count in zip(label_names, counts))
     if not total:
-        raise UserError(
-            f"{spec}: the weight of every training image is 0: give a class with training images a weight above 0"
-        )
+        raise UserError(f"{spec}: every training image has the weight 0: expected a weight above 0")
     return [weights[name] * sum(counts) / total for name in label_names]
 
 

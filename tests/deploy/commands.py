@@ -1,4 +1,4 @@
-"""The commands of deploy/, run in this process."""
+"""Run the commands of deploy/ in this process."""
 
 from pathlib import Path
 

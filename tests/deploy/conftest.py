@@ -1,4 +1,4 @@
-"""A run directory with every kind of artefact, made once."""
+"""Make a run directory with every kind of artefact, once for all tests."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ RESNET = Path(__file__).resolve().parents[2] / "examples/paper/cifar_models.py"
 
 @pytest.fixture(scope="session")
 def deployed(tmp_path_factory):
-    """A run of a small ResNet, which is an own model, with all its files; not to be changed."""
+    """Return a run of a small ResNet, built by its own file, with all files; a test must not change it."""
     run = write_run(tmp_path_factory.mktemp("deploy") / "run", f"{RESNET}:resnet8", 32, images=80)
     deploy(export, run)
     deploy(export, run, "--precision", "fp16", "--format", "onnx")
@@ -26,5 +26,5 @@ def deployed(tmp_path_factory):
 
 @pytest.fixture
 def run(deployed, tmp_path):
-    """A copy of it, to change."""
+    """Return a copy of the run that a test may change."""
     return shutil.copytree(deployed, tmp_path / "run")

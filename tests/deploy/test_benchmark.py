@@ -1,4 +1,4 @@
-"""deploy.benchmark: a row for each runtime and batch, in processes of their own; energy; a busy machine."""
+"""Test deploy.benchmark: a row for each runtime and batch, separate processes, energy, a busy machine."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_each_runtime_is_measured_in_a_process_and_failed_rows_stay(run, capsys)
 
 
 def test_json_is_the_only_output_and_the_content_of_the_file(run, capsys):
-    """Without the weights there is no row of torch."""
+    """Without the weights the table has no row of torch."""
     (run / "student/model.safetensors").unlink()
     flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "--count", "8", "--device", "cpu", "--json"]
     deploy(benchmark, run, "student.onnx", *flags)
@@ -59,7 +59,7 @@ def test_the_board_power_of_a_jetson_is_read_from_tegrastats():
 
 
 def test_tegrastats_ends_with_the_measurement(tmp_path, monkeypatch):
-    """Also after a failure."""
+    """tegrastats ends after a failure too."""
     (tmp_path / "tegrastats").write_text("#!/bin/sh\nwhile true; do echo VDD_IN 4543mW/4600mW; sleep 0.01; done\n")
     (tmp_path / "tegrastats").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)

@@ -1,4 +1,4 @@
-"""deploy.candidates: one file times networks on a device without torch, and names the best that fits the budget."""
+"""Test deploy.candidates: one file times networks on a device without torch, and names the best within the budget."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def test_the_device_prints_each_network_and_the_best_that_fits(device, pyz):
 
 
 @pytest.mark.slow
-def test_the_archive_needs_nothing_of_the_workstation(device, pyz, tmp_path):
+def test_the_archive_runs_without_the_files_of_the_workstation(device, pyz, tmp_path):
     with zipfile.ZipFile(pyz) as archive:
         names = archive.namelist()
     assert len([name for name in names if name.endswith(".onnx")]) == 4  # of a name that is given twice, one

@@ -1,4 +1,4 @@
-"""deploy.check and reference.npz: the table is what a plain loop counts, and a file that differs fails."""
+"""Test deploy.check and reference.npz: the table equals the counts of a plain loop, and a file that differs fails."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ PHOTO = Image.fromarray(load_sample_images().images[0])
 
 
 def write_photographs(folder, label_names, images=64):
-    """Pieces of a photograph as folder/CLASS/I.png, a class after the other."""
+    """Write pieces of a photograph as folder/CLASS/I.png, in the order of the classes."""
     for i in range(images):
         path = folder / label_names[i % len(label_names)] / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def rows_of(run):
 
 
 @pytest.mark.parametrize("source", ["reference", "photographs"])
-def test_the_table_is_what_a_plain_loop_counts(deployed, source, capsys, tmp_path):
+def test_the_table_equals_the_counts_of_a_plain_loop(deployed, source, capsys, tmp_path):
     config = read_config(deployed / "student")
     if source == "photographs":
         folder = write_photographs(tmp_path / "val", config.label_names)
@@ -123,7 +123,7 @@ def test_json_is_the_only_output_and_the_content_of_the_file(deployed, tmp_path,
 
 @pytest.fixture(scope="module")
 def accented(tmp_path_factory):
-    """A student whose classes have accents, without artefacts."""
+    """Write a student without artefacts, whose class names have accents."""
     from students import OWN
 
     name = f"{OWN['own_models.py']}:tiny"
@@ -314,7 +314,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("how", DAMAGED)
 def test_a_damaged_reference_is_one_line(deployed, tmp_path, how):
-    """Its arrays may have any type, shape and value."""
+    """The arrays of a damaged file may have any type, shape and value."""
     file = tmp_path / "reference.npz"
     np.savez(file, **dict(np.load(deployed / "reference.npz")) | DAMAGED[how])
     with pytest.raises(check.UserError, match=r"reference\.npz (is|cannot)") as error:

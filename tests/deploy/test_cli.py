@@ -1,4 +1,4 @@
-"""deploy.cli: one line and a status; files that are whole; foreign texts without control characters."""
+"""Test deploy.cli: errors of one line and a status, complete files, texts without control characters."""
 
 import os
 import sys
@@ -113,7 +113,7 @@ def test_an_error_of_the_disk_is_one_line(tmp_path):
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
-    """Neither through the file itself nor through a name that others can predict."""
+    """The file may be a link, and so may a temporary file whose name others can predict."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Temperature and threshold: what is fitted, what is refused, and the files that carry both."""
+"""Test temperature and threshold: their fit, the cases without a fit, and the files that store both."""
 
 import json
 
@@ -19,7 +19,7 @@ BARE = Metadata(["a", "b"], [3, 8, 8], [0, 0, 0], [1, 1, 1], "bilinear", 1.0)
 
 
 def drawn(temperature, count=2000, classes=5, seed=0):
-    """Logits, and labels drawn by their probabilities at a temperature."""
+    """Return logits, and labels drawn by the logits' probabilities at a temperature."""
     g = np.random.default_rng(seed)
     logits = g.normal(0, 3, (count, classes)).astype(np.float32)
     labels = (softmax(logits / temperature).cumsum(1) < g.random((count, 1))).sum(1)

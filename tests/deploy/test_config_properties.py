@@ -1,4 +1,4 @@
-"""Properties of the reader of config.json for inputs that hypothesis draws."""
+"""Test the reader of config.json with inputs that hypothesis draws."""
 
 import copy
 import json
@@ -69,7 +69,7 @@ LARGEST = 256  # pixels of a side: what is larger is right, and only slow
 
 @st.composite
 def mutations(draw):
-    """A valid config in which up to three places hold something else, or nothing."""
+    """Draw a valid config, and change or remove up to three of its values."""
     config = copy.deepcopy(VALID)
     for _ in range(draw(st.integers(1, 3))):
         place = config

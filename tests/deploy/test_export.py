@@ -1,4 +1,4 @@
-"""deploy.export: every artefact is the same classifier, for the architectures that the pages name."""
+"""Test deploy.export: every artefact is the same classifier, for each architecture on the pages."""
 
 import dataclasses
 import io
@@ -57,7 +57,7 @@ except ImportError:
 
 
 def difference(runtime, images, expected):
-    """The largest difference of a logit, relative to the largest logit."""
+    """Return the largest difference of a logit, relative to the largest logit."""
     return np.abs(runtime.run(images) - expected).max() / np.abs(expected).max()
 
 
@@ -75,7 +75,7 @@ def test_every_runtime_gives_the_logits_of_the_image_that_training_evaluates(dep
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_EACH_KIND)
 def test_a_network_of_each_kind_goes_the_whole_way(name, tmp_path):
-    """Depthwise convolutions, and attention: as ONNX in fp32 and INT8."""
+    """Test a network of depthwise convolutions and one of attention, as ONNX in fp32 and INT8."""
     student = write_student(tmp_path / "student", name, 64, arguments=OF_EACH_KIND[name])
     go_the_whole_way(student, ["onnx"], False)
     graph = onnx.load(student / "student-int8-tensorrt.onnx").graph
@@ -88,7 +88,7 @@ def test_a_network_of_each_kind_goes_the_whole_way(name, tmp_path):
 @pytest.mark.trial
 @pytest.mark.parametrize("name", NINE)
 def test_the_nine_architectures_go_the_whole_way(name, tmp_path):
-    """In every format; two of them in fp16 too."""
+    """Test each architecture in every format, and two of them in fp16 too."""
     formats = ["onnx", "torchscript", *["torch.export"] * (name in IN_FP16)]
     go_the_whole_way(write_student(tmp_path / "student", name, 64, arguments=NINE[name]), formats, name in IN_FP16)
 
@@ -121,7 +121,7 @@ def go_the_whole_way(student, formats, fp16):
 
 @pytest.mark.trial
 def test_a_run_of_train_py_is_exported_and_passes_the_check(tmp_path, capsys):
-    """The weak head of USKD stays behind."""
+    """The exported files do not contain the weak head of USKD."""
     import train
     from deploy import check
 
@@ -157,7 +157,7 @@ def test_export_writes_only_the_student_in_one_file_each(deployed):
 
 @pytest.mark.trial
 def test_the_same_weights_give_the_same_bytes_and_no_path_of_the_machine(deployed, tmp_path):
-    """Exported from two folders in two processes, the network from two copies of its file."""
+    """Export from two folders in two processes, with two copies of the file that builds the network."""
     program = "import sys; from deploy.export import *; export_student(Path(sys.argv[1]), model_file=sys.argv[2])"
     exported = []
     for place in ("one", "two"):
@@ -220,7 +220,7 @@ def test_float_input_takes_normalised_images(run):
 
 @pytest.mark.slow
 def test_a_file_that_is_not_the_same_classifier_is_not_kept(tmp_path, capsys):
-    """A branch on the values of the input: tracing freezes one side of it."""
+    """The model branches on the values of its input, and tracing freezes one side of the branch."""
     student = write_student(tmp_path / "student", f"{MODELS}:branching", 16)
     before = files_of(student)
     deploy(export, student, "--format", "torchscript", check=2)
@@ -233,7 +233,7 @@ def test_a_file_that_is_not_the_same_classifier_is_not_kept(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["branched", "weight_normed", "parametrized"])
 def test_parts_that_only_training_needs_are_folded_into_the_weights(name, tmp_path):
-    """A RepVGG's branches and a norm of the weights, old or new: plain convolutions with the same logits."""
+    """RepVGG's branches and a weight norm, old or new, become plain convolutions with the same logits."""
     student = write_student(tmp_path / "student", f"{MODELS}:{name}", 32)
     deploy(export, student, "--format", "onnx")
     graph = onnx.load(student / "student.onnx").graph

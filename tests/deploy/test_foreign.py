@@ -1,4 +1,4 @@
-"""Files of other people are data: they name no code, no other file and no size that is built before it is compared."""
+"""Test files of other people: they cannot run code, read other files, or make a program build a model of any size."""
 
 import contextlib
 import functools
@@ -52,7 +52,7 @@ def constant(tensor):
 
 
 def graph_attribute(*graphs):
-    """A node with one graph as an attribute, or with a list of them."""
+    """Return a node with one graph as an attribute, or with a list of graphs."""
     return helper.make_node("If", ["c"], ["y"], **{"then": graphs[0]} if len(graphs) == 1 else {"branches": graphs})
 
 
@@ -82,7 +82,7 @@ EXTERNAL = {
 
 @pytest.mark.parametrize("how", EXTERNAL)
 def test_weights_in_another_file_are_refused(how, tmp_path):
-    """Wherever a tensor may stand; onnxruntime 1.23 would read any path into the answers."""
+    """Test each place of a tensor in the file; onnxruntime 1.23 would read the content of any path into the answers."""
     file = tmp_path / "student.onnx"
     file.write_bytes(EXTERNAL[how].SerializeToString())
     with pytest.raises(UserError, match=r"student\.onnx keeps weights in other files, which are not read"):
@@ -165,7 +165,7 @@ def test_metadata_that_contradicts_the_graph_is_one_line(deployed, tmp_path, cha
 
 @pytest.mark.parametrize("text", [b'"bilinear"', b"images", b"logits"])
 def test_a_text_that_is_not_utf_8_is_one_line(deployed, tmp_path, text, capfd):
-    """In the metadata, or the name of the input or the output; onnxruntime prints nothing of its own."""
+    """Test the metadata, and the names of input and output; onnxruntime must not print its own lines."""
     content = (deployed / "student/student.onnx").read_bytes()
     (tmp_path / "student.onnx").write_bytes(content.replace(text, text[:1] + b"\xff" + text[2:]))
     with pytest.raises(UserError, match=r"student\.onnx (has a text that is not UTF-8|cannot be loaded)") as error:
@@ -176,7 +176,7 @@ def test_a_text_that_is_not_utf_8_is_one_line(deployed, tmp_path, text, capfd):
 
 @pytest.mark.parametrize("labels", [["one"], [f"{i}" for i in range(11)]])
 def test_a_file_with_more_or_fewer_labels_than_logits_is_an_error(run, labels):
-    """ONNX without the number of classes, and TorchScript, whose graph does not have it."""
+    """Test ONNX without the number of classes, and TorchScript, whose graph lacks it."""
     file = run / "student/student.ts"
     with zipfile.ZipFile(file) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -231,7 +231,7 @@ def test_a_model_of_another_size_is_refused_before_it_is_built(name, side, argum
 
 
 def test_a_model_that_cannot_be_built_without_memory_is_loaded_and_bounded(tmp_path):
-    """RegNet of torchvision reads values as it is built."""
+    """The constructor of torchvision's RegNet reads values of tensors."""
     student = write_student(tmp_path / "student", "regnet_x_400mf", 32)
     load_student(student)
     config = json.loads((student / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""OpenVINO and ncnn give the student's logits, and deploy.check has a row for each where it is installed."""
+"""Test that OpenVINO and ncnn give the student's logits, and that deploy.check has a row for each if installed."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def test_check_has_a_row_of_each_onnx_file_in_openvino(run, needs_openvino):
 
 
 def test_openvino_computes_in_float32_and_not_in_its_default(deployed, needs_openvino):
-    """Its default on some CPUs is bfloat16, whose error is a hundred times as large."""
+    """On some CPUs OpenVINO's default is bfloat16, whose error is a hundred times as large."""
     file, images = deployed / "student/student.onnx", read_reference(deployed / "student", None, "").images
     expected = load(file, device="cpu").run(images)
     error = np.abs(load(file, device="openvino").run(images) - expected).max() / np.abs(expected).max()
@@ -53,7 +53,7 @@ def test_a_damaged_file_is_one_row_in_openvino(run, needs_openvino):
 
 @pytest.fixture
 def converted(run):
-    """The run with pnnx's files."""
+    """Return the run with the files of pnnx."""
     if not HAS_NCNN or shutil.which("pnnx") is None:
         pytest.skip("ncnn or pnnx is not installed: pip install ncnn pnnx")
     deploy(export, run, "--format", "onnx", "--input", "float")

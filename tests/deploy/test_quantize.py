@@ -1,4 +1,4 @@
-"""deploy.quantize: each target gets the file it needs, within bounded memory."""
+"""Test deploy.quantize: each target gets the file it needs, within bounded memory."""
 
 import itertools
 import re
@@ -17,7 +17,7 @@ from deploy.runtimes import products_saturate
 
 
 def zero_points(file):
-    """The types of the activations' zero points, and whether they are all zero."""
+    """Return the types of the activations' zero points, and whether all of them are zero."""
     graph = onnx.load(file).graph
     tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     points = [tensors[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
@@ -53,7 +53,7 @@ def test_calibration_keeps_the_activations_of_one_batch(run, method, monkeypatch
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_histograms_do_not_grow_with_the_range_of_later_images(run, method, monkeypatch):
-    """The library's own have as many bins more as the widest batch is wider than the first."""
+    """The library's histograms grow in proportion to the range of the widest batch."""
     sizes = set()
     compute = HistogramCollector.compute_collection_result
 
@@ -81,7 +81,7 @@ def test_large_images_are_calibrated_a_few_at_a_time(run, monkeypatch):
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_each_method_cuts_off_the_largest_values(deployed, method):
-    """In fewer than all activations: minmax keeps all values."""
+    """The method narrows some of the ranges that minmax gives."""
     student, images = deployed / "student", read_reference(deployed / "student", None, "").train_images
     metadata = load(student / "student.onnx", device="cpu").metadata
     widths = {}

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from students import load, write_student
 from deploy import build, check, export, triton
 from deploy.cli import UserError
 from deploy.config import FLOAT
+from deploy.runtimes import check_graph
 from deploy.student import load_student
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +107,13 @@ def test_a_sidecar_must_fit_the_graph(foreign, change, message):
     sidecar.write_text(json.dumps(values | change)) if change else sidecar.unlink()
     with pytest.raises(UserError, match=re.escape(message)):
         load(file)
+
+
+def test_a_missing_output_of_the_graph_is_named(foreign):
+    session = ort.InferenceSession(foreign[0])
+    metadata = replace(load(foreign[0]).metadata, tensors=["pixel_values", "logits"])
+    with pytest.raises(UserError, match=r"expected an output 'logits', \[N, 10\]; the graph has no such output"):
+        check_graph(session, metadata, "theirs")
 
 
 # ---- build ---------------------------------------------------------------------------------------------------------

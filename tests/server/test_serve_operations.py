@@ -1,4 +1,4 @@
-"""deploy.serve in operation: drain, reload, log, metrics, token, unix socket, systemd."""
+"""Test deploy.serve in operation: drain, reload, log, metrics, token, unix socket, systemd."""
 
 import concurrent.futures
 import contextlib
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """Another student of the same shape, with other labels."""
+    """Return another student of the same shape, with other labels."""
     return write_artefact(tmp_path_factory.mktemp("other"), [f"new {name}" for name in NAMES])
 
 
@@ -219,7 +219,7 @@ def test_reloads_follow_one_another(artefact):
 # ---- log and metrics ----------------------------------------------------------------------------------------------
 
 
-def test_the_json_log_has_nothing_but_lines_of_json(artefact, tmp_path):
+def test_the_json_log_has_only_lines_of_json(artefact, tmp_path):
     served, token = Path(shutil.copy(artefact, tmp_path / "student.onnx")), tmp_path / "token"
     token.write_text("s3cret\n")
     access = {"Authorization": "Bearer s3cret"}
@@ -254,7 +254,7 @@ def test_the_json_log_has_nothing_but_lines_of_json(artefact, tmp_path):
 # ---- access -------------------------------------------------------------------------------------------------------
 
 
-def test_all_paths_but_the_page_and_the_probes_need_the_token(artefact):
+def test_all_paths_except_the_page_and_the_probes_need_the_token(artefact):
     with in_process(artefact, token="s3cret") as site:
         for path in ("/", "/v2/health/live", "/v2/health/ready"):
             assert ask(site, path)[0] == 200
@@ -269,7 +269,7 @@ def test_all_paths_but_the_page_and_the_probes_need_the_token(artefact):
             assert ask(site, INFER, numbers(), {"Authorization": given})[0] == 200
 
 
-def test_an_open_address_needs_a_token_or_a_flag_that_there_is_none(artefact, refused, tmp_path, monkeypatch):
+def test_an_open_address_needs_a_token_or_the_flag_no_token(artefact, refused, tmp_path, monkeypatch):
     for host in ("0.0.0.0", "::", "", "192.168.0.7", "example.org"):
         assert "--no-token" in refused("--host", host)
     empty = tmp_path / "empty"

@@ -1,4 +1,4 @@
-"""The page of deploy.serve in Chromium."""
+"""Test the page of deploy.serve in Chromium."""
 
 import contextlib
 import json
@@ -109,7 +109,7 @@ def test_a_server_that_cannot_be_reached_is_an_error(browser, port):
 
 @pytest.mark.trial
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone_with_long_labels(browser, port, scheme):
+def test_the_page_fits_a_phone_with_long_labels(browser, port, scheme):
     page = browser.new_page(viewport={"width": 360, "height": 640}, color_scheme=scheme)
     page.route("**/predict*", lambda route: route.fulfill(body=predictions("an_endless_label_" * 20)))
     page.goto(f"http://127.0.0.1:{port}/")

@@ -1,4 +1,4 @@
-"""Requests of the Open Inference Protocol, with Triton's extensions and the RFCs of HTTP."""
+"""Test requests of the Open Inference Protocol, with Triton's extensions and the RFCs of HTTP."""
 
 import dataclasses
 import gzip
@@ -25,7 +25,7 @@ def site(artefact):
 
 @pytest.fixture(scope="module")
 def expected(artefact):
-    """The logits of IMAGES."""
+    """Return the logits of IMAGES."""
     return load(artefact, RunOn("cpu")).run(IMAGES)
 
 

@@ -1,4 +1,4 @@
-"""The end of a run: temperature and threshold of its student, class sizes, time left, and the next command."""
+"""Test the end of a run: temperature and threshold of its student, class sizes, time left, and the next command."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def numbers_of(folder):
 
 @pytest.fixture
 def student_of(tmp_path, monkeypatch):
-    """A function that writes a student/ folder, and lets its runtime return these logits."""
+    """Return a function that writes a student/ folder, and makes its runtime return given logits."""
 
     def make(logits):
         student = write_student(tmp_path / "student", f"{MODELS}:tiny", 16, logits.shape[1])
@@ -110,7 +110,7 @@ def test_logits_that_are_not_finite_are_one_line(logits, student_of):
 
 
 class Images:
-    """A sequence of images that stores the indices that are read; every `broken`-th cannot be read."""
+    """Hold a sequence of images; stores the indices of the images read. Every `broken`-th image is unreadable."""
 
     samples: ClassVar = []
 
@@ -127,7 +127,7 @@ class Images:
         return Image.new("RGB", (16, 16)), index % 2
 
 
-def test_at_most_ten_thousand_images_are_read_and_unreadable_ones_left_out(student_of):
+def test_at_most_ten_thousand_images_are_read_and_unreadable_images_are_skipped(student_of):
     student = student_of(np.random.default_rng(0).normal(size=(10_000, 2)))
     images = Images(25_000, broken=10)
     line = outputs.keep_confidence(student, images, CPU, 0, [])
@@ -152,7 +152,7 @@ def data_of(*counts, val=1000, names=None):
     return Namespace(train=Namespace(targets=labels, classes=names), val=range(val), label_names=names)
 
 
-def test_the_sizes_of_the_classes_and_the_worth_of_an_image_are_printed():
+def test_the_sizes_of_the_classes_and_the_points_of_one_image_are_printed():
     lines = outputs.describe_balance(data_of(30, 20, val=59), False).splitlines()
     assert lines == [
         "training images of each class: c0 30, c1 20",

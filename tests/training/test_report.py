@@ -89,7 +89,7 @@ def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_pat
 
 @pytest.fixture
 def known(tmp_path):
-    """A run of three classes whose reference has 30 mistakes of 40 images."""
+    """Write a run of three classes whose reference has 40 images, 30 of them mistakes."""
     g = np.random.default_rng(0)
     labels = np.arange(40) % 3
     logits = g.normal(0, 1, (40, 3)).astype(np.float32)
@@ -114,7 +114,7 @@ def test_mistakes_are_small_jpegs_the_most_certain_first(known):
             assert (image.format, max(image.size)) == ("JPEG", 160)
 
 
-def test_mistakes_of_grey_images_and_of_a_run_without_any(known):
+def test_mistakes_of_grey_images_and_a_run_without_mistakes(known):
     grey = known.reference._replace(images=known.reference.images[..., :1])
     assert "data:image/jpeg" in report.mistakes(known._replace(reference=grey))
     right = known.reference._replace(labels=known.reference.logits.argmax(1))

@@ -15,7 +15,7 @@ MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 
 
 class Machine:
-    """A clock, and a run of train.py's loop on it, of which each step and each evaluation takes a known time."""
+    """Simulate train.py's loop on a clock, with a known time for each step and each evaluation."""
 
     def __init__(self, monkeypatch, step, evaluation):
         self.now, self.step, self.evaluation = 100.0, step, evaluation

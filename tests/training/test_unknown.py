@@ -1,4 +1,4 @@
-"""examples/unknown.py: the split of a draw, and the table of scores. The whole script trains for minutes."""
+"""Test examples/unknown.py: the split of a draw, and the table of scores. The whole script trains for minutes."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Test --unlabelled: photographs without a label, which the teacher's answer alone trains."""
+"""Test --unlabelled: photographs without a label, for which only the teacher's answers train the student."""
 
 import os
 import shutil
