@@ -439,6 +439,8 @@ def build_schedule(net: nn.Module, optimizer: torch.optim.Optimizer, args: argpa
     """
     if not args.freeze_batch_norm:
         log(settle_batch_norm(net, args.epochs * steps))
+    for group in optimizer.param_groups:  # a checkpoint or a former schedule may have left another rate
+        group["lr"] = group["initial_lr"] = args.lr
     kind = "multistep" if args.schedule == "step" else "cosine"
     warmup = {"warmup_epochs": args.warmup_epochs, "warmup_lr": args.lr * 1e-3}
     decay = {"num_epochs": args.epochs, "decay_milestones": args.step_epochs, "decay_rate": args.step_factor}

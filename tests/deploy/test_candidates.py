@@ -57,7 +57,7 @@ def test_the_device_prints_each_network_and_the_best_that_fits(device, pyz):
     assert "fits" not in on(device, pyz, *flags).stdout
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_the_archive_runs_without_the_files_of_the_workstation(device, pyz, tmp_path):
     with zipfile.ZipFile(pyz) as archive:
         names = archive.namelist()
@@ -75,7 +75,7 @@ def test_the_archive_runs_without_the_files_of_the_workstation(device, pyz, tmp_
     assert "usage: candidates.pyz" in on(device, pyz, "--help").stdout
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_a_network_that_does_not_run_keeps_its_row_with_the_reason(device, pyz, tmp_path):
     copy = shutil.copy(pyz, tmp_path / "candidates.pyz")
     with zipfile.ZipFile(pyz) as whole, zipfile.ZipFile(copy, "w") as damaged:

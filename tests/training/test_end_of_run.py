@@ -83,7 +83,7 @@ def test_few_validation_images_leave_both_numbers_out_and_print_the_reason(photo
     assert "training images of each class: china 24, flower 24" in out
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_two_ranks_fit_the_numbers_once_on_all_images():
     flags = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--epochs", "1", "--img-size", "16", "--output", "two"]
     two = script(*flags, command=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"], env={"GLOO_SOCKET_IFNAME": "lo"})

@@ -30,7 +30,7 @@ def table_of(text):
     return [tuple(line.strip("| ").split(" | ")) for line in text.splitlines() if line.startswith("| ")][1:]
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_without_a_gpu_every_check_runs_on_the_cpu_or_is_skipped(tmp_path):
     command = [sys.executable, ROOT / "examples/gpu.py", "--device", "cpu", "--output", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -352,7 +352,8 @@ def test_the_labels_command_accepts_the_flags_of_the_tables(tmp_path, monkeypatc
 
 
 def test_every_measured_run_has_its_command_versions_hardware_and_seed():
-    files = list(PAPER.glob("results/*.csv"))
+    of_folders = ("fine_tuning.csv", "unlabelled.csv")  # rows of other programs: a folder, a draw, top-1
+    files = [file for file in PAPER.glob("results/*.csv") if file.name not in of_folders]
     assert len(files) >= 4
     for file in files:
         with open(file) as open_file:

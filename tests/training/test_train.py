@@ -165,7 +165,7 @@ def test_predict_reaches_the_accuracy_of_the_saved_student(photos, capsys):
 def test_a_run_finishes_without_a_reference_if_its_image_is_unreadable(photos, capfd):
     (photos / "val/china/0.jpg").write_bytes(b"no image")  # it is the only image in the reference
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--reference", 1, "--output", "out")
-    assert "no reference.npz: none of the validation images" in capfd.readouterr().out
+    assert "no reference.npz: its validation images are all unreadable" in capfd.readouterr().out
 
 
 @pytest.mark.slow

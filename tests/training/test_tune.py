@@ -250,7 +250,7 @@ def test_it_reads_no_validation_image_and_prints_a_command_that_trains(teacher, 
     assert "has the runs of another command" in said
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_labels_without_every_class_leave_arms_out(teacher, monkeypatch, capsys):
     flags = ["--data", "photos", *TINY, *RECIPE]
     names = []
