@@ -65,7 +65,7 @@ class Length:
             share = (remaining / max(count, 1) - validation) / (epoch - validation)
             self.steps = min(self.steps, max(1, progress.step, round(share * self.steps)))
         else:
-            count = max(1 - progress.epoch, round(left))
+            count = max(1 - progress.epoch, 0, round(left))
         stretch_epochs(self.args, progress.epoch + count)
         progress.epochs, progress.steps = self.args.epochs, self.steps
         if old == (self.args.epochs, self.steps):

@@ -220,7 +220,7 @@ def test_under_autocast_the_feature_has_the_lower_precision(dtype):
     assert student.head.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_a_compiled_student_trains_as_the_plain_student():
     torch._dynamo.reset()
     torch.manual_seed(0)

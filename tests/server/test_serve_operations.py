@@ -181,7 +181,9 @@ def test_sighup_loads_the_file_again_without_losing_a_request_and_refuses_a_bad_
             assert ask(port, INFER, numbers())[2] == expected
         process.terminate()
         lines = process.communicate(timeout=30)[1].splitlines()
-        assert [(str(served) in line, "keeps the old one" in line) for line in lines] == [(True, True)] * len(bad)
+        assert [(str(served) in line, "keeps the old one" in line) for line in lines] == [(True, True)] * len(bad), (
+            lines
+        )
 
 
 def test_sighup_while_the_file_is_loaded_loads_it_again(artefact):

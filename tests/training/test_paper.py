@@ -394,6 +394,7 @@ def test_own_ranks_counts_the_ranks_of_the_student_alone():
     assert load("answers").own_ranks(student, weak, torch.arange(8)) == pytest.approx(100 * shared / 40)
 
 
+@pytest.mark.trial
 @pytest.mark.whole_runs
 def test_answers_measures_student_weak_head_teacher_and_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -495,6 +495,7 @@ def test_one_process_two_processes_and_two_passes_take_the_same_step(tmp_path):
 # ---- too little memory ----
 
 
+@pytest.mark.trial
 @pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
                     reason="needs the right to mount a /dev/shm of its own")  # fmt: skip
 def test_a_small_dev_shm_is_refused_before_the_first_batch():

@@ -173,6 +173,7 @@ def test_a_stopped_run_from_labels_resumes_to_the_same_weights(digits, monkeypat
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.trial
 def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
     write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     export.export_student(Path("t/student"), ("onnx",), model_file=f"{MODELS}:tiny")
