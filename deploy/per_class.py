@@ -90,26 +90,30 @@ def confusion_picture(path: Path, matrix: np.ndarray, label_names: Sequence[str]
 
     classes = len(label_names)
     labelled = classes <= LABELLED
+    numbered = classes <= NUMBERED  # the numbers in the cells replace the colour bar
     side = max(4.0, 0.24 * classes) if labelled else 12.0
-    figure = Figure(figsize=(side + 2.5, side + 1.5), layout="constrained")
+    figure = Figure(figsize=(side + (1.5 if numbered else 2.5), side + 1.5), layout="constrained")
     axis = figure.subplots()
     totals = matrix.sum(1, keepdims=True)
     shares = np.ma.masked_where(np.broadcast_to(totals == 0, matrix.shape), matrix / np.maximum(totals, 1))
     colours = mpl.colormaps["Blues"].with_extremes(bad="lightgrey")
     # coloured by the root of the share, so that a few per cent are still visible
     drawn = axis.imshow(shares, cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    figure.colorbar(drawn, label="share of the images of the true class", shrink=0.7)
+    if not numbered:
+        figure.colorbar(drawn, label="share of the images of the true class", shrink=0.7)
     order = "" if labelled else ", counted from 0 in the order of per_class.csv"
     axis.set(xlabel=f"taken for{order}", ylabel=f"true class{order}")
+    right = f"{100 * np.trace(matrix) / max(matrix.sum(), 1):.1f} % right (chance: {100 / classes:.3g} %)"
+    axis.set_title(f"{matrix.sum():.0f} validation images\n{right}", fontsize=11)
     if labelled:
-        names = [shortened(name) for name in label_names]
-        axis.set_xticks(range(classes), names, rotation=90, parse_math=False, fontsize=8)
-        axis.set_yticks(range(classes), names, parse_math=False, fontsize=8)
-    if classes <= NUMBERED:
+        names, size = [shortened(name) for name in label_names], 10 if numbered else 8
+        axis.set_xticks(range(classes), names, rotation=90, parse_math=False, fontsize=size)
+        axis.set_yticks(range(classes), names, parse_math=False, fontsize=size)
+    if numbered:
         for (row, column), count in np.ndenumerate(matrix):
             if count:
                 colour = "white" if shares[row, column] > 0.5 else "black"
-                axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=6)
+                axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
     save(path, figure)
 
 

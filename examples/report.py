@@ -1,10 +1,11 @@
-"""Write one page about runs of train.py: table, curves, calibration, soft labels, confusions, mistakes, latency.
+"""Write one page that compares runs of train.py: a conclusion, sizes, curves, calibration, soft labels, mistakes.
 
     python examples/report.py runs/*                     # writes runs/report.html, a file that needs no other
 
 The command reads args.json, metrics.csv and student/ of each run. If they exist, it also reads reference.npz (for
 calibration, mistakes and sample images), the reference.npz of the teacher's run (for the teacher's answers),
-confusion.png, and student/benchmark.json of deploy.benchmark. A section without its file names the missing file.
+confusion.png, last.pt (for the paired comparison), and student/benchmark.json of deploy.benchmark. A section without
+its file names the missing file.
 """
 
 import argparse
@@ -23,31 +24,42 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from PIL import Image
+from safetensors import safe_open
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from deploy.cli import UserError, command, make_parser, student_folder, write_whole  # noqa: E402
 from deploy.confidence import BINS, Calibration, calibration  # noqa: E402
 from deploy.config import read_config  # noqa: E402
+from deploy.per_class import shortened  # noqa: E402
 from deploy.reference import NAME, Reference, read_reference  # noqa: E402
+from deploy.run_directory import SPLIT  # noqa: E402
 from deploy.runtimes import softmax  # noqa: E402
+from kdlite.training.launch import gain  # noqa: E402
+
+matplotlib.rcParams["text.parse_math"] = False  # a name of a run may contain dollar signs
 
 SAMPLES, BARS, MISTAKES = 6, 5, 24
 SIDE = 160  # largest side of an image on the page, pixels
 STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse } th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }
+h1, h2, h3, p { overflow-wrap: anywhere } h1 { font-size: 1.6rem } .conclusion { font-size: 1.2rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse }
+th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top } td { white-space: nowrap }
 thead th { border-bottom: 2px solid #888 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+figure { margin: 0; max-width: 100% } figcaption { font-size: .8rem; overflow-wrap: anywhere }
 svg, img.wide { max-width: 100%; height: auto } .photo { width: 6rem; image-rendering: pixelated }
-.bar { display: grid; grid-template-columns: 8rem 7rem 3rem; gap: .4rem; font-size: .8rem; align-items: center }
+.bar { display: grid; grid-template-columns: 4.5rem 4rem 2.5rem; gap: .3rem; font-size: .8rem; align-items: center }
 .bar span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap } .bar b { font-weight: normal }
 .bar i { background: #4878a8; height: .7rem; display: block } .bar.target i { background: #d08030 }
-.remark { color: #666 } .grid { display: flex; flex-wrap: wrap; gap: .8rem }
-.grid figure { margin: 0; width: 7rem; font-size: .8rem; overflow-wrap: anywhere }
+.remark { color: #555 } .grid { display: flex; flex-wrap: wrap; gap: 1rem } .photos figure { width: 7rem }
+.panels figure { width: 15rem }
 """
 
 
@@ -61,6 +73,9 @@ class Run(NamedTuple):
     temperature: float | None  # of config.json
     reference: Reference | None
     missing: str  # the reason why the reference is missing, else ""
+    seconds: float = 0.0  # of training and validation; 0: metrics.csv has no seconds
+    answers: np.ndarray | None = None  # (2, N): labels and predictions of the validation images in the best epoch
+    split: str = ""  # content of split.csv
 
     @property
     def method(self) -> str:
@@ -73,6 +88,18 @@ class Run(NamedTuple):
     def model(self) -> str:
         return str(self.flags["model"]).rpartition("/")[2]
 
+    @property
+    def images(self) -> tuple[Any, ...]:
+        """The identity of the validation images; two runs with an equal one can be compared image by image."""
+        assert self.answers is not None
+        return self.flags.get("data"), self.split, *self.labels, self.answers[0].tobytes()
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether the student of the best epoch is right, for each validation image."""
+        assert self.answers is not None
+        return np.asarray(self.answers[0] == self.answers[1], float)
+
 
 def read_run(folder: Path, name: str = "") -> Run | None:
     """Return a run; None if the folder is not a run or has no finished epoch."""
@@ -81,6 +108,7 @@ def read_run(folder: Path, name: str = "") -> Run | None:
         with open(folder / "metrics.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         epochs, top1 = [int(row["epoch"]) for row in rows], [float(row["val_top1"]) for row in rows]
+        seconds = sum(float(row.get("seconds") or 0) for row in rows)
         config = read_config(folder / "student")
         flags["model"]
     except (OSError, ValueError, KeyError, TypeError, UserError):
@@ -90,8 +118,30 @@ def read_run(folder: Path, name: str = "") -> Run | None:
         reference = read_reference(folder / "student", None, "train.py --output RUN --resume writes it")
     except UserError as error:
         missing = str(error)
-    about = config.label_names, config.temperature, reference, missing
+    split = (folder / SPLIT).read_text(encoding="utf-8") if (folder / SPLIT).exists() else ""
+    about = config.label_names, config.temperature, reference, missing, seconds, read_answers(folder), split
     return Run(name or folder.name, folder, flags, epochs, top1, *about) if epochs else None
+
+
+def read_answers(folder: Path) -> np.ndarray | None:
+    """Return labels and predictions (2, N) of the best epoch from last.pt; None if the file has none."""
+    try:
+        answers = torch.load(folder / "last.pt", weights_only=True, mmap=True)["progress"]["answers"].numpy()
+    except Exception:  # torch and pickle have a dozen for a damaged file
+        return None
+    return answers if answers.ndim == 2 and len(answers) == 2 and answers.size else None
+
+
+def size_of(run: Run) -> tuple[float, float] | None:
+    """Return the millions of parameters and the MB of model.safetensors; None if the file is missing or damaged."""
+    file = run.folder / "student/model.safetensors"
+    try:
+        with safe_open(file, "numpy") as weights:
+            tensors = [(name, weights.get_slice(name)) for name in weights.keys()]  # noqa: SIM118 - not a dict
+            floats = [x for name, x in tensors if "F" in x.get_dtype() and ".running_" not in name]
+            return sum(int(np.prod(x.get_shape())) for x in floats) / 1e6, file.stat().st_size / 1e6
+    except Exception:  # safetensors has its own, which is not an OSError
+        return None
 
 
 def calibration_of(run: Run, temperature: float | None) -> Calibration:
@@ -173,6 +223,12 @@ def remark(text: str) -> str:
     return f'<p class="remark">{html.escape(text)}</p>'
 
 
+def scrolling(head: str, rows: list[str]) -> str:
+    """Return a table that scrolls inside its own box if the screen is narrow."""
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
+
+
 def samples(run: Run) -> str:
     """Return a table with one reference image for each of the first classes: teacher, student, soft label."""
     title = f"<h3>{html.escape(run.name)} ({html.escape(run.method)})</h3>"
@@ -184,20 +240,23 @@ def samples(run: Run) -> str:
             "Z is ranked here by the student alone; in training also by the weak head, which is not stored. "
             "The mean in P_t is over the reference images here, and over a batch in training. "
         )
-    rows = []
+    rows, heads = (
+        [],
+        ["image"] + ["the teacher answers"] * (teacher is not None) + ["the student answers", "soft label"],
+    )
     for index in sorted(np.unique(run.reference.labels, return_index=True)[1])[:SAMPLES]:
         target, pixels = int(run.reference.labels[index]), run.reference.images[index]
         label = soft_label(run, teacher, index)
         cells = [
             picture(encoded(pixels, "PNG"), run.labels[target], "photo") + f"<br>{html.escape(run.labels[target])}",
-            bars(softmax(teacher[index]), run.labels, target) if teacher is not None else "",
+            *([bars(softmax(teacher[index]), run.labels, target)] if teacher is not None else []),
             bars(softmax(run.reference.logits[index]), run.labels, target),
-            f"{html.escape(label[0])}{bars(label[1], run.labels, target)}" if label else "",
+            *([f"{html.escape(label[0])}{bars(label[1], run.labels, target)}"] if label else []),
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = "<th>image</th><th>teacher T</th><th>student S</th><th>the loss's soft label</th>"
-    remarks += "The first reference image of each of the first classes; the target's bars are orange."
-    return f"{title}{remark(remarks)}<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    head = "".join(f"<th>{x}</th>" for x in heads[: len(cells)])
+    remarks += "The first reference image of each of the first classes; orange: the true class."
+    return title + remark(remarks) + scrolling(head, rows)
 
 
 def mistakes(run: Run) -> str:
@@ -219,93 +278,230 @@ def mistakes(run: Run) -> str:
         )
     count = f"{len(wrong)} of the {len(labels)} validation images of {NAME} are answered wrongly"
     about = f"{count}; {len(shown)} are shown as the network gets them, the most certain answers first."
-    return f'{title}{remark(about)}<div class="grid">{"".join(cells)}</div>'
+    return f'{title}{remark(about)}<div class="grid photos">{"".join(cells)}</div>'
 
 
 @contextmanager
-def plot(body: list[str], alternative: str, size: tuple[float, float] = (8, 4.2)) -> Iterator[plt.Axes]:
+def plot(
+    body: list[str], alternative: str, size: tuple[float, float] = (5.4, 3.8), caption: str = ""
+) -> Iterator[plt.Axes]:
     """Yield axes to draw on, and append them to the page as an inline SVG. alternative: the text for screen readers."""
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     yield axes
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside lower center", fontsize=8)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)
     svg = text.getvalue()
-    body.append(f'<figure role="img" aria-label="{html.escape(alternative)}">{svg[svg.index("<svg") :]}</figure>')
+    svg = f'<div role="img" aria-label="{html.escape(alternative)}">{svg[svg.index("<svg") :]}</div>'
+    body.append(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>")
 
 
-def table(runs: list[Run], calibrations: dict[str, Calibration]) -> str:
+def comparable(runs: list[Run]) -> list[Run]:
+    """Return the runs of the largest group with the same validation images, the best first; [] if each is alone."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        if run.answers is not None:
+            groups.setdefault(run.images, []).append(run)
+    group = max(groups.values(), key=len, default=[])
+    return sorted(group, key=lambda run: -run.right.mean()) if len(group) > 1 else []
+
+
+def conclusion(runs: list[Run]) -> tuple[str, str]:
+    """Return the first line of the page, which says which run is better, and a remark about its figures."""
+    group = comparable(runs)
+    compared = {run.name for run in group}
+    without = [run.name for run in runs if run.answers is None]
+    others = [run.name for run in runs if run.answers is not None and run.name not in compared]
+    reasons = [f"last.pt of {', '.join(without)} has no answers"] * bool(without)
+    reasons += [f"{', '.join(others)}: other validation images"] * (bool(others) and len(runs) - len(without) > 1)
+    if len(runs) == 1:
+        return f"{runs[0].name} ({runs[0].method}) reaches a top-1 of {max(runs[0].top1):.1f} %", "One run is shown."
+    if not group:
+        return f"No paired comparison: {'; '.join(reasons)}", "The table below compares nothing image by image."
+    best, second = group[:2]
+    points, error = gain(best.right, second.right)
+    figure = f"{points:.1f} ± {error:.1f} points"
+    text = f"{best.name} is ahead of {second.name} by {figure}"
+    if points <= 2 * error:
+        text = f"{best.name} and {second.name} are not told apart: they differ by {figure}, within two standard errors"
+    text += speed(best, second)
+    about = (
+        f"Top-1 of the best epochs on the same {len(best.right)} validation images; ± is one standard error of the "
+        "paired difference over these images. Another seed can change the result by more. "
+    )
+    return text, about + (f"Not compared: {'; '.join(reasons)}." if reasons else "")
+
+
+def speed(best: Run, second: Run) -> str:
+    """Return the end of the conclusion: which of two runs is faster, or "" if no file of both was timed alike."""
+    file = shared_file([best, second])
+    if file is None:
+        return ""
+    ratio = timings(second)[file]["p50_ms"] / timings(best)[file]["p50_ms"]
+    if 1 / 1.05 < ratio < 1.05:
+        return "; both are equally fast"
+    fast, slow, times = (best, second, ratio) if ratio > 1 else (second, best, 1 / ratio)
+    return f"; {fast.name} is {times:.1f} times as fast as {slow.name} ({file[0]})"
+
+
+def table(runs: list[Run]) -> str:
+    """Return the first table: accuracy, speed, size and time of each run. A narrow screen shows the first columns."""
+    group, file = comparable(runs), shared_file([run for run in runs if timings(run)])
+    paired = {run.name: gain(group[0].right, run.right) for run in group[1:]}
+    against = [f"behind {group[0].name}, points"] if group else []
+    heads = ["top-1 %, best", *against, "ms", "MB", "parameters, M", "training, s", "epochs", "top-1 %, last"]
     lines = []
     for run in runs:
-        fitted = run.reference is not None and run.temperature
-        error = f"{100 * calibration_of(run, run.temperature).error:.1f}" if fitted else "-"
-        raw = f"{100 * calibrations[run.name].error:.1f}" if run.name in calibrations else "-"
-        words = "".join(f"<td>{html.escape(x)}</td>" for x in (run.name, run.model, run.method))
-        numbers = (run.epochs[-1], f"{run.top1[-1]:.2f}", f"{max(run.top1):.2f}", raw, error)
-        lines.append(f"<tr>{words}{''.join(f'<td class=n>{x}</td>' for x in numbers)}</tr>")
-    heads = "".join(f"<th>{x}</th>" for x in ("run", "model", "trained with"))
-    heads += "".join(f"<th class=n>{x}</th>" for x in ("epochs", "top-1 %, last", "best", "ECE %", "with temperature"))
-    sizes = sorted({len(run.reference.labels) for run in runs if run.reference is not None})
-    images = f"{' or '.join(map(str, sizes))} images of {NAME}" if sizes else f"images of {NAME}, which no run has"
-    about = (
-        f"A run in each row, top-1 on its validation images. ECE: expected calibration error in {BINS} bins, on the "
-    )
-    about += f"{images}; with the temperature of config.json, which was fitted on validation images, next to it."
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>{remark(about)}"
+        behind = ["{:.1f} ± {:.1f}".format(*paired[run.name]) if run.name in paired else "-"] * len(against)
+        millions, mb = size_of(run) or (None, None)
+        numbers = [short(x) for x in (timings(run)[file]["p50_ms"] if file in timings(run) else None, mb, millions)]
+        numbers = [f"{max(run.top1):.2f}", *behind, *numbers, f"{run.seconds:.0f}" if run.seconds else "-"]
+        numbers += [str(run.epochs[-1]), f"{run.top1[-1]:.2f}"]
+        cells = [run.name, *numbers, run.model, run.method]
+        kinds = ["", *[" class=n"] * len(numbers), "", ""]
+        lines.append(f"<tr>{''.join(f'<td{k}>{html.escape(x)}</td>' for k, x in zip(kinds, cells))}</tr>")
+    names = ["run", *heads, "model", "trained with"]
+    head = "".join(f"<th{k}>{html.escape(x)}</th>" for k, x in zip(kinds, names))
+    about = "Top-1 on the validation images of each run. MB: model.safetensors. ms: "
+    if file:
+        about += f"median for one image, {describe_file(file)}, {file[4]}."
+    else:
+        about += "no file of every measured run was timed on one machine; python -m deploy.benchmark RUN measures it."
+    return scrolling(head, lines) + remark(about)
 
 
-def timings(run: Run) -> list[dict[str, Any]]:
-    """Return the rows of deploy.benchmark that have batch 1 and an accuracy."""
+def short(value: float | None) -> str:
+    """Return a number with three digits, "-" for None."""
+    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def timings(run: Run) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the rows of deploy.benchmark that have batch 1 and an accuracy, by file, settings and machine."""
     try:
-        rows = json.loads((run.folder / "student/benchmark.json").read_text(encoding="utf-8"))["rows"]
+        known = json.loads((run.folder / "student/benchmark.json").read_text(encoding="utf-8"))
+        rows, machine = known["rows"], known.get("machine", {})
     except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    on = f"{machine.get('cpu', 'unknown CPU')}, GPU {str(machine.get('gpu', 'unknown')).partition(',')[0]}"
+    rows = [row for row in rows if row.get("batch") == 1 and row.get("p50_ms") and row.get("top1") is not None]
+    return {(*(row.get(name) for name in ("artefact", "precision", "provider", "threads")), on): row for row in rows}
+
+
+def shared_file(runs: list[Run]) -> tuple[Any, ...] | None:
+    """Return the file that is timed alike in all runs and is fastest in the first one; None without such a file."""
+    known = [timings(run) for run in runs]
+    shared = [file for file in known[0] if all(file in rows for rows in known)] if known else []
+    return min(shared, key=lambda file: known[0][file]["p50_ms"], default=None)
+
+
+def describe_file(file: tuple[Any, ...]) -> str:
+    artefact, precision, provider, threads, _ = file
+    return f"{artefact}, {precision}, {provider}, {threads} thread{'s' * (threads != 1)}"
+
+
+def curves(runs: list[Run]) -> list[str]:
+    """Return top-1 over the epochs with the chance level; no plot if no run has two epochs."""
+    if max(len(run.epochs) for run in runs) < 2:
         return []
-    return [row for row in rows if row.get("batch") == 1 and row.get("p50_ms") and row.get("top1") is not None]
+    body = ["<h2>Accuracy over the epochs</h2>"]
+    with plot(body, "top-1 by epoch of each run") as axes:
+        for run in runs:
+            axes.plot(run.epochs, run.top1, marker="o", markersize=3, label=run.name)
+        for classes in sorted({len(run.labels) for run in runs}):
+            label = f"chance: {100 / classes:.3g} % of {classes} classes"
+            axes.axhline(100 / classes, color="0.5", linestyle="--", linewidth=1, label=label)
+        axes.set(title="Top-1 on the validation images", xlabel="epoch", ylabel="top-1, %", ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return body
+
+
+RELIABILITY = (
+    f"Each dot is a bin of images of {NAME}, and its size is their share. On the line, 80 % of the answers with a "
+    "confidence of 80 % are right; below the line, the student is too sure. Error: the mean distance from the line "
+    f"({BINS} bins). The temperature divides the logits and changes no answer. It was fitted on validation images, so "
+    "its error is a little smaller here than on new images."
+)
+
+
+def reliability(runs: list[Run]) -> list[str]:
+    """Return a small plot for each run with a reference: accuracy against confidence, before and after the fit."""
+    runs = [run for run in runs if run.reference is not None]
+    if not runs:
+        return []
+    body = ["<h2>Reliability: is a student as often right as it is sure?</h2>"]
+    body.append(remark(RELIABILITY))
+    body.append('<div class="grid panels">')
+    for run in runs:
+        known = [("#999", "as trained", calibration_of(run, None))]
+        if run.temperature:
+            about = f"with the temperature {run.temperature:.3g}"
+            known.append(("#1f77b4", about, calibration_of(run, run.temperature)))
+        errors = [
+            f"{about} ({colour}) {100 * one.error:.1f} %" for (_, about, one), colour in zip(known, ("grey", "blue"))
+        ]
+        caption = f"error {', '.join(errors)}" + ("" if run.temperature else "; no temperature was fitted")
+        with plot(body, f"accuracy against confidence of {run.name}", (2.5, 2.6), f"{run.name}: {caption}") as axes:
+            axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+            for colour, _, one in known:
+                axes.scatter(one.confidence, one.accuracy, 6 + 200 * one.share, color=colour, alpha=0.7, linewidth=0)
+            axes.set(title=shortened(run.name), xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(-0.03, 1.03))
+    return [*body, "</div>"]
+
+
+def latencies(runs: list[Run]) -> list[str]:
+    """Return top-1 against the time for one image of each measured file."""
+    files = sorted({file for run in runs for file in timings(run)}, key=str)
+    timed = [(i, files.index(file), row) for i, run in enumerate(runs) for file, row in timings(run).items()]
+    body = ["<h2>Latency against accuracy</h2>"]
+    if not timed:
+        return [*body, remark(f"Not measured: run python -m deploy.benchmark RUN; the accuracy needs {NAME}.")]
+    with plot(body, "top-1 against latency of each file", (5.4, 3.2 + 0.18 * len(timed))) as axes:
+        for i, number, row in timed:
+            label = f"{runs[i].name}: {describe_file(files[number])}"
+            axes.plot(row["p50_ms"], row["top1"], f"C{i % 10}{'osD^v'[number % 5]}", label=label)
+        title = "Top-1 against the median time for one image"
+        axes.set(title=title, xlabel="ms", ylabel="top-1, %", xlim=(0, None))
+    return body
+
+
+SOFT_LABELS = (
+    "Cross-entropy teaches that the true class has the probability 1 and every other class 0. A soft label also tells "
+    "the student how alike the other classes are: a 7 looks a little like a 1 and not at all like an 8. NKD takes the "
+    "soft label from a teacher: T_t, the teacher's probability of the true class, is the weight of that class, and "
+    "N(T), the teacher's other probabilities scaled to a sum of 1, is the target for the other classes. USKD has no "
+    "teacher: P_t comes from the student's own probability of the true class, and N(Z) from the order of its other "
+    'classes. The number after "weight" multiplies the part of the loss about the other classes.'
+)
 
 
 def page(runs: list[Run]) -> str:
     """Return the whole page as HTML."""
-    calibrations = {run.name: calibration_of(run, None) for run in runs if run.reference is not None}
-    timed = [(run.name, row) for run in runs for row in timings(run)]
-    distilled = [run for run in runs if run.flags.get("kd") or run.flags.get("self_kd")]
-    body = ["<h1>Runs</h1><h2>Table</h2>", table(runs, calibrations), "<h2>Curves</h2>"]
-    with plot(body, "top-1 by epoch of each run") as axes:
-        for run in runs:
-            axes.plot(run.epochs, run.top1, label=run.name)
-        axes.set(xlabel="epoch", ylabel="top-1, %")
-    if calibrations:
-        body.append("<h2>Reliability</h2>")
-        with plot(body, "accuracy against confidence of each run", (5, 5)) as axes:
-            axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-            for name, known in calibrations.items():
-                label = f"{name}, ECE {100 * known.error:.1f} %"
-                axes.scatter(known.confidence, known.accuracy, 4 + 400 * known.share, alpha=0.6, label=label)
-            axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-        body.append(remark("A dot is a bin; its size is the bin's share of the images."))
+    names = [run.name for run in runs]
+    data = sorted({os.path.basename(str(run.flags["data"])) for run in runs if run.flags.get("data")})
+    title = " against ".join(names) if len(names) < 4 else f"{len(names)} runs, from {names[0]} to {names[-1]}"
+    title += f" on {' and '.join(data)}" if data else ""
+    first, about = conclusion(runs)
+    body = [f'<h1>{html.escape(title)}</h1><p class="conclusion"><b>{html.escape(first)}.</b></p>', remark(about)]
+    body += [table(runs), *curves(runs), *reliability(runs)]
+    distilled = [run for run in runs if run.flags.get("kd") == "nkd" or run.flags.get("self_kd")]
     if distilled:
-        body += ["<h2>Soft labels</h2>", *map(samples, distilled)]
+        body += [
+            "<h2>Soft labels: the targets besides the true class</h2>",
+            remark(SOFT_LABELS),
+            *map(samples, distilled),
+        ]
     for run in runs:
         file = run.folder / "confusion.png"
         if file.is_file():
             body.append(f"<h2>Confusions: {html.escape(run.name)}</h2>")
             body.append(picture(file.read_bytes(), f"confusion matrix of {run.name}", "wide"))
-    body += map(mistakes, runs)
-    body.append("<h2>Latency against accuracy</h2>")
-    if timed:
-        with plot(body, "top-1 against latency of each file") as axes:
-            for number, (name, row) in enumerate(timed):
-                label = f"{name}/{row['artefact']}, {row['precision']}, {row['provider']}"
-                axes.plot(row["p50_ms"], row["top1"], "osD^v"[number % 5], label=label)
-            axes.set(xlabel="ms for an image, batch 1, median", ylabel="top-1, %", xlim=(0, None))
-    else:
-        body.append(remark(f"Not measured: run python -m deploy.benchmark RUN; the accuracy needs {NAME}."))
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Runs</title>'
-    return (
-        f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(body)}</body></html>\n'
-    )
+    body += [*map(mistakes, runs), *latencies(runs)]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 
 
 parser = make_parser(__doc__, "report.py")

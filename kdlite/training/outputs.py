@@ -137,7 +137,7 @@ class RunFolder:
         """Write the files about the whole run: curves, the best epoch by class, confidence and reference.npz."""
         if not IS_MAIN or not progress.rows:
             return
-        plot_curves(self.path / "curves.png", progress.rows)
+        plot_curves(self.path / "curves.png", progress.rows, len(self.data.label_names))
         if progress.answers is not None:
             labels, predictions = progress.answers.numpy()
             print(*write_per_class(self.path, labels, predictions, self.data.label_names), sep="\n")
@@ -246,16 +246,25 @@ def describe_training(args: argparse.Namespace, data: Data) -> dict[str, Any]:
 # ---- pictures -----------------------------------------------------------------------------------------------------
 
 
-def plot_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write losses and accuracies over the epochs as a PNG."""
+def plot_curves(path: Path, rows: list[dict[str, Any]], classes: int) -> None:
+    """Write losses and accuracies over the epochs as a PNG, with the accuracy by chance."""
     from matplotlib.figure import Figure  # here, because each data loading process imports this module
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     losses = [name for name in rows[-1] if "loss" in name]
-    for axis, names, label in zip(figure.subplots(1, 2), (losses, ["val_top1", "val_top5"]), ("loss", "accuracy (%)")):
+    for axis, names in ((left, losses), (right, ["val_top1", "val_top5"])):
         for name in names:
-            axis.plot([row["epoch"] for row in rows], [row.get(name, math.nan) for row in rows], label=name)
-        axis.set(xlabel="epoch", ylabel=label)
+            values = [row.get(name, math.nan) for row in rows]
+            axis.plot([row["epoch"] for row in rows], values, marker="o", markersize=3, label=name)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    right.axhline(
+        100 / classes, color="0.5", linestyle="--", linewidth=1, label=f"top-1 by chance, {100 / classes:.3g} %"
+    )
+    left.set(title="losses (val: on the validation images)", xlabel="epoch", ylabel="loss")
+    right.set(title="accuracy on the validation images", xlabel="epoch", ylabel="accuracy (%)", ylim=(0, None))
+    for axis in (left, right):
         axis.legend()
         axis.grid(alpha=0.3)
     save(path, figure)

@@ -11,20 +11,23 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import own_models
 import pytest
 import torch
 from PIL import Image
 from running import rows, run
 
+from deploy import per_class
 from deploy.reference import Reference
 from deploy.runtimes import softmax
 from kdlite import nkd_loss
+from kdlite.training import outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import report  # noqa: E402
 
-SMALL = ["--device", "cpu", "--epochs", "1", "--img-size", "16", "--workers", "0", "--reference", "40"]
+SMALL = ["--device", "cpu", "--epochs", "2", "--img-size", "16", "--workers", "0", "--reference", "40"]
 TINY = [*SMALL, "--model", f"{ROOT}/tests/own_models.py:tiny", "--model-file", f"{ROOT}/tests/own_models.py:tiny"]
 
 
@@ -63,18 +66,27 @@ def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_pat
     assert done.stdout == f"{tmp_path}/page.html\n"
     assert done.stderr == f"skipped: {tmp_path} is not a run of train.py, or has no finished epoch\n"
 
-    page = browser.new_page(viewport={"width": 400, "height": 800})
+    page = browser.new_page(viewport={"width": 390, "height": 800})
     problems, requested = [], []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: requested.append(request.url))
     page.goto(f"file://{tmp_path}/page.html")
     assert problems == []
     assert [url for url in requested if not url.startswith("data:")] == [f"file://{tmp_path}/page.html"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    heads = page.locator("table").first.locator("th").all_inner_texts()
+    assert {"ms", "MB", "parameters, M", "training, s"} < set(heads)
     for folder in runs:
-        cells = page.locator("table").first.locator("tr", has_text=folder.name).locator("td").all_inner_texts()
-        assert cells[4] == f"{float(rows(folder)[-1]['val_top1']):.2f}"
+        row = page.locator("table").first.locator("tr", has=page.get_by_role("cell", name=folder.name, exact=True))
+        cells = dict(zip(heads, row.locator("td").all_inner_texts(), strict=True))
+        assert cells["top-1 %, last"] == f"{float(rows(folder)[-1]['val_top1']):.2f}"
+        assert cells["training, s"] == f"{sum(float(line['seconds']) for line in rows(folder)):.0f}"
+        parameters = sum(p.numel() for p in own_models.tiny(10).parameters())
+        assert float(cells["parameters, M"]) == pytest.approx(parameters / 1e6, rel=5e-3)
+    assert page.locator("h1").inner_text() == " against ".join(folder.name for folder in runs) + " on digits"
+    assert re.search(r" points(, within two standard errors)?\.$", page.locator(".conclusion").inner_text())
     assert page.get_by_role("img", name="top-1 by epoch").count() == 1
-    assert page.get_by_role("img", name="accuracy against confidence").count() == 1
+    assert page.get_by_role("img", name="accuracy against confidence").count() == len(runs)
     pictures = page.locator("img")
     known = [report.read_run(folder) for folder in runs]
     wrong = [int((one.reference.logits.argmax(1) != one.reference.labels).sum()) for one in known]
@@ -124,14 +136,130 @@ def test_mistakes_of_grey_images_and_a_run_without_mistakes(known):
     assert "no file" in report.mistakes(known._replace(reference=None, missing="no file"))
 
 
-def test_the_table_has_the_calibration_error_with_the_temperature(known):
-    calibrations = {known.name: report.calibration_of(known, None)}
-    numbers = re.findall(r"<td class=n>(.*?)</td>", report.table([known], calibrations))
-    errors = [f"{100 * report.calibration_of(known, t).error:.1f}" for t in (None, 2.0)]
-    assert numbers[-2:] == errors
-    assert errors[0] != errors[1]
-    bare = known._replace(temperature=None)
-    assert re.findall(r"<td class=n>(.*?)</td>", report.table([bare], calibrations))[-1] == "-"
+def test_the_reliability_has_the_error_before_and_after_the_temperature(known):
+    before, after = (f"{100 * report.calibration_of(known, t).error:.1f} %" for t in (None, 2.0))
+    assert before != after
+    page = "".join(report.reliability([known, known._replace(temperature=None, name="bare")]))
+    captions = re.findall("<figcaption>(.*?)</figcaption>", page)
+    assert captions[0] == f"a &lt;run&gt;: error as trained (grey) {before}, with the temperature 2 (blue) {after}"
+    assert captions[1] == f"bare: error as trained (grey) {before}; no temperature was fitted"
+    assert page.count("<svg") == 2
+    assert report.reliability([known._replace(reference=None)]) == []
+
+
+def with_answers(known, name, right, **changes):
+    """Return a run whose student is right about the images for which `right` is true."""
+    labels = np.arange(len(right)) % 3
+    answers = np.stack([labels, np.where(right, labels, (labels + 1) % 3)])
+    flags = known.flags | {"data": "/data/birds"}
+    return known._replace(
+        **{"name": name, "answers": answers, "flags": flags, "top1": [100 * np.mean(right)]} | changes
+    )
+
+
+@pytest.mark.parametrize(("only_first", "only_second", "told_apart"), [(30, 8, True), (20, 15, False), (0, 0, False)])
+def test_the_conclusion_has_the_difference_and_its_paired_standard_error(known, only_first, only_second, told_apart):
+    """Compare with the formula of the counts of images that only one of the two runs answers rightly."""
+    n = 200
+    first, second = np.ones(n, bool), np.ones(n, bool)
+    second[:only_first] = first[only_first : only_first + only_second] = False
+    runs = [with_answers(known, "B", second), with_answers(known, "A", first)]
+    text, about = report.conclusion(runs)
+    difference = only_first - only_second
+    error = math.sqrt(only_first + only_second - difference**2 / n) / n
+    assert f"{100 * difference / n:.1f} ± {100 * error:.1f} points" in text
+    assert text.startswith("A is ahead of B by ") == told_apart
+    assert ("not told apart" in text) != told_apart
+    assert "the same 200 validation images" in about
+    assert f"<td class=n>{100 * difference / n:.1f} ± {100 * error:.1f}</td>" in report.table(runs)
+
+
+def test_runs_with_other_images_or_without_answers_are_not_compared(known):
+    right = np.arange(60) < 40
+    first = with_answers(known, "A", right)
+    others = {
+        "data": with_answers(known, "B", right, flags=known.flags | {"data": "/data/cats"}),
+        "count": with_answers(known, "B", right[:50]),
+        "split": with_answers(known, "B", right, split="file,side\na/1.jpg,val\n"),
+        "classes": with_answers(known, "B", right, labels=["x", "y", "z"]),
+    }
+    for other in others.values():
+        assert report.conclusion([first, other])[0] == "No paired comparison: A, B: other validation images"
+        assert "±" not in report.page([first, other])
+    unknown = first._replace(name="C", answers=None)
+    text = report.conclusion([first, unknown])[0]
+    assert text == "No paired comparison: last.pt of C has no answers"
+    text, about = report.conclusion([first, with_answers(known, "D", ~right), others["data"], unknown])
+    assert text.startswith("A is ahead of D by 33.3 ± ")
+    assert about.endswith("Not compared: last.pt of C has no answers; B: other validation images.")
+
+
+def test_one_run_is_shown_alone(known):
+    alone = with_answers(known, "A", np.arange(60) < 40)
+    assert report.conclusion([alone])[0] == "A (cross-entropy) reaches a top-1 of 66.7 %"
+    page = report.page([alone])
+    assert "<title>A on birds</title>" in page
+    assert "top-1 by epoch" not in page  # a curve of one epoch
+    assert "behind" not in page
+    assert "top-1 by epoch" in report.page([alone._replace(epochs=[1, 2], top1=[50.0, 66.7])])
+
+
+def write_times(folder, times, cpu="a CPU"):
+    same = {"precision": "fp32", "provider": "CPU", "threads": 1, "batch": 1, "top1": 50}
+    rows = [{"artefact": file, "p50_ms": ms, **same} for file, ms in times.items()]
+    (folder / "student").mkdir(parents=True)
+    (folder / "student/benchmark.json").write_text(json.dumps({"machine": {"cpu": cpu, "gpu": "none"}, "rows": rows}))
+
+
+def test_the_conclusion_compares_the_times_of_the_same_file_on_the_same_machine(known, tmp_path):
+    write_times(tmp_path / "a", {"student.onnx": 6.2, "student.pt2": 9.0})
+    write_times(tmp_path / "b", {"student.onnx": 2.0, "other.onnx": 0.1})
+    write_times(tmp_path / "c", {"student.onnx": 2.0}, cpu="another CPU")
+    a, b, c = (with_answers(known, x, np.arange(60) < 40, folder=tmp_path / x) for x in "abc")
+    assert report.speed(a, b) == report.speed(b, a) == "; b is 3.1 times as fast as a (student.onnx)"
+    assert report.speed(a, c) == ""
+    assert report.speed(a, a._replace(name="d")) == "; both are equally fast"
+    assert "<td class=n>6.2</td>" in report.table([a, b])
+    assert "student.onnx, fp32, CPU, 1 thread, a CPU" in report.table([a, b])
+    assert "6.2" not in report.table([a, c])
+
+
+@pytest.mark.slow
+def test_the_answers_of_last_pt_are_read(runs, tmp_path):
+    known = report.read_run(runs[0])
+    assert 100 * known.right.mean() == pytest.approx(max(known.top1), abs=1e-3)
+    assert report.read_answers(tmp_path) is None
+    (tmp_path / "last.pt").write_bytes(b"no checkpoint")
+    assert report.read_answers(tmp_path) is None
+    torch.save({"progress": {"answers": None}}, tmp_path / "last.pt")
+    assert report.read_answers(tmp_path) is None
+
+
+@pytest.mark.whole_runs
+@pytest.mark.parametrize("epochs", [1, 2, 7])
+def test_curves_have_whole_epochs_titles_and_the_chance_level(tmp_path, monkeypatch, epochs):
+    figures = []
+    monkeypatch.setattr(outputs, "save", lambda _, figure: figures.append(figure))
+    rows = [
+        {"epoch": i + 1, "train_loss": 1.0, "val_loss": 2.0, "val_top1": 40.0, "val_top5": 80.0} for i in range(epochs)
+    ]
+    outputs.plot_curves(tmp_path / "curves.png", rows, 8)
+    figures[0].draw_without_rendering()
+    for axis in figures[0].axes:
+        low, high = axis.get_xlim()
+        ticks = [x for x in axis.get_xticks() if low <= x <= high]
+        assert ticks
+        assert all(x == round(x) for x in ticks)
+        assert axis.get_title()
+    assert [12.5, 12.5] in [list(line.get_ydata()) for line in figures[0].axes[1].lines]
+
+
+@pytest.mark.whole_runs
+def test_the_confusion_matrix_has_a_title_with_the_chance_level(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(per_class, "save", lambda _, figure: figures.append(figure))
+    per_class.confusion_picture(tmp_path / "confusion.png", np.array([[3, 1], [0, 4]]), ["cat", "dog"])
+    assert figures[0].axes[0].get_title() == "8 validation images\n87.5 % right (chance: 50 %)"
 
 
 @pytest.mark.slow
