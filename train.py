@@ -488,7 +488,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
     with outputs.RunFolder(args, given, data, device) as folder:
         torch.manual_seed(args.seed + RANK)
         random.seed(args.seed + RANK)
-        if not resumed and (heads := find_new_classifiers(student)):
+        if args.pretrained and not resumed and (heads := find_new_classifiers(student)):
             view = functools.partial(loading.eval_view, metadata=config)
             images = loading.eval_loader(data.labelled, view, 64, args.workers, most=MOST_IMAGES)
             log(fit_classifiers(student, heads, images, to_device, corrupt, method.class_weights))

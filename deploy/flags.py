@@ -293,6 +293,8 @@ def check_values(args: argparse.Namespace) -> None:
             raise UserError(f"stored labels belong to single images, each cropped on its own: give {' '.join(mixing)}")
     if args.unlabelled and (args.mixup or args.cutmix):
         raise UserError("--unlabelled: an image without a label cannot be mixed: give --mixup 0 --cutmix 0")
+    if args.unlabelled and args.self_kd:
+        raise UserError("--unlabelled and --self-kd: USKD learns from labels alone; leave one of them out")
     if args.epochs <= args.warmup_epochs:
         fault = f"--warmup-epochs {args.warmup_epochs:g} is all of --epochs {args.epochs}"
         raise UserError(f"{fault}: it must be a part of them")

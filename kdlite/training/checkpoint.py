@@ -38,6 +38,7 @@ class Progress:
     lr: float = 0.0  # learning rate in the first step of that epoch
     epochs: int = 0  # epochs of the run if --epochs is a time; else 0
     steps: int = 0  # steps of an epoch if --epochs is a time; 0: over all images
+    time_limit: float = 0.0  # the time in seconds to which epochs and steps were fitted
     best: float = -1.0  # best top-1 in %
     rows: list[dict[str, Any]] = field(default_factory=list)  # rows of metrics.csv
     answers: Tensor | None = None  # (2, N): labels and predictions of the validation images in the best epoch

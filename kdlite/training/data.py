@@ -52,7 +52,7 @@ class Data(NamedTuple):
 
     @property
     def numbered(self) -> Any:
-        """The training images whose numbers stored labels have: those of --fold too."""
+        """Return all training images, also with --fold: stored labels have a row for each of them."""
         return self.train.dataset if isinstance(self.train, Fold) else self.train
 
     def preprocessing(self, channels: int, interpolation: str, crop: float) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Length:
     Args:
         args: has epochs, and time_limit in seconds, or None without a limit
         steps: optimizer steps in an epoch over all images
-        progress: progress of the run; a resumed run keeps the plan in it
+        progress: progress of the run; a resumed run keeps the plan in it, unless it gets another time
         started: time.monotonic() at the start of this process's run
         val_share: seconds of an evaluation divided by those of a training epoch, as a guess for the first plan
     """
@@ -40,6 +40,8 @@ class Length:
         if args.time_limit and progress.epochs:
             self.steps = progress.steps
             stretch_epochs(args, progress.epochs)
+        if args.time_limit and progress.rows and progress.time_limit != args.time_limit:  # a resume with another time
+            self.refit(epoch_ended=True)
 
     def refit(self, epoch_ended: bool = False) -> bool:
         """Plan the run if a plan is due; return whether the plan has changed. Call it after each step and epoch."""
@@ -57,7 +59,7 @@ class Length:
             epoch, validation = training * (1 + self.val_share), training * self.val_share
         else:
             return False
-        remaining = self.args.time_limit - (now - self.began) + (0 if epoch_ended else progress.seconds)
+        remaining = self.args.time_limit - (now - self.began) + progress.seconds  # those of this epoch are in `left`
         remaining, epoch, validation = (max(values) for values in zip(*gather((remaining, epoch, validation))))
         left = remaining / epoch
         if not progress.epochs and left < FEWEST:
@@ -67,7 +69,7 @@ class Length:
         else:
             count = max(1 - progress.epoch, 0, round(left))
         stretch_epochs(self.args, progress.epoch + count)
-        progress.epochs, progress.steps = self.args.epochs, self.steps
+        progress.epochs, progress.steps, progress.time_limit = self.args.epochs, self.steps, self.args.time_limit
         if old == (self.args.epochs, self.steps):
             return False
         log(f"{self.args.time_limit / 60:.3g} min fit {self.args.epochs} epochs of {self.steps} steps")

@@ -1,8 +1,11 @@
 """Test how fine-tuning starts: a linear probe of the frozen features, and frozen batch norms."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from running import run
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -98,3 +101,20 @@ def test_frozen_batch_norms_keep_their_averages_and_train_their_weights():
     assert (trained.running_var == 2).all()
     assert trained.weight.grad.any()
     assert (new.running_var != 1).any()  # it has no averages to keep
+
+
+@pytest.mark.slow
+def test_random_weights_start_without_a_probe_also_if_the_classifier_is_zero(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(
+        "from torch import nn\n"
+        "def zero(num_classes):\n"
+        "    head = nn.Linear(8, num_classes)\n"
+        "    nn.init.zeros_(head.weight)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)\n"
+    )
+    flags = ["--device", "cpu", "--epochs", 1, "--img-size", 16, "--reference", 0, "--model", "own.py:zero"]
+    run(*flags, "--output", "first")
+    assert "linear probe" not in capsys.readouterr().out

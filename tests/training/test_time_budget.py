@@ -105,3 +105,14 @@ def test_a_run_for_a_time_ends_and_its_resume_trains_nothing_more(tmp_path, caps
 @pytest.mark.parametrize("text", ["0min", "5 min", "-3s", "1d", "min", "1e3s", "infh"])
 def test_a_text_that_is_not_a_time_is_refused(text, capsys):
     assert "--epochs" in refused(capsys, "--epochs", text)
+
+
+@pytest.mark.parametrize("limit", [900, 150])
+def test_a_resume_with_another_time_ends_in_that_time(monkeypatch, limit):
+    machine = Machine(monkeypatch, step=0.4, evaluation=4)
+    machine.start(300, 31)
+    machine.train(until=(5, 20) if limit < 300 else None)
+    machine.now += 5000
+    machine.start(limit, 31, machine.progress)
+    machine.train()
+    assert machine.now - 5100 == pytest.approx(limit, rel=0.1)

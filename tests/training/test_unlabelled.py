@@ -106,6 +106,7 @@ def test_stored_answers_train_as_the_teacher_itself_does(photos, capsys):
     [
         (["--unlabelled", "more"], "--unlabelled needs --kd"),
         (["--unlabelled", "more", "--kd", "kd", *TEACHER, "--mixup", 0.2], "cannot be mixed"),
+        (["--unlabelled", "more", "--kd", "kd", *TEACHER, "--self-kd", "uskd"], "USKD learns from labels alone"),
         (["--unlabelled", "none", "--kd", "kd", *TEACHER], "no such folder"),
         (["--unlabelled", "empty", "--kd", "kd", *TEACHER], "no image in it"),
         (["--unlabelled", "more", "--kd", "kd", *TEACHER, "--data", "digits"], "needs a folder of photographs"),
