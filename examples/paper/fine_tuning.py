@@ -11,6 +11,7 @@ The command appends a row for each run to results/fine_tuning.csv, skips finishe
 
 import argparse
 import csv
+import io
 import os
 import random
 import resource
@@ -18,18 +19,21 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE.parent), str(ROOT)]
 from finetune import STUDENT, fetch  # noqa: E402
 
-from deploy.cli import UserError, run_command  # noqa: E402
+from deploy.cli import UserError, run_command, write_whole  # noqa: E402
+from deploy.config import Metadata  # noqa: E402
 from deploy.preprocess import open_image, prepare  # noqa: E402
 from deploy.student import load_student  # noqa: E402
 from kdlite.training.probe import fit_linear  # noqa: E402
@@ -46,35 +50,6 @@ EPOCHS = {  # for 500 and for 1,000 training images
 }
 # Usual flags of timm's script for fine-tuning; its defaults are for 300 epochs of ImageNet.
 ADAMW = ["--opt", "adamw", "--lr", "5e-4", "--warmup-epochs", "1", "-b", "16"]
-FASTAI = """
-import sys
-from pathlib import Path
-import timm, torch
-from safetensors.torch import load_file
-from fastai.vision.all import (ImageDataLoaders, Normalize, Resize, accuracy, aug_transforms, get_image_files, set_seed,
-                               vision_learner)
-folder, weights, size, epochs, seed = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6])
-set_seed(seed, reproducible=True)
-torch.set_num_threads(1)
-create = timm.create_model
-def with_weights(name, pretrained=False, **options):
-    model = create(name, pretrained=False, **options)
-    values = load_file(weights)
-    model.load_state_dict({k: v for k, v in values.items() if k in model.state_dict()}, strict=False)
-    return model
-timm.create_model = with_weights
-data = ImageDataLoaders.from_folder(folder, valid="val", item_tfms=Resize(size), batch_tfms=aug_transforms(size=size),
-                                    num_workers=0)
-data.add_tfms([Normalize.from_stats([0.5] * 3, [0.5] * 3, cuda=False)], "after_batch")
-learner = vision_learner(data, "tf_efficientnet_lite0", metrics=accuracy, normalize=False)
-with learner.no_bar(), learner.no_logging():
-    learner.fine_tune(epochs)
-    files = get_image_files(folder.parent / "test")
-    answers, _ = learner.get_preds(dl=data.test_dl(files))
-names = list(data.vocab)
-right = [names[int(i)] == file.parent.name for i, file in zip(answers.argmax(1), files)]
-print("top1", 100 * sum(right) / len(right))
-"""
 
 
 def draw(source: Path, name: str, seed: int) -> Path:
@@ -99,11 +74,27 @@ def draw(source: Path, name: str, seed: int) -> Path:
     return root
 
 
-def images_of(folder: Path, config: object) -> tuple[np.ndarray, torch.Tensor]:
+def read_results(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; [] if it does not exist."""
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.exists() else []
+
+
+def write_results(file: Path, rows: list[dict[str, str]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(file, text.getvalue())
+
+
+def read_images(files: Iterable[Path], config: Metadata) -> np.ndarray:
+    return np.stack([prepare(open_image(file), config) for file in files])
+
+
+def images_of(folder: Path, config: Metadata) -> tuple[np.ndarray, torch.Tensor]:
     """Return the images of class folders, prepared by a student's config.json, and their labels."""
-    names = sorted(path.name for path in folder.iterdir())
-    files = [(file, names.index(file.parent.name)) for file in sorted(folder.glob("*/*"))]
-    return np.stack([prepare(open_image(file), config) for file, _ in files]), torch.tensor([y for _, y in files])
+    names, files = sorted(path.name for path in folder.iterdir()), sorted(folder.glob("*/*"))
+    return read_images(files, config), torch.tensor([names.index(file.parent.name) for file in files])
 
 
 @torch.inference_mode()
@@ -141,8 +132,6 @@ def run_ours(root: Path, weights: Path, epochs: int, seed: int, output: Path) ->
 
     before = resource.getrusage(resource.RUSAGE_SELF)
     probe = timm.create_model(STUDENT, num_classes=config.num_classes)
-    from safetensors.torch import load_file
-
     probe.load_state_dict({k: v for k, v in load_file(weights).items() if "classifier" not in k}, strict=False)
     (head,) = find_classifiers(probe).values()
     train, train_labels = images_of(root / "data" / "train", config)
@@ -188,10 +177,7 @@ def main() -> None:
     args = parser.parse_args()
     weights = fetch(STUDENT).resolve()
     torch.set_num_threads(1)
-    rows = []
-    if RESULTS.exists():
-        with open(RESULTS, encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    rows = read_results(RESULTS)
     there = {(row["folder"], row["draw"], row["row"]) for row in rows}
     for seed in range(args.draws):
         for name, (classes, train) in FOLDERS.items():
@@ -205,7 +191,7 @@ def main() -> None:
                     found = run_ours(root, weights, epochs, seed, output)
                 elif row == "fastai" and args.fastai:
                     text, seconds = run_command_of(
-                        [args.fastai, "-c", FASTAI, root / "data", weights, SIZE, epochs, seed]
+                        [args.fastai, HERE / "fastai_fine_tune.py", root / "data", weights, SIZE, epochs, seed]
                     )
                     found = {row: (float(text.split("top1")[1]), seconds)}
                 elif row.startswith("timm") and args.timm:
@@ -218,10 +204,7 @@ def main() -> None:
                     rows.append({"folder": name, "draw": str(seed), "row": what, "epochs": epochs,
                                  "top1": f"{percent:.2f}", "cpu_s": f"{seconds:.0f}"})  # fmt: skip
                     print(*rows[-1].values(), flush=True)
-                with open(RESULTS, "w", encoding="utf-8", newline="") as file:
-                    writer = csv.DictWriter(file, list(rows[0]))
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_results(RESULTS, rows)
     print(f"| | {' | '.join(FOLDERS)} | CPU seconds |\n|---|{'---|' * (len(FOLDERS) + 1)}")
     for what in ("kdlite", "linear probe", "fastai", "timm", "timm, AdamW"):
         mine = [row for row in rows if row["row"] == what]

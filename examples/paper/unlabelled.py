@@ -10,7 +10,6 @@ each run into results/unlabelled.csv, and skips finished draws.
 """
 
 import argparse
-import csv
 import random
 import shutil
 import statistics
@@ -18,7 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from fine_tuning import HERE, images_of, logits_of, top1
+from fine_tuning import HERE, images_of, logits_of, read_images, read_results, top1, write_results
 from finetune import STUDENT, TEACHER, UserError, fetch, run_command
 
 from deploy.student import load_student
@@ -68,9 +67,7 @@ def pseudo_label(root: Path, teacher: Path) -> Path:
         shutil.copytree(root / "data", partial)
         model, config = load_student(teacher / "student")
         files = sorted((root / "more").iterdir())
-        (root / "all").mkdir(exist_ok=True)
-        (root / "all" / "x").symlink_to((root / "more").resolve())
-        images, _ = images_of(root / "all", config)
+        images = read_images(files, config)
         answers = logits_of(model, images, config.mean, config.std).argmax(1).tolist()
         for file, answer in zip(files, answers):
             shutil.copy(file, partial / "train" / config.label_names[answer] / file.name)
@@ -82,20 +79,8 @@ def run_draw(source: Path, name: str, seed: int) -> dict[str, float]:
     """Return the top-1 of each row."""
     root = draw(source, name, seed).resolve()
     alone, whole = EPOCHS[name]
-    flags = [
-        "--img-size",
-        SIZE,
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-        "--reference",
-        0,
-        "--seed",
-        seed,
-        "--batch-size",
-        16,
-    ]
+    flags = ["--img-size", SIZE, "--workers", 0, "--device", "cpu", "--reference", 0, "--seed", seed]
+    flags += ["--batch-size", 16]
     student = [*flags, "--model", STUDENT, "--pretrained", fetch(STUDENT).resolve()]
     teacher = [*flags, "--model", TEACHER, "--pretrained", fetch(TEACHER).resolve()]
     of_folder, runs = ["--data", root / "data"], RUNS / root.name
@@ -121,10 +106,7 @@ def main() -> None:
     if not (args.source / "train").is_dir():
         raise UserError(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")
     torch.set_num_threads(1)
-    rows = []
-    if RESULTS.exists():
-        with open(RESULTS, encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    rows = read_results(RESULTS)
     for name in FOLDERS:
         for seed in range(args.draws):
             if any((row["folder"], row["draw"]) == (name, str(seed)) for row in rows):
@@ -132,10 +114,7 @@ def main() -> None:
             for row, percent in run_draw(args.source, name, seed).items():
                 rows.append({"folder": name, "draw": str(seed), "row": row, "top1": f"{percent:.2f}"})
                 print(*rows[-1].values(), flush=True)
-            with open(RESULTS, "w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_results(RESULTS, rows)
     print(f"| top-1 %, n = {args.draws} | {' | '.join(FOLDERS)} |\n|---|{'---|' * len(FOLDERS)}")
     for what in ROWS:
         cells = []

@@ -104,9 +104,7 @@ def test_frozen_batch_norms_keep_their_averages_and_train_their_weights():
 
 
 @pytest.mark.slow
-def test_random_weights_start_without_a_probe_also_if_the_classifier_is_zero(
-    tmp_path, monkeypatch, capsys
-):
+def test_random_weights_start_without_a_probe_also_if_the_classifier_is_zero(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(
         "from torch import nn\n"
