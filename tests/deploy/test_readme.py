@@ -38,8 +38,8 @@ def test_a_test_runs_the_python_of_every_page():
     }  # fmt: skip
 
 
-def test_the_readme_is_at_most_150_lines():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+def test_the_readme_is_at_most_120_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 @pytest.mark.parametrize("folder", ["kdlite", "kdlite/training", "deploy", "deploy/server"])
