@@ -11,7 +11,7 @@ from kdlite.training import data
 from kdlite.training.data import Digits
 
 # Costly fixtures, and the group of the slow tests that use them.
-SHARED = {"trained": "run", "deployed": "run", "made": "device"}
+SHARED = {"trained": "run", "deployed": "run", "made": "device", "runs": "report", "html": "page"}
 
 CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"  # a moving picture, without a question
 

@@ -53,8 +53,6 @@ def test_the_device_prints_each_network_and_the_best_that_fits(device, pyz):
     assert "32x40 px, batch 1, 1 threads" in out
     assert "best within 10000 ms: squeezenet1_1" in out
     assert "not compared: lcnet_035" in out
-    assert "no network fits in 0.0001 ms; the fastest is" in on(device, pyz, "--budget-ms", "0.0001", *flags).stdout
-    assert "fits" not in on(device, pyz, *flags).stdout
 
 
 @pytest.mark.trial

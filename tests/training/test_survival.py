@@ -63,9 +63,10 @@ def same_weights(a, b):
 # ---- signals ----
 
 
+@pytest.mark.whole_runs
 def test_a_run_saves_and_exits_with_0_after_a_signal_and_the_resumed_run_is_bitwise_equal():
     flags = [*TINY, "--epochs", 4, "--mixup", 0.2, "--ema-decay", 0.9]
-    assert start(*flags, "--output", "whole").wait() == 0
+    run(*flags, "--output", "whole")
     stopped = start(*flags, "--output", "out")
     when(Path("out/last.pt").exists)
     sent = time.time()
@@ -74,7 +75,7 @@ def test_a_run_saves_and_exits_with_0_after_a_signal_and_the_resumed_run_is_bitw
     assert stopped.returncode == 0, text
     assert time.time() - sent < 10
     assert re.search(r"stopped by SIGHUP at step \d+ of epoch \d+: out/last.pt is saved", text)
-    assert start("--resume", "--output", "out", *OWN).wait() == 0
+    run("--resume", "--output", "out", *OWN)
     assert same_weights("whole", "out")
     metrics = [(Path(out) / "metrics.csv").read_text().splitlines() for out in ("whole", "out")]
     assert [line.split(",")[:6] for line in metrics[0]] == [line.split(",")[:6] for line in metrics[1]]
@@ -161,7 +162,7 @@ def test_a_suspended_job_continues():
 def test_a_parameter_without_a_gradient_is_named_on_two_ranks():
     two = start(*TINY, "--model", f"{MODELS}:unused", "--output", "out", ranks=2)
     text = random_kills.finish(two, Path("out"), 60)
-    assert "the model does not use its parameter forgotten.weight, forgotten.bias" in text
+    assert text.count("the model does not use its parameter forgotten.weight, forgotten.bias") == 1  # not once a rank
     assert f'File "{ROOT}/train.py"' not in text
     assert two.returncode != 0
 

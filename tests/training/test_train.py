@@ -815,7 +815,7 @@ def test_two_ranks_train_one_model_and_validate_each_image_once(photos):
     assert measured == pytest.approx(saved)
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_an_error_on_all_ranks_is_printed_once():
     two = script("--data", "nowhere", command=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"],
                  env={"GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
