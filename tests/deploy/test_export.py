@@ -30,7 +30,7 @@ from kdlite.training.loading import eval_view
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 RESNET = ROOT / "examples/paper/cifar_models.py"
-# Architectures, with arguments that leave few blocks to save time.
+# The arguments leave few blocks, to save time.
 INVERTED_RESIDUALS = "inverted_residual_setting=[[1,16,1,1],[6,24,2,2],[6,32,1,2],[6,64,1,2]]"
 NINE = {
     "mobilenet_v2": [INVERTED_RESIDUALS],

@@ -395,7 +395,7 @@ def test_the_logits_of_each_precision_are_those_of_onnxruntime(browser, runtime,
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-# ---- deploy.pack ----------------------------------------------------------------------------------------------------
+# ---- deploy.pack ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -46,7 +46,7 @@ def torchvisions(image, config):
     sides = [int(side / config.crop) for side in (height, width)]
     how = InterpolationMode(config.interpolation)
     resizes = [v2.Resize(sides[0] if height == width else sides, how)]
-    if PILLOW >= 13:  # may resize the height first; 10 to 12 resize the width first
+    if PILLOW >= 13:  # it may resize the height first; 10 to 12 resize the width first
         wide, high = resizes[0](image).size
         resizes = [v2.Resize((image.height, wide), how), v2.Resize((high, wide), how)]
     return np.asarray(v2.Compose([v2.RGB(), *resizes, v2.CenterCrop((height, width))])(image))
@@ -258,7 +258,7 @@ def test_greys_of_unknown_range_are_refused(file, message):
 
 
 def png(values, colour):
-    """Return a 16-bit PNG of values (H, W, C) with a colour type of PNG, because Pillow cannot write it."""
+    """Return a 16-bit PNG of values (H, W, C) with this colour type, because Pillow cannot write one."""
     height, width, _ = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
@@ -284,7 +284,7 @@ def deep_colour(shift):
 
 
 @pytest.mark.parametrize("kind", deep_colour(8))
-def test_16_bit_colours_are_read_and_12_bit_colours_in_16_are_refused(kind):
+def test_16_bit_colours_are_read_unless_they_use_only_12_bits(kind):
     """The high byte alone would give a black image for 12-bit values."""
     values = np.asarray(to_rgb(open_image(deep_colour(8)[kind]))).astype(int)
     expected = COLOUR[..., :1] if kind.startswith("grey") else COLOUR

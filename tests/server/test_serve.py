@@ -84,7 +84,7 @@ def test_tritonclient_gets_the_logits_of_the_runtime(port, expected, images, bin
     np.testing.assert_allclose(answer.as_numpy("logits"), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_tritonclient_may_omit_the_outputs_name_the_version_and_send_asynchronously(port, expected, images):
+def test_tritonclient_works_without_outputs_with_a_version_and_asynchronously(port, expected, images):
     with httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
         given = triton_input(images)
         answers = [client.infer("student", given), client.infer("student", given, model_version="1")]
@@ -284,7 +284,7 @@ def test_predict_reads_the_formats_that_people_send(site, kind):
 
 
 @pytest.mark.parametrize(("kind", "size"), [("TIFF", (20, 20)), ("BMP", (20, 20)), ("TIFF", (1, 1)), ("PPM", (9, 9))])
-def test_other_formats_need_the_flag(artefact, site, kind, size):
+def test_other_formats_need_the_flag_formats(artefact, site, kind, size):
     status, message = error_of(site, "/predict", picture(kind, size))
     assert (status, f"the file is {kind}: this server reads it only with --formats" in message) == (400, True)
     with in_process(artefact, Limits(formats=("JPEG", kind))) as other:
