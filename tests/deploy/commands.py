@@ -8,9 +8,9 @@ from deploy.cli import command as run_command
 
 
 def deploy(command, *flags, check=0):
-    """Run python -m deploy.COMMAND, which must end with this status, or with 0 or 1 for None.
+    """Run python -m deploy.COMMAND and check its exit status; None allows 0 and 1.
 
-    Adds --model-file where the student needs it.
+    Add --model-file if the student needs it.
     """
     parser = command.get_parser()
     if "--model-file" in parser.format_help():
@@ -20,7 +20,7 @@ def deploy(command, *flags, check=0):
 
 
 def refused(capfd, command, *flags):
-    """Run a command that must end with one line on stderr and status 2; returns the line."""
+    """Run a command, check that it ends with status 2 and one line on stderr, and return the line."""
     capfd.readouterr()
     deploy(command, *flags, check=2)
     lines = capfd.readouterr().err.splitlines()

@@ -15,7 +15,7 @@ RESNET = Path(__file__).resolve().parents[2] / "examples/paper/cifar_models.py"
 
 @pytest.fixture(scope="session")
 def deployed(tmp_path_factory):
-    """Return a run of a small ResNet, built by its own file, with all files; a test must not change it."""
+    """Return the run of a small ResNet with all artefacts. A test must not change it."""
     run = write_run(tmp_path_factory.mktemp("deploy") / "run", f"{RESNET}:resnet8", 32, images=80)
     deploy(export, run)
     deploy(export, run, "--precision", "fp16", "--format", "onnx")

@@ -1,4 +1,4 @@
-"""Write a student that needs neither torch nor training, whose labels are hostile."""
+"""Write a student with hostile labels, without torch or training."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def metadata_of(**changes):
 
 
 def write_onnx(folder, metadata):
-    """Write a student without torch: the mean of each channel, and a layer."""
+    """Write a student that multiplies the mean of each channel by random weights."""
     onnx = pytest.importorskip("onnx")
     channels, height, width = metadata.input_size
     uint8 = metadata.input == UINT8

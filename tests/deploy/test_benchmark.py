@@ -1,4 +1,4 @@
-"""Test deploy.benchmark: a row for each runtime and batch, separate processes, energy, a busy machine."""
+"""Test deploy.benchmark: its rows, its JSON, the warning on a busy machine, and energy."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from commands import deploy
 from deploy import benchmark
 
 
-def test_each_runtime_is_measured_in_a_process_and_failed_rows_stay(run, capsys):
+def test_each_file_has_a_row_for_each_batch_and_a_failed_file_has_one_row(run, capsys):
     (run / "student/student.engine").write_bytes(b"ftrt" * 100)
     flags = ["--device", "cpu", "--threads", "1", "--seconds", "0.2", "--rounds", "2", "--batches", "1", "4"]
     deploy(benchmark, run, "student.onnx", "student.engine", *flags, "--count", "40", check=1)
@@ -32,8 +32,8 @@ def test_each_runtime_is_measured_in_a_process_and_failed_rows_stay(run, capsys)
     assert "times_eager" in capsys.readouterr().out
 
 
-def test_json_is_the_only_output_and_the_content_of_the_file(run, capsys):
-    """Without the weights the table has no row of torch."""
+def test_the_json_output_equals_the_file(run, capsys):
+    """Without the weights the table has no row for torch."""
     (run / "student/model.safetensors").unlink()
     flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "--count", "8", "--device", "cpu", "--json"]
     deploy(benchmark, run, "student.onnx", *flags)
@@ -43,14 +43,14 @@ def test_json_is_the_only_output_and_the_content_of_the_file(run, capsys):
 
 
 @pytest.mark.parametrize(("share", "load", "warns"), [(0.99, 0.1, False), (0.13, 0.1, True), (1.9, 90.0, True)])
-def test_a_busy_machine_is_a_warning(share, load, warns, monkeypatch):
+def test_a_busy_machine_gives_a_warning(share, load, warns, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     rows = [{"provider": "CPUExecutionProvider", "cpu/wall": share}, {"provider": "tensorrt", "cpu/wall": 0.1}, {}]
     assert bool(benchmark.busy_warning(rows, load)) == warns
 
 
 def test_the_board_power_of_a_jetson_is_read_from_tegrastats():
-    # two lines in the form that NVIDIA documents for Orin
+    # two lines in the format that NVIDIA documents for Orin
     nano = "RAM 2448/7620MB CPU [3%@729] GPU@45C VDD_IN 4543mW/4600mW VDD_CPU_GPU_CV 735mW/740mW VDD_SOC 1346mW/1350mW"
     agx = "RAM 6356/30536MB VDD_GPU_SOC 2402mW/2402mW VDD_CPU_CV 400mW/400mW VIN_SYS_5V0 3320mW/3320mW"
     assert benchmark.board_watts(nano) == pytest.approx(4.543)
@@ -59,12 +59,12 @@ def test_the_board_power_of_a_jetson_is_read_from_tegrastats():
 
 
 def test_tegrastats_ends_with_the_measurement(tmp_path, monkeypatch):
-    """tegrastats ends after a failure too."""
+    """Test stop(), and close(), which runs after a failure."""
     (tmp_path / "tegrastats").write_text("#!/bin/sh\nwhile true; do echo VDD_IN 4543mW/4600mW; sleep 0.01; done\n")
     (tmp_path / "tegrastats").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     meter = benchmark.EnergyMeter()
-    meter.gpu = None  # of this machine
+    meter.gpu = None  # ignore this machine's GPU
     meter.start()
     running = meter.process
     time.sleep(0.2)

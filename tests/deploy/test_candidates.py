@@ -14,7 +14,7 @@ from deploy import candidates
 from deploy.candidates import row_of, verdict
 from deploy.student import find_architecture, published_top1
 
-TINY = ["squeezenet1_1", "lcnet_035"]  # torchvision's and timm's
+TINY = ["squeezenet1_1", "lcnet_035"]  # of torchvision and of timm
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_device_prints_each_network_and_the_best_that_fits(device, pyz):
         assert row["fits"] == "fp32 int8"
         for precision in ("fp32", "int8"):
             assert 0 < row[f"{precision}_ms"] < 10_000
-            assert 20 < row[f"{precision}_memory_mb"] < 2000  # Python and onnxruntime are among it
+            assert 20 < row[f"{precision}_memory_mb"] < 2000  # including Python and onnxruntime
         assert row["int8_file_mb"] < 0.6 * row["fp32_file_mb"]
     out = on(device, pyz, "--budget-ms", "10000", *flags).stdout
     assert "32x40 px, batch 1, 1 threads" in out
@@ -59,7 +59,7 @@ def test_the_device_prints_each_network_and_the_best_that_fits(device, pyz):
 def test_the_archive_runs_without_the_files_of_the_workstation(device, pyz, tmp_path):
     with zipfile.ZipFile(pyz) as archive:
         names = archive.namelist()
-    assert len([name for name in names if name.endswith(".onnx")]) == 4  # of a name that is given twice, one
+    assert len([name for name in names if name.endswith(".onnx")]) == 4  # a network that is named twice is packed once
     assert not {"deploy/student.py", "deploy/export.py", "deploy/quantize.py"} & {*names}
     bare = (sys.executable, "-S")  # without site-packages
     assert "onnxruntime" in on(*bare, pyz, "--requirements").stdout
@@ -74,7 +74,7 @@ def test_the_archive_runs_without_the_files_of_the_workstation(device, pyz, tmp_
 
 
 @pytest.mark.trial
-def test_a_network_that_does_not_run_keeps_its_row_with_the_reason(device, pyz, tmp_path):
+def test_a_network_that_does_not_run_has_a_row_with_the_reason(device, pyz, tmp_path):
     copy = shutil.copy(pyz, tmp_path / "candidates.pyz")
     with zipfile.ZipFile(pyz) as whole, zipfile.ZipFile(copy, "w") as damaged:
         for name in whole.namelist():
@@ -91,7 +91,7 @@ def test_a_network_that_does_not_run_keeps_its_row_with_the_reason(device, pyz, 
     (["--models", "lcnet_035", "--img-size", "32", "32", "32"], "--img-size takes one side, or height and width"),
     (["--models", "vit_b_16", "--img-size", "30"], "cannot build vit_b_16"),
 ])  # fmt: skip
-def test_a_mistake_is_one_line_and_no_file(capfd, tmp_path, flags, message):
+def test_a_mistake_gives_one_line_and_no_file(capfd, tmp_path, flags, message):
     assert message in refused(capfd, candidates, *flags, "-o", tmp_path / "c.pyz")
     assert not list(tmp_path.iterdir())
 
@@ -101,7 +101,7 @@ def row(network, top1, fp32_ms, int8_ms, budget_ms=20):
     return row_of({"network": network, "top1": top1, "top1_px": 224}, pair, budget_ms)
 
 
-def test_the_best_has_the_highest_published_accuracy_of_those_that_fit():
+def test_the_best_network_that_fits_has_the_highest_published_accuracy():
     rows = [
         row("large", 80.0, 50, 30),
         row("middle", 75.0, 30, 20),
@@ -117,7 +117,7 @@ def test_the_best_has_the_highest_published_accuracy_of_those_that_fit():
     assert verdict(rows, 2) == "no network fits in 2 ms; the fastest is small in int8: 5.00 ms"
 
 
-def test_the_published_accuracy_is_torchvisions_and_that_of_no_other_library():
+def test_only_networks_of_torchvision_have_a_published_accuracy():
     assert published_top1(find_architecture("resnet18")) == (69.758, 224)
     assert published_top1(find_architecture("efficientnet_b1")) == (79.838, 240)
     assert published_top1(find_architecture("lcnet_035")) is None

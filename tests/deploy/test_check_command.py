@@ -1,4 +1,4 @@
-"""Test deploy.check and reference.npz: the table equals the counts of a plain loop, and a file that differs fails."""
+"""Test the table and verdicts of deploy.check, and reference.npz."""
 
 import csv
 import json
@@ -61,7 +61,7 @@ def test_the_table_equals_the_counts_of_a_plain_loop(deployed, source, capsys, t
         "student-int8-tensorrt.onnx",
     }
     passed = {name for name, row in rows.items() if row.get("verdict") == "pass"}
-    assert exact <= passed  # of photographs whose label the student does not give, fp16 and INT8 may change some
+    assert exact <= passed  # on photographs, fp16 and INT8 may change some answers
     assert source == "photographs" or passed == rows.keys() - {"student/"}
     expected = load(deployed / "student", device="cpu").run(images)
     for name, row in rows.items():
@@ -88,7 +88,7 @@ def plain_calibration_error(logits, labels, temperature):
     return 100 * sum(map(abs, gaps)) / len(labels)
 
 
-def test_the_table_has_the_confidence_of_each_file_by_its_own_numbers(run, capsys):
+def test_each_row_uses_the_temperature_and_threshold_of_its_file(run, capsys):
     config = json.loads((run / "student/config.json").read_text())
     deploy(quantize, run, "--target", "cpu", "--count", "64")
     reference = read_reference(run / "student", None, "")
@@ -113,7 +113,7 @@ def test_the_table_has_the_confidence_of_each_file_by_its_own_numbers(run, capsy
     assert "ece_raw" in capsys.readouterr().out
 
 
-def test_json_is_the_only_output_and_the_content_of_the_file(deployed, tmp_path, capsys):
+def test_the_json_output_equals_the_file(deployed, tmp_path, capsys):
     deploy(check, deployed, "student.onnx", "--count", "8", "--device", "cpu", "--json", "--output", tmp_path)
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "check.json").read_text())
 
@@ -123,7 +123,7 @@ def test_json_is_the_only_output_and_the_content_of_the_file(deployed, tmp_path,
 
 @pytest.fixture(scope="module")
 def accented(tmp_path_factory):
-    """Write a student without artefacts, whose class names have accents."""
+    """Return a run without artefacts, whose class names have accents."""
     from students import OWN
 
     name = f"{OWN['own_models.py']}:tiny"
@@ -144,7 +144,7 @@ def test_folders_match_the_labels_in_either_form_of_unicode(accented, tmp_path):
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_hidden_files_and_those_of_archives_are_skipped(accented, tmp_path, capsys):
+def test_hidden_files_and_the_extra_files_of_archives_are_skipped(accented, tmp_path, capsys):
     folder = write_photographs(tmp_path / "val", ["chêne", "érable", "pin"], 6)
     (folder / "__MACOSX/chêne").mkdir(parents=True)
     (folder / "__MACOSX/chêne/000.png").write_bytes(b"resource fork")
@@ -157,7 +157,7 @@ def test_hidden_files_and_those_of_archives_are_skipped(accented, tmp_path, caps
     assert "1 files are not images by their names" in capsys.readouterr().out
 
 
-def test_a_folder_of_no_class_is_an_error_and_a_class_without_folder_a_remark(accented, tmp_path, capsys):
+def test_a_folder_of_an_unknown_class_is_an_error_and_a_class_without_a_folder_is_logged(accented, tmp_path, capsys):
     folder = write_photographs(tmp_path / "val", ["chêne", "érable"], 6)
     from_folder(accented, folder)
     assert "no folder for 1 of 3 classes: pin" in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_a_folder_of_no_class_is_an_error_and_a_class_without_folder_a_remark(ac
     ("missing", "cannot be read: No such file"), ("a file", "cannot be read: Not a directory"),
     ("empty", "no image in a folder named like a class"), ("the parent", "has no class val; expected folders named"),
 ])  # fmt: skip
-def test_a_folder_without_photographs_is_one_line(accented, tmp_path, how, message):
+def test_a_folder_without_photographs_gives_one_line(accented, tmp_path, how, message):
     folder = tmp_path / "val"
     if how == "a file":
         folder.write_text("")
@@ -200,7 +200,7 @@ def test_a_count_picks_photographs_of_all_classes(accented, tmp_path):
     assert len(labels) == 6
 
 
-# ---- files that differ ---------------------------------------------------------------------------------------------
+# ---- files that fail -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scale", "word"), [(1.3, "error"), (np.nan, "error"), (-1.0, "agreement")])
@@ -218,7 +218,7 @@ def test_a_file_whose_weights_differ_fails(run, capsys, scale, word):
     assert word in out
 
 
-def test_a_file_of_other_weights_fails(run, capsys):
+def test_a_file_made_from_other_weights_fails(run, capsys):
     deploy(check, run, "student.onnx", "--device", "cpu")
     model, config = load_student(run, model_files(run))
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_a_file_of_other_weights_fails(run, capsys):
     assert "made from other weights" in capsys.readouterr().out
 
 
-def test_a_failed_int8_file_comes_with_advice():
+def test_the_verdict_of_a_failed_int8_file_has_advice():
     tally = check.Tally()
     tally.images, tally.scale = 100, 1.0
     row = {"provider": "CUDAExecutionProvider", "precision": "int8-tensorrt", "agreement": 70.0, "top1_difference": 0.0}
@@ -242,7 +242,7 @@ def test_a_failed_int8_file_comes_with_advice():
 # ---- reference.npz -------------------------------------------------------------------------------------------------
 
 
-def test_the_reference_holds_prepared_images_and_the_students_own_logits(run):
+def test_the_reference_contains_prepared_images_and_the_students_own_logits(run):
     student = run / "student"
     config = read_config(student)
     pieces = [PHOTO.crop((i, i, i + 60, i + 50)) for i in range(30)]
@@ -268,7 +268,7 @@ def change_reference(run, **arrays):
     ("missing", "no reference.npz next to"), ("truncated", "reference.npz cannot be read"),
     ("of other weights", "is of other weights than"), ("of other classes", "is of another student than"),
 ])  # fmt: skip
-def test_a_reference_that_does_not_fit_is_one_line(run, how, message, command, capfd):
+def test_a_reference_that_does_not_match_the_student_gives_one_line(run, how, message, command, capfd):
     file = run / "reference.npz"
     if how == "missing":
         file.unlink()
@@ -293,15 +293,15 @@ DAMAGED = {
     "logits of nan": {"logits": FLOATS * np.nan},
     "logits of infinity": {"logits": FLOATS + np.inf},
     "logits of zeros": {"logits": FLOATS},
-    "logits of texts": {"logits": FLOATS.astype(str)},
+    "logits of text": {"logits": FLOATS.astype(str)},
     "logits of integers": {"logits": FLOATS.astype(int)},
     "logits of dates": {"logits": FLOATS.astype("M8[s]")},
     "complex logits": {"logits": FLOATS.astype(complex)},
     "labels of floats": {"labels": np.zeros(80)},
-    "labels of texts": {"labels": np.full(80, "cat")},
+    "labels of text": {"labels": np.full(80, "cat")},
     "negative labels": {"labels": np.full(80, -1)},
     "labels of other classes": {"labels": np.full(80, 10)},
-    "labels of truth values": {"labels": np.ones(80, bool)},
+    "boolean labels": {"labels": np.ones(80, bool)},
     "images of floats": {"images": np.zeros((80, 32, 32, 3))},
     "training images of floats": {"train_images": np.zeros((80, 32, 32, 3))},
     "no images": {"images": np.zeros((0, 32, 32, 3), np.uint8)},
@@ -313,8 +313,8 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("how", DAMAGED)
-def test_a_damaged_reference_is_one_line(deployed, tmp_path, how):
-    """The arrays of a damaged file may have any type, shape and value."""
+def test_a_damaged_reference_gives_one_line(deployed, tmp_path, how):
+    """Test arrays of a wrong type, shape or value."""
     file = tmp_path / "reference.npz"
     np.savez(file, **dict(np.load(deployed / "reference.npz")) | DAMAGED[how])
     with pytest.raises(check.UserError, match=r"reference\.npz (is|cannot)") as error:

@@ -1,4 +1,4 @@
-"""Test deploy.cli: errors of one line and a status, complete files, texts without control characters."""
+"""Test deploy.cli: one-line errors with an exit status, whole files, and escaped control characters."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from deploy.cli import UserError, printable, replacing, run_command, write_whole
     (MemoryError(), 2, "p: error: out of memory: use smaller batches; "),
     (UserError("\x1b[31mred\x07"), 2, "p: error: \\x1b[31mred\\x07"),
 ])  # fmt: skip
-def test_an_exception_is_one_line_and_a_status(error, status, line, capsys):
+def test_an_exception_gives_one_line_and_a_status(error, status, line, capsys):
     def fail():
         raise error
 
@@ -24,13 +24,13 @@ def test_an_exception_is_one_line_and_a_status(error, status, line, capsys):
     assert capsys.readouterr().err.strip("\n") == line
 
 
-def test_a_fault_of_the_program_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command("p", lambda: 1 // 0)
 
 
 @pytest.mark.parametrize(("result", "status"), [(None, 0), (1, 1)])
-def test_the_status_is_that_of_the_function(result, status):
+def test_the_function_returns_the_exit_status(result, status):
     assert run_command("p", lambda: result) == status
 
 
@@ -46,14 +46,14 @@ def test_letters_of_any_script_are_not_escaped():
     assert printable(text) == text
 
 
-def test_results_and_remarks_are_escaped(capsys):
+def test_results_and_log_lines_are_escaped(capsys):
     cli.show("one\x1b[2J", "two\nthree\r")
     cli.log("four\x08")
     assert capsys.readouterr().out == "one\\x1b[2J\ntwo\nthree\\r\nfour\\x08\n"
 
 
 @pytest.mark.parametrize("name", ["__main__", "deploy.export"])
-def test_a_missing_package_ends_a_command_and_is_an_error_elsewhere(name, capsys, monkeypatch):
+def test_a_missing_package_ends_a_command_and_raises_an_error_in_an_imported_module(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/deploy/export.py"])
     with pytest.raises(SystemExit if name == "__main__" else UserError) as raised, cli.needs("pip install x", name):
         import a_missing_package  # noqa: F401
@@ -70,7 +70,7 @@ def names(folder):
     return sorted(os.listdir(folder))
 
 
-def test_a_file_is_replaced_whole_and_the_former_kept(tmp_path):
+def test_a_file_is_replaced_whole_and_the_old_one_is_kept(tmp_path):
     write_whole(tmp_path / "new/a.txt", "1")
     write_whole(tmp_path / "new/a.txt", b"2", keep=tmp_path / "new/b.txt")
     assert (tmp_path / "new/a.txt").read_text() == "2"
@@ -94,7 +94,7 @@ def write_and_fail(path, error):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, UserError])
-def test_after_an_error_the_former_file_stays_alone(tmp_path, error):
+def test_after_an_error_only_the_old_file_exists(tmp_path, error):
     write_whole(tmp_path / "a.txt", "1")
     with pytest.raises(error):
         write_and_fail(tmp_path / "a.txt", error("no"))
@@ -102,7 +102,7 @@ def test_after_an_error_the_former_file_stays_alone(tmp_path, error):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_an_error_of_the_disk_is_one_line(tmp_path):
+def test_a_disk_error_gives_one_line(tmp_path):
     write_whole(tmp_path / "a.txt", "1")
     with pytest.raises(UserError, match=r"could not save .*a\.txt: No space left on device; the former one is kept"):
         write_and_fail(tmp_path / "a.txt", OSError(28, "No space left on device"))
@@ -113,7 +113,7 @@ def test_an_error_of_the_disk_is_one_line(tmp_path):
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
-    """The file may be a link, and so may a temporary file whose name others can predict."""
+    """Test a link as the file, and links with predictable names of temporary files."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     folder = tmp_path / "run"
@@ -127,13 +127,13 @@ def test_nothing_is_written_through_a_link(tmp_path):
     assert not (folder / "a.txt").is_symlink()
 
 
-def test_partial_files_have_names_that_differ(tmp_path):
+def test_two_partial_files_have_different_names(tmp_path):
     with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
         assert first != second
         assert first.parent.stat().st_mode & 0o077 == 0
         first.write_text("1")
         second.write_text("2")
-    assert (tmp_path / "a").read_text() == "1"  # renamed last
+    assert (tmp_path / "a").read_text() == "1"  # the first block ends last
 
 
 @pytest.mark.parametrize("how", ["pipe", "folder", "missing", "large"])

@@ -19,7 +19,7 @@ BARE = Metadata(["a", "b"], [3, 8, 8], [0, 0, 0], [1, 1, 1], "bilinear", 1.0)
 
 
 def drawn(temperature, count=2000, classes=5, seed=0):
-    """Return logits, and labels drawn by the logits' probabilities at a temperature."""
+    """Return logits, and labels drawn from the softmax of the logits at a temperature."""
     g = np.random.default_rng(seed)
     logits = g.normal(0, 3, (count, classes)).astype(np.float32)
     labels = (softmax(logits / temperature).cumsum(1) < g.random((count, 1))).sum(1)
@@ -32,7 +32,7 @@ def likelihood(temperature, logits, labels):
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_the_temperature_is_that_of_the_labels_and_the_minimum_of_the_likelihood(temperature, classes):
+def test_the_fit_finds_the_temperature_of_the_labels_and_the_smallest_loss(temperature, classes):
     logits, labels = drawn(temperature, 4000, classes)
     fitted = fit_temperature(logits, labels)
     assert fitted == pytest.approx(temperature, rel=0.1)
@@ -64,8 +64,8 @@ def test_an_overconfident_student_gets_a_temperature_that_lowers_the_calibration
     assert "on 1000 validation images that the fit did not use" in found.description
 
 
-def test_a_temperature_that_does_not_hold_on_the_other_images_is_not_kept():
-    """In each class every second image is from an overconfident student, the others from one that needs no fit."""
+def test_a_temperature_that_does_not_help_on_the_other_images_is_not_kept():
+    """Give every second image of a class the logits of an overconfident student."""
     logits, labels = drawn(1, 2000, 2)
     order = np.argsort(labels, kind="stable")
     worse, worse_labels = drawn(4, 2000, 2, seed=1)
@@ -79,7 +79,7 @@ def test_a_temperature_that_does_not_hold_on_the_other_images_is_not_kept():
     assert found.threshold > 0.5
 
 
-def test_the_threshold_lets_95_percent_of_the_images_through():
+def test_95_percent_of_the_images_reach_the_threshold():
     for count in (40, 99, 1000):
         logits, labels = drawn(1.5, count)
         found = fit_confidence(logits, labels, BARE)
@@ -94,7 +94,7 @@ def test_the_threshold_lets_95_percent_of_the_images_through():
     (lambda logits, labels: (np.where(labels[:, None] == 1, np.nan, logits), labels), "images are not finite"),
     (lambda logits, labels: (np.where(labels[:, None] == 1, np.inf, logits), labels), "images are not finite"),
 ])  # fmt: skip
-def test_too_few_images_and_logits_that_are_not_finite_are_one_line(change, words):
+def test_too_few_images_or_logits_that_are_not_finite_give_one_line_and_no_fit(change, words):
     found = fit_confidence(*change(*drawn(2)), BARE)
     assert found[:2] == (None, None)
     assert words in found.description
@@ -102,7 +102,7 @@ def test_too_few_images_and_logits_that_are_not_finite_are_one_line(change, word
 
 
 @pytest.mark.parametrize("scale", [1, 1e3])
-def test_without_a_wrong_answer_there_is_a_threshold_and_no_temperature(scale):
+def test_a_student_without_wrong_answers_gets_a_threshold_and_no_temperature(scale):
     logits, _ = drawn(1, 100)
     found = fit_confidence(logits * scale, logits.argmax(1), BARE)
     assert found.temperature is None
@@ -116,7 +116,7 @@ def test_a_student_at_chance_gets_no_temperature_beyond_the_bounds(logits):
     assert found.temperature is None or 0.05 <= found.temperature <= 20
 
 
-# ---- files that carry both -----------------------------------------------------------------------------------------
+# ---- files that store both -----------------------------------------------------------------------------------------
 
 
 def set_confidence(student, **numbers):
@@ -124,7 +124,7 @@ def set_confidence(student, **numbers):
     file.write_text(json.dumps(json.loads(file.read_text()) | numbers))
 
 
-def test_every_exported_file_carries_temperature_and_threshold(run):
+def test_every_exported_file_stores_temperature_and_threshold(run):
     set_confidence(run / "student", temperature=2.5, threshold=0.4)
     deploy(export, run)
     for end in (".onnx", ".ts", ".pt2"):
@@ -137,10 +137,10 @@ def test_every_exported_file_carries_temperature_and_threshold(run):
     assert read_engine_metadata(engine).temperature == 2.5
 
 
-def test_a_quantised_file_gets_numbers_of_its_own_and_keeps_its_logits(run):
+def test_a_quantised_file_gets_its_own_temperature_and_threshold_and_keeps_its_logits(run):
     file = run / "student/student-int8-cpu.onnx"
     reference = read_reference(run / "student", None, "")
-    labels = np.where(np.arange(80) % 5, reference.labels, (reference.labels + 1) % 10)  # a fifth is wrong
+    labels = np.where(np.arange(80) % 5, reference.labels, (reference.labels + 1) % 10)  # a fifth of them are wrong
     before = load(file, device="cpu")
     expected = before.run(reference.images)
     line = fit_file(file, reference.images, labels)
@@ -153,7 +153,7 @@ def test_a_quantised_file_gets_numbers_of_its_own_and_keeps_its_logits(run):
     assert after.metadata.precision == "int8-cpu"
 
 
-def test_a_quantised_file_keeps_the_numbers_of_the_student_if_none_are_fitted(run):
+def test_a_file_without_a_fit_keeps_the_temperature_and_threshold_of_the_student(run):
     file = run / "student/student-int8-cpu.onnx"
     set_confidence(run / "student", temperature=2.5, threshold=0.4)
     reference = read_reference(run / "student", None, "")
@@ -164,7 +164,7 @@ def test_a_quantised_file_keeps_the_numbers_of_the_student_if_none_are_fitted(ru
     assert (metadata.temperature, metadata.threshold) == (2.5, 0.4)
 
 
-def test_a_model_that_is_trained_further_starts_without_the_numbers(tmp_path):
+def test_further_training_starts_without_temperature_and_threshold(tmp_path):
     from kdlite.training.weights import start_from_folder
 
     student = write_student(tmp_path / "student", "mobilenet_v3_small", 32, 3)

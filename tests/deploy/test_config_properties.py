@@ -64,7 +64,7 @@ JSON = st.recursive(
     lambda parts: st.one_of(st.lists(parts, max_size=4), st.dictionaries(NAMES, parts, max_size=4)),
     max_leaves=8,
 )
-LARGEST = 256  # pixels of a side: what is larger is right, and only slow
+LARGEST = 256  # pixels a side; a larger size is valid, but slow to test
 
 
 @st.composite
@@ -110,7 +110,7 @@ def check_config(folder, text):
     return True
 
 
-def test_the_config_that_is_mutated_is_a_valid_one(tmp_path):
+def test_the_config_without_a_mutation_is_valid(tmp_path):
     assert check_config(tmp_path, json.dumps(VALID).encode())
 
 
@@ -191,7 +191,7 @@ def test_any_bytes_are_refused_in_one_line(tmp_path, content):
     assert not check_config(tmp_path, content)
 
 
-def test_arguments_whose_names_break_the_line_are_refused_in_one_line():
+def test_argument_names_with_line_breaks_are_refused_in_one_line():
     for name in ("a\nb", "a\rb", "a\x85b", "a\u2028b"):
         with pytest.raises(UserError) as caught:
             check_arguments({name: 1}, "config.json")
@@ -199,7 +199,7 @@ def test_arguments_whose_names_break_the_line_are_refused_in_one_line():
 
 
 @given(st.dictionaries(st.one_of(NAMES, st.text(max_size=3).map("weights".__add__)), JSON, max_size=3))
-def test_any_arguments_are_plain_or_refused_in_one_line(arguments):
+def test_any_arguments_are_plain_values_or_refused_in_one_line(arguments):
     _, refusal = attempt(lambda: check_arguments(arguments, "config.json"), UserError)
     if refusal:
         assert is_one_line(refusal), repr(refusal)

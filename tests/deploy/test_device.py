@@ -1,4 +1,4 @@
-"""Who imports whom; and a device without torch: numpy, Pillow, a runtime and the server's packages."""
+"""Test which modules each file imports, and deploy/ in an environment without torch."""
 
 import ast
 import contextlib
@@ -34,13 +34,12 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 SERVER = ("starlette", "uvicorn", "prometheus-client", "python-multipart")
 
-# ---- the arrows ----------------------------------------------------------------------------------------------------
+# ---- the imports ---------------------------------------------------------------------------------------------------
 
 FORMAT = ("cli", "config", "preprocess", "run_directory", "reference", "per_class", "student", "runtimes", "confidence")
 FORMAT = tuple(f"deploy.{name}" for name in FORMAT)
-# The files, and all that they may import besides the standard library. "deploy.*" are the files of the folder without
-# its folders; a package in brackets is imported inside a function, because not every machine has it. The first row
-# that matches a file holds.
+# The imports that each file may have besides the standard library; the first row that matches a file counts.
+# "deploy.*" excludes folders in deploy/. Only functions import a package in brackets, because some machines lack it.
 ARROWS = {
     "kdlite/*.py": ("torch", "kdlite", "kdlite.*"),
     "kdlite/training/*.py": (
@@ -72,7 +71,7 @@ def files_of_the_house():
 
 
 def imports_of(name):
-    """(module, whether it is imported at the top) of each import in a file, relative names made whole."""
+    """Yield the absolute name of each imported module, and whether the import is outside of functions."""
     tree = ast.parse((ROOT / name).read_text(), name)
     package = name.removesuffix(".py").split("/")[:-1]
     inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
@@ -111,7 +110,7 @@ def may_import(allowed, module, at_top):
 
 
 @pytest.mark.parametrize("name", files_of_the_house())
-def test_a_file_imports_only_what_the_table_allows(name):
+def test_a_file_imports_only_modules_in_its_row(name):
     parents = str(Path(name).parent)
     rows = (
         row for pattern, row in ARROWS.items() if Path(name).match(pattern) and str(Path(pattern).parent) == parents
@@ -128,7 +127,7 @@ def test_a_file_imports_only_what_the_table_allows(name):
     ("deploy/*.py", "train", False), ("deploy/*.py", "timm", False), ("deploy/*.py", "matplotlib", True),
     ("deploy/server/*.py", "torch", False), ("deploy/student.py", "kdlite.training.data", False),
 ])  # fmt: skip
-def test_the_table_allows_nothing_else(pattern, module, at_top):
+def test_the_table_forbids_other_imports(pattern, module, at_top):
     assert not may_import(ARROWS[pattern], module, at_top)
 
 
@@ -137,7 +136,7 @@ def test_the_table_allows_nothing_else(pattern, module, at_top):
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
-    """The Python of such an environment, which sees deploy/ as a folder that was copied there."""
+    """Return the Python of an environment without torch, with a copy of deploy/ next to it."""
     folder = tmp_path_factory.mktemp("device")
     shutil.copytree(ROOT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
     runtime = installed("onnxruntime(-gpu)?")
@@ -146,7 +145,7 @@ def device(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run directory with ONNX files and a reference, made where there is torch."""
+    """Return a run directory with ONNX files and a reference, written with torch."""
     names = ["cat", "dog", "café", "d", "e", "f"]
     run = write_run(tmp_path_factory.mktemp("made") / "run", f"{MODELS}:tiny", 16, names)
     export_student(run / "student", model_file=model_files(run)[0])
@@ -156,7 +155,7 @@ def made(tmp_path_factory):
 
 
 def on(device, *command, cwd=None, status=0, output="stdout", **environment):
-    """The output of a command on the device."""
+    """Run a command in that environment, check its status, and return its output."""
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"} | environment
     cwd = cwd or device.parents[2]
     result = subprocess.run([device, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
@@ -165,8 +164,8 @@ def on(device, *command, cwd=None, status=0, output="stdout", **environment):
 
 
 @pytest.mark.slow
-def test_light_modules_load_nothing_else_even_where_torch_is_installed():
-    """By all that they import at the top, directly or not."""
+def test_light_modules_do_not_load_torch_where_it_is_installed():
+    """Test direct and indirect imports."""
     light = "serve, check, benchmark, build, triton, predict, pack, quantize, candidates, tensorrt, on_device, "
     light += "selftest, page"
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from deploy import {light}; print(*sys.modules)"
@@ -210,7 +209,7 @@ def test_check_and_benchmark_print_their_tables(device, made, tmp_path):
 
 
 def test_check_reads_photographs_without_torch(device, made, tmp_path):
-    """The expected logits are those of student.onnx, and the output names it."""
+    """Compare with the logits of student.onnx, as the output reports."""
     run = shutil.copytree(made, tmp_path / "run")
     for i, label in enumerate(("cat", "dog", "café", "cat")):
         (run / "val" / label).mkdir(parents=True, exist_ok=True)
@@ -227,7 +226,7 @@ def test_check_reads_photographs_without_torch(device, made, tmp_path):
     (["quantize", "RUN", "--target", "cpu"], "No module named 'onnx': pip install onnx"),
     (["build", "RUN/student/student.onnx"], "On a Jetson, JetPack has tensorrt"),
 ])  # fmt: skip
-def test_a_command_that_needs_another_package_is_one_line(device, made, command, message):
+def test_a_command_without_a_package_that_it_needs_gives_one_line(device, made, command, message):
     name, *flags = [word.replace("RUN", str(made)) for word in command]
     err = on(device, "-m", f"deploy.{name}", *flags, status=2, output="stderr")
     assert message in err
@@ -241,7 +240,7 @@ def test_a_triton_repository_is_written_without_torch(device, made, tmp_path):
 
 @contextlib.contextmanager
 def server(*command, **environment):
-    """A server's process; gives it and its address."""
+    """Start a server, and yield its process and its address."""
     process = subprocess.Popen(
         [*map(str, command), "--port", "0"],
         stdout=subprocess.PIPE,
@@ -270,7 +269,7 @@ def labels_of_command(text):
 
 @pytest.fixture(scope="module")
 def expected(made):
-    """The five best labels, computed here with torch."""
+    """Return the five best labels, computed with torch."""
     runtime = load(made / "student", device="cpu")
     logits = runtime.run(prepare(open_image(made / "photo.jpg"), runtime.metadata)[None])[0]
     return [(label, round(100 * p, 1)) for label, p, _ in top_labels(logits, runtime.metadata)]
@@ -283,18 +282,18 @@ def test_predict_and_serve_print_the_labels_of_torch(device, made, expected):
         assert labels_of_server(address, photo) == expected
 
 
-# ---- one file ------------------------------------------------------------------------------------------------------
+# ---- student.pyz ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def pyz(device, made, tmp_path_factory):
-    """student.pyz alone in a folder, written by the light environment itself."""
+    """Return student.pyz, packed in the environment without torch."""
     file = tmp_path_factory.mktemp("packed") / "student.pyz"
     assert f"{file}" in on(device, "-m", "deploy.pack", made, "-o", file)
     return file
 
 
-def test_the_archive_holds_the_programs_and_nothing_of_the_machine(pyz, made):
+def test_the_archive_contains_the_programs_and_no_path_of_the_machine(pyz, made):
     with zipfile.ZipFile(pyz) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
     assert {"__main__.py", "student/student.onnx", "student/config.json", "deploy/page.html"} <= contents.keys()
@@ -306,8 +305,8 @@ def test_the_archive_holds_the_programs_and_nothing_of_the_machine(pyz, made):
     assert os.access(pyz, os.X_OK)
 
 
-def test_its_commands_run_alone_and_write_nothing_else(device, pyz, made, expected, tmp_path):
-    """Also where the folder of temporary files cannot be written to."""
+def test_the_archive_runs_alone_and_writes_only_its_results(device, pyz, made, expected, tmp_path):
+    """Most commands run with a TMPDIR that is not writable."""
     nowhere = {"TMPDIR": "/proc"}
     for file in ("photo.jpg", NAME):
         shutil.copy(made / file, tmp_path)
@@ -325,7 +324,7 @@ def test_its_commands_run_alone_and_write_nothing_else(device, pyz, made, expect
     assert {path.name for path in tmp_path.iterdir()} == written
 
 
-def test_its_help_is_that_of_the_device(device, pyz, tmp_path):
+def test_the_help_of_the_archive_names_student_pyz(device, pyz, tmp_path):
     for command in (["check"], ["benchmark"], ["build"], ["serve"], []):
         text = on(device, pyz, *(command or ["photo.jpg"]), "--help", cwd=tmp_path)
         assert text.startswith(f"usage: student.pyz {' '.join(command)}".strip())
@@ -336,7 +335,7 @@ def test_its_help_is_that_of_the_device(device, pyz, tmp_path):
 
 
 def large_photo():
-    """More pixels than the server decodes in its own process."""
+    """Return a JPEG that the server decodes in its process for large photographs."""
     file = io.BytesIO()
     Image.new("RGB", (2500, 2000), (200, 30, 30)).save(file, "JPEG")
     return file.getvalue()
@@ -351,8 +350,8 @@ def wait_for_reload(address, result):
     raise AssertionError(f"no reload was {result} in 30 s")
 
 
-def test_it_serves_on_when_its_file_is_replaced_and_leaves_nothing(device, pyz, made, expected, tmp_path):
-    """By another file under its name or by other bytes in it: what the server starts later still works."""
+def test_a_server_keeps_running_when_its_archive_is_replaced_and_leaves_no_files(device, pyz, made, expected, tmp_path):
+    """Write other bytes into the archive, then replace it. A process that the server starts later still works."""
     copy, temporary = shutil.copy(pyz, tmp_path / "student.pyz"), tmp_path / "tmp"
     temporary.mkdir()
     with server(device, copy, "serve", TMPDIR=str(temporary)) as (process, address):
@@ -371,7 +370,7 @@ def test_it_serves_on_when_its_file_is_replaced_and_leaves_nothing(device, pyz, 
         process.send_signal(signal.SIGHUP)
         wait_for_reload(address, "done")
         assert labels_of_server(address, made / "photo.jpg") == expected
-    assert not [path.name for path in temporary.iterdir() if path.name != ".ses"]  # of onnxruntime
+    assert not [path.name for path in temporary.iterdir() if path.name != ".ses"]  # a file of onnxruntime
 
 
 @pytest.mark.parametrize(("command", "message"), [
@@ -383,13 +382,13 @@ def test_it_serves_on_when_its_file_is_replaced_and_leaves_nothing(device, pyz, 
     (["--file=nothing.engine", "photo.jpg"], "nothing.engine: no such file"),
     (["build"], "student.pyz build: error: tensorrt"),
 ])  # fmt: skip
-def test_its_mistakes_are_one_line(device, pyz, tmp_path, command, message):
+def test_a_mistake_with_the_archive_gives_one_line(device, pyz, tmp_path, command, message):
     err = on(device, pyz, *command, cwd=tmp_path, status=2, output="stderr")
     assert message in err
     assert err.count("\n") == 1, err
 
 
-def test_where_nothing_is_installed_it_prints_what_to_install(pyz, tmp_path):
+def test_an_archive_without_its_packages_prints_how_to_install_them(pyz, tmp_path):
     bare = Path(sys.executable)  # -S: without site-packages
     assert "onnxruntime" in on(bare, "-S", pyz, "--requirements", cwd=tmp_path)
     for command in ("photo.jpg", "serve"):
@@ -399,7 +398,7 @@ def test_where_nothing_is_installed_it_prints_what_to_install(pyz, tmp_path):
         assert err.count("\n") == 1
 
 
-def test_a_path_in_an_archive_reads_like_a_path_of_the_disk(pyz, tmp_path):
+def test_a_path_in_an_archive_works_like_a_path_on_the_disk(pyz, tmp_path):
     import pickle
 
     from deploy.on_device import PackedPath
@@ -433,7 +432,7 @@ def test_another_file_and_an_engine_can_be_packed(device, made, pyz, tmp_path):
     on(device, "-m", "deploy.pack", made, "--file", tmp_path / "student.engine", "-o", tmp_path / "engine.pyz")
     assert "JetPack's own" in on(device, tmp_path / "engine.pyz", "--requirements")
     for command in ([tmp_path / "engine.pyz"], [pyz, "--file", tmp_path / "student.engine"]):
-        # the engine is found, and TensorRT is not
+        # the engine is found, but TensorRT is not
         assert "tensorrt: not installed" in on(device, *command, made / "photo.jpg", status=2, output="stderr")
 
 
@@ -451,7 +450,7 @@ def test_a_file_from_elsewhere_is_packed_with_its_sidecar(device, made, tmp_path
 
 
 def wanted(lines, version, machine):
-    """The specifier of each package that pip would install there."""
+    """Return the specifier of each package that pip would install for this Python and machine."""
     from packaging.requirements import Requirement
 
     environment = {"python_version": version, "platform_machine": machine}
@@ -462,12 +461,12 @@ def wanted(lines, version, machine):
     return names
 
 
-def test_its_requirements_resolve_for_the_pythons_of_jetpack(device, pyz):
+def test_the_requirements_of_the_archive_suit_the_pythons_of_jetpack(device, pyz):
     lines = on(device, pyz, "--requirements").splitlines()
     jetpack6 = wanted(lines, "3.10", "aarch64")
     assert jetpack6.keys() == {"numpy", "pillow", "onnxruntime", *SERVER}
     assert "1.23.2" in jetpack6["onnxruntime"]
-    assert "1.24.0" not in jetpack6["onnxruntime"]  # the last for that Python on aarch64 is 1.23.2
+    assert "1.24.0" not in jetpack6["onnxruntime"]  # 1.23.2 is the last for Python 3.10 on aarch64
     assert "2.0" not in jetpack6["numpy"]
     assert "2.2" in wanted(lines, "3.12", "aarch64")["numpy"]
 
@@ -486,7 +485,7 @@ def test_an_engine_is_built_without_torch(made, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"input_size": None}, {"input_size": [3, 0, 16]}, {"label_names": "cat"}])
 @pytest.mark.parametrize("command", ["check", "benchmark"])
-def test_a_config_with_an_invalid_field_is_one_line(device, made, tmp_path, command, changes):
+def test_a_config_with_an_invalid_field_gives_one_line(device, made, tmp_path, command, changes):
     run = shutil.copytree(made, tmp_path / "run")
     config = json.loads((run / "student/config.json").read_text()) | changes
     (run / "student/config.json").write_text(json.dumps(config))

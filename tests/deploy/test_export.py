@@ -1,4 +1,4 @@
-"""Test deploy.export: every artefact is the same classifier, for each architecture on the pages."""
+"""Test that deploy.export writes the same classifier in every format."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ from kdlite.training.loading import eval_view
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 RESNET = ROOT / "examples/paper/cifar_models.py"
-# Architectures with the arguments that make them short: a third block proves no more than a second.
+# The arguments leave few blocks, to save time.
 INVERTED_RESIDUALS = "inverted_residual_setting=[[1,16,1,1],[6,24,2,2],[6,32,1,2],[6,64,1,2]]"
 NINE = {
     "mobilenet_v2": [INVERTED_RESIDUALS],
@@ -43,9 +43,9 @@ NINE = {
     "deit_tiny_patch16_224": ["depth=2"],
     "convnext_atto": ["depths=(1,1,1,1)"],
 }
-OF_EACH_KIND = {"test_efficientnet": [], "deit_tiny_patch16_224": ["depth=1"]}  # and the ResNet of `deployed`
+OF_EACH_KIND = {"test_efficientnet": [], "deit_tiny_patch16_224": ["depth=1"]}  # the fixture `deployed` is a ResNet
 IN_FP16 = {"resnet18", "deit_tiny_patch16_224"}
-TOLERANCES = {".onnx": 2e-5, ".ts": 2e-5, ".pt2": 2e-5, "-fp16.onnx": 6e-3}  # of the largest logit
+TOLERANCES = {".onnx": 2e-5, ".ts": 2e-5, ".pt2": 2e-5, "-fp16.onnx": 6e-3}  # relative to the largest logit
 
 try:
     import onnxruntime_ep_nv_tensorrt_rtx  # noqa: F401
@@ -61,7 +61,7 @@ def difference(runtime, images, expected):
     return np.abs(runtime.run(images) - expected).max() / np.abs(expected).max()
 
 
-def test_every_runtime_gives_the_logits_of_the_image_that_training_evaluates(deployed):
+def test_every_runtime_gives_the_logits_of_the_evaluation_in_training(deployed):
     model, config = load_student(deployed, model_files(deployed))
     photo = Image.fromarray(load_sample_images().images[0])
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
@@ -75,12 +75,12 @@ def test_every_runtime_gives_the_logits_of_the_image_that_training_evaluates(dep
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_EACH_KIND)
 def test_a_network_of_each_kind_goes_the_whole_way(name, tmp_path):
-    """Test a network of depthwise convolutions and one of attention, as ONNX in fp32 and INT8."""
+    """Test a network with depthwise convolutions and one with attention, as ONNX in fp32 and INT8."""
     student = write_student(tmp_path / "student", name, 64, arguments=OF_EACH_KIND[name])
     go_the_whole_way(student, ["onnx"], False)
     graph = onnx.load(student / "student-int8-tensorrt.onnx").graph
     made_by = {output: node for node in graph.node for output in node.output}
-    for node in graph.node:  # of the transformer
+    for node in graph.node:  # only the transformer has these operators
         if node.op_type in ("Softmax", "LayerNormalization"):
             assert made_by[node.input[0]].op_type != "DequantizeLinear"
 
@@ -88,13 +88,13 @@ def test_a_network_of_each_kind_goes_the_whole_way(name, tmp_path):
 @pytest.mark.trial
 @pytest.mark.parametrize("name", NINE)
 def test_the_nine_architectures_go_the_whole_way(name, tmp_path):
-    """Test each architecture in every format, and two of them in fp16 too."""
+    """Test each architecture in ONNX, TorchScript and INT8, and two of them in torch.export and fp16 too."""
     formats = ["onnx", "torchscript", *["torch.export"] * (name in IN_FP16)]
     go_the_whole_way(write_student(tmp_path / "student", name, 64, arguments=NINE[name]), formats, name in IN_FP16)
 
 
 def go_the_whole_way(student, formats, fp16):
-    """Export, compare, quantise, and parse and build by TensorRT-RTX."""
+    """Export, compare and quantise a student, and build an engine if TensorRT-RTX is installed."""
     deploy(export, student, "--format", *formats)
     if fp16:
         deploy(export, student, "--precision", "fp16", "--format", "onnx")
@@ -121,7 +121,7 @@ def go_the_whole_way(student, formats, fp16):
 
 @pytest.mark.trial
 def test_a_run_of_train_py_is_exported_and_passes_the_check(tmp_path, capsys):
-    """The exported files do not contain the weak head of USKD."""
+    """Train with USKD, whose weak head is not exported."""
     import train
     from deploy import check
 
@@ -133,7 +133,7 @@ def test_a_run_of_train_py_is_exported_and_passes_the_check(tmp_path, capsys):
     assert capsys.readouterr().out.count("pass") == 3
 
 
-def test_export_writes_only_the_student_in_one_file_each(deployed):
+def test_each_exported_file_contains_only_the_student(deployed):
     student = deployed / "student"
     assert {"README.md", "config.json", "model.safetensors", "student.onnx", "student.pt2", "student.ts"} <= {
         *files_of(student)
@@ -157,7 +157,7 @@ def test_export_writes_only_the_student_in_one_file_each(deployed):
 
 @pytest.mark.trial
 def test_the_same_weights_give_the_same_bytes_and_no_path_of_the_machine(deployed, tmp_path):
-    """Export from two folders in two processes, with two copies of the file that builds the network."""
+    """Export in two processes from two folders, each with its own copy of the model file."""
     program = "import sys; from deploy.export import *; export_student(Path(sys.argv[1]), model_file=sys.argv[2])"
     exported = []
     for place in ("one", "two"):
@@ -178,8 +178,8 @@ def test_the_same_weights_give_the_same_bytes_and_no_path_of_the_machine(deploye
         assert not [path for path in here for record in records if path in record], name
 
 
-def test_files_have_the_oldest_format_that_old_runtimes_read(deployed):
-    """onnxruntime 1.17, of the first JetPack 6, reads IR 9 and refuses unknown opset imports."""
+def test_old_runtimes_can_read_the_files(deployed):
+    """onnxruntime 1.17 of the first JetPack 6 reads up to IR 9 and refuses unknown opset imports."""
     for file in (deployed / "student").glob("*.onnx"):
         model = onnx.load(file)
         assert model.ir_version == 8, file.name
@@ -232,7 +232,7 @@ def test_a_file_that_is_not_the_same_classifier_is_not_kept(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["branched", "weight_normed", "parametrized"])
-def test_parts_that_only_training_needs_are_folded_into_the_weights(name, tmp_path):
+def test_layers_for_training_alone_are_folded_into_the_weights(name, tmp_path):
     """RepVGG's branches and a weight norm, old or new, become plain convolutions with the same logits."""
     student = write_student(tmp_path / "student", f"{MODELS}:{name}", 32)
     deploy(export, student, "--format", "onnx")

@@ -82,7 +82,7 @@ EXTERNAL = {
 
 @pytest.mark.parametrize("how", EXTERNAL)
 def test_weights_in_another_file_are_refused(how, tmp_path):
-    """Test each place of a tensor in the file; onnxruntime 1.23 would read the content of any path into the answers."""
+    """Test each place of a tensor in a file. onnxruntime 1.23 would use the content of any path as weights."""
     file = tmp_path / "student.onnx"
     file.write_bytes(EXTERNAL[how].SerializeToString())
     with pytest.raises(UserError, match=r"student\.onnx keeps weights in other files, which are not read"):
@@ -98,12 +98,12 @@ def test_our_own_files_and_words_like_location_are_accepted(deployed):
     assert not has_external_data(memoryview(model.SerializeToString()))
 
 
-def test_any_bytes_are_one_line_or_read_in_little_time():
-    """A file that is cut, changed or nested ends with UserError and no other exception."""
+def test_any_bytes_are_read_or_refused_in_little_time():
+    """Test cut, changed and nested files. Only UserError may be raised."""
     whole = EXTERNAL["twice inside"].SerializeToString()
     random = np.random.default_rng(0)
     nested = b""
-    for _ in range(300):  # graph in attribute in node in graph
+    for _ in range(300):  # each time a graph in an attribute in a node
         nested = b"\x0a" + varint(len(nested) + 3) + b"\x2a" + varint(len(nested)) + nested
     changed = [whole[:i] for i in range(len(whole))] + [
         nested,
@@ -139,7 +139,7 @@ def varint(value):
     {"tensors": ["images"]}, {"num_classes": 7}, {"mean": "0.5"}, {"precision": None}, {"source": []}, {"metrics": 3},
     {"built": {"version": 1}}, {"model_args": {"pretrained": True}}, {"label_names": ["\ud800"] * 10},
 ])  # fmt: skip
-def test_metadata_that_contradicts_the_graph_is_one_line(deployed, tmp_path, change, command, capfd):
+def test_metadata_that_contradicts_the_graph_gives_one_line(deployed, tmp_path, change, command, capfd):
     student = tmp_path / "run/student"
     student.mkdir(parents=True)
     for name in ("config.json", "../reference.npz"):
@@ -157,15 +157,15 @@ def test_metadata_that_contradicts_the_graph_is_one_line(deployed, tmp_path, cha
     if command is predict:
         Image.new("RGB", (9, 9)).save(tmp_path / "photo.png")
         refused(capfd, predict, student / "student.onnx", tmp_path / "photo.png")
-    elif change == {"label_names": ["one"]}:  # a file that cannot be run stays as a row; a process a file is slow
+    elif change == {"label_names": ["one"]}:  # one case, because a process for each file is slow
         flags = ["--seconds", "0.1", "--rounds", "1"] if command is benchmark else []
         deploy(command, tmp_path / "run", *flags, check=1)
         assert "has 1 label_names" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("text", [b'"bilinear"', b"images", b"logits"])
-def test_a_text_that_is_not_utf_8_is_one_line(deployed, tmp_path, text, capfd):
-    """Test the metadata, and the names of input and output; onnxruntime must not print its own lines."""
+def test_a_text_that_is_not_utf_8_gives_one_line(deployed, tmp_path, text, capfd):
+    """Test the metadata, and the names of input and output. onnxruntime must print nothing."""
     content = (deployed / "student/student.onnx").read_bytes()
     (tmp_path / "student.onnx").write_bytes(content.replace(text, text[:1] + b"\xff" + text[2:]))
     with pytest.raises(UserError, match=r"student\.onnx (has a text that is not UTF-8|cannot be loaded)") as error:
@@ -176,7 +176,7 @@ def test_a_text_that_is_not_utf_8_is_one_line(deployed, tmp_path, text, capfd):
 
 @pytest.mark.parametrize("labels", [["one"], [f"{i}" for i in range(11)]])
 def test_a_file_with_more_or_fewer_labels_than_logits_is_an_error(run, labels):
-    """Test ONNX without the number of classes, and TorchScript, whose graph lacks it."""
+    """Test an ONNX graph without the number of classes, and TorchScript, which never has it."""
     file = run / "student/student.ts"
     with zipfile.ZipFile(file) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -191,7 +191,7 @@ def test_a_file_with_more_or_fewer_labels_than_logits_is_an_error(run, labels):
     properties |= {"label_names": labels, "num_classes": len(labels)}
     helper.set_model_props(model, {key: json.dumps(value) for key, value in properties.items()})
     onnx.save(model, run / "student/student.onnx")
-    with pytest.raises(UserError, match=f"has {len(labels)} label_names"):  # onnxruntime infers the number
+    with pytest.raises(UserError, match=f"has {len(labels)} label_names"):  # onnxruntime infers the number of logits
         load(run / "student/student.onnx", device="cpu")
     runtime = load(file, device="cpu")
     with pytest.raises(UserError, match=rf"has {len(labels)} label_names and returns logits of shape \[2, 10\]"):
@@ -215,7 +215,7 @@ def test_a_file_with_more_or_fewer_labels_than_logits_is_an_error(run, labels):
     ("test_efficientnet", 32, {"channel_multiplier": 100_000}),
     ("test_efficientnet", 32, {"no_such_argument": 1}),
 ])  # fmt: skip
-def test_a_model_of_another_size_is_refused_before_it_is_built(name, side, arguments, tmp_path):
+def test_wrong_model_arguments_are_refused_in_little_time(name, side, arguments, tmp_path):
     start = ["depth=1"] if name.startswith("deit") else ["width_mult=0.25"] if name == "mobilenet_v2" else []
     student = write_student(tmp_path / "student", name, side, arguments=start)
     config = json.loads((student / "config.json").read_text())
@@ -230,7 +230,7 @@ def test_a_model_of_another_size_is_refused_before_it_is_built(name, side, argum
     assert time.process_time() - started < 10
 
 
-def test_a_model_that_cannot_be_built_without_memory_is_loaded_and_bounded(tmp_path):
+def test_a_model_that_cannot_be_built_on_the_meta_device_is_loaded_and_bounded(tmp_path):
     """The constructor of torchvision's RegNet reads values of tensors."""
     student = write_student(tmp_path / "student", "regnet_x_400mf", 32)
     load_student(student)
@@ -244,8 +244,8 @@ def test_a_model_that_cannot_be_built_without_memory_is_loaded_and_bounded(tmp_p
     "student/config.json", "student/model.safetensors", "student/student.onnx", "student/student.ts",
     "student/student.engine", "student/student.engine.json", "reference.npz",
 ])  # fmt: skip
-def test_a_pipe_in_place_of_a_file_is_one_line(deployed, tmp_path, name):
-    """Reading it would wait for ever."""
+def test_a_pipe_instead_of_a_file_gives_one_line(deployed, tmp_path, name):
+    """A read from the pipe would never end."""
     run = tmp_path / "run"
     (run / "student").mkdir(parents=True)
     for kept in ("reference.npz", "student/config.json", "student/model.safetensors", "student/student.onnx"):
@@ -282,7 +282,7 @@ def test_no_label_or_file_name_reaches_the_terminal_unescaped(tmp_path, capfd):
     deploy(predict, run / "student/student.onnx", photo)
     shutil.copy(run / "student/student.onnx", run / "student/x\x1b[1m.onnx")
     arrays = dict(np.load(run / "reference.npz"))
-    np.savez(run / "reference.npz", **arrays | {"labels": (arrays["labels"] + 1) % 3})  # so that there are confusions
+    np.savez(run / "reference.npz", **arrays | {"labels": (arrays["labels"] + 1) % 3})  # so that some answers are wrong
     deploy(check, run, check=None)
     folder = tmp_path / "val" / f"other{ESCAPE}".replace("\n", "")
     folder.mkdir(parents=True)
@@ -329,7 +329,7 @@ def test_the_quota_of_a_container_is_read(tmp_path, files, groups, quota):
 
 
 @pytest.mark.parametrize(("quota", "cpus"), [(0.2, 1), (1.5, 2), (math.inf, 8)])
-def test_by_default_a_thread_for_each_cpu_that_may_be_used_and_no_spinning(deployed, monkeypatch, quota, cpus):
+def test_the_default_is_a_thread_for_each_usable_cpu_and_no_spinning(deployed, monkeypatch, quota, cpus):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(runtimes, "cgroup_quota", lambda: quota)
     assert usable_cpus() == cpus

@@ -1,4 +1,4 @@
-"""Test that OpenVINO and ncnn give the student's logits, and that deploy.check has a row for each if installed."""
+"""Test that OpenVINO and ncnn give the student's logits, and that deploy.check has rows for them."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ def rows_of(run):
     return {row["artefact"]: row for row in json.loads((run / "student/check.json").read_text())}
 
 
-def test_check_has_a_row_of_each_onnx_file_in_openvino(run, needs_openvino):
+def test_check_has_a_row_for_each_onnx_file_in_openvino(run, needs_openvino):
     deploy(check, run, "--device", "cpu")
     rows = {name: row for name, row in rows_of(run).items() if "OpenVINO" in name}
     assert rows.keys() == {f"{file.name} in OpenVINO" for file in (run / "student").glob("*.onnx")}
@@ -33,10 +33,10 @@ def test_check_has_a_row_of_each_onnx_file_in_openvino(run, needs_openvino):
         assert row["verdict"] == "pass"
         assert row["provider"] == "OpenVINO CPU"
         assert row["batches"] == "1 2 5 64"
-    assert rows["student.onnx in OpenVINO"]["max_abs_error"] > 0  # it is not ONNX Runtime under another name
+    assert rows["student.onnx in OpenVINO"]["max_abs_error"] > 0  # ONNX Runtime itself would have an error of 0
 
 
-def test_openvino_computes_in_float32_and_not_in_its_default(deployed, needs_openvino):
+def test_openvino_computes_in_float32(deployed, needs_openvino):
     """On some CPUs OpenVINO's default is bfloat16, whose error is a hundred times as large."""
     file, images = deployed / "student/student.onnx", read_reference(deployed / "student", None, "").images
     expected = load(file, device="cpu").run(images)
@@ -44,7 +44,7 @@ def test_openvino_computes_in_float32_and_not_in_its_default(deployed, needs_ope
     assert error < 1e-5
 
 
-def test_a_damaged_file_is_one_row_in_openvino(run, needs_openvino):
+def test_a_damaged_file_has_a_row_for_openvino(run, needs_openvino):
     (run / "student/student.onnx").write_bytes((run / "student/student.onnx").read_bytes()[:1000])
     deploy(check, run, "student.onnx", "--device", "cpu", check=1)
     rows = rows_of(run)
@@ -62,7 +62,7 @@ def converted(run):
     return run
 
 
-def test_check_has_a_row_of_pnnx_files_in_ncnn(converted):
+def test_check_has_a_row_for_the_files_of_pnnx_in_ncnn(converted):
     deploy(check, converted, "--device", "cpu")
     rows = rows_of(converted)
     row = rows["student_nchw.ncnn.param"]
@@ -82,7 +82,7 @@ def test_ncnn_needs_its_weights_and_the_onnx_file(converted, capfd):
 
 
 @pytest.mark.skipif(HAS_NCNN, reason="ncnn is installed")
-def test_files_of_ncnn_are_left_out_where_it_is_not_installed(run, capsys):
+def test_files_of_ncnn_are_skipped_if_ncnn_is_not_installed(run, capsys):
     for name in ("student_nchw.ncnn.param", "student_nchw.pnnx.param", "student_nchw.pnnx.onnx"):
         (run / "student" / name).write_bytes(b"7767517\n")
     deploy(check, run, "--device", "cpu")

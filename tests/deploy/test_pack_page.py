@@ -1,4 +1,4 @@
-"""student.html in Chromium: opened from the disk, with the network off."""
+"""Test student.html in Chromium, opened from the disk without a network."""
 
 import base64
 import contextlib
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def runtime():
-    """The archive of ONNX Runtime Web, which npm fetches once."""
+    """Return the archive of ONNX Runtime Web, which npm fetches once."""
     try:
         return page.fetched_runtime()
     except UserError as error:
@@ -59,7 +59,7 @@ def html(tmp_path_factory, runtime):
 
 @pytest.fixture(scope="module")
 def student(browser, html):
-    """The page in a tab that several tests use, because opening it takes seconds."""
+    """Yield a tab with the page. Several tests share it, because a page takes seconds to open."""
     with opened(browser, html) as page:
         yield page
 
@@ -109,7 +109,7 @@ def crop(width, height, i=0):
 
 
 def pictures():
-    """Yield (name, file) of each kind that people have. JPEGs are too small for a decoder's reduced scale."""
+    """Yield the names and bytes of pictures. The JPEGs are too small for a decoder's reduced scale."""
     sizes = [(200, 150), (150, 201), (97, 64), (64, 64), (240, 61), (33, 180), (17, 9), (1, 1), (250, 250)]
     for width, height in sizes:
         for sampling in ("4:2:0", "4:2:2", "4:4:4"):
@@ -180,7 +180,7 @@ def prepared_by(page, files):
 @pytest.mark.parametrize(("size", "interpolation", "share"), [
     ([3, 64, 64], "bicubic", 0.875), ([3, 48, 81], "bilinear", 0.9), ([1, 32, 32], "bilinear", 1.0),
 ])  # fmt: skip
-def test_the_prepared_bytes_of_a_hundred_pictures_are_equal(browser, runtime, tmp_path, size, interpolation, share):
+def test_the_page_prepares_a_hundred_pictures_to_the_same_bytes(browser, runtime, tmp_path, size, interpolation, share):
     metadata = metadata_of(input_size=size, interpolation=interpolation, crop=share)
     pack_file(write_onnx(tmp_path, metadata), tmp_path / "student.html", runtime)
     names, files = zip(*pictures())
@@ -198,7 +198,7 @@ def test_the_prepared_bytes_of_a_hundred_pictures_are_equal(browser, runtime, tm
 
 
 def damaged(name):
-    """Return a file that deploy/preprocess.py or the browser does not read, and words of the page's answer."""
+    """Return an unreadable file and a part of the page's error; an empty name returns all names."""
     image, png = crop(120, 90), encoded(crop(120, 90))
     files = {
         "empty": (b"", "empty"),
@@ -219,7 +219,7 @@ def damaged(name):
     return files[name] if name else list(files)
 
 
-def test_a_picture_that_cannot_be_read_gets_a_line_in_words(student):
+def test_a_picture_that_cannot_be_read_gets_an_error_with_the_reason(student):
     page = student
     found = prepared_by(page, [damaged(name)[0] for name in damaged("")])
     wrong = {name: text for name, text in zip(damaged(""), found) if damaged(name)[1] not in text}
@@ -230,7 +230,7 @@ def test_a_picture_that_cannot_be_read_gets_a_line_in_words(student):
     assert page.inner_text("#busy") == ""
 
 
-def test_it_answers_by_drop_paste_and_file_and_shows_the_model(student, html):
+def test_the_page_takes_a_chosen_a_dropped_and_a_pasted_picture_and_describes_the_model(student, html):
     content = encoded(photo(), "JPEG")
     page = student
     assert page.title() == "tiny_net"
@@ -257,7 +257,7 @@ def test_it_answers_by_drop_paste_and_file_and_shows_the_model(student, html):
 
 
 def test_hostile_labels_are_text(student):
-    """No label ends the script that holds it, and none becomes an element."""
+    """A label does not end its script or become an element."""
     page = student
     page.click("summary")
     page.fill("#filter", "SCRIPT")
@@ -270,7 +270,7 @@ def test_hostile_labels_are_text(student):
 
 
 def test_the_page_cannot_send_anything(browser, html):
-    """Its policy blocks a request before the network does."""
+    """The page's security policy blocks a request, even with a network."""
     tab = browser.new_page()
     tab.goto(f"file://{html}")
     blocked = """() => new Promise(resolve => {
@@ -285,7 +285,7 @@ def test_the_page_cannot_send_anything(browser, html):
 
 
 def test_the_camera_takes_a_picture(student):
-    """Chromium's own moving picture; the camera is off afterwards."""
+    """Use Chromium's fake camera, which must be off afterwards."""
     page = student
     page.click("#camera")
     page.wait_for_selector("#view", state="visible")
@@ -304,7 +304,7 @@ def test_the_camera_takes_a_picture(student):
 
 
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.trial)])
-def test_it_fits_a_phone_and_works_by_keyboard_and_screen_reader(browser, html, scheme):
+def test_the_page_fits_a_phone_and_works_with_a_keyboard_and_a_screen_reader(browser, html, scheme):
     with opened(browser, html, viewport={"width": 390, "height": 844}, color_scheme=scheme) as page:
         upload(page, encoded(photo()), "a" * 200 + ".png")
         assert len(shown(page)) == 5
@@ -319,7 +319,7 @@ def test_it_fits_a_phone_and_works_by_keyboard_and_screen_reader(browser, html, 
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         visible = "button, #drop, summary"
         sizes = [box["height"] for one in page.query_selector_all(visible) if (box := one.bounding_box())]
-        assert min(sizes) >= 44  # what a finger hits
+        assert min(sizes) >= 44  # pixels that a finger needs
         names = page.evaluate("""() =>
             Array.from(document.querySelectorAll("input:not([aria-hidden]), button, progress, video"))
             .filter(one => !(one.labels?.[0]?.textContent || one.ariaLabel || one.textContent).trim())
@@ -328,7 +328,7 @@ def test_it_fits_a_phone_and_works_by_keyboard_and_screen_reader(browser, html, 
         assert page.locator("#answers progress").first.get_attribute("aria-label") == shown(page)[0][0].strip()
 
 
-def test_temperature_threshold_and_a_float_input_are_those_of_the_file(browser, runtime, tmp_path):
+def test_the_page_uses_the_temperature_threshold_and_input_type_of_the_file(browser, runtime, tmp_path):
     metadata = metadata_of(input=FLOAT, temperature=2.5, threshold=0.9, mean=[0.4, 0.5, 0.6], crop=1.0)
     artefact = write_onnx(tmp_path, metadata)
     pack_file(artefact, tmp_path / "student.html", runtime)
@@ -342,7 +342,7 @@ def test_temperature_threshold_and_a_float_input_are_those_of_the_file(browser, 
 
 
 def test_a_wrong_answer_fails_the_self_test(browser, runtime, html, tmp_path):
-    """Of a page whose vectors are those of another student: both the bytes and the logits."""
+    """Change the interpolation of the page, so that its bytes differ from the vectors."""
     settings = re.compile(r'(<script type="application/json" id="settings">)(.*?)(</script>)', re.S)
     text = html.read_text(encoding="utf-8")
     values = json.loads(settings.search(text)[2])
@@ -356,8 +356,8 @@ def test_a_wrong_answer_fails_the_self_test(browser, runtime, html, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["model", pytest.param("wasm", marks=pytest.mark.trial)])
-def test_a_page_whose_model_does_not_open_says_so_at_each_picture(browser, html, tmp_path, part):
-    """As of a file that was damaged on its way."""
+def test_a_page_with_a_damaged_model_shows_an_error_for_each_picture(browser, html, tmp_path, part):
+    """Damage the model, or the runtime that opens it."""
     start = f'(<script type="text/plain" id="{part}">).*?(</script>)'
     junk = base64.b64encode(gzip.compress(b"damaged")).decode()
     text = re.sub(start, lambda found: found[1] + junk + found[2], html.read_text(encoding="utf-8"), flags=re.S)
@@ -395,7 +395,7 @@ def test_the_logits_of_each_precision_are_those_of_onnxruntime(browser, runtime,
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
+# ---- deploy.pack ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -404,7 +404,7 @@ def test_the_logits_of_each_precision_are_those_of_onnxruntime(browser, runtime,
     ([], "no npm here, which fetches ONNX Runtime Web: npm pack onnxruntime-web@"),
     (["-o", "student.pyz", "--runtime", "other.tgz"], "--runtime is for student.html"),
 ])  # fmt: skip
-def test_a_mistake_of_pack_is_one_line(capfd, tmp_path, monkeypatch, flags, message):
+def test_a_mistake_with_pack_gives_one_line(capfd, tmp_path, monkeypatch, flags, message):
     student = tmp_path / "student"
     student.mkdir()
     write_onnx(student, metadata_of())
@@ -419,7 +419,7 @@ def test_a_mistake_of_pack_is_one_line(capfd, tmp_path, monkeypatch, flags, mess
     assert not (tmp_path / "student.pyz").exists()
 
 
-def test_npm_that_fails_or_fetches_something_else_is_one_line(capfd, tmp_path, monkeypatch):
+def test_npm_that_fails_or_fetches_another_file_gives_one_line(capfd, tmp_path, monkeypatch):
     student, npm = tmp_path / "student", tmp_path / "bin/npm"
     student.mkdir()
     write_onnx(student, metadata_of())

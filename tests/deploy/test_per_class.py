@@ -1,4 +1,4 @@
-"""deploy.per_class and kdlite.training.outputs: the table, the confusions and the pictures of a run."""
+"""Test the table, the confusions and the pictures of a run."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from kdlite.training.outputs import batch_picture, caption
 
 
 def answers(classes, images=4000, right=0.7, seed=0):
-    """Labels and predictions, most of them right."""
+    """Return labels and predictions, most of which are right."""
     rng = np.random.default_rng(seed)
     labels, others = rng.integers(0, classes, (2, images))
     return labels, np.where(rng.random(images) < right, labels, others)
@@ -26,7 +26,7 @@ def table(*args):
 
 
 def pixels(file):
-    """(H, W, 3), from 0 to 255."""
+    """Return the pixels as (H, W, 3), from 0 to 255."""
     with Image.open(file) as image:
         return np.asarray(image.convert("RGB")).astype(int)
 
@@ -41,7 +41,7 @@ def test_precision_recall_and_f1_are_scikit_learns():
     assert (confusion_matrix(labels, predictions, 7) == sklearn_confusion_matrix(labels, predictions)).all()
 
 
-def test_a_share_of_nothing_is_an_empty_field():
+def test_a_ratio_without_images_is_an_empty_field():
     labels, predictions = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 3])
     rows = table(labels, predictions, ["seen", "also", "never", "only answered", "missed"])
     assert rows[2] == {"label": "never", "n": "0", "precision": "", "recall": "", "f1": ""}
@@ -88,12 +88,12 @@ def test_an_index_out_of_range_is_an_error(tmp_path, labels, predictions):
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, pytest.param(60, marks=pytest.mark.trial), 1000])
 def test_a_confusion_can_be_seen_among_any_number_of_classes(tmp_path, monkeypatch, classes):
-    """The diagonal's dark pixels are a share of the image; one pair of classes more, and the picture changes there."""
-    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda *_, **__: None)  # the title has the counts too
+    """Add one confusion, and check that the picture changes only near its place."""
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda *_, **__: None)  # because the title changes too
     matrix = np.eye(classes, dtype=int) * 10
     names = [f"a class of quite some length, number {i}" for i in range(classes)]
     confusion_picture(tmp_path / "a.png", matrix, names)
-    matrix[classes - 1, 0] = 1  # below, on the left
+    matrix[classes - 1, 0] = 1  # at the lower left
     confusion_picture(tmp_path / "b.png", matrix, names)
     a, b = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
     assert a.shape == b.shape
@@ -105,8 +105,7 @@ def test_a_confusion_can_be_seen_among_any_number_of_classes(tmp_path, monkeypat
 
 
 @pytest.mark.filterwarnings("error")
-def test_labels_are_drawn_as_they_are_written(tmp_path):
-    """No mathematics, no warning, no line breaks."""
+def test_labels_with_formulas_and_line_breaks_are_drawn_without_a_warning(tmp_path):
     confusion_picture(tmp_path / "a.png", np.eye(3), ["$\\frac{$", "猫\n猫", "_^$"])
 
 
@@ -118,7 +117,7 @@ def test_a_class_without_images_is_grey(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "channels"), [(1, 3), (5, 1), (40, 3)])
-def test_a_batch_is_drawn_up_to_32_images(tmp_path, count, channels):
+def test_the_picture_of_a_batch_has_up_to_32_images(tmp_path, count, channels):
     values = np.linspace(10, 200, count).astype(np.uint8)
     images = np.full((count, 24, 48, channels), values.reshape(-1, 1, 1, 1))
     batch_picture(tmp_path / "batch.png", images, np.zeros(count, int), ["cat"])
@@ -131,5 +130,5 @@ def test_a_batch_is_drawn_up_to_32_images(tmp_path, count, channels):
     (1, "dog"), ([0, 0, 1.0], "eel"),
     ([0.1, 0.6, 0.3], "dog 60 %\neel 30 %"), ([0.5, 0.25, 0.25], "cat 50 %\ndog 25 %"),
 ])  # fmt: skip
-def test_a_caption_is_the_label_or_the_two_largest_of_a_mixed_image(label, text):
+def test_a_caption_is_the_label_or_the_two_largest_labels_of_a_mixed_image(label, text):
     assert caption(np.array(label), ["cat", "dog", "eel"]) == text

@@ -1,4 +1,4 @@
-"""examples/port: a port in another language passes the conformance vectors."""
+"""Test that the JavaScript port in examples/port passes the conformance vectors."""
 
 import json
 import shutil
@@ -17,22 +17,22 @@ pytestmark = pytest.mark.trial
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
-    """A folder with the port and its packages."""
+    """Return a folder with the port and its packages."""
     npm, folder = shutil.which("npm"), tmp_path_factory.mktemp("port")
     if npm is None or shutil.which("node") is None:
-        pytest.skip("no node and npm here")
+        pytest.skip("node or npm is not installed")
     for file in ("classify.mjs", "package.json"):
         shutil.copy(PORT / file, folder)
     command = [npm, "install", "--ignore-scripts", "--no-audit", "--silent"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"npm does not install the packages of the port: {done.stderr[:200]}")
+        pytest.skip(f"npm cannot install the packages of the port: {done.stderr[:200]}")
     return folder
 
 
 @pytest.mark.parametrize("changes", [{}, {"input_size": [3, 48, 81], "interpolation": "bilinear", "crop": 0.9},
                                      {"input_size": [1, 32, 32], "crop": 1.0}])  # fmt: skip
-def test_the_port_in_node_passes_the_vectors_and_fails_wrong_ones(port, tmp_path, changes):
+def test_the_port_passes_the_vectors_and_fails_on_wrong_ones(port, tmp_path, changes):
     (tmp_path / "config.json").write_text("{}")
     write_onnx(tmp_path, metadata_of(**changes))
     deploy(pack, tmp_path, "-o", tmp_path / "student.pyz")

@@ -1,4 +1,4 @@
-"""deploy.predict: a folder, a CSV file, a sheet, and "none of these"."""
+"""Test deploy.predict: folders, CSV files, contact sheets and "none of these"."""
 
 import csv
 import dataclasses
@@ -25,7 +25,7 @@ PHOTO = Image.fromarray(load_sample_images().images[0])
 
 @pytest.fixture
 def student(artefact, tmp_path):
-    """A function that writes a student with other metadata; the path of its file."""
+    """Return a function that writes a student with changed metadata and returns its path."""
 
     def make(**changes):
         file = tmp_path / "student.onnx"
@@ -37,7 +37,7 @@ def student(artefact, tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Five photographs in a folder and the folders in it, one that cannot be read, and files that are not images."""
+    """Return nested folders with five photographs, an unreadable one, and files that are not images."""
     folder = tmp_path / "photos"
     (folder / "more/deeper").mkdir(parents=True)
     for i, name in enumerate(("a.jpg", "b.png", "more/c.jpg", "more/deeper/d.PNG", "=1+1.jpg")):
@@ -53,7 +53,7 @@ def read_answers(file):
         return {Path(row["file"]).name: row for row in csv.DictReader(text)}
 
 
-def test_a_folder_gives_a_line_for_each_image_and_a_count(student, photos, tmp_path, capfd):
+def test_a_folder_gives_a_row_for_each_image_and_a_count(student, photos, tmp_path, capfd):
     file = tmp_path / "answers.csv"
     made = student()
     deploy(predict, made, photos, "--csv", file)
@@ -85,7 +85,7 @@ def test_without_a_csv_file_the_answers_of_a_folder_are_printed(student, photos,
     assert "5 images, 0 of them none of these; 1 could not be read" in lines
 
 
-def test_a_file_that_is_named_must_be_readable(student, photos, capfd):
+def test_an_unreadable_file_on_the_command_line_is_an_error(student, photos, capfd):
     deploy(predict, student(), photos / "a.jpg", photos / "more/broken.jpg", check=2)
     out, err = capfd.readouterr()
     assert "a.jpg: " in out
@@ -116,13 +116,13 @@ def test_no_cell_is_a_formula_and_every_path_can_be_opened(student, photos, tmp_
 
 
 @pytest.mark.parametrize("label", ['=cmd|"/C calc"!A0', "\x1b[2J", "cat, dog", "ein\nZweizeiler", "'"])
-def test_a_label_is_quoted_and_its_text_kept(label):
+def test_a_label_is_quoted_and_keeps_its_text(label):
     answer = predict.Answer(Path("x.jpg"), [(label, 0.5, 0), ("b", 0.3, 1)], True, predict.NO_IMAGE)
     rows = list(csv.reader(io.StringIO(predict.answers_table([answer]).decode(), newline="")))
     assert rows[1][1] in (label, f"'{label}")
 
 
-def test_a_name_that_is_not_utf8_is_written_with_backslashes(student, photos, tmp_path):
+def test_a_file_name_that_is_not_utf8_is_written_with_backslashes(student, photos, tmp_path):
     os.rename(photos / "b.png", os.fsencode(photos) + b"/\xff.png")
     deploy(predict, student(), photos, "--csv", tmp_path / "answers.csv")
     assert "\\udcff.png" in read_answers(tmp_path / "answers.csv")
@@ -143,7 +143,7 @@ def test_the_sheet_shows_the_least_certain_images_first(student, photos, tmp_pat
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (10, 300, 3), (300, 10, 3)])
-def test_a_sheet_takes_grey_and_long_images_and_any_label(shape):
+def test_a_sheet_can_have_grey_and_long_images_and_any_label(shape):
     image = np.zeros(shape, np.uint8)
     answers = [predict.Answer(Path("x"), [(label, 0.1, 0)], False, image) for label in ("猫", "\x1b[2J", "x" * 500)]
     with Image.open(io.BytesIO(predict.contact_sheet(answers))) as sheet:
@@ -158,7 +158,7 @@ def test_a_sheet_takes_grey_and_long_images_and_any_label(shape):
     (["EMPTY"], "no image in this folder"),
     (["BROKEN"], "not one of 1 images can be read"),
 ])  # fmt: skip
-def test_a_mistake_is_one_line(student, photos, tmp_path, capfd, flags, words):
+def test_a_mistake_gives_one_line(student, photos, tmp_path, capfd, flags, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/x.jpg").write_bytes(b"no image")
@@ -167,6 +167,6 @@ def test_a_mistake_is_one_line(student, photos, tmp_path, capfd, flags, words):
     assert words in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_a_run_directory_is_a_student_too(deployed, photos, capfd):
+def test_predict_takes_a_run_directory_too(deployed, photos, capfd):
     deploy(predict, deployed, photos / "a.jpg", "--device", "cpu")
     assert "a.jpg: class " in capfd.readouterr().out

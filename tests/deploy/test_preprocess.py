@@ -1,4 +1,4 @@
-"""deploy.preprocess: the bytes are torchvision's, or close to them where a large JPEG is reduced as it is decoded."""
+"""Test that deploy.preprocess gives torchvision's bytes, or values close to them for a large JPEG."""
 
 import hashlib
 import io
@@ -41,20 +41,20 @@ def jpeg(image, **options):
 
 
 def torchvisions(image, config):
-    """Resize and CenterCrop of an RGB image, as torchvision's and timm's evaluation transforms put them together."""
+    """Resize and crop an image as the evaluation transforms of torchvision and timm do."""
     height, width = config.input_size[1:]
     sides = [int(side / config.crop) for side in (height, width)]
     how = InterpolationMode(config.interpolation)
     resizes = [v2.Resize(sides[0] if height == width else sides, how)]
-    if PILLOW >= 13:  # which resizes the height first if that is faster; 10 to 12 resize the width first
+    if PILLOW >= 13:  # it may resize the height first; 10 to 12 resize the width first
         wide, high = resizes[0](image).size
         resizes = [v2.Resize((image.height, wide), how), v2.Resize((high, wide), how)]
     return np.asarray(v2.Compose([v2.RGB(), *resizes, v2.CenterCrop((height, width))])(image))
 
 
 @pytest.mark.slow
-def test_a_thousand_sizes_are_torchvisions_to_the_bit():
-    """Cut from real photographs, both interpolations, square and oblong; odd and even margins of the centre crop."""
+def test_images_of_a_thousand_sizes_get_torchvisions_bytes():
+    """Test both interpolations, square and oblong sizes, and odd and even margins of the centre crop."""
     random = np.random.default_rng(0)
     odd = 0
     for i in range(1000):
@@ -75,7 +75,7 @@ def test_a_thousand_sizes_are_torchvisions_to_the_bit():
 @pytest.mark.parametrize(
     ("size", "crop", "interpolation"), [(224, 0.875, "bilinear"), (224, 0.9, "bicubic"), (64, 1.0, "bilinear")]
 )
-def test_training_evaluates_on_torchvisions_and_timms_own_presets(photo, upright, size, crop, interpolation):
+def test_training_evaluates_images_as_the_presets_of_torchvision_and_timm_do(photo, upright, size, crop, interpolation):
     image = Image.fromarray(PHOTOS[photo])
     if upright:
         image = image.transpose(Image.Transpose.ROTATE_90)
@@ -91,7 +91,7 @@ def test_training_evaluates_on_torchvisions_and_timms_own_presets(photo, upright
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
                                   "LAB", "HSV"])  # fmt: skip
-def test_every_mode_is_torchvisions_rgb_to_the_bit(mode):
+def test_every_mode_gets_torchvisions_bytes(mode):
     photo = Image.fromarray(PHOTOS[0])
     for step in {"RGBa": ["RGBA"], "PA": ["P"]}.get(mode, []):
         photo = photo.convert(step)
@@ -106,7 +106,7 @@ def test_every_mode_is_torchvisions_rgb_to_the_bit(mode):
     assert np.array_equal(prepare(image, wanted), torchvisions(image, wanted))
 
 
-def test_a_file_its_path_and_its_bytes_are_the_same(tmp_path):
+def test_a_file_its_path_and_its_bytes_give_the_same_image(tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_bytes(jpeg(Image.fromarray(PHOTOS[1])))
     wanted = config(96, 96, 0.9, "bicubic")
@@ -120,7 +120,7 @@ def test_a_file_its_path_and_its_bytes_are_the_same(tmp_path):
 
 @pytest.fixture(scope="module")
 def large():
-    """A JPEG of 12 megapixels: a real photograph, four thousand pixels wide."""
+    """Return a photograph of 4000 x 3000 pixels as a JPEG."""
     return jpeg(Image.fromarray(PHOTOS[1]).resize((4000, 3000), Image.Resampling.BICUBIC), quality=90)
 
 
@@ -136,7 +136,7 @@ def test_a_large_jpeg_is_decoded_at_four_times_the_needed_size_or_more(large, si
     monkeypatch.setattr(Image.Image, "resize", spy)
     ours = prepare(open_image(large), config(side, side))
     monkeypatch.undo()
-    (width, height), _ = sizes  # of the two passes
+    (width, height), _ = sizes  # the inputs of the two passes
     assert min(width, height) >= 4 * side or (width, height) == (4000, 3000)
     assert (width < 4000) == (side <= 3000 // 8)
     expected = torchvisions(Image.open(io.BytesIO(large)), config(side, side))
@@ -145,8 +145,8 @@ def test_a_large_jpeg_is_decoded_at_four_times_the_needed_size_or_more(large, si
     assert (difference.max() == 0) == (width == 4000)
 
 
-def test_a_training_crop_of_a_large_jpeg_decodes_only_the_needed_scale(large):
-    """The same box as torchvision's, drawn from the same state; all of the image where the box is small."""
+def test_a_training_crop_of_a_jpeg_is_close_to_torchvisions(large):
+    """Draw both crops from the same random state. Only a large JPEG, decoded at a reduced scale, differs."""
     crop = loading.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)
     theirs = v2.Compose([v2.RGB(), v2.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)])
     for seed in range(5):
@@ -167,8 +167,8 @@ def test_a_training_crop_of_a_large_jpeg_decodes_only_the_needed_scale(large):
 
 
 def turned(photo, orientation, kind, **options):
-    """Return a file of the turned photo whose EXIF orientation describes how to turn it back."""
-    undo = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # Image.Transpose, the inverse of each
+    """Return a file with the photo turned and the EXIF orientation that turns it back."""
+    undo = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # values of Image.Transpose that undo each
     for method in undo[orientation]:
         photo = photo.transpose(Image.Transpose(method))
     exif = Image.Exif()
@@ -180,7 +180,7 @@ def turned(photo, orientation, kind, **options):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
-def test_an_image_stands_upright(kind, options, orientation):
+def test_an_image_is_turned_upright(kind, options, orientation):
     photo = Image.fromarray(PHOTOS[0][:80, :120])
     file = turned(photo, orientation, kind, **options)
     assert upright_size(open_image(file)) == (120, 80)
@@ -190,7 +190,7 @@ def test_an_image_stands_upright(kind, options, orientation):
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_a_large_jpeg_that_lies_on_its_side_is_reduced_and_stands_upright(orientation):
+def test_a_large_turned_jpeg_is_reduced_and_turned_upright(orientation):
     photo = Image.fromarray(PHOTOS[1]).resize((1280, 854), Image.Resampling.BICUBIC)
     image = open_image(turned(photo, orientation, "JPEG", quality=95))
     wanted = config(24, 24)
@@ -227,8 +227,8 @@ GREY = PHOTOS[0][:64, :64, 0]
     [
         grey_file(GREY.astype(np.uint16) << 8, "PNG"),
         grey_file(GREY.astype(np.uint16) << 8, "TIFF"),
-        b"P5 64 64 65535\n" + (GREY.astype(np.uint16) << 8).astype(">u2").tobytes(),  # which Pillow opens with 32 bits
-        b"P5 64 64 4095\n" + (GREY.astype(np.uint16) << 4).astype(">u2").tobytes(),  # the file describes its 12 bits
+        b"P5 64 64 65535\n" + (GREY.astype(np.uint16) << 8).astype(">u2").tobytes(),  # Pillow opens it with 32 bits
+        b"P5 64 64 4095\n" + (GREY.astype(np.uint16) << 4).astype(">u2").tobytes(),  # the file states its 12 bits
         b"P5 64 64 255\n" + GREY.tobytes(),
     ],
     ids=["png", "tiff", "pgm16", "pgm12", "pgm8"],
@@ -258,7 +258,7 @@ def test_greys_of_unknown_range_are_refused(file, message):
 
 
 def png(values, colour):
-    """A 16-bit PNG, which Pillow does not write in colour; values: (H, W, C); colour: the type in the file."""
+    """Return a 16-bit PNG of values (H, W, C) with this colour type, because Pillow cannot write one."""
     height, width, _ = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
@@ -273,7 +273,7 @@ OPAQUE = np.full((64, 64, 1), 65535, np.uint16)
 
 
 def deep_colour(shift):
-    """Files of 16-bit colours, whose values are the photograph's times a power of two."""
+    """Return files of 16-bit colours: the values of the photograph, shifted by some bits."""
     values = COLOUR << shift
     return {
         "png": png(values, 2),
@@ -284,8 +284,8 @@ def deep_colour(shift):
 
 
 @pytest.mark.parametrize("kind", deep_colour(8))
-def test_deep_colours_of_12_bits_are_refused_and_of_16_bits_read(kind):
-    """As greys are: read by their high byte, they would be black."""
+def test_16_bit_colours_are_read_unless_they_use_only_12_bits(kind):
+    """The high byte alone would give a black image for 12-bit values."""
     values = np.asarray(to_rgb(open_image(deep_colour(8)[kind]))).astype(int)
     expected = COLOUR[..., :1] if kind.startswith("grey") else COLOUR
     assert np.abs(values - expected).max() <= 1
@@ -293,13 +293,13 @@ def test_deep_colours_of_12_bits_are_refused_and_of_16_bits_read(kind):
         prepare(open_image(deep_colour(4)[kind]), config(32, 32))
 
 
-def test_colours_whose_format_has_12_bits_are_read():
+def test_12_bit_colours_are_read_if_the_file_states_their_range():
     file = b"P6 64 64 4095\n" + (COLOUR << 4).astype(">u2").tobytes()
     assert np.abs(np.asarray(to_rgb(open_image(file))).astype(int) - COLOUR).max() <= 1
 
 
 @pytest.mark.parametrize("colour", [2, 6])
-def test_a_black_image_of_deep_colours_is_black(colour):
+def test_a_black_image_of_16_bit_colours_is_black(colour):
     values = np.zeros((8, 8, 4 if colour == 6 else 3), np.uint16)
     values[..., 3:] = 65535
     assert not np.asarray(to_rgb(open_image(png(values, colour)))).any()
@@ -309,7 +309,7 @@ def test_a_black_image_of_deep_colours_is_black(colour):
 
 
 def logo(hidden):
-    """A red square on a transparent ground, and the colour hidden under the transparency."""
+    """Return a red square on a transparent background that hides a colour."""
     values = np.zeros((40, 60, 4), np.uint8)
     values[..., :3] = hidden
     values[10:30, 10:30] = 200, 30, 30, 255
@@ -324,7 +324,7 @@ def saved(image, kind, **options):
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})])
 def test_the_colour_under_transparency_does_not_matter(kind, options):
-    """Two encodings of one logo are one image, on white."""
+    """Two hidden colours give the same image on white."""
     images = [to_rgb(open_image(saved(logo(hidden), kind, **options))) for hidden in ((0, 0, 0), (255, 0, 255))]
     assert np.array_equal(*map(np.asarray, images))
     assert images[0].getpixel((0, 0)) == (255, 255, 255)
@@ -334,7 +334,7 @@ def test_the_colour_under_transparency_does_not_matter(kind, options):
 @pytest.mark.parametrize(
     "mode", ["LA", "PA", "RGBa", "P", "P with alphas", "L with a key", "RGB with a key", "1", "GIF"]
 )
-def test_transparency_of_every_kind_is_white(mode):
+def test_transparency_of_every_kind_becomes_white(mode):
     image = logo((0, 0, 0))
     if mode in ("LA", "RGBa"):
         ours = image.convert(mode)
@@ -375,14 +375,13 @@ def test_half_transparent_pixels_are_mixed_with_white():
     assert np.abs(np.array(to_rgb(image).getpixel((0, 0))) - (127, 177, 227)).max() <= 1
 
 
-def test_training_sees_the_same_colours():
-    """Its crops are decoded by the same function."""
+def test_training_crops_ignore_the_colour_under_transparency():
     crop = loading.RandomResizedCrop(16, scale=(1, 1), interpolation=InterpolationMode.BILINEAR)
     crops = [np.asarray(crop(open_image(saved(logo(hidden), "PNG")))) for hidden in ((0, 0, 0), (255, 0, 255))]
     assert np.array_equal(*crops)
 
 
-def test_a_black_image_of_16_bits_is_black():
+def test_a_black_image_of_16_bit_greys_is_black():
     assert not np.asarray(to_rgb(open_image(grey_file(np.zeros((8, 8), np.uint16), "PNG")))).any()
 
 
@@ -419,7 +418,7 @@ def test_a_shape_that_pillow_13_resizes_in_another_order_has_the_bytes_of_pillow
 @pytest.mark.trial
 @pytest.mark.parametrize("version", ["10.4.0", "11.3.0", "12.2.0", "13.0.0"])
 def test_any_shape_has_the_same_bytes_with_every_pillow(version, tmp_path):
-    """With the wheels of each, fetched by pip; no torch."""
+    """Install each version in an environment without torch, and compare its bytes with this Pillow's."""
     venv.create(tmp_path, with_pip=True)
     python = tmp_path / "bin/python"
     fetched = subprocess.run([python, "-m", "pip", "install", "-q", f"pillow=={version}", "numpy"], capture_output=True)
@@ -461,7 +460,7 @@ NOT_READ = {
 
 @pytest.mark.parametrize(("content", "message"), NOT_READ.items())
 def test_a_format_that_is_not_read_is_named(content, message, tmp_path):
-    """Of bytes, of a path and of a stream; and no address of an object of Python."""
+    """Open bytes, paths and a stream. The error must not show the address of a Python object."""
     path = tmp_path / "photo.jpg"
     path.write_bytes(content)
     for file in (content, path, str(path), io.BytesIO(content)):
@@ -497,7 +496,7 @@ def test_a_missing_file_and_a_decompression_bomb_are_errors():
 
 @pytest.mark.parametrize("size", [(65535, 1), (1, 65535)])
 def test_a_strip_is_refused_before_it_is_resized(size):
-    """At 224 px it would take 17 GB."""
+    """The resized strip would take 17 GB."""
     file = io.BytesIO()
     Image.new("L", size).save(file, "PNG")
     with pytest.raises(ImageTooLarge, match="would become"):

@@ -37,7 +37,7 @@ def test_each_target_gets_the_file_it_needs(deployed):
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_calibration_keeps_the_activations_of_one_batch(run, method, monkeypatch, capsys):
-    """Any number of images, in batches of 16 at most: of 37 images the collector gets the ranges and three batches."""
+    """Split 37 images into batches of at most 16. The collector gets the ranges, and then three batches."""
     batches = []
     collect = HistogramCollector.collect
 
@@ -48,7 +48,7 @@ def test_calibration_keeps_the_activations_of_one_batch(run, method, monkeypatch
     monkeypatch.setattr(HistogramCollector, "collect", count)
     deploy(quantize, run, "--target", "cpu", "--count", "37", "--method", method)
     assert batches == [{1}] * 4
-    assert "Collecting" not in capsys.readouterr().out  # the library prints a line a batch
+    assert "Collecting" not in capsys.readouterr().out  # the library prints a line for each batch
 
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
@@ -64,7 +64,7 @@ def test_histograms_do_not_grow_with_the_range_of_later_images(run, method, monk
     monkeypatch.setattr(HistogramCollector, "compute_collection_result", count)
     reference = read_reference(run / "student", None, "")
     images = np.repeat(reference.train_images[:1], 32, axis=0)
-    images[::2] = 128  # the first of two batches is flat and grey
+    images[::2] = 128  # the first of two batches is plain grey
     quantize.quantize_student(run / "student/student.onnx", images, quantize.Recipe("cpu", method=method))
     assert sizes == {quantize.BINS[method]}
 
@@ -97,8 +97,10 @@ def test_each_method_cuts_off_the_largest_values(deployed, method):
 
 
 def spoil(run):
-    """Scale a channel between two convolutions by 1,000 and undo it in the second: in float nothing changes, in INT8
-    the other channels are lost. Returns the names of the two layers."""
+    """Scale four channels between two convolutions by 1,000, and return the names of the two layers.
+
+    The second convolution divides them again, so the logits stay in float, but INT8 loses the other channels.
+    """
     file = run / "student/student.onnx"
     model = onnx.load(file)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -143,7 +145,7 @@ def test_the_layers_that_lose_too_much_stay_in_float(run, target, capsys):
 
 
 def quantize_or_refuse(run, *flags):
-    """The top-1 of the file without a bound, or 0 if it was refused because half of the classes changed."""
+    """Return the top-1 without a bound, or 0 if quantize refuses the file because half of the classes change."""
     parser = quantize.get_parser()
     if quantize.command(parser, quantize.run, [str(run), *flags]):
         return 0
@@ -159,7 +161,7 @@ def test_a_file_that_keeps_the_bound_in_int8_has_no_layer_in_float(run, capsys):
     assert "80 validation images that calibration did not read; standard error" in out
 
 
-def test_a_bound_that_cannot_be_kept_is_one_line_and_changes_no_file(run, monkeypatch, capfd):
+def test_a_bound_that_cannot_be_kept_gives_one_line_and_changes_no_file(run, monkeypatch, capfd):
     before = {path: path.read_bytes() for path in (run / "student").iterdir()}
     loses = quantize.Accuracy(90.0, 80.0, 1.0, 80)
     monkeypatch.setattr(quantize.Bound, "accuracy", lambda *_: loses)
@@ -169,7 +171,7 @@ def test_a_bound_that_cannot_be_kept_is_one_line_and_changes_no_file(run, monkey
     assert {path: path.read_bytes() for path in (run / "student").iterdir()} == before
 
 
-def test_the_images_of_the_bound_are_not_those_of_the_calibration(run, monkeypatch):
+def test_the_bound_and_the_calibration_use_different_images(run, monkeypatch):
     reference, seen = read_reference(run / "student", None, ""), []
     monkeypatch.setattr(quantize, "quantize_student", lambda *args: seen.append(args) or (run / NAME, 100.0, None))
     monkeypatch.setattr(quantize, "fit_file", lambda *_: "")
@@ -180,8 +182,8 @@ def test_the_images_of_the_bound_are_not_those_of_the_calibration(run, monkeypat
     assert (bound.labels == reference.labels).all()
 
 
-def test_layers_have_every_node_once_and_the_names_of_their_weights():
-    """Also nodes that the exporter left unnamed, such as those of a hard-swish: onnxruntime picks nodes by name."""
+def test_each_node_is_in_one_layer_with_the_name_of_its_weights():
+    """Unnamed nodes get names, because onnxruntime picks nodes by name."""
     node = onnx.helper.make_node
     nodes = [
         node("Cast", ["images"], ["x"], to=1),
@@ -205,7 +207,7 @@ def test_layers_have_every_node_once_and_the_names_of_their_weights():
     assert list(quantize.layers_of(model, excluded, ["Conv"])) == ["stem.conv"]
 
 
-def test_few_images_print_what_they_cannot_show():
+def test_too_few_images_for_the_bound_are_reported():
     right = np.ones(50, bool)
     accuracy = quantize.Accuracy.of(right, right)
     assert (accuracy.drop, accuracy.error) == (0, 2)  # one image of 50, although none changed
@@ -219,8 +221,7 @@ def test_few_images_print_what_they_cannot_show():
 
 
 @pytest.mark.parametrize("saturates", [True, False])
-def test_weights_have_7_bits_where_products_of_8_saturate(run, monkeypatch, capsys, saturates):
-    """By default for this CPU."""
+def test_weights_have_7_bits_by_default_if_8_bit_products_saturate(run, monkeypatch, capsys, saturates):
     monkeypatch.setattr(quantize, "products_saturate", lambda: saturates)
     deploy(quantize, run, "--target", "cpu", "--count", "16")
     assert ("products of this CPU saturate" in capsys.readouterr().out) == saturates

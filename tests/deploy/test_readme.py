@@ -1,4 +1,4 @@
-"""The Python of the pages runs as written, block after block; their commands and links are right."""
+"""Test the Python, the commands and the links of the pages."""
 
 import importlib
 import re
@@ -43,7 +43,7 @@ def test_the_readme_is_at_most_120_lines():
 
 
 @pytest.mark.parametrize("folder", ["kdlite", "kdlite/training", "deploy", "deploy/server"])
-def test_the_house_on_its_page_has_every_file(folder):
+def test_contributing_lists_every_file(folder):
     house = (ROOT / "CONTRIBUTING.md").read_text().partition("## The house")[2].partition("## Where")[0]
     missing = (
         {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"} - set(re.findall(r"\w+\.py", house))
@@ -69,7 +69,7 @@ def test_mypy_accepts_the_python_in_the_readme(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_lines_for_torchvision_open_a_student(tmp_path, monkeypatch):
+def test_the_python_on_the_training_page_opens_a_student(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_student(Path("RUN/student"), "mobilenet_v2", 32, arguments=["width_mult=0.25"])
     (block,) = blocks("examples/training.md")

@@ -1,4 +1,4 @@
-"""deploy.runtimes, build and triton: files from elsewhere, devices that are missing, damaged files, mistakes."""
+"""Test deploy.runtimes, build and triton with foreign and damaged files, missing devices and mistakes."""
 
 import importlib
 import json
@@ -43,7 +43,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 @pytest.fixture
 def foreign(tmp_path):
-    """An ONNX file as another exporter writes it: float NCHW, its own names, no metadata."""
+    """Return an ONNX file as of another exporter (float NCHW, no metadata), its weight and its sidecar."""
     make, numpy = onnx.helper, onnx.numpy_helper
     weight = np.random.default_rng(0).normal(size=(3, 10)).astype(np.float32)
     nodes = [
@@ -72,7 +72,7 @@ def foreign(tmp_path):
 
 
 def test_a_sidecar_makes_an_onnx_file_from_elsewhere_usable(foreign, tmp_path):
-    """It is normalised by its mean and std, and read by its own names; Triton gets these names too."""
+    """The runtime uses the sidecar's mean and std and the graph's names. Triton gets these names too."""
     file, weight, sidecar = foreign
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     expected = ((images / 255).mean((1, 2)) - sidecar["mean"]) / sidecar["std"] @ weight
@@ -163,7 +163,7 @@ def test_build_with_tensorrt_needs_a_gpu(deployed, capfd):
     assert "CUDA device" in refused(capfd, build, deployed / "student/student.onnx", "--library", "tensorrt")
 
 
-# ---- never a silent fallback, never a traceback --------------------------------------------------------------------
+# ---- no silent fallback, no traceback ------------------------------------------------------------------------------
 
 
 @needs_no_gpu
@@ -190,11 +190,11 @@ def test_a_gpu_gives_the_same_logits(deployed, name):
     assert "cuda" in runtime.provider.lower()
     for size in (1, 2, 5, 64):
         error = np.abs(runtime.run(images[:size]) - expected[:size]).max() / np.abs(expected).max()
-        assert error < check.TOLERANCES["fp16"]["error"]  # of TF32
+        assert error < check.TOLERANCES["fp16"]["error"]  # because a GPU may compute in TF32
 
 
 def damage(run, how):
-    """Damage a student or one of its artefacts; returns its path."""
+    """Damage a student or one of its artefacts, and return its path."""
     student = run / "student"
     if how == "config":
         (student / "config.json").write_text('{"architecture": ')
@@ -223,7 +223,7 @@ def damage(run, how):
     "config", "weights", "onnx truncated", "onnx garbage", "foreign onnx", "ts truncated", "ts garbage",
     "pt2 truncated", "pt2 garbage", "lonely engine", "foreign engine",
 ])  # fmt: skip
-def test_a_damaged_or_foreign_file_is_one_line(run, how, capfd):
+def test_a_damaged_or_foreign_file_gives_one_line(run, how, capfd):
     path = damage(run, how)
     with pytest.raises(UserError) as error:
         load(path, device="cpu")
@@ -235,7 +235,7 @@ def test_a_damaged_or_foreign_file_is_one_line(run, how, capfd):
         assert files_of(path) == before
 
 
-def test_a_folder_of_other_weights_names_what_differs(run):
+def test_weights_of_another_architecture_are_an_error_with_the_missing_names(run):
     config = json.loads((run / "student/config.json").read_text())
     config |= {"library": "timm", "architecture": "test_efficientnet", "model_args": {}}
     (run / "student/config.json").write_text(json.dumps(config))
@@ -271,14 +271,14 @@ def test_a_folder_of_other_weights_names_what_differs(run):
     ("pack", ["run", "--file", "student.ts"], "does not run without torch"),
     ("pack", ["run", "--file", "student-int8.onnx"], "no student-int8.onnx in run/student"),
 ])  # fmt: skip
-def test_a_mistake_is_one_line_and_status_2(deployed, module, flags, message, monkeypatch, capfd, tmp_path):
+def test_a_mistake_gives_one_line_and_status_2(deployed, module, flags, message, monkeypatch, capfd, tmp_path):
     (tmp_path / "run").symlink_to(deployed)
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     assert message in refused(capfd, importlib.import_module(f"deploy.{module}"), *flags)
 
 
-def test_a_mistake_on_the_command_line_has_its_traceback_on_demand(deployed):
+def test_kdlite_traceback_adds_the_traceback_to_a_mistake(deployed):
     command = [sys.executable, "-m", "deploy.check", "run", "nothing.onnx"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "KDLITE_TRACEBACK": "1"}
     result = subprocess.run(command, cwd=deployed.parent, env=environment, capture_output=True, text=True, check=False)
@@ -290,7 +290,7 @@ def test_a_mistake_on_the_command_line_has_its_traceback_on_demand(deployed):
 
 @pytest.mark.slow
 def test_labels_with_accents_are_printed_in_any_locale(tmp_path):
-    """Under an ASCII locale files are UTF-8, and the terminal gets escapes."""
+    """In an ASCII locale, files are UTF-8 and the terminal gets escapes."""
     labels = ["chêne", "\u6a58"]
     student = write_student(tmp_path / "student", f"{MODELS}:tiny", 16, labels)
     deploy(export, student, "--format", "onnx")
@@ -316,7 +316,7 @@ for module, flags in ((predict, ["photo.png"]), (triton, ["--output", "models"])
 
 
 def test_triton_reads_our_repository(deployed, tmp_path):
-    """By Triton's own protobuf definition of the configuration."""
+    """Parse the configuration with Triton's own protobuf definition."""
     pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     from google.protobuf import text_format
 
@@ -335,7 +335,7 @@ def test_triton_reads_our_repository(deployed, tmp_path):
     assert config.dynamic_batching.max_queue_delay_microseconds == 1000
 
 
-def test_a_model_of_the_repository_is_not_overwritten(deployed, tmp_path, capfd):
+def test_a_model_in_the_repository_is_not_overwritten(deployed, tmp_path, capfd):
     shutil.copytree(deployed / "student", tmp_path / "models/student")
     flags = ["--output", tmp_path / "models"]
     assert "exists already" in refused(capfd, triton, deployed / "student/student.onnx", *flags)

@@ -1,4 +1,4 @@
-"""The conformance vectors: what pack writes, and what selftest finds."""
+"""Test the conformance vectors that deploy.pack writes and deploy.selftest compares."""
 
 import json
 import zlib
@@ -16,7 +16,7 @@ from deploy.runtimes import RunOn, load
 
 @pytest.fixture
 def student(tmp_path):
-    """A student/ folder with vectors."""
+    """Return a student/ folder with vectors."""
     folder = tmp_path / "student"
     folder.mkdir()
     write_onnx(folder, metadata_of())
@@ -25,7 +25,7 @@ def student(tmp_path):
     return folder
 
 
-def test_the_vectors_hold_pictures_prepared_bytes_and_logits(student):
+def test_the_vectors_contain_pictures_prepared_bytes_and_logits(student):
     folder, runtime = student / "vectors", load(student / "student.onnx", RunOn("cpu"))
     index = json.loads((folder / "index.json").read_text())
     assert len(index["pictures"]) == 10
@@ -47,7 +47,7 @@ def test_the_vectors_hold_pictures_prepared_bytes_and_logits(student):
 
 
 def test_no_jpeg_is_large_enough_for_a_reduced_scale(student):
-    """Because only some decoders can read at one."""
+    """Only some decoders can read a JPEG at a reduced scale."""
     for size in ([3, 64, 64], [3, 16, 16], [3, 300, 20], [1, 700, 700]):
         needed = (size[2], size[1])
         for picture in selftest.PICTURES:
@@ -61,7 +61,7 @@ def test_the_logits_of_other_files_of_the_same_student_are_kept(student, tmp_pat
     other.write_bytes((student / "student.onnx").read_bytes())
     deploy(pack, student, "--file", other.name, "-o", tmp_path / "student.pyz")
     assert json.loads((student / "vectors/index.json").read_text())["logits"].keys() == {"student.onnx", other.name}
-    write_onnx(student, metadata_of(crop=1.0))  # another preprocessing
+    write_onnx(student, metadata_of(crop=1.0))  # with another preprocessing
     deploy(pack, student, "-o", tmp_path / "student.pyz")
     assert json.loads((student / "vectors/index.json").read_text())["logits"].keys() == {"student.onnx"}
 
@@ -74,7 +74,7 @@ def test_selftest_passes_a_float_input_too(tmp_path, capfd):
     assert "passed: 10 pictures" in capfd.readouterr().out
 
 
-def test_selftest_fails_a_wrong_byte_and_a_wrong_logit(student, capfd):
+def test_selftest_fails_on_a_wrong_byte_and_on_a_wrong_logit(student, capfd):
     prepared, index = student / "vectors/png-grey.bin", student / "vectors/index.json"
     good = prepared.read_bytes()
     prepared.write_bytes(bytes([good[0] ^ 1]) + good[1:])
@@ -103,7 +103,7 @@ def test_selftest_fails_a_wrong_byte_and_a_wrong_logit(student, capfd):
     (lambda v: v["pictures"][0].update(prepared="png-tiny.png"), "not those of a prepared image"),
     (lambda v: v.update(input_size=[3, 1, 1]), "another student"),
 ])  # fmt: skip
-def test_damaged_vectors_are_one_line(student, capfd, change, message):
+def test_damaged_vectors_give_one_line(student, capfd, change, message):
     index = student / "vectors/index.json"
     vectors = json.loads(index.read_text())
     change(vectors)
@@ -111,19 +111,19 @@ def test_damaged_vectors_are_one_line(student, capfd, change, message):
     assert message in refused(capfd, selftest, student)
 
 
-def test_a_student_without_vectors_is_one_line(tmp_path, capfd):
+def test_a_student_without_vectors_gives_one_line(tmp_path, capfd):
     (tmp_path / "config.json").write_text("{}")
     write_onnx(tmp_path, metadata_of())
     assert "python -m deploy.pack writes the vectors" in refused(capfd, selftest, tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_to_still_packs(student, tmp_path, monkeypatch, capfd):
+def test_a_student_in_a_read_only_folder_can_be_packed(student, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(pack.os, "access", lambda path, mode: "vectors" not in str(path))
     deploy(pack, student, "-o", tmp_path / "again.pyz")
     assert "the vectors are only in the packed file" in capfd.readouterr().out
     assert (tmp_path / "again.pyz").is_file()
 
 
-def test_the_tolerance_is_that_of_the_precision():
+def test_the_tolerance_depends_on_the_precision():
     names = ("fp32", "fp16", "int8-cpu", "int8-tensorrt", "foreign")
     assert [selftest.tolerance_of(name) for name in names] == [1e-4, 3e-2, 0.1, 0.1, 1e-4]

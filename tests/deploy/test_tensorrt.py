@@ -1,4 +1,4 @@
-"""deploy.tensorrt: memory and copies of an engine, with a libcudart written for the test. No GPU, no engine."""
+"""Test the memory and the copies of deploy.tensorrt with a fake libcudart, without a GPU or an engine."""
 
 import ctypes
 import gc
@@ -20,7 +20,7 @@ SHAPE = (4, 6, 3)
 def library(tmp_path_factory):
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not compiler:
-        pytest.skip("no C compiler here")
+        pytest.skip("no C compiler is installed")
     file = tmp_path_factory.mktemp("cuda") / "libcudart.so"
     source = Path(__file__).parents[1].joinpath("fake_cudart.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", file, source], check=True)
@@ -31,7 +31,7 @@ def library(tmp_path_factory):
 
 
 class Context:
-    """The part of TensorRT's execution context that an engine uses: a launch in the stream of the fake library."""
+    """Imitate TensorRT's execution context, which launches work in the stream of the fake library."""
 
     def __init__(self, library):
         self.library, self.addresses, self.shape = library, {}, None
@@ -77,7 +77,7 @@ def logits(batch):
 
 
 @pytest.mark.parametrize("integrated", [False, True])
-def test_an_engine_answers_every_batch_it_takes(library, integrated):
+def test_an_engine_returns_the_logits_of_batches_of_any_allowed_size(library, integrated):
     engine = make(library, integrated)
     for count in (1, 8, 3, 5):
         batch = images(count, seed=count)
@@ -91,7 +91,7 @@ def test_the_next_batch_does_not_change_earlier_logits(library):
     np.testing.assert_array_equal(first, logits(images(2, 0)))
 
 
-def test_a_call_copies_in_runs_copies_out_and_waits(library):
+def test_a_run_copies_images_launches_copies_logits_and_waits(library):
     engine = make(library)
     library.fake_reset(0, b"")
     engine.run(images(3))
@@ -104,7 +104,7 @@ def test_a_call_copies_in_runs_copies_out_and_waits(library):
 def test_an_integrated_gpu_copies_nothing(library):
     engine = make(library, integrated=True)
     assert calls(library) == ["cudaStreamCreate", *["cudaHostAlloc", "cudaHostGetDevicePointer"] * 2]
-    assert f"cudaHostAlloc {8 * 72} 2" in library.fake_log().decode()  # mapped
+    assert f"cudaHostAlloc {8 * 72} 2" in library.fake_log().decode()  # the flag 2 maps the memory
     library.fake_reset(1, b"")
     engine.run(images(3))
     assert calls(library) == ["launch", "cudaStreamSynchronize"]
@@ -151,7 +151,7 @@ def test_memory_taken_before_a_failure_is_freed(library, fails):
 
 
 @pytest.mark.parametrize("fails", ["cudaMemcpyAsync", "cudaStreamSynchronize"])
-def test_a_failed_call_is_an_error_in_cudas_words(library, fails):
+def test_a_failed_call_is_an_error_that_names_it(library, fails):
     engine = make(library)
     library.fake_reset(0, ctypes.c_char_p(fails.encode()))
     with pytest.raises(RuntimeError, match=f"{fails}: "):
@@ -167,7 +167,7 @@ def test_a_batch_that_is_too_large_or_empty_is_refused(library):
             engine.run(images(count))
 
 
-def test_a_missing_library_is_an_error_with_the_package_to_install(monkeypatch):
+def test_a_missing_libcudart_is_an_error_that_names_it(monkeypatch):
     def nothing(name):
         raise OSError(name)
 

@@ -1,4 +1,4 @@
-"""deploy.serve with Triton's client, requests at the same time, and photographs."""
+"""Test deploy.serve with Triton's client, concurrent requests and photographs."""
 
 import asyncio
 import concurrent.futures
@@ -84,7 +84,7 @@ def test_tritonclient_gets_the_logits_of_the_runtime(port, expected, images, bin
     np.testing.assert_allclose(answer.as_numpy("logits"), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_tritonclient_without_outputs_by_version_and_asynchronously(port, expected, images):
+def test_tritonclient_works_without_outputs_with_a_version_and_asynchronously(port, expected, images):
     with httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
         given = triton_input(images)
         answers = [client.infer("student", given), client.infer("student", given, model_version="1")]
@@ -94,7 +94,7 @@ def test_tritonclient_without_outputs_by_version_and_asynchronously(port, expect
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_tritonclient_classification(port, expected, images, binary):
+def test_tritonclient_gets_the_best_classes(port, expected, images, binary):
     with httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
         outputs = [httpclient.InferRequestedOutput("logits", binary_data=binary, class_count=3)]
         answer = client.infer("student", triton_input(images), outputs=outputs).as_numpy("logits")
@@ -106,7 +106,7 @@ def test_tritonclient_classification(port, expected, images, binary):
             assert float(value) == pytest.approx(row[index], abs=1e-5)
 
 
-def test_tritonclient_reads_what_server_and_model_are(port):
+def test_tritonclient_reads_the_metadata_of_server_and_model(port):
     with httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
         assert client.is_server_live()
         assert client.is_server_ready()
@@ -121,7 +121,7 @@ def test_tritonclient_reads_what_server_and_model_are(port):
         assert client.get_model_repository_index()[0]["name"] == "student"
 
 
-def test_tritonclient_statistics_and_metrics_count(artefact, images):
+def test_statistics_and_metrics_count_requests_and_images(artefact, images):
     with in_thread(artefact) as port, httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
         for _ in range(4):
             client.infer("student", triton_input(images))
@@ -140,7 +140,7 @@ def test_tritonclient_statistics_and_metrics_count(artefact, images):
         assert metric(port, "process_resident_memory_bytes") > 20e6
 
 
-def test_tritonclient_in_asyncio(port, expected, images):
+def test_tritonclient_works_in_asyncio(port, expected, images):
     aio = pytest.importorskip("tritonclient.http.aio")
 
     async def main():
@@ -153,10 +153,10 @@ def test_tritonclient_in_asyncio(port, expected, images):
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
-# ---- requests at the same time ------------------------------------------------------------------------------------
+# ---- concurrent requests ------------------------------------------------------------------------------------------
 
 
-def test_a_full_queue_is_503_and_waiting_requests_share_batches(artefact, images, expected):
+def test_a_full_queue_gives_503_and_waiting_requests_share_batches(artefact, images, expected):
     runtime, gate, sizes = load(artefact, RunOn("cpu")), threading.Event(), []
 
     def held_back(batch):
@@ -170,7 +170,7 @@ def test_a_full_queue_is_503_and_waiting_requests_share_batches(artefact, images
         first = pool.submit(ask, site, INFER, body)
         wait_until(lambda: site.app.state.server.queue.taken == 1 and metric(site, "kdlite_queue_images") == 0)
         rest = [pool.submit(ask, site, INFER, body) for _ in range(10)]
-        wait_until(lambda: sum(request.done() for request in rest) == 5)  # one runs and five wait
+        wait_until(lambda: sum(request.done() for request in rest) == 5)  # one image runs and five wait
         refused = [request.result() for request in rest if request.done()]
         assert {status for status, _, _ in refused} == {503}
         assert {headers["Retry-After"] for _, headers, _ in refused} == {"1"}
@@ -222,14 +222,14 @@ def test_readiness_fails_when_the_thread_of_the_runtime_has_ended(artefact):
 
 
 def test_readiness_fails_while_no_decoder_starts(artefact, monkeypatch):
-    """As when the .pyz of a running server is replaced by a damaged one."""
+    """This happens when a damaged file replaces the .pyz of a running server."""
     monkeypatch.setattr(images_module, "prepare_process", os.abort)
     with in_process(artefact) as site:
         assert ask(site, "/predict", picture())[0] == 503
         wait_until(lambda: ask(site, "/v2/health/ready")[0] == 503)
         assert ask(site, INFER, numbers())[0] == 200
         monkeypatch.undo()
-        assert ask(site, "/predict", picture())[0] == 503  # starts other processes
+        assert ask(site, "/predict", picture())[0] == 503  # this starts new processes
         wait_until(lambda: ask(site, "/v2/health/ready")[0] == 200)
         assert ask(site, "/predict", picture())[0] == 200
 
@@ -252,8 +252,8 @@ def test_predict_prepares_a_photograph_as_training_does(site, artefact, kind):
     assert [p["label"] for p in predictions] == [NAMES[i] for i in best]
 
 
-def test_predict_divides_by_the_temperature_and_names_what_is_below_the_threshold(artefact, tmp_path):
-    """The V2 protocol still answers with raw logits."""
+def test_predict_divides_by_the_temperature_and_applies_the_threshold(artefact, tmp_path):
+    """The V2 protocol still returns raw logits."""
     import onnx
 
     def answer(**changes):
@@ -284,7 +284,7 @@ def test_predict_reads_the_formats_that_people_send(site, kind):
 
 
 @pytest.mark.parametrize(("kind", "size"), [("TIFF", (20, 20)), ("BMP", (20, 20)), ("TIFF", (1, 1)), ("PPM", (9, 9))])
-def test_other_formats_need_the_flag(artefact, site, kind, size):
+def test_other_formats_need_the_flag_formats(artefact, site, kind, size):
     status, message = error_of(site, "/predict", picture(kind, size))
     assert (status, f"the file is {kind}: this server reads it only with --formats" in message) == (400, True)
     with in_process(artefact, Limits(formats=("JPEG", kind))) as other:
@@ -309,18 +309,18 @@ def test_other_formats_need_the_flag(artefact, site, kind, size):
     (picture("JPEG")[:300], "cannot be read"),
     (picture("PNG")[:60], "cannot be read"),
 ])  # fmt: skip
-def test_a_file_that_cannot_be_read_is_named(site, body, reason):
+def test_a_file_that_cannot_be_read_is_400_with_the_reason(site, body, reason):
     status, message = error_of(site, "/predict", body)
     assert (status, reason in message) == (400, True), message
     assert "object at" not in message
-    assert "curl" not in message  # the page shows it, too
+    assert "curl" not in message  # because the page shows the message too
 
 
 @pytest.mark.parametrize(("query", "reason"), [
     ("top=0", "top is '0'"), ("top=many", "top is 'many'"), ("top=" + "9" * 5000, "top is"), ("top=-1", "top is '-1'"),
     ("top_k=5", "unknown query parameter 'top_k'"), ("top=5&k=1", "unknown query parameter 'k'"),
 ])  # fmt: skip
-def test_a_wrong_query_of_predict_is_named(site, query, reason):
+def test_a_wrong_query_of_predict_is_400_with_the_reason(site, query, reason):
     status, message = error_of(site, f"/predict?{query}", picture())
     assert (status, reason in message) == (400, True), message
 
@@ -339,7 +339,7 @@ def test_predict_reads_a_form_with_one_file(site):
         assert ask(site, "/predict", *form(*parts))[2] == expected
     noise = np.random.default_rng(0).integers(0, 256, (800, 1000, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(noise).save(file, "PNG")  # larger than what the form's parser keeps in memory by default
+    Image.fromarray(noise).save(file, "PNG")  # more than the form's parser keeps in memory by default
     assert ask(site, "/predict", *form((b'name="image"; filename="a.png"', file.getvalue())))[0] == 200
 
 
@@ -358,6 +358,6 @@ def test_a_form_without_one_image_is_refused_with_the_reason(site, body, headers
     assert (status, reason in message) == (400, True), message
 
 
-def test_a_model_whose_logits_are_not_finite_is_500(artefact):
+def test_predict_gives_500_if_the_logits_are_not_finite(artefact):
     with in_process(artefact, run=lambda images: np.full((len(images), 7), np.nan, np.float32)) as site:
         assert error_of(site, "/predict", picture()) == (500, "the model's logits are not finite")

@@ -52,7 +52,7 @@ def other(tmp_path_factory):
 
 @pytest.fixture
 def refused(artefact, capsys):
-    """Return the one line on stderr of a command that cannot serve."""
+    """Return a function that runs deploy.serve, checks that it fails, and returns its one line on stderr."""
 
     def serve(*flags):
         assert command(get_parser(), run, [str(artefact), "--port", "0", "--device", "cpu", *map(str, flags)]) == 2
@@ -63,7 +63,7 @@ def refused(artefact, capsys):
     return serve
 
 
-# ---- the end ------------------------------------------------------------------------------------------------------
+# ---- drain and signals --------------------------------------------------------------------------------------------
 
 
 def test_a_drain_answers_each_client_once_more_and_closes_its_connection(artefact):
@@ -90,7 +90,7 @@ def test_a_drain_answers_each_client_once_more_and_closes_its_connection(artefac
             socket.create_connection(("127.0.0.1", port))
 
 
-def test_a_log_that_is_not_read_and_clients_that_stall_delay_the_end_by_less_than_20_seconds(artefact):
+def test_an_unread_log_and_stalled_clients_delay_the_end_by_less_than_20_seconds(artefact):
     with server(artefact, "--log", "json") as (process, port), contextlib.ExitStack() as clients:
         client = keep_alive(port)
         for _ in range(1500):  # 300 kB of log, more than a pipe holds
@@ -113,8 +113,8 @@ def test_a_log_that_is_not_read_and_clients_that_stall_delay_the_end_by_less_tha
         assert time.monotonic() - started < 20
 
 
-def test_ctrl_c_ends_at_once_and_so_does_the_second_signal(artefact):
-    default_sigint = ("env", "--default-signal=INT")  # a shell's background job ignores it
+def test_ctrl_c_and_a_second_sigterm_end_the_server_at_once(artefact):
+    default_sigint = ("env", "--default-signal=INT")  # because a shell's background job ignores SIGINT
     with server(artefact, "--drain", "9", prefix=default_sigint) as (process, _):
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
@@ -126,14 +126,14 @@ def test_ctrl_c_ends_at_once_and_so_does_the_second_signal(artefact):
         process.wait(5)
 
 
-def test_warnings_and_clients_that_leave_are_not_logged_and_a_signal_to_the_group_ends_no_photograph(artefact):
-    exif = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x09\0"  # it breaks off
+def test_warnings_and_lost_clients_are_not_logged_and_signals_do_not_end_a_decoder(artefact):
+    exif = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x09\0"  # truncated
     with server(artefact, "--drain", "1", prefix=("setsid",)) as (process, port):
         for side in (9_500, 9_600, 9_700):  # Pillow warns above 89 million pixels
             assert ask(port, "/predict", picture("PNG", (side, side), mode="1"))[0] == 413
         assert ask(port, "/predict", picture("JPEG", exif=b"Exif\0\0" + exif))[0] == 200
         assert ask(port, "/predict", b"nonsense", {"Content-Type": "multipart/form-data; boundary=aaaa"})[0] == 400
-        with socket.create_connection(("127.0.0.1", port)) as upload:  # breaks off
+        with socket.create_connection(("127.0.0.1", port)) as upload:  # a client that leaves
             upload.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
         wait_until(lambda: metric(port, 'kdlite_requests_total{endpoint="predict",status="499"}') == 1)
         assert metric(port, 'kdlite_requests_total{endpoint="predict",status="500"}') == 0
@@ -146,7 +146,7 @@ def test_warnings_and_clients_that_leave_are_not_logged_and_a_signal_to_the_grou
         assert process.stderr.read() == ""
 
 
-# ---- another model ------------------------------------------------------------------------------------------------
+# ---- reload -------------------------------------------------------------------------------------------------------
 
 
 def test_sighup_loads_the_file_again_without_losing_a_request_and_refuses_a_bad_file(artefact, other, tmp_path):
@@ -187,7 +187,7 @@ def test_sighup_loads_the_file_again_without_losing_a_request_and_refuses_a_bad_
 
 
 def test_sighup_while_the_file_is_loaded_loads_it_again(artefact):
-    with server(artefact, slow_load=1.0) as (process, _):  # which prints "loading"
+    with server(artefact, slow_load=1.0) as (process, _):  # each load prints "loading"
         process.send_signal(signal.SIGHUP)
         lines = "".join(process.stdout.readline() for _ in range(3))
         assert "CPUExecutionProvider" in lines
@@ -196,7 +196,7 @@ def test_sighup_while_the_file_is_loaded_loads_it_again(artefact):
         assert process.poll() is None
 
 
-def test_reloads_follow_one_another(artefact):
+def test_reloads_do_not_overlap(artefact):
     site, running, most = make_server(artefact), [], []
 
     def load_again():
@@ -249,7 +249,7 @@ def test_the_json_log_has_only_lines_of_json(artefact, tmp_path):
     assert [line["request_id"] for line in lines] == [headers["X-Request-Id"] for _, headers, _ in answers]
     assert lines[0]["request_id"] == "a-7"
     assert len({line["request_id"] for line in lines}) == 3
-    assert lines[2]["request_id"].isalnum()  # an id that cannot stand in a header or a line is replaced
+    assert lines[2]["request_id"].isalnum()  # an id with invalid characters is replaced
     assert all(0 < line["ms"] < 60_000 for line in lines)
 
 
@@ -271,7 +271,7 @@ def test_all_paths_except_the_page_and_the_probes_need_the_token(artefact):
             assert ask(site, INFER, numbers(), {"Authorization": given})[0] == 200
 
 
-def test_an_open_address_needs_a_token_or_the_flag_no_token(artefact, refused, tmp_path, monkeypatch):
+def test_an_address_other_than_loopback_needs_a_token_or_the_flag_no_token(artefact, refused, tmp_path, monkeypatch):
     for host in ("0.0.0.0", "::", "", "192.168.0.7", "example.org"):
         assert "--no-token" in refused("--host", host)
     empty = tmp_path / "empty"
@@ -292,11 +292,11 @@ def test_the_loopback_needs_no_token():
     ("--max-delay", "nan"), ("--max-delay", "-1"), ("--max-batch", "0"), ("--port", "70000"), ("--drain", "nan"),
     ("--connections", "0"), ("--queue", "4"), ("--name", "a/b"), ("--formats", "jpeg,eps"), ("--formats", ""),
 ], ids=" ".join)  # fmt: skip
-def test_a_flag_out_of_range_is_one_line_that_names_it(refused, flags):
+def test_a_flag_out_of_range_gives_one_line_that_names_it(refused, flags):
     assert flags[0] in refused(*flags)
 
 
-def test_a_port_that_is_in_use_is_one_line(refused):
+def test_a_port_that_is_in_use_gives_one_line(refused):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}" in refused("--port", port)
@@ -321,7 +321,7 @@ def status_of(path):
 
 def test_a_unix_socket_is_served_handed_over_and_removed(artefact, refused, tmp_path):
     path = tmp_path / "kdlite.sock"
-    with socket.socket(socket.AF_UNIX) as dead:  # left behind by a server that was killed
+    with socket.socket(socket.AF_UNIX) as dead:  # as a killed server leaves it
         dead.bind(str(path))
     with server(artefact, "--unix-socket", path) as (old, _):
         assert status_of(path) == 200
@@ -332,7 +332,7 @@ def test_a_unix_socket_is_served_handed_over_and_removed(artefact, refused, tmp_
         time.sleep(0.3)
         old.terminate()
         new_flags = ["--unix-socket", str(path), "--device", "cpu", "--drain", "0"]
-        path.unlink()  # a deployment that hands the path over while the old server drains
+        path.unlink()  # as a deployment does while the old server drains
         with server(artefact, *new_flags) as (new, _):
             assert old.wait(20) == 0
             assert status_of(path) == 200
@@ -344,7 +344,7 @@ def test_a_unix_socket_is_served_handed_over_and_removed(artefact, refused, tmp_
     assert path.read_text() == "mine"
 
 
-def test_a_socket_of_the_same_inode_is_another_socket(tmp_path):
+def test_a_new_socket_with_the_same_inode_has_another_identity(tmp_path):
     path = tmp_path / "a.sock"
     first = listen_unix(path)
     before = identity(path)

@@ -18,7 +18,7 @@ def port(artefact):
 
 
 @pytest.mark.parametrize("how", ["drop", pytest.param("choose", marks=pytest.mark.trial)])
-def test_the_page_shows_the_five_best_of_an_image(browser, port, tmp_path, how):
+def test_the_page_shows_the_five_best_labels_of_an_image(browser, port, tmp_path, how):
     photo = tmp_path / "photo.jpg"
     Image.fromarray(load_sample_images().images[0]).save(photo)
     page = browser.new_page()
@@ -59,7 +59,7 @@ def predictions(label):
 def test_the_later_of_two_quick_pictures_is_shown_and_the_page_is_busy_until_then(browser, port):
     page = browser.new_page()
     held = []
-    page.route("**/predict*", lambda route: held.append(route))  # a slow server, which answers the first picture last
+    page.route("**/predict*", lambda route: held.append(route))  # a slow server that answers the first picture last
     page.goto(f"http://127.0.0.1:{port}/")
     upload(page, "first.png")
     page.wait_for_function("() => document.getElementById('busy').textContent !== ''")
@@ -68,7 +68,7 @@ def test_the_later_of_two_quick_pictures_is_shown_and_the_page_is_busy_until_the
         page.wait_for_timeout(20)
     held[1].fulfill(body=predictions("the second"), content_type="application/json")
     page.wait_for_selector("#answers li")
-    with contextlib.suppress(Exception):  # the page has given it up
+    with contextlib.suppress(Exception):  # the page has cancelled it
         held[0].fulfill(body=predictions("the first"), content_type="application/json")
     page.wait_for_timeout(200)
     assert page.inner_text("#answers").startswith("the second")
@@ -116,11 +116,11 @@ def test_the_page_fits_a_phone_with_long_labels(browser, port, scheme):
     upload(page, "a" * 200 + ".png")
     page.wait_for_selector("#answers li")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    assert page.locator("#drop").bounding_box()["height"] >= 44  # what a finger hits
+    assert page.locator("#drop").bounding_box()["height"] >= 44  # pixels that a finger needs
     page.close()
 
 
-def test_the_page_asks_for_a_token_and_a_wrong_one_is_told_from_none(browser, artefact):
+def test_the_page_asks_for_a_token_and_reports_a_wrong_one(browser, artefact):
     with in_thread(artefact, token="s3cret") as port:
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{port}/")
@@ -158,8 +158,8 @@ def test_the_page_shows_its_model_and_finds_a_camera(browser, port):
 
 
 @pytest.mark.trial
-def test_a_page_that_gets_no_camera_offers_the_file_of_one(browser, port):
-    """As over http:// from another machine."""
+def test_a_page_without_a_camera_opens_the_file_chooser(browser, port):
+    """A browser blocks the camera over http:// from another machine."""
     page = browser.new_page()
     page.add_init_script("Object.defineProperty(Navigator.prototype, 'mediaDevices', { value: undefined })")
     page.goto(f"http://127.0.0.1:{port}/")

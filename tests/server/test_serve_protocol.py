@@ -79,7 +79,7 @@ def test_data_that_is_not_a_tensor_of_the_shape_is_refused(site, data):
     ("null", "has null;"), ("true", "has true;"), ("false", "has false;"), ("NaN", "NaN is not valid JSON"),
     ("Infinity", "Infinity is not valid JSON"), ("-Infinity", "-Infinity is not valid JSON"),
 ])  # fmt: skip
-def test_a_value_that_is_not_a_byte_is_named(site, value, reason):
+def test_a_value_that_is_not_a_byte_is_400_with_the_value(site, value, reason):
     text = numbers(data=[7] * (ONE - 1) + ["?"]).decode().replace('"?"', value)
     status, message = error_of(site, INFER, text.encode())
     assert (status, reason in message) == (400, True), message
@@ -105,7 +105,7 @@ def test_a_json_tensor_of_one_photograph_of_224_px_fits():
         assert parse_infer(body, None, shape, 8).images.shape == (1, *shape)
 
 
-def test_larger_json_is_413_with_the_way_to_send_it():
+def test_larger_json_is_413_with_advice():
     status, message = refused({"id": "x" * JSON_LIMIT})
     assert (status, "binary_data_size" in message) == (413, True)
 
@@ -131,7 +131,7 @@ def test_the_types_of_the_protocol_are_accepted():
     assert (asked.binary, asked.classes) == (False, 3)
 
 
-def test_the_first_of_two_equal_outputs_counts():
+def test_the_first_of_two_outputs_with_one_name_counts():
     asked = parse(flat(outputs=[{"name": "logits"}, {"name": "logits", "parameters": {"binary_data": True}}]))
     assert not asked.binary
 
@@ -186,7 +186,7 @@ def test_a_wrong_request_is_400_with_the_reason(site, body, headers, reason):
     assert ask(site, INFER, numbers())[0] == 200
 
 
-def test_an_error_repeats_little_of_a_request_and_only_ascii():
+def test_an_error_quotes_only_a_short_ascii_part_of_a_request():
     for name in ("x" * 50_000, "\ud800", ["y" * 50_000], {"z": "\udfff" * 9_000}, "\x1b[31m"):
         status, message = refused({"inputs": [tensor(name=name, data=[])]})
         assert status == 400
@@ -211,7 +211,7 @@ def test_a_wrong_path_or_method_is_an_error_in_json(site, path, method, status):
 
 
 @pytest.mark.parametrize("path", ["/v2/", "/v2/health/live/", "/predict/"])
-def test_a_slash_at_the_end_does_not_redirect_to_the_host_that_was_sent(site, path):
+def test_a_slash_at_the_end_does_not_redirect_to_the_host_header(site, path):
     response = site.get(path, headers={"Host": "evil.example"}, follow_redirects=False)
     assert (response.status_code, "location" in response.headers) == (404, False)
 
@@ -254,7 +254,7 @@ def test_gzip_may_have_several_members_and_zeros_after_them():
 # ---- answers ------------------------------------------------------------------------------------------------------
 
 
-def test_many_logits_are_written_as_json_reads_them():
+def test_many_logits_are_exact_in_json():
     logits = np.random.default_rng(0).normal(size=(3, 21_000)).astype(np.float32)
     logits[1, 5] = np.inf
     body, _ = write_infer(parse(flat()), logits, "student", ["x"] * 21_000)
@@ -278,12 +278,12 @@ def test_classification_is_the_same_in_json_and_in_binary(site, expected):
     assert values == [f"{expected[0][i]:f}:{i}:{NAMES[i]}" for i in best]
 
 
-def test_logits_that_are_not_finite_are_null(artefact):
+def test_logits_that_are_not_finite_are_null_in_json(artefact):
     with in_process(artefact, run=lambda images: np.full((len(images), 7), np.nan, np.float32)) as site:
         assert json.loads(ask(site, INFER, numbers())[2])["outputs"][0]["data"] == [None] * 7
 
 
-def test_a_runtime_that_fails_is_500_and_the_next_request_is_answered(artefact):
+def test_a_runtime_that_fails_gives_500_and_the_next_request_is_answered(artefact):
     runtime, calls = load(artefact, RunOn("cpu")), []
 
     def fails_once(batch):
