@@ -63,7 +63,7 @@ def zipf_weights(strong, weak, t):
     not_s = math.fsum(s[i] for i in range(len(s)) if i != t)
     not_w = math.fsum(w[i] for i in range(len(w)) if i != t)
     r = [w[i] / not_w + s[i] / not_s for i in range(len(s))]
-    order = sorted(range(len(r)), key=lambda i: -r[i])  # a stable sort: ties by class index
+    order = sorted(range(len(r)), key=lambda i: -r[i])  # the sort is stable, so the class index orders ties
     reciprocal = [0.0] * len(r)
     for rank, i in enumerate(order, start=1):
         reciprocal[i] = 1 / rank

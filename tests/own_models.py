@@ -40,7 +40,7 @@ def raises(num_classes):
 
 
 class Branching(nn.Module):
-    """Use one of two branches for dark and the other for bright images; a tracer keeps only one branch."""
+    """Use one branch for dark images and another for bright images; a tracer keeps only one branch."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

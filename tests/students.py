@@ -1,4 +1,4 @@
-"""Write students for tests: any architecture, with random weights that give different images different classes."""
+"""Write students of any architecture, with random weights whose predictions differ between images."""
 
 import json
 from pathlib import Path

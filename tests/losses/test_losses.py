@@ -638,7 +638,7 @@ def test_bad_weights_are_refused(loss, options):
 @pytest.mark.parametrize("value", [torch.tensor(1.5), torch.nn.Parameter(torch.ones(4)), np.ones(4), None, "1"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_weight_that_is_not_a_number_is_a_type_error(value, soft):
-    """Refuse also a tensor, because the losses have no gradient for a weight or a temperature."""
+    """Refuse tensors too, because the losses have no gradient for a weight or a temperature."""
     a, b, target = inputs(4, 5)
     target = mixed_targets(target, 5) if soft else target
     calls = [(nkd_loss, a, b, name) for name in ("gamma", "temperature")]

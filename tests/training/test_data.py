@@ -141,7 +141,7 @@ print(json.dumps(open_data({str(tmp_path)!r}, val_split=0.3).split))"""
 
 
 def test_the_split_draws_every_image_of_a_class_equally_often(tmp_path):
-    """Split with 40 seeds; each image must validate 20 times, within 4.5 standard deviations."""
+    """Split with 40 seeds. Each image must be a validation image 20 times, within 4.5 standard deviations."""
     folder = make(tmp_path, {"cat": 50, "dog": 50}, b"")
     drawn = collections.Counter(
         file for seed in range(40) for file, side in open_data(str(folder), val_split=0.5, seed=seed).split

@@ -166,7 +166,7 @@ def test_the_sizes_of_the_classes_and_the_points_of_one_image_are_printed():
     ((500, 10), False, True), ((500, 10), True, False), ((90, 10), False, False), ((100, 10), False, True),
     ((5, 0), False, False), ((10, 0), False, True),
 ])  # fmt: skip
-def test_a_strong_imbalance_comes_with_advice(counts, weighted, advised):
+def test_advice_is_printed_for_a_strong_imbalance(counts, weighted, advised):
     assert ("--class-weights balanced" in outputs.describe_balance(data_of(*counts), weighted)) == advised
 
 

@@ -54,7 +54,7 @@ sys.exit(2 if how == "failed" else 0)
 '''
 sys.exit(subprocess.run([sys.executable, "-c", rank, flags[0], output / "log.txt"]).returncode)
 """
-# The loop skips the options of srun, because slurm.sh writes each option and its value as one word.
+# The loop skips the options of srun: slurm.sh writes each option and its value as one word.
 SRUN = """#!/bin/bash
 echo "srun $*" >>"$CALLS"
 while [[ $1 == -* ]]; do shift; done

@@ -1,4 +1,4 @@
-"""Test the progress of a command: a bar on a terminal, lines elsewhere, nothing with --quiet or --json."""
+"""Test the progress of a command: a bar on a terminal, lines elsewhere, and no output with --quiet or --json."""
 
 import io
 import sys

@@ -304,7 +304,7 @@ def test_two_processes_cannot_write_to_one_folder(digits, capsys):
     assert "cannot make" in refused_labels(capsys, *STUDENT, *TEACHER, "--output", "file")
 
 
-def test_a_tilde_that_the_shell_leaves_expands_to_the_home_folder(digits, monkeypatch):
+def test_a_tilde_that_the_shell_does_not_expand_becomes_the_home_folder(digits, monkeypatch):
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
     write_labels(*STUDENT, *TEACHER, "--output=~/L", "--views", 1)
     run(*TINY, "--kd", "nkd", "--teacher-labels", "~/L", "--output", "~/out")
