@@ -3,10 +3,11 @@
     /usr/bin/python3 -m venv /tmp/triton && /tmp/triton/bin/pip install nvidia-pytriton onnxruntime
     python tests/compare_triton.py STUDENT.onnx --triton /tmp/triton/bin/python
 
-nvidia-pytriton contains a real Triton, whose Python backend runs the file with ONNX Runtime here. It needs the Python
-of the system. It disables statistics, repository and the status of shared memory, so the script does not compare these.
-The script prints each request whose status or outputs differ. Exit status 1: a difference is not in KNOWN
-(deploy/serving.md lists these), or a difference of KNOWN has disappeared.
+nvidia-pytriton contains a real Triton. In this script Triton's Python backend runs the file with ONNX Runtime.
+nvidia-pytriton requires the system's Python. It disables statistics, the model repository and the status of shared
+memory, so the script does not compare these. The script prints each request whose status or outputs differ. The exit
+status is 1 if a difference is not in KNOWN or if a difference in KNOWN has disappeared. deploy/serving.md explains the
+known differences.
 """
 
 from __future__ import annotations
@@ -50,21 +51,21 @@ with Triton(config=TritonConfig(**ports)) as triton:
 """
 
 MISTAKE = "a mistake of the client: 400 from deploy.serve, 500 from Triton"
-LABELS = "deploy.serve has the labels; pytriton's configuration lacks a label file (that of deploy.triton has it)"
-LABELLED = ("classification", "classification, binary", "classification of more than all")
+LABELS = "deploy.serve returns the labels; pytriton has no label file (deploy.triton writes one)"
+LABELLED = ("classification", "classification, binary", "classification of too many classes")
 KNOWN = {
     "another model ready": "a missing model or version: 404 from deploy.serve, 400 from Triton",
     "another version ready": "a missing model or version: 404 from deploy.serve, 400 from Triton",
     "an unknown encoding": "415 from deploy.serve, as in RFC 9110; 501 from Triton",
-    "gzip of two members": "RFC 1952 allows it; Triton reads the first",
+    "gzip of two members": "RFC 1952 allows two members; Triton reads only the first",
     "nested differently": "deploy.serve accepts a tensor nested as its shape, or flat; Triton accepts any nesting",
     "256": "not a UINT8: deploy.serve refuses it, Triton takes it modulo 256",
     "1.0": "a whole number: deploy.serve accepts it, Triton refuses it",
     "output in shared memory": "400 from deploy.serve: not supported; 404 from Triton: the region is not registered",
 } | dict.fromkeys(LABELLED, LABELS) | dict.fromkeys((
     "id that is a number", "binary size as text", "classification as text", "classification below 0",
-    "binary_data as text", "binary_data as a number", "binary_data_output as text", "a number too few",
-    "a number too many", "-1", "0.5", "text for numbers", "not JSON",
+    "binary_data as text", "binary_data as a number", "binary_data_output as text", "one number too few",
+    "one number too many", "-1", "0.5", "text instead of numbers", "not JSON",
 ), MISTAKE)  # fmt: skip
 
 
@@ -138,20 +139,20 @@ def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, 
         "flat": of(),
         "nested": of(given=tensor(data=images[0][None].tolist())),
         "nested differently": of(given=tensor(data=images[0].reshape(2, -1).tolist())),
-        "of a version": ("/v2/models/student/versions/1/infer", good, {}),
-        "of another version": ("/v2/models/student/versions/2/infer", good, {}),
-        "of another model": ("/v2/models/another/infer", good, {}),
+        "infer with a version": ("/v2/models/student/versions/1/infer", good, {}),
+        "infer with another version": ("/v2/models/student/versions/2/infer", good, {}),
+        "infer with another model": ("/v2/models/another/infer", good, {}),
         "id": of(id="7"),
         "id that is a number": of(id=7),
         "binary": binary(one, size),
         "binary answer": binary(one, size, parameters={"binary_data_output": True}),
         "binary of another size": binary(one, size - 1),
-        "binary with bytes to spare": binary(one + b"x", size),
-        "binary that is short": binary(one[:-1], size),
+        "binary with one byte too many": binary(one + b"x", size),
+        "binary with one byte too few": binary(one[:-1], size),
         "binary size as text": binary(one, str(size)),
         "raw": (infer, one, raw),
         "raw of two images": (infer, two, raw),
-        "raw of nothing": (infer, b"", raw),
+        "raw without bytes": (infer, b"", raw),
         "raw, packed": (infer, gzip.compress(one), raw | packed),
         "header length beyond the body": (infer, good, {"Inference-Header-Content-Length": "99999"}),
         "header length that is text": (infer, good, {"Inference-Header-Content-Length": "x"}),
@@ -161,14 +162,14 @@ def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, 
         "an unknown encoding": (infer, good, {"Content-Encoding": "br"}),
         "classification": of(output(classification=2)),
         "classification, binary": of(output(classification=2, binary_data=True)),
-        "classification of more than all": of(output(classification=10_000)),
+        "classification of too many classes": of(output(classification=10_000)),
         "classification as text": of(output(classification="2")),
         "classification below 0": of(output(classification=-1)),
         "binary_data as text": of(output(binary_data="false")),
         "binary_data as a number": of(output(binary_data=1)),
         "binary_data_output as text": of(parameters={"binary_data_output": "false"}),
         "the output twice": of(output() + output(binary_data=True)),
-        "no output named": of([]),
+        "an empty list of outputs": of([]),
         "another output": of([{"name": "scores"}]),
         "another input": of(given=tensor(name="image")),
         "the input twice": of(inputs=[tensor(), tensor()]),
@@ -177,13 +178,13 @@ def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, 
         "another shape": of(given=tensor(shape=[1, 3, *shape[:2]])),
         "no image": of(given=tensor(shape=[0, *shape], data=[])),
         "too many images": binary(bytes(9 * size), 9 * size, images=9),
-        "a number too few": of(given=tensor(data=[0] * (size - 1))),
-        "a number too many": of(given=tensor(data=[0] * (size + 1))),
+        "one number too few": of(given=tensor(data=[0] * (size - 1))),
+        "one number too many": of(given=tensor(data=[0] * (size + 1))),
         "256": of(given=tensor(data=[256] * size)),
         "-1": of(given=tensor(data=[-1] * size)),
         "0.5": of(given=tensor(data=[0.5] * size)),
         "1.0": of(given=tensor(data=[1.0] * size)),
-        "text for numbers": of(given=tensor(data=["1"] * size)),
+        "text instead of numbers": of(given=tensor(data=["1"] * size)),
         "no data": of(given={key: value for key, value in tensor().items() if key != "data"}),
         "not JSON": (infer, b"{", {}),
         "an empty body": (infer, b"", {}),
@@ -198,7 +199,7 @@ def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, 
 
 
 def outputs(answer: Answer) -> Any:
-    """Return the outputs of an inference, the same for JSON and binary data; None without outputs."""
+    """Return the id, the encoding and the outputs of an inference response; None if it has no outputs."""
     if b'"outputs"' not in answer.body or answer.status != 200:
         return None
     split = int(answer.headers.get("inference-header-content-length", len(answer.body)))
@@ -260,7 +261,7 @@ def run(args: Any) -> int:
             print(f"    {who} {answer.status} {answer.body[: args.show]!r}")
     gone = [name for name in KNOWN if name not in differ]
     print(f"{len(cases)} requests, {len(differ)} answers differ, {len(set(differ) - set(KNOWN))} of them not known; "
-          f"known ones that are gone: {gone or 'none'}")  # fmt: skip
+          f"known differences that disappeared: {gone or 'none'}")  # fmt: skip
     return 1 if gone or set(differ) - set(KNOWN) else 0
 
 

@@ -1,4 +1,4 @@
-"""Run two test processes with one thread each; tests that share a costly fixture run in one process."""
+"""Run each test process with one thread, and the tests that share a costly fixture in one process."""
 
 import functools
 import os
@@ -10,10 +10,11 @@ import torch
 from kdlite.training import data
 from kdlite.training.data import Digits
 
-# Costly fixtures, and the group of the slow tests that use them.
+# Costly fixture -> the group of the slow tests that use it.
 SHARED = {"trained": "run", "deployed": "run", "made": "device", "runs": "report", "html": "page"}
 
-CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"  # a moving picture, without a question
+# A fake camera, whose use Chromium allows without a question.
+CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # because more threads would compete for the cores
@@ -34,10 +35,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def small_runs(request, monkeypatch):
-    """Make a run of train.py in this process cheap: 200 training and 60 validation digits, and no pictures.
+    """Make runs of train.py in this process cheap: use 200 training and 60 validation digits, and draw no pictures.
 
-    All 1,797 digits and three pictures take three quarters of the time of a small run. Tests that need them have the
-    marker `whole_runs`.
+    All 1,797 digits and the three pictures take three quarters of the time of a small run. Tests that need them have
+    the marker `whole_runs`.
     """
     if "training" not in request.path.parts or request.node.get_closest_marker("whole_runs"):
         return
@@ -52,7 +53,7 @@ def make_empty(path, *_):
 
 
 class SmallDigits(Digits):
-    """Hold the first digits, which are read once."""
+    """Hold the first digits of each part, which a process reads once."""
 
     def __init__(self, train):
         self.images, self.targets = small_digits(train)
@@ -78,7 +79,7 @@ def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if not program:
-        pytest.skip("no Chromium here")
+        pytest.skip("Chromium is not installed")
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *CAMERA])
         yield chromium

@@ -1,4 +1,4 @@
-"""Make virtual environments with some of the installed packages: those of a device, or only torch."""
+"""Make virtual environments from some of the installed packages: those of a device, or only torch."""
 
 import importlib.metadata
 import re
@@ -37,6 +37,6 @@ def make_environment(folder, *names):
 
 
 def installed(pattern):
-    """Return the installed distribution whose name matches, such as onnxruntime or onnxruntime-gpu."""
+    """Return the name of the first installed distribution that matches, such as onnxruntime or onnxruntime-gpu."""
     names = {d.metadata["Name"] for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return next(name for name in sorted(names) if re.fullmatch(pattern, name))

@@ -1,11 +1,11 @@
 """Fake a GPU, to find tensors that stay on the host and operations that read a value.
 
-CUDA tensors are torch's fake ones: they have a shape, a dtype and a device, but no values, and an operation that reads
-a value raises. Host tensors stay real. Three parts of CUDA need a driver, so they are replaced:
+CUDA tensors are torch's fake tensors: they have a shape, a dtype and a device, but no values. An operation that reads a
+value raises an error. Host tensors stay real. Three parts of torch need a CUDA driver:
 
-- autograd's engine needs CUDA's streams, so ``walk_backward`` replaces Tensor.backward and calls the graph's nodes;
-- torch.autocast and GradScaler switch off if torch.cuda.is_available() returns False, so it returns True;
-- torch.Generator("cuda") needs a driver: pass generator=None.
+- autograd's engine uses CUDA's streams, so ``walk_backward`` replaces Tensor.backward and calls the graph's nodes;
+- torch.autocast and GradScaler are disabled if torch.cuda.is_available() returns False, so here it returns True;
+- torch.Generator("cuda") has no replacement, so pass generator=None.
 """
 
 import warnings
@@ -22,7 +22,7 @@ CUDA = torch.device("cuda", 0)
 class FakeCuda(FakeTensorMode):
     """Fake the tensors on the GPU and their results; run operations on host tensors."""
 
-    faking = False  # True inside a fake operation, whose host tensors are fake too
+    faking = False  # True inside a fake operation, which makes its host tensors fake too
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -44,8 +44,8 @@ class FakeCuda(FakeTensorMode):
 def walk_backward(root, gradient=None):
     """Run Tensor.backward without the engine: call each node once, with the sum of its gradients.
 
-    As the engine does, it checks each gradient's device, sums over broadcast dimensions, and casts. A Function must
-    have its tensors before its other arguments.
+    Like the engine, check each gradient's device, sum it over broadcast dimensions, and cast it. An autograd.Function
+    must take its tensors before its other arguments.
     """
     users, nodes = {root.grad_fn: 0}, [root.grad_fn]
     for node in nodes:
@@ -84,7 +84,7 @@ def walk_backward(root, gradient=None):
 
 @contextmanager
 def fake_gpu(monkeypatch):
-    """Enter the mode and yield it."""
+    """Enter FakeCuda and yield it."""
     torch._C._ensureCUDADeviceGuardSet()  # FakeTensorMode does this if is_available is False
     lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # for torch.tensor(..., device="cuda")
@@ -94,7 +94,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *args: None)  # the original makes a real tensor
     monkeypatch.setattr(torch.Tensor, "backward", walk_backward)
     with FakeCuda() as mode, warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*CUDA is not available")  # autocast and GradScaler are off
+        # because this warning means that autocast or GradScaler is disabled
+        warnings.filterwarnings("error", ".*CUDA is not available")
         yield mode
     torch._C._set_only_lift_cpu_tensors(lifts)
 

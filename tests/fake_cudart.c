@@ -1,5 +1,6 @@
-/* A libcudart for test_tensorrt.py. "Device" memory is host memory of its own; copies and launches wait in a queue until
-   the stream is synchronised, as on a device, so that what is read too early is wrong. Each call is written to a log. */
+/* A fake libcudart for test_tensorrt.py. "Device" memory is separate host memory. Copies and launches wait in a queue
+   until the stream is synchronised, as on a device, so that a result that is read too early is wrong. The log has a
+   line for each call. */
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -73,7 +74,7 @@ int cudaHostGetDevicePointer(void **device, void *host, unsigned flags) {
 int cudaFree(void *address) { return note("cudaFree", "") || give(address, 1); }
 int cudaFreeHost(void *address) { return note("cudaFreeHost", "") || give(address, 0); }
 int cudaStreamCreate(void **stream) {
-    *stream = (void *)0x7000000000000001; /* would not survive being cut to 32 bits */
+    *stream = (void *)0x7000000000000001; /* more than 32 bits, to detect a truncated pointer */
     if (note("cudaStreamCreate", "")) return 2;
     streams++;
     return 0;
@@ -91,7 +92,7 @@ int cudaMemcpyAsync(void *target, const void *source, size_t size, int direction
     queue[queue_length++].size = size;
     return 0;
 }
-/* The engine: logit c of an image is the sum of its pixels, times c + 1. In and out must be memory the device sees. */
+/* The engine: logit c is the sum of the pixels times c + 1. Both buffers must be device or mapped memory. */
 int fake_launch(const void *images, void *logits, int rows, int pixels, int classes, void *stream) {
     int in = find(images, (size_t)rows * pixels), out = find(logits, sizeof(float) * rows * classes);
     note("launch", " %d", rows);

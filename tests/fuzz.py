@@ -10,8 +10,8 @@
     python tests/fuzz.py photograph --seconds 600     # the body of a POST to /predict, as a file or as a form
 
 The search starts from tests/corpus/TARGET. A finding is an undocumented exception, a hang or a crash of the
-interpreter. The search stores one input per place in the code under --output and continues. Exit status 1 after a
-finding.
+interpreter. The search stores one input for each faulty place in the code, under --output, and continues. The exit
+status is 1 after a finding.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ LARGEST = {
 SECONDS_A_RUN = 10
 GIB_ADDRESSABLE = 8  # because an input must not allocate more; torch alone maps a part of it
 MAX_PIXELS = 2_000_000  # instead of Pillow's 89 million, because larger images are slow
-MAX_SIDE = 256  # of an input_size for which the target prepares an image
+MAX_SIDE = 256  # with a larger input_size the target does not prepare an image
 
 
-# ---- targets: functions of bytes; an exception is a finding -------------------------------------------------------
+# ---- targets: each is a function of bytes, whose exceptions are findings -------------------------------------------
 
 
 def config_target(folder: Path) -> Callable[[bytes], None]:
@@ -92,7 +92,7 @@ def checkpoint_target(folder: Path) -> Callable[[bytes], None]:
     unpickler.Unpickler.load = atheris.instrument_func(unpickler.Unpickler.load)
 
     def run(data: bytes) -> None:
-        """Read the bytes plain, sealed, or sealed as the pickle of a torch archive; the first byte selects."""
+        """Read the bytes as they are, sealed, or sealed as the pickle of a torch archive, by the first byte."""
         kind, content = data[:1], data[1:]
         if kind in (b"s", b"z"):
             sealed = bytes(seal(bytearray(archive(content) if kind == b"z" else content)))
@@ -140,7 +140,7 @@ def labels_target(folder: Path) -> Callable[[bytes], None]:
     header = {"k": 2, "classes": 5}
 
     def run(data: bytes) -> None:
-        """Read the bytes as labels.json, and as a file of rows with a right checksum."""
+        """Read the bytes as labels.json, and as a file of rows with a correct checksum."""
         (folder / HEADER).write_bytes(data)
         with promised(UserError):
             read_header(folder)
@@ -164,7 +164,7 @@ def reference_target(folder: Path) -> Callable[[bytes], None]:
     (student / "config.json").write_text(json.dumps(config | {"model_args": {}, "small_stem": False}))
 
     def run(data: bytes) -> None:
-        """Read the bytes as reference.npz, or as one array of a whole one, which the first byte selects."""
+        """Read the bytes as reference.npz, or as one array of a valid file; the first byte selects the array."""
         file = io.BytesIO(data)
         names = ("images", "labels", "logits", "train_images", "digest")
         if data[:1] in b"01234":
@@ -215,7 +215,7 @@ def request_target(folder: Path) -> Callable[[bytes], None]:
     logits = np.linspace(-1, 1, 8 * classes, dtype=np.float32).reshape(8, classes)
 
     def run(data: bytes) -> None:
-        """Parse two lines of headers (the encoding up to "|", and the length of the JSON) and the body."""
+        """Parse a line with the encoding up to "|", a line with the length of the JSON, and the body."""
         first, _, rest = data.partition(b"\n")
         length, _, body = rest.partition(b"\n")
         encoding = first.decode("latin-1").partition("|")[0].strip().lower()
@@ -303,7 +303,7 @@ VALUES = (None, True, False, 0, 1, 3, -1, 0.01, 1e-320, 1e308, 2**70, float("nan
 
 
 def mutate_config(data: bytes, largest: int, seed: int) -> bytes:
-    """Replace one value of the JSON in half of the calls, because random bytes seldom stay JSON."""
+    """Replace one value of the JSON in half of the calls, because JSON with random bytes is seldom valid."""
     import atheris
 
     random = Random(seed)
@@ -331,7 +331,7 @@ def mutate_config(data: bytes, largest: int, seed: int) -> bytes:
 
 
 def mutate_request(data: bytes, largest: int, seed: int) -> bytes:
-    """Mutate the body of a request as JSON, if it is not compressed."""
+    """Mutate the body of a request as JSON if it is not compressed, otherwise as bytes."""
     import atheris
 
     plain = b"|\n\n"
@@ -341,7 +341,7 @@ def mutate_request(data: bytes, largest: int, seed: int) -> bytes:
 
 
 def archive(pickle: bytes) -> bytes:
-    """Return an archive like that of torch.save, with these bytes as its pickle and one storage."""
+    """Return an archive in the format of torch.save, with these bytes as its pickle and with one storage."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as whole:
         for name, content in (("data.pkl", pickle), ("byteorder", b"little"), ("data/0", bytes(16)), ("version", b"3")):
@@ -353,9 +353,9 @@ def archive(pickle: bytes) -> bytes:
 
 
 def search(target: str, found: Path, new: Path, seconds: int, seed: int) -> None:
-    """Search in this process, which libFuzzer ends."""
+    """Search until libFuzzer ends this process."""
     import atheris
-    import torch  # without instrumentation, which would only cost time
+    import torch  # before the instrumentation, which would only make torch slower
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -414,7 +414,7 @@ def main() -> int:
 
 
 def repeat(args: argparse.Namespace, found: Path, new: Path) -> int:
-    """Start the search again each time an input ends it, until the time is up; print a report."""
+    """Start the search again each time an input ends it, until the time is over; print a report."""
     began, executions, ends, coverage = time.monotonic(), 0, 0, 0
     while (left := round(args.seconds - (time.monotonic() - began))) > 0:
         command = [sys.executable, __file__, args.target, "--seconds", str(left), "--seed", str(args.seed + ends)]

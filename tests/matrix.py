@@ -1,11 +1,11 @@
-"""Test the wheel in a clean environment of each Python, with the oldest and with the newest tested torch.
+"""Test the wheel in a new environment for each Python, with the oldest and with the newest tested torch.
 
     make test-matrix                          # or: python tests/matrix.py 3.10 3.13
-    python tests/matrix.py 3.12 --torch 2.11  # a part
+    python tests/matrix.py 3.12 --torch 2.11  # one combination
 
 Build wheel and sdist, and check them with twine. For each python3.X in the path and each torch, make an environment,
 install the wheel and run the examples in kdlite's docstrings. Each environment needs some GB of downloads, and is
-removed before the next one. Exit status 1: a step failed, or a Python is missing.
+removed before the next one. The exit status is 1 if a step fails or a Python is missing.
 """
 
 import argparse

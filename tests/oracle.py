@@ -1,7 +1,6 @@
 """Compute the paper's formulas in plain float64 loops, written from the paper and independent of kdlite.
 
-A function takes one sample as lists of floats and does not use torch. The loss of a soft target is the expectation,
-over the label, of the hard-label loss.
+The functions take lists of floats and do not use torch. Those of NKD take one sample, those of USKD a batch.
 """
 
 import math
@@ -32,7 +31,7 @@ def nkd_row(student, teacher, t, gamma, temperature):
 
 
 def nkd_row_gradient(student, teacher, t, gamma, temperature):
-    """Return d nkd_row / d student, by the derivation on paper."""
+    """Return d nkd_row / d student, derived by hand."""
     s, t_prob = softmax(student), softmax(teacher)[t]
     p = softmax(student, temperature, leave_out=t)
     q = softmax(teacher, temperature, leave_out=t)
@@ -43,9 +42,9 @@ def nkd_row_gradient(student, teacher, t, gamma, temperature):
 
 
 def nkd_topk_row(student, t, teacher_target, teacher_top, gamma):
-    """Return NKD from log T_t and log T_i of some classes of the teacher; ``teacher_top`` is a dict by class.
+    """Return NKD from the teacher's log T_t and from its log T_i of some classes.
 
-    All other classes together are one class, for the student and for the teacher.
+    ``teacher_top`` maps a class i to log T_i. All other classes together are one class, for student and teacher.
     """
     log_n, n = log_softmax(student, leave_out=t), softmax(student, leave_out=t)
     not_t = -math.expm1(teacher_target)  # 1 - T_t
@@ -59,12 +58,12 @@ def nkd_topk_row(student, t, teacher_target, teacher_top, gamma):
 
 
 def zipf_weights(strong, weak, t):
-    """Return N(Z): reciprocal ranks by descending R, without the target, renormalised; 0 for the target."""
+    """Return N(Z): 0 for the target, and for the others 1 / (rank by descending R), renormalised."""
     s, w = softmax(strong), softmax(weak)
     not_s = math.fsum(s[i] for i in range(len(s)) if i != t)
     not_w = math.fsum(w[i] for i in range(len(w)) if i != t)
     r = [w[i] / not_w + s[i] / not_s for i in range(len(s))]
-    order = sorted(range(len(r)), key=lambda i: -r[i])  # a stable sort: ties by class index
+    order = sorted(range(len(r)), key=lambda i: -r[i])  # the sort is stable, so the class index orders ties
     reciprocal = [0.0] * len(r)
     for rank, i in enumerate(order, start=1):
         reciprocal[i] = 1 / rank
@@ -74,7 +73,7 @@ def zipf_weights(strong, weak, t):
 
 
 def uskd_rows(strong, weak, targets, alpha, beta, mu, label_smoothing):
-    """Return USKD of a batch, one loss per row; ``targets`` holds a list of class probabilities for each row."""
+    """Return USKD of a batch, one loss per row; ``targets`` has the class probabilities of each row."""
     probs = [softmax(row) for row in strong]
     classes = range(len(strong[0]))
     mean = math.fsum(v[k] * s[k] ** 2 for s, v in zip(probs, targets) for k in classes) / len(strong)
@@ -98,7 +97,7 @@ def uskd_rows(strong, weak, targets, alpha, beta, mu, label_smoothing):
 
 
 def uskd_gradient(strong, weak, labels, alpha, beta, mu, label_smoothing):
-    """Return d mean(uskd) / d strong and / d weak for class indices, by the derivation on paper."""
+    """Return d mean(uskd) / d strong and d mean(uskd) / d weak for class indices, derived by hand."""
     n, classes = len(strong), range(len(strong[0]))
     probs = [softmax(row) for row in strong]
     mean = math.fsum(s[t] ** 2 for s, t in zip(probs, labels)) / n

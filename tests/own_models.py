@@ -1,4 +1,4 @@
-"""Define models as a user does: --model tests/own_models.py:tiny."""
+"""Define models for the tests of user models, as in --model tests/own_models.py:tiny."""
 
 import warnings
 
@@ -40,7 +40,7 @@ def raises(num_classes):
 
 
 class Branching(nn.Module):
-    """Compute dark and bright images in two branches; a tracer keeps only one."""
+    """Use one branch for dark images and another for bright images; a tracer keeps only one branch."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def small_regnet(num_classes):
 
 
 def plain(num_classes):
-    """Build a model without batch norm and dropout: its gradient is the mean over the images in any partition."""
+    """Build a model without batch norm and dropout, so that its gradient does not depend on the parts of a batch."""
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))  # fmt: skip
 
@@ -100,7 +100,7 @@ def lazy(num_classes):
 
 
 class NaNAfter(nn.Module):
-    """Train normally, but return NaN in evaluation from the second epoch."""
+    """Return NaN in evaluation after 60 training steps."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -134,13 +134,13 @@ def parametrized(num_classes):
 
 
 def branched(num_classes):
-    """Build blocks of RepVGG: three branches in training, one convolution after fusion."""
+    """Build two blocks of RepVGG, which have several branches in training and one convolution after fusion."""
     return nn.Sequential(RepVggBlock(3, 8, stride=2), RepVggBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(8, num_classes))  # fmt: skip
 
 
 class Unused(nn.Module):
-    """Never call one layer, so that several processes would wait for its gradient."""
+    """Contain a layer that never runs, and for whose gradient several processes would wait."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
 """Kill a training run at random moments, resume it, and compare its weights with those of an undisturbed run.
 
-    python tests/random_kills.py --rounds 20                 # a table: kind of kill, kills, runs, bitwise equal runs
+    python tests/random_kills.py --rounds 20                 # prints kills, runs and bitwise equal runs of each kind
     python tests/random_kills.py --rounds 2 --kinds rank
 
 Each run saves a checkpoint at nearly every step. The kinds rank, launcher, signal and suspend run two processes under
-torchrun; the others run one process with two data loading processes. A round kills the run up to three times and then
-lets it end; each start has --resume, as in a job script.
+torchrun; the others run one process with two data loading processes. The script kills a run up to three times and then
+waits for its end. Each start has --resume, as in a job script.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 ROOT = Path(__file__).resolve().parents[1]
-# A data loading process of torch prints this error if another process is killed while it checks for the end.
+# A data loading process of torch prints this error if its parent is killed at the wrong moment.
 AFTER = "Received final signal but neither done_event nor iteration_end is set"
 KINDS = ("rank", "launcher", "worker", "save", "signal", "job", "suspend")
 TWO_RANKS = ("rank", "launcher", "signal", "suspend")
@@ -57,7 +57,7 @@ def start(output: Path, kind: str, photos: Path) -> subprocess.Popen:
 
 
 def environment(output: Path) -> dict[str, str]:
-    """Return an environment with a mark that finds every process of a run, in any session and under any parent."""
+    """Return an environment with a variable that marks every process of a run, in any session and under any parent."""
     return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "RANDOM_KILLS": str(output.absolute())}
 
 
@@ -68,7 +68,7 @@ def processes(output: Path) -> dict[int, str]:
         with contextlib.suppress(OSError):  # the process has ended
             if f"RANDOM_KILLS={output.absolute()}\0".encode() in (folder / "environ").read_bytes():
                 found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-    return {pid: line for pid, line in found.items() if line}  # without zombies
+    return {pid: line for pid, line in found.items() if line}  # a zombie has no command line
 
 
 def ranks(output: Path) -> list[int]:
@@ -87,7 +87,7 @@ def kill(run: subprocess.Popen, kind: str, output: Path) -> None:
             time.sleep(0.0002)
     if run.poll() is not None or not processes(output):
         return
-    if kind == "job":  # a scheduler signals every process, while the loading processes are the bottleneck
+    if kind == "job":  # a scheduler signals every process of a job
         os.killpg(run.pid, random.choice([signal.SIGTERM, signal.SIGHUP]))
         return
     if kind == "suspend":
@@ -113,10 +113,10 @@ def finish(run: subprocess.Popen, output: Path, seconds: float) -> str:
         text, _ = run.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as error:
         left = kill_all(output)
-        raise AssertionError(f"still there after {seconds} s: {left}") from error
+        raise AssertionError(f"still running after {seconds} s: {left}") from error
     while processes(output):
         if time.time() - began > seconds:
-            raise AssertionError(f"left behind: {kill_all(output)}")
+            raise AssertionError(f"the run left processes: {kill_all(output)}")
         time.sleep(0.1)
     return text
 
@@ -139,8 +139,8 @@ def round_of(kind: str, folder: Path, photos: Path, whole: dict, most: int = 3) 
         if "last top-1" in text:
             kills += kind == "suspend"
             break
-        kills += 1  # because the run ended early
-        # the run must not print a traceback; torchrun and data loading processes may, if their parent is killed
+        kills += 1  # the run ended before its last epoch
+        # only torchrun and data loading processes may print a traceback, after another process was killed
         assert f'File "{ROOT}/train.py"' not in text, text
         bystanders = kind in ("rank", "launcher", "save") or AFTER in text
         assert bystanders or 'Traceback (most recent call last):\n  File "/' not in text, text
@@ -157,7 +157,7 @@ def round_of(kind: str, folder: Path, photos: Path, whole: dict, most: int = 3) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="kills of each kind (default: 20)")
+    parser.add_argument("--rounds", type=int, default=20, help="least number of kills of each kind (default: 20)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

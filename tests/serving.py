@@ -45,14 +45,14 @@ def write_artefact(folder, names=NAMES):
 
 @contextlib.contextmanager
 def in_process(artefact, limits=DEFAULT, token=None, run=None):
-    """Yield starlette's TestClient, without a socket. run: replaces the runtime's function."""
+    """Yield starlette's TestClient, which has no socket. run: a function instead of the runtime's own."""
     with TestClient(make_app(make_server(artefact, limits, run), token), raise_server_exceptions=False) as client:
         yield client
 
 
 @contextlib.contextmanager
 def in_thread(artefact, limits=DEFAULT, token=None, run=None):
-    """Serve in a thread of this process, for real connections, and yield the port."""
+    """Serve in a thread of this process, with real connections, and yield the port."""
     server = make_server(artefact, limits, run)
     listener, began = listen("127.0.0.1", 0), threading.Event()
     process = make_process(make_app(server, token), server, began.set)
@@ -75,7 +75,7 @@ def make_server(artefact, limits=DEFAULT, run=None):
 
 @contextlib.contextmanager
 def server(artefact, *flags, prefix=(), environment=(), slow_load=0.0):
-    """Start python -m deploy.serve, and yield process and port, for tests of signals, output and limits."""
+    """Start python -m deploy.serve for tests of signals, output and limits; yield its process and its port."""
     run = ["-m", "deploy.serve"]
     if slow_load:
         run = ["-c", "import sys, time, deploy.serve as serve\nload = serve.load_and_try\n"

@@ -2,11 +2,11 @@
 
     python tests/soak.py STUDENT.onnx --minutes 30
 
-The script first measures the peak: clients send their next image after the answer to the previous image. Then it sends
-requests at a steady rate, without waiting for answers; one in twenty is a hostile request of
-tests/server/test_serve_bounds.py. It compares each answer with that of the runtime, and prints a line a minute. Exit
-status 1: a wrong answer, a refused good request, a growth of memory by more than 2 %, or a p99 in the last third that
-is twice that of the first. Client and server share this machine's cores.
+The script first measures the peak rate with clients that wait for each answer. Then it sends requests at a steady rate,
+without waiting for answers. One in twenty is a hostile request from tests/server/test_serve_bounds.py. The script
+compares each answer with the runtime's, and prints a line per minute. The exit status is 1 after a wrong answer or a
+refused good request, if memory grows by more than 2 %, or if p99 in the last third of the time is more than twice that
+in the first third. Client and server share this machine's cores.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from deploy.runtimes import RunOn, load
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 32  # number of different images
-WARM_UP = 2  # minutes at the start that are not measured
-KEPT_S = 30  # seconds that a connection stays open: half of the server's limit
-OUTSTANDING = 400  # unanswered requests; with more the server is too slow
+WARM_UP = 2  # minutes at the start, which do not count for memory and p99
+KEPT_S = 30  # seconds that an idle connection stays open: half of the server's limit
+OUTSTANDING = 400  # unanswered requests; with more of them the script sends no request
 
 
 class Client:
@@ -85,7 +85,7 @@ def is_right(answer: bytes, logits: np.ndarray) -> bool:
 
 
 async def measure_peak(client: Client, good: list[tuple[bytes, np.ndarray]], seconds: float) -> float:
-    """Return the requests a second of 16 clients that wait for each answer."""
+    """Return the number of requests per second of 16 clients that wait for each answer."""
     until, answered = time.monotonic() + seconds, 0
 
     async def one(first: int) -> None:
@@ -159,7 +159,7 @@ def show(number: int, minute: Minute, pid: int) -> None:
 
 
 def memory_of(minute: Minute) -> float:
-    """Return the 10th percentile of the memory in MiB, because some seconds may have a large image."""
+    """Return the 10th percentile of the memory in MiB, because a large image may be in memory at some moments."""
     return float(np.percentile(minute.memory, 10))
 
 

@@ -1,4 +1,4 @@
-"""Write students for tests: any architecture, with random weights that give different images different classes."""
+"""Write students of any architecture, with random weights whose predictions differ between images."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_student(folder, name, img_size, label_names=10, arguments=()):
         for _ in range(10):
             model(torch.randn(16, *input_size))
         *_, classifier = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-        classifier.weight.normal_(0, 0.1)  # else some logits are 1e-9, and every comparison passes
+        classifier.weight.normal_(0, 0.1)  # because with logits near 1e-9 every comparison passes
     config = Metadata(
         label_names=label_names,
         input_size=input_size,
@@ -46,8 +46,8 @@ def write_student(folder, name, img_size, label_names=10, arguments=()):
 def write_run(folder, name, img_size, label_names=10, arguments=(), images=40):
     """Write a run directory with a student and its reference.npz.
 
-    The images are crops of photographs, labelled with the student's predictions. Images with two nearly equal logits
-    are left out, because fp16 and INT8 may change their class.
+    The images are crops of photographs, labelled with the student's predictions. The function skips images whose two
+    largest logits are nearly equal, because fp16 and INT8 may change their class.
     """
     student = write_student(folder / "student", name, img_size, label_names, arguments)
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]

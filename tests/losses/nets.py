@@ -11,7 +11,7 @@ from kdlite import uskd_loss
 
 
 class Net(nn.Module):
-    """Run a small CNN with two stages; a third layer never runs."""
+    """Run a small CNN with two stages; the layer ``unused`` never runs."""
 
     def __init__(self, checkpointed=None):
         super().__init__()
@@ -19,7 +19,7 @@ class Net(nn.Module):
         self.layer2 = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU())
         self.unused = nn.Identity()
         self.fc = nn.Linear(16, 5)
-        self.checkpointed = checkpointed  # None, or use_reentrant
+        self.checkpointed = checkpointed  # None, or the value of use_reentrant
 
     def forward(self, x):
         if self.checkpointed is None:
@@ -39,7 +39,7 @@ class Entry(nn.Module):
 
 
 class Transpose(nn.Module):
-    """Swap (N, L, C) and (L, N, C), because nn.TransformerEncoder has the tokens first."""
+    """Swap the first two dimensions, as of (N, L, C) and (L, N, C)."""
 
     def forward(self, x):
         return x.transpose(0, 1)
@@ -57,7 +57,7 @@ class Returning(nn.Module):
 
 
 class TwoInputs(Net):
-    """Multiply the images by a mask before the CNN."""
+    """Multiply the images by a mask, and the logits by a scale."""
 
     def forward(self, x, mask, *, scale):
         return super().forward(x * mask) * scale
@@ -82,7 +82,7 @@ def classifier(*layers, width):
 
 
 def fixed_size(*shape):
-    """Return a model that takes 8 px images only; its layer "1" returns (N, *shape)."""
+    """Return a model for images of 8 px only; its layer "1" returns the shape (N, *shape)."""
     size = math.prod(shape)
     return nn.Sequential(
         nn.Sequential(nn.Flatten(), nn.Linear(192, size)), nn.Unflatten(1, shape), nn.Flatten(), nn.Linear(size, 5)

@@ -29,7 +29,7 @@ def nkd_loss(student_logits, teacher_logits, target, gamma=1.5, temperature=1.0)
     n_t = F.softmax(teacher_logits[others].view(n) / temperature, 1)
     return (target_term + gamma * temperature**2 * F.kl_div(log_n, n_t, reduction="none").sum(1)).mean()
 '''
-CHANGES = {  # code, its replacement, and the name of the mistake
+CHANGES = {  # code -> its replacement, and the mistake that the check prints
     "view(n) / temperature, 1)\n    n_t = F.softmax(teacher_logits[others].view(n) / temperature, 1)": (
         "view(n) / temperature, 1)\n    log_n = F.log_softmax(student_logits / temperature, 1)\n"
         "    n_t = F.softmax(teacher_logits / temperature, 1)",
@@ -120,7 +120,7 @@ RIGHT = {  # a right loss, and the notes about its call
 
 
 @pytest.mark.parametrize("kind", RIGHT)
-def test_the_check_finds_a_right_loss_right_in_twenty_cases(kind):
+def test_a_right_loss_is_right_in_all_twenty_cases(kind):
     loss, notes = RIGHT[kind]
     result = check.check(loss)
     assert result.mistake is None
@@ -165,7 +165,7 @@ def with_epsilon(s, t, y, gamma, temperature, epsilon=1e-6):
     return (-target_of(t, y).detach() * (target_of(s, y) + epsilon).log() - gamma * temperature**2 * rest).mean()
 
 
-WRONG = {  # losses with other names of their arguments, and the mistake of each
+WRONG = {  # losses with other argument names, and the mistake of each
     "no square": (lambda a, b, y, temp=1.0: hand(a, b, y, 1.5 / temp**2, temp), "lacks the temperature squared"),
     "no square, unknown names": (
         lambda a, b, c, w=1.5, k=1.0: hand(a, b, c, w / k**2, k),
@@ -207,7 +207,7 @@ WRONG = {  # losses with other names of their arguments, and the mistake of each
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_the_check_finds_a_wrong_loss_with_other_argument_names_wrong(kind):
+def test_the_names_of_the_arguments_do_not_hide_a_mistake(kind):
     loss, mistake = WRONG[kind]
     assert mistake in check.check(loss).mistake
 
@@ -218,7 +218,8 @@ def test_no_two_formulas_of_the_table_have_the_same_gradient():
     found.append(("right", check.gradient(check.right, probe, 3.5, 2.0)))
     for i, (words, gradient) in enumerate(found):
         same = [name for name, other in found[:i] if name != words and check.is_close(gradient, other)]
-        assert not same or "epsilon" in words + same[0], (words, same)  # a small epsilon is right here
+        # because a small epsilon hardly changes the gradient
+        assert not same or "epsilon" in words + same[0], (words, same)
 
 
 def test_classic_distillation_is_recognised():
@@ -239,7 +240,7 @@ def test_constants_that_are_given_are_not_estimated():
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_verdict_first_and_exits_with_0_if_all_are_right(tmp_path):
+def test_the_command_prints_the_verdict_first_and_exits_with_0_for_a_right_loss(tmp_path):
     (tmp_path / "mine.py").write_text(HAND)
     environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
     command = [sys.executable, "-m", "kdlite.check", "mine.py:nkd_loss"]

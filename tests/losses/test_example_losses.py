@@ -1,4 +1,4 @@
-"""Test examples/losses.py against loops over floats, written from the papers."""
+"""Compare examples/losses.py with loops over floats, written from the papers."""
 
 import math
 import sys
@@ -48,7 +48,7 @@ def tf_kd(s, t, y):
 
 
 def ps_kd(s, t, y):
-    """Return the paper's objective, the cross-entropy with soft targets, minus the cross-entropy."""
+    """Return the cross-entropy with the paper's soft targets, minus that with the label."""
     log_s = log_softmax(s)
     soft = [0.8 * p + 0.2 * (i == y) for i, p in enumerate(softmax(t))]
     return -math.fsum(a * b for a, b in zip(soft, log_s)) + log_s[y]
@@ -87,7 +87,7 @@ def test_losses_and_gradients_are_finite_for_probabilities_near_1(name):
     assert student.grad.isfinite().all()
 
 
-def test_a_loss_is_short_and_gives_its_paper():
+def test_a_loss_is_short_and_cites_its_paper():
     import inspect
 
     for name in ("dkd", "standardised_kd", "wttm", "dist", "tf_kd", "ps_kd"):

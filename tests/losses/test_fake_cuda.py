@@ -1,7 +1,7 @@
 """Test the device placement of the losses and modules on a fake GPU (tests/fake_cuda.py).
 
-A fake tensor is a subclass of Tensor, for which the losses would use plain autograd only: the tests force both
-evaluations.
+The losses use plain autograd for a subclass of Tensor, such as a fake tensor. So the tests force the plain and the
+fused evaluation.
 """
 
 import own_models
@@ -73,7 +73,7 @@ def test_a_planted_fault_is_caught(cuda, way):
 
 
 def test_the_fake_backward_gives_the_gradients_of_autograd():
-    """Compare them on the host with real numbers, for a small CNN with its weak head and both losses."""
+    """Compare the gradients of a small CNN, with a weak head and both losses, on the host with real numbers."""
     torch.manual_seed(0)
     net = WithWeakHead(own_models.tiny(10), "layer2", example_input=torch.zeros(2, 3, 16, 16))
     images, target, teacher = torch.randn(8, 3, 16, 16), torch.randint(10, (8,)), torch.randn(8, 10)
@@ -135,7 +135,8 @@ def test_a_top_k_stays_on_the_device(cuda, monkeypatch):
     value = nkd_topk_loss(student, *top_k, target, ignore_index=3)
     value.backward()
     assert on_gpu(student.grad)
-    monkeypatch.setattr(linear, "can_fuse", lambda *logits: False)  # the other evaluation needs autograd's engine
+    # because the fused evaluation of a top-k needs autograd's engine
+    monkeypatch.setattr(linear, "can_fuse", lambda *logits: False)
     hidden, weight = logits(5, 6), logits(10, 6)
     top_k = top_k_logprobs(logits(5, 10), labels(5), 3)
     nkd_linear_loss(hidden, weight, None, None, labels(5), teacher_top_k=top_k, softcap=30.0, ce_weight=1.0).backward()

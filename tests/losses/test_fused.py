@@ -1,8 +1,7 @@
-"""Test the fast evaluation of the losses and nkd_linear_loss: the same numbers with less memory.
+"""Test the fused evaluation of the losses, and nkd_linear_loss.
 
-The tests of class indices in test_losses.py check the values of the fast evaluation. These tests check that it agrees
-with plain autograd, in chunks and compiled; the precision of its gradients; its memory; and the cases that use plain
-autograd instead.
+test_losses.py compares the values with the formulas. These tests compare the fused evaluation with plain autograd, in
+chunks and compiled. They also check the precision of its gradients, its memory, and the cases that use plain autograd.
 """
 
 import math
@@ -30,7 +29,7 @@ def plain(monkeypatch):
 @BOTH
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("chunk_elements", [1, 40, 70, 10**6])  # with 35 classes: 1 row, 1 row, 2 rows, all rows
-def test_chunks_of_rows_give_the_plain_loss(loss, temperature, chunk_elements, monkeypatch, plain):
+def test_a_loss_in_chunks_of_rows_equals_the_plain_loss(loss, temperature, chunk_elements, monkeypatch, plain):
     a, b, target = inputs(7, 35)
     target[2] = -100
     options = dict(temperature=temperature) if loss is nkd_loss else {}
@@ -47,7 +46,7 @@ def test_chunks_of_rows_give_the_plain_loss(loss, temperature, chunk_elements, m
 @pytest.mark.trial
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_gives_the_plain_loss(loss, dtype, plain):
+def test_a_compiled_loss_equals_the_plain_loss(loss, dtype, plain):
     a, b, target = inputs(6, 35, dtype=dtype)
     target[2] = -100
     torch._dynamo.reset()
@@ -66,10 +65,10 @@ def test_compiled_gives_the_plain_loss(loss, dtype, plain):
     ("dtype", "scale", "bound"), [("float32", 1.0, 3e-7), ("float16", 65536.0, 3e-4), ("bfloat16", 1.0, 2.5e-3)]
 )
 def test_the_gradient_is_rounded_once(loss, std, dtype, scale, bound):
-    """Use the loss scale of AMP in fp16: a division by N before the scale would round a part of the gradient to 0."""
+    """Use the loss scale of AMP in fp16, because a division by N before it would round some gradients to 0."""
     a, b, target = inputs(256, 1000, std=std, dtype=getattr(torch, dtype))
-    # without the ranking, because float64 may order near-ties differently, and without label smoothing, because its
-    # gradient has nearly one value, and so one rounding error
+    # beta=0: float64 may rank near-ties differently.
+    # label_smoothing=0: its gradient has nearly the same value, and rounding error, for all classes.
     options = {} if loss is nkd_loss else dict(beta=0.0, label_smoothing=0.0)
     _, grads = gradients(lambda *args: scale * loss(*args, **options), a, b, target)
     _, expected = gradients(lambda *args: scale * loss(*args, **options), a.double(), b.double(), target)
@@ -87,8 +86,9 @@ def test_a_target_with_a_probability_near_0_or_1_loses_no_digits(loss, margin):
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
     for grad, e in zip(grads, expected_grads):
         assert relative_l2(grad, e) < 1e-6
-        rows = torch.arange(16), target  # the target's gradient separately, because it may be tiny next to the others
-        torch.testing.assert_close(grad.double()[rows], e[rows], rtol=1e-5, atol=0)  # 2e-6 for log odds of 40
+        # the target's gradient may be tiny next to the others; its error is 2e-6 for log odds of 40
+        rows = torch.arange(16), target
+        torch.testing.assert_close(grad.double()[rows], e[rows], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("loss", "by_masks"), [(nkd_loss, nkd_by_masks), (uskd_loss, uskd_by_masks)])
@@ -121,7 +121,7 @@ def test_the_peak_memory_is_a_few_times_that_of_the_logits(loss, compiled, bound
 
 
 @BOTH
-def test_the_backward_keeps_no_tensor_as_large_as_the_logits_but_zipf_weights(loss):
+def test_the_backward_keeps_no_tensor_as_large_as_the_logits_except_zipf_weights(loss):
     a, b, target = inputs(64, 500, dtype=torch.float32)
     a.requires_grad_(), b.requires_grad_()
     kept = {}
@@ -190,7 +190,7 @@ def test_the_hessian_of_torch_func_is_right(loss):
 
 
 @BOTH
-def test_a_fake_tensor_has_the_shape_of_the_loss(loss):
+def test_the_loss_of_fake_tensors_has_its_shape(loss):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -252,7 +252,7 @@ def linear_gradients(loss, args, biases, **options):
 @pytest.mark.parametrize(
     "options", [{}, dict(ce_weight=1.0), dict(reduction="sum", gamma=0.5), dict(temperature=2.0, ce_weight=0.5)]
 )
-def test_linear_loss_is_the_loss_of_the_logits(options, logits_at_a_time, monkeypatch):
+def test_linear_loss_equals_the_loss_of_the_logits(options, logits_at_a_time, monkeypatch):
     monkeypatch.setattr(kdlite.linear, "LOGITS_AT_A_TIME", logits_at_a_time)
     args, biases = linear_inputs()
     value, grads = linear_gradients(nkd_linear_loss, args, biases, **options)
@@ -276,7 +276,7 @@ def test_linear_loss_takes_lower_precision(dtype, bound, monkeypatch):
         assert relative_l2(grad, e) < bound
 
 
-def test_linear_loss_under_autocast_is_the_loss_in_its_dtype():
+def test_linear_loss_under_autocast_equals_the_loss_of_cast_inputs():
     args, biases = linear_inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         value, grads = linear_gradients(nkd_linear_loss, args, biases)
@@ -290,7 +290,7 @@ def test_linear_loss_under_autocast_is_the_loss_in_its_dtype():
         torch.testing.assert_close(grad, e.float())
 
 
-def test_linear_loss_takes_any_leading_dimensions_and_no_bias():
+def test_linear_loss_takes_any_leading_dimensions_and_needs_no_bias():
     args, _ = linear_inputs()
     hidden, weight, teacher_hidden, teacher_weight, target = args
     expected = nkd_linear_loss(*args)
@@ -303,7 +303,7 @@ def test_linear_loss_takes_any_leading_dimensions_and_no_bias():
 
 
 @pytest.mark.parametrize("n", [0, 4])
-def test_linear_loss_without_a_target_is_nan_as_cross_entropy(n):
+def test_linear_loss_without_a_target_is_nan_like_cross_entropy(n):
     args, biases = linear_inputs(n=max(n, 6))
     args = [x if i in (1, 3) else x[:n] for i, x in enumerate(args)]
     args[4] = torch.full_like(args[4], -100)
@@ -324,7 +324,7 @@ def test_linear_loss_works_with_a_frozen_classifier_and_without_gradients():
 
 
 @pytest.mark.slow
-def test_linear_loss_compiles_whole_and_works_under_torch_func():
+def test_linear_loss_compiles_as_one_graph_and_works_under_torch_func():
     args, biases = linear_inputs(dtype=torch.float32)
     expected, expected_grads = linear_gradients(nkd_linear_loss, args, biases)
     torch._dynamo.reset()
@@ -352,7 +352,7 @@ def test_linear_loss_applies_the_softcap(logits_at_a_time, monkeypatch):
     actual = linear_gradients(nkd_linear_loss, args, biases, **CAPS, ce_weight=1.0)
     torch.testing.assert_close(actual, linear_gradients(unfused_capped, args, biases))
     by_func = torch.func.grad(lambda hidden: nkd_linear_loss(hidden, *args[1:], **biases, **CAPS, ce_weight=1.0))
-    torch.testing.assert_close(by_func(args[0]), actual[1][0])  # torch.func needs all logits in memory
+    torch.testing.assert_close(by_func(args[0]), actual[1][0])  # computed with all logits in memory
 
 
 def top_k_of(args, biases):
@@ -383,7 +383,7 @@ def test_linear_loss_takes_a_teachers_top_k(options, logits_at_a_time, monkeypat
     served = (
         top_k[0].view(3, 7),
         *(x.view(3, 7, 4) for x in top_k[1:]),
-    )  # k in the last dimension, as hidden states have it
+    )  # the k classes are in the last dimension, like the width of hidden states
     folded = nkd_linear_loss(
         args[0].view(3, 7, -1),
         args[1],
@@ -411,7 +411,7 @@ def test_linear_loss_uses_the_teachers_largest_class_without_a_target(logits_at_
 
 
 @pytest.mark.slow
-def test_linear_loss_of_a_top_k_compiles_whole():
+def test_linear_loss_of_a_top_k_compiles_as_one_graph():
     args, biases = linear_inputs(dtype=torch.float32)
     top_k = top_k_of(args, biases)
 
@@ -468,7 +468,7 @@ def test_linear_loss_refuses_a_second_derivative_and_a_second_backward():
         loss.backward()
 
 
-def test_linear_loss_never_holds_the_logits(monkeypatch):
+def test_linear_loss_never_stores_all_logits(monkeypatch):
     monkeypatch.setattr(kdlite.linear, "LOGITS_AT_A_TIME", 20000)
     args, _ = linear_inputs(n=400, classes=2000, dtype=torch.float32)
     args[0].requires_grad_(), args[1].requires_grad_()

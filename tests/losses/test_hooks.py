@@ -37,11 +37,11 @@ def test_a_layer_that_never_ran_is_an_error():
 def test_the_error_for_a_misspelt_layer_lists_near_names():
     with pytest.raises(ValueError, match=r"no layer 'layer_1' in Net; near matches: layer1"):
         FeatureTap(Net(), "layer_1")
-    with pytest.raises(ValueError, match=r"near matches: layer1"):  # no name is near: the first names
+    with pytest.raises(ValueError, match=r"near matches: layer1"):  # the first names, because no name is near
         FeatureTap(Net(), "zzzzzzzzz")
 
 
-def test_close_leaves_nothing_behind():
+def test_close_removes_the_hook():
     model = Net()
     before = {name: len(m._forward_hooks) for name, m in model.named_modules()}
     tap = FeatureTap(model, "layer1")
@@ -58,7 +58,7 @@ def test_close_leaves_nothing_behind():
 def test_the_hook_does_nothing_in_a_deepcopy_of_a_tapped_model():
     model = Net()
     with FeatureTap(model, "layer1") as tap:
-        model(images())  # now the tap stores an output, which is not a leaf tensor and cannot be copied
+        model(images())  # the tap now stores an output, which deepcopy cannot copy because it is not a leaf tensor
         ema = copy.deepcopy(model)
         expected = tap.pop()
         model(images())
@@ -66,7 +66,7 @@ def test_the_hook_does_nothing_in_a_deepcopy_of_a_tapped_model():
         torch.testing.assert_close(tap.pop(), expected)
 
 
-# ---- the kept output ----
+# ---- the stored output ----
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_a_later_in_place_layer_does_not_change_the_feature(mode, context, compi
             assert (feature < 0).any()
 
 
-def test_an_in_place_layer_that_is_added_later_does_not_change_the_feature():
+def test_a_new_in_place_layer_does_not_change_the_feature():
     net = nn.Sequential(nn.Linear(3, 4), nn.Identity())
     with FeatureTap(net, "0") as tap:
         net(torch.ones(2, 3))
@@ -121,7 +121,7 @@ def test_transform_replaces_the_clone():
         assert tap.pop() is outputs[-1]
 
 
-def test_a_feature_that_is_pooled_in_the_hook_is_freed_when_the_model_has_run():
+def test_a_feature_that_the_hook_pools_is_freed_when_the_model_has_run():
     net, features = Net(), []
     net.layer1.register_forward_hook(lambda module, args, output: features.append(weakref.ref(output)))
     with torch.no_grad(), FeatureTap(net, "layer1", transform=lambda output: output.mean((2, 3))) as tap:

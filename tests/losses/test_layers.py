@@ -1,4 +1,4 @@
-"""Test default_tap, the layer that USKD reads, on real architectures."""
+"""Test default_tap, which chooses the layer that USKD reads, on real architectures."""
 
 import itertools
 
@@ -66,7 +66,7 @@ def build(library, name, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("library", "name", "size", "tap", "channels"), ARCHITECTURES)
-def test_the_default_tap_and_the_channels_of_an_architecture(library, name, size, tap, channels):
+def test_an_architecture_has_its_default_tap_and_channels(library, name, size, tap, channels):
     with torch.device("cpu" if name.startswith("regnet_") else "meta"):  # RegNet's constructor reads a value
         model = build(library, name, size).to("meta")
     student = WithWeakHead(model, num_classes=7, example_input=torch.zeros(1, 3, size, size, device="meta"))
@@ -82,7 +82,7 @@ ONE_OF_A_KIND = {"resnet18", "mobilenet_v2", "swin_t", "deit_tiny_patch16_224", 
     ("library", "name", "size"),
     [pytest.param(*row[:3], marks=[] if row[1] in ONE_OF_A_KIND else pytest.mark.trial) for row in ARCHITECTURES],
 )
-def test_one_uskd_step_of_an_architecture(library, name, size):
+def test_uskd_trains_the_weak_head_and_the_layers_before_the_tap(library, name, size):
     torch.manual_seed(0)
     student = WithWeakHead(build(library, name, size), example_input=torch.zeros(1, 3, size, size))
     logits, weak_logits = student(images(2, size))
@@ -90,7 +90,7 @@ def test_one_uskd_step_of_an_architecture(library, name, size):
     loss.backward()
     assert loss.isfinite()
     assert student.head.weight.grad.abs().sum() > 0
-    # the weak loss alone reaches the layers before the tap
+    # the loss of the weak head alone reaches the layers before the tap
     weak_only = torch.autograd.grad(
         F.cross_entropy(student(images(2, size))[1], torch.tensor([1, 2])),
         [p for p in student.model.parameters() if p.requires_grad],
@@ -110,9 +110,9 @@ def test_one_uskd_step_of_an_architecture(library, name, size):
         ("convnext_atto", 64, lambda f: f.mean((2, 3))),
     ],
 )
-def test_the_head_reads_the_class_token_or_the_mean_of_an_architecture(name, size, read):
+def test_the_head_reads_the_class_token_or_the_mean(name, size, read):
     student = WithWeakHead(build("timm", name, size), example_input=torch.zeros(1, 3, size, size))
-    student.model.eval()  # without drop path two forwards are equal
+    student.model.eval()  # because drop path would make two forwards differ
     _, weak_logits = student(images(2, size))
     with FeatureTap(student.model, student.tap) as tap:
         student.model(images(2, size))
@@ -134,11 +134,11 @@ def test_swin_is_read_with_its_channels_last(height, width):
     "name", ["efficientnet_b0", "mobilenetv3_small_100", "ghostnet_100", "resnet18", "convnext_atto"]
 )
 def test_a_checkpointed_model_runs_its_default_tap_with_equal_gradients(name):
-    """Use timm's checkpointing, which calls the blocks of a stage, not the stage."""
+    """Use timm's checkpointing, which calls the blocks of a stage instead of the stage."""
     pytest.importorskip("timm")
     torch.manual_seed(0)
     student = WithWeakHead(build("timm", name, 64), example_input=images(2, 32))
-    student.model.eval()  # without dropout, and with the same statistics in both forwards
+    student.model.eval()  # disables dropout and fixes the batch norm statistics
     gradients = []
     for enable in (False, True):
         student.model.set_grad_checkpointing(enable)
@@ -151,7 +151,7 @@ def test_a_checkpointed_model_runs_its_default_tap_with_equal_gradients(name):
 
 
 class Stages(nn.Module):
-    """Have two sets of blocks that suggest a layer; ``layer1`` to ``layer3`` do not run or do not return a feature."""
+    """Contain two candidates for the default layer, ``layer2`` and ``blocks.1``, of which only one runs."""
 
     def __init__(self, runs):
         super().__init__()
@@ -188,7 +188,7 @@ def test_a_backbone_inside_a_classifier_is_found():
     assert default_tap(nn.Sequential(backbone, nn.Linear(1000, 5))) == "0.layer3.1"
     assert default_tap(nn.ModuleDict({"model": nn.ModuleDict({"backbone": backbone})})) == "model.backbone.layer3.1"
     unknown = nn.Sequential(nn.Linear(4, 8), nn.ModuleDict({f"layer{i}": nn.Linear(64, 64) for i in (1, 2, 3)}))
-    with pytest.raises(ValueError, match="no default tap for Sequential"):  # the large part comes last, like a stage
+    with pytest.raises(ValueError, match="no default tap for Sequential"):  # its large child is not the first
         default_tap(unknown)
 
 
@@ -198,7 +198,7 @@ def test_the_error_for_an_unknown_structure_asks_for_the_layer():
 
 
 def test_a_structure_without_stages_is_refused():
-    class MobileNet(nn.Module):  # thirteen blocks of growing width do not show stages
+    class MobileNet(nn.Module):  # the widths of its thirteen blocks do not show stages
         def __init__(self):
             super().__init__()
             widths = [32 * 2 ** (i // 3) for i in range(14)]

@@ -39,7 +39,7 @@ def loop(name, *argv):
 
 
 def loop_under_sgd(name, *argv):
-    """Run with SGD, because the step of AdamW does not depend on the scale of the gradient."""
+    """Run the loop with SGD, because a step of AdamW does not depend on the scale of the gradient."""
     torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
     loop(name, *argv)
 
@@ -115,7 +115,7 @@ def assert_equal(ours, theirs, **tolerance):
 
 
 def nkd_gradient(logits, teacher_logits, labels, gamma=1.5):
-    """Return d (sum of cross-entropy + NKD) / d logits, rows (R, C), by the derivation on paper."""
+    """Return d (sum of cross-entropy + NKD) / d logits for rows (R, C), derived by hand."""
     ce = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
     rows = zip(logits.tolist(), teacher_logits.tolist(), labels.tolist())
     return ce + torch.tensor([oracle.nkd_row_gradient(s, t, y, gamma, 1.0) for s, t, y in rows])
@@ -124,7 +124,7 @@ def nkd_gradient(logits, teacher_logits, labels, gamma=1.5):
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.name)
 def test_a_loop_is_short_and_does_not_have_the_name_of_a_library(path):
     assert len(path.read_text().splitlines()) <= 90
-    assert importlib.util.find_spec(path.stem) is None  # a loop's folder comes first on sys.path
+    assert importlib.util.find_spec(path.stem) is None  # because a loop's folder comes first on sys.path
 
 
 # ---- timm ----
@@ -217,7 +217,7 @@ FAST = ["--optim", "sgd", "--learning_rate", "0.1", "--max_steps", "6"]
 
 @pytest.fixture(scope="module")
 def trained(forked, tmp_path_factory):
-    """Run the Trainer's loop on one process, with the whole batch at once."""
+    """Run the loop of the Trainer in one process, without gradient accumulation."""
     output = tmp_path_factory.mktemp("trained")
     child = forked(target=_child, args=({}, output / "log.txt", loop, ("hf_trainer.py", "--output_dir", output, *FAST)))
     child.start()
@@ -229,7 +229,7 @@ def trained(forked, tmp_path_factory):
 def test_the_trainer_evaluates_the_student_and_saves_it_plain(trained, run):
     lines = re.findall(r"^(\w+) +([\d.]+)%, loss ([\d.]+)$", (trained / "log.txt").read_text(), re.M)
     assert [name for name, _, _ in lines] == ["Trainer", "NKDTrainer", "USKDTrainer"]
-    assert all(0 < float(loss) < 3 for _, _, loss in lines)  # the evaluation is of the cross-entropy alone
+    assert all(0 < float(loss) < 3 for _, _, loss in lines)  # because the evaluation computes the cross-entropy alone
     run(assert_loads, trained / "nkd", lines[1])
     run(assert_loads, trained / "uskd", lines[2])
 
@@ -258,10 +258,10 @@ def test_the_trainer_on_two_processes_equals_one(trained, run, tmp_path):
         )
 
 
-def test_the_trainer_under_accumulation_and_checkpointing_equals_one_pass(trained, run, tmp_path):
+def test_the_trainer_with_accumulation_and_checkpointing_equals_one_pass(trained, run, tmp_path):
     flags = ["--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 2, "--gradient_checkpointing"]
     run(loop, "hf_trainer.py", "--output_dir", tmp_path, *flags, *FAST)
-    # each pass has its own batch mean in USKD
+    # USKD is not compared, because each pass has its own batch mean
     assert_equal(
         weights(tmp_path / "nkd" / "model.safetensors"),
         weights(trained / "nkd" / "model.safetensors"),
@@ -304,7 +304,7 @@ TAPS = {
 }
 
 
-def test_hugging_faces_classifiers_have_a_default_tap_and_can_be_checkpointed(run):
+def test_classifiers_of_hugging_face_have_a_default_tap_and_can_be_checkpointed(run):
     run(assert_taps)
 
 
@@ -408,10 +408,10 @@ def assert_language_model():
         assert_equal(gradients[way], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_language_model_loop_learns_from_twenty_served_tokens(run):
+def test_the_language_model_loop_learns_with_each_loss(run):
     lines = dict(re.findall(r"^(\w+) +cross-entropy ([\d.]+)$", run(loop, "language_model.py"), re.M))
     assert lines.keys() == {"cross_entropy", "from_logits", "from_hidden", "from_top_k"}
-    assert max(map(float, lines.values())) < 3.5  # 4.85 before training
+    assert max(map(float, lines.values())) < 3.5  # before training it is 4.85
     assert abs(float(lines["from_logits"]) - float(lines["from_hidden"])) < 0.05
 
 
@@ -420,7 +420,7 @@ def test_the_language_model_loop_learns_from_twenty_served_tokens(run):
 
 def test_accelerate_on_two_processes_equals_one(run, tmp_path):
     printed = [run(loop_under_sgd, "accelerate_loop.py", tmp_path / str(n), processes=n) for n in (1, 2)]
-    assert float(re.search(r"USKD ([\d.]+)%", printed[0])[1]) > 30  # 10 is chance
+    assert float(re.search(r"USKD ([\d.]+)%", printed[0])[1]) > 30  # chance is 10
     one, two = (weights(tmp_path / n / "model.safetensors") for n in "12")
     assert_equal(one, two, rtol=1e-4, atol=1e-5)
     load("accelerate_loop.py")["cnn"]().load_state_dict(one)  # it is the plain student
@@ -455,7 +455,7 @@ def test_lightning_on_two_devices_equals_one(run, tmp_path):
 
 
 def fit_whole_batches(output, devices):
-    """Train on whole batches, because Lightning orders the images of several devices differently."""
+    """Train on all images in one batch, because Lightning gives several devices other orders of the images."""
     its = load("lightning_module.py")
     torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
     its["L"].seed_everything(0)
@@ -473,16 +473,16 @@ def test_fsdp2_on_two_processes_equals_one(run, tmp_path):
 # ---- dense predictions and several losses ----
 
 
-def test_a_segmentation_loop_learns_from_the_pixels_that_count(run):
+def test_the_segmentation_loop_learns(run):
     lines = dict(re.findall(r"^(\w+) +([\d.]+)$", run(loop, "segmentation.py"), re.M))
     assert lines.keys() == {"cross_entropy", "with_teacher", "without_teacher"}
-    assert float(lines["cross_entropy"]) < 1.5  # 2.4, the logarithm of 11, before training
+    assert float(lines["cross_entropy"]) < 1.5  # before training it is 2.4, the logarithm of 11
 
 
 def test_segmentation_has_the_gradient_of_the_paper_and_zero_at_255():
     its = load("segmentation.py")
     x, y = its["scene"](torch.arange(1))
-    y[:, :56] = 255  # fewer pixels for the oracle
+    y[:, :56] = 255  # because the oracle is slow
     logits = torch.randn(1, 11, 64, 64, requires_grad=True)
     teacher_logits = torch.randn(1, 11, 64, 64)
     its["with_teacher"].__globals__["teacher"] = Constant(teacher_logits)

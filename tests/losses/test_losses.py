@@ -37,7 +37,7 @@ def inputs(n, c, *trailing, std=2.0, dtype=torch.float64, seed=0, device="cpu"):
 
 
 def mixed_targets(target, c, seed=0):
-    """Return targets as mixup makes them: two labels in a row, and some one-hot rows."""
+    """Return targets like mixup's: most rows have two labels, and the first row is one-hot."""
     g = torch.Generator().manual_seed(seed)
     lam = torch.rand(len(target), 1, generator=g, dtype=torch.float64)
     lam[0] = 1.0
@@ -107,14 +107,14 @@ def test_uskd_of_soft_targets_is_the_documented_formula(c):
     options = dict(alpha=0.9, beta=0.3, mu=0.2, label_smoothing=0.15)
     actual = uskd_loss(strong, weak, soft, **options, reduction="none")
     expected = oracle.uskd_rows(strong.tolist(), weak.tolist(), soft.tolist(), *options.values())
-    # if two classes have the second largest label, the formula leaves the choice open
+    # skip rows in which two classes share the second largest probability, because the formula allows either class
     rows = torch.tensor([sorted(row)[-2] > sorted([-1.0, *row])[-3] for row in soft.tolist()])
     assert rows.sum() >= 10
     torch.testing.assert_close(actual[rows], torch.tensor(expected, dtype=torch.float64)[rows], rtol=1e-9, atol=1e-9)
 
 
 @BOTH
-@pytest.mark.parametrize("margin", [0.0, 20.0])  # 20: both have probabilities near 1, for a right or wrong class
+@pytest.mark.parametrize("margin", [0.0, 20.0])  # 20: both models are nearly certain of a right or wrong class
 def test_one_hot_targets_give_the_hard_label_loss(loss, margin):
     a, b, target = inputs(32, 10)
     a, b = a + margin * F.one_hot(target.roll(3), 10), b + margin * F.one_hot(target.roll(5), 10)
@@ -136,7 +136,7 @@ def test_nkd_of_mixup_is_the_mix_of_two_losses():
     )
 
 
-def test_uskd_of_mixup_ranks_for_both_labels():
+def test_uskd_of_mixup_ranks_the_classes_once_for_each_label():
     strong, weak, target = inputs(8, 20)
     other = (target + 1) % 20
     mixed = 0.3 * F.one_hot(target, 20) + 0.7 * F.one_hot(other, 20)
@@ -144,8 +144,8 @@ def test_uskd_of_mixup_ranks_for_both_labels():
     torch.testing.assert_close(only_ranking(mixed), 0.3 * only_ranking(target) + 0.7 * only_ranking(other))
 
 
-def test_uskd_ranks_probabilities_as_the_paper_does_not_log_probabilities():
-    """Use rows in which class 1 comes before class 2 by probabilities, and after it by log-probabilities."""
+def test_uskd_ranks_by_probabilities_instead_of_log_probabilities():
+    """Use a row where class 1 comes before class 2 by probabilities, and after class 2 by log-probabilities."""
     strong = torch.tensor([[4.5, -0.5, 1.0, 1.5]], dtype=torch.float64)
     weak = torch.tensor([[-1.0, 0.0, -1.5, -1.0]], dtype=torch.float64)
     s, w = strong.softmax(1)[0], weak.softmax(1)[0]
@@ -169,7 +169,7 @@ def test_with_two_classes_the_non_target_term_is_zero(c):
 
 
 def test_uskd_target_weights_average_to_one():
-    """Check E[P_t] = V_t: for equal rows P_t is exactly 1, and the target term is the cross-entropy."""
+    """Use equal rows: P_t is exactly 1, so the target term is the cross-entropy."""
     strong, weak, _ = inputs(1, 10)
     target = torch.full((6,), 3)
     strong, weak = strong.expand(6, -1), weak.expand(6, -1)
@@ -216,7 +216,7 @@ def test_the_uskd_gradient_is_exact_in_float32(std, offset):
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_nkd_passes_gradcheck_twice(soft, temperature):
+def test_nkd_passes_gradcheck_and_gradgradcheck(soft, temperature):
     student, teacher, target = inputs(4, 5, std=1.0)
     target = mixed_targets(target, 5) if soft else target
 
@@ -228,7 +228,7 @@ def test_nkd_passes_gradcheck_twice(soft, temperature):
     assert torch.autograd.gradgradcheck(of_student, student)
 
 
-def test_uskd_gradient_leaves_weights_and_ranking_constant():
+def test_uskd_gradient_treats_weights_and_ranking_as_constants():
     strong, weak, target = inputs(8, 10)
     _, actual = gradients(uskd_loss, strong, weak, target, alpha=0.7, beta=0.4, mu=0.3)
     expected = oracle.uskd_gradient(strong.tolist(), weak.tolist(), target.tolist(), 0.7, 0.4, 0.3, 0.1)
@@ -273,7 +273,7 @@ def test_sum_and_mean_are_those_of_the_rows(loss):
 @BOTH
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_dense_logits_equal_the_flattened_call(loss, soft, reduction):
+def test_dense_logits_have_the_loss_of_flattened_logits(loss, soft, reduction):
     a, b, target = inputs(2, 7, 3, 4)
     flat = [x.movedim(1, -1).reshape(-1, 7) for x in (a, b)]
     if soft:
@@ -317,7 +317,7 @@ def test_ignored_rows_have_no_loss_and_no_gradient(loss, ignore_index):
 @BOTH
 @pytest.mark.parametrize("n", [0, 4])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_without_a_target_the_loss_is_that_of_cross_entropy(loss, n, reduction):
+def test_without_a_target_the_loss_equals_cross_entropy(loss, n, reduction):
     a, b, target = inputs(n, 5)
     target = torch.full_like(target, -100)
     value, grads = gradients(loss, a, b, target, reduction=reduction)
@@ -432,7 +432,7 @@ def test_nkd_is_exact_at_the_extremes_of_confidence():
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_nkd_of_a_mix_is_exact_with_a_certain_teacher_and_student(soft):
-    """Compare soft targets for which 1 - S_k and 1 - T_k underflow with the float64 expectation."""
+    """Compare with the float64 expectation; in float32, 1 - S_k and 1 - T_k underflow."""
     c = 6
     student, teacher, target = inputs(4, c, std=1.0, dtype=torch.float32)
     teacher = teacher + 30 * F.one_hot(target, c)
@@ -454,13 +454,13 @@ def test_a_vocabulary_of_128_256_classes_works(loss, device):
     expected, expected_grads = gradients(loss, a.double(), b.double(), target)
     torch.testing.assert_close(value.cpu().double(), expected, rtol=1e-5, atol=0)
     for g, e in zip(grads, expected_grads):
-        # for USKD, float32 and float64 rank a few near-ties differently with this number of classes
+        # USKD: with this number of classes, float32 and float64 rank a few near-ties differently
         assert relative_l2(g.cpu(), e) < (1e-6 if loss is nkd_loss else 1e-4)
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_nkd_ignores_a_class_that_student_and_teacher_both_mask(soft):
-    """Mask a class as in a padded vocabulary; cross_entropy is finite there too."""
+    """Mask three classes, as in a padded vocabulary."""
     student, teacher, target = inputs(4, 9)
     padded = [torch.cat([x, torch.full((4, 3), -torch.inf)], dim=1) for x in (student, teacher)]
     soft_target = mixed_targets(target, 9)
@@ -470,8 +470,8 @@ def test_nkd_ignores_a_class_that_student_and_teacher_both_mask(soft):
     torch.testing.assert_close(grad, F.pad(expected_grad, (0, 3)))
 
 
-def test_uskd_ranks_ties_by_class_index_also_the_target():
-    """Use equal logits, so that all classes have the same R: the target gets the rank of its index."""
+def test_uskd_ranks_ties_by_class_index_including_the_target():
+    """Use equal logits, so that all classes have the same R. The target then has the rank of its index."""
     for c, t in ((7, 3), (10, 0), (33, 32)):
         for dtype in (torch.float32, torch.float64):
             strong = weak = torch.zeros(1, c, dtype=dtype)
@@ -495,7 +495,7 @@ def test_uskd_of_a_soft_target_row_of_zeros_is_zero():
 
 
 class NoSync(TorchDispatchMode):
-    """Fail on an operation that reads a value on the host, or makes a shape depend on the data."""
+    """Fail on an operation that reads a value on the host, or whose shape depends on the data."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "index.Tensor", "is_nonzero")
 
@@ -531,7 +531,7 @@ def test_forward_and_backward_do_not_synchronise_on_cuda(loss, soft):
 @pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("soft", [False, pytest.param(True, marks=pytest.mark.trial)])
-def test_the_loss_compiles_whole_with_dynamic_shapes(loss, soft):
+def test_the_loss_compiles_as_one_graph_with_dynamic_shapes(loss, soft):
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     for n, c in ((4, 10), (6, 10), (5, 7)):
@@ -638,7 +638,7 @@ def test_bad_weights_are_refused(loss, options):
 @pytest.mark.parametrize("value", [torch.tensor(1.5), torch.nn.Parameter(torch.ones(4)), np.ones(4), None, "1"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_weight_that_is_not_a_number_is_a_type_error(value, soft):
-    """Check that a tensor is refused, because these losses have no gradient for a weight or a temperature."""
+    """Refuse tensors too, because the losses have no gradient for a weight or a temperature."""
     a, b, target = inputs(4, 5)
     target = mixed_targets(target, 5) if soft else target
     calls = [(nkd_loss, a, b, name) for name in ("gamma", "temperature")]
@@ -675,7 +675,7 @@ def _half_of_a_batch(rank, path):
     torch.set_num_threads(1)
     grads = {}
     for kind, (x, weight, target) in shared_batch().items():
-        part = slice(0, 4) if rank == 0 else slice(4, 10)  # unequal parts: the mean is over rows, not ranks
+        part = slice(0, 4) if rank == 0 else slice(4, 10)  # unequal, because the mean is over rows, not ranks
         weight.requires_grad_()
         logits = x[part] @ weight
         uskd_loss(logits, logits * 0.5, target[part], reduction="sum", group=dist.group.WORLD).backward()
@@ -719,7 +719,7 @@ def test_the_type_error_for_another_object_names_the_argument(value):
         uskd_loss(logits, value, target)
     with pytest.raises(TypeError, match=f"target must be a tensor, got {kind}"):
         uskd_loss(logits, logits, value)
-    if value is None:  # with None nkd_loss uses the teacher's most probable class, and nkd_linear_loss requires a top-k
+    if value is None:  # None: nkd_loss uses the teacher's largest class, and nkd_linear_loss requires a top-k
         return
     with pytest.raises(TypeError, match=f"target must be a tensor, got {kind}"):
         nkd_loss(logits, logits, value)
@@ -754,7 +754,8 @@ def test_the_error_for_a_padded_vocabulary_names_the_number_of_classes():
         nkd_loss(torch.zeros(2, 5, 4), torch.zeros(2, 8, 4), target)
     with pytest.raises(ValueError, match=r": cut padded classes to 5$"):
         nkd_loss(torch.zeros(2, 4, 8), torch.zeros(2, 4, 5), target)
-    with pytest.raises(ValueError, match=r"got \(2, 5\) and \(3, 5\)$"):  # batches differ: no advice
+    # no advice, because the batches differ
+    with pytest.raises(ValueError, match=r"got \(2, 5\) and \(3, 5\)$"):
         nkd_loss(torch.zeros(2, 5), torch.zeros(3, 5), torch.zeros(2).long())
     hidden, target = torch.zeros(2, 3), torch.zeros(2).long()
     with pytest.raises(ValueError, match=r": cut padded classes to 5$"):

@@ -59,7 +59,7 @@ def test_the_package_requires_only_torch(wheel):
 
 @pytest.mark.slow
 def test_the_package_runs_in_an_environment_with_torch_only(wheel, tmp_path):
-    """Use a fresh environment with the wheel, torch and its requirements, without numpy."""
+    """Use a new environment that contains only the wheel, torch and torch's requirements."""
     python = make_environment(tmp_path / "env", "torch")
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
     zipfile.ZipFile(wheel).extractall(site)
@@ -88,4 +88,4 @@ def test_the_public_names_are_the_documented_ones():
         "uskd_loss",
     ]
     for name in kdlite.__all__:
-        assert ">>>" in getattr(kdlite, name).__doc__  # an example, run as a doctest
+        assert ">>>" in getattr(kdlite, name).__doc__  # an example, which runs as a doctest

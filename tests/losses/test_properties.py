@@ -1,4 +1,4 @@
-"""Test properties of the losses with inputs from hypothesis: few in `make test`, many in `make test-all`."""
+"""Test properties of the losses with inputs from hypothesis, of which `make test-all` draws more."""
 
 import math
 import os
@@ -40,7 +40,7 @@ def cases(draw, dtypes=DTYPES, largest=1e4, ranks=(1, 2, 3)):
     dtype = draw(st.sampled_from(dtypes))
     scale = draw(st.sampled_from([0.0, 1.0, 30.0, largest]))
     size, count = math.prod(shape), math.prod(label_shape)
-    # whole numbers of 1/64: ties are frequent, and a shift by a power of two is exact
+    # multiples of scale / 64, so that ties are frequent
     values = st.lists(st.integers(-64, 64), min_size=size, max_size=size)
     a, b = (scale / 64 * torch.tensor(draw(values), dtype=torch.float64).reshape(shape) for _ in range(2))
     target = draw(st.lists(st.integers(0, c - 1), min_size=count, max_size=count))
@@ -58,7 +58,7 @@ def gradients(loss, a, b, target, **options):
 
 
 def attempt(call, *refusals):
-    """Return (result, None) of a call, or (None, error)."""
+    """Return (result, None) of a call, or (None, error) if the call raises one of `refusals`."""
     try:
         return call(), None
     except refusals as error:
@@ -110,7 +110,7 @@ def test_a_shift_common_to_all_classes_changes_nothing(loss, case, shift):
     a, b, target, _ = case
     value, grads = gradients(loss, a, b, target, reduction="none")
     moved, moved_grads = gradients(loss, a + shift, b - 2 * shift, target, reduction="none")
-    # in float32 a + shift is rounded to 2^-17
+    # because float32 rounds a + shift to 2^-17
     tolerance = dict(rtol=1e-4, atol=1e-4) if a.dtype == torch.float32 else dict(rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(moved, value, **tolerance)
     for one, other in zip(moved_grads, grads):
@@ -119,7 +119,7 @@ def test_a_shift_common_to_all_classes_changes_nothing(loss, case, shift):
 
 @BOTH
 @given(cases(dtypes=[torch.float64], largest=200))
-def test_a_one_hot_target_is_its_class_index(loss, case):
+def test_a_one_hot_target_gives_the_loss_of_its_class_index(loss, case):
     a, b, target, _ = case
     target = target.clamp(min=0)
     soft = one_hot(target, target >= 0, a.shape[min(1, a.ndim - 1)])
@@ -143,9 +143,9 @@ def test_nkd_equals_the_formula(case, gamma, temperature):
 
 
 @given(cases(dtypes=[torch.float64], largest=30, ranks=(2,)), st.sampled_from([0.0, 0.1, 1.0]))
-def test_uskd_equals_the_formula_over_the_targets_that_are_not_ignored(case, smoothing):
+def test_uskd_equals_the_formula_without_the_ignored_targets(case, smoothing):
     a, b, target, valid = case
-    # equal logits give equal R, and the formula leaves their order open: avoid them
+    # make the logits differ, because the formula does not order classes with equal R
     a = a + 0.01 * torch.arange(a.shape[1]) + 0.003 * torch.arange(len(a)).unsqueeze(1)
     options = dict(alpha=0.9, beta=0.3, mu=0.2, label_smoothing=smoothing)
     rows = uskd_loss(a, b, target, **options, reduction="none")
@@ -188,12 +188,12 @@ def test_any_target_is_computed_or_refused(loss, shape, target, reduction):
 @given(OBJECTS, OBJECTS, OBJECTS)
 def test_any_logits_are_computed_or_refused(loss, a, b, target):
     value, refusal = attempt(lambda: loss(a, b, target), TypeError, ValueError)
-    assert str(refusal) if refusal else value.isfinite() | value.isnan()  # NaN is the mean without a target
+    assert str(refusal) if refusal else value.isfinite() | value.isnan()  # without a target the mean is NaN
 
 
 @BOTH
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4))
-def test_a_class_index_out_of_range_is_refused_as_cross_entropy_refuses_it(loss, target):
+def test_a_loss_refuses_each_class_index_that_cross_entropy_refuses(loss, target):
     target, logits = torch.tensor(target), torch.zeros(len(target), 3)
     try:
         expected = F.cross_entropy(logits, target, reduction="sum").shape

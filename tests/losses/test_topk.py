@@ -52,8 +52,8 @@ def test_with_every_class_the_loss_equals_nkd(shape, reduction):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-# The table of kdlite/README.md: teachers whose non-target probabilities are power laws of rank.
-TEACHERS = {  # classes, T_t, exponent, k, mass of the k classes; cosines of the two losses
+# The table of kdlite/README.md. The non-target probabilities of each teacher follow a power law of the rank.
+TEACHERS = {  # classes, T_t, exponent, k, mass of the k classes, cosines of a renormalised top-k and of ours
     "C 1,000, flat, k 10": (1000, 0.56, 1.08, 10, 0.46, 0.929, 0.996),
     "C 1,000, peaked, k 10": (1000, 0.84, 1.67, 10, 0.86, 0.997, 0.9997),
     "C 1,000, flat, k 50": (1000, 0.56, 1.12, 50, 0.70, 0.986, 0.9996),
@@ -62,7 +62,7 @@ TEACHERS = {  # classes, T_t, exponent, k, mass of the k classes; cosines of the
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_the_gradient_is_near_the_whole_teachers_and_that_of_a_renormalised_top_k_is_not(name):
+def test_the_gradient_is_nearer_to_the_whole_teachers_than_that_of_a_renormalised_top_k(name):
     classes, t_t, exponent, k, kept, renormalised_cosine, cosine = TEACHERS[name]
     g = torch.Generator().manual_seed(0)
     others = torch.arange(1, classes, dtype=torch.float64) ** -exponent
@@ -105,7 +105,7 @@ def test_the_target_in_the_top_k_and_padding_are_ignored():
     target = teacher.argmax(1)
     logprobs = teacher.log_softmax(1)
     target_logprob = logprobs.gather(1, target[:, None])[:, 0]
-    served, index = logprobs.topk(4)  # the target first
+    served, index = logprobs.topk(4)  # the first class is the target
     expected = topk(student, teacher, target, k=3)
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, served, index, target), expected)
     wider = F.pad(served, (0, 2), value=-torch.inf), F.pad(index, (0, 2), value=0)  # a log-probability of -inf
@@ -114,7 +114,7 @@ def test_the_target_in_the_top_k_and_padding_are_ignored():
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, *wider, target), expected)
 
 
-def test_a_top_k_of_the_target_alone_gives_the_target_term():
+def test_a_top_k_of_padding_alone_gives_the_target_term():
     student, teacher, target = inputs(5, 8)
     target_logprob, top, index = top_k_logprobs(teacher, target, 1)
     none = nkd_topk_loss(student, target_logprob, top, torch.full_like(index, -1), target, reduction="none")
@@ -136,7 +136,7 @@ def test_without_labels_padding_is_never_the_target():
     top, index = teacher.log_softmax(1).topk(3)
     expected = nkd_topk_loss(student[1:], None, top[1:], index[1:], None)
     padded = F.pad(top, (1, 0), value=0.0), F.pad(index, (1, 0), value=-1)
-    padded[1][0] = -1  # a whole row, as in a padded sequence: ignored
+    padded[1][0] = -1  # a row of padding alone, as in a padded sequence, is ignored
     value, grad = value_and_gradient(nkd_topk_loss, student, None, *padded, None)
     torch.testing.assert_close(value, expected)
     assert (grad[0] == 0).all()
@@ -164,7 +164,8 @@ def test_values_that_are_not_log_probabilities_make_the_loss_nan(where, bad):
     student, teacher, _ = inputs(6, 8)
     target = teacher.argmax(1)
     logprobs = teacher.log_softmax(1)
-    target_logprob, (top, index) = logprobs.gather(1, target[:, None])[:, 0], logprobs.topk(4)  # the target first
+    # the first class of the top-k is the target
+    target_logprob, (top, index) = logprobs.gather(1, target[:, None])[:, 0], logprobs.topk(4)
     expected = nkd_topk_loss(student, target_logprob, top, index, target, reduction="none")
     target_logprob, top = target_logprob.clone(), top.clone()
     if where == "the target":
@@ -173,7 +174,7 @@ def test_values_that_are_not_log_probabilities_make_the_loss_nan(where, bad):
         top[2, 1 if where == "the top-k" else 0] = bad
     with NoSync():
         rows = nkd_topk_loss(student, target_logprob, top, index, target, reduction="none")
-    if where == "the target in the top-k" and bad == bad:  # that entry is ignored
+    if where == "the target in the top-k" and bad == bad:  # the loss ignores that entry
         torch.testing.assert_close(rows, expected)
         return
     assert rows[2].isnan()
@@ -184,7 +185,7 @@ def test_values_that_are_not_log_probabilities_make_the_loss_nan(where, bad):
     assert alone[2].isnan()
 
 
-def test_a_log_probability_above_0_by_rounding_is_0():
+def test_a_log_probability_that_rounding_moved_above_0_counts_as_0():
     student, teacher, target = inputs(4, 8)
     target_logprob, top, index = top_k_logprobs(teacher, target, 3)
     certain = torch.full_like(target_logprob, 1e-6), top - 20, index
@@ -194,7 +195,7 @@ def test_a_log_probability_above_0_by_rounding_is_0():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rounded_log_probabilities_change_the_loss_little(dtype):
-    """Use rounded values, whose sum may be above 1: the error is as small as the rounding."""
+    """Use rounded values, whose probabilities may sum to more than 1. The error is as small as the rounding."""
     student, teacher, target = inputs(64, 20, std=3.0)
     target_logprob, top, index = top_k_logprobs(teacher, target, 10)
     expected = nkd_topk_loss(student, target_logprob, top, index, target)
@@ -206,7 +207,7 @@ def test_rounded_log_probabilities_change_the_loss_little(dtype):
 
 
 def test_the_loss_is_exact_if_the_teachers_probability_is_near_1():
-    """Use T_t = 1 - 1e-7, and k classes with all but a millionth of the rest."""
+    """Use T_t = 1 - 1e-7, and k classes with all the rest except a millionth of it."""
     others = [0.6e-7, 0.3e-7, 0.1e-7 * (1 - 1e-5), 0.1e-12]
     log_t = [math.log1p(-1e-7), *map(math.log, others)]
     student = [4.0, 1.0, 0.0, -1.0, 2.0]
@@ -217,7 +218,7 @@ def test_the_loss_is_exact_if_the_teachers_probability_is_near_1():
             torch.tensor([student], dtype=dtype), *served, torch.tensor([[1, 2, 3]]), torch.tensor([0])
         )
         assert loss.item() == pytest.approx(expected, rel=rel)
-    teacher = torch.tensor([[20.0, 0.0, 1.0, 2.0]])  # from logits in float32: 1 - T_t is 2e-8
+    teacher = torch.tensor([[20.0, 0.0, 1.0, 2.0]])  # in float32, with 1 - T_t = 2e-8
     narrow, wide = (top_k_logprobs(x, torch.tensor([0]), 2) for x in (teacher, teacher.double()))
     torch.testing.assert_close(narrow[0], wide[0].float(), rtol=1e-5, atol=0)
 
@@ -250,7 +251,7 @@ def test_two_classes_and_an_empty_batch_work():
     student, teacher, target = inputs(4, 2)
     torch.testing.assert_close(topk(student, teacher, target, k=1), nkd_loss(student, teacher, target))
     value, grad = value_and_gradient(topk, torch.zeros(0, 5), torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))
-    assert value.isnan()  # 0/0, as cross_entropy
+    assert value.isnan()  # 0/0, as in cross_entropy
     assert grad.shape == (0, 5)
 
 
@@ -304,7 +305,7 @@ def test_forward_and_backward_do_not_wait_for_the_device():
 
 
 @pytest.mark.slow
-def test_the_loss_compiles_whole_with_dynamic_shapes():
+def test_the_loss_compiles_as_one_graph_with_dynamic_shapes():
     torch._dynamo.reset()
     compiled = torch.compile(topk, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, c in ((4, 10), (6, 10), (5, 7)):
@@ -398,7 +399,7 @@ def test_a_class_out_of_range_is_an_error(bad):
 
 
 @pytest.mark.parametrize("k", [0, 8])
-def test_k_is_at_most_the_number_of_other_classes(k):
+def test_a_k_above_the_number_of_other_classes_is_refused(k):
     with pytest.raises(ValueError, match=f"k must be from 1 to C - 1 = 7, got {k}"):
         top_k_logprobs(torch.zeros(4, 8), torch.zeros(4).long(), k)
 
@@ -418,6 +419,6 @@ def test_a_top_k_accepts_targets_of_any_integer_type(dtype):
         (torch.zeros(2, 5), TypeError, "target must be class indices, integers, got torch.float32"),
     ],
 )
-def test_a_top_k_of_another_target_is_refused(target, error, message):
+def test_a_target_that_does_not_fit_the_teacher_is_refused(target, error, message):
     with pytest.raises(error, match=message):
         top_k_logprobs(torch.zeros(2, 8, 5), target, 3)

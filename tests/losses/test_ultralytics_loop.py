@@ -1,6 +1,6 @@
-"""examples/loops/ultralytics_trainer.py: its gradients are the paper's, its students are plain, it resumes.
+"""Test examples/loops/ultralytics_trainer.py: its gradients, its plain students and its resume.
 
-Ultralytics is not among the packages of `make test`; without it these tests are skipped.
+`make test` does not install Ultralytics. Without it, pytest skips these tests.
 """
 
 import importlib.util
@@ -25,10 +25,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def its(tmp_path_factory):
-    """Return the names of the loop, and its digits; nothing is fetched, and no settings outside the folder change."""
+    """Return the names of the loop and the folder of its digits. Block downloads; keep the settings in the folder."""
     folder = tmp_path_factory.mktemp("ultralytics")
     settings = dict(YOLO_CONFIG_DIR=str(folder), YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false")
-    os.environ |= settings  # read when the library is imported
+    os.environ |= settings  # because the library reads them at its import
     names = runpy.run_path(str(ROOT / "examples/loops/ultralytics_trainer.py"))
     names["write_digits"](folder / "digits")
     return names | {"digits": folder / "digits"}
@@ -73,7 +73,8 @@ def test_a_step_of_nkd_has_the_gradient_of_the_paper(its, tmp_path):
     its["NKDTrainer"].teacher = its["Teacher"](network)
     trainer, batch, gradients = step_of(its["NKDTrainer"], options(its, tmp_path))
     trainer.model.zero_grad()
-    logits, labels = trainer.model(batch["img"]), batch["cls"]  # in training mode: the statistics of the batch again
+    # in training mode, so that batch norm uses the statistics of the batch again
+    logits, labels = trainer.model(batch["img"]), batch["cls"]
     rows = zip(logits.tolist(), network(batch["img"]).tolist(), labels.tolist())
     by_hand = torch.tensor([oracle.nkd_row_gradient(s, t, y, 1.5, 1.0) for s, t, y in rows])
     by_hand += logits.detach().softmax(1) - F.one_hot(labels, 10)
@@ -101,7 +102,7 @@ def test_the_loop_learns_and_its_students_are_plain(its, tmp_path, monkeypatch, 
     runpy.run_path(str(ROOT / "examples/loops/ultralytics_trainer.py"), run_name="__main__")
     printed = dict(re.findall(r"^(\w+Trainer) +([\d.]+)%$", capfd.readouterr().out, re.M))
     assert printed.keys() == {"ClassificationTrainer", "NKDTrainer", "USKDTrainer"}
-    assert min(map(float, printed.values())) > 20  # 10 by chance
+    assert min(map(float, printed.values())) > 20  # chance is 10
     for name in printed:
         student = its["YOLO"](tmp_path / name / "weights/best.pt")
         assert type(student.model).__name__ == "ClassificationModel"

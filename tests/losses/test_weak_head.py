@@ -1,4 +1,4 @@
-"""Test WithWeakHead: a model and its weak head as one module, and the pooling of the feature."""
+"""Test WithWeakHead, which joins a model and its weak head, and the pooling of the feature."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from kdlite import FeatureTap, Teacher, WithWeakHead, uskd_loss
 
 
-def test_training_returns_both_logits_and_eval_returns_the_plain_ones():
+def test_training_mode_returns_both_logits_and_eval_mode_those_of_the_model():
     student = WithWeakHead(Net(), "layer1", num_classes=5, example_input=images())
     logits, weak_logits = student(images())
     assert logits.shape == weak_logits.shape == (2, 5)
@@ -49,7 +49,7 @@ def test_the_checkpoint_has_the_head_and_the_plain_student_does_not():
 
 
 def test_the_dry_forward_changes_nothing():
-    """Compare BatchNorm statistics, the mode of a frozen layer, the random state and the gradients before and after."""
+    """Compare the state dict, the modes and the gradients before and after."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 5))
     model[1].eval()
     state = copy.deepcopy(model.state_dict())
@@ -92,7 +92,7 @@ def test_class_count_and_feature_shape_are_checked():
 
 
 def test_a_student_that_still_has_its_tap_exports():
-    """Check that the exported program is the plain student, and that training works afterwards."""
+    """Compare the exported program with the student, and train the student afterwards."""
     student = WithWeakHead(Net(), "layer1", example_input=images())
     program = torch.export.export(student.eval(), (images(),))
     torch.testing.assert_close(program.module()(images()), student(images()))
@@ -169,7 +169,7 @@ def test_activation_checkpointing_changes_nothing():
     for _ in range(2):
         train_step(plain, images())
         train_step(checkpointed, images())
-        assert checkpointed._tap._capture.output is None  # the output of the second run, in backward, is not stored
+        assert checkpointed._tap._capture.output is None  # because the tap ignores the second forward, in backward
     for a, b in zip(checkpointed.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -266,13 +266,13 @@ def test_a_shape_with_two_readings_is_refused(shape):
 
 
 @pytest.mark.parametrize(("shape", "width"), [((6, 10), 10), ((8, 4, 4), 8), ((4, 4, 8), 8)])
-def test_for_a_model_of_one_size_the_shape_of_its_images_decides(shape, width):
+def test_the_shape_of_the_images_shows_the_channels_if_a_model_takes_one_size(shape, width):
     student = WithWeakHead(fixed_size(*shape), "1", example_input=images())
     assert student.head.in_features == width
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 32), (32, 16)])
-def test_the_positions_of_an_image_keep_its_proportions(height, width):
+def test_the_proportions_of_an_image_show_the_channel_dimension(height, width):
     model = nn.Sequential(
         nn.Conv2d(1, 6, 3, stride=2, padding=1),
         Permute(0, 2, 3, 1),
@@ -285,7 +285,7 @@ def test_the_positions_of_an_image_keep_its_proportions(height, width):
 
 
 class Tokens(nn.Module):
-    """Run two transformer blocks on class tokens, register tokens and patches of 4 px."""
+    """Run four blocks on a class token, register tokens and patches of 4 px."""
 
     def __init__(self, class_tokens=1, registers=0, late=False):
         super().__init__()
@@ -311,9 +311,9 @@ class Tokens(nn.Module):
     ("options", "size", "pooling", "read"),
     [
         ({}, (16, 16), "class token", lambda x: x[:, 0]),
-        ({}, (12, 20), "class token", lambda x: x[:, 0]),  # 1 + 15 tokens: a square
-        (dict(registers=4), (8, 8), "class token", lambda x: x[:, 0]),  # 1 + 4 + 4: a square
-        (dict(registers=8), (16, 16), "class token", lambda x: x[:, 0]),  # 1 + 8 + 16: a square
+        ({}, (12, 20), "class token", lambda x: x[:, 0]),  # 1 + 15 tokens, a square number
+        (dict(registers=4), (8, 8), "class token", lambda x: x[:, 0]),  # 1 + 4 + 4 tokens, a square number
+        (dict(registers=8), (16, 16), "class token", lambda x: x[:, 0]),  # 1 + 8 + 16 tokens, a square number
         (dict(late=True), (16, 16), "channels last", lambda x: x.mean(1)),
         (dict(late=True), (12, 20), "channels last", lambda x: x.mean(1)),
         (dict(class_tokens=0), (16, 16), "channels last", lambda x: x.mean(1)),
@@ -352,7 +352,7 @@ def test_a_later_in_place_layer_does_not_change_the_pooled_feature(pooling):
 
 def test_the_error_asks_for_the_pooling_if_tokens_cannot_be_counted():
     class Unfolded(Tokens):
-        """Make patches without a convolution."""
+        """Make the patches without a convolution, so that their number is unknown."""
 
         def __init__(self):
             super().__init__()
@@ -457,7 +457,7 @@ def test_timms_optimizers_find_the_parameter_groups_of_the_model():
         }
 
     wrapped = scales(student)
-    assert wrapped.pop("head.weight") == wrapped.pop("head.bias") == 1  # the weak head, like the classifier
+    assert wrapped.pop("head.weight") == wrapped.pop("head.bias") == 1  # the weak head has the scale of the classifier
     assert wrapped == scales(model)
     assert len(set(wrapped.values())) > 6
 
@@ -475,7 +475,7 @@ def test_an_attribute_that_the_model_lacks_is_not_forwarded(name):
     assert not hasattr(WithWeakHead(Net(), "layer1", example_input=images()), name)
 
 
-# ---- outputs that hold the logits, and inputs of several tensors ----
+# ---- outputs that contain the logits, and several inputs ----
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_the_error_for_a_dense_model_points_to_the_page():
 
 
 @pytest.mark.parametrize("as_dict", [True, False])
-def test_a_model_of_several_inputs_takes_an_example_of_them(as_dict):
+def test_a_model_with_several_inputs_takes_an_example_of_each(as_dict):
     class Positional(TwoInputs):
         def forward(self, x, mask):
             return super().forward(x, mask, scale=2.0)
@@ -585,7 +585,7 @@ def _rank(rank, world, path):
     torch.save([p.grad for p in ddp.parameters()], f"{path}/grads{rank}.pt")
     with pytest.raises(ValueError, match=r"inside DistributedDataParallel already.*WithWeakHead first"):
         WithWeakHead(nn.parallel.DistributedDataParallel(Net()), "layer1", example_input=images())
-    with FeatureTap(ddp, "model.layer2") as tap:  # the path counts from the model inside DDP
+    with FeatureTap(ddp, "model.layer2") as tap:  # the path starts at the model inside DDP
         ddp(images())
         assert tap.pop().shape == (2, 16, 4, 4)
     dist.destroy_process_group()
@@ -602,5 +602,5 @@ def test_two_ranks_under_ddp_have_equal_gradients(tmp_path):
     student = WithWeakHead(Net(), "layer1", example_input=images())
     losses = [train_step(student, half) for half in images(8).chunk(2)]
     assert len(losses) == 2
-    for grad, parameter in zip(first, student.parameters()):  # DDP takes the mean, accumulation the sum
+    for grad, parameter in zip(first, student.parameters()):  # DDP averages the gradients, accumulation adds them
         torch.testing.assert_close(grad, parameter.grad / 2)

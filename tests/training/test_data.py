@@ -120,7 +120,7 @@ def test_each_class_has_training_and_validation_images_for_any_share(tmp_path, s
 
 
 def test_the_split_depends_only_on_names_and_seed(tmp_path):
-    """Change the order of the files, the folder and the Unicode form: the split stays the same."""
+    """Change the order of the files, the folder and the Unicode form, which must not change the split."""
     split = open_data(str(make(tmp_path / "a", {NFC: 30, "dog": 20})), val_split=0.3).split
     other = make(tmp_path / "b/train", {"dog": 20, NFD: 30})
     assert open_data(str(other.parent), val_split=0.3).split == split
@@ -141,7 +141,7 @@ print(json.dumps(open_data({str(tmp_path)!r}, val_split=0.3).split))"""
 
 
 def test_the_split_draws_every_image_of_a_class_equally_often(tmp_path):
-    """Count how often each image validates over 40 seeds: all counts are within 4.5 standard deviations."""
+    """Split with 40 seeds. Each image must be a validation image 20 times, within 4.5 standard deviations."""
     folder = make(tmp_path, {"cat": 50, "dog": 50}, b"")
     drawn = collections.Counter(
         file for seed in range(40) for file, side in open_data(str(folder), val_split=0.5, seed=seed).split
@@ -237,13 +237,13 @@ def test_a_data_set_with_validation_images_is_not_split():
             open_data(name, val_split=0.1)
 
 
-def test_the_pictures_of_earlier_runs_are_not_a_class(tmp_path):
+def test_a_folder_of_earlier_runs_is_not_a_class(tmp_path):
     make(tmp_path, {"cat": 2, "dog": 2, "runs/001-resnet18-ce": 2})
     (tmp_path / "runs/001-resnet18-ce/args.json").touch()
     assert "runs holds runs of train.py and is not a class" in refusal(tmp_path, val_split=0.5)
 
 
-def test_a_new_val_folder_replaces_the_split_with_a_message(tmp_path, capsys):
+def test_a_new_val_folder_replaces_the_split_and_a_message_is_printed(tmp_path, capsys):
     make(tmp_path / "train", {"cat": 4, "dog": 4})
     sides = dict(open_data(str(tmp_path), val_split=0.25).split)
     make(tmp_path / "val", {"cat": 3, "dog": 3})
@@ -287,7 +287,7 @@ def test_cifar_is_counted(tmp_path, monkeypatch):
     assert class_counts(data.train) == [10, 0, 0, 5, 0, 0, 0, 0, 5, 0]
 
 
-def test_balanced_weights_give_each_class_the_same_share_and_the_images_a_mean_of_one():
+def test_balanced_weights_give_each_class_the_same_share_and_have_a_mean_of_one_over_the_images():
     counts = [100, 10, 40]
     weights = class_weights("balanced", ["a", "b", "c"], counts)
     assert np.multiply(weights, counts) == pytest.approx([50, 50, 50])
@@ -297,7 +297,7 @@ def test_balanced_weights_give_each_class_the_same_share_and_the_images_a_mean_o
 def test_class_weights_are_read_from_a_csv_file(tmp_path, header):
     (tmp_path / "w.csv").write_text(f'{header}dog,0\n"{NFD}, au lait", 2.5\n\n', encoding="utf-8")
     assert class_weights(str(tmp_path / "w.csv"), [f"{NFC}, au lait", "dog"], [1, 1]) == [2, 0]
-    small = "\n".join(["cat,0.01", "dog,0.1"])  # 1 / count, so the mean over the images is 1
+    small = "\n".join(["cat,0.01", "dog,0.1"])  # 1 / count; the result has a mean of 1 over the images
     (tmp_path / "w.csv").write_text(small)
     assert class_weights(str(tmp_path / "w.csv"), ["cat", "dog"], [100, 10]) == pytest.approx([0.55, 5.5])
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import demo  # noqa: E402
 
-# Writes metrics.csv as train.py does: top-1 is 10 times the length of the run's name, plus the seed.
+# Replaces train.py. Its top-1 is 10 times the length of the run's name, plus the seed.
 STAND_IN = """
 import pathlib, sys
 output = pathlib.Path(sys.argv[-1])
@@ -39,12 +39,12 @@ def digits(tmp_path, monkeypatch):
 
 
 def images(folder):
-    """Return the numbers of the digits in a folder, and how often each is there."""
+    """Return the numbers of the digits in a folder, and the different numbers of copies of a digit."""
     numbers, counts = np.unique([int(file.name[:4]) for file in Path(folder).rglob("*.png")], return_counts=True)
     return set(numbers.tolist()), set(counts.tolist())
 
 
-def test_no_student_trains_on_a_digit_that_validates(digits):
+def test_no_student_trains_on_a_validation_digit(digits):
     trained, _ = images(digits / "teacher/train")
     val, _ = images(digits / "teacher/val")
     assert trained | val == set(range(1797))
@@ -120,7 +120,7 @@ def test_the_demo_ends_with_a_packed_student(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """Return a function from a target of the Makefile to the commands that it runs in a new checkout."""
+    """Return a function that lists the commands of a target of the Makefile in a new checkout."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
@@ -131,7 +131,7 @@ def commands(tmp_path_factory):
     return dry_run
 
 
-def test_make_demo_announces_and_installs_the_extra_serve_alone(commands):
+def test_make_demo_announces_its_download_and_installs_only_the_extra_serve(commands):
     demo_runs = commands("demo")
     assert re.findall(r"pip install .* -e (\S+)", demo_runs) == ['".[serve]"']
     assert demo_runs.index("GB") < demo_runs.index("pip install")
@@ -139,7 +139,7 @@ def test_make_demo_announces_and_installs_the_extra_serve_alone(commands):
 
 
 @pytest.mark.parametrize("target", ["test", "lint", "docs"])
-def test_the_other_targets_install_the_rest_into_the_same_environment(commands, target):
+def test_the_other_targets_install_the_extras_serve_and_dev(commands, target):
     assert re.findall(r"pip install .* -e (\S+)", commands(target)) == ['".[serve]"', '".[dev]"']
 
 

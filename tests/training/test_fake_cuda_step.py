@@ -72,7 +72,7 @@ def test_an_optimizer_does_not_wait_for_the_device(cuda, opt):
 
 
 def test_only_gradscaler_reads_a_value_in_fp16(cuda, monkeypatch):
-    """Let GradScaler.step read on the host whether all gradients are finite; a fake tensor cannot answer this."""
+    """Expect an error of GradScaler.step, which reads a value on the host; then replace the part that reads it."""
     with pytest.raises(DataDependentOutputException):
         step(torch.float16, torch.amp.GradScaler("cuda"))
     reads = []

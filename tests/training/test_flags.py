@@ -1,4 +1,4 @@
-"""Test deploy/flags.py: recipes and defaults for a folder."""
+"""Test deploy/flags.py: recipes, the defaults for a folder, and the flags that a run stores."""
 
 import functools
 import re
@@ -23,7 +23,7 @@ IMAGES = [(2, 2), (5, 2), (37, 3), (200, 5), (3000, 10), (10_000, 20), (99_999, 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (375, 500), (4000, 50)])
 @pytest.mark.parametrize(("images", "classes"), IMAGES)
 def test_a_picked_recipe_is_complete_and_builds_an_optimizer(images, classes, size, pretrained):
-    """Check that the recipe has a whole batch and every key, and that it builds an optimizer and a schedule."""
+    """Check the keys and the batch size of a recipe, and build its optimizer and its schedule."""
     recipe, line = pick_recipe(images, classes, size, pretrained)
     assert RECIPES["imagenet-cnn"].keys() <= recipe.keys()
     assert 2 <= recipe["batch_size"] <= images
@@ -88,12 +88,12 @@ def test_each_flag_of_the_labels_command_has_the_same_meaning_in_train():
     ({"momentum": 0.8}, "started with --momentum 0.8, which this train.py does not have"),
     ({"sync_bn": True}, "started with --sync-bn True"),
 ])  # fmt: skip
-def test_a_run_of_an_older_train_that_cannot_be_continued_is_refused(stored, message):
+def test_a_resume_is_refused_if_train_py_lacks_a_stored_flag(stored, message):
     with pytest.raises(UserError, match=message):
         settle_flags(train.FLAGS, {"resume": True, "output": "out"}, stored)
 
 
-def test_a_run_of_an_older_train_keeps_the_values_of_its_renamed_flags():
+def test_a_resume_keeps_the_stored_values_of_renamed_flags():
     stored = {"kd": "kd", "teacher": "t/student", "kd_temperature": 2.0, "channels_last": True, "step_epochs": [3.0],
               "momentum": 0.9}  # fmt: skip
     args, _ = settle_flags(train.FLAGS, {"resume": True, "output": "out"}, stored)
@@ -104,7 +104,7 @@ def test_a_run_of_an_older_train_keeps_the_values_of_its_renamed_flags():
     (["--kd", "kd"], 4.0), (["--kd", "nkd"], 1.0), (["--kd", "nkd", "--recipe", "cifar"], 3.0),
     (["--kd", "kd", "--recipe", "cifar"], 4.0), (["--kd", "kd", "--temperature", "2"], 2.0),
 ])  # fmt: skip
-def test_the_temperature_follows_the_method(flags, temperature):
+def test_the_default_temperature_depends_on_the_method_and_the_recipe(flags, temperature):
     assert args_of(*flags, "--teacher", "resnet18").temperature == temperature
 
 

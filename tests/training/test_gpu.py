@@ -1,4 +1,4 @@
-"""examples/gpu.py: the same checks on the CPU, and the row of a check that fails, waits or has no time."""
+"""Test examples/gpu.py: its checks on the CPU, and the rows of failed and skipped checks."""
 
 import re
 import subprocess
@@ -56,7 +56,7 @@ def test_without_a_gpu_every_check_runs_on_the_cpu_or_is_skipped(tmp_path):
         assert part in names
 
 
-def test_a_check_that_fails_has_its_reason_and_the_next_one_runs(monkeypatch, tmp_path, capsys):
+def test_the_row_of_a_failed_check_has_its_reason_and_the_next_check_runs(monkeypatch, tmp_path, capsys):
     def breaks():
         yield gpu.Row("first", "passed", "1 ms")
         raise RuntimeError("a kernel | is missing")
@@ -72,7 +72,7 @@ def test_a_check_that_fails_has_its_reason_and_the_next_one_runs(monkeypatch, tm
 
 def test_a_check_is_skipped_without_a_gpu_or_without_time(tmp_path):
     def run():
-        raise AssertionError("it was run")
+        raise AssertionError("the check ran")
 
     (row,) = gpu.run_check(gpu.Check("an engine", run, needs_gpu=True), place(tmp_path))
     assert row == ("an engine", "skipped", "needs a CUDA GPU")
@@ -98,7 +98,7 @@ def test_a_command_that_takes_too_long_is_ended_with_its_processes(tmp_path):
     assert not is_running(child)
 
 
-def test_a_command_that_fails_gives_its_last_line(tmp_path):
+def test_the_error_of_a_failed_command_contains_its_last_line(tmp_path):
     with pytest.raises(UserError, match=r"no such operator \(exit status 1, see build.log\)"):
         place(tmp_path).output_of("build", "-c", "import sys; print('loading'); sys.exit('no such operator')")
     assert "loading\nno such operator" in (tmp_path / "build.log").read_text()
@@ -106,7 +106,7 @@ def test_a_command_that_fails_gives_its_last_line(tmp_path):
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_loss_that_waits_for_the_gpu_fails(monkeypatch, waits):
-    inputs = gpu.make_inputs(8, 50, torch.float32, "cpu")  # stand for tensors on a GPU that copies 1 GB/s
+    inputs = gpu.make_inputs(8, 50, torch.float32, "cpu")  # instead of tensors on a GPU that copies 1 GB/s
     monkeypatch.setattr(gpu, "make_inputs", lambda *_: inputs)
     monkeypatch.setattr(gpu, "median_seconds", lambda losses, *_: dict.fromkeys(losses, 1e-5))
     monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 1e9)
@@ -120,7 +120,7 @@ def test_a_loss_that_waits_for_the_gpu_fails(monkeypatch, waits):
 
 
 class Fake(gpu.Place):
-    """A place where each command prints the same text."""
+    """Print the same text instead of running a command."""
 
     def run(self, log, *argv):
         return subprocess.CompletedProcess(argv, 1, self.device, "deploy: error: no library\n")
@@ -130,7 +130,7 @@ CHECKED = '[{"artefact": "student"}, {"verdict": "%s", "provider": "CUDAExecutio
 CHECKED += '"agreement": 99.5, "images": 256, "max_abs_error": 0.01}]'
 
 
-def test_the_verdict_of_deploy_check_is_that_of_the_row(tmp_path):
+def test_a_row_has_the_verdict_of_deploy_check(tmp_path):
     (row,) = gpu.checked("fp16", Fake(CHECKED % "pass", tmp_path, 0), tmp_path, "student.onnx")
     figures = "CUDAExecutionProvider, fp16: agrees on 99.50 % of 256 images, largest error 1.0e-02"
     assert row == ("fp16", "passed", figures)
@@ -139,7 +139,7 @@ def test_the_verdict_of_deploy_check_is_that_of_the_row(tmp_path):
             list(gpu.checked("fp16", Fake(printed, tmp_path, 0), tmp_path, "student.onnx"))
 
 
-def test_energy_and_failed_runtimes_are_rows(tmp_path, monkeypatch):
+def test_energy_and_failed_runtimes_have_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SIZES", dict.fromkeys((TIMED, TIMED.replace("2.5", "null")), CPU))
     rows = list(gpu.timed("benchmark", Fake(TIMED, tmp_path, 0), tmp_path))
     assert [row.result for row in rows] == ["passed", "failed", "passed"]
@@ -156,12 +156,12 @@ TIMED += '{"artefact": "student.engine", "failed": "no TensorRT"}]}'
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_a_mistake_in_one_line(monkeypatch, tmp_path, capsys):
+def test_a_missing_gpu_is_refused_with_one_line(monkeypatch, tmp_path, capsys):
     assert main(monkeypatch, "--device", "cuda", "--output", tmp_path / "out") == 2
     assert capsys.readouterr().err == "gpu.py: error: --device cuda, but torch finds no CUDA GPU\n"
 
 
-def test_a_folder_with_files_and_an_unknown_check_are_mistakes(monkeypatch, tmp_path, capsys):
+def test_a_folder_with_files_and_an_unknown_check_are_refused(monkeypatch, tmp_path, capsys):
     assert main(monkeypatch, "--device", "cpu", "--output", tmp_path / "out", "--only", "tpu") == 2
     assert capsys.readouterr().err == "gpu.py: error: --only: no check has tpu in its name\n"
     (tmp_path / "mine").touch()
@@ -170,7 +170,7 @@ def test_a_folder_with_files_and_an_unknown_check_are_mistakes(monkeypatch, tmp_
     assert list(tmp_path.glob("*.md")) == []
 
 
-def test_on_a_gpu_the_list_has_each_thing_that_the_pages_have_not_run(tmp_path):
+def test_the_list_of_checks_on_a_gpu_has_each_case_that_the_pages_have_not_run(tmp_path):
     names = [check.name for check in gpu.list_checks(place(tmp_path, "cuda"))]
     assert len(names) == len(set(names))
     joined = "\n".join(names)

@@ -44,7 +44,7 @@ def load(name):
 
 @functools.cache
 def rows():
-    """Return train.py's flags of each row by its name, as the shell makes them."""
+    """Return the flags that rows.sh passes to train.py, by the name of the row."""
     command = ["bash", str(PAPER / "rows.sh")]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     names = [line.split()[0] for line in listed]
@@ -60,7 +60,7 @@ def settle(flags):
 
 # ---- the rows ----
 
-# Networks of torchvision and our own, a transformer, both methods. make test-all runs the others.
+# Networks of torchvision and of our own, a transformer, and both methods. `make test-all` runs the other rows.
 OF_EACH_KIND = {
     "nkd-resnet18",
     "nkd-resnet56-resnet20",
@@ -97,7 +97,7 @@ def test_an_unknown_row_is_an_error():
     assert "no row named nope" in result.stderr
 
 
-def test_the_list_has_the_epochs_of_each_row_its_expected_top1_and_hours():
+def test_the_list_has_the_epochs_the_expected_top1_and_the_hours_of_each_row():
     listed = subprocess.run(["bash", str(PAPER / "rows.sh")], capture_output=True, text=True, check=True).stdout
     line = r"^(\S+) +(\d+) epochs  ([\d.]+ -> [\d.]+|not given) +([\d.]+) A100 hours or more$"
     found = re.findall(line, listed, re.M)
@@ -109,7 +109,7 @@ def test_the_list_has_the_epochs_of_each_row_its_expected_top1_and_hours():
     assert by_name["nkd-resnet18"][0] == "69.90 -> 71.96"
     # 100 epochs of 1,281,167 images at 2,470 a second
     assert by_name["uskd-resnet50"][1] == pytest.approx(14.4, abs=0.05)
-    assert by_name["uskd-cifar-resnet18"][1] == pytest.approx(0.3, abs=0.05)  # 10,000 a second at most
+    assert by_name["uskd-cifar-resnet18"][1] == pytest.approx(0.3, abs=0.05)  # at most 10,000 images a second
 
 
 def run_rows(*asked):
@@ -179,7 +179,7 @@ def test_a_row_builds_its_networks_and_schedule_and_takes_a_step(name, monkeypat
     assert not all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
 
-# the schedules of the official configs and of the CRD protocol, whose values are in two recipes
+# the schedules of the official configs and of the CRD protocol
 SCHEDULES = {
     "nkd-resnet18": (100, 256, 0.1, 1e-4, [30, 60, 90], 0.1),
     "uskd-mobilenet-v2": (300, 256, 0.045, 4e-5, list(range(1, 300)), 0.98),
@@ -314,7 +314,7 @@ def test_rows_that_cannot_be_compared_are_an_error(names):
     assert "Traceback" not in done.stderr
 
 
-def test_only_training_images_are_copied(tmp_path):
+def test_only_training_images_are_repeated(tmp_path):
     tiny_imagenet = load("tiny_imagenet")
     for part, count in (("train", 5), ("val", 2)):
         folder = tmp_path / "source" / part / "n0"
@@ -352,7 +352,7 @@ def test_the_labels_command_accepts_the_flags_of_the_tables(tmp_path, monkeypatc
 
 
 def test_every_measured_run_has_its_command_versions_hardware_and_seed():
-    of_folders = ("fine_tuning.csv", "unlabelled.csv")  # rows of other programs: a folder, a draw, top-1
+    of_folders = ("fine_tuning.csv", "unlabelled.csv")  # files of other programs, with other columns
     files = [file for file in PAPER.glob("results/*.csv") if file.name not in of_folders]
     assert len(files) >= 4
     for file in files:
@@ -381,7 +381,7 @@ def test_the_line_of_a_network_shows_four_measures():
     )
 
 
-def test_own_ranks_counts_the_ranks_of_the_student_alone():
+def test_own_ranks_compares_the_first_ranks_with_those_of_the_student_alone():
     generator = torch.Generator().manual_seed(0)
     student, weak = (2 * torch.randn(8, 12, generator=generator, dtype=torch.float64) for _ in range(2))
     shared = 0
@@ -396,7 +396,7 @@ def test_own_ranks_counts_the_ranks_of_the_student_alone():
 
 @pytest.mark.trial
 @pytest.mark.whole_runs
-def test_answers_measures_student_weak_head_teacher_and_labels(tmp_path, monkeypatch):
+def test_answers_py_measures_student_weak_head_teacher_and_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--device", "cpu", "--model", f"{ROOT}/tests/own_models.py:tiny", "--epochs", "1", "--img-size", "16"]
     tiny += ["--crop", "none"]  # so that the stored view equals the measured view
@@ -444,7 +444,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path, name, monkeypatch, capsys)
 
 
 @pytest.mark.trial
-def test_a_whole_table_at_small_scale(tmp_path):
+def test_a_small_table_is_trained_once(tmp_path):
     for c, photo in enumerate(load_sample_images().images):
         for part, count in (("train", 100), ("val", 10)):
             folder = tmp_path / "source" / part / f"n{c}" / "images"

@@ -1,4 +1,4 @@
-"""Test how fine-tuning starts: a linear probe of the frozen features, and frozen batch norms."""
+"""Test the start of fine-tuning: a linear probe of the frozen features, and frozen batch norms."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Backbone(nn.Module):
         return self.head(self.body(images))
 
 
-def test_the_probe_is_scikit_learns_regression_on_standardised_features():
+def test_the_probe_equals_scikit_learns_logistic_regression_on_standardised_features():
     features, labels = clusters()
     scaler = StandardScaler().fit(features)
     theirs = LogisticRegression(C=1 / (WEIGHT_DECAY * len(labels)), tol=1e-8, max_iter=1000)
@@ -79,7 +79,7 @@ def test_a_linear_classifier_is_fitted_on_labelled_readable_images_only():
 
 
 @pytest.mark.parametrize("head", [nn.Conv2d(8, 2, 1), nn.Sequential(nn.Unflatten(1, (4, 2)), nn.Linear(2, 2))])
-def test_a_classifier_without_one_feature_row_an_image_stays_at_zero(head):
+def test_a_classifier_that_does_not_read_one_row_per_image_stays_at_zero(head):
     model = Backbone(head)
     if isinstance(head, nn.Conv2d):
         model.body.append(nn.Unflatten(1, (8, 1, 1)))
@@ -100,11 +100,11 @@ def test_frozen_batch_norms_keep_their_averages_and_train_their_weights():
     net(torch.randn(4, 3, 5, 5)).square().sum().backward()
     assert (trained.running_var == 2).all()
     assert trained.weight.grad.any()
-    assert (new.running_var != 1).any()  # it has no averages to keep
+    assert (new.running_var != 1).any()  # a new batch norm has no averages to keep
 
 
 @pytest.mark.slow
-def test_random_weights_start_without_a_probe_also_if_the_classifier_is_zero(tmp_path, monkeypatch, capsys):
+def test_random_weights_start_without_a_probe_even_if_the_classifier_is_zero(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(
         "from torch import nn\n"

@@ -1,4 +1,4 @@
-"""Test the progress of a command: a bar on a terminal, lines elsewhere, nothing with --quiet or --json."""
+"""Test the progress of a command: a bar on a terminal, lines elsewhere, and no output with --quiet or --json."""
 
 import io
 import sys
@@ -26,7 +26,7 @@ def test_without_a_terminal_lines_are_printed_less_and_less_often(clock, capsys)
         clock[0] += 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "ask the teacher: 960 of 192,000 images, 32 images a second, 99.5 min left"
-    assert 15 < len(lines) < 30  # of 100 minutes
+    assert 15 < len(lines) < 30  # in 100 minutes
 
 
 def test_a_line_is_printed_at_least_every_ten_minutes_with_a_whole_rate(clock, capsys):

@@ -1,4 +1,4 @@
-"""Test examples/report.py: the page about some runs, opened in a real browser."""
+"""Test examples/report.py, which writes a page about some runs; open the page in a real browser."""
 
 import base64
 import io
@@ -92,7 +92,8 @@ def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_pat
     wrong = [int((one.reference.logits.argmax(1) != one.reference.labels).sum()) for one in known]
     shown = sum(min(count, report.MISTAKES) for count in wrong)
     assert shown > 0
-    assert pictures.count() == 2 * report.SAMPLES + len(runs) + shown  # samples of two students; confusion, mistakes
+    # samples of two students, confusion matrices, mistakes
+    assert pictures.count() == 2 * report.SAMPLES + len(runs) + shown
     assert all(pictures.nth(i).evaluate("image => image.naturalWidth") > 0 for i in range(pictures.count()))
     assert "T_t" in page.locator("body").inner_text()
     assert "P_t" in page.locator("body").inner_text()
@@ -101,7 +102,7 @@ def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_pat
 
 @pytest.fixture
 def known(tmp_path):
-    """Write a run of three classes whose reference has 40 images, 30 of them mistakes."""
+    """Return a run of three classes with 40 reference images, 30 of which are mistakes."""
     g = np.random.default_rng(0)
     labels = np.arange(40) % 3
     logits = g.normal(0, 1, (40, 3)).astype(np.float32)
@@ -111,7 +112,7 @@ def known(tmp_path):
     return report.Run("a <run>", tmp_path, {"model": "tiny"}, [1], [25.0], ["cat", "<b>dog", "eel"], 2.0, reference, "")
 
 
-def test_mistakes_are_small_jpegs_the_most_certain_first(known):
+def test_mistakes_are_small_jpegs_in_the_order_of_their_confidence(known):
     page = report.mistakes(known)
     shares = [int(x) for x in re.findall(r"<figcaption>.*?, (\d+) %</figcaption>", page)]
     assert len(shares) == report.MISTAKES == 24
@@ -126,7 +127,7 @@ def test_mistakes_are_small_jpegs_the_most_certain_first(known):
             assert (image.format, max(image.size)) == ("JPEG", 160)
 
 
-def test_mistakes_of_grey_images_and_a_run_without_mistakes(known):
+def test_a_run_may_have_mistakes_of_grey_images_or_no_mistakes(known):
     grey = known.reference._replace(images=known.reference.images[..., :1])
     assert "data:image/jpeg" in report.mistakes(known._replace(reference=grey))
     right = known.reference._replace(labels=known.reference.logits.argmax(1))
@@ -148,7 +149,7 @@ def test_the_reliability_has_the_error_before_and_after_the_temperature(known):
 
 
 def with_answers(known, name, right, **changes):
-    """Return a run whose student is right about the images for which `right` is true."""
+    """Return a run whose student is right only on the images where `right` is True."""
     labels = np.arange(len(right)) % 3
     answers = np.stack([labels, np.where(right, labels, (labels + 1) % 3)])
     flags = known.flags | {"data": "/data/birds"}
@@ -159,7 +160,7 @@ def with_answers(known, name, right, **changes):
 
 @pytest.mark.parametrize(("only_first", "only_second", "told_apart"), [(30, 8, True), (20, 15, False), (0, 0, False)])
 def test_the_conclusion_has_the_difference_and_its_paired_standard_error(known, only_first, only_second, told_apart):
-    """Compare with the formula of the counts of images that only one of the two runs answers rightly."""
+    """Compute the error from the numbers of images on which only the first, or only the second, run is right."""
     n = 200
     first, second = np.ones(n, bool), np.ones(n, bool)
     second[:only_first] = first[only_first : only_first + only_second] = False
@@ -199,7 +200,7 @@ def test_one_run_is_shown_alone(known):
     assert report.conclusion([alone])[0] == "A (cross-entropy) reaches a top-1 of 66.7 %"
     page = report.page([alone])
     assert "<title>A on birds</title>" in page
-    assert "top-1 by epoch" not in page  # a curve of one epoch
+    assert "top-1 by epoch" not in page  # because the run has one epoch
     assert "behind" not in page
     assert "top-1 by epoch" in report.page([alone._replace(epochs=[1, 2], top1=[50.0, 66.7])])
 
@@ -225,7 +226,7 @@ def test_the_conclusion_compares_the_times_of_the_same_file_on_the_same_machine(
 
 
 @pytest.mark.slow
-def test_the_answers_of_last_pt_are_read(runs, tmp_path):
+def test_the_report_reads_the_answers_in_last_pt(runs, tmp_path):
     known = report.read_run(runs[0])
     assert 100 * known.right.mean() == pytest.approx(max(known.top1), abs=1e-3)
     assert report.read_answers(tmp_path) is None
@@ -265,7 +266,7 @@ def test_the_confusion_matrix_has_a_title_with_the_chance_level(tmp_path, monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_soft_labels_on_the_page_equal_those_of_the_losses(runs, temperature):
-    """Compare the gradient of the loss, by the student's logits, with one computed from the labels on the page."""
+    """Compare the gradient of the loss with a gradient that is computed from the labels on the page."""
     known = report.read_run(next(folder for folder in runs if folder.name == "with-teacher"))
     known = known._replace(flags=known.flags | {"temperature": temperature})
     teacher, remarks = report.teachers_logits(known)
@@ -302,7 +303,7 @@ def test_damaged_and_missing_files_are_reported_and_the_rest_is_shown(runs, tmp_
     text = (tmp_path / "p.html").read_text()
     assert "reference.npz cannot be read" in text
     assert "Not measured" in text
-    assert f"<td>{teacher}</td>" in text  # two runs have the same name
+    assert f"<td>{teacher}</td>" in text  # the whole path, because two runs have the same name
     assert f"<td>{other}</td>" in text
 
 

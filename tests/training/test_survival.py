@@ -1,4 +1,4 @@
-"""Kill, stop and resume train.py, start it twice and damage its checkpoints: no state is lost or mixed up."""
+"""Kill, stop and resume train.py, start it twice, and damage its checkpoints. No state may be lost or mixed up."""
 
 import functools
 import json
@@ -70,7 +70,7 @@ def test_a_run_saves_and_exits_with_0_after_a_signal_and_the_resumed_run_is_bitw
     stopped = start(*flags, "--output", "out")
     when(Path("out/last.pt").exists)
     sent = time.time()
-    stopped.send_signal(signal.SIGHUP)  # SIGTERM: below; SIGUSR1: tests/random_kills.py
+    stopped.send_signal(signal.SIGHUP)  # SIGTERM is tested below, SIGUSR1 in random_kills.py
     text, _ = stopped.communicate()
     assert stopped.returncode == 0, text
     assert time.time() - sent < 10
@@ -117,7 +117,7 @@ def test_a_run_killed_at_random_ends_with_bitwise_equal_weights(kind, tmp_path):
 
 
 @pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.trial)])
-def test_a_killed_process_ends_the_other_processes_soon_with_a_message(victim):
+def test_after_a_kill_the_other_processes_end_soon_with_a_message(victim):
     two = start(*TINY, "--epochs", 500, "--output", "out", ranks=2)
     when(lambda: Path("out/last.pt").exists())
     found = random_kills.ranks(Path("out"))
@@ -129,8 +129,8 @@ def test_a_killed_process_ends_the_other_processes_soon_with_a_message(victim):
     assert two.returncode != 0
 
 
-def test_a_run_saves_after_a_signal_to_every_process_also_if_the_data_loader_is_slow(tmp_path):
-    """Signal the whole process group twice, as a scheduler does: the data loading processes must survive."""
+def test_a_run_saves_after_a_signal_to_every_process_even_if_the_data_loader_is_slow(tmp_path):
+    """Signal the whole process group twice, as a scheduler does. The data loading processes must survive."""
     photos = random_kills.make_photos(tmp_path / "photos")
     flags = [*TINY, "--epochs", 400, "--data", photos, "--batch-size", 8, "--workers", 2, "--save-every", 0]
     job = start(*flags, "--output", "out", start_new_session=True)
@@ -146,7 +146,7 @@ def test_a_run_saves_after_a_signal_to_every_process_also_if_the_data_loader_is_
 
 @pytest.mark.trial
 def test_a_suspended_job_continues():
-    """Send SIGSTOP and SIGCONT, as SLURM does: both ranks wait for each other without a timeout."""
+    """Send SIGSTOP and SIGCONT to both ranks, as Slurm does. A rank waits for the other without a timeout."""
     two = start(*TINY, "--epochs", 30, "--output", "out", ranks=2)
     when(lambda: Path("out/last.pt").exists())
     processes = random_kills.ranks(Path("out"))
@@ -436,7 +436,7 @@ def test_a_closed_stdout_does_not_end_the_run():
 
 
 def weights_after_three_steps(grad_accum, method):
-    """Return the weights after train.py's first three optimizer steps, without batch norm."""
+    """Return the weights of a model without batch norm after train.py's first three optimizer steps."""
     flags = [*TINY, "--model", f"{MODELS}:plain", "--batch-size", 64, "--grad-accum", grad_accum, "--opt", "momentum",
              "--lr", 0.5, "--warmup-epochs", 0, "--label-smoothing", 0.1, "--crop", "none", *method]  # fmt: skip
     args, _, data = opened(*flags)
@@ -500,7 +500,7 @@ def test_one_process_two_processes_and_two_passes_take_the_same_step(tmp_path):
 @pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
                     reason="needs the right to mount a /dev/shm of its own")  # fmt: skip
 def test_a_small_dev_shm_is_refused_before_the_first_batch():
-    """Mount 64 MiB, the size in a container; without the check the workers would hang."""
+    """Mount 64 MiB, the size in a container, where the workers would hang without the check."""
     flags = [*TINY, "--workers", 2, "--batch-size", 128, "--img-size", 224, "--output", "out"]
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     command = ["unshare", "-m", "sh", "-c", mount, "-", sys.executable, ROOT / "train.py", *flags]

@@ -1,4 +1,4 @@
-"""Test stored teacher labels: write them and train from them; test the losses of users."""
+"""Test the command that stores a teacher's labels, training from these labels, and user losses."""
 
 import io
 import json
@@ -139,7 +139,7 @@ def test_a_stored_label_is_the_output_of_the_teacher_for_the_same_view(photos):
 
 
 def test_labels_of_large_crops_train_a_student_of_small_crops(photos):
-    """Store labels at 32 pixels and train at 16: these crops do not depend on the image size."""
+    """Store labels at 32 pixels and train at 16, because these crops do not depend on the image size."""
     write_labels(*STUDENT, *VIEWS, *TEACHER, "--img-size", 32, "--output", "L", "--views", 1)
     run(*TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
     assert math.isfinite(float(rows("out")[0]["loss_nkd"]))
@@ -180,7 +180,7 @@ def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
     example.write(Path("t/student/student.onnx"), Path("M"), 1, 10, list(map(str, TINY)))
     ours, theirs = (np.load(f"{name}/000-00000000.npy") for name in "ML")
     np.testing.assert_allclose(ours["target"], theirs["target"], atol=1e-4)
-    assert (ours["indices"] == theirs["indices"]).mean() > 0.99  # ties may differ
+    assert (ours["indices"] == theirs["indices"]).mean() > 0.99  # because the order of ties may differ
     run(*TINY, "--kd", "nkd", "--teacher-labels", "M", "--output", "out")
     line = subprocess.run([sys.executable, ROOT / "examples/teacher_labels.py", "none.onnx", "N"], capture_output=True)
     assert (line.returncode, line.stderr.count(b"\n")) == (2, 1)
@@ -191,7 +191,7 @@ def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
 
 
 def test_answers_of_a_server_convert_to_the_inputs_of_the_top_k_loss():
-    """Convert answers like vLLM's prompt_logprobs: one dict per token, with the k largest and the token itself."""
+    """Convert answers like vLLM's prompt_logprobs: a dict per token with the k largest classes and the token itself."""
     g = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 6, 30, generator=g, dtype=torch.float64)
     labels = torch.randint(30, (6,), generator=g)
@@ -239,7 +239,7 @@ def zeros(content):
     return content[:5000] + bytes(len(content) - 5000)
 
 
-def flipped(content):  # a bit of the first probability in the first row
+def flipped(content):  # flips one bit of the rows
     return content[:700] + bytes([content[700] ^ 1]) + content[701:]
 
 
@@ -304,7 +304,7 @@ def test_two_processes_cannot_write_to_one_folder(digits, capsys):
     assert "cannot make" in refused_labels(capsys, *STUDENT, *TEACHER, "--output", "file")
 
 
-def test_a_tilde_that_the_shell_leaves_expands_to_the_home_folder(digits, monkeypatch):
+def test_a_tilde_that_the_shell_does_not_expand_becomes_the_home_folder(digits, monkeypatch):
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
     write_labels(*STUDENT, *TEACHER, "--output=~/L", "--views", 1)
     run(*TINY, "--kd", "nkd", "--teacher-labels", "~/L", "--output", "~/out")
@@ -339,7 +339,7 @@ from kdlite.training import teacher_labels
 from kdlite.training.data import open_data
 from kdlite.training.loading import View
 
-teacher_labels.ROWS = 500  # three files for two processes: one has fewer files, and waits
+teacher_labels.ROWS = 500  # three files for two processes, so that one process waits
 stop = ranks.StopRequest()
 
 def ask(images, labels):
@@ -397,7 +397,7 @@ def test_labels_of_files_that_were_replaced_are_refused(photos, capsys):
 
 
 @pytest.mark.parametrize("fault", ["index", "twice", "sum", "nan"])
-def test_labels_with_impossible_values_and_a_right_checksum_are_refused(digits, capsys, fault):
+def test_labels_with_impossible_values_and_a_correct_checksum_are_refused(digits, capsys, fault):
     write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     file = Path("L/000-00000000.npy")
     array = np.load(file)
@@ -442,7 +442,7 @@ def test_other_losses_require_labels_of_every_class(user_losses, capsys, flags):
 
 @pytest.mark.parametrize("flags", [dict(kd="kd", temperature=2.0), dict(kd="nkd", temperature=2.0)])
 def test_a_padding_entry_of_the_labels_does_not_change_the_loss(flags):
-    """Leave the third of four classes out: its entry has a log-probability of -inf and any index."""
+    """Leave out the third of four classes; its entry has a log-probability of -inf and any index."""
     student, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     teacher[:, 2] = -1e30
     target = torch.tensor([0, 1, 3, 0, 1, 3])
@@ -554,7 +554,7 @@ def raises(student_logits, teacher_logits, target):
 """)
 
 
-def test_a_folder_named_like_a_method_is_not_mistaken_for_it(digits):
+def test_a_folder_with_the_name_of_a_method_does_not_replace_the_method(digits):
     Path("kd").mkdir()
     run(*TINY, "--kd", "kd", *TEACHER, "--output", "out")
     assert "loss_kd" in rows("out")[0]

@@ -1,4 +1,4 @@
-"""Test --epochs 30min: the length of a run follows a time."""
+"""Test --epochs 30min, which fits the length of a run to a time."""
 
 import re
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_a_resumed_run_keeps_its_plan_and_ends_in_time(monkeypatch):
     assert machine.now - 5100 == pytest.approx(400, rel=0.1)
 
 
-def test_a_run_of_a_number_of_epochs_is_never_fitted(monkeypatch):
+def test_a_run_with_a_number_of_epochs_keeps_that_number(monkeypatch):
     machine = Machine(monkeypatch, step=0.4, evaluation=4)
     machine.start(None, 31)
     machine.train()
@@ -91,7 +91,7 @@ def test_a_run_of_a_number_of_epochs_is_never_fitted(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_for_a_time_ends_and_its_resume_trains_nothing_more(tmp_path, capsys):
+def test_a_run_with_a_time_ends_and_its_resume_trains_nothing(tmp_path, capsys):
     flags = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--img-size", 16, "--reference", 0]
     run(*flags, "--epochs", "3s", "--output", tmp_path / "run")
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Test train.py: small runs in this process, whole runs of the script through torchrun."""
+"""Test train.py with small runs in this process and with runs of the script in new processes."""
 
 import functools
 import json
@@ -207,7 +207,7 @@ def test_any_student_learns_from_any_teacher(student, teacher, method):
     few = ["--device", "cpu", "--epochs", 1, "--batch-size", 64, "--workers", 0]
     if teacher.endswith(":tiny"):
         source, size = teacher, 32
-    else:  # with another image size
+    else:  # the teacher has another image size
         run(*few, "--model", teacher, "--img-size", 48, "--output", "teacher")
         source, size = "teacher/student", 32
     run(*few, "--model", student, "--img-size", size, "--kd", method, "--teacher", source, "--output", "out")
@@ -364,7 +364,7 @@ def test_gradient_accumulation_takes_the_same_steps_as_a_whole_batch():
 
 
 @pytest.mark.parametrize(("name", "times"), [("resnet18", 4), ("mobilenet_v2", 2), ("shufflenet_v2_x0_5", 4)])
-def test_the_small_stem_keeps_the_resolution(name, times):
+def test_the_small_stem_keeps_a_higher_resolution(name, times):
     def last_size(*flags):
         model = build_model(find_architecture(name, small_stem="--small-stem" in flags), 10, 32)
         sizes = []
@@ -390,7 +390,7 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.whole_runs
 def test_a_training_step_does_not_wait_for_the_device():
-    """Check that runs of 5 and of 22 steps read a device value on the host equally often."""
+    """Compare a short and a long run, which must read a device value on the host equally often."""
     reads = []
     for batch_size in (256, 64):
         with HostReads() as mode:
@@ -564,7 +564,7 @@ def test_a_model_that_ends_in_a_softmax_is_refused_before_training(capsys):
 
 
 def crops(images, seed=0, crop="none", hflip=0.0):
-    """Call crop_and_flip of the device; the test below compares it with torchvision's functional transforms."""
+    """Call crop_and_flip, which the cache on the device uses, with a seed."""
     return loading.crop_and_flip(images, crop, hflip, torch.Generator().manual_seed(seed))
 
 
@@ -744,7 +744,7 @@ def test_a_killed_run_resumes_to_bitwise_equal_weights(photos):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in the other runs, because the order of a sum depends on it
     )
-    for line in killed.stdout:  # ends when the data loading processes, which hold the pipe too, have ended
+    for line in killed.stdout:  # ends after the data loading processes, which hold the pipe too
         if line.startswith("epoch 2/4"):
             killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -767,7 +767,7 @@ def test_a_killed_run_resumes_to_bitwise_equal_weights(photos):
 
 @pytest.mark.slow
 def test_a_resume_without_a_checkpoint_starts_again_with_the_stored_flags(capsys):
-    run(*TINY, "--output", "out", "--resume")  # as in a launcher that always gives --resume
+    run(*TINY, "--output", "out", "--resume")  # as a launcher that always gives --resume does
     assert "no checkpoint in out yet: a new run starts" in capsys.readouterr().out
     for name in ("last.pt", "metrics.csv"):  # the state after an interrupt in the first epoch
         Path("out", name).unlink()
@@ -785,7 +785,7 @@ def test_flags_given_with_resume_override_the_stored_flags():
 
 @pytest.mark.slow
 def test_a_failed_save_of_the_best_checkpoint_leaves_the_last_one_unchanged(monkeypatch):
-    """Fill the disk while best.pt is written: last.pt keeps the epoch before, so a resume repeats the epoch."""
+    """Fill the disk while best.pt is written. last.pt keeps the epoch before, so a resume repeats the epoch."""
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
     write = cli.write_whole
@@ -947,7 +947,8 @@ def test_checkpoints_and_students_that_do_not_fit_are_refused(capsys):
     assert "out/last.pt holds the weights of another architecture than ShuffleNetV2" in line
     line = refused(capsys, *RESUME, "--opt", "momentum")
     assert "saved with --opt adamw, not momentum" in line
-    run(*TINY, *OWN, "--kd", "nkd", "--teacher", "out", "--output", "kd")  # a run directory stands for its student/
+    # --teacher accepts a run directory instead of its student/
+    run(*TINY, *OWN, "--kd", "nkd", "--teacher", "out", "--output", "kd")
     capsys.readouterr()
     config = json.loads(Path("out/student/config.json").read_text())
     eleven = {"num_classes": 11, "label_names": [*config["label_names"], "eleven"]}

@@ -39,7 +39,7 @@ def photos(tmp_path, monkeypatch):
 
 @pytest.fixture
 def teacher(photos):
-    """Train t/ on photos/, then spoil every validation image: a run that reads one fails."""
+    """Train t/ on photos/, then damage every validation image, so that a run that reads one fails."""
     run(*TINY, *RECIPE, "--data", "photos", "--epochs", 3, "--reference", 0, "--output", "t")
     for file in Path("photos/val").rglob("*.png"):
         file.write_bytes(b"not an image")
@@ -50,7 +50,7 @@ def call(*flags, check=0):
 
 
 def run_here(commands, command, _output):
-    """Run the command of a process in the process of the tests, and keep it."""
+    """Run a command in this process, and append it to the commands."""
     commands.append(command)
     main = train.main if command[1].endswith("train.py") else teacher_labels.main
     assert main(command[2:] if main is train.main else command[3:]) == 0
@@ -59,7 +59,7 @@ def run_here(commands, command, _output):
 # ---- --fold --------------------------------------------------------------------------------------------------------
 
 
-def test_the_parts_share_no_image_and_are_all_training_images_of_each_class(photos):
+def test_the_parts_share_no_image_and_contain_every_training_image(photos):
     whole = opened(*TINY, *RECIPE, "--data", "photos")[2]
     seen = []
     for part in range(5):
@@ -91,7 +91,7 @@ def test_a_class_without_an_image_to_train_on_is_refused(photos):
 
 
 class Numbers:
-    """Stands for stored labels: returns the number of an image."""
+    """Replace stored labels; return the view and the number of an image."""
 
     seed, views = 3, 2
 
@@ -99,7 +99,7 @@ class Numbers:
         return (torch.tensor([view, index]),)
 
 
-def test_an_image_of_a_part_has_the_crop_and_the_stored_answer_of_the_whole(photos):
+def test_an_image_has_the_same_crop_and_stored_answer_in_a_part_and_in_the_whole_data_set(photos):
     whole = opened(*TINY, *RECIPE, "--data", "photos")[2].train
     part = opened(*TINY, *RECIPE, "--data", "photos", "--fold", 2, 5)[2].train
     transform = loading.View((3, 16, 16), "pad", 0.5, "bilinear").transform()
@@ -124,10 +124,10 @@ def test_labels_of_all_training_images_fit_a_part(photos):
     ("seconds", "full", "plan"),
     [
         (1e9, 8, Plan([9, 4, 2], [2, 4, 8], 5)),
-        (1250, 8, Plan([9, 4, 2], [2, 4, 8], 2)),  # 50 epochs of 10 s, 15 starts of 5 s: 575
+        (1250, 8, Plan([9, 4, 2], [2, 4, 8], 2)),  # 50 epochs of 10 s and 15 starts of 5 s take 575 s
         (574, 8, Plan([9, 4, 2], [1, 2, 4], 1)),
-        (324, 8, Plan([9, 4], [1, 2], 1)),  # three rounds: 325
-        (234, 8, Plan([9], [2], 1)),  # two: 235
+        (324, 8, Plan([9, 4], [1, 2], 1)),  # three rounds take 325 s
+        (234, 8, Plan([9], [2], 1)),  # two rounds take 235 s
         (400, 1, Plan([9, 4, 2], [1, 1, 1], 1)),  # the whole training has one epoch
     ],
 )
@@ -148,7 +148,7 @@ def test_a_time_without_room_for_one_round_is_refused():
 
 
 class Fake:
-    """Stands for the trainer: an arm's answers depend on its name, and some arms fail."""
+    """Replace the trainer; the answers of an arm depend on its name, and some arms fail."""
 
     def __init__(self, tops):
         self.tops, self.calls = tops, []
@@ -170,7 +170,7 @@ def test_the_better_half_gets_more_epochs_on_other_parts():
     assert len(rounds[1]["b"]) == 200
 
 
-def test_an_arm_that_fails_leaves_and_the_others_go_on(capsys):
+def test_a_failed_arm_is_dropped_and_the_others_continue(capsys):
     rounds = tune.search(Fake({"a": 10, "b": None, "c": 30}), list("abc"), Plan([3, 2], [1, 2], 1), np.inf)
     assert [sorted(found) for found in rounds] == [["a", "c"], ["a", "c"]]
     assert "b failed: the loss is not finite" in capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_a_search_whose_runs_all_fail_is_refused():
         tune.search(Fake({"a": None, "b": None}), list("ab"), Plan([2], [1], 1), np.inf)
 
 
-def test_a_round_that_the_time_cuts_does_not_count(monkeypatch, capsys):
+def test_a_round_that_does_not_end_in_time_does_not_count(monkeypatch, capsys):
     clock = iter(range(100))
     monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
     fake = Fake({"a": 10, "b": 40, "c": 30, "d": 20})
@@ -199,7 +199,7 @@ def test_a_gain_has_the_paired_error_of_its_images():
     assert gain(right, base) == (50.0, pytest.approx(100 * np.std([0, 1, 0, 1]) / 2))
 
 
-def test_an_arm_within_two_errors_of_the_best_in_their_last_round_is_not_told_apart(capsys):
+def test_an_arm_within_two_standard_errors_of_the_best_is_not_told_apart(capsys):
     rng = np.random.default_rng(0)
     best = (rng.random(1000) < 0.7).astype(float)
     near, early = best.copy(), best.copy()
@@ -224,7 +224,7 @@ def test_the_command_for_labels_gets_only_its_own_flags():
 
 
 @pytest.mark.slow
-def test_it_reads_no_validation_image_and_prints_a_command_that_trains(teacher, monkeypatch, capsys):
+def test_tune_reads_no_validation_image_and_prints_a_command_that_trains(teacher, monkeypatch, capsys):
     commands = []
     monkeypatch.setattr(launch, "run", functools.partial(run_here, commands))
     monkeypatch.setattr(tune, "make_plan", lambda *_: Plan([2, 1], [1, 2], 1))
@@ -233,14 +233,14 @@ def test_it_reads_no_validation_image_and_prints_a_command_that_trains(teacher, 
     call(*flags, *TEACHER, "--views", 1, "--output", "out")
     printed = capsys.readouterr().out
     assert "plan: 2 arms of 1 epochs, 1 arms of 2 epochs; 1 of 5 parts validate in each round" in printed
-    assert len(commands) == 4  # the labels, and three runs: the measured one is the second arm's
+    assert len(commands) == 4  # one for the labels and three runs; the run that measures the time is one of them
     warmups = [command[command.index("--warmup-epochs", command.index("--fold") - 4) + 1] for command in commands[1:]]
     assert warmups == ["0.5", "0.5", "1.0"]
     (line,) = re.findall(r"^next: torchrun train\.py (.*)$", printed, re.M)
     train.parse_flags(line.split())
     assert ("--teacher-labels" in line) == (" --kd " in line)
 
-    commands.clear()  # the same command, or one with more time, finds what was measured, and the runs
+    commands.clear()  # the same command, even with more time, reuses the measurement and the runs
     monkeypatch.delattr(tune, "measure")
     call(*flags, *TEACHER, "--views", 1, "--output", "out", "--minutes", 40)
     assert [command[1] for command in commands] == ["-m"]
@@ -251,7 +251,7 @@ def test_it_reads_no_validation_image_and_prints_a_command_that_trains(teacher, 
 
 
 @pytest.mark.trial
-def test_labels_without_every_class_leave_arms_out(teacher, monkeypatch, capsys):
+def test_labels_that_lack_classes_exclude_arms(teacher, monkeypatch, capsys):
     flags = ["--data", "photos", *TINY, *RECIPE]
     names = []
     of_labels_alone = ["--data", "photos", *TINY[2:], *TEACHER, "--recipe", "digits", "--crop", "none"]
@@ -265,8 +265,8 @@ def test_labels_without_every_class_leave_arms_out(teacher, monkeypatch, capsys)
     assert "--teacher-labels" not in printed.rpartition("next:")[2]  # cross-entropy is the best
 
 
-def test_a_run_that_a_signal_stopped_stops_the_search(photos, monkeypatch):
-    monkeypatch.setattr(launch, "run", lambda *_: None)  # train.py ends with status 0 and has saved itself
+def test_a_signal_that_stops_a_run_stops_the_search(photos, monkeypatch):
+    monkeypatch.setattr(launch, "run", lambda *_: None)  # as if train.py has saved its state and ended with status 0
     trainer = tune.Trainer([], Path("L"), Namespace(epochs=4, warmup_epochs=0, seed=0), Path("out"))
     with pytest.raises(KeyboardInterrupt):
         trainer.run("cross-entropy", 2, 0)
@@ -280,7 +280,7 @@ def test_a_search_that_stopped_before_it_measured_refuses_another_command(tmp_pa
 
 
 @pytest.mark.parametrize("flag", ["--kd=nkd", "--gamma=1", "--fold 1 5", "--unlabelled=more", "--self-kd=uskd"])
-def test_a_flag_that_is_chosen_here_is_refused(photos, capsys, flag):
+def test_a_flag_that_tune_chooses_or_lacks_is_refused(photos, capsys, flag):
     given = ["--data", "photos", "--teacher", "t", *flag.split()]
     line = refused(capsys, *given, command=call, program="tune")
     assert f"{flag.split()[0].partition('=')[0]}: tune chooses or does not support" in line

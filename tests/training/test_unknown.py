@@ -1,4 +1,4 @@
-"""Test examples/unknown.py: the split of a draw, and the table of scores. The whole script trains for minutes."""
+"""Test the split and the scores of examples/unknown.py, without its training, which takes minutes."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_a_draw_splits_the_known_images_and_leaves_two_classes_out():
 
 
 @pytest.mark.parametrize(("size", "auroc"), [(0.1, 100), (10, 50), (100, 0)])
-def test_unknown_images_with_smaller_logits_are_told_apart_by_every_score(size, auroc):
+def test_every_score_separates_unknown_images_by_the_size_of_their_logits(size, auroc):
     g = np.random.default_rng(0)
     labels = np.arange(400) % 8
     logits = np.eye(8)[labels] * 10 + g.normal(0, 0.1, (400, 8))

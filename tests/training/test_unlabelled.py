@@ -1,4 +1,4 @@
-"""Test --unlabelled: photographs without a label, for which only the teacher's answers train the student."""
+"""Test --unlabelled, which adds photographs without a label, from which the student learns the teacher's answers."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ def photos(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kd", ["nkd", "kd"])
-def test_an_image_without_a_label_has_no_cross_entropy_and_an_expected_nkd(kd, temperature):
+def test_an_image_without_a_label_has_no_cross_entropy_and_its_nkd_is_an_expectation(kd, temperature):
     torch.manual_seed(0)
     student, teacher = torch.randn(4, 5), torch.randn(4, 5)
     target = torch.tensor([3, NO_LABEL, 0, NO_LABEL])
@@ -73,14 +73,14 @@ def test_an_image_without_a_label_has_no_cross_entropy_and_an_expected_nkd(kd, t
     torch.testing.assert_close(terms[kd], expected)
 
 
-def test_stored_labels_of_an_image_without_a_label_hold_the_whole_answer():
+def test_the_stored_label_of_an_unlabelled_image_contains_the_whole_answer():
     torch.manual_seed(1)
     teacher, target = torch.randn(6, 7), torch.tensor([NO_LABEL, 2, NO_LABEL, 6, 0, NO_LABEL])
     stored = top_k_logprobs(teacher, target.where(target != NO_LABEL, teacher.argmax(1)), 6)
     torch.testing.assert_close(all_logprobs(stored, target, 7), teacher.log_softmax(1), atol=2e-3, rtol=0)
 
 
-def test_the_images_are_found_at_any_depth_and_counted_beside_the_labelled_ones(photos, capsys):
+def test_unlabelled_images_are_found_at_any_depth_and_counted_separately(photos, capsys):
     _, _, data = opened(*RUN, "--unlabelled", "more", "--kd", "kd", *TEACHER)
     assert "more: 30 images without a label, skipped: 1 .txt" in capsys.readouterr().out
     assert (len(data.train), len(data.labelled), data.unlabelled) == (66, 36, 30)
@@ -112,11 +112,11 @@ def test_stored_answers_train_as_the_teacher_itself_does(photos, capsys):
         (["--unlabelled", "more", "--kd", "kd", *TEACHER, "--data", "digits"], "needs a folder of photographs"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_refused(photos, capsys, flags, fault):
+def test_a_folder_or_a_flag_that_does_not_fit_is_refused(photos, capsys, flags, fault):
     Path("empty").mkdir()
     assert fault in refused(capsys, *RUN, *flags)
 
 
-def test_labels_of_some_classes_are_refused(photos, capsys):
+def test_labels_that_lack_classes_are_refused(photos, capsys):
     flags = [*TINY, *DATA[:4], "--crop", "none", *TEACHER, "--unlabelled", "more", "--top-k", 1, "--output", "L"]
     assert "--top-k 2" in refused(capsys, *flags, command=write_labels, program="teacher_labels")

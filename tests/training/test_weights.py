@@ -156,7 +156,7 @@ def test_pretrained_loads_the_body_from_any_file_of_weights(how):
     assert config.mean == ([0.485, 0.456, 0.406] if how in ("folder", "run") else [0.5, 0.5, 0.5])
 
 
-def test_a_file_of_library_weights_sets_the_preprocessing_of_the_library():
+def test_a_file_of_library_weights_gets_the_preprocessing_of_the_library():
     """Use EfficientNet-Lite, whose mean and std are 0.5 instead of ImageNet's."""
     model = timm.create_model("tf_efficientnet_lite0")
     save_file(model.state_dict(), "lite0.safetensors")
@@ -209,7 +209,7 @@ def test_position_embeddings_are_resampled_to_another_size(library, height, widt
 
 
 @pytest.mark.parametrize(("name", "conv"), [("resnet18", "conv1.weight"), ("test_efficientnet", "conv_stem.weight")])
-def test_grey_images_take_the_sum_of_the_colour_filters(name, conv):
+def test_a_model_of_grey_images_gets_the_sum_of_the_colour_filters(name, conv):
     write_student(Path("donor"), name, 32)
     model, config, _ = start(name, size=(1, 32, 32), pretrained="donor")
     expected = load_file("donor/model.safetensors")[conv].sum(1, keepdim=True)
@@ -291,7 +291,7 @@ def test_a_missing_or_ambiguous_class_is_refused_by_name(labels, report):
         match(labels, timm.data.ImageNetInfo().label_names(), "resnet18")
 
 
-def test_a_students_folder_may_hold_the_classes_in_another_order(photos, capsys):
+def test_a_teacher_may_have_the_classes_in_another_order(photos, capsys):
     write_student(Path("teacher"), f"{MODELS}:tiny", 16, ["owl", "dark", "bright"])
     run(*SMALL, "--data", photos, "--val-split", 0.25, "--model", f"{MODELS}:tiny", "--img-size", 16, "--kd", "nkd",
         "--teacher", "teacher", "--model-file", f"{MODELS}:tiny", "--output", "out")  # fmt: skip
@@ -324,7 +324,7 @@ def test_a_teacher_reads_its_weights_and_its_classes_from_files(tmp_path):
 
 
 def test_a_number_in_the_classes_file_is_a_name_if_the_teacher_has_that_name(tmp_path):
-    """Sort the classes 0 to 10 of the teacher as strings: its column 2 is the class 10."""
+    """Sort the teacher's classes 0 to 10 as strings, so that its column 2 is the class 10."""
     names = sorted(map(str, range(11)))
     (tmp_path / "classes.csv").write_text("".join(f"{name},{name}\n" for name in names))
     columns, _ = pick_columns("t", names, 11, names, str(tmp_path / "classes.csv"))
@@ -338,14 +338,14 @@ def test_a_number_in_the_classes_file_is_a_name_if_the_teacher_has_that_name(tmp
     ([int(str(i)[::-1]) if i > 9 else i for i in range(20)] * 5, 92, None), ([0] * 100, 2, "not better than chance"),
     ([(i + 3) % 10 for i in range(10)] * 10, 10, "in another order"), ([0] * 100, 10, "not better than chance"),
 ])  # fmt: skip
-def test_a_poor_teacher_or_another_order_of_its_classes_prints_a_warning(predictions, classes, warned, capsys):
+def test_a_warning_is_printed_for_a_poor_teacher_or_another_order_of_its_classes(predictions, classes, warned, capsys):
     labels = np.arange(100) % (classes if classes <= 10 else 20)
     warn_of_teacher(labels, np.array(predictions), classes)
     err = capsys.readouterr().err
     assert warned in err if warned else not err
 
 
-# ---- grey, oblong ----
+# ---- grey and oblong images ----
 
 
 @pytest.mark.slow
@@ -368,7 +368,7 @@ def test_grey_and_oblong_images_train_export_and_pass_the_check(photos):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_layer_decay_scales_the_layers_with_and_without_a_weak_head(wrapped):
-    """Give the first layer the lowest rate; the head and the weak head get the full rate."""
+    """Check that the first layer has the lowest rate, and both heads the full rate."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
     net = WithWeakHead(model, "norm", 5, example_input=torch.zeros(2, 3, 32, 32)) if wrapped else model
     flags = ["--opt", "adamw", "--lr", 1e-3, "--weight-decay", 0.05, "--epochs", 1, "--layer-decay", 0.5]
@@ -428,7 +428,7 @@ def test_the_code_in_the_model_card_opens_the_student_without_kdlite(name, argum
 
 
 def test_a_model_card_omits_code_that_would_fail():
-    """Use grey images, for which torchvision's models lack an argument."""
+    """Use grey images, for which torchvision's models have no argument."""
     student = write_student(Path("student"), "mobilenet_v2", (1, 32, 32), arguments=["width_mult=0.25"])
     assert "```" not in (student / "README.md").read_text()
 
@@ -479,12 +479,12 @@ def test_a_folder_gets_fitted_defaults_and_a_resume_keeps_them(photos, capsys):
 
 
 def test_the_split_is_the_same_for_every_seed(photos):
-    """Keep the validation images of a student out of the training images of a teacher with another seed."""
+    """Use two seeds: a student's validation images must not be training images of its teacher with another seed."""
     splits = [opened(*SMALL, *PHOTOS, "--model", f"{MODELS}:tiny", "--seed", seed)[2].split for seed in (0, 1)]
     assert splits[0] == splits[1]
 
 
-def test_the_img_size_flag_decides_the_stem(photos):
+def test_the_img_size_flag_sets_the_stem_and_the_crop(photos):
     flags = ["--device", "cpu", *PHOTOS, "--model", "resnet18"]
     assert args_of(*flags).small_stem
     large = args_of(*flags, "--img-size", 224)
