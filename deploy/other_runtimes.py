@@ -1,4 +1,4 @@
-"""Run an exported file in OpenVINO (an .onnx file) or in ncnn (the files that pnnx makes of an .onnx file).
+"""Run an exported file in OpenVINO (an .onnx file) or in ncnn (the files that pnnx makes from an .onnx file).
 
 If one of them is installed (pip install openvino, or ncnn and pnnx), deploy.check has a row for it. Both run on the CPU
 here.
@@ -42,7 +42,7 @@ def run_openvino(compiled: Any, metadata: Metadata, images: np.ndarray) -> np.nd
 
 
 def load_ncnn(path: Path, on: RunOn) -> Runtime:
-    """Load NAME.ncnn.param and .bin, which pnnx makes of NAME.onnx.
+    """Load NAME.ncnn.param and .bin, which pnnx makes from NAME.onnx.
 
     NAME.onnx must be in the same folder, because the files of pnnx lack the labels and the preprocessing.
     """

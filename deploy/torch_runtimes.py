@@ -43,8 +43,8 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.layout == UINT8:
-            # The cast comes first, because TensorRT's parser cannot permute uint8. A batch norm normalises, because ONNX
-            # Runtime would move a product and a sum before the permute: there they cost a quarter of an INT8 MobileNetV2.
+            # The cast is first, because TensorRT's parser cannot permute uint8. A batch norm normalises, because ONNX
+            # Runtime moves a product and a sum before the permute: there they cost a quarter of an INT8 MobileNetV2.
             images = images.float().permute(0, 3, 1, 2)
             # Contiguous, because pooling of a permuted tensor is exported as an as_strided, in ONNX a Gather.
             images = images.contiguous(memory_format=self.memory_format)
