@@ -203,7 +203,7 @@ def open_rows(path: Path, on: RunOn, plan: Plan) -> list[Timed]:
     timed = [Timed(row | {"batch": len(images)}, worker, images) for images in plan.batches]
     for one in timed:
         if len(one.images) > (worker.max_batch or len(one.images)):
-            one.row["failed"] = f"the engine takes {worker.max_batch} at most"
+            one.row["failed"] = f"the engine takes at most {worker.max_batch} images"
     return timed
 
 
@@ -260,7 +260,7 @@ class EnergyMeter:
             pynvml.nvmlInit()
             gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
             pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
-            self.gpu = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu)  # in mJ
+            self.gpu = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu)  # returns mJ
         except Exception:  # pynvml, the driver or the GPU's counter is missing
             pass
 

@@ -144,7 +144,7 @@ class Tally:
 
 
 class Candidate:
-    """Hold an artefact under test; `fault` is the reason why it is skipped from now on, or ""."""
+    """Hold an artefact under test. `fault` is "", or the reason why the rest of its test is skipped."""
 
     def __init__(self, artefact: Path, weights_sha256: str, on: RunOn) -> None:
         self.name, self.fault, self.tally = artefact.name, "", Tally()
@@ -354,7 +354,7 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     """
     if not names:
         found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
-        found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # of pnnx
+        found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # pnnx's own
         for package, kinds in (("torch", TORCH_KINDS), ("ncnn", (".param",))):
             missing = [file for file in found if file.suffix in kinds and not importlib.util.find_spec(package)]
             if missing:

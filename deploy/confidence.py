@@ -87,7 +87,7 @@ def fit_confidence(logits: np.ndarray, labels: np.ndarray, metadata: Metadata) -
 
 
 def fit_file(file: Path, images: np.ndarray, labels: np.ndarray) -> str:
-    """Fit temperature and threshold of an ONNX file of ours, write them into it, and return lines for the user.
+    """Fit temperature and threshold of an exported ONNX file, write them into it, and return lines for the user.
 
     A number that is not fitted keeps its present value in the file. The file runs on the CPU, and onnx must be
     installed.

@@ -266,7 +266,7 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
     """Raise UserError if the flags of methods and models contradict each other."""
     if "kd" in args:
         if args.teacher_labels and (not args.kd or args.teacher):
-            raise UserError("--teacher-labels needs --kd, and no --teacher")
+            raise UserError("--teacher-labels needs --kd, and replaces --teacher")
         if args.kd in ("nkd", "kd") and not (args.teacher or args.teacher_labels):
             raise UserError(f"--kd {args.kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
         if args.teacher and not args.kd:
@@ -280,7 +280,7 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
         if typed.keys() & {"model_args", "small_stem"}:
             raise UserError("--model is a student/ folder, which has its own arguments and stem")
         if args.pretrained:
-            raise UserError("--pretrained, and --model is a folder with weights: a student starts from one of them")
+            raise UserError("--model is a folder with weights, and --pretrained: a student starts from one of them")
 
 
 def check_values(args: argparse.Namespace) -> None:
@@ -290,7 +290,7 @@ def check_values(args: argparse.Namespace) -> None:
         mixing = [f"--{name} 0" for name in ("mixup", "cutmix") if getattr(args, name)]
         mixing += ["--cache none"] * (args.cache == "device")
         if mixing:
-            raise UserError(f"stored labels belong to single images, each cropped on its own: give {' '.join(mixing)}")
+            raise UserError(f"stored labels need single images, each with its own crop: give {' '.join(mixing)}")
     if args.unlabelled and (args.mixup or args.cutmix):
         raise UserError("--unlabelled: an image without a label cannot be mixed: give --mixup 0 --cutmix 0")
     if args.unlabelled and args.self_kd:

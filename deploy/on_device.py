@@ -26,8 +26,8 @@ KINDS = (".onnx", ".engine")
 COMMANDS = ("benchmark", "build", "check", "selftest", "serve")
 OF_STUDENT = ("benchmark", "check", "selftest")  # these take the student/ folder before the artefact
 WRITING = ("benchmark", "build", "check")  # by default these write next to the artefact, here into this folder
-# The oldest versions that were tried, and the newest that the last onnxruntime for JetPack 6 (Python 3.10, aarch64)
-# allows.
+# The lower limits are the oldest versions that were tried. The upper limits are those of the last onnxruntime for
+# JetPack 6 (Python 3.10, aarch64).
 RUNNING = """\
 numpy>=1.24,<2; python_version < "3.11" and platform_machine == "aarch64"
 numpy>=1.24; python_version >= "3.11" or platform_machine != "aarch64"

@@ -19,7 +19,7 @@ from deploy.runtimes import RunOn, Runtime, as_input, load_onnx, tensor_names, u
 
 
 def load_openvino(path: Path, on: RunOn) -> Runtime:
-    """Load an ONNX file of ours, or one from elsewhere with a .json next to it, in OpenVINO, in float32.
+    """Load an exported ONNX file, or one from elsewhere with a .json next to it, in OpenVINO, in float32.
 
     On CPUs with AVX512-BF16 OpenVINO's default is bfloat16, which changes logits by up to 17 % of the largest logit.
     """

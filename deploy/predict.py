@@ -2,7 +2,7 @@
 
     python -m deploy.predict runs/001-mobilenet_v2-uskd/student/student.onnx photo.jpg
     python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --csv answers.csv     # a folder and its subfolders
-    python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --least-certain 50 -o sheet.png   # to label next
+    python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --least-certain 50 -o sheet.png   # those to label next
 
 The answer to a photograph is "none of these" if its largest probability is below the student's threshold. The sheet
 shows the images as the network gets them, the least certain image first; the command prints their paths in the same
@@ -61,7 +61,7 @@ class Answer(NamedTuple):
 
     file: Path
     best: list[tuple[str, float, int]]  # label, probability and class index, the best first; [] if it is unreadable
-    answered: bool  # False: none of these
+    answered: bool  # False: the answer is "none of these"
     image: np.ndarray  # as the network gets it, uint8 (H, W, C)
     error: str = ""  # the reason why it cannot be read
 

@@ -9,8 +9,8 @@ parser rejects. tensorrt: symmetric int8 activations and per-channel weights as 
 In a network with a LayerNormalization (ViT, Swin, ConvNeXt) only Conv, Gemm and MatMul by a weight are quantised,
 because softmax, norms and attention scores lose too much in 8 bits.
 
-The file gets a temperature and a threshold of its own. They are fitted here, on the validation images of the
-reference, because the device that runs the file may have neither images nor labels.
+The command fits the file's own temperature and threshold on the validation images of the reference, because the device
+that runs the file may have neither images nor labels.
 
 --max-drop POINTS bounds the loss of top-1 on the validation images of the reference, which calibration does not read.
 The command measures how much each layer changes the logits if that layer alone is INT8. It keeps as few of the worst
@@ -94,7 +94,7 @@ class Bound:
     """Set how many points of top-1 a file may lose, and the images that measure this loss."""
 
     max_drop: float
-    images: np.ndarray  # other images than those of the calibration
+    images: np.ndarray  # calibration uses other images
     labels: np.ndarray
     methods: Sequence[str] = ("minmax",)  # methods of calibration, tried in this order until every layer may be INT8
 
@@ -255,8 +255,7 @@ def quiet_library() -> Iterator[None]:
 
 
 def name_nodes(model: Any) -> None:
-    """Give each node a name of its own, because onnxruntime's quantiser picks nodes by name and exporters leave some
-    unnamed."""
+    """Give each node its own name: onnxruntime's quantiser picks nodes by name, and exporters leave some unnamed."""
     taken: set[str] = set()
     for index, node in enumerate(model.graph.node):
         if not node.name or node.name in taken:

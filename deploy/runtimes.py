@@ -122,9 +122,9 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     module, _, loader = named.partition(":")
     try:
         load_kind = getattr(importlib.import_module(module), loader)
-    except ImportError as error:  # torchvision or timm is missing, or the .pyz of deploy.pack lacks the module
+    except ImportError as error:  # torchvision or timm is missing, or the .pyz of deploy.pack has no such module
         raise UserError(f"{path} cannot be loaded here: {first_line(error)}") from error
-    # auto falls back to the CPU if the machine has CUDA, but its onnxruntime does not
+    # auto falls back to the CPU if the machine has CUDA but its onnxruntime lacks it
     on = dataclasses.replace(on, allow_fallback=on.allow_fallback or on.device == "auto")
     return dataclasses.replace(load_kind(path, on), file=path.name, load_s=time.perf_counter() - started)
 
@@ -183,7 +183,7 @@ def run_onnx(session: Any, metadata: Metadata, images: np.ndarray) -> np.ndarray
 
 
 def load_onnx(path: Path, on: RunOn) -> Runtime:
-    """Load an ONNX file of ours, or one from elsewhere with a .json next to it."""
+    """Load an exported ONNX file, or one from elsewhere with a .json next to it."""
     ort = need("onnxruntime", "pip install onnxruntime, or onnxruntime-gpu where there is a CUDA device")
     device = pick_device(on.device, cuda_device_name() is not None, on.allow_fallback)
     wanted = PROVIDERS[device]
@@ -196,13 +196,13 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
         ort.preload_dlls()  # finds CUDA and cuDNN in torch's wheels
     options = ort.SessionOptions()
     options.intra_op_num_threads = on.threads or usable_cpus()
-    # By default idle threads spin, which takes CPU time from every other program.
+    # By default idle threads spin, and take CPU time from other programs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # log nothing: onnxruntime raises its errors, or get_providers() shows them
     content = read_file(path)
     refuse_external_data(content, path)
     try:
-        fallback = int(on.allow_fallback and device != "cpu")  # onnxruntime's own, with a line
+        fallback = int(on.allow_fallback and device != "cpu")  # onnxruntime's own, which prints
         session = ort.InferenceSession(content, options, providers=[wanted], enable_fallback=fallback)
     except Exception as error:  # onnxruntime has about a dozen exception classes of its own
         raise UserError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error
@@ -251,7 +251,7 @@ def check_graph(session: Any, metadata: Metadata, where: str) -> None:
 
 
 def tensor_names(metadata: Metadata) -> tuple[str, str]:
-    """Return the names of an ONNX file's input and output: ours, or those of a file from elsewhere."""
+    """Return the names of an ONNX file's input and output; a file from elsewhere has other names than ours."""
     inputs, outputs = metadata.tensors or (INPUT_NAME, OUTPUT_NAME)
     return inputs, outputs
 

@@ -142,7 +142,7 @@ def serve_file(args: argparse.Namespace, token: str | None) -> None:
         began = functools.partial(begin, server, reloader, message)
         serve(make_process(make_app(server, token), server, began), listener)
     finally:
-        if bound and bound == identity(args.unix_socket):  # otherwise another server listens on this path
+        if bound and bound == identity(args.unix_socket):  # otherwise the socket is another server's
             args.unix_socket.unlink()
 
 

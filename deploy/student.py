@@ -43,7 +43,7 @@ def find_architecture(
     input_size: (channels, H, W), for models whose constructor needs it
     """
     if is_code(name):
-        library, name = "file", Path(name).name  # the folder of the file is private
+        library, name = "file", Path(name).name  # without the folder, which is private
     elif is_torchvisions(name):
         library = "torchvision"
     elif timm.is_model(name):
@@ -163,7 +163,7 @@ def own_function(name: str) -> Callable[..., Any]:
     """Run the user's file.py and return its function."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
-        raise UserError(f"no file {path}, which should have {function}")
+        raise UserError(f"no file {path}, which should contain the function {function}")
     folder = os.path.dirname(os.path.abspath(path))
     if folder not in sys.path:
         sys.path.insert(0, folder)  # as for a script: the file may import its neighbours
@@ -300,7 +300,7 @@ def build_bounded(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], whe
             model = build_model(*fields)
         compare_shapes(type(model).__name__, model.state_dict(), shapes, where)
     except UserError as error:
-        if not isinstance(error.__cause__, NotImplementedError):  # torchvision's RegNet reads values as it is built
+        if not isinstance(error.__cause__, NotImplementedError):  # RegNet reads values in its constructor
             raise
     with ParameterLimit(shapes):
         return build_model(*fields)

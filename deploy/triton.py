@@ -52,7 +52,7 @@ def write_repository(artefact: Path, output: Path, model: Model) -> Path:
         if metadata.built["library"] != "tensorrt":
             raise UserError(f"{artefact} was built by TensorRT-RTX, which Triton does not run: build it with tensorrt")
         if model.max_batch > largest:
-            raise UserError(f"--max-batch {model.max_batch}, but {artefact.name} takes {largest} at most")
+            raise UserError(f"--max-batch {model.max_batch}, but {artefact.name} takes at most {largest}")
         if not model.gpu:
             raise UserError(f"{artefact.name} is a TensorRT engine, which needs a GPU; leave --cpu out")
     if not model.name or "/" in model.name or model.name.startswith("."):

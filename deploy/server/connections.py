@@ -180,7 +180,7 @@ def serve(process: Process, listener: socket.socket) -> None:
     try:
         asyncio.run(process.serve([listener]))
     finally:
-        for child in multiprocessing.active_children():  # decoders; their clients have left
+        for child in multiprocessing.active_children():  # decoding processes; their clients have left
             child.kill()
 
 

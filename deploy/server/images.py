@@ -51,7 +51,7 @@ class Decoders:
 
     def __init__(self, count: int, accepted: tuple[str, ...], most_pixels: int) -> None:
         self.count, self.accepted, self.most_pixels = count, accepted, most_pixels
-        self.probe: Future[Any] | None = None  # a task for the new processes after one has ended: do they start?
+        self.probe: Future[Any] | None = None  # after one has ended: a task that shows whether new ones start
         self.start()
 
     @property
@@ -122,7 +122,7 @@ def decode_in_time(*photograph: Any) -> np.ndarray | int:
     signal.setitimer(signal.ITIMER_VIRTUAL, 2 * DECODE_S)  # ends the process if a reader does not return to Python
     try:
         return decode(*photograph)
-    except TimeoutError as error:  # raised while a form is parsed; from Pillow it is an UnreadableImage
+    except TimeoutError as error:  # in a form; in an image it becomes an UnreadableImage
         raise bad(str(error)) from error
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -38,7 +38,7 @@ class LossyHandler(QueueHandler):
     skipped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # unlike the base class, do not format it: the thread does
+        return record  # the base class would format it here, but the thread does that
 
     def enqueue(self, record: logging.LogRecord) -> None:
         if self.skipped and isinstance(record.args, dict):
