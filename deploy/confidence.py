@@ -106,7 +106,7 @@ def fit_file(file: Path, images: np.ndarray, labels: np.ndarray) -> str:
 def check_temperature(
     temperature: float | None, logits: np.ndarray, labels: np.ndarray, metadata: Metadata
 ) -> tuple[float | None, str]:
-    """Return the temperature, or None if it increases the calibration error; and a line about it.
+    """Return the temperature, or None if it increases the calibration error, and a line for the user.
 
     logits, labels: for images that the fit of the temperature did not use
     """

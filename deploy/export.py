@@ -56,7 +56,7 @@ def export_student(
     model_file: str | None = None,
     tolerance: float | None = None,
 ) -> list[Path]:
-    """Export a student/ folder or that of a run directory, compare each file with torch, and return the files.
+    """Export a student/ folder, or the one in a run directory, compare each file with torch, and return the files.
 
     Raise UserError if the student is damaged or cannot be exported; then no half-written file stays.
 

@@ -316,8 +316,8 @@ def pick_recipe(
     """Return a recipe that fits a folder of photographs, and a line that explains it.
 
     With random weights, 100,000 or more images of at least 100 px get imagenet-cnn. Any other folder gets AdamW with
-    a cosine schedule, batches of 16 to 64 (32 for some thousand images; fewer for less than 16 images), and, within
-    limits, the epochs that give STEPS or FINE_TUNING_STEPS steps.
+    a cosine schedule, batches of 16 to 64 (32 for some thousand images, fewer if the folder has fewer than 16), and the
+    epochs, within limits, that give STEPS or FINE_TUNING_STEPS steps.
 
     Args:
         images: number of training images

@@ -142,7 +142,7 @@ def dispatch(archive: Path, argv: list[str]) -> int | None:
 
 
 def import_command(archive: Path, name: str) -> ModuleType:
-    """Import a module of deploy/; raise UserError, with the command that installs its packages, if it cannot."""
+    """Import a module of deploy/. If packages are missing, raise UserError with the command that installs them."""
     try:
         return importlib.import_module(f"deploy.{name}")
     except (ImportError, UserError) as error:

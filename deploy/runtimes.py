@@ -218,7 +218,7 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
 
 
 def onnx_metadata(session: Any, path: Path) -> Metadata:
-    """Return the metadata in an ONNX file, or in the .json next to a file from elsewhere; check it with the graph."""
+    """Return the metadata in an ONNX file, or in the .json next to a file from elsewhere, after check_graph."""
     values = read_properties(session.get_modelmeta().custom_metadata_map)
     where, sidecar = f"the metadata of {path}", path.with_name(path.name + ".json")
     if "mean" not in values and sidecar.is_file():

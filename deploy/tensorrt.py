@@ -199,7 +199,7 @@ RTX = "install TensorRT-RTX, which builds without a GPU: pip install '.[rtx]'"
 
 
 def import_tensorrt(library: str | None = None) -> ModuleType:
-    """Import the named library; without a name, tensorrt, or else the TensorRT-RTX of its ONNX Runtime provider."""
+    """Import the named library; without a name, tensorrt, or else TensorRT-RTX from its ONNX Runtime provider."""
     names, reasons = [library] if library else ["tensorrt", "tensorrt_rtx"], []
     for name in names:
         try:

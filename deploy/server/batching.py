@@ -98,7 +98,7 @@ class Batcher:
             self.deliver(left, RequestError(503, "the server ends"), *[time.perf_counter_ns()] * 2)
 
     def gather(self) -> list[Waiting]:
-        """Wait for the next batch and return it, all for one runtime; [] after close(), or if its clients have left."""
+        """Wait for the next batch, all for one runtime, and return it. Return [] after close(), or if clients left."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.closed)
             while self.waiting and not self.closed:

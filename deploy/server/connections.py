@@ -74,7 +74,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             self.refuse(503, f"all {self.limit} connections of this server are in use; try again later")
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Return a small buffer for headers and for chunks, because a chunk may have one byte, and each costs time."""
+        """Return a small buffer for headers and chunks, because many chunks of one byte in one read take too long."""
         cheap = self.conn.their_state is h11.SEND_BODY and all(name != b"transfer-encoding" for name, _ in self.headers)
         return self.received[: LARGE_READ if cheap else SMALL_READ]
 
@@ -82,7 +82,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.data_received(bytes(self.received[:nbytes]))
 
     def check(self, now: float) -> None:
-        """Close the connection if its state lasts too long. The state includes the request's own cycle."""
+        """Close the connection if its state lasts too long. The state includes the cycle, which each request changes."""
         name = {h11.IDLE: "idle", h11.SEND_BODY: "body"}.get(self.conn.their_state, "answer")
         if self.transport.get_write_buffer_size():
             name = "unread answer"
