@@ -266,7 +266,7 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
     """Raise UserError if the flags of methods and models contradict each other."""
     if "kd" in args:
         if args.teacher_labels and (not args.kd or args.teacher):
-            raise UserError("--teacher-labels needs --kd, and replaces --teacher")
+            raise UserError("--teacher-labels needs --kd, without --teacher")
         if args.kd in ("nkd", "kd") and not (args.teacher or args.teacher_labels):
             raise UserError(f"--kd {args.kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
         if args.teacher and not args.kd:

@@ -82,7 +82,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.data_received(bytes(self.received[:nbytes]))
 
     def check(self, now: float) -> None:
-        """Close the connection if its state lasts too long. The state includes the cycle, which each request changes."""
+        """Close the connection if its state lasts too long. The state includes the cycle, new for each request."""
         name = {h11.IDLE: "idle", h11.SEND_BODY: "body"}.get(self.conn.their_state, "answer")
         if self.transport.get_write_buffer_size():
             name = "unread answer"
