@@ -1,1 +1,1 @@
-"""From a run's student/ folder to an answer on an edge GPU: export, quantize, build, check, benchmark, serve."""
+"""Take a student from its run to a device: export, quantize, build, check, benchmark, serve."""

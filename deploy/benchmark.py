@@ -3,12 +3,12 @@
     python -m deploy.benchmark runs/001-mobilenet_v2-uskd --threads 1
     python -m deploy.benchmark runs/001-mobilenet_v2-uskd student.onnx student-int8-cpu.onnx --batches 1 16
 
-The images come from the run's reference.npz. Without torch the table has no row of torch eager.
+The images come from the run's reference.npz. Without torch the table has no row for torch eager.
 
 Each runtime has its own process. The runtimes take turns in short rounds, so that a busy moment of the machine slows
 all of them. Latency is the time of the whole call, from uint8 images to logits, both in host memory. The header
-describes the machine and its load. cpu/wall is the processor time of a row per second. A row that fails stays in the
-table, with the reason. The command writes benchmark.json and benchmark.png (latency against accuracy).
+describes the machine and its load. cpu/wall is the CPU time of a row divided by its wall time. A row that fails stays
+in the table, with the reason. The command writes benchmark.json and benchmark.png (latency against accuracy).
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ COLUMNS = (
     "times_eager:.2f load_s:.2f build_s:.1f mb:.1f peak_mb:.0f top1:.2f cpu/wall:.2f mj_per_image:.1f failed:"
 )
 GPU_FIELDS = "name,clocks.sm,clocks.mem,power.limit,temperature.gpu"
-BUSY = 0.95  # smallest cpu/wall of a row on the CPU if no other program runs
+BUSY = 0.95  # a smaller cpu/wall of a row on the CPU shows that other programs ran
 Labelled = tuple[np.ndarray, np.ndarray]  # images and class indices
-PAUSE_S = 0.05  # between two turns, so that spinning threads go to sleep
+PAUSE_S = 0.05  # pause between two turns, so that spinning threads go to sleep
 
 
 class Slice(NamedTuple):
@@ -61,7 +61,7 @@ class Slice(NamedTuple):
     wall_s: float
     cpu_s: float
     joules: float | None
-    peak_mb: float | None  # peak memory of the process, with its libraries; None if this is not Linux
+    peak_mb: float | None  # peak memory of the process, with its libraries; None except on Linux
 
 
 def work(pipe: Connection, path: Path, on: RunOn) -> None:
@@ -96,7 +96,7 @@ def time_calls(runtime: Runtime, images: np.ndarray, seconds: float, meter: Ener
 
 
 def peak_memory_mb() -> float | None:
-    """Return the peak memory of this process. getrusage would add that of its parent, before the exec."""
+    """Return the peak memory of this process. The peak of getrusage would include the parent's memory before exec."""
     peak = re.search(r"^VmHWM:\s*(\d+) kB", read("/proc/self/status"), re.M)
     return int(peak[1]) * 1024 / 1e6 if peak else None
 
@@ -141,9 +141,9 @@ class Plan:
     """Set the images and the time of the measurement."""
 
     batches: list[np.ndarray]  # batches to time, each uint8 (N, H, W, 3)
-    validation: list[Labelled]  # for top-1; may be empty
+    validation: list[Labelled]  # images for top-1; may be empty
     seconds: float = 3.0  # measured time of each row
-    rounds: int = 6  # turns of each row, which share the seconds
+    rounds: int = 6  # turns of each row; each takes an equal part of the seconds
 
 
 @dataclass
@@ -159,9 +159,9 @@ class Timed:
 def benchmark(
     student: Path, artefacts: list[Path], plan: Plan, on: RunOn, eager: bool = True, compile: bool = False
 ) -> list[dict[str, Any]]:
-    """Return a row for each artefact and batch; the rows of torch eager are first, and ratios are relative to them.
+    """Return a row for each artefact and batch. The rows of torch eager are first, and ratios are relative to them.
 
-    eager: add rows of the student/ folder in torch; compile: add rows of it with torch.compile
+    eager: add rows for the student/ folder in torch; compile: add rows for torch.compile
     """
     torch_on = dataclasses.replace(on, device=on.device.replace("tensorrt", "cuda"))
     entries = [(student, torch_on)] if eager else []
@@ -203,7 +203,7 @@ def open_rows(path: Path, on: RunOn, plan: Plan) -> list[Timed]:
     timed = [Timed(row | {"batch": len(images)}, worker, images) for images in plan.batches]
     for one in timed:
         if len(one.images) > (worker.max_batch or len(one.images)):
-            one.row["failed"] = f"the engine takes {worker.max_batch} at most"
+            one.row["failed"] = f"the engine takes at most {worker.max_batch} images"
     return timed
 
 
@@ -223,10 +223,10 @@ def measure(timed: list[Timed], plan: Plan) -> None:
 
 
 def busy_warning(rows: list[dict[str, Any]], load: float) -> str:
-    """Return a warning if other programs took the CPU, else "". load: the load average before the measurement."""
+    """Return a warning if other programs used the CPU, else "". load: the load average before the measurement."""
     shares = [row["cpu/wall"] for row in rows if "cpu/wall" in row and "cpu" in row["provider"].lower()]
     if shares and min(shares) < BUSY:
-        return f"other programs took the CPU: the least cpu/wall is {min(shares):.2f}, expected {BUSY} or more"
+        return f"other programs used the CPU: the smallest cpu/wall is {min(shares):.2f}, expected {BUSY} or more"
     if load > 0.75 * (os.cpu_count() or 1):
         return f"other programs were running: the load was {load:.1f} on {os.cpu_count()} cores"
     return ""
@@ -248,7 +248,7 @@ def summarise(slices: list[Slice], batch: int) -> dict[str, Any]:
 
 
 class EnergyMeter:
-    """Measure joules between start() and stop(): of the GPU by NVML, or of a Jetson's board by tegrastats."""
+    """Measure the energy between start() and stop(): NVML measures a GPU, tegrastats the board of a Jetson."""
 
     def __init__(self) -> None:
         self.gpu: Any = None
@@ -260,7 +260,7 @@ class EnergyMeter:
             pynvml.nvmlInit()
             gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
             pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
-            self.gpu = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu)  # in mJ
+            self.gpu = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu)  # returns mJ
         except Exception:  # pynvml, the driver or the GPU's counter is missing
             pass
 
@@ -277,6 +277,7 @@ class EnergyMeter:
         self.watts.extend(filter(None, map(board_watts, lines)))
 
     def stop(self) -> float | None:
+        """Return the joules, or None without a meter."""
         if self.gpu:
             return (self.gpu() - self.before) / 1e3
         self.close()
@@ -293,7 +294,7 @@ class EnergyMeter:
 
 
 def board_watts(line: str) -> float | None:
-    """Return the board's power in a line of tegrastats: VDD_IN, or on AGX modules the sum of the rails."""
+    """Return the board's power from a line of tegrastats: VDD_IN, or on AGX modules the sum of the rails."""
     rails = {name: int(now) for name, now in re.findall(r"(V\w+) (\d+)mW/\d+mW", line)}
     return rails.get("VDD_IN", sum(rails.values())) / 1e3 if rails else None
 
@@ -353,7 +354,7 @@ def get_parser() -> Parser:
     add("artefacts", nargs="*", help="files to time (default: all in the folder)")
     add("--batches", type=at_least_1, nargs="+", default=[1, 16], help="images per call (default: 1 16)")
     add("--seconds", type=above_0, default=3.0, help="measured time of each row (default: 3)")
-    add("--rounds", type=at_least_1, default=6, help="turns of each row, which share the seconds (default: 6)")
+    add("--rounds", type=at_least_1, default=6, help="turns of each row, in equal parts of --seconds (default: 6)")
     add("--compile", action="store_true", help="time torch.compile too (takes a minute to warm up)")
     accuracy = "measure the accuracy on N images, evenly spaced; 0: no accuracy (default: 1000, or all)"
     add("--count", type=number(int, 0), default=1000, metavar="N", help=accuracy)
@@ -362,7 +363,7 @@ def get_parser() -> Parser:
 
 
 def read_images(student: Path, args: argparse.Namespace) -> tuple[np.ndarray, list[Labelled]]:
-    """Return the images to time, and (images, labels) for the accuracy, of the reference.
+    """Return the reference's images to time, and batches of (images, labels) for the accuracy.
 
     Without a reference, return noise and an empty list.
     """
@@ -377,7 +378,7 @@ def read_images(student: Path, args: argparse.Namespace) -> tuple[np.ndarray, li
 
 
 def run(args: argparse.Namespace) -> int:
-    pick_device(args.device, cuda_device_name() is not None, args.allow_fallback)  # one error, not one a row
+    pick_device(args.device, cuda_device_name() is not None, args.allow_fallback)  # one error here, not one in each row
     student = cli.student_folder(args.student)
     artefacts = find_artefacts(student, args.artefacts)
     output = args.output or student
@@ -387,7 +388,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compile and not eager:
         raise UserError("--compile needs torch and the weights of the student")
     if not eager:
-        log("torch or the weights are not here: no row of torch eager")
+        log("torch or the weights are missing: no row of torch eager")
     batches = [images[np.arange(size) % len(images)] for size in sorted(set(args.batches))]
     machine, machine_load = describe_machine(), os.getloadavg()[0]
     plan = Plan(batches, validation, args.seconds, args.rounds)

@@ -25,7 +25,7 @@ def get_parser() -> Parser:
     add = parser.add_argument
     add("onnx", type=Path, help="an ONNX file of deploy.export or deploy.quantize")
     add("--report", action="store_true", help="parse the file and print the unsupported nodes, without a build")
-    add("--library", choices=["tensorrt", "tensorrt_rtx"], help="(default: the first that is installed)")
+    add("--library", choices=["tensorrt", "tensorrt_rtx"], help="library (default: the first that is installed)")
     add("--opt-batch", type=int, help="the batch that the engine is optimised for (default: 8, or --max-batch)")
     add("--max-batch", type=int, default=64, help="the largest batch of the engine (default: 64)")
     add("--workspace", type=number(int, 1), default=1024, help="largest scratch memory, in MiB (default: 1024)")

@@ -9,8 +9,8 @@ On the device, with Python 3.10 or later:
     python3 candidates.pyz --budget-ms 20 --threads 1
 
 The command exports each network, by torchvision's or timm's name, in fp32 and in INT8 for CPUs, calibrated on noise. On
-the device the file prints milliseconds, memory and file size of both, and the published top-1 on ImageNet, which exists
-for torchvision's models only. It marks the networks that fit the budget, and names the best of them.
+the device the file prints a table: milliseconds, memory and file size in fp32 and INT8, and the published top-1 on
+ImageNet, for torchvision's models only. It marks the networks that fit the budget, and prints the best of them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from deploy.cli import Parser, ProgressBar, UserError, log, number, show
 from deploy.runtimes import RunOn, load
 
 LIST = "candidates.json"  # in the archive, next to the ONNX files
-CALIBRATION = 16  # images of noise
-TOLERANCE = 1e-2  # of the export: random weights give larger errors than trained ones (EfficientNet-B0: 1.3e-4)
+CALIBRATION = 16  # number of noise images
+TOLERANCE = 1e-2  # for the export: random weights give larger errors than trained ones (EfficientNet-B0: 1.3e-4)
 COLUMNS = (
     "network: top1:.1f top1_px:d fp32_ms:.2f int8_ms:.2f fp32_memory_mb:.0f int8_memory_mb:.0f fp32_file_mb:.1f "
     "int8_file_mb:.1f fits: failed:"
@@ -50,7 +50,7 @@ def write_candidates(names: list[str], input_size: list[int], num_classes: int, 
     quantize, pack = cli.need("deploy.quantize", need), cli.need("deploy.pack", need)
     images = np.random.default_rng(0).integers(0, 256, (CALIBRATION, *input_size[1:], input_size[0]), dtype=np.uint8)
     names = list(dict.fromkeys(names))
-    architectures = [student.find_architecture(name, input_size=input_size) for name in names]  # mistakes first
+    architectures = [student.find_architecture(name, input_size=input_size) for name in names]  # mistakes fail here
     listed: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="candidates-") as name:
         folder, files = Path(name), dict[str, Path]()

@@ -5,13 +5,19 @@
     python -m deploy.check runs/001-mobilenet_v2-uskd --images val/       # on the photographs of val/CLASS/
 
 The images and the student's own logits come from the run's reference.npz, so the check needs neither torch nor the data
-set, and runs on the device too. --images reads photographs instead: then torch computes the expected logits if torch
-and the weights are available, else student.onnx does.
+set, and runs on the device too. --images reads photographs instead. Then torch computes the expected logits; without
+torch or the weights, student.onnx or student-fp16.onnx does.
 
-The columns: top-1 and top-5; the difference to the student's own top-1; how often the two agree on the class; the
-largest error of a logit and the smallest cosine between two rows of logits, at batches of 1, 2, 5 and 64. ece_raw and
-ece: the calibration error in percent, without a temperature and with the file's own. answered: the percentage of images
-whose largest probability reaches the file's threshold ("none of these" for the others); top1_answered: their top-1.
+The columns:
+
+    top1, top5        accuracy in percent
+    top1_difference   the difference from the student's own top-1, in points
+    agreement         the percentage of images to which file and student give the same class
+    max_abs_error     the largest error of a logit, at batches of 1, 2, 5 and 64
+    cosine            the smallest cosine between the file's and the student's logits of an image
+    ece_raw, ece      the calibration error in percent, without a temperature and with the file's own
+    answered          the percentage of images whose largest probability reaches the file's threshold
+    top1_answered     the top-1 of these images; the answer to the others is "none of these"
 
 The exit status is 1 if an artefact is outside the tolerance of its precision, cannot run here, or was made from other
 weights. The command writes check.json, and per_class.csv and confusion.png of the student's own answers.
@@ -60,7 +66,7 @@ BATCHES = (1, 2, 5, 64)
 LARGEST = max(BATCHES)
 # Tolerances by precision: largest error of a logit relative to the largest logit, smallest agreement in percent,
 # largest loss of top-1 in points. The errors of fp32 and fp16 are five times the largest error of nine architectures
-# (tests/deploy/test_export.py). On a GPU fp32 may be TF32, which has fp16's mantissa.
+# (tests/deploy/test_export.py). On a GPU, fp32 gets fp16's tolerances: it may be TF32, which has fp16's mantissa.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
@@ -69,7 +75,7 @@ TOLERANCES = {
 INT8_ADVICE = "try quantize --max-drop 2, or calibrate on more images (train.py --reference N)"
 
 
-COLUMNS = (  # of the table, and their formats
+COLUMNS = (  # columns of the table, and their formats
     "artefact: provider: precision: top1:.2f top5:.2f top1_difference:+.2f agreement:.2f max_abs_error:.1e cosine:.6f "
     "batches: ece_raw:.2f ece:.2f answered:.2f top1_answered:.2f verdict:"
 )
@@ -81,20 +87,20 @@ Batch = tuple[np.ndarray, ...]  # images uint8 (B, H, W, 3), labels (B,) and log
 class Expected:
     """Hold the images to check on, and the logits to compare every artefact with."""
 
-    batches: Iterable[Batch]  # of LARGEST images
+    batches: Iterable[Batch]  # each of at most LARGEST images
     images: int
-    provider: str  # of the logits
+    provider: str  # the backend that computed the logits
     weights_sha256: str
-    description: str  # of the images
+    description: str  # the source of the images
 
 
 class Tally:
-    """Count over batches of logits: accuracy, and the differences from the expected logits."""
+    """Add up the accuracy, and the differences from the expected logits, over batches."""
 
     def __init__(self) -> None:
         self.images = self.top1 = self.top5 = self.agree = 0
         self.error, self.scale, self.cosine = 0.0, 0.0, 1.0
-        self.certainty: list[np.ndarray] = []  # (3, B): largest probability raw, and by the temperature; 1 if right
+        self.certainty: list[np.ndarray] = []  # (3, B): largest probability, raw and with the temperature; 1 if right
 
     def add(self, logits: np.ndarray, labels: np.ndarray, expected: np.ndarray, metadata: Metadata) -> None:
         order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
@@ -114,7 +120,7 @@ class Tally:
         self.cosine = float(np.minimum(self.cosine, cosine.min()))
 
     def columns(self, student: Tally, metadata: Metadata) -> dict[str, Any]:
-        """Return the columns of the table; student: the tally of the expected logits."""
+        """Return the columns of the table. student: the tally of the expected logits"""
         counts = {"top1": self.top1, "top5": self.top5, "agreement": self.agree}
         row: dict[str, Any] = {name: 100 * count / self.images for name, count in counts.items()}
         row["top1_difference"] = row["top1"] - 100 * student.top1 / student.images
@@ -122,7 +128,7 @@ class Tally:
         return row | self.confidence(metadata)
 
     def confidence(self, metadata: Metadata) -> dict[str, Any]:
-        """Return the columns of temperature and threshold, except those of a number that the metadata lacks."""
+        """Return the columns about temperature and threshold; skip a number that the metadata lacks."""
         raw, by_temperature, right = np.concatenate(self.certainty, 1)
         if not np.isfinite(raw).all():
             return {}
@@ -138,7 +144,7 @@ class Tally:
 
 
 class Candidate:
-    """Hold an artefact under test; `fault` is the reason why it is skipped from now on, or ""."""
+    """Hold an artefact under test. `fault` is "", or the reason why the rest of its test is skipped."""
 
     def __init__(self, artefact: Path, weights_sha256: str, on: RunOn) -> None:
         self.name, self.fault, self.tally = artefact.name, "", Tally()
@@ -181,9 +187,9 @@ class Candidate:
 def check_artefacts(
     artefacts: list[Path], expected: Expected, on: RunOn, metadata: Metadata
 ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    """Return rows of the student itself and of each artefact, the labels, and the student's predicted classes.
+    """Return a row for the student and for each artefact, the labels, and the student's predicted classes.
 
-    metadata: of the student
+    metadata: the student's
     """
     candidates = [Candidate(artefact, expected.weights_sha256, on) for artefact in artefacts]
     if on.device in ("auto", "cpu") and importlib.util.find_spec("openvino"):
@@ -219,7 +225,7 @@ def judge(row: dict[str, Any], tally: Tally) -> str:
     error = tally.error / max(tally.scale, float(np.finfo(np.float32).tiny))
     agreement, drop = row["agreement"], -row["top1_difference"]
     faults = []
-    if not error <= allowed["error"]:  # in this form since a NaN is a fault
+    if not error <= allowed["error"]:  # not `>`, because a NaN is a fault
         faults.append(f"error {error:.1e} of the largest logit > {allowed['error']:.0e}")
     if not agreement >= allowed["agreement"]:
         faults.append(f"agreement {agreement:.2f} < {allowed['agreement']} %")
@@ -245,7 +251,7 @@ def from_reference(student: Path, given: Path | None, count: int | None) -> Expe
 
 
 def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) -> Expected:
-    """Return the photographs of folder/CLASS/ with the student's own logits, computed by torch or else student.onnx."""
+    """Return the photographs of folder/CLASS/ with the student's own logits, by torch or an exported file."""
     files = [student / name for name in ("student.onnx", "student-fp16.onnx")]
     if has_torch() and (student / "model.safetensors").is_file():
         path = student
@@ -255,7 +261,7 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
         path = found[0]
         log(f"neither torch nor the weights are here: compared with {path.name}")
     else:
-        raise UserError(f"--images compares with torch and the weights, or with {files[0]}: one must be here")
+        raise UserError(f"--images needs torch and the weights, or {files[0]}: neither is here")
     runtime = load(path, on)
     photographs = without_training_images(list_photographs(folder, runtime.metadata.label_names), folder, student)
     photographs = [photographs[i] for i in evenly(len(photographs), count or len(photographs))]
@@ -264,7 +270,7 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
 
 
 def without_training_images(photographs: list[tuple[Path, int]], folder: Path, student: Path) -> list[tuple[Path, int]]:
-    """Return the photographs that are not training images in the run's split.csv; all if that file is missing."""
+    """Return the photographs that are not training images in the run's split.csv, or all without that file."""
     sides = read_split(student.resolve().parent / SPLIT) or {}
     names = [unicodedata.normalize("NFC", file.relative_to(folder).as_posix()) for file, _ in photographs]
     kept = [one for one, name in zip(photographs, names) if sides.get(name) != "train"]
@@ -310,7 +316,7 @@ def is_visible(path: Path, root: Path) -> bool:
 
 
 def photograph_batches(files: list[tuple[Path, int]], runtime: Runtime) -> Iterator[Batch]:
-    """Yield prepared photographs, their labels and the runtime's logits; unreadable files are printed and counted."""
+    """Yield prepared photographs, their labels and the runtime's logits; print and count unreadable files."""
     unreadable = 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(files), LARGEST):
@@ -342,13 +348,13 @@ def read_photograph(path: Path, metadata: Metadata) -> np.ndarray | UnreadableIm
 
 
 def find_artefacts(student: Path, names: list[str]) -> list[Path]:
-    """Return the named artefacts, or without names all in the student's folder.
+    """Return the named artefacts, or all in the student's folder if no name is given.
 
     names: paths, or names of files in the student's folder
     """
     if not names:
         found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
-        found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # its own files
+        found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # pnnx's own
         for package, kinds in (("torch", TORCH_KINDS), ("ncnn", (".param",))):
             missing = [file for file in found if file.suffix in kinds and not importlib.util.find_spec(package)]
             if missing:
@@ -365,7 +371,7 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
 
 
 def table(rows: list[dict[str, Any]], columns: str) -> str:
-    """Return rows as text: numbers are aligned right, and a missing value is -.
+    """Return rows as text, with numbers aligned right and - for a missing value.
 
     columns: "name:format name:format ..."
     """

@@ -1,4 +1,4 @@
-"""Share rules between all commands: a user's mistake prints one line and exits with status 2, and a file is written
+"""Hold the rules of all commands. A user's mistake prints one line and exits with status 2. A file is written
 completely or not at all.
 
 This module imports only the standard library, so that a command can fail at once, on any machine.
@@ -27,8 +27,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # of a full or read-only disk
-MAX_JSON = 64 << 20  # bytes of a config.json or a sidecar: 100,000 labels take 3 MB
+# Errors of a full or read-only disk.
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+MAX_JSON = 64 << 20  # most bytes of a config.json, or of the .json next to an artefact; 100,000 labels take 3 MB
 # Control characters, which a terminal obeys, and the marks that change the direction of a text.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -45,7 +46,7 @@ _quiet = False  # parse_and_run() sets it while a command runs
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse flags as argparse does, but raise UserError, and expand ~/ where the shell does not: in --output=~/run."""
+    """Parse flags like argparse, but raise UserError for a mistake. Expand ~/ in --output=~/run too, unlike a shell."""
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (--help lists the flags)")
@@ -61,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(doc: str | None, name: str, *shared: str) -> Parser:
-    """Return a parser with flags of SHARED. doc: text of --help; name: a command of deploy/, or a script."""
+    """Return a parser with flags of SHARED. doc: text of --help; name: a command of deploy/, or a script's file."""
     prog = f"python -m deploy.{name}" if "." not in name else name
     parser = Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_shared(*shared)
@@ -123,13 +124,14 @@ def add_device(parser: Parser) -> None:
     parser.add_shared(*DEVICE)
 
 
-# ---- one line and a status -----------------------------------------------------------------------------------------
+# ---- errors and the exit status ------------------------------------------------------------------------------------
 
 
 def run_command(program: str, function: Callable[[], int | None]) -> int:
-    """Call a program's function and return its exit status: the one place where an exception becomes a line on stderr.
+    """Call a program's function and return its exit status. Only this function turns an exception into one line.
 
-    The status is the function's own or 0; 2 for a user's mistake; 130 for Ctrl-C. Other errors keep their traceback.
+    The status is 2 after a user's mistake, 130 after Ctrl-C, and otherwise the function's. Other errors keep their
+    traceback.
     """
     use_backslashreplace()
     try:
@@ -161,9 +163,9 @@ def parse_and_run(parser: Parser, run: Run, argv: list[str] | None) -> int | Non
 
 
 def explain(error: Exception, advice: str = "") -> str | None:
-    """Return one line for an error that the user or the machine causes, or None for any other error.
+    """Return one line for an error that the user or the machine causes, and None for any other error.
 
-    The caller shows the traceback of any other error. advice: appended to the line if memory ran out
+    advice: more text for the line if memory ran out
     """
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
@@ -171,20 +173,20 @@ def explain(error: Exception, advice: str = "") -> str | None:
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
         return f"cannot read or write: {text}"
     advice = f"; {advice}" if advice else ""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be installed here
+    if type(error).__name__ == "OutOfMemoryError":  # torch's exception, by name because torch may be missing
         return f"out of GPU memory: use smaller batches{advice}; {text[:200]}"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
         return f"out of memory: use smaller batches{advice}; {text[:200]}"
     frames = traceback.extract_tb(error.__traceback__)
     cut_off = isinstance(error, (EOFError, ConnectionError)) and any("dataloader" in f.filename for f in frames)
-    if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker" in text):  # of torch
+    if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker" in text):  # torch's message
         fewer = f"use fewer data loading processes{advice}"
         return f"a data loading process ended, perhaps because memory ran out: {fewer}; {text[:200]}"
     return None
 
 
 def show_error(program: str, message: str) -> None:
-    """Print one line on stderr; with KDLITE_TRACEBACK=1 the traceback of the handled exception precedes it."""
+    """Print one line on stderr. With KDLITE_TRACEBACK=1, print the exception's traceback first."""
     if os.environ.get("KDLITE_TRACEBACK") == "1":
         traceback.print_exc()
     print(printable(f"{program}: error: {message}"), file=sys.stderr, flush=True)
@@ -196,10 +198,10 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def needs(install: str, name: str = "") -> Iterator[None]:
-    """Turn an ImportError of the body into UserError with `install`, the way to install the package.
+    """Turn an ImportError in the body into UserError.
 
-    name: a command's module passes its __name__ around its own imports; if it is "__main__", this prints the error and
-        exits with status 2
+    install: how to install the package; name: the __name__ of a command's module, for the module's own imports. If it
+        is "__main__", print the error and exit with status 2
     """
     try:
         yield
@@ -217,16 +219,16 @@ def need(module: str, install: str) -> ModuleType:
         return importlib.import_module(module)
 
 
-# ---- what is printed -----------------------------------------------------------------------------------------------
+# ---- printing ------------------------------------------------------------------------------------------------------
 
 
 def printable(text: str) -> str:
-    """Return a text with its control characters escaped: labels, file names and errors come from other people."""
+    """Return a text with its control characters escaped, because labels and file names may come from other people."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def use_backslashreplace() -> None:
-    """Let stdout and stderr escape characters that the locale's encoding lacks, instead of raising."""
+    """Make stdout and stderr escape characters that the locale's encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -245,18 +247,18 @@ def log(text: str) -> None:
 
 @dataclass
 class ProgressBar:
-    """Loop and show the progress on stderr: tqdm's bar on a terminal, elsewhere a line from time to time."""
+    """Iterate over things and show the progress on stderr: tqdm's bar on a terminal, otherwise a line now and then."""
 
     things: Iterable[Any]
     what: str  # the label, a word or two
-    total: int | None = None  # units in all; None: len(things) * each, if things have a length
-    each: int = 1  # units in a thing, such as the images in a batch
+    total: int | None = None  # number of units; None: len(things) * each if things have a length
+    each: int = 1  # units per thing, such as images per batch
     first: int = 0  # things done before a resume
     unit: str = ""
-    shown: bool = True  # False in all processes but one
+    shown: bool = True  # False in every process except one
     postfix: str = ""  # printed after the rate, such as the loss
 
-    # Shortest and longest time between two lines, in seconds; within these limits a quarter of the time so far.
+    # Shortest and longest time between two lines, in seconds. Within these limits it is a quarter of the elapsed time.
     GAP_S: ClassVar = 30.0, 600.0
 
     def __iter__(self) -> Iterator[Any]:
@@ -280,7 +282,7 @@ class ProgressBar:
                 bar.close()
 
     def make_bar(self) -> Any:
-        """Return tqdm's bar on a terminal, or None without tqdm, without a terminal, or if nothing is shown."""
+        """Return tqdm's bar. Return None if tqdm or a terminal is missing, or if `shown` is False."""
         if not self.shown or not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
             return None
         bar, done = importlib.import_module("tqdm").tqdm, self.first * self.each
@@ -302,7 +304,7 @@ class ProgressBar:
 
 
 def version(package: str) -> str:
-    """Return the installed version of a package, or "not installed": kdlite also works without an installation."""
+    """Return the installed version of a package, or "not installed": kdlite may run without installation."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -348,11 +350,11 @@ def read_file(path: Path, most: int | None = None) -> bytes:
 def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yield a path in a new folder next to `path`; the file or folder written there replaces `path` at the end.
 
-    The new folder has an unpredictable name and belongs to this process alone, so that another user cannot put a link
-    there that redirects the write. If the body raises, `path` is unchanged and the new folder is removed. A full or
-    read-only disk raises UserError.
+    The new folder has an unpredictable name and is private, so that no other user can put a link there to redirect the
+    write. If the body raises an error, `path` is unchanged and the new folder is removed. A full or read-only disk
+    raises UserError.
 
-    path: a file, or a folder that does not exist yet; keep: the new name of an existing `path`; None: it is replaced
+    path: a file, or a folder that does not exist yet; keep: rename an existing `path` to this name; None: replace it
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -376,9 +378,6 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: Any, keep: Path | None = None) -> None:
-    """Write text or bytes to a file atomically: after a failure it has its old content, never a part of the new one.
-
-    See `replacing` for `keep`.
-    """
+    """Write text or bytes to a file atomically: after a failure the file has its old content. keep: see `replacing`"""
     with replacing(path, keep) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

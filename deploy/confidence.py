@@ -1,8 +1,9 @@
 """Fit and check a student's temperature and its threshold for "none of these", with numpy alone.
 
-The temperature divides the logits before the softmax (Guo et al. 2017, arXiv 1706.04599). After it, about 80 % of the
-images with a probability of 80 % are right, and no answer changes. The answer to an image whose largest probability is
-below the threshold is "none of these". Both are in config.json, in every exported file and in the model card.
+The temperature divides the logits before the softmax (Guo et al. 2017, arXiv 1706.04599). With it, about 80 % of the
+images with a probability of 80 % are right, and the predicted classes stay the same. If the largest probability of an
+image is below the threshold, the answer is "none of these". config.json, every exported file and the model card hold
+both numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from deploy.runtimes import RunOn, load, probabilities, softmax
 ANSWERED = 0.95  # share of the validation images that the threshold lets through
 FEWEST = 40  # images needed for a fit: with fewer, two or three of them would decide both numbers
 TEMPERATURES = 0.05, 20.0  # the fit stays between them
-BINS = 15  # of the calibration error
+BINS = 15  # number of bins of the calibration error
 
 
 class Calibration(NamedTuple):
@@ -58,8 +59,8 @@ class Confidence(NamedTuple):
 def fit_confidence(logits: np.ndarray, labels: np.ndarray, metadata: Metadata) -> Confidence:
     """Fit temperature and threshold on validation images; the results depend only on the arguments.
 
-    The temperature is fitted on one half of the images, each class divided evenly. It is kept if the calibration error
-    of the other half does not grow. The threshold uses all images.
+    The temperature is fitted on half of the images of each class. It is kept if it does not increase the calibration
+    error of the other half. The threshold uses all images.
 
     logits: raw (N, C); labels: class indices (N,); metadata: its temperature stays if the new one is rejected
     """
@@ -76,7 +77,7 @@ def fit_confidence(logits: np.ndarray, labels: np.ndarray, metadata: Metadata) -
     p = softmax(logits / kept) if kept else probabilities(logits, metadata)
     confidence = p.max(1)
     threshold = float(np.floor(1e4 * np.sort(confidence)[int((1 - ANSWERED) * count + 1e-9)]) / 1e4)
-    threshold = min(threshold, 0.9999)  # a file of lower precision gives a little less than a probability of 1
+    threshold = min(threshold, 0.9999)  # in lower precision a probability of 1 becomes a little less
     answered = confidence >= threshold
     right = (p.argmax(1) == labels)[answered].mean()
     shares = (
@@ -86,7 +87,7 @@ def fit_confidence(logits: np.ndarray, labels: np.ndarray, metadata: Metadata) -
 
 
 def fit_file(file: Path, images: np.ndarray, labels: np.ndarray) -> str:
-    """Fit temperature and threshold of an ONNX file of ours, write them into it, and return lines for the user.
+    """Fit temperature and threshold of an exported ONNX file, write them into it, and return lines for the user.
 
     A number that is not fitted keeps its present value in the file. The file runs on the CPU, and onnx must be
     installed.
@@ -105,7 +106,7 @@ def fit_file(file: Path, images: np.ndarray, labels: np.ndarray) -> str:
 def check_temperature(
     temperature: float | None, logits: np.ndarray, labels: np.ndarray, metadata: Metadata
 ) -> tuple[float | None, str]:
-    """Return the temperature, or None if it increases the calibration error; and a line about it.
+    """Return the temperature, or None if it increases the calibration error, and a line for the user.
 
     logits, labels: for images that the fit of the temperature did not use
     """
@@ -142,5 +143,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def slope(logits: np.ndarray, targets: float, log_temperature: float) -> float:
-    """Return the derivative of the negative log-likelihood by 1 / temperature. targets: mean logit of the true class"""
+    """Return the derivative of the mean negative log-likelihood with respect to 1 / temperature.
+
+    targets: mean logit of the true class
+    """
     return float((softmax(logits * np.exp(-log_temperature)) * logits).sum(1).mean() - targets)

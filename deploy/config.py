@@ -1,7 +1,7 @@
 """Read config.json of a student and the metadata of its artefacts into one dataclass, and check each field.
 
-The keys are timm's where timm has one (architecture, model_args, num_classes, label_names), so that timm opens the
-folder of a timm student. The key pretrained_cfg is for timm alone and is not read here. This module needs no torch.
+Some keys are timm's (architecture, model_args, num_classes, label_names), so that timm opens the folder of a timm
+student. Only timm reads the key pretrained_cfg. This module needs no torch.
 
 People share student/ folders, so config.json is untrusted: it can only name an architecture of torchvision or timm and
 plain arguments. Only the command line can name code and other weights.
@@ -23,13 +23,13 @@ LIBRARIES = ("torchvision", "timm", "file")
 INTERPOLATIONS = ("bicubic", "bilinear")
 UINT8, FLOAT = "uint8 NHWC", "float32 NCHW"  # the input of an artefact; the caller normalises float32
 MAX_SIDE = 16_384  # pixels
-MAX_ARGUMENT = 10**6  # largest argument of a model, such as its depth: a billion layers would take minutes to refuse
+MAX_ARGUMENT = 10**6  # largest argument of a model, such as its depth: to build a billion layers takes minutes
 # Arguments of a model that download or load weights start with one of these words.
 LOADING = re.compile(r"(pretrained|checkpoint|weights|cache_dir|file|url|state_dict|hf_|hub_)")
 
 
 def is_text(value: Any) -> bool:
-    """Return whether a value is a text that can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    """Return whether a value is a text that UTF-8 can encode: JSON may contain half of a surrogate pair."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
@@ -61,12 +61,12 @@ PREPROCESSING: dict[str, Check] = {
     "label_names": (lambda v: is_list(v, None, is_text) and len(v) > 0, "the names of the classes"),
     "input_size": (
         lambda v: is_list(v, 3, lambda side: is_count(side, MAX_SIDE)) and v[0] in (1, 3),
-        f"three whole numbers: channels, which are 3 or 1, height and width, at most {MAX_SIDE}",
+        f"three whole numbers: channels (1 or 3), height and width (at most {MAX_SIDE})",
     ),
     "mean": (lambda v: is_list(v, None, is_number), "a number per channel"),
     "std": (lambda v: is_list(v, None, lambda x: is_number(x) and x > 0), "a number above 0 per channel"),
     "interpolation": (lambda v: v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
-    "crop": (lambda v: is_number(v) and 0.01 <= v <= 1, "a share of the side, above 0 and at most 1"),
+    "crop": (lambda v: is_number(v) and 0.01 <= v <= 1, "a share of the side, from 0.01 to 1"),
 }
 STUDENT: dict[str, Check] = {
     "num_classes": (is_count, "the number of classes"),
@@ -111,7 +111,7 @@ def check_fields(values: dict[str, Any], checks: dict[str, Check], where: str) -
 
 
 def check_arguments(arguments: dict[str, Any], where: str) -> None:
-    """Raise UserError unless every argument of a model is a plain value and none of them loads weights."""
+    """Raise UserError if an argument of a model is not a plain value, or loads weights."""
     for name, value in arguments.items():
         argument = f"{where}: {name[:80]!r}"
         if LOADING.match(name):
@@ -134,7 +134,7 @@ class Metadata:
     std: list[float]
     interpolation: str
     crop: float
-    # of a student/ folder: how its network is built
+    # fields of a student/ folder
     num_classes: int = 0
     library: str = ""
     architecture: str = ""
@@ -142,15 +142,15 @@ class Metadata:
     small_stem: bool = False
     temperature: float | None = None  # divides the logits before the softmax; None: not fitted, so 1
     threshold: float | None = None  # the answer is "none of these" if the largest probability is below it; None: never
-    # of an artefact
+    # fields of an artefact
     precision: str = ""
     input: str = ""
     source: dict[str, Any] = field(default_factory=dict)
-    tensors: list[str] = field(default_factory=list)  # of an ONNX file from elsewhere: names of input and output
+    tensors: list[str] = field(default_factory=list)  # names of input and output, if an ONNX file is from elsewhere
     calibration: dict[str, Any] = field(default_factory=dict)
     onnx: str = ""
     built: dict[str, Any] = field(default_factory=dict)
-    # for people
+    # information for people
     metrics: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)  # keys that no program here reads
@@ -213,6 +213,6 @@ def read_config(student: Path) -> Metadata:
     file = student / "config.json"
     values = read_json(read_file(file, MAX_JSON), file)
     former = values.get("architecture")
-    if isinstance(former, dict):  # of kdlite 0.1
+    if isinstance(former, dict):  # the format of kdlite 0.1
         values |= {ours: former[theirs] for ours, theirs in FORMER.items() if theirs in former}
     return Metadata.from_json(values, str(file), STUDENT)

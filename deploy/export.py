@@ -56,7 +56,7 @@ def export_student(
     model_file: str | None = None,
     tolerance: float | None = None,
 ) -> list[Path]:
-    """Export a student/ folder or that of a run directory, compare each file with torch, and return the files.
+    """Export a student/ folder, or the one in a run directory, compare each file with torch, and return the files.
 
     Raise UserError if the student is damaged or cannot be exported; then no half-written file stays.
 
@@ -75,7 +75,7 @@ def export_student(
     batch = torch.from_numpy(as_input(images[:2], metadata))
     reference = ImageClassifier(model, metadata)
     with torch.no_grad():
-        singly = torch.from_numpy(as_input(images, metadata)).split(1)  # finds a file that mixes images
+        singly = torch.from_numpy(as_input(images, metadata)).split(1)  # to find a file that mixes images of a batch
         expected = torch.cat([reference(image) for image in singly]).numpy()
     classifier = ImageClassifier(fuse(model), metadata, half=precision == "fp16")
 
@@ -100,8 +100,8 @@ def export_student(
 def fuse(model: torch.nn.Module) -> torch.nn.Module:
     """Fold layers that only training needs into the weights, in place, and return the model.
 
-    The branches of RepVGG, MobileOne and FastViT become one convolution each, by timm's function, and a weight norm
-    becomes the weight that it computes. The exported file is compared with the model before this change.
+    timm's function turns the branches of RepVGG, MobileOne and FastViT into one convolution. A weight norm becomes the
+    weight that it computes. export_student compares the exported file with the model before this change.
     """
     for module in model.modules():
         if is_parametrized(module):

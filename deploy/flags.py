@@ -1,10 +1,10 @@
-"""Read the flags of train.py: from one table, with recipes; and reject flags that contradict each other.
+"""Read the flags of train.py from one table, add a recipe, and reject flags that contradict each other.
 
     typed = read_flags(FLAGS, argv)                       # only the flags on the command line
     args, given = settle_flags(FLAGS, typed, saved)       # defaults <- recipe <- resumed run <- command line
 
-This module does not import torch, which takes seconds: `--help` and a mistake in the flags must not wait for it. It is
-in deploy/ because an import of any module in kdlite imports torch.
+This module does not import torch, because that takes seconds, and `--help` and errors about flags must be fast. It is
+in deploy/ because every module of kdlite imports torch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 BY_DATA = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}  # for a folder see pick_recipe
-LARGE = 100_000  # training images from which imagenet-cnn is the recipe
+LARGE = 100_000  # smallest number of training images for imagenet-cnn
 STEPS = 12_000  # optimizer steps of a run on a smaller folder, from random weights
 FINE_TUNING_STEPS = 600  # the same from pretrained weights, with a classifier that starts as a linear probe
 
@@ -74,7 +74,7 @@ class Flag:
     Args:
         default: the value if neither the command line nor a recipe sets it
         help: its line in --help
-        needs: name of a flag that this flag requires, then the required values of that flag; no values: any value
+        needs: name of a flag that this flag requires, then the allowed values of that flag; without values: any value
         path: whether the value may be a path; read_flags makes it absolute, because a resume may start elsewhere
         options: more arguments of argparse.add_argument
     """
@@ -103,7 +103,7 @@ def get_parser(table: Table, doc: str, program: str) -> argparse.ArgumentParser:
 
 
 def read_flags(table: Table, argv: Sequence[str] | None, doc: str = "", program: str = "train.py") -> dict[str, Any]:
-    """Return the flags on the command line by name, their paths absolute."""
+    """Return the flags on the command line by name, with absolute paths."""
     typed = vars(get_parser(table, doc, program).parse_args(argv))
     for name, flag in by_name(table).items():
         value = typed.get(name)
@@ -130,7 +130,7 @@ def absolute(name: str) -> str:
     path = os.path.expanduser(path)
     if os.path.lexists(path) and path not in ("nkd", "kd"):
         return os.path.abspath(path) + function
-    model, _, file = name.partition(":")  # of --teacher
+    model, _, file = name.partition(":")  # --teacher MODEL:FILE
     return f"{model}:{absolute(file)}" if file and not function else name
 
 
@@ -142,13 +142,13 @@ def settle_flags(
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the value of every flag, and the flags that a run directory stores.
 
-    Raise UserError if flags contradict each other or have no effect, or if a resumed run cannot change one.
+    Raise UserError if flags contradict each other, if one has no effect, or if a resume cannot change one.
 
     Args:
         typed: as read_flags returns them
         saved: the second result of this function for the run to resume
         fitted: the recipe for a folder of images (pick_recipe). Without it `args.recipe` is None for such a folder,
-            and the values that the recipe sets are not known yet.
+            and the values of the recipe are not set yet.
     """
     flags = by_name(table)
     saved = check_saved(table, flags, saved, typed) if saved else {}
@@ -217,7 +217,7 @@ def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typ
 
 
 def check_recipe(table: Table, values: Any, needed: Iterable[str] = CNN) -> dict[str, Any]:
-    """Return stored values after the command line's parser has read them; raise UserError if one is invalid."""
+    """Return stored values after a check by the parser of the command line; raise UserError if one is invalid."""
     if not isinstance(values, dict) or not set(needed) <= values.keys():
         raise UserError("args.json of the run is damaged: its recipe lacks values; restore it, or start a new run")
     flags, argv = by_name(table), list[str]()
@@ -250,7 +250,7 @@ def is_like(value: Any, template: Any) -> bool:
 
 
 def settle_size(args: argparse.Namespace, given: dict[str, Any]) -> None:
-    """Set args.img_size to [height, width]; a student/ folder has its own size."""
+    """Set args.img_size to [height, width], by default the size of a student/ folder."""
     if os.path.isdir(args.model) and "img_size" not in given:
         args.in_chans, *args.img_size = read_config(student_folder(Path(args.model))).input_size
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
@@ -266,7 +266,7 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
     """Raise UserError if the flags of methods and models contradict each other."""
     if "kd" in args:
         if args.teacher_labels and (not args.kd or args.teacher):
-            raise UserError("--teacher-labels needs --kd, and no --teacher")
+            raise UserError("--teacher-labels needs --kd, without --teacher")
         if args.kd in ("nkd", "kd") and not (args.teacher or args.teacher_labels):
             raise UserError(f"--kd {args.kd} needs --teacher: a model name, a run's student/ folder or file.py:build")
         if args.teacher and not args.kd:
@@ -280,17 +280,17 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
         if typed.keys() & {"model_args", "small_stem"}:
             raise UserError("--model is a student/ folder, which has its own arguments and stem")
         if args.pretrained:
-            raise UserError("--pretrained, and --model is a folder with weights: a student starts from one of them")
+            raise UserError("--model is a folder with weights, and --pretrained: a student starts from one of them")
 
 
 def check_values(args: argparse.Namespace) -> None:
     """Raise UserError if the values of the training flags, with those of the recipe, contradict each other."""
     if args.teacher_labels:
-        args.random_erasing = 0.0  # the stored answers are about whole images; RunFolder prints a line
+        args.random_erasing = 0.0  # the stored labels are for whole images; RunFolder prints a line
         mixing = [f"--{name} 0" for name in ("mixup", "cutmix") if getattr(args, name)]
         mixing += ["--cache none"] * (args.cache == "device")
         if mixing:
-            raise UserError(f"stored labels belong to single images, each cropped on its own: give {' '.join(mixing)}")
+            raise UserError(f"stored labels need single images, each with its own crop: give {' '.join(mixing)}")
     if args.unlabelled and (args.mixup or args.cutmix):
         raise UserError("--unlabelled: an image without a label cannot be mixed: give --mixup 0 --cutmix 0")
     if args.unlabelled and args.self_kd:
@@ -316,8 +316,8 @@ def pick_recipe(
     """Return a recipe that fits a folder of photographs, and a line that explains it.
 
     With random weights, 100,000 or more images of at least 100 px get imagenet-cnn. Any other folder gets AdamW with
-    a cosine schedule, batches of 16 to 64 (32 for some thousand images), and the epochs that give STEPS or
-    FINE_TUNING_STEPS steps.
+    a cosine schedule, batches of 16 to 64 (32 for some thousand images, fewer if the folder has fewer than 16), and the
+    epochs, within limits, that give STEPS or FINE_TUNING_STEPS steps.
 
     Args:
         images: number of training images
@@ -342,7 +342,7 @@ def pick_recipe(
     recipe |= dict(warmup_epochs=epochs / 20, step_epochs=[epochs / 2, epochs * 3 / 4], step_factor=0.1)
     recipe |= dict(opt="adamw", weight_decay=0.05, schedule="cosine", hflip=0.5, label_smoothing=0.1)
     recipe |= dict(crop="resized", eval_crop=0.875) if side > 64 else dict(crop="pad", eval_crop=1.0)
-    if pretrained:  # few images spoil the averages of batch norms: frozen, they gain 9 points (examples/paper/LOG.md)
+    if pretrained:  # few images spoil batch norms' statistics: freezing gains 9 points (examples/paper/LOG.md)
         recipe |= dict(freeze_batch_norm=True)
     start = (
         "pretrained weights with frozen batch norms" if pretrained else "a 3x3 stem" if small_stem else "random weights"

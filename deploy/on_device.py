@@ -1,7 +1,7 @@
-"""The program of `python student.pyz ...`: the commands of deploy/ on the student that deploy.pack put there.
+"""Run `python student.pyz ...`: the commands of deploy/ on the student in the archive.
 
-Nothing is unpacked: the artefact is read into memory. Imports only the standard library until a command runs, so that
---requirements works where nothing is installed yet.
+Nothing is unpacked: the artefact is read into memory. This module imports only the standard library until a command
+runs, so that --requirements works before any package is installed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from deploy.cli import Parser, Run, UserError, command, run_command
 KINDS = (".onnx", ".engine")
 COMMANDS = ("benchmark", "build", "check", "selftest", "serve")
 OF_STUDENT = ("benchmark", "check", "selftest")  # these take the student/ folder before the artefact
-WRITING = ("benchmark", "build", "check")  # these write next to the artefact by default, here into this folder
-# The oldest of each that was tried, and the limits of the last onnxruntime for JetPack 6 (Python 3.10, aarch64).
+WRITING = ("benchmark", "build", "check")  # by default these write next to the artefact, here into this folder
+# The lower limits are the oldest versions that were tried. The upper limits are those of the last onnxruntime for
+# JetPack 6 (Python 3.10, aarch64).
 RUNNING = """\
 numpy>=1.24,<2; python_version < "3.11" and platform_machine == "aarch64"
 numpy>=1.24; python_version >= "3.11" or platform_machine != "aarch64"
@@ -51,14 +52,14 @@ else:
 
 
 class PackedPath(SystemPath):
-    """A path inside an archive, such as student.pyz/student/student.onnx: the commands read it as a path of the disk.
+    """Read a path inside an archive, such as student.pyz/student/student.onnx, like a path on the disk.
 
-    The archive is opened at each call, so that a server which loads its file again reads an archive that was replaced.
+    Each call opens the archive, so that a server can load its file again after the archive was replaced.
     """
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[zipfile.ZipFile, str]]:
-        """Give the archive and the name inside it; OSError if one of them is missing or damaged."""
+        """Yield the archive and the name inside it; raise OSError if one of them is missing or damaged."""
         missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         archive = next((Path(parent) for parent in self.parents if os.path.isfile(parent)), None)
         if archive is None:
@@ -100,7 +101,7 @@ class PackedPath(SystemPath):
 
 
 def requirements(artefact: str) -> str:
-    """Return the lines of requirements.txt to run an artefact and to serve it."""
+    """Return the lines of requirements.txt for running and serving an artefact."""
     return RUNNING + (TENSORRT if artefact.endswith(".engine") else ONNX) + SERVING
 
 
@@ -141,7 +142,7 @@ def dispatch(archive: Path, argv: list[str]) -> int | None:
 
 
 def import_command(archive: Path, name: str) -> ModuleType:
-    """Import a module of deploy/; UserError with the way to install its packages if they are missing."""
+    """Import a module of deploy/. If packages are missing, raise UserError with the command that installs them."""
     try:
         return importlib.import_module(f"deploy.{name}")
     except (ImportError, UserError) as error:
@@ -161,7 +162,7 @@ def dispatch_candidates(archive: Path, folder: Path, argv: list[str]) -> int | N
 
 
 def describe(parser: Parser, name: str, artefact: Path) -> None:
-    """Make --help that of the device: the student is given, and no example names a run directory."""
+    """Change --help for the device: hide the flags for the student, and the examples with a run directory."""
     first = (parser.description or "").partition("\n\n")[0]
     parser.description = f"{first}\n\nThe student is {artefact.name}."
     for action in parser._actions:  # argparse has no public way to hide an argument

@@ -21,15 +21,15 @@ MESSAGES: dict[str, dict[int, str]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
-EXTERNAL_DATA, DATA_LOCATION = 13, 14  # of a tensor
+EXTERNAL_DATA, DATA_LOCATION = 13, 14  # fields of a tensor
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
-MAX_DEPTH = 100  # of nested messages; protobuf's own limit
+MAX_DEPTH = 100  # most levels of nested messages, as in protobuf
 
 
 def refuse_external_data(content: bytes, path: Path) -> None:
-    """Raise UserError if an ONNX file names other files as its weights, which some onnxruntimes would read.
+    """Raise UserError if an ONNX file names other files for its weights, because some onnxruntimes would read them.
 
-    Without this check a file could name /etc/passwd. A device has no onnx package, so this module parses the messages.
+    Such a file could name /etc/passwd. A device has no onnx package, so this module parses the messages itself.
     """
     try:
         external = has_external_data(memoryview(content))

@@ -1,4 +1,4 @@
-"""Run an exported file in OpenVINO (an .onnx file) or in ncnn (the files that pnnx makes of an .onnx file).
+"""Run an exported file in OpenVINO (an .onnx file) or in ncnn (the files that pnnx makes from an .onnx file).
 
 If one of them is installed (pip install openvino, or ncnn and pnnx), deploy.check has a row for it. Both run on the CPU
 here.
@@ -19,7 +19,7 @@ from deploy.runtimes import RunOn, Runtime, as_input, load_onnx, tensor_names, u
 
 
 def load_openvino(path: Path, on: RunOn) -> Runtime:
-    """Load an ONNX file of ours, or one from elsewhere with a .json next to it, in OpenVINO, in float32.
+    """Load an exported ONNX file, or one from elsewhere with a .json next to it, in OpenVINO, in float32.
 
     On CPUs with AVX512-BF16 OpenVINO's default is bfloat16, which changes logits by up to 17 % of the largest logit.
     """
@@ -42,7 +42,7 @@ def run_openvino(compiled: Any, metadata: Metadata, images: np.ndarray) -> np.nd
 
 
 def load_ncnn(path: Path, on: RunOn) -> Runtime:
-    """Load NAME.ncnn.param and .bin, which pnnx makes of NAME.onnx.
+    """Load NAME.ncnn.param and .bin, which pnnx makes from NAME.onnx.
 
     NAME.onnx must be in the same folder, because the files of pnnx lack the labels and the preprocessing.
     """

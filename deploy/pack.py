@@ -1,10 +1,10 @@
-"""Write one file for a device: the student, its labels and preprocessing, and the programs that use it. No torch.
+"""Write one file for a device: the student, its labels and preprocessing, and the programs that use it, without torch.
 
-    python -m deploy.pack runs/001-mobilenet_v2-uskd -o student.pyz                      # of student.onnx
+    python -m deploy.pack runs/001-mobilenet_v2-uskd -o student.pyz                      # packs student.onnx
     python -m deploy.pack runs/001-mobilenet_v2-uskd --file student-int8-cpu.onnx -o student.pyz
-    python -m deploy.pack runs/001-mobilenet_v2-uskd -o student.html    # for a browser: it opens by a double click
+    python -m deploy.pack runs/001-mobilenet_v2-uskd -o student.html    # for a browser: double-click it
 
-It also writes student/vectors/, ten pictures with the student's answers, which `selftest` runs.
+The command also writes student/vectors/: ten pictures with the student's answers, for `selftest`.
 
 On the device, with Python 3.10 or later:
 
@@ -13,13 +13,13 @@ On the device, with Python 3.10 or later:
     python3 student.pyz photo.jpg
     python3 student.pyz benchmark --threads 1
     python3 student.pyz selftest                               # does this device answer like the workstation?
-    python3 student.pyz check --reference reference.npz        # copied from the run: still the same classifier?
+    python3 student.pyz check --reference reference.npz        # a copy of the run's file: same classifier?
     python3 student.pyz serve --host 0.0.0.0 --token-file token
-    python3 student.pyz build --max-batch 8                    # by TensorRT, for this device: ./student.engine
+    python3 student.pyz build --max-batch 8                    # writes ./student.engine for this device
     python3 student.pyz --file student.engine serve
 
-student.pyz is a zip archive as of the standard library's zipapp: unzip -l lists it. It runs from memory and unpacks
-nothing. student.html holds ONNX Runtime Web, which npm fetches once (33 MB), or --runtime names.
+student.pyz is a zip archive like those of the standard library's zipapp: unzip -l lists its files. It runs from memory
+and unpacks nothing. student.html holds ONNX Runtime Web: npm fetches it once (33 MB), or --runtime names its archive.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from deploy.tensorrt import read_engine_metadata
 
 WORKSTATION = ("student", "torch_runtimes", "export", "flags", "quantize", "triton", "pack")
 SHEBANG = b"#!/usr/bin/env python3\n"
-# The program is copied into memory, so that the archive may be replaced while it runs; child processes read it there.
+# The archive copies its programs into memory, for itself and its child processes. So it may be replaced during a run.
 MAIN = """\
 import os, sys, zipfile
 
@@ -62,20 +62,20 @@ sys.exit(main(sys.argv[1:]))
 
 
 def pack(artefact: Path, output: Path, runtime: Path | None = None) -> None:
-    """Write `output` around an artefact: a page if its name ends with .html, else an archive.
+    """Write `output` with an artefact in it: a page if the name ends with .html, else an archive.
 
     The metadata of the artefact becomes the config.json in the archive, and the vectors are written next to the
     artefact. runtime: see deploy.page.write_html
 
     Raises:
-        UserError: an artefact that needs torch, that is not ours, or cannot be loaded here
+        UserError: the artefact needs torch, is not ours, or cannot be loaded here
     """
     if artefact.suffix not in KINDS:
         raise UserError(f"{artefact} does not run without torch: pack an .onnx or .engine file")
     engine = artefact.suffix == ".engine"
     if engine and is_page(output):
         raise UserError(f"{artefact.name} does not run in a browser: pack an .onnx file")
-    vectors: dict[str, bytes] = {}  # an engine's are those of its ONNX file, because no GPU is needed here
+    vectors: dict[str, bytes] = {}  # stays empty for an engine, because this machine may have no GPU to run it
     if engine:
         metadata = read_engine_metadata(artefact)
     else:
@@ -85,7 +85,7 @@ def pack(artefact: Path, output: Path, runtime: Path | None = None) -> None:
         cli.make_folder(output.parent)
         page.write_html(artefact, metadata, selftest.as_one_object(vectors, artefact.name), runtime, output)
         return
-    sidecar = artefact.with_name(artefact.name + ".json")  # of an engine, or of an ONNX file from elsewhere
+    sidecar = artefact.with_name(artefact.name + ".json")  # an engine has one, and an ONNX file from elsewhere
     files: dict[str, str | bytes | Path] = {"student/config.json": json.dumps(metadata.to_json(), indent=2) + "\n"}
     files |= {f"student/{file.name}": file for file in (artefact, sidecar) if file == artefact or file.is_file()}
     files |= {f"student/{selftest.FOLDER}/{name}": data for name, data in vectors.items()}
@@ -93,7 +93,7 @@ def pack(artefact: Path, output: Path, runtime: Path | None = None) -> None:
 
 
 def write_archive(output: Path, files: Mapping[str, str | bytes | Path]) -> None:
-    """Write an archive of the programs of a device and of further files, by their names in it: contents, or paths."""
+    """Write an archive of the device's programs and of `files`: name in the archive -> content, or path of a file."""
     number = cli.version("kdlite").replace("not installed", "0")
     about = f"Metadata-Version: 2.1\nName: kdlite\nVersion: {number}\n"
     contents: dict[str, str | bytes | Path] = {"__main__.py": MAIN, f"kdlite-{number}.dist-info/METADATA": about}
@@ -116,7 +116,7 @@ def is_page(output: Path) -> bool:
 
 
 def write_vectors(student: Runtime, folder: Path) -> dict[str, bytes]:
-    """Return the conformance vectors of a student, and write them to a folder if it can be written to."""
+    """Return the conformance vectors of a student, and write them to a folder if that is writable."""
     vectors = selftest.make_vectors(student, folder)
     if os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
         for name, data in vectors.items():
@@ -127,7 +127,7 @@ def write_vectors(student: Runtime, folder: Path) -> dict[str, bytes]:
 
 
 def parts(package: Any, prefix: str) -> dict[str, bytes]:
-    """Return the files of deploy/ that run on a device, by name: all but the modules of the workstation."""
+    """Return the files of deploy/ that a device needs, by name: all except the modules in WORKSTATION."""
     contents: dict[str, bytes] = {}
     for entry in package.iterdir():
         if entry.is_dir():
@@ -139,7 +139,7 @@ def parts(package: Any, prefix: str) -> dict[str, bytes]:
 
 def get_parser() -> Parser:
     parser = cli.make_parser(__doc__, "pack", "student")
-    parser.add_argument("--file", default="student.onnx", help="the file of the folder to pack (default: student.onnx)")
+    parser.add_argument("--file", default="student.onnx", help="the student's file to pack (default: student.onnx)")
     kinds = "student.pyz, or student.html for a browser (default: student.pyz)"
     parser.add_argument("-o", "--output", type=Path, default=Path("student.pyz"), help=kinds)
     archive = f"{page.PACKAGE}-{page.VERSION}.tgz, for student.html (default: npm fetches it once)"

@@ -1,4 +1,4 @@
-"""The page that shows a student: deploy.serve answers at /, and deploy.pack writes it as one file, student.html.
+"""Make the page that shows a student: deploy.serve returns it at /, and deploy.pack writes it as student.html.
 
 student.html holds the model and ONNX Runtime Web, unpacks them in a worker, and needs neither a server nor a network.
 """
@@ -27,7 +27,7 @@ from deploy.runtimes import tensor_names
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 DIGEST = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 RUNTIME = {"ort": "package/dist/ort.wasm.bundle.min.mjs", "wasm": "package/dist/ort-wasm-simd-threaded.wasm"}
-FETCH_S = 600  # for 33 MB
+FETCH_S = 600  # time limit of npm for 33 MB
 PLACE = "<!-- parts of student.html -->\n"
 NOTICE = f"""<!-- This file holds ONNX Runtime Web {VERSION} (npm package {PACKAGE}), under the MIT License:
 
@@ -67,7 +67,7 @@ def describe_model(metadata: Metadata, file: str) -> dict[str, Any]:
 def write_html(artefact: Path, metadata: Metadata, vectors: dict[str, Any], runtime: Path | None, output: Path) -> None:
     """Write student.html around an ONNX file.
 
-    vectors: of deploy.selftest.as_one_object; runtime: the archive of the npm package; None: fetched once, by npm
+    vectors: from deploy.selftest.as_one_object; runtime: the archive of the npm package; None: npm fetches it once
     """
     library = runtime_parts(runtime)
     names = ("input_size", "crop", "interpolation", "mean", "std", "input", "temperature", "threshold")
@@ -82,7 +82,7 @@ def write_html(artefact: Path, metadata: Metadata, vectors: dict[str, Any], runt
 
 
 def as_script(values: Any) -> str:
-    """Return JSON that does not end the script which holds it: labels are other people's text."""
+    """Return JSON that cannot end the script element around it, because labels may come from other people."""
     return json.dumps(values).replace("<", "\\u003c")
 
 
@@ -94,7 +94,7 @@ def script(name: str, text: str, kind: str = "text/plain") -> str:
 
 
 def runtime_parts(archive: Path | None) -> dict[str, bytes]:
-    """Return the program and the WebAssembly of ONNX Runtime Web; UserError if the archive is not the pinned one."""
+    """Return ONNX Runtime Web, a program and WebAssembly; raise UserError if the archive is not the pinned one."""
     content = read_file(archive or fetched_runtime())
     if archive and not is_pinned(content):
         raise UserError(f"{archive} is not the file of npm pack {PACKAGE}@{VERSION}: its SHA-512 differs")
@@ -107,7 +107,7 @@ def is_pinned(content: bytes) -> bool:
 
 
 def fetched_runtime() -> Path:
-    """Return the archive of the npm package in the user's cache folder, fetched by npm if it is not there."""
+    """Return the archive of the npm package in the user's cache folder; if it is missing, npm fetches it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdlite"
     archive, npm = cache / f"{PACKAGE}-{VERSION}.tgz", shutil.which("npm")
     if archive.is_file() and is_pinned(read_file(archive)):

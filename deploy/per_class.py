@@ -18,14 +18,14 @@ import numpy as np
 
 from deploy.cli import UserError, printable, write_whole
 
-LABELLED, NUMBERED = 60, 20  # most classes of a picture with names, and of one with a number in each cell
-MAX_DRAWN = 2000  # classes; with more of them a cell is smaller than a pixel
+LABELLED, NUMBERED = 60, 20  # most classes for names on the axes, and for a number in each cell
+MAX_DRAWN = 2000  # most classes of the picture; with more of them a cell is smaller than a pixel
 
 
 def write_per_class(folder: Path, labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> list[str]:
-    """Write per_class.csv and confusion.png; return lines to print: the worst confusions, why the picture is missing.
+    """Write per_class.csv and confusion.png. Return lines to print: the worst confusions, and why a picture is missing.
 
-    labels, predictions: true and predicted class indices (N,); UserError if one is out of range
+    labels, predictions: true and predicted class indices (N,); an index out of range raises UserError
     """
     known = set(range(len(label_names)))
     if labels.shape != predictions.shape or not {*labels.tolist(), *predictions.tolist()} <= known:
@@ -48,9 +48,9 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
 
 
 def per_class_table(labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> str:
-    """Return the text of per_class.csv: n is the number of images of the class, the shares are from 0 to 1.
+    """Return the text of per_class.csv. n is the number of images of the class; the other columns are from 0 to 1.
 
-    A share is empty if its denominator is 0, such as the recall of a class without images.
+    A cell is empty if its denominator is 0, such as the recall of a class without images.
     """
     three = labels, predictions, labels[labels == predictions]
     n, answered, hits = (np.bincount(one, minlength=len(label_names)).tolist() for one in three)
@@ -70,7 +70,7 @@ def share(part: float, whole: float) -> str:
 def worst_confusions(
     labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str], count: int = 10
 ) -> list[str]:
-    """Return the pairs of classes with most images, as "cat taken for dog: 12 of 40"; with equal counts by share."""
+    """Return the most frequent confusions, as "cat taken for dog: 12 of 40". For equal counts the share decides."""
     wrong = labels != predictions
     pairs, images = np.unique(np.stack([labels[wrong], predictions[wrong]]), axis=1, return_counts=True)
     of = np.bincount(labels, minlength=len(label_names))

@@ -1,8 +1,8 @@
 """Classify photographs with a student or one of its artefacts.
 
     python -m deploy.predict runs/001-mobilenet_v2-uskd/student/student.onnx photo.jpg
-    python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --csv answers.csv     # a folder, and the folders in it
-    python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --least-certain 50 -o sheet.png   # to label next
+    python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --csv answers.csv     # a folder and its subfolders
+    python -m deploy.predict runs/001-mobilenet_v2-uskd photos/ --least-certain 50 -o sheet.png   # those to label next
 
 The answer to a photograph is "none of these" if its largest probability is below the student's threshold. The sheet
 shows the images as the network gets them, the least certain image first; the command prints their paths in the same
@@ -10,8 +10,8 @@ order. Unreadable images of a folder are skipped, listed and counted.
 
 The CSV file has a line for each image: file, label, index, probability, answered (no: none of these), second_label,
 second_probability, and error for an image that could not be read. The file is UTF-8; a byte of a name that is not UTF-8
-becomes \\udcNN. No cell is a formula for a spreadsheet: a path that starts with = + - @ gets ./ in front, and such a
-label gets an apostrophe. A program should read the index, not the label.
+becomes \\udcNN. A spreadsheet must not compute a cell as a formula, so a path that starts with = + - @ gets ./ in
+front, and such a label an apostrophe. A program should read the index, not the label.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ NO_IMAGE = np.empty((0, 0, 3), np.uint8)
 
 
 class Answer(NamedTuple):
-    """Hold the answer about a file."""
+    """Hold the answer to a file."""
 
     file: Path
     best: list[tuple[str, float, int]]  # label, probability and class index, the best first; [] if it is unreadable
-    answered: bool  # False: none of these
+    answered: bool  # False: the answer is "none of these"
     image: np.ndarray  # as the network gets it, uint8 (H, W, C)
     error: str = ""  # the reason why it cannot be read
 
@@ -75,7 +75,7 @@ class Answer(NamedTuple):
 
 
 def predict(runtime: Runtime, files: Sequence[Path], count: int = 5) -> Iterator[Answer]:
-    """Yield the answer about each file, in their order, with the `count` most probable classes."""
+    """Yield the answer to each file, in the given order, with the `count` most probable classes."""
     metadata = runtime.metadata
     with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
         for start in range(0, len(files), BATCH):
@@ -153,7 +153,7 @@ def contact_sheet(answers: Sequence[Answer]) -> bytes:
         )
         label, p, _ = answer.best[0]
         captions = f"{i + 1}: {'' if answer.answered else 'none of these'}", f"{p:.1%} {printable(label)}"
-        for line, caption in enumerate(captions):  # the font of every Pillow has Latin-1
+        for line, caption in enumerate(captions):  # every Pillow's default font has Latin-1
             text = caption[:NUMBERS].encode("latin-1", "replace").decode("latin-1")
             draw.text((left, top + TILE + line * LINE), text, "black", font)
     png = io.BytesIO()
@@ -162,7 +162,7 @@ def contact_sheet(answers: Sequence[Answer]) -> bytes:
 
 
 def check_writable(file: Path) -> None:
-    """Raise UserError if the file cannot be written: a check before thousands of images are classified."""
+    """Raise UserError if the file cannot be written, before thousands of images are classified."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         reason = "is a folder" if file.is_dir() else "" if os.access(file.parent, os.W_OK) else "is read-only"

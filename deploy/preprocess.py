@@ -2,17 +2,17 @@
 
     prepare(open_image("photo.jpg"), metadata)    # uint8 (H, W, 3); open_image takes the bytes of a file as well
 
-Training's evaluation, check, quantize, serve and predict all use this function. It resizes the width first and then
-the height, in two passes, so that Pillow 10 to 13 give the same bytes. Torchvision's Resize and CenterCrop with Pillow
-10 to 12 give these bytes too; Pillow 13 picks the order of the passes by the shape of the image.
+Training's evaluation, check, quantize, serve and predict all use prepare(). It resizes the width first and then the
+height, in two passes, so that Pillow 10 to 13 give the same bytes. Torchvision's Resize and CenterCrop with Pillow 10
+to 12 give these bytes too; Pillow 13 picks the order of the passes by the shape of the image.
 
-If a JPEG has at least eight times the side that the resize needs, it is decoded at a reduced scale, of at least four
-times that side (Image.draft). This takes half the time and changes a value by a few tenths of 255 on average.
-examples/benchmark_preprocess.py measures both, and how often the class changes.
+A JPEG with at least eight times the side that the resize needs is decoded at a smaller scale (Image.draft), which still
+has at least four times that side. This takes half the time, and changes a value, from 0 to 255, by a few tenths on
+average. examples/benchmark_preprocess.py measures both, and how often the class changes.
 
-An image is turned upright first, as its EXIF describes. A transparent image is composited on white, so that the colour
-under its transparency does not matter. Greys of 16 bits become 8 bits by the range of their type. An image whose range
-is unknown raises an error, because it would be read as black or white.
+An image is turned upright, as its EXIF describes. A transparent image is composited on white, so that the colour under
+its transparency does not matter. Greys of 16 bits become 8 bits by the range of their type. An image whose range is
+unknown raises an error, because it would become black or white.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from deploy.config import INTERPOLATIONS, Metadata
 
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
-MAX_PIXELS = 64_000_000  # largest size after the resize: a long strip of 94 bytes could need gigabytes
+MAX_PIXELS = 64_000_000  # most pixels after the resize, because a file of 94 bytes, a long strip, could need gigabytes
 # Pillow's names of formats that it decodes itself; EPS and WMF would run other programs.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI"),
@@ -90,7 +90,7 @@ def open_image(file: str | Path | bytes | BinaryIO, accepted: tuple[str, ...] | 
         if isinstance(source, (str, Path)) and not stat.S_ISREG(Path(source).stat().st_mode):
             raise OSError("not a regular file")  # opening a pipe would wait
         image = Image.open(source, formats=accepted or formats())
-        image.deep_colour = is_deep_colour(image)  # type: ignore[attr-defined]  # decoding forgets it
+        image.deep_colour = is_deep_colour(image)  # type: ignore[attr-defined]  # unknown after decoding
         return image
     except UnidentifiedImageError:
         raise UnreadableImage(f"not an image of a known format: {describe_start(source)}") from None
@@ -113,7 +113,7 @@ def describe_start(file: str | Path | BinaryIO) -> str:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation, 1 to 8, or 1 if it is missing. Pillow itself turns a TIFF."""
+    """Return EXIF's orientation, 1 to 8. Return 1 if it is missing, and for a TIFF, which Pillow itself turns."""
     value = 1
     if image.format != "TIFF":
         with contextlib.suppress(Exception):  # damaged EXIF of a good image
@@ -139,7 +139,7 @@ def to_rgb(image: Image.Image, needed: tuple[float, float] | None = None) -> Ima
             image.draft(None, (width, height))  # type: ignore[arg-type]  # None keeps the mode
         image = composite(to_8_bits(image))
         return image.transpose(TURNS[turn]) if turn in TURNS else image
-    except Exception as error:  # as above
+    except Exception as error:  # each of Pillow's readers has its own errors
         raise unreadable(error) from error
 
 
@@ -151,7 +151,7 @@ def jpeg_scale(size: tuple[int, int], needed: tuple[float, float]) -> int:
 
 
 def composite(image: Image.Image) -> Image.Image:
-    """Convert to RGB; a transparent image lies on the BACKGROUND."""
+    """Convert an image to RGB; composite a transparent image on the BACKGROUND."""
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]
@@ -160,7 +160,7 @@ def composite(image: Image.Image) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Decode, and scale greys of more than 8 bits by the range of their type; Pillow would clip them to white."""
+    """Decode an image. Scale greys of more than 8 bits by the range of their type, because Pillow would clip them."""
     image.load()
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))  # 16 bits in 32
     if image.mode in ("I", "F") and not deep:
@@ -196,7 +196,7 @@ def is_deep_colour(image: Image.Image) -> bool:
 
 
 def refuse_12_bits(brightest: int) -> None:
-    """Raise ValueError if 16-bit pixels use only 12 bits: they would be read as black."""
+    """Raise ValueError if 16-bit pixels use only 12 bits, because they would become black."""
     if 0 < brightest <= 2**12:
         raise ValueError("its 16-bit pixels use 12 bits or fewer: scale them to 65535, or save 8 bits")
 
@@ -229,7 +229,7 @@ def resize(image: Image.Image, size: tuple[int, int], interpolation: str) -> Ima
 def resized_size(size: tuple[int, int], metadata: Metadata) -> tuple[int, int]:
     """Return (width, height) before the centre crop.
 
-    For a square input the resize keeps the proportions of the image, for another input it does not.
+    The resize keeps the proportions of the image only if the input is square.
     """
     height, width = metadata.input_size[1:]
     if height != width:

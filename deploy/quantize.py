@@ -6,16 +6,16 @@
 
 The two targets need different files. cpu: uint8 activations, which ONNX Runtime's CPU kernels need and TensorRT's
 parser rejects. tensorrt: symmetric int8 activations and per-channel weights as Q/DQ pairs, and a float bias.
-In a network with a LayerNormalization (ViT, Swin, ConvNeXt) only Conv, Gemm and MatMul by a weight are quantised:
-softmax, norms and attention scores lose too much in 8 bits.
+In a network with a LayerNormalization (ViT, Swin, ConvNeXt) only Conv, Gemm and MatMul by a weight are quantised,
+because softmax, norms and attention scores lose too much in 8 bits.
 
-The file gets a temperature and a threshold of its own. They are fitted here, on the validation images of the
-reference, because the device that runs the file may have neither images nor labels.
+The command fits the file's own temperature and threshold on the validation images of the reference, because the device
+that runs the file may have neither images nor labels.
 
 --max-drop POINTS bounds the loss of top-1 on the validation images of the reference, which calibration does not read.
-It measures how much each layer changes the logits if that layer alone is INT8, keeps as few of the worst layers in
-float as the bound needs, and prints these layers, the accuracy and the time. If the bound cannot be kept, it writes no
-file and ends with status 2.
+The command measures how much each layer changes the logits if that layer alone is INT8. It keeps as few of the worst
+layers in float as the bound needs, and prints these layers, the accuracy and the time. If the bound cannot be kept, it
+writes no file and ends with status 2.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 BINS = {"entropy": 512, "percentile": 2048}  # bins of a histogram; the time of entropy grows with their square
-BATCH, BATCH_PIXELS = 16, 1 << 18  # most calibration images in a batch, and their pixels: five images of 224 px
+BATCH, BATCH_PIXELS = 16, 1 << 18  # most images and most pixels of a calibration batch: five images of 224 px
 RANKING = 32  # calibration images on which each layer is tried alone
 MOST_SHOWN = 10  # layers that are printed
 
@@ -63,7 +63,7 @@ class Recipe:
     # a LayerNormalization
     op_types: list[str] | None = None
     method: str = "minmax"  # method of calibration: a key of METHODS
-    # True: 7-bit weights, for x86 CPUs without VNNI. None: True if the target is "cpu" and this CPU is one of these
+    # True: 7-bit weights, for x86 CPUs without VNNI. None: True if the target is "cpu" and this CPU is such a CPU
     reduce_range: bool | None = None
 
 
@@ -79,7 +79,7 @@ class Accuracy:
     @classmethod
     def of(cls, right: np.ndarray, quantised_right: np.ndarray) -> Accuracy:
         """Return the accuracy. right, quantised_right: whether the float and INT8 files classify each image right."""
-        # At least one image counts as changed: if all n images keep their class, another image may still change.
+        # At least one image counts as changed: even if all of these images keep their class, others may change.
         changed = max(1, int((right != quantised_right).sum()))
         error = 100 * math.sqrt(changed) / len(right)
         return cls(100 * float(right.mean()), 100 * float(quantised_right.mean()), error, len(right))
@@ -94,7 +94,7 @@ class Bound:
     """Set how many points of top-1 a file may lose, and the images that measure this loss."""
 
     max_drop: float
-    images: np.ndarray  # other images than those of the calibration
+    images: np.ndarray  # calibration uses other images
     labels: np.ndarray
     methods: Sequence[str] = ("minmax",)  # methods of calibration, tried in this order until every layer may be INT8
 
@@ -107,11 +107,11 @@ class Bound:
 class Bounded:
     """Hold the results of --max-drop."""
 
-    everything: Accuracy  # with every layer in INT8
+    everything: Accuracy  # of a file with every layer in INT8
     kept: Accuracy  # of the written file, with the layers `left_float` in float
     left_float: list[str]
     layers: int
-    costs: dict[str, float]  # layer -> percent by which the logits change if it alone is INT8, worst first
+    costs: dict[str, float]  # layer -> change of the logits in percent if this layer alone is INT8, worst first
     times: list[dict[str, Any]]  # rows of deploy.benchmark: the fp32 file, every layer in INT8, the written file
     method: str  # method of calibration
 
@@ -196,13 +196,13 @@ def calibrate(
 ) -> dict[str, tuple[Any, Any]]:
     """Return the range of values of each activation that INT8 has to represent, from the calibration images.
 
-    The activations of one batch are in memory at a time. A histogram of onnxruntime starts with the range of the first
-    batch and grows with each later batch, without a limit; so a first pass here gives it the range of all images.
+    Only the activations of one batch are in memory. A histogram of onnxruntime starts with the range of the first batch
+    and grows with later batches, without a limit. So a first pass finds the range of all images.
     """
     library = need("onnxruntime.quantization.calibrate", "")
     size = max(1, min(BATCH, BATCH_PIXELS // math.prod(images.shape[1:3])))
     count = -(-len(images) // size)
-    batches = [images[i::count] for i in range(count)]  # images of every class in each
+    batches = [images[i::count] for i in range(count)]  # each has images from the whole list
     augmented = prepared.with_name("augmented.onnx")
 
     def ranges_by(calibrator: Any, what: str) -> dict[str, tuple[Any, Any]]:
@@ -255,8 +255,7 @@ def quiet_library() -> Iterator[None]:
 
 
 def name_nodes(model: Any) -> None:
-    """Give each node a name of its own, because onnxruntime's quantiser picks nodes by name and exporters leave some
-    unnamed."""
+    """Give each node its own name: onnxruntime's quantiser picks nodes by name, and exporters leave some unnamed."""
     taken: set[str] = set()
     for index, node in enumerate(model.graph.node):
         if not node.name or node.name in taken:
@@ -278,7 +277,7 @@ def attention_products(model: Any) -> list[str]:
     """Return the MatMuls of two activations, which stay float.
 
     ONNX Runtime 1.31 computes them wrongly with uint8 activations. An INT8 DeiT-Tiny with random weights gives the fp32
-    class on 9 % of the images if they are quantised, and on 94 % if they stay float.
+    class on 9 % of the images if these MatMuls are quantised, and on 94 % if they stay float.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     return [n.name for n in model.graph.node if n.op_type == "MatMul" and not constants.intersection(n.input)]
@@ -288,7 +287,7 @@ def layers_of(model: Any, excluded: Sequence[str], op_types: list[str] | None) -
     """Return the nodes of each layer: a convolution or a product by a weight, and all nodes after it up to the next.
 
     A node after several layers belongs to the last of them. A layer has the name of its weights, or of its node if the
-    weights have no name. The result has no layers without a node of the op_types, because they are not quantised.
+    weights have no name. A layer without a node of the op_types is skipped, because it is not quantised.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     readers: dict[str, list[Any]] = {}
@@ -384,9 +383,9 @@ def run_all(file: Path, images: np.ndarray) -> np.ndarray:
 
 
 def rank_layers(quantizer: Quantizer, expected: np.ndarray, images: np.ndarray, trial: Path) -> dict[str, float]:
-    """Return by how many percent the logits change if one layer alone is in INT8, for each layer, the worst first.
+    """Return, for each layer, the change of the logits in percent if it alone is in INT8, the worst layer first.
 
-    expected: the fp32 file's logits of RANKING of the images; trial: a path for temporary files
+    expected: the fp32 file's logits for RANKING of the images; trial: a path for temporary files
     """
     images = images[evenly(len(images), RANKING)]
     size = max(float(np.square(expected - expected.mean(0)).mean()), float(np.finfo(np.float32).tiny))
@@ -471,7 +470,7 @@ def quantize_student(
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "quantize", "student", "--quiet", "--reference")
     add = parser.add_argument
-    add("--target", choices=["cpu", "tensorrt"], required=True, help="the runtime of the file")
+    add("--target", choices=["cpu", "tensorrt"], required=True, help="the runtime that will run the file")
     add("--max-drop", type=number(float, 0, 100), metavar="POINTS", help="top-1 that the file may lose (default: any)")
     add("--onnx", type=Path, help="the fp32 file to start from (default: student.onnx in the folder)")
     add("--count", type=number(int, 1), metavar="N", help="training images, evenly spaced (default: all)")
@@ -482,7 +481,7 @@ def get_parser() -> Parser:
     add("--method", choices=sorted(METHODS), help=methods)
     add("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")
     saturating = "x86 CPUs without VNNI, whose 8-bit products saturate"
-    default = "(default: if --target is cpu and this CPU is one of these)"
+    default = "(default: if --target is cpu and this CPU is such a CPU)"
     add("--reduce-range", action=argparse.BooleanOptionalAction, help=f"7-bit weights, for {saturating} {default}")
     add("--output", type=Path, help="folder of the file (default: that of the ONNX file)")
     return parser

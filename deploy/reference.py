@@ -1,7 +1,8 @@
 """Write and read reference.npz: prepared images and the student's own logits, so that a device needs no data set.
 
-train.py writes the file into the run directory, and not into student/, because it contains training images. check
-compares with its logits, quantize calibrates on its training images, benchmark times its validation images.
+train.py writes the file into the run directory, not into student/, because it contains training images. deploy.check
+compares files with its logits. deploy.quantize calibrates on its training images. deploy.benchmark times files on its
+validation images.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NAME = "reference.npz"
 
 
 class Reference(NamedTuple):
-    """Hold the arrays of the file, which have these names."""
+    """Hold the arrays of the file, each under its name in the file."""
 
     images: np.ndarray  # validation images, evenly spaced and prepared: uint8 (N, H, W, C)
     labels: np.ndarray  # class indices of the images: int64 (N,)
@@ -36,7 +37,7 @@ class Reference(NamedTuple):
         return str(self.weights_sha256.item())
 
     def some(self, count: int | None) -> Reference:
-        """Return a reference with `count` of the validation images, evenly spaced; None: with all."""
+        """Return a reference with only `count` validation images, evenly spaced. None: all of them."""
         if count is None or count >= len(self.images):
             return self
         picked = evenly(len(self.images), count)
@@ -44,12 +45,12 @@ class Reference(NamedTuple):
 
 
 def evenly(total: int, count: int) -> list[int]:
-    """Return the indices of at most `count` of `total` things, evenly spaced."""
+    """Return at most `count` evenly spaced indices from 0 to total - 1."""
     return np.linspace(0, total - 1, min(count, total)).astype(int).tolist() if total else []
 
 
 def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Sequence[str] = ()) -> str:
-    """Write a run's reference.npz: `count` validation and training images, and the logits of student/ by torch.
+    """Write a run's reference.npz: up to `count` validation and as many training images, and torch's logits.
 
     val, train: sequences of (PIL image, class index); unreadable images are skipped
 
@@ -71,7 +72,7 @@ def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Seq
 
 
 def prepare_some(source: Any, count: int, metadata: Metadata) -> tuple[np.ndarray, np.ndarray]:
-    """Return `count` prepared images of a data set and their labels."""
+    """Return up to `count` prepared images of a data set and their labels; skip unreadable images."""
     images, labels = [], []
     for index in evenly(len(source), count):
         with contextlib.suppress(UnreadableImage):
@@ -92,7 +93,7 @@ def find_reference(student: Path, given: Path | None) -> Path | None:
 def read_reference(student: Path, given: Path | None, otherwise: str) -> Reference:
     """Return the reference of a student/ folder; raise UserError if it is missing, damaged, or of another student.
 
-    given: the file that --reference names; otherwise: the advice if there is no reference
+    given: the file that --reference names, or None; otherwise: advice for the error if there is no reference
     """
     file = find_reference(student, given)
     if file is None:

@@ -1,4 +1,4 @@
-"""Make and read a run directory: train.py makes, describes and fills it; the commands of deploy/ read it.
+"""Make and read a run directory. train.py makes and fills it, and the commands of deploy/ read it.
 
 runs/001-mobilenet_v2-uskd/   args.json  metrics.csv  curves.png  log.txt  last.pt  previous.pt  best.pt
                               reference.npz  student/
@@ -31,7 +31,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def claim(output: str | None, model: str, method: str, resume: bool = False) -> Path:
-    """Return the directory of a run: output, or a new one under runs/ with the next number.
+    """Return the directory of a run: `output`, or a new one under runs/ with the next number.
 
     Raise UserError if output has a run already and resume is not set, or if the directory cannot be made.
     """
@@ -69,7 +69,7 @@ def claim_number(runs: Path, model: str, method: str) -> Path:
 
 
 def open_in_run(path: Path, mode: str) -> IO[str]:
-    """Open a text file of a run directory, which may come from elsewhere; raise UserError for a link or a pipe."""
+    """Open a text file of a run directory; raise UserError for a link or a pipe, because it may be a stranger's."""
     try:
         file = open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_no_link)  # noqa: SIM115
     except OSError as error:
@@ -131,7 +131,7 @@ def read_given(output: Path) -> dict[str, Any]:
 
 
 def write_split(file: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write a CSV file: whether each image is for training or validation. rows: (CLASS/FILE, "train" or "val")."""
+    """Write a CSV file that assigns images to training or validation. rows: (CLASS/FILE, "train" or "val")"""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("file", "side"), *rows])
     write_whole(file, text.getvalue())

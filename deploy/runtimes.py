@@ -4,8 +4,8 @@
     runtime.provider                # the backend that runs it, such as CPUExecutionProvider
     logits = runtime.run(images)    # uint8 (N, H, W, 3) -> float32 (N, C)
 
-The images come from deploy.preprocess.prepare. Each runtime normalises them: in its graph if the artefact's graph has
-the normalisation, else before it. A runtime's library is imported when a file needs it: an .onnx file needs no torch.
+The images come from deploy.preprocess.prepare. The graph of an artefact normalises them if its input is uint8; for a
+float32 input, the runtime does. A runtime's library is imported when a file needs it: an .onnx file needs no torch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ OPENVINO = "openvino"  # the device of RunOn that runs an .onnx file in OpenVINO
 class RunOn:
     """Set where and how a student runs."""
 
-    # "cpu", "cuda", "tensorrt" and OPENVINO (for .onnx), or "auto": a CUDA device if the runtime has one
+    # "cpu", "cuda", "tensorrt" or OPENVINO (both for .onnx), or "auto": a CUDA device if the runtime has one
     device: str = "auto"
     threads: int = 0  # CPU threads; 0: one for each CPU that this process may use
     allow_fallback: bool = False  # run on the CPU if the device is unavailable
@@ -103,8 +103,8 @@ class Runtime:
 def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     """Load a student/ folder, or a .ts, .pt2, .onnx, .engine or .ncnn.param file made from it.
 
-    Raise UserError if the device is missing, if the runtime is not installed, or if the file is damaged, foreign or
-    made for another machine.
+    Raise UserError if the device is missing, if the runtime is not installed, or if the file is damaged, has no
+    metadata, or was made for another machine.
     """
     kind = "" if path.is_dir() else path.suffix or "without a suffix"
     exists = path.is_dir() or path.is_file()
@@ -122,9 +122,9 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     module, _, loader = named.partition(":")
     try:
         load_kind = getattr(importlib.import_module(module), loader)
-    except ImportError as error:  # torchvision or timm is missing, or the .pyz of deploy.pack lacks the module
+    except ImportError as error:  # torchvision or timm is missing, or the .pyz of deploy.pack has no such module
         raise UserError(f"{path} cannot be loaded here: {first_line(error)}") from error
-    # auto falls back to the CPU if the machine has CUDA, but its onnxruntime does not
+    # auto falls back to the CPU if the machine has CUDA but its onnxruntime lacks it
     on = dataclasses.replace(on, allow_fallback=on.allow_fallback or on.device == "auto")
     return dataclasses.replace(load_kind(path, on), file=path.name, load_s=time.perf_counter() - started)
 
@@ -157,8 +157,7 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
 
 
 def pick_device(device: str, has_cuda: bool, allow_fallback: bool) -> str:
-    """Return "cpu", "cuda" or "tensorrt": the requested device, or the CPU if the device is missing and fallback is
-    allowed."""
+    """Return "cpu", "cuda" or "tensorrt": the device, or the CPU if the device is missing and fallback is allowed."""
     if device == "auto":
         return "cuda" if has_cuda else "cpu"
     if device == "cpu" or has_cuda:
@@ -169,7 +168,7 @@ def pick_device(device: str, has_cuda: bool, allow_fallback: bool) -> str:
 
 
 def as_input(images: np.ndarray, metadata: Metadata) -> np.ndarray:
-    """Return the artefact's input of images, uint8 (N, H, W, 3): the same array, or normalised float32 (N, 3, H, W)."""
+    """Return the artefact's input for images, uint8 (N, H, W, 3): the array, or normalised float32 (N, 3, H, W)."""
     if metadata.input == UINT8:
         return images
     mean, std = np.array(metadata.mean, np.float32), np.array(metadata.std, np.float32)
@@ -184,7 +183,7 @@ def run_onnx(session: Any, metadata: Metadata, images: np.ndarray) -> np.ndarray
 
 
 def load_onnx(path: Path, on: RunOn) -> Runtime:
-    """Load an ONNX file of ours, or one from elsewhere with a .json next to it."""
+    """Load an exported ONNX file, or one from elsewhere with a .json next to it."""
     ort = need("onnxruntime", "pip install onnxruntime, or onnxruntime-gpu where there is a CUDA device")
     device = pick_device(on.device, cuda_device_name() is not None, on.allow_fallback)
     wanted = PROVIDERS[device]
@@ -197,13 +196,13 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
         ort.preload_dlls()  # finds CUDA and cuDNN in torch's wheels
     options = ort.SessionOptions()
     options.intra_op_num_threads = on.threads or usable_cpus()
-    # By default idle threads spin, which takes CPU time from every other program.
+    # By default idle threads spin, and take CPU time from other programs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # log nothing: onnxruntime raises its errors, or get_providers() shows them
     content = read_file(path)
     refuse_external_data(content, path)
     try:
-        fallback = int(on.allow_fallback and device != "cpu")  # of onnxruntime, which prints a line about it
+        fallback = int(on.allow_fallback and device != "cpu")  # onnxruntime's own, which prints
         session = ort.InferenceSession(content, options, providers=[wanted], enable_fallback=fallback)
     except Exception as error:  # onnxruntime has about a dozen exception classes of its own
         raise UserError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error
@@ -219,7 +218,7 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
 
 
 def onnx_metadata(session: Any, path: Path) -> Metadata:
-    """Return the metadata in an ONNX file, or in the .json next to a file from elsewhere; it must fit the graph."""
+    """Return the metadata in an ONNX file, or in the .json next to a file from elsewhere, after check_graph."""
     values = read_properties(session.get_modelmeta().custom_metadata_map)
     where, sidecar = f"the metadata of {path}", path.with_name(path.name + ".json")
     if "mean" not in values and sidecar.is_file():
@@ -252,7 +251,7 @@ def check_graph(session: Any, metadata: Metadata, where: str) -> None:
 
 
 def tensor_names(metadata: Metadata) -> tuple[str, str]:
-    """Return the names of an ONNX file's input and output: ours, or those of a file from elsewhere."""
+    """Return the names of an ONNX file's input and output; a file from elsewhere has other names than ours."""
     inputs, outputs = metadata.tensors or (INPUT_NAME, OUTPUT_NAME)
     return inputs, outputs
 
@@ -269,7 +268,7 @@ def source_of(student: Path) -> dict[str, str]:
 
 @functools.cache
 def cuda_device_name() -> str | None:
-    """Return the driver's name of the first CUDA device, or None without one. Needs neither torch nor TensorRT."""
+    """Return the driver's name of the first CUDA device, or None without a device; needs neither torch nor TensorRT."""
     device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -296,12 +295,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def probabilities(logits: np.ndarray, metadata: Metadata) -> np.ndarray:
-    """Return probabilities over the last dimension, by the temperature of the student."""
+    """Return probabilities over the last dimension, at the student's temperature."""
     return softmax(logits / (metadata.temperature or 1.0))
 
 
 def is_answered(probability: Any, metadata: Metadata) -> Any:
-    """Return whether the largest probability of an image reaches the threshold; if not, it is "none of these".
+    """Return whether the largest probability of an image reaches the threshold; if not, the answer is "none of these".
 
     probability: a number, or an array with one for each image
     """

@@ -1,9 +1,9 @@
-"""Check a device or a port of the student in another language against stored answers: the conformance vectors.
+"""Compare a device, or a port to another language, with a student's stored answers, the conformance vectors.
 
     python -m deploy.selftest runs/001-mobilenet_v2-uskd      # on a device: python3 student.pyz selftest
 
-deploy.pack writes them next to the file that it packs: student/vectors/ holds ten drawn pictures, the prepared bytes of
-each, and index.json with the logits of the file. deploy/porting.md describes them and everything before the logits.
+deploy.pack writes the vectors next to the file that it packs: student/vectors/ holds ten drawn pictures, the prepared
+bytes of each, and index.json with the logits of the file. deploy/porting.md describes the vectors and preprocessing.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from deploy.preprocess import UnreadableImage, open_image, prepare
 from deploy.runtimes import RunOn, Runtime, load
 
 FOLDER, INDEX = "vectors", "index.json"
-LARGEST_SIDE = 512  # pixels: of the input's side, by which the pictures are drawn
-# The largest error of a logit, of the largest logit. fp32: sums in another order. fp16: sums that are kept in 16 bits.
-# INT8: a value between two steps is rounded to the other one, and moves the layers after it.
+LARGEST_SIDE = 512  # pixels; for a larger input the pictures are drawn as for this side
+# Largest error of a logit, relative to the largest logit. In fp32 a device may add in another order. In fp16 it may
+# also store sums in 16 bits. In INT8 it may round a value to another step, which changes the layers after it.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
 TOLERANCE_INT8 = 0.1
 
 
 class Picture(NamedTuple):
-    """A picture of the vectors: its size in sides of the input, and how it is saved."""
+    """Describe a picture of the vectors: its size relative to the input's side, and its file."""
 
     file: str
     width: float
     height: float
     mode: str = "RGB"
     orientation: int = 1
-    options: dict[str, Any] = {}  # noqa: RUF012  # of Image.save
+    options: dict[str, Any] = {}  # noqa: RUF012  # options of Image.save
 
 
 PICTURES = (
@@ -63,7 +63,7 @@ PICTURES = (
 
 
 def draw(picture: Picture, side: int) -> bytes:
-    """Return the file of a picture: ramps, waves from coarse to fine, and discs with sharp edges."""
+    """Return a picture's file. The picture has ramps, waves from coarse to fine, and discs with sharp edges."""
     width, height = (max(3, round(share * side)) for share in (picture.width, picture.height))
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     across, down = x / width, y / height
@@ -96,7 +96,7 @@ def tolerance_of(precision: str) -> float:
 def make_vectors(runtime: Runtime, former: Path) -> dict[str, bytes]:
     """Return the files of the vectors by name: pictures, their prepared bytes, and index.json with the logits.
 
-    former: a folder of vectors; the logits of other files of the same student in it are kept
+    former: an existing folder of vectors; its logits of other files of this student are kept
     """
     metadata = runtime.metadata
     names = ("input_size", "crop", "interpolation", "mean", "std")
@@ -119,14 +119,14 @@ def make_vectors(runtime: Runtime, former: Path) -> dict[str, bytes]:
 
 
 def kept_logits(index: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Return the logits in a former index.json if it is of the same student and pictures."""
+    """Return the logits of an existing index.json, or {} if its student or its pictures are different."""
     former = read_json(read_file(index, MAX_JSON), index) if index.is_file() else {}
     same = all(former.get(name) == value for name, value in about.items())
     return former.get("logits", {}) if same else {}
 
 
 def as_one_object(vectors: dict[str, bytes], file: str) -> dict[str, Any]:
-    """Return the vectors of a file as student.html takes them: the pictures in base64, and no prepared bytes."""
+    """Return the vectors of a file for student.html: with the pictures in base64, and without prepared bytes."""
     index = json.loads(vectors[INDEX])
     logits, pictures = index["logits"][file], index["pictures"]
     pictures = [p | {"content": base64.b64encode(vectors[p["file"]]).decode()} for p in pictures]
@@ -141,7 +141,7 @@ def is_name(value: Any) -> bool:
 
 
 def read_vectors(folder: Path) -> dict[str, Any]:
-    """Return the content of index.json; UserError if it is missing or not of this format."""
+    """Return the content of index.json; raise UserError if it is missing or has another format."""
     index = folder / INDEX
     if not index.is_file():
         raise UserError(f"no {INDEX} in {folder}: python -m deploy.pack writes the vectors of the file that it packs")
@@ -161,7 +161,7 @@ def read_vectors(folder: Path) -> dict[str, Any]:
 
 
 def different_bytes(folder: Path, picture: dict[str, Any], expected: np.ndarray, metadata: Metadata) -> str:
-    """Return how many prepared bytes of a picture differ, in words, or an empty text."""
+    """Return a text about the prepared bytes of a picture that differ, or "" if all are equal."""
     try:
         image = prepare(open_image(read_file(folder / picture["file"])), metadata)
     except UnreadableImage as error:
@@ -177,7 +177,7 @@ def check(runtime: Runtime, folder: Path) -> bool:
     vectors, metadata = read_vectors(folder), runtime.metadata
     logits, file = vectors["logits"], runtime.file
     if file not in logits:
-        file = next(iter(logits))  # of an engine that was built from it
+        file = next(iter(logits))  # the ONNX file from which the engine was built
     expected = np.asarray(logits[file]["values"], np.float32)
     tolerance = max(logits[file]["tolerance"], tolerance_of(metadata.precision))
     largest, passed, errors = np.abs(expected).max() or 1.0, True, []
@@ -201,7 +201,7 @@ def check(runtime: Runtime, folder: Path) -> bool:
 
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "selftest", "student")
-    parser.add_argument("artefact", nargs="?", type=Path, help="a file of it (default: student.onnx)")
+    parser.add_argument("artefact", nargs="?", type=Path, help="the file to check (default: student.onnx)")
     cli.add_device(parser)
     return parser
 

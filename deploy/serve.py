@@ -9,10 +9,10 @@ cropped, as JSON or as binary tensors. POST /predict takes an image file, or a f
 training. /metrics is for Prometheus. An overloaded server responds 503 with Retry-After. The response to a body that is
 too large is 413, and to any other mistake in a request 4xx with {"error": ...}.
 
-SIGTERM drains: readiness becomes 503, the server answers the requests that have begun, and ends within 20 seconds.
-SIGHUP loads the file again, and keeps the old one if the new one does not run. On an address that other machines reach,
-requests need the token of --token-file or KDLITE_TOKEN. For several models or machines, deploy.triton writes a
-repository for Triton and KServe.
+After SIGTERM, readiness is 503, and the server answers the requests that have begun and ends within 20 seconds. At
+SIGHUP the server loads the file again, and keeps the old model if the new one does not run. On an address that other
+machines reach, requests need the token of --token-file or KDLITE_TOKEN. For several models or machines, deploy.triton
+writes a repository for Triton and KServe.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def get_parser() -> Parser:
     add = parser.add_argument
     add("artefact", type=Path, help="a student/ folder, or a .ts, .pt2, .onnx or .engine file of it")
     add("--name", default="student", help="name of the model in the protocol's paths (default: %(default)s)")
-    add("--host", default="127.0.0.1", help="0.0.0.0 for every interface (default: %(default)s)")
+    add("--host", default="127.0.0.1", help="address; 0.0.0.0: every interface (default: %(default)s)")
     add("--port", type=int, default=8000, help="port; 0: any free port (default: %(default)s)")
     add("--unix-socket", type=Path, metavar="PATH", help="listen on a unix socket instead of a port")
     add("--token-file", type=Path, metavar="FILE", help=f"file of the token that clients must send (default: {TOKEN})")
@@ -142,12 +142,12 @@ def serve_file(args: argparse.Namespace, token: str | None) -> None:
         began = functools.partial(begin, server, reloader, message)
         serve(make_process(make_app(server, token), server, began), listener)
     finally:
-        if bound and bound == identity(args.unix_socket):  # otherwise another server listens on this path
+        if bound and bound == identity(args.unix_socket):  # otherwise the socket is another server's
             args.unix_socket.unlink()
 
 
 def identity(path: Path | None) -> tuple[int, ...]:
-    """Return device, inode and time of a file: they show whether another file has replaced it."""
+    """Return device, inode and time of a file, which show whether another file has replaced it."""
     try:
         found = os.stat(path or "")
     except OSError:

@@ -39,11 +39,11 @@ def find_architecture(
 ) -> dict[str, Any]:
     """Return the fields of config.json that describe a model: library, architecture, model_args, small_stem.
 
-    name: a model of torchvision or timm, or path/to/file.py:function; arguments: "KEY=VALUE" each, for the model
+    name: a model of torchvision or timm, or path/to/file.py:function; arguments: the model's, each "KEY=VALUE"
     input_size: (channels, H, W), for models whose constructor needs it
     """
     if is_code(name):
-        library, name = "file", Path(name).name  # the folder of the file is private
+        library, name = "file", Path(name).name  # without the folder, which is private
     elif is_torchvisions(name):
         library = "torchvision"
     elif timm.is_model(name):
@@ -73,7 +73,7 @@ def find_architecture(
 
 
 def size_arguments(architecture: dict[str, Any], input_size: Sequence[int]) -> dict[str, Any]:
-    """Return the model's arguments, with the image size if it needs one, and without extra outputs."""
+    """Return the model's arguments, with the image size if the model needs it, and with extra outputs off."""
     library, name = architecture["library"], architecture["architecture"]
     channels, height, width = input_size
     side = height if height == width else [height, width]
@@ -114,7 +114,7 @@ def build_model(
 ) -> nn.Module:
     """Build the model that find_architecture or a config.json describes, with random weights.
 
-    input_size: (channels, H, W), or the side of square colour images; model_files: files that may run
+    input_size: (channels, H, W), or the side of square colour images; model_files: the user's files, which may run
     """
     library, name = architecture["library"], architecture["architecture"]
     known = {"torchvision": is_torchvisions, "timm": timm.is_model}
@@ -163,7 +163,7 @@ def own_function(name: str) -> Callable[..., Any]:
     """Run the user's file.py and return its function."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
-        raise UserError(f"no file {path}, which should have {function}")
+        raise UserError(f"no file {path}, which should contain the function {function}")
     folder = os.path.dirname(os.path.abspath(path))
     if folder not in sys.path:
         sys.path.insert(0, folder)  # as for a script: the file may import its neighbours
@@ -206,8 +206,8 @@ def shrink_stem(model: nn.Module) -> None:
 def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Module, Metadata]:
     """Load the model and the config.json of a student/ folder, or of the run directory that holds it.
 
-    The folder may come from other people. So no code in it runs, and the shapes of a model are compared with the file
-    before the model takes memory.
+    The folder may come from other people. So its code never runs, and the shapes of the model are compared with the
+    file before the model takes memory.
     """
     folder = student_folder(folder)
     metadata = read_config(folder)
@@ -222,7 +222,7 @@ def load_student(folder: Path, model_files: Sequence[str] = ()) -> tuple[nn.Modu
     except SafetensorError as error:
         raise UserError(f"{file} is damaged: {error}") from error
     try:
-        if metadata.library == "file":  # own code, which the user named and which may not run on the meta device
+        if metadata.library == "file":  # the user's code, which may not run on the meta device
             model = build_model(metadata.to_json(), metadata.num_classes, metadata.input_size, model_files)
         else:
             model = build_bounded(metadata, shapes, str(folder))
@@ -237,7 +237,7 @@ def write_random(
 ) -> None:
     """Write a student/ folder with random weights, to measure the speed of a network that is not trained yet.
 
-    Noise sets the statistics of the batch norms; else some networks have logits of 1e-9, and every comparison passes.
+    Noise sets the batch norms' statistics. Otherwise some networks have logits of 1e-9, and every comparison passes.
 
     architecture: as find_architecture returns it; model_file: file.py:function, run only for the user's own model
     """
@@ -292,7 +292,7 @@ class ParameterLimit:
 def build_bounded(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], where: str) -> nn.Module:
     """Build the model of a config.json, which may describe any size, such as a million layers.
 
-    It is first built without memory (on torch's meta device), and its shapes are compared with those of the weights.
+    First build it without memory (on torch's meta device), and compare its shapes with those of the weights.
     """
     fields = metadata.to_json(), metadata.num_classes, metadata.input_size
     try:
@@ -300,7 +300,7 @@ def build_bounded(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], whe
             model = build_model(*fields)
         compare_shapes(type(model).__name__, model.state_dict(), shapes, where)
     except UserError as error:
-        if not isinstance(error.__cause__, NotImplementedError):  # torchvision's RegNet reads values as it is built
+        if not isinstance(error.__cause__, NotImplementedError):  # RegNet reads values in its constructor
             raise
     with ParameterLimit(shapes):
         return build_model(*fields)
@@ -332,7 +332,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> No
 def check_forward(model: nn.Module, name: str, input_size: Any, num_classes: int, batch: int = 1) -> None:
     """Run a blank batch through the model, in its present mode, and raise UserError unless it returns logits.
 
-    The run gives lazy layers their shapes. The running statistics are restored after it.
+    The run gives lazy layers their shapes. After it, the buffers get their former values.
     """
     kept = {key: value.clone() for key, value in model.named_buffers() if not is_lazy(value)}
     try:

@@ -32,7 +32,7 @@ from deploy.runtimes import RunOn, Runtime, as_input, cuda_device_name, load, te
 # ---- CUDA ---------------------------------------------------------------------------------------------------------
 
 _pointer, _int, _size, _flags = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint
-# Arguments of libcudart's functions. Without them ctypes would cut a pointer to an int.
+# Types of the arguments of libcudart's functions. Without them ctypes would cut a pointer to an int.
 SIGNATURES: dict[str, list[Any]] = {
     "cudaDeviceGetAttribute": [ctypes.POINTER(_int), _int, _int],
     "cudaMalloc": [ctypes.POINTER(_pointer), _size],
@@ -79,7 +79,7 @@ class Cuda:
 
 
 def load_cuda() -> Cuda:
-    """Load the system's libcudart (JetPack's), or else that of NVIDIA's wheels, a requirement of TensorRT's wheels."""
+    """Load the system's libcudart (on a Jetson, JetPack's), or else the one in NVIDIA's wheels."""
     names = [ctypes.util.find_library("cudart"), *(f"libcudart.so{end}" for end in ("", ".13", ".12", ".11.0"))]
     with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec("nvidia")
@@ -135,7 +135,7 @@ class Engine:
             dtype = np.uint8 if metadata.input == UINT8 else np.float32
             self.images = Buffer(cuda, (max_batch, *metadata.tensor_shape), dtype, taken)
             self.logits = Buffer(cuda, (max_batch, len(metadata.label_names)), np.float32, taken)
-            taken.callback(cuda.call, "cudaStreamSynchronize", self.stream)  # runs first, since it is pushed last
+            taken.callback(cuda.call, "cudaStreamSynchronize", self.stream)  # runs first, because it is pushed last
             self.input_name, output_name = tensor_names(metadata)
             self.context.set_tensor_address(self.input_name, self.images.device)
             self.context.set_tensor_address(output_name, self.logits.device)
@@ -199,7 +199,7 @@ RTX = "install TensorRT-RTX, which builds without a GPU: pip install '.[rtx]'"
 
 
 def import_tensorrt(library: str | None = None) -> ModuleType:
-    """Import the named library; without a name, tensorrt or else TensorRT-RTX (in its ONNX Runtime provider)."""
+    """Import the named library; without a name, tensorrt, or else TensorRT-RTX from its ONNX Runtime provider."""
     names, reasons = [library] if library else ["tensorrt", "tensorrt_rtx"], []
     for name in names:
         try:

@@ -43,10 +43,10 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.layout == UINT8:
-            # The cast comes first: TensorRT's parser refuses to permute uint8. A batch norm, because ONNX Runtime moves
-            # a product and a sum in front of the permute, where they cost a quarter of an INT8 MobileNetV2.
+            # The cast is first, because TensorRT's parser cannot permute uint8. A batch norm normalises, because ONNX
+            # Runtime moves a product and a sum before the permute: there they cost a quarter of an INT8 MobileNetV2.
             images = images.float().permute(0, 3, 1, 2)
-            # Contiguous, because pooling of a permuted tensor exports an as_strided, in ONNX a Gather.
+            # Contiguous, because pooling of a permuted tensor is exported as an as_strided, in ONNX a Gather.
             images = images.contiguous(memory_format=self.memory_format)
             images = F.batch_norm(images, self.mean, self.variance, eps=EPS)
         return self.model(images.to(self.dtype)).float()

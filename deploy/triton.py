@@ -32,7 +32,7 @@ class Model:
     name: str = "student"
     max_batch: int = 8  # largest number of images that Triton gathers into one call
     delay_us: int = 1000  # microseconds that a request may wait for others
-    instances: int = 1  # copies of the model that run side by side
+    instances: int = 1  # copies of the model that run in parallel
     gpu: bool = True  # run on GPUs, else on the CPU
 
 
@@ -40,7 +40,7 @@ def write_repository(artefact: Path, output: Path, model: Model) -> Path:
     """Write an .onnx or .engine file of deploy/ as a model into the repository `output`, and return its folder.
 
     Raises:
-        UserError: another kind of file, a name that the repository has already, or an engine with smaller batches
+        UserError: the file is of another kind, the name exists already, or the engine's largest batch is too small
     """
     if artefact.suffix not in BACKENDS:
         raise UserError(f"{artefact} is neither .onnx nor .engine: Triton's backends take only these")
@@ -52,7 +52,7 @@ def write_repository(artefact: Path, output: Path, model: Model) -> Path:
         if metadata.built["library"] != "tensorrt":
             raise UserError(f"{artefact} was built by TensorRT-RTX, which Triton does not run: build it with tensorrt")
         if model.max_batch > largest:
-            raise UserError(f"--max-batch {model.max_batch}, but {artefact.name} takes {largest} at most")
+            raise UserError(f"--max-batch {model.max_batch}, but {artefact.name} takes at most {largest}")
         if not model.gpu:
             raise UserError(f"{artefact.name} is a TensorRT engine, which needs a GPU; leave --cpu out")
     if not model.name or "/" in model.name or model.name.startswith("."):
@@ -94,7 +94,7 @@ def get_parser() -> Parser:
     add("--output", type=Path, default=Path("models"), help="the model repository (default: models)")
     add("--name", default=default.name, help="name of the model (default: %(default)s)")
     add("--max-batch", type=at_least_1, default=default.max_batch, help="images in one call (default: %(default)s)")
-    add("--delay-us", type=number(int, 0), default=default.delay_us, help="longest wait (default: %(default)s)")
+    add("--delay-us", type=number(int, 0), default=default.delay_us, help="longest wait, in us (default: %(default)s)")
     add("--instances", type=at_least_1, default=default.instances, help="parallel copies (default: %(default)s)")
     add("--cpu", action="store_true", help="run on the CPU (default: on GPUs)")
     return parser

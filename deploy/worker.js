@@ -1,9 +1,9 @@
-// The worker of student.html: it unpacks ONNX Runtime and the model, and answers the page's questions one by one.
-// Everything before the logits gives the bytes of deploy/preprocess.py; deploy/porting.md has it in words.
+// The worker of student.html unpacks ONNX Runtime and the model, and runs the page's tasks one by one. It prepares a
+// picture to the same bytes as deploy/preprocess.py. deploy/porting.md describes the steps.
 "use strict"
 
-const MOST_PIXELS = 64e6 // of a picture, as in deploy/preprocess.py
-const STRIP = 1 << 22 // pixels of a picture that are read at once: a telephone's canvas holds about 16 million
+const MOST_PIXELS = 64e6 // most pixels of a picture, as in deploy/preprocess.py
+const STRIP = 1 << 22 // pixels that are read at once; a phone's canvas holds about 16 million
 const READS = "this page reads JPEG, PNG, WebP and GIF"
 let about, ort, session
 
@@ -32,7 +32,7 @@ async function load({ settings, parts }) {
   ort = await import(url)
   URL.revokeObjectURL(url)
   ort.env.wasm.wasmBinary = await unpack(parts.wasm, report)
-  ort.env.wasm.numThreads = 1 // a page from a disk gets no shared memory, which threads need
+  ort.env.wasm.numThreads = 1 // threads need shared memory, which a page from a disk does not get
   ort.env.logLevel = "error"
   session = await ort.InferenceSession.create(await unpack(parts.model, report), { executionProviders: ["wasm"] })
 }
@@ -67,8 +67,8 @@ async function predict(picture) {
 const starts = (bytes, text, at = 0) => [...text].every((letter, i) => bytes[at + i] === letter.charCodeAt(0))
 const uint32 = (bytes, at) => new DataView(bytes.buffer, bytes.byteOffset).getUint32(at)
 
-// Return where the EXIF data of a picture begins, or -1. Throw an Error, in words, for a picture that a browser would
-// read unlike deploy/preprocess.py.
+// Return the position of a picture's EXIF data, or -1. Throw an Error for a picture that browsers and
+// deploy/preprocess.py would read differently.
 function examine(bytes) {
   const cut = new Error("The picture is cut off: its file is not complete.")
   if (!bytes.length) throw new Error("The file is empty.")
@@ -125,7 +125,7 @@ function examineWebp(bytes, cut) {
   return exif
 }
 
-// Return the orientation of a picture, 1 to 8, and set it to 1 in the bytes: browsers apply that of some formats only
+// Return the orientation of a picture, 1 to 8, and set it to 1 in the bytes, because browsers apply it for some formats only
 function takeOrientation(bytes, exif) {
   const view = new DataView(bytes.buffer), little = exif >= 0 && starts(bytes, "II", exif)
   try {
@@ -146,7 +146,7 @@ function takeOrientation(bytes, exif) {
     if (!(reason instanceof RangeError)) throw reason
   }
   const text = new TextDecoder("latin1").decode(bytes.subarray(0, 1 << 20))
-  return Number(text.match(/tiff:Orientation(?:="|>)([1-8])/)?.[1] ?? 1) // of XMP data
+  return Number(text.match(/tiff:Orientation(?:="|>)([1-8])/)?.[1] ?? 1) // the orientation in XMP data
 }
 
 const CRC = Uint32Array.from({ length: 256 }, (_, n) => {
@@ -165,7 +165,7 @@ const KERNELS = { // reach in pixels, and the weight at a distance
   bicubic: [2, x => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0)],
 }
 
-function weights(from, to, first, count) { // of `count` of `to` output pixels, from the one at `first` on
+function weights(from, to, first, count) { // for `count` of the `to` output pixels, starting at pixel `first`
   const [reach, kernel] = KERNELS[about.interpolation]
   const scale = from / to, stretch = Math.max(scale, 1), support = reach * stretch
   return Array.from({ length: count }, (_, i) => {
@@ -211,7 +211,7 @@ function resizedSize(width, height) { // before the crop
   return width <= height ? [short, Math.trunc((short * height) / width)] : [Math.trunc((short * width) / height), short]
 }
 
-const TURNS = { // orientation -> the canvas transform that undoes it, of a picture of w x h pixels as stored
+const TURNS = { // orientation -> the canvas transform that undoes it, for a stored picture of w x h pixels
   1: () => [1, 0, 0, 1, 0, 0],
   2: w => [-1, 0, 0, 1, w, 0],
   3: (w, h) => [-1, 0, 0, -1, w, h],
@@ -260,7 +260,7 @@ async function prepare(picture) { // a Blob -> the bytes that deploy.preprocess.
 
 // ---- the self-test ----
 
-async function selfTest(text) { // the vectors of deploy.selftest, packed -> what differs
+async function selfTest(text) { // packed vectors of deploy.selftest -> the differences
   const { pictures, tolerance, logits } = JSON.parse(new TextDecoder().decode(await unpack(text, () => {})))
   const largest = logits.flat().reduce((most, x) => Math.max(most, Math.abs(x)), 0), different = []
   let error = 0
@@ -274,7 +274,7 @@ async function selfTest(text) { // the vectors of deploy.selftest, packed -> wha
 }
 
 const TASKS = { load, predict, selfTest, prepare, logitsOf }
-let queue = Promise.resolve() // one task at a time: a session runs one picture at once
+let queue = Promise.resolve() // one task at a time, because a session runs one picture at a time
 
 async function answer({ id, task, given }) {
   try {

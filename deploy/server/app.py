@@ -67,13 +67,13 @@ class Limits:
     queue: int = 256  # images that wait or run; a request for more gets 503
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")  # formats of photographs, Pillow's names
     body_mib: float = 16.0  # size of a request's body, unpacked
-    bodies: int = 16  # bodies of body_mib that fit in memory at once; 503 beyond
-    pixels: int = 4 * MAX_PIXELS  # in large photographs that wait to be decoded
-    connections: int = 1024  # open at the same time
-    headers_s: float = 10.0  # from the first byte of a request to the end of its headers
-    body_s: float = 30.0  # from the end of the headers to the end of the body
+    bodies: int = 16  # most bodies of body_mib in memory at once; a request for more gets 503
+    pixels: int = 4 * MAX_PIXELS  # most pixels of large photographs that wait to be decoded
+    connections: int = 1024  # most open connections
+    headers_s: float = 10.0  # longest time from the first byte of a request to the end of its headers
+    body_s: float = 30.0  # longest time from the end of the headers to the end of the body
     idle_s: float = 60.0  # time without a request before the server closes the connection
-    drain_s: float = 2.0  # from SIGTERM until the server stops listening
+    drain_s: float = 2.0  # time from SIGTERM until the server stops listening
 
 
 class Budget:
@@ -327,8 +327,7 @@ def make_app(server: StudentServer, token: str | None = None) -> Starlette:
 
 
 async def until_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return the result of the work, or cancel it when the client closes its connection. Call it after the body has
-    been read."""
+    """Return the result of the work; cancel the work when the client closes its connection. The body must be read."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
     try:
         await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
@@ -358,14 +357,14 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # the status that proxies count for a client that has left
+    return Response(status_code=499)  # the status that proxies log for a client that has left
 
 
 async def on_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": f"the server failed: {type(error).__name__}"}, 500)
 
 
-# ---- around the endpoints -----------------------------------------------------------------------------------------
+# ---- middleware ---------------------------------------------------------------------------------------------------
 
 
 class Observe:
@@ -379,18 +378,18 @@ class Observe:
             await self.app(scope, receive, send)
             return
         started, headers = time.perf_counter(), dict(scope["headers"])
-        # the absolute form of a target, which proxies may send (RFC 9112, 3.2.2)
+        # proxies may send a target with scheme and host (RFC 9112, 3.2.2)
         scope["path"] = re.sub(r"^https?://[^/]*(?=/|$)", "", scope["path"], flags=re.I) or "/"
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16)
-        scope["status"] = 0  # until the response begins
+        scope["status"] = 0  # 0 until the response begins
         send = functools.partial(self.send, scope, send, (b"x-request-id", request_id.encode()))
-        # with both lengths, the bytes after the body may be a smuggled request (RFC 9112, 6.1): close the connection
+        # the bytes after a body with both headers may be a smuggled request (RFC 9112, 6.1): close the connection
         scope["ambiguous"] = b"content-length" in headers and b"transfer-encoding" in headers
         try:
             await self.app(scope, receive, send)
-        except asyncio.CancelledError:  # uvicorn cancels the requests that are left after the drain
+        except asyncio.CancelledError:  # uvicorn cancels the requests that remain after the drain
             if not scope["status"]:
                 await refusal(RequestError(503, "the server ends"))(scope, receive, send)
         finally:
@@ -438,7 +437,7 @@ class RequireToken:
 class Compress(GZipMiddleware):
     """Compress responses for clients that accept gzip.
 
-    The base class ignores the weights, so it would compress for "gzip;q=0" too.
+    The base class ignores the weights of encodings, so it would compress for "gzip;q=0" too.
     """
 
     def __init__(self, app: Any) -> None:

@@ -36,7 +36,7 @@ class Batcher:
 
     Args:
         max_batch: most images in one call of a runtime; a runtime may have a smaller limit
-        max_delay_ms: longest wait of a request for others
+        max_delay_ms: longest time that a request waits for others
         metrics: counts each batch
     """
 
@@ -98,7 +98,7 @@ class Batcher:
             self.deliver(left, RequestError(503, "the server ends"), *[time.perf_counter_ns()] * 2)
 
     def gather(self) -> list[Waiting]:
-        """Return the next batch, all for one runtime; return [] if the queue is empty, or after close()."""
+        """Wait for the next batch, all for one runtime, and return it. Return [] after close(), or if clients left."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.closed)
             while self.waiting and not self.closed:

@@ -1,7 +1,7 @@
 """Listen, and protect uvicorn's connections against slow clients.
 
-uvicorn has no time limit for headers and bodies, ends the time limit of an idle connection at each byte, and keeps
-connections beyond its limit open. deploy/serving.md compares it with hypercorn and granian.
+uvicorn has no time limit for headers and bodies, cancels the time limit of an idle connection at the first byte, and
+keeps connections beyond its limit open. deploy/serving.md compares it with hypercorn and granian.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             self.refuse(503, f"all {self.limit} connections of this server are in use; try again later")
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Return a small buffer if each byte may cost time: for headers, and for chunks, which may be a byte."""
+        """Return a small buffer for headers and chunks, because many chunks of one byte in one read take too long."""
         cheap = self.conn.their_state is h11.SEND_BODY and all(name != b"transfer-encoding" for name, _ in self.headers)
         return self.received[: LARGE_READ if cheap else SMALL_READ]
 
@@ -82,7 +82,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.data_received(bytes(self.received[:nbytes]))
 
     def check(self, now: float) -> None:
-        """Close the connection if its state lasts too long. Each request has another cycle, so a request changes it."""
+        """Close the connection if its state lasts too long. The state includes the cycle, new for each request."""
         name = {h11.IDLE: "idle", h11.SEND_BODY: "body"}.get(self.conn.their_state, "answer")
         if self.transport.get_write_buffer_size():
             name = "unread answer"
@@ -112,7 +112,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 class Process(uvicorn.Server):
     """Run uvicorn's server with a drain before the shutdown.
 
-    began: a function to call once the server handles requests and signals
+    began: a function that is called when the server handles requests and signals
     """
 
     def __init__(self, config: uvicorn.Config, server: StudentServer, began: Callable[[], None]) -> None:
@@ -124,7 +124,7 @@ class Process(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(self.on_loop_error)
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # asyncio's backlog also limits how many it accepts at once
+            listener.listen(BACKLOG)  # asyncio accepts as many connections at once as its own backlog
         self.began()
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -180,12 +180,12 @@ def serve(process: Process, listener: socket.socket) -> None:
     try:
         asyncio.run(process.serve([listener]))
     finally:
-        for child in multiprocessing.active_children():  # decoders; their clients have left
+        for child in multiprocessing.active_children():  # decoding processes; their clients have left
             child.kill()
 
 
 def bounded_by_files(connections: int) -> int:
-    """Return `connections`, or the smaller number that RLIMIT_NOFILE allows. Raise its soft limit if needed."""
+    """Return `connections`, or the smaller number that RLIMIT_NOFILE allows. Increase its soft limit if needed."""
     try:
         import resource
     except ImportError:  # Windows

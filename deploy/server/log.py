@@ -1,4 +1,4 @@
-"""Log messages and requests to stdout, as text or as JSON; and warnings to stderr."""
+"""Log messages and requests to stdout, as text or as JSON, and warnings to stderr."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LossyHandler(QueueHandler):
     skipped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # the base class would format it here; the thread formats it
+        return record  # the base class would format it here, but the thread does that
 
     def enqueue(self, record: logging.LogRecord) -> None:
         if self.skipped and isinstance(record.args, dict):

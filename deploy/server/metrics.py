@@ -37,11 +37,11 @@ class Metrics:
         )
         self.reloads = Counter("kdlite_reloads", "Loads of the file after SIGHUP", ["result"], registry=registry)
         self.last_ms = 0
-        self.by_batch: dict[int, list[int]] = {}  # batch size: calls, ns
-        self.durations = {name: [0, 0] for name in ("success", "fail", "queue", "compute_infer")}  # requests, ns
+        self.by_batch: dict[int, list[int]] = {}  # batch size -> [calls, ns]
+        self.durations = {name: [0, 0] for name in ("success", "fail", "queue", "compute_infer")}  # [requests, ns]
 
     def executed(self, batch: list[Any], started: int, ended: int) -> None:
-        """Count a batch of deploy.server.batching.Waiting; started and ended in ns."""
+        """Count a batch of deploy.server.batching.Waiting. started, ended: times in ns"""
         size = sum(len(request.images) for request in batch)
         self.batch_images.observe(size)
         self.compute_seconds.observe((ended - started) / 1e9)

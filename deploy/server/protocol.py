@@ -22,7 +22,7 @@ import numpy as np
 from deploy.runtimes import INPUT_NAME, OUTPUT_NAME
 
 VERSION = "1"  # the protocol requires a version of the model
-JSON_LIMIT = 2**20  # bytes of a request's JSON: json.loads holds the interpreter lock until it ends
+JSON_LIMIT = 2**20  # most bytes of a request's JSON: json.loads holds the interpreter lock until it ends
 LISTS = 2**17  # most lists and objects in the JSON: a nested image of 224 px has 50,401 lists
 GZIP_MEMBERS = 1000  # most members in one body: even an empty member takes some microseconds
 Shape = tuple[int, ...]
@@ -47,7 +47,7 @@ class InferRequest:
     id: str | None
     images: np.ndarray  # uint8 (N, H, W, 3)
     binary: bool  # respond with a binary tensor
-    classes: int  # 0: respond with logits; else with "logit:index:label" of this number of classes
+    classes: int  # 0: respond with logits; N: with "logit:index:label" for the N best classes
 
 
 def show(value: Any) -> str:
@@ -80,7 +80,7 @@ def parse_infer(body: bytes, header_length: str | None, shape: Shape, max_batch:
     if split is None or split > len(body):
         raise bad(f"Inference-Header-Content-Length is {show(header_length)}, but the body has {len(body)} bytes")
     if header_length is not None and split == 0:
-        return InferRequest(None, read_binary(body, (1, *shape), "a raw request holds one image"), True, 0)
+        return InferRequest(None, read_binary(body, (1, *shape), "the image of a raw request"), True, 0)
     request = read_json(body[:split])
     try:
         (tensor,) = request["inputs"]

@@ -33,7 +33,7 @@ def load_and_try(path: Path, max_batch: int, on: RunOn) -> Runtime:
 class Reloader:
     """Load the file again at each SIGHUP, in a thread, one load after the other.
 
-    For a signal before start(), start() loads the file again, because it may have changed during the first load.
+    A signal before start() counts too, because the file may have changed during the first load.
     """
 
     def __init__(self, load_again: Callable[[], Runtime], name: str) -> None:
