@@ -275,7 +275,7 @@ def all_logprobs(stored: tuple[Tensor, ...], target: Tensor, classes: int) -> Te
 def train_step(
     net: nn.Module, teacher: Teacher | None, batch: Batch, method: Method, amp: Amp, scaler: GradScaler, passes: int = 1
 ) -> dict[str, Tensor]:
-    """Add the gradients of one batch (of `passes` in a step) to those of the parameters, and return its loss terms.
+    """Add the gradients of one batch (one of `passes` in a step) to those of the parameters, and return its loss terms.
 
     It does not wait for the device.
     """
@@ -422,7 +422,7 @@ def build_optimizer(net: nn.Module, args: argparse.Namespace) -> torch.optim.Opt
     if args.opt not in known:
         near = difflib.get_close_matches(args.opt, known, n=5)
         raise UserError(f"--opt {args.opt} is not a timm optimizer; near matches: {', '.join(near) or 'adamw'}")
-    decay_all = args.opt in ("momentum", "sgd")  # as the paper's SGD recipes do
+    decay_all = args.opt in ("momentum", "sgd")  # the paper's SGD recipes decay all parameters
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "momentum": 0.9, "filter_bias_and_bn": not decay_all}
     try:
         probe = nn.Linear(2, 2)  # a step that needs a second gradient or a closure fails here

@@ -181,7 +181,7 @@ def data_loader(
         own = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = 0 if isinstance(getattr(dataset.source, "dataset", dataset.source), Digits) else own
     options: dict[str, Any] = {"pin_memory": pin_memory, "drop_last": drop_last, "collate_fn": collate}
-    # without it, the start of the workers changes the random state that --resume restores
+    # without its own generator, the loader changes the random state that --resume restores
     options["generator"] = torch.Generator()
     if workers:
         options |= {"persistent_workers": True, "worker_init_fn": start_worker}

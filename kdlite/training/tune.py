@@ -1,4 +1,4 @@
-"""Choose the loss and its weights for your images: cross-entropy, KD or NKD, over temperature and gamma.
+"""Choose the loss for your images: cross-entropy, KD or NKD, and its temperature and gamma.
 
     python -m kdlite.training.tune --data photos/ --model mobilenet_v2 --teacher runs/001-ce/student --minutes 30
 
@@ -155,7 +155,7 @@ def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> l
             try:
                 for part in range(i * plan.parts, (i + 1) * plan.parts):
                     if time.monotonic() > ends:
-                        log(f"the time ended in round {i + 1}: this round is ignored")
+                        log(f"the time is over in round {i + 1}: its results do not count")
                         return rounds
                     answers.append(trainer.run(name, epochs, part % PARTS)[0])
             except UserError as error:  # such as a loss that is not finite
