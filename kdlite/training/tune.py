@@ -243,7 +243,7 @@ def run(argv: list[str]) -> None:
         log(f"the teacher's answers are in {labels}: {time.monotonic() - began:.0f} s")
     names = list(ARMS) if read_header(labels)["k"] == classes - 1 else ANY_LABELS
     if len(names) < len(ARMS):
-        log(f"{labels} does not hold every class: KD, and NKD at other temperatures than 1, are skipped")
+        log(f"{labels} does not hold every class: KD and NKD at other temperatures than 1 are left out")
     trainer = Trainer(flags, labels, args, output)
     ends = began + 60 * given.minutes
     if measured is None:
