@@ -45,18 +45,20 @@ FLAGS: Table = {
         "data": Flag("digits", "digits (embedded), cifar10, cifar100 (downloaded), or a folder with train/ and val/ or "
                      "with a folder for each class", path=True),
         "val_split": Flag(None, "share of each class to validate on, for a folder without val/", type=RATIO),
-        "fold": Flag(None, "I N: validate on part I of N of the training images instead of val/; to compare settings",
+        "fold": Flag(None, "I N: validate on part I of N of the training images, not on val/, to compare settings",
                      type=number(int, 0), nargs=2),
         "unlabelled": Flag(None, "a folder of more photographs without labels; the student learns the teacher's "
                            "answers about them", needs=["kd"], path=True),
-        "img_size": Flag(BY_RECIPE, "pixels a side that the student gets, or height and width", type=COUNT, nargs="+"),
-        "in_chans": Flag(3, "channels that the student gets; 1: images become grey", type=int, choices=[1, 3]),
+        "img_size": Flag(BY_RECIPE, "size of the student's images: pixels a side, or height and width", type=COUNT,
+                         nargs="+"),
+        "in_chans": Flag(3, "channels of the student's images; 1: grey", type=int, choices=[1, 3]),
         "crop": Flag(BY_RECIPE, "random crop: resized, padded by 1/8, or none", choices=["resized", "pad", "none"]),
         "hflip": Flag(BY_RECIPE, "probability of a horizontal flip", type=SHARE),
         "randaugment": Flag(None, "operations (0: off) and magnitude, up to 30", type=number(int, 0, 30), nargs=2),
         "mixup": Flag(0.0, "alpha of mixup; 0: off", type=MIXING),
         "cutmix": Flag(0.0, "alpha of cutmix; 0: off", type=MIXING),
-        "cache": Flag("none", "device: decode small images once and keep them there", choices=["none", "device"]),
+        "cache": Flag("none", "device: decode small images once and store them on the device",
+                      choices=["none", "device"]),
         "workers": Flag(None, "data loading workers per rank; default: one for each of the rank's cores, 0 for digits",
                         type=number(int, 0)),
     },
@@ -99,10 +101,10 @@ FLAGS: Table = {
         "opt": Flag(BY_RECIPE, "a timm optimizer: momentum (plain SGD), sgd (Nesterov), adamw, ..."),
         "lr": Flag(BY_RECIPE, "peak learning rate", type=WEIGHT),
         "weight_decay": Flag(BY_RECIPE, "weight decay", type=WEIGHT),
-        "layer_decay": Flag(None, "fine-tuning: the learning rate of a layer is this times that of the next layer",
+        "layer_decay": Flag(None, "fine-tuning: learning rate of a layer, divided by that of the next layer",
                             type=RATIO),
         "schedule": Flag(BY_RECIPE, "schedule of the learning rate", choices=["cosine", "step"]),
-        "warmup_epochs": Flag(0.0, "linear warm-up, a part of --epochs", type=WEIGHT),
+        "warmup_epochs": Flag(0.0, "epochs of linear warm-up, which count in --epochs", type=WEIGHT),
         "label_smoothing": Flag(0.0, "label smoothing of the cross-entropy alone", type=SHARE),
         "class_weights": Flag(None, "weight every loss by class: balanced, or a CSV file of name,weight", path=True),
         "clip_grad": Flag(None, "largest gradient norm", type=POSITIVE),
@@ -112,14 +114,15 @@ FLAGS: Table = {
     },
     "machine": {
         "device": Flag("auto", "where to train; auto: a GPU if there is one", choices=["auto", "cpu", "cuda"]),
-        "amp": Flag("auto", "mixed precision; auto: the GPU's, off on CPU", choices=["auto", "bf16", "fp16", "off"]),
+        "amp": Flag("auto", "mixed precision; auto: bf16 or fp16 on a GPU, else off",
+                    choices=["auto", "bf16", "fp16", "off"]),
         "compile": Flag(False, "torch.compile student and teacher", action=YES_NO),
     },
     "run directory": {
         "output": Flag(None, "the run directory; default: the next number under runs/"),
         "resume": Flag(False, "resume the run in --output, or start it there", action="store_true"),
         "save_every": Flag(10.0, "minutes between checkpoints within an epoch; 0: only after epochs", type=WEIGHT),
-        "reference": Flag(256, "validation images, and training images, in reference.npz for deploy/; 0: no file",
+        "reference": Flag(256, "number of validation and of training images in reference.npz for deploy/; 0: no file",
                           type=number(int, 0)),
     },
 }  # fmt: skip
@@ -272,7 +275,7 @@ def all_logprobs(stored: tuple[Tensor, ...], target: Tensor, classes: int) -> Te
 def train_step(
     net: nn.Module, teacher: Teacher | None, batch: Batch, method: Method, amp: Amp, scaler: GradScaler, passes: int = 1
 ) -> dict[str, Tensor]:
-    """Add the gradients of one batch (of `passes` in a step) to those of the parameters, and return its loss terms.
+    """Add the gradients of one batch (one of `passes` in a step) to those of the parameters, and return its loss terms.
 
     It does not wait for the device.
     """
@@ -419,7 +422,7 @@ def build_optimizer(net: nn.Module, args: argparse.Namespace) -> torch.optim.Opt
     if args.opt not in known:
         near = difflib.get_close_matches(args.opt, known, n=5)
         raise UserError(f"--opt {args.opt} is not a timm optimizer; near matches: {', '.join(near) or 'adamw'}")
-    decay_all = args.opt in ("momentum", "sgd")  # as the paper's SGD recipes do
+    decay_all = args.opt in ("momentum", "sgd")  # the paper's SGD recipes decay all parameters
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "momentum": 0.9, "filter_bias_and_bn": not decay_all}
     try:
         probe = nn.Linear(2, 2)  # a step that needs a second gradient or a closure fails here
@@ -439,7 +442,7 @@ def build_schedule(net: nn.Module, optimizer: torch.optim.Optimizer, args: argpa
     """
     if not args.freeze_batch_norm:
         log(settle_batch_norm(net, args.epochs * steps))
-    for group in optimizer.param_groups:  # a checkpoint or a former schedule may have left another rate
+    for group in optimizer.param_groups:  # a checkpoint or an earlier schedule may have set another rate
         group["lr"] = group["initial_lr"] = args.lr
     kind = "multistep" if args.schedule == "step" else "cosine"
     warmup = {"warmup_epochs": args.warmup_epochs, "warmup_lr": args.lr * 1e-3}
@@ -464,7 +467,7 @@ def build_method(args: argparse.Namespace, data: Data, device: torch.device) -> 
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
-# It is one page on purpose: the parts, then the loop, in the order in which they run.
+# It is one long function on purpose: the parts, then the loop, in the order in which they run.
 def train(typed: dict[str, Any], stop: StopRequest) -> None:
     """Train in a run directory: make the parts, restore a checkpoint, then train, evaluate and save each epoch."""
     started = time.monotonic()

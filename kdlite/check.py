@@ -1,17 +1,17 @@
 """Compare the gradient of your own NKD with that of the paper's formula in twenty cases.
 
     python -m kdlite.check my_file.py:nkd_loss
-    python -m kdlite.check my_file.py:NKDLoss --gamma 3.5 --temperature 3     # its constants
+    python -m kdlite.check my_file.py:NKDLoss --gamma 3.5 --temperature 3     # if they are constants in it
 
 The loss is a function, a class, an instance or a functools.partial that returns the mean over the batch, without the
-cross-entropy. The check calls it with (N, C) float32 logits of student and teacher and (N,) class indices, and tries
-each order of the three. It varies the numeric arguments and finds by their effect, not by their names, which of them
-are gamma and temperature. A gamma or temperature that is a constant in the loss is estimated from the gradient, unless
---gamma or --temperature gives it. The value of the loss may differ from the formula's by a constant (as with a KL
-divergence instead of the cross-entropy), because training follows the gradient.
+cross-entropy. The check calls it with (N, C) float32 logits of student and teacher and with (N,) class indices. It
+tries each order of these three arguments. It varies the numeric arguments, and identifies gamma and temperature by
+their effect, not by their names. If gamma or temperature is a constant in the loss, the check estimates it from the
+gradient, unless --gamma or --temperature gives it. The value of the loss may differ from the formula's by a constant,
+because training follows the gradient. A KL divergence instead of the cross-entropy has such a constant.
 
-The check prints the verdict (with the name of a known mistake), then the call, then a line for each case. Exit status:
-0 if all cases are right, 1 if a case is wrong, 2 if the check cannot run.
+The check prints the verdict (which names a known mistake), then how it called the loss, then a line for each case. The
+exit status is 0 if all cases are right, 1 if a case is wrong, 2 if the check cannot run.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def ce(p: Tensor, q: Tensor) -> Tensor:
 
 
 def with_epsilon(s: Tensor, t: Tensor, y: Tensor, g: float, T: float, target: float, others: float) -> Tensor:
-    """Return NKD with log(p + epsilon) instead of log p, with an epsilon for each term."""
+    """Return NKD with log(p + epsilon) instead of log p; `target` and `others` are the epsilons of the two terms."""
     n_t, n_s = ((x / T).masked_fill(is_class(x, y), -torch.inf).softmax(1) for x in (t, s))
     other_terms = -(n_t * (n_s + others).log()).masked_fill(is_class(s, y), 0.0).sum(1)
     return (-p_of(t, y) * (p_of(s, y) + target).log() + g * T**2 * other_terms).mean()
@@ -197,7 +197,7 @@ UNKNOWN = "the mistake is not a known one: compare each term with kdlite/README.
 # ---- the loss to check --------------------------------------------------------------------------------------------
 
 TARGETS = {"target", "targets", "label", "labels", "gt", "gt_label", "gt_labels", "y", "y_true", "ground_truth"}
-# usual names of the two numbers, the most likely first
+# usual names of gamma and of the temperature, the most likely first
 GAMMAS = ("gamma", "alpha", "beta", "weight", "lam", "lamb", "lambda_")
 TEMPERATURES = ("temperature", "temp", "tau", "t", "kd_t", "lam", "lamb", "lambda_")
 
@@ -263,7 +263,7 @@ class Subject:
 
 
 class Numbers(NamedTuple):
-    """Sort the numbers of the loss by their effect, found by doubling each."""
+    """Hold the numbers of the loss, sorted by the effect of doubling each."""
 
     base: dict[str, float]
     live: list[str]  # the numbers that may be gamma or temperature
@@ -295,7 +295,7 @@ def find_roles(subject: Subject, order: Order, probe: Case) -> Numbers:
 
 
 class Attempt(NamedTuple):
-    """Hold the gradients of the loss, called in one order with two of its numbers as gamma and temperature."""
+    """Hold the gradients of the loss for one order of its tensors and one choice of gamma and temperature."""
 
     order: Order
     gamma: str | None
@@ -351,7 +351,7 @@ def attempt(subject: Subject, order: Order, numbers: Numbers, gamma: str | None,
 
 
 def estimate(formula: Formula, tried: Attempt, gamma: float | None, temperature: float | None) -> tuple[float, float]:
-    """Return gamma and temperature of the first case: the varied or given values, else those that fit the gradient."""
+    """Return gamma and temperature of the first case: varied by the check, else given, else fitted to the gradient."""
     case, actual = tried.actual[0]
     gamma = case.gamma if tried.gamma else gamma
     temperature = case.temperature if tried.temperature else temperature
@@ -372,7 +372,7 @@ def estimate(formula: Formula, tried: Attempt, gamma: float | None, temperature:
 
 
 def compare(formula: Formula, tried: Attempt, constants: tuple[float, float]) -> Iterator[tuple[Case, float]]:
-    """Yield each case with the gamma and temperature of the loss in it, and the relative error of its gradient."""
+    """Yield each case, with the gamma and temperature that the loss had, and the relative error of its gradient."""
     for case, actual in tried.actual:
         gamma = case.gamma if tried.gamma else constants[0]
         temperature = case.temperature if tried.temperature else constants[1]
@@ -393,8 +393,8 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
 
     Args:
         loss: function, class, instance or partial of student logits, teacher logits and target, in any order.
-        gamma: a constant inside the loss; None: varied if a number of the loss acts as gamma, else estimated.
-        temperature: a constant inside the loss; None: as for gamma.
+        gamma: its value, if it is a constant in the loss; None: vary the number that acts as gamma, else estimate it.
+        temperature: as ``gamma``.
 
     Raises:
         TypeError: the loss does not return one value.
@@ -413,7 +413,7 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
     for words, formula in [("", right), *FORMULAS]:
         for one in tried:
             constants = estimate(formula, one, gamma, temperature)
-            skip = EXTREME if words else ()  # a loss with another mistake may lose digits there too
+            skip = EXTREME if words else ()  # a loss with a known mistake may also lose digits in these cases
             found = compare(formula, one, constants)
             if constants[0] > 1e-3 and all(not error for case, error in found if case.name not in skip):
                 return report(subject, one, constants, words or side_mistake(one))

@@ -3,8 +3,8 @@
 The forward reads the logits once, the backward reads them once more. Each forward saves a few numbers per row, and each
 backward is elementwise in the logits. So no tensor as large as the logits is stored, except the gradients and USKD's
 Zipf weights. ``torch.compile`` turns each forward and each backward into one or two passes over the logits; eager code
-works on chunks of rows that fit in the cache. Both multiply by the incoming gradient in float32, and then round the
-result to the logits' dtype. ``make bench`` compares speed and memory with the terms.
+works on chunks of rows that fit in the cache. Both multiply by the incoming gradient in float32, and only then round to
+the logits' dtype. ``make bench`` compares speed and memory with the terms.
 
 Within a row, all logits are relative to the largest logit other than the label's. So the result loses no digits if all
 logits share an offset, or if a probability is near 1.
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from . import terms
 from .terms import USKDWeights, is_class, zipf_weights
 
-# Elements of a chunk. CPU: 1 MiB in float32, the size of a core's L2 cache. Other devices: a bound of the memory.
+# Elements of a chunk. CPU: 1 MiB in float32, the size of a core's L2 cache. Other devices: a limit on the memory.
 CHUNK_ELEMENTS = {"cpu": 2**18}
 CHUNK_ELEMENTS_ELSEWHERE = 2**24
 
@@ -39,9 +39,9 @@ def can_fuse(*logits: Tensor) -> bool:
     return all(type(x) in (Tensor, Parameter) and unpack_dual(x).tangent is None for x in logits)  # type: ignore
 
 
-@torch.compiler.assume_constant_result  # type: ignore  # called while tracing, again for another kind of tensor
+@torch.compiler.assume_constant_result  # type: ignore  # called at each trace
 def is_export_or_inference(x: Tensor) -> bool:
-    """Return True under export and for inference tensors; apart, because a compiler cannot trace is_inference."""
+    """Return True under export and for inference tensors; a compiler cannot trace is_inference, but can call this."""
     return torch.compiler.is_exporting() or x.is_inference()
 
 
@@ -81,7 +81,7 @@ def in_chunks(
 
 def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float) -> Tensor:
     """Return :func:`kdlite.terms.nkd_rows`; requires :func:`can_fuse`."""
-    # None instead of 1: with dynamic shapes the compiler makes a number a symbol, on which a Function cannot branch
+    # None instead of 1: with dynamic shapes a number becomes a symbol, on which a Function cannot branch
     loss: Tensor = NKDRows.apply(student, teacher, label, gamma, None if temperature == 1 else temperature)
     return loss
 
@@ -151,7 +151,7 @@ def nkd_backward(
 ) -> tuple[Tensor]:
     """Return d loss / d student, (R, C); the options are gamma and the temperature.
 
-    ``target_slope`` holds T_t (1 - S_t). The gradients of the two terms are::
+    ``target_slope`` holds T_t (1 - S_t); a ce_weight is added to T_t. The gradients of the two terms are::
 
         d target / d s_i     =  T_t (1 - S_t) N(S)_i      d target / d s_t  =  - T_t (1 - S_t)
         d non_target / d s_i =  (N(S^temperature)_i - N(T^temperature)_i) / temperature
@@ -283,7 +283,7 @@ def uskd_backward(
 
 
 def mask_label(rows: Tensor, label: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a copy of the rows with -inf for the label's logit, that logit, and the largest other one, (R, 1)."""
+    """Return a copy of the rows with -inf at the label, and, (R, 1) each, the label's logit and the largest other."""
     rows = rows.to(dtype, copy=True)
     # a label out of range fails in gather: with an error on CPU, with a device assert on CUDA
     target = rows.gather(1, label.unsqueeze(1))
@@ -293,7 +293,7 @@ def mask_label(rows: Tensor, label: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 def set_label_column(rows: Tensor, label: Tensor, value: Tensor | float) -> Tensor:
     """Return the rows with ``value``, (R, 1), in the label's column; modifies ``rows`` in place."""
-    # under a compiler a mask costs little, but a scatter makes it store the rows in memory
+    # under a compiler a mask costs little, but a scatter stores the rows in memory
     if torch.compiler.is_compiling():
         return torch.where(is_class(rows, label), value, rows)
     return rows.scatter_(1, label.unsqueeze(1), value)

@@ -17,14 +17,14 @@ class FeatureTap:
     The hook clones the output, so a later in-place layer never changes the feature. With ``transform`` the hook stores
     ``transform(output)`` instead; a transform that pools the output leaves no feature map in memory.
 
-    Works on any ``nn.Module``, under DistributedDataParallel, autocast, gradient accumulation and (non-reentrant)
+    It works on any ``nn.Module``, under DistributedDataParallel, autocast, gradient accumulation and (non-reentrant)
     activation checkpointing. Make the tap before ``torch.compile``; with checkpointing, compile without ``fullgraph``.
     In a deepcopy of a tapped model the hook does nothing. After :meth:`close` the model pickles and exports as before.
 
     Args:
         module: the model, or a DistributedDataParallel around it.
         layer: dotted path of the layer, a name in ``module.named_modules()``.
-        transform: function of the layer's output; None clones every tensor in it. A result that shares memory with
+        transform: function of the layer's output; None: clone every tensor in it. A result that shares memory with
             the output changes when a later layer works in place.
 
     Raises:
@@ -58,7 +58,7 @@ class FeatureTap:
 
         Raises:
             RuntimeError: the layer has not run since the last pop; or it ran in training mode without gradient
-                (reentrant checkpointing), so that a loss of its feature cannot train it.
+                (reentrant checkpointing), so that a loss on its feature cannot train it.
         """
         capture = self._capture
         output, capture.output = capture.output, None
@@ -95,7 +95,7 @@ class FeatureTap:
 
 
 class _Capture:
-    """Store one output of a layer, as its forward hook. A copy does nothing, except a copy made with its FeatureTap."""
+    """Store the last output of a layer, as its forward hook. A copy works only if its FeatureTap is copied with it."""
 
     def __init__(self, transform: Callable[[Any], Any]) -> None:
         self.transform = transform

@@ -151,7 +151,7 @@ def check_positive(**positive: float) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    if not isinstance(value, numbers.Real):  # a tensor is refused: the losses have no gradient for their weights
+    if not isinstance(value, numbers.Real):  # such as a tensor: the losses have no gradient for their weights
         raise TypeError(f"{name} must be a Python number, got {describe(value)}")
 
 
@@ -181,7 +181,7 @@ def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndic
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise TypeError(f"ignore_index must be an integer of 64 bits, got {ignore_index!r}")
     probs_shape, label_shape = tuple(logits.shape), tuple(label_shape_of(logits))
-    as_probs = target.ndim == logits.ndim  # not by the sizes, which may be symbols under torch.compile
+    as_probs = target.ndim == logits.ndim  # sizes may be symbols under torch.compile
     fits = tuple(target.shape) == (probs_shape if as_probs else label_shape)
     if not fits or not (target.is_floating_point() if as_probs else is_integer(target)):
         classes_last = logits.ndim > 2 and tuple(target.shape) == probs_shape[:-1]
@@ -196,13 +196,13 @@ def read_target(target: Tensor, logits: Tensor, ignore_index: int) -> ClassIndic
         return ClassProbabilities(as_rows(target.detach()).to(torch.promote_types(logits.dtype, torch.float32)))
     label = target.reshape(-1).long()
     valid = label != ignore_index
-    if torch.compiler.is_compiling():  # torch 2.11 counts a negative index from the end: replace it by one out of range
+    if torch.compiler.is_compiling():  # torch 2.11 counts negative indices from the end: put them out of range
         label = label.where(label >= 0, probs_shape[class_dim(logits)])
     return ClassIndices(label * valid, valid)
 
 
 def reduce(loss: Tensor, target: ClassIndices | ClassProbabilities, reduction: str, logits_shape: torch.Size) -> Tensor:
-    """Reduce the rows of a loss as cross_entropy does: without a target the "mean" is 0/0, NaN."""
+    """Reduce the rows of a loss as cross_entropy does; the "mean" over no target is NaN."""
     if isinstance(target, ClassIndices):
         loss = loss.where(target.valid, 0.0)
     if reduction == "none":

@@ -6,8 +6,8 @@ import re
 
 from torch import nn
 
-# Class name -> layer, for models whose structure does not show it; -k counts children from the end. First the paper's
-# layers (official configs, checked by channel count), then second-to-last stages of others, then Hugging Face's models.
+# Class name -> layer, for models whose structure does not show the layer; -k is the k-th child from the end. First come
+# the paper's layers (official configs, checked by channel count), then those of other models, then Hugging Face's.
 _DEFAULT_TAPS = {
     "MobileNetV2": "features.-2",  # features.17, 320 channels
     "ShuffleNetV2": "stage4",  # 464 channels
@@ -32,12 +32,12 @@ def default_tap(model: nn.Module) -> str:
     """Return the layer that USKD reads by default: the end of the second-to-last stage, or block L/2 of a transformer.
 
     Args:
-        model: a classifier of torchvision, timm or Hugging Face, or a model with the same names of stages; or a model
-            that holds such a model as its backbone.
+        model: a classifier of torchvision, timm or Hugging Face; or a model whose stages have the same names; or a
+            model that has such a model as its backbone.
 
     Returns:
-        The layer's dotted path, as :class:`FeatureTap` takes it. For a stage it is the path of the last block, which
-        returns the same tensor, because activation checkpointing calls blocks, not stages.
+        The layer's dotted path, as :class:`FeatureTap` takes it. For a stage it is the path of its last block, which
+        returns the same tensor. Activation checkpointing calls blocks, but not stages.
 
     Raises:
         ValueError: the model does not have a known structure.
@@ -53,7 +53,7 @@ def default_tap(model: nn.Module) -> str:
 
 
 def default_taps(model: nn.Module) -> list[str]:
-    """Return the default layer and, after it, the other layers that the structure suggests."""
+    """Return the default layer, then the other layers that the structure suggests."""
     layers = list(dict.fromkeys(_last_block(model, layer) for layer in _candidates(model)))
     if not layers:
         children = ", ".join(name for name, _ in model.named_children())
@@ -82,7 +82,7 @@ def _last_block(model: nn.Module, layer: str) -> str:
 
 
 def _in_backbone(model: nn.Module) -> list[str]:
-    """Find layers in the backbone: the part that Hugging Face names, or a first child with most of the parameters."""
+    """Find layers in the backbone: the child that Hugging Face names, or a first child with most of the parameters."""
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     first = next((name for name, size in sizes.items() if size), "")
     backbone = getattr(model, "base_model_prefix", "")
@@ -141,7 +141,7 @@ def _keeps_width(blocks: list[tuple[str, nn.Module]]) -> bool:
 
 
 def _last_stage_but_one(model: nn.Module) -> str | None:
-    """Find layer1..4, stage1..4, block1..4, denseblock1..4, or a container of stages."""
+    """Find the last but one of layer1..4, stage1..4, block1..4 or denseblock1..4, or of a container's stages."""
     for container in ("", "features", "trunk_output"):
         try:
             children = [name for name, _ in model.get_submodule(container).named_children()]
@@ -163,7 +163,7 @@ def _last_stage_but_one(model: nn.Module) -> str | None:
 
 
 def _before_last_pool_but_one(model: nn.Module) -> str | None:
-    """Find the layer in VGG, where each stage ends with a max-pool in one long ``features``."""
+    """Find the layer in VGG, whose one long ``features`` has a max-pool at the end of each stage."""
     features = getattr(model, "features", None)
     pools = (
         [i for i, m in enumerate(features) if isinstance(m, nn.MaxPool2d)]

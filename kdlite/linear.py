@@ -82,19 +82,19 @@ def nkd_linear_loss(
     computed a few rows at a time, together with the gradients. Training needs NKD and the cross-entropy: pass
     ``ce_weight=1.0`` for their sum. Under autocast the matrix products have autocast's dtype, and the loss is float32.
 
-    A served teacher returns log-probabilities: pass them as ``teacher_top_k``, and None as ``teacher_hidden`` and
-    ``teacher_weight``. The loss is then :func:`kdlite.nkd_topk_loss`, at temperature 1.
+    If a server returns the teacher's log-probabilities, pass them as ``teacher_top_k``, and None as ``teacher_hidden``
+    and ``teacher_weight``. The loss is then :func:`kdlite.nkd_topk_loss`, at temperature 1.
 
     Args:
         hidden: (..., D), the student's last hidden states, any floating dtype.
         weight: (C, D), the student's classifier; C >= 2.
-        teacher_hidden: (..., E); no gradient flows into it, nor into the other arguments of the teacher.
+        teacher_hidden: (..., E); no gradient flows into it or the teacher's other arguments.
         teacher_weight: (C, E), the teacher's classifier.
         target: class indices, integers of shape (...); None: the teacher's most probable class (for unlabelled data).
         bias: (C,), of the student's classifier; None: no bias.
         teacher_bias: (C,), of the teacher's classifier; None: no bias.
         teacher_top_k: log T_t (...), log T_i (..., k) and their indices (..., k), as for :func:`kdlite.nkd_topk_loss`,
-            but with k in the last dimension; under torch.compile all logits of the student are then in memory.
+            but with k in the last dimension. Under torch.compile all logits of the student are then in memory.
         logit_scale: number by which the student's logits are multiplied.
         softcap: the student's scaled logits become ``softcap * tanh(logits / softcap)``; None: no cap.
         teacher_logit_scale: as ``logit_scale``, for the teacher.
@@ -152,7 +152,7 @@ def nkd_linear_loss(
             raise ValueError("teacher_top_k replaces the teacher's other arguments: pass None for them")
         if temperature != 1 or teacher_logit_scale != 1:
             raise ValueError(
-                "teacher_top_k requires temperature=1 and teacher_logit_scale=1: kdlite/README.md#questions"
+                "teacher_top_k requires temperature=1 and teacher_logit_scale=1: see kdlite/README.md#questions"
             )
         teacher, target, ignore_index = read_top_k(teacher_top_k, target, shape, ignore_index)
     device = hidden.device.type
@@ -209,7 +209,7 @@ def cast(linear: Linear, dtype: torch.dtype) -> Linear:
 
 
 def check_linear(linear: Linear, shape: torch.Size, prefix: str) -> Linear:
-    """Return the classifier with its hidden states as rows; raise unless they fit a target of that shape."""
+    """Return the classifier with its hidden states as rows; raise unless they fit a target of ``shape``."""
     hidden, weight, bias = linear[:3]
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
@@ -234,7 +234,7 @@ def check_linear(linear: Linear, shape: torch.Size, prefix: str) -> Linear:
 
 
 def must_hold_logits(student: Linear, teacher: Linear | TopK) -> bool:
-    """Return True if can_fuse() is False, or for a top-k under a compiler, which cannot trace topk_rows."""
+    """Return True if can_fuse() is False, or if a compiler would have to trace topk_rows, which it cannot."""
     tensors = [x for x in (*student, *teacher) if isinstance(x, Tensor)]
     return not can_fuse(*tensors) or (isinstance(teacher, TopK) and torch.compiler.is_compiling())
 
@@ -265,7 +265,7 @@ def whole_logits(linear: Linear) -> Tensor:
 
 
 def sum_of_rows(student: Linear, teacher: Linear | TopK, rows: ClassIndices | None, weights: Weights) -> Tensor:
-    """Return the sum over rows, with its gradients, which are computed while the logits of a chunk are in memory."""
+    """Return the sum of the losses, with gradients that are computed while the logits of a chunk are in memory."""
     inputs = student[:3]
     wide = torch.promote_types(student.hidden.dtype, torch.float32)
     grads = [
@@ -367,7 +367,7 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        # in place; autograd refuses a second backward, which would read the changed gradients
+        # in place, because autograd raises an error for a second backward, which would read the changed gradients
         scale = torch.mul if torch.compiler.is_compiling() else Tensor.mul_
         grads = (None if x is None else scale(x, d_total).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
         return None, *grads, None, None, None

@@ -1,4 +1,4 @@
-"""Compute normalized knowledge distillation: NKD, the loss of ICCV 2023 for a student with a teacher."""
+"""Compute NKD (normalized knowledge distillation, ICCV 2023), the loss of a student with a teacher."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def nkd_loss(
     r"""Return the normalized KD loss; ADD it to the cross-entropy, which it does not replace.
 
     S and T are the softmax of student and teacher, t is the target class, and N(.) renormalises over the C - 1 classes
-    other than t. A power is a temperature (the paper's lambda) that divides the logits before the softmax (eq. 7)::
+    other than t. T^temperature is the softmax of the logits divided by the temperature (the paper's lambda; eq. 7)::
 
         L_nkd = - T_t log S_t  -  gamma * temperature^2 * sum_{i != t} N(T^temperature)_i log N(S^temperature)_i
 
     The first term is at temperature 1. The second term is a cross-entropy, so L_nkd does not reach 0 if student and
-    teacher agree. For class probabilities V the loss is the expectation over the label, ``sum_k V_k L_nkd(t = k)``. It
-    is exact for mixup and cutmix, and equals the hard-label loss for a one-hot row.
+    teacher agree. For class probabilities V the loss is the expectation over the label, ``sum_k V_k L_nkd(t = k)``. The
+    expectation is exact, also for mixup and cutmix. For a one-hot row it equals the hard-label loss.
 
     Args:
         student_logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
@@ -45,7 +45,7 @@ def nkd_loss(
     Raises:
         ValueError: shapes that do not fit, fewer than two classes, gamma < 0, temperature <= 0, an unknown reduction.
         TypeError: logits that are not floating point, class indices that are not integers, a weight or temperature
-            that is not a number: the loss has no gradient for them.
+            that is not a number, because the loss has no gradient for it.
 
     Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
     Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv 2303.13005.

@@ -1,4 +1,4 @@
-"""Find, with dry forwards of the model, how the feature of a layer becomes (N, C), and pool it."""
+"""Find how the feature of a layer becomes (N, C), by dry forwards of the model, and pool the feature."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POOLINGS = {
     "channels first": "the mean of (N, C, ...) over positions",
     "channels last": "the mean of (N, ..., C) over positions",
 }
-# names of parameters (their last part) that hold class or register tokens in front of a sequence
+# last parts of the names of parameters that hold class or register tokens
 TOKENS = re.compile(r"(cls|class|reg|register|storage|dist|distillation)_(tokens?|embedding)(_?\d+)?")
 
 
@@ -35,7 +35,7 @@ class Seen(NamedTuple):
     shape: tuple[int, ...]  # () if the output is not a tensor
     dtype: torch.dtype | None
     device: torch.device | None
-    positions: frozenset[int]  # numbers of positions in the outputs of the convolutions that ran before
+    positions: frozenset[int]  # number of positions in the output of each convolution that ran before
 
 
 def dry_forward(model: nn.Module, example: Any) -> tuple[Any, dict[str, Seen]]:
@@ -50,7 +50,7 @@ def dry_forward(model: nn.Module, example: Any) -> tuple[Any, dict[str, Seen]]:
 
 
 def see(seen: dict[str, Seen], name: str, module: nn.Module, args: Any, output: Any) -> None:
-    """Record the output of a layer, as its forward hook."""
+    """Record a layer's output; this function is the layer's forward hook."""
     output = first_entry(output)
     positions = next(reversed(seen.values())).positions if seen else frozenset()
     if not isinstance(output, Tensor):
@@ -88,7 +88,7 @@ def two_samples(example: Any) -> Any:
 
 
 def larger_inputs(example: Any) -> list[Any]:
-    """Return larger inputs for each meaning of the example: images, (N, C, L), (N, L, C), or indices (N, L)."""
+    """Return the example enlarged in each way that its shape allows: images, (N, C, L), (N, L, C) or indices (N, L)."""
     inputs = next(x for x in tree_leaves(example) if isinstance(x, Tensor))
     if inputs.ndim == 2:
         ways = [] if inputs.is_floating_point() else [[1]]
@@ -109,13 +109,13 @@ def double(value: Any, ndim: int, dims: list[int]) -> Any:
 
 
 def choose_layer(layers: list[str], seen: dict[str, Seen], batch: int) -> str:
-    """Return the first of the layers that ran and returned a feature for each sample."""
+    """Return the first layer that ran and returned a feature for each sample."""
     for layer in layers:
         if layer in seen and len(seen[layer].shape) >= 2 and seen[layer].shape[0] == batch:
             return layer
     usable = [name for name, output in seen.items() if name and len(output.shape) > 2 and output.shape[0] == batch]
     middle = usable[len(usable) // 4 :]
-    middle = middle[: len(middle) - len(usable) // 4]  # by the order of their runs
+    middle = middle[: len(middle) - len(usable) // 4]  # the middle half, in the order of the forward
     middle.sort(key=lambda name: name.count("."))
     found = f"returns {seen[layers[0]].text}" if layers[0] in seen else "does not run"
     raise ValueError(
@@ -125,7 +125,7 @@ def choose_layer(layers: list[str], seen: dict[str, Seen], batch: int) -> str:
 
 
 def find_pooling(model: nn.Module, layer: str, example: Any, feature: Seen, pooling: str | None) -> tuple[str, int]:
-    """Return the key of POOLINGS, and the number of first tokens that the mean leaves out."""
+    """Return the key of POOLINGS, and the number of tokens at the start that the mean skips."""
     if len(feature.shape) == 2:
         return "none", 0
     if pooling == "class token" and len(feature.shape) != 3:
@@ -150,7 +150,10 @@ def find_pooling(model: nn.Module, layer: str, example: Any, feature: Seen, pool
 
 
 def has_channels_last(model: nn.Module, layer: str, example: Any, shape: tuple[int, ...]) -> bool:
-    """Return whether the channels, which do not grow with the input, are last; for a model of one size by the shape."""
+    """Return whether the channels, which do not grow with the input, are last.
+
+    If the model takes only one size, the shape of the feature decides.
+    """
     for larger in larger_inputs(example):
         try:
             _, seen = dry_forward(model, larger)

@@ -14,7 +14,7 @@ from .inputs import find_logits
 class Teacher(nn.Module):
     """Wrap a classifier as a frozen teacher for :func:`kdlite.nkd_loss`; call it with the student's own batch.
 
-    The teacher computes no gradient, and stays in eval mode, also if ``.train()`` is called on it or on a module around
+    The teacher computes no gradient. It stays in eval mode, even if ``.train()`` is called on it or on a module around
     it. It converts the images to the normalisation and the size of its own training.
 
     Args:
@@ -24,13 +24,13 @@ class Teacher(nn.Module):
         student_mean: the mean by which the student's batch is normalised.
         student_std: the standard deviation by which that batch is normalised. Without these four arguments the teacher
             does not change the normalisation.
-        size: (H, W) in pixels to which the batch is resized; None: the size of the batch.
-        columns: index of the teacher's class for each class of the student, if the teacher has more classes or another
-            order; the softmax of the loss is then over these classes. None: all classes in their order.
+        size: (H, W) in pixels to which the batch is resized; None: the batch is not resized.
+        columns: for each class of the student, the index of the teacher's class. Pass it if the teacher has more
+            classes or another order; the softmax of the loss is then over these classes. None: all classes in order.
         logits: key, attribute or index of the logits in the output, as in :class:`WithWeakHead`.
 
     Raises:
-        ValueError: some of the means and deviations are missing; the batch is on another device than the teacher.
+        ValueError: only some of the means and deviations are given; the batch is on another device than the teacher.
         TypeError: the output of the model does not hold the logits.
 
     Example:

@@ -1,10 +1,10 @@
 """Compute the loss of each row in plain autograd, with the paper's symbols.
 
-These functions define the losses; :mod:`kdlite.fused` computes those of hard labels with less memory and fewer passes.
+These functions define the losses; :mod:`kdlite.fused` computes the hard-label losses with less memory and fewer passes.
 
-Rows are (R, C) logits. S, T and W are the softmax of the student's logits (in USKD: the strong logits), of the
-teacher's and of the weak head's. A target is the class t, ``label`` (R,), or the class probabilities V, ``probs`` (R,
-C). N(.) renormalises over the C - 1 classes other than t. Losses are (R,), float32 at least. Source: Yang et al., arXiv
+Rows are (R, C) logits. S, T and W are the softmax of the logits of the student (USKD's strong logits), the teacher and
+the weak head. A target is the class t, ``label`` (R,), or the class probabilities V, ``probs`` (R, C). N(.)
+renormalises over the C - 1 classes other than t. Losses are (R,), float32 at least. Source: Yang et al., arXiv
 2303.13005, section 3.1 (NKD; its loss is eq. 7) and section 3.2 (USKD).
 """
 
@@ -49,8 +49,8 @@ def expected_non_target(student: Tensor, teacher: Tensor, probs: Tensor) -> Tens
 
         sum_k V_k N_k(T)_i = T_i * (sum_k V_k / (1 - T_k)  -  V_i / (1 - T_i)).
 
-    Both lose all digits for a class with a probability near 1. At most one class of a row, the largest, has a
-    probability above one half: it is masked, and for the other classes 1 - S_k and 1 - T_k are at least one half.
+    Both lose all digits for a class with a probability near 1. Only the largest class of a row can have a probability
+    above one half. The code computes it separately; for the other classes 1 - S_k and 1 - T_k are at least one half.
     """
     student_top, teacher_top = student.detach().argmax(1), teacher.argmax(1)
 
@@ -59,7 +59,7 @@ def expected_non_target(student: Tensor, teacher: Tensor, probs: Tensor) -> Tens
         log_normalized(teacher, student_top).exp(), log_normalized(student, student_top)
     )
 
-    # the other k: V is `rest`, sum_k V_k N_k(T) is `mixed`; the teacher's largest class is added separately
+    # the other classes k: `rest` is V, `mixed` is sum_k V_k N_k(T); the teacher's largest class is added separately
     rest = drop(probs, student_top)
     t, log_s = teacher.softmax(1), student.log_softmax(1)
     ratio = drop(rest / (1 - t), teacher_top)
@@ -125,7 +125,7 @@ def uskd_non_target(strong: Tensor, weak: Tensor, label: Tensor) -> Tensor:
     with torch.no_grad():
         r = odds(strong, label) + odds(weak, label)
         z = zipf_weights(r).masked_fill(is_class(strong, label), 0.0)
-        n_z = z / z.sum(1, keepdim=True)  # the sum over all of Z cancels
+        n_z = z / z.sum(1, keepdim=True)  # the normalisation of Z cancels
     return cross_entropy(n_z, log_normalized(strong, label))
 
 
@@ -136,7 +136,7 @@ def target_weight(minus_log_s: Tensor, valid: Tensor, group: Any = None) -> Tens
 
 
 def batch_mean(values: Tensor, counted: Tensor, group: Any) -> Tensor:
-    """Return sum(values) / sum(counted), both (R,), over the processes of the group; None: this process alone."""
+    """Return sum(values) / sum(counted), both (R,), over the processes of the group (None: this process)."""
     totals = torch.stack([values.sum(), counted.sum().to(values.dtype)])
     if group is not None:
         dist.all_reduce(totals, group=group)
@@ -160,7 +160,7 @@ def zipf_weights(scores: Tensor) -> Tensor:
 def centred(rows: Tensor) -> Tensor:
     """Return the rows minus their largest logit, in float32 at least.
 
-    A common shift of a row does not change a loss, so it needs no gradient; it keeps the digits of float32 if all
+    A common shift of a row does not change a loss, so it needs no gradient. It keeps the digits of float32 if all
     logits share a large offset.
     """
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -188,12 +188,12 @@ def log_sum_others(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def odds(logits: Tensor, label: Tensor) -> Tensor:
-    """Return p_i / (1 - p_t) of every class i, also t, (R, C): exp(z_i) / sum_{j != t} exp(z_j)."""
+    """Return p_i / (1 - p_t) of every class i, including t, (R, C): exp(z_i) / sum_{j != t} exp(z_j)."""
     return (logits - log_sum_others(logits, label)).exp()
 
 
 def log_odds(logits: Tensor, label: Tensor) -> Tensor:
-    """Return log(p / (1 - p)) of each row's label, (R,); its sigmoid is p, its logsigmoid log p, to all digits."""
+    """Return log(p / (1 - p)) of each row's label, (R,); its sigmoid is p, its logsigmoid is log p, to all digits."""
     # a label out of range fails in gather: with an error on CPU, with a device assert on CUDA
     return (logits.gather(1, label.unsqueeze(1)) - log_sum_others(logits, label)).squeeze(1)
 
@@ -204,5 +204,5 @@ def log_normalized(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def cross_entropy(weights: Tensor, log_probs: Tensor) -> Tensor:
-    """Return - sum_i weights_i log_probs_i over the last dimension; a weight of 0 adds 0, also for a log of -inf."""
+    """Return - sum_i weights_i log_probs_i over the last dimension; a weight of 0 adds 0, even if its log is -inf."""
     return -(weights * log_probs.masked_fill(weights == 0, 0.0)).sum(-1)

@@ -27,7 +27,7 @@ from .inputs import (
 )
 from .terms import centred, cross_entropy, is_class, log_odds
 
-# Largest sum of a row's probabilities that the rounding of bfloat16 explains. A larger sum makes the loss NaN.
+# Rounding to bfloat16 can raise the sum of a row's probabilities to this value. A larger sum makes the loss NaN.
 MOST_PROBABILITY = 1.05
 
 
@@ -44,7 +44,7 @@ def nkd_topk_loss(
 ) -> Tensor:
     r"""Return NKD from a teacher's log-probabilities of the target and of k classes; ADD it to the cross-entropy.
 
-    K is the k classes without the target; r stands for all other classes as one::
+    K is the set of the k classes without the target; r is one class that stands for all others::
 
         L_nkd = - T_t log S_t  -  gamma * sum_{i in K and r} N(T)_i log N(S)_i
 
@@ -54,13 +54,13 @@ def nkd_topk_loss(
 
     The target may be among the k classes; that entry is ignored. Entries with index -1 or log-probability -inf are
     padding. Log-probabilities are at temperature 1, of any floating dtype; use float32 if the target's probability is
-    near 1. A NaN among them makes the loss NaN, and so do probabilities that sum to more than 1.05.
+    near 1. A NaN log-probability makes the loss NaN, and so do probabilities with a sum above 1.05.
 
     Args:
         student_logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
         teacher_target_logprob: log T_t, of the target's shape; None if ``target`` is None.
-        teacher_logprobs: log T_i, (N, k, d1, ...), with the k classes in the dimension of C.
-        teacher_indices: the classes i, integers of the same shape, no class twice.
+        teacher_logprobs: log T_i, (N, k, d1, ...), with k in the place of C.
+        teacher_indices: the classes i, distinct integers in a tensor of the same shape.
         target: class indices, (N,), (N, d1, ...) or (); None: the teacher's most probable class (for unlabelled data).
         gamma: as in :func:`kdlite.nkd_loss`.
         ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
@@ -107,19 +107,19 @@ def nkd_from_logprobs(
 ) -> Tensor:
     """Return the loss of :func:`nkd_topk_loss` from log-probabilities alone, one value per prediction.
 
-    Use it if the logits are not in one tensor: a vocabulary split over devices, a fused classifier. The student's
-    probability of the rest is 1 - S_t - sum_K S_i, with an error of 1e-7 in float32: pass float64 if that probability
-    may be near 0.
+    Use it if the logits are not in one tensor, as with a vocabulary split over devices or a fused classifier. The
+    student's probability of the rest is 1 - S_t - sum_K S_i, with an error of 1e-7 in float32. Pass float64 if that
+    probability may be near 0.
 
     Args:
         student_target: log S_t, (...).
         student_top: log S_i of the k classes, (..., k), without the target.
-        teacher_target: log T_t, (...); no gradient flows into it, nor into teacher_top.
+        teacher_target: log T_t, (...); no gradient flows into it or into teacher_top.
         teacher_top: log T_i of the same classes, (..., k); -inf is padding.
         gamma: as in :func:`kdlite.nkd_loss`.
 
     Returns:
-        (...), float32 at least.
+        The loss, (...), in float32 at least.
 
     Raises:
         ValueError: shapes that do not fit, gamma < 0.
@@ -152,16 +152,16 @@ def nkd_from_logprobs(
 
 
 def top_k_logprobs(teacher_logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the teacher's arguments of :func:`nkd_topk_loss`, computed from its logits, to store or to send them.
+    """Compute the teacher's arguments of :func:`nkd_topk_loss` from its logits, to store or to send them.
 
     Args:
         teacher_logits: (N, C), (N, C, d1, ...) or (C,).
-        target: class indices, (N,), (N, d1, ...) or (); any index for a target that is ignored later, such as -100.
+        target: class indices, (N,), (N, d1, ...) or (); targets that the loss ignores may have any index, such as -100.
         k: number of classes, at most C - 1.
 
     Returns:
         log T_t in the target's shape; log T_i and the indices (int64) of the k largest other classes, (N, k, d1, ...).
-        Float32 at least.
+        The log-probabilities are float32 at least.
 
     Raises:
         ValueError: a target of another shape, k outside 1 to C - 1.
@@ -211,10 +211,10 @@ def nkd_rows_topk(
     top = student.gather(1, index).masked_fill(~given, -math.inf)
     known = torch.zeros_like(student, dtype=torch.bool).scatter(1, torch.cat([index, label], 1), True)
     rest = student.masked_fill(known, -math.inf)
-    # logsumexp over -inf alone has a gradient that is not finite
+    # the gradient of logsumexp is NaN if all its values are -inf
     no_rest = (rest == -math.inf).all(1, keepdim=True)
     log_rest = rest.masked_fill(no_rest, 0.0).logsumexp(1, keepdim=True).masked_fill(no_rest, -math.inf)
-    log_others = torch.cat([top, log_rest], 1).logsumexp(1, keepdim=True)  # all but the target
+    log_others = torch.cat([top, log_rest], 1).logsumexp(1, keepdim=True)  # all classes except the target
 
     log_s_t = F.logsigmoid((student.gather(1, label) - log_others).squeeze(1))
     return nkd_terms(log_s_t, top - log_others, (log_rest - log_others).squeeze(1), teacher_target, teacher_top, gamma)
@@ -225,12 +225,12 @@ def nkd_terms(
 ) -> Tensor:
     """Return - T_t log S_t  -  gamma * (sum_{i in K} N(T)_i log N(S)_i  +  N(T)_r log N(S)_r).
 
-    log_n: log N(S) of K, (..., k); log_n_rest: log N(S)_r, (...), -inf if K holds every other class. Rounding may make
-    the teacher's probabilities of K sum to more than 1 - T_t: then that sum replaces 1 - T_t.
+    log_n: log N(S) of K, (..., k); log_n_rest: log N(S)_r, (...), -inf if K holds every other class. After
+    rounding, the teacher's probabilities of K may sum to more than 1 - T_t; that sum then replaces 1 - T_t.
     """
     teacher_target, teacher_top = (x.detach().to(log_s_t.dtype) for x in (teacher_target, teacher_top))
     given = teacher_top != -math.inf
-    # an error would have to wait for the device: values that are not log-probabilities make the loss NaN instead
+    # invalid log-probabilities make the loss NaN, because a check that raises would wait for the device
     total = teacher_target.exp() + teacher_top.exp().sum(-1)
     teacher_target = teacher_target.clamp(max=0).where(total <= MOST_PROBABILITY, math.nan)
     log_others = torch.maximum(log1mexp(teacher_target), teacher_top.logsumexp(-1))

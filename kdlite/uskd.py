@@ -1,4 +1,4 @@
-"""Compute universal self-knowledge distillation: soft labels from the logits of the student and of its weak head."""
+"""Compute USKD (universal self-knowledge distillation): the soft labels come from the student and its weak head."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def uskd_loss(
         R_i      = W_i / (1 - W_t) + S_i / (1 - S_t)                                          (no gradient)
         Z_i      = rank_i^-1 / sum_j rank_j^-1, ranks by descending R over all C classes      (no gradient)
         L_uskd   = - alpha * P_t log S_t  -  beta * sum_{i != t} N(Z)_i log N(S)_i
-                   - mu * sum_i V~_i log W_i,    V~ the label, smoothed by label_smoothing
+                   - mu * sum_i V~_i log W_i,    V~: the label, smoothed by label_smoothing
 
     R is computed from probabilities, as in the paper; the official code since July 2023 uses log-probabilities. The
-    batch mean is over the targets that are not ignored, with ``group`` over those of all its processes. Ties in R are
-    ranked by class index. Z gives every class a weight, so a class masked by a logit of -inf makes the loss infinite:
-    remove such classes from the logits.
+    batch mean is over the targets that are not ignored; with ``group``, over the targets of all its processes. Ties in
+    R are ranked by class index. Z gives every class a weight, so a class masked by a logit of -inf makes the loss
+    infinite: remove such classes from the logits.
 
     For class probabilities V the loss is the expectation over the label. The first term becomes ``- alpha * sum_k V_k
     P_k log S_k`` with ``P_k = S_k^2 + 1 - mean_batch(sum_k V_k S_k^2)``. The second term needs a ranking for each
-    label, so it uses only the two largest labels of a row, renormalised to sum to 1 (with ties, any two of them). The
-    third term is linear in V already. For a one-hot row each term equals the hard-label term.
+    label, so it uses only the two most probable labels of a row, renormalised to sum to 1 (with ties, any two of them).
+    The third term is linear in V already. For a one-hot row each term equals the hard-label term.
 
     Args:
         logits: (N, C), (N, C, d1, ...) or (C,), any floating dtype; C >= 2.
@@ -65,7 +65,7 @@ def uskd_loss(
         ValueError: shapes that do not fit, fewer than two classes, a negative weight, label_smoothing outside [0, 1],
             an unknown reduction.
         TypeError: logits that are not floating point, class indices that are not integers, a weight that is not a
-            number: the loss has no gradient for it.
+            number, because the loss has no gradient for it.
 
     Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
     Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv 2303.13005.

@@ -1,4 +1,4 @@
-"""Join a model and the weak classifier that USKD trains on a mid-level feature, as one module."""
+"""Join a model and USKD's weak classifier, which reads a mid-level feature of the model, in one module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORWARDED = (
     "activation_checkpointing_enable",
     "gradient_checkpointing_enable",
 )
-# names instead of imported classes; fully_shard and replicate change a module's class in place
+# class names, because fully_shard and replicate change a module's class in place
 PARALLEL = {
     "DistributedDataParallel",
     "DataParallel",
@@ -37,23 +37,23 @@ PARALLEL = {
 class WithWeakHead(nn.Module):
     """Join a model and the weak classifier that USKD needs in one module.
 
-    The forward takes the model's own arguments. In training mode it returns ``(logits, weak_logits)``, in eval mode the
-    model's own output. Head and model are one module, so DistributedDataParallel, the optimizer and the checkpoint
-    contain both; ``.model`` is the plain student. Wrap the model before torch.compile, DistributedDataParallel or
-    fully_shard. A deepcopy (EMA) works independently of the original.
+    The forward takes the model's own arguments. In training mode it returns ``(logits, weak_logits)``, in eval mode it
+    returns the model's own output. Head and model are one module, so DistributedDataParallel, the optimizer and the
+    checkpoint contain both; ``.model`` is the plain student. Wrap the model before torch.compile,
+    DistributedDataParallel or fully_shard. A deepcopy (EMA) works independently of the original.
 
     The head is a linear layer on the pooled feature: the class token of (N, L, C) if the layer returns a class token,
     else the mean over positions. If the layer returns a tuple, its first entry is the feature. ``pooling`` stores the
     choice, and ``print`` shows it. A dry forward (eval mode, no gradient) finds the shape of the feature. Further dry
-    forwards on larger inputs find its channels, the dimension that does not grow. If the model refuses other sizes, a
-    feature of three dimensions is read as (N, L, C); one of four is read by the proportions of the image. Class and
-    register tokens are the tokens that a layer returns in addition to the positions of a convolution; a mean leaves
-    them out.
+    forwards on larger inputs find its channels, the dimension that does not grow. If the model takes only one size, a
+    feature of three dimensions counts as (N, L, C); for four dimensions the proportions of the image decide. Class and
+    register tokens are the tokens that a layer returns in addition to the positions of a convolution; a mean skips
+    them.
 
     Args:
         model: classifier whose output is, or holds, (N, C) logits.
         tap: dotted path of the layer to read; None: the first layer that :func:`default_tap` proposes and that runs.
-        num_classes: the number of classes, C; None: that of the logits in the dry forward.
+        num_classes: the number of classes, C; None: as in the logits of the dry forward.
         logits: key, attribute or index of the logits in an output that is not a tensor. None: "logits", or the only
             entry of a dict.
         example_input: a batch for the dry forward, a tuple of arguments or a dict of keyword arguments; None: zeros of
@@ -62,7 +62,7 @@ class WithWeakHead(nn.Module):
 
     Raises:
         ValueError: the layer does not exist, does not run or does not return a feature; its shape has two readings; the
-            model refuses the guessed example; the model is parallel already.
+            model raises an error for the guessed example; the model is parallel already.
         RuntimeError: the model is compiled already.
         TypeError: the output does not hold the logits (with auxiliary outputs in training, for example).
 
@@ -162,12 +162,12 @@ def below_model(spec: Any) -> Any:
         return type(spec)(below_model(part) for part in spec)
     if not isinstance(spec, str):
         return spec
-    unanchored = re.sub(r"(?<![\[\\])[\^]", "", spec)  # but not the ^ of [^class]; timm's match() anchors the pattern
+    unanchored = re.sub(r"(?<![\[\\])[\^]", "", spec)  # keep the ^ of [^class]; timm's match() anchors patterns
     return rf"^model\.(?:{unanchored})"
 
 
 def refuse_parallel(model: nn.Module) -> None:
-    """Raise if the model or a part of it is split or copied over ranks already: the head would be left out."""
+    """Raise if the model or a part of it is split or copied over ranks already, because the head would not be."""
     for module in model.modules():
         kinds = [*type(module).__mro__, *map(type, module.parameters(recurse=False))]
         parallel = next((kind.__name__ for kind in kinds if kind.__name__ in PARALLEL), None)

@@ -24,7 +24,7 @@ from kdlite.training import distributed
 from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, StopRequest, from_rank_zero, gather, log
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the two newest checkpoints
-MARK = b"kdlite sha256 "  # and 64 digits, at the end of a checkpoint
+MARK = b"kdlite sha256 "  # a checkpoint ends with this and 64 digits
 
 
 @dataclass
@@ -49,11 +49,11 @@ class Progress:
         return f"at step {self.step} of epoch {self.epoch + 1}" if self.step else f"after epoch {self.epoch}"
 
     def count_executed(self, *_: Any) -> None:
-        """Count a step, as a hook of the optimizer. GradScaler does not call it for a skipped step."""
+        """Count a step, as a hook of the optimizer, which does not run if GradScaler skips the step."""
         self.executed += 1
 
     def end_epoch(self, row: dict[str, Any], answers: Tensor) -> None:
-        """Store an epoch's row of metrics.csv and answers about all validation images, and go to the next epoch."""
+        """Store the row and the answers of an epoch, and start the next epoch. answers: for all validation images"""
         self.rows.append(row)
         self.is_best = math.isfinite(row["val_loss"]) and row["val_top1"] >= self.best
         if self.is_best:
@@ -61,7 +61,7 @@ class Progress:
         self.epoch, self.step, self.executed, self.seconds, self.lr = self.epoch + 1, 0, 0, 0.0, 0.0
 
     def check_validation(self, digest: str) -> None:
-        """Forget the best epoch if it was measured on other validation images."""
+        """Reset the best epoch if it was measured on other validation images."""
         if self.validated not in ("", digest):
             best = f"the best top-1 of those epochs, {self.best:.2f} %, is ignored"
             log(f"the validation images differ from those of the earlier epochs: {best}")
@@ -75,7 +75,7 @@ class LossLog:
     def __init__(self, skips_steps: bool) -> None:
         self.skips_steps = skips_steps  # fp16: GradScaler skips a step whose gradients are not finite
         self.waiting: list[tuple[int, Tensor]] = []
-        self.sums: dict[str, float] = {}  # term -> sum; a checkpoint stores these sums and count
+        self.sums: dict[str, float] = {}  # term -> sum; a checkpoint stores sums and count
         self.count = self.skipped_in_a_row = 0
 
     def add(self, step: int, losses: dict[str, Tensor]) -> None:
@@ -132,7 +132,7 @@ class State:
     log: LossLog  # losses of this epoch on this rank
 
     def copy(self, flags: dict[str, Any], config: Metadata) -> bytearray:
-        """Return the bytes of a checkpoint on rank 0; every rank calls this. UserError if a weight is not finite."""
+        """Return a checkpoint's bytes on rank 0; raise UserError if a weight is not finite. Every rank calls this."""
         for name, model in (("weights", self.net), ("averaged weights", self.ema)):
             values = [x for x in model.state_dict().values() if x.is_floating_point()] if model else []
             if values and not torch.stack([x.isfinite().all() for x in values]).all():
@@ -158,7 +158,7 @@ class State:
         return [model for model in (self.net, self.ema) if model is not None]
 
     def restore(self, checkpoint: Checkpoint, flags: dict[str, Any], config: Metadata) -> None:
-        """Load the state from a checkpoint; options such as --weight-decay keep the values of this run's flags.
+        """Load the state from a checkpoint; options such as --weight-decay come from this run's flags.
 
         Raises:
             UserError: the checkpoint has another model, optimizer or set of classes; the rest of its epoch would get
@@ -198,7 +198,7 @@ class State:
                 raise UserError(f"{file} is {self.progress}: {stays}")
         if len(saved["ranks"]) == WORLD_SIZE:
             self.restore_own(saved["ranks"][RANK])
-        elif self.progress.step and IS_MAIN:  # another number of ranks shares the same images in the same order
+        elif self.progress.step and IS_MAIN:  # the order of the images does not depend on the number of ranks
             self.log.sums = {k: sum(part["sums"][k] for part in saved["ranks"]) for k in saved["ranks"][0]["sums"]}
             self.log.count = sum(part["count"] for part in saved["ranks"])
         self.check_agreement()
@@ -242,7 +242,7 @@ class Saver:
         self.writing: Future[None] | None = None
 
     def after_step(self) -> bool:
-        """Save if a checkpoint is due or a signal came, on any rank; return whether the run must stop."""
+        """Save if a checkpoint is due or a signal has reached a rank; return whether the run must stop."""
         due = IS_MAIN and 0 < self.seconds < time.monotonic() - self.saved_at
         stopping, saving = self.agreement.ask(self.stop.name is not None, due)
         if saving or stopping:
@@ -276,7 +276,7 @@ class Saver:
 
 
 def write_run(folder: Path, content: bytearray, others: tuple[Callable[[], Any], ...], best: bool) -> None:
-    """Write the other files first, so that last.pt is never newer than they are; keep the previous checkpoint."""
+    """Write the other files before last.pt, so that they include its last epoch; keep the previous checkpoint."""
     sealed = seal(content)
     for write in others:
         write()
@@ -316,7 +316,7 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def seal(content: bytearray) -> bytearray:
     """Append a SHA-256 digest to a zip archive as its comment, which torch.load ignores."""
     comment = len(MARK) + 64
-    content[-2:] = comment.to_bytes(2, "little")  # the archive's last field
+    content[-2:] = comment.to_bytes(2, "little")  # the archive's last field, the length of its comment
     return content + MARK + hashlib.sha256(content).hexdigest().encode()
 
 
@@ -329,7 +329,7 @@ def is_whole(content: bytes) -> bool:
 def read_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
     """Return the newest whole checkpoint of a run; None if the run has not written one.
 
-    UserError if all checkpoints are damaged, or missing although the run has finished epochs.
+    Raise UserError if all checkpoints are damaged, or missing although the run has finished an epoch.
     """
     damaged: list[str] = []
     for file in (folder / LAST, folder / PREVIOUS):

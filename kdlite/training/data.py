@@ -52,7 +52,7 @@ class Data(NamedTuple):
 
     @property
     def numbered(self) -> Any:
-        """Return all training images, also with --fold: stored labels have a row for each of them."""
+        """Return all training images, even with --fold: stored labels have a row for each."""
         return self.train.dataset if isinstance(self.train, Fold) else self.train
 
     def preprocessing(self, channels: int, interpolation: str, crop: float) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
         overridden = [f"--{name.replace('_', '-')} {given[name]}" for name in recipe if name in given]
         log(f"{why}; you gave {', '.join(overridden)}" if overridden else f"{why} (--recipe or any flag overrides)")
         args, given = settle_flags(table, typed, saved, recipe)
-    if fold := vars(args).get("fold"):  # stored labels are of all training images, so their command has no --fold
+    if fold := vars(args).get("fold"):  # stored labels cover all training images, so their command has no --fold
         data = hold_out(data, *fold)
     return args, given, data
 
@@ -149,10 +149,10 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
 
 
 class Photos(torchvision.datasets.ImageFolder):
-    """Hold images in a folder for each class. Class names are in Unicode's composed form (NFC).
+    """Hold the images of a folder with one subfolder for each class; class names are in Unicode's composed form (NFC).
 
-    Hidden files and folders (.ipynb_checkpoints, ._photo.jpg) and __MACOSX are skipped. Other files that are not images
-    by their names are skipped too, and counted by ending.
+    Hidden files and folders (.ipynb_checkpoints, ._photo.jpg) and __MACOSX are skipped. Other files whose ending is not
+    that of an image are skipped too, and counted by ending.
     """
 
     def __init__(self, root: Path) -> None:
@@ -236,7 +236,7 @@ def open_folder(name: str, val_split: float | None, seed: int, sides: Mapping[st
         photos = Photos(source)
         files = photos.files()
         if sides is not None:
-            split, how = keep_split(files, sides), "split as the run was"
+            split, how = keep_split(files, sides), "with the split of the run"
         else:
             assert val_split is not None
             split, how = draw_split(files, photos.targets, val_split, seed), f"{val_split:g} of each class"
@@ -266,7 +266,7 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
 def find_classes_to_split(root: Path, asks: bool) -> Path:
     """Return the folder that holds the class folders of a data set without val/: train/, or root itself.
 
-    asks: raise UserError, with the advice --val-split, if train/ or root would have to be split
+    asks: raise UserError, which advises --val-split, instead of returning a folder
     """
     folders = visible_folders(root) if os.path.isdir(root) else []
     sets = [folder for folder in folders if folder.lower() in SETS and visible_folders(root / folder)]
@@ -306,11 +306,11 @@ def abbreviate(names: Iterable[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-# ---- a part of the training images validates ----------------------------------------------------------------------
+# ---- validation on a part of the training images -------------------------------------------------------------------
 
 
 class Fold(Subset):
-    """Some images of a data set. Their numbers in the whole set seed their crops and find their stored labels."""
+    """Hold some images of a data set. An image keeps its number in the whole set, for its seed and stored labels."""
 
     def __init__(self, whole: Any, numbers: Sequence[int]) -> None:
         super().__init__(whole, numbers)
@@ -325,14 +325,14 @@ class Fold(Subset):
 
 
 def hold_out(data: Data, part: int, parts: int) -> Data:
-    """Return the data set with one part of its training images to validate on, and the others to train on.
+    """Return the data set with one part of its training images for validation, the rest for training.
 
     The parts are disjoint and have as many images of each class as possible; data.val is not used.
 
     Args:
         data: the data set
         part: the number of the part, from 0
-        parts: of the training images
+        parts: number of parts
     """
     if data.unlabelled or not part < parts or parts < 2:
         raise UserError(f"--fold {part} {parts}: expected I N with I < N and N of at least 2, and no --unlabelled")
@@ -347,14 +347,14 @@ def hold_out(data: Data, part: int, parts: int) -> Data:
     return data._replace(train=train, val=Fold(data.train, sorted(held)))
 
 
-# ---- validation images split off ----------------------------------------------------------------------------------
+# ---- the split of a folder without val/ ----------------------------------------------------------------------------
 
 
 def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed: int) -> dict[str, str]:
-    """Return file -> "train" or "val". The files of a class with the smallest digests of names validate.
+    """Return "train" or "val" for each file: in each class, the names with the smallest digests are for validation.
 
-    The side of a file depends on its name and the seed, so that a few new files move few others to the other side.
-    Each class has at least one file for validation.
+    A digest depends only on the name and the seed, so a few new files change the side of few others. Each class has at
+    least one file for validation.
     """
     members = collections.defaultdict(list)
     for file, target in zip(files, targets):
@@ -431,7 +431,7 @@ def read_class_weights(file: Path) -> dict[str, float]:
 
 
 def median_size(photos: Photos, count: int = 200) -> tuple[int, int]:
-    """Return the median (height, width) in pixels of an even sample of the files; UserError if none is readable."""
+    """Return the median (height, width) in pixels of an even sample of files; raise UserError if all are unreadable."""
     sizes, reason = [], ""
     for index in evenly(len(photos), count):
         try:

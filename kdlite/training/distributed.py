@@ -1,4 +1,4 @@
-"""Let the processes of one run meet, agree, stop on a signal and end with their launcher.
+"""Connect the processes of a run: they start together, agree, stop on a signal and end with their launcher.
 
 torchrun starts the processes, detects a process that has ended and ends the others; this file relies on that.
 """
@@ -88,7 +88,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Store the stop signals of schedulers and terminals; a SIGHUP that is ignored already (nohup) stays ignored."""
+    """Store the first stop signal of a scheduler or terminal; an already ignored SIGHUP (nohup) stays ignored."""
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     if before[signal.SIGHUP] == signal.SIG_IGN:
@@ -166,7 +166,7 @@ def process_group() -> Iterator[None]:
 def reported_once() -> Iterator[None]:
     """Let the first process with a user's error raise it; end the others with status 2 and without a message.
 
-    Their errors follow from the first.
+    The errors of the others follow from the first error.
     """
     try:
         yield
@@ -229,7 +229,7 @@ class Agreement:
     asked: torch.Tensor
 
     def ask(self, *asked: bool) -> list[bool]:
-        """Return for each question of the previous call whether a rank asked it with True.
+        """Return for each question of the previous call whether a rank passed True.
 
         With one process, return the answers of this call.
         """
@@ -246,7 +246,7 @@ class Agreement:
     def finish(self) -> None:
         """Wait for the answers to the last questions.
 
-        Every rank has asked them, and a rank that leaves the group before the answers causes an error.
+        A rank that leaves the group before it has the answers causes an error.
         """
         if self.work:
             self.work.wait()
@@ -298,7 +298,7 @@ def exchange_gradients(net: Any, device: torch.device) -> Any:
 
 
 def gradient_sync(net: nn.Module, last_pass: bool) -> AbstractContextManager[None]:
-    """Return the context of a pass: DDP exchanges the gradients in the last pass of a step."""
+    """Return the context of a pass: DDP exchanges the gradients only in the last pass of a step."""
     return nullcontext() if last_pass or not isinstance(net, DistributedDataParallel) else net.no_sync()
 
 
@@ -322,13 +322,13 @@ def check_shared_memory(needed: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that --device names, and make it the current device; UserError if it does not exist."""
+    """Return the device that --device names, and make it current; raise UserError if it does not exist."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device; leave the flag out to train on the CPU")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if torch.cuda.device_count() <= LOCAL_RANK:
-        raise UserError(f"{torch.cuda.device_count()} GPUs, but local rank {LOCAL_RANK}: lower --nproc-per-node")
+        raise UserError(f"{torch.cuda.device_count()} GPUs, but the local rank is {LOCAL_RANK}: lower --nproc-per-node")
     torch.cuda.set_device(LOCAL_RANK)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
@@ -336,7 +336,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype that --amp names, None for full precision."""
+    """Return the autocast dtype that --amp names, or None for full precision."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def train_once(flags: Sequence[Any], output: Path) -> float:
-    """Return top-1 of the last epoch of a run. Train it first, unless the same command has finished it.
+    """Train a run, unless it is finished, and return top-1 of its last epoch.
 
-    It removes a run of another command in `output`, and resumes a stopped run of this command.
+    The function resumes a stopped run of the same command in `output`, and removes a run of another command.
     """
     command = list(map(str, [sys.executable, ROOT / "train.py", *flags, "--output", output, "--resume"]))
     try:
@@ -40,13 +40,13 @@ def train_once(flags: Sequence[Any], output: Path) -> float:
 
 
 def store_labels(flags: Sequence[Any], output: Path) -> None:
-    """Store a teacher's answers for a training with these flags of train.py; answers in `output` stay unchanged."""
+    """Store a teacher's answers for a training with these flags of train.py; stored answers in `output` stay."""
     command = [sys.executable, "-m", "kdlite.training.teacher_labels", *of_labels(flags), "--output", output.resolve()]
     run(list(map(str, command)), output)
 
 
 def of_labels(flags: Sequence[Any]) -> list[str]:
-    """Return those flags, with their values, that the command for labels has too."""
+    """Return the flags, with their values, that the command for labels also has."""
     names, kept, keeps = {option(name) for name in by_name(teacher_labels.FLAGS)}, list[str](), False
     for flag in map(str, flags):
         keeps = flag.partition("=")[0] in names if flag.startswith("--") else keeps

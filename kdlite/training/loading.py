@@ -1,4 +1,4 @@
-"""Load batches of images, from data loading workers or from the device's memory, then normalise and mix them there.
+"""Load batches of images from workers or from the device's memory; normalise and mix them on the device.
 
 Each sample's augmentation has its own seed. So the images of a run depend on its seed and epoch, but not on the number
 of workers or on the step at which a run resumes.
@@ -72,7 +72,7 @@ class View:
         return v2.Compose([*steps, *[v2.Grayscale()] * (channels == 1), v2.PILToTensor()])
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings that decide the crop of an image; its size only if the crop depends on it."""
+        """Return the settings that decide an image's crop; they include its size only if the crop depends on it."""
         size = list(self.input_size) if self.crop == "pad" else list(self.input_size[:1])
         settings = {"crop": self.crop, "hflip": self.hflip, "randaugment": self.randaugment or [0, 0]}
         return settings | {"interpolation": self.interpolation, "size": size}
@@ -100,13 +100,13 @@ class Batch(NamedTuple):
     """Hold a batch, or one sample without the dimension B."""
 
     images: Any  # uint8 (B, C, H, W), later normalised float; None if no image of the batch could be read
-    labels: Any  # class indices (B,), later perhaps class probabilities (B, classes)
+    labels: Any  # class indices (B,); class probabilities (B, classes) after mixup or cutmix
     corrupt: list[tuple[str, str]]  # name and reason for each image that cannot be read
     teacher: tuple[Tensor, ...] = ()  # a teacher's stored labels
 
 
 class Samples(Dataset):
-    """Return the sample of (epoch, index). Stored labels (teacher_labels.py) replace the seed and give the views."""
+    """Return the sample of (epoch, index); with stored labels, their seed and views decide the crop."""
 
     def __init__(self, source: Any, transform: Transform, seed: int = 0, stored: Any = None) -> None:
         self.source, self.transform, self.stored = source, transform, stored
@@ -158,7 +158,7 @@ def collate(samples: list[Batch]) -> Batch:
 def train_loader(
     source: Any, transform: Transform, batch_size: int, seed: int, workers: int | None, pin_memory: bool, stored: Any
 ) -> DataLoader:
-    """Return full batches of this rank's part of the shuffle. stored: a teacher's labels (StoredLabels), or None."""
+    """Return full batches of this rank's shuffled images. stored: a teacher's labels (StoredLabels), or None."""
     dataset = Samples(source, transform, seed, stored)
     sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=seed, drop_last=True)
     return data_loader(dataset, sampler, batch_size, workers, pin_memory, drop_last=True)
@@ -181,7 +181,7 @@ def data_loader(
         own = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = 0 if isinstance(getattr(dataset.source, "dataset", dataset.source), Digits) else own
     options: dict[str, Any] = {"pin_memory": pin_memory, "drop_last": drop_last, "collate_fn": collate}
-    # without it, the start of the workers changes the random state that --resume restores
+    # without its own generator, the loader changes the random state that --resume restores
     options["generator"] = torch.Generator()
     if workers:
         options |= {"persistent_workers": True, "worker_init_fn": start_worker}
@@ -236,7 +236,7 @@ class DeviceLoader:
         device, seed = self.images.device, (self.seed * 1_000_003 + self.epoch) * WORLD_SIZE + RANK
         generator = torch.Generator(device).manual_seed(seed)
         order = torch.arange(self.count, device=device)
-        # every rank needs the same number of batches: other images come twice in place of unreadable ones
+        # every rank needs the same number of batches, so other images come twice instead of unreadable ones
         if self.view:
             shuffled = torch.randperm(self.count, generator=generator, device=device)
             order = shuffled[torch.arange(len(self) * self.batch_size, device=device) % self.count]

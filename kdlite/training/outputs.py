@@ -40,8 +40,8 @@ from kdlite.training.data import Data, class_counts
 from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_rank_zero, log, peak_memory
 from kdlite.training.loading import Samples, data_loader, eval_view
 
-SHOWN = 12  # most classes of a run that prints the size of each class
-IMBALANCE = 10  # smallest ratio of class sizes for which a run advises class weights
+SHOWN = 12  # a run with at most this many classes prints the size of each class
+IMBALANCE = 10  # ratio of class sizes from which a run prints advice about class weights
 
 # ---- the run directory --------------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ class RunFolder:
     def report_start(
         self, config: Metadata, net: nn.Module, amp: torch.dtype | None, resumed: Checkpoint | None, progress: Progress
     ) -> None:
-        """Print model, method, data and start, and open TensorBoard's file, without the rows that a resume repeats."""
+        """Print model, method, data and start; open TensorBoard's file, and remove the rows that a resume repeats."""
         if not IS_MAIN:
             return
         args, student = self.args, net.model if isinstance(net, WithWeakHead) else net
@@ -121,7 +121,7 @@ class RunFolder:
         log(f"stopped by {stop} {progress}: {self.path}/last.pt is saved, --resume continues")
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> Callable[[], None]:
-        """Return a function that writes all of metrics.csv, because a resume may remove rows or add columns."""
+        """Return a function that writes the whole metrics.csv, because a resume may remove rows or add columns."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
@@ -159,7 +159,7 @@ class RunFolder:
 
 
 class Tee:
-    """Copy lines to a stream and to log.txt, also after the stream's terminal or pipe has closed."""
+    """Copy lines to a stream and to log.txt, even after the stream's terminal or pipe has closed."""
 
     log: Any = None  # the open log.txt of this process, for both streams
 
@@ -167,7 +167,7 @@ class Tee:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        if self.log and "\r" not in text:  # a text with "\r" is of a progress bar
+        if self.log and "\r" not in text:  # a text with "\r" comes from a progress bar
             with contextlib.suppress(OSError, ValueError):
                 self.log.write(text)
         self.forward(self.stream.write, text)
@@ -214,7 +214,7 @@ def describe_left(seconds: float, before: str = "") -> str:
 
 
 def describe_balance(data: Data, weighted: bool) -> str:
-    """Return lines about the sizes of the classes, with advice if they differ much, and the points of one image."""
+    """Return lines about the class sizes, with advice if they differ much, and about one image's share of top-1."""
     counts, names = class_counts(data.train), [printable(name) for name in data.label_names]
     few, many = (pick(range(len(counts)), key=counts.__getitem__) for pick in (min, max))
     each = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
@@ -248,7 +248,7 @@ def describe_training(args: argparse.Namespace, data: Data) -> dict[str, Any]:
 
 def plot_curves(path: Path, rows: list[dict[str, Any]], classes: int) -> None:
     """Write losses and accuracies over the epochs as a PNG, with the accuracy by chance."""
-    from matplotlib.figure import Figure  # here, because each data loading process imports this module
+    from matplotlib.figure import Figure  # imported here, because each data loading process imports this module
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -313,7 +313,7 @@ def caption(label: Any, label_names: Sequence[str]) -> str:
 
 
 def save_student(folder: Path, model: nn.Module, config: Metadata, later: bool = False) -> Callable[[], None]:
-    """Write the plain student, without weak head and optimizer: the files for deploy/ and for sharing.
+    """Write the files of the plain student, without weak head and optimizer, for deploy/ and for sharing.
 
     later: copy the weights now, and write the files when the caller calls the returned function
     """

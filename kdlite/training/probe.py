@@ -1,4 +1,4 @@
-"""Fit the new classifier of a pretrained network to its frozen features, before all layers are trained.
+"""Fit the new classifier of a pretrained network to its frozen features, before the training of all layers.
 
 A random classifier sends useless gradients into the features; a linear probe does not (Kumar et al. 2022,
 arXiv 2202.10054).
@@ -17,12 +17,12 @@ from kdlite.training.distributed import from_rank_zero, gather
 from kdlite.training.loading import CorruptCount, ToDevice, image_progress
 
 MOST_IMAGES = 20_000  # most images of a fit; their features take 200 MB at 2,560 features an image
-ITERATIONS = 100  # of L-BFGS
-WEIGHT_DECAY = 0.1  # of features with deviation 1; 0.03 to 1 give the same accuracy (examples/paper/LOG.md, 21)
+ITERATIONS = 100  # iterations of L-BFGS
+WEIGHT_DECAY = 0.1  # for features with deviation 1; 0.03 to 1 give the same accuracy (examples/paper/LOG.md, 21)
 
 
 class Inputs:
-    """Store the inputs of a layer, as its hook."""
+    """Store the inputs of a layer, as its forward pre-hook."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.rows: list[Tensor] = []
@@ -41,15 +41,15 @@ def fit_classifiers(
     corrupt: CorruptCount,
     class_weights: Tensor | None = None,
 ) -> str:
-    """Fit each classifier to the model's features of the images of a loader, and return a report.
+    """Fit each classifier to the features of a loader's images, and return a report.
 
     Every process calls this function with its own images. A classifier keeps its weights if it is not linear, or if its
     input is not one row for each image. The call leaves the model in eval mode.
 
     Args:
-        model: on its device
+        model: the network, on its device
         classifiers: layers of the model by name
-        loader: batches of training images without augmentation; a target below 0 has no label and is skipped
+        loader: batches of labelled training images without augmentation
         to_device: normalises a batch
         corrupt: counts the images that cannot be read
         class_weights: (C,), the class weights of the loss; None: equal weights
@@ -86,7 +86,7 @@ def fit_classifiers(
 def fit_linear(
     features: Tensor, target: Tensor, classes: int, class_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Fit a softmax regression to features (N, D); return weight (C, D), bias (C,) and its top-1 on them in percent.
+    """Fit a softmax regression to features (N, D); return weight (C, D), bias (C,) and top-1 in percent.
 
     The fit uses features that are centred and divided by their deviation; weight and bias are for the original
     features.

@@ -1,4 +1,4 @@
-"""Find the column of a teacher's logits that belongs to each class of the data: by name, WordNet id or a file."""
+"""Find the column of the teacher's logits for each class of the data: by name, by WordNet id or from a file."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def pick_columns(
 ) -> tuple[list[int] | None, str | None]:
     """Return the teacher's column of each class (None: all columns in their order), and a line that reports them.
 
-    name: --teacher; teacher: the names of its `count` classes, or None if they are unknown; data: the names of our
-    classes
+    name: --teacher; teacher: the names of its `count` classes, or None if they are unknown; data: the names of the
+    classes of --data
     """
     found = f"teacher {name}: {len(data)} of its {count} classes"
     if classes_file:
@@ -36,12 +36,12 @@ def pick_columns(
         return match(data, teacher, name), f"{found} match --data by name"
     if count != len(data):
         fault = f"--teacher {name} has {count} classes without names, but --data has {len(data)}"
-        raise UserError(f"{fault}: give the teacher's class for each with --teacher-classes FILE")
+        raise UserError(f"{fault}: give the teacher's class for each of them with --teacher-classes FILE")
     return None, None
 
 
 def column_of(theirs: str, name: str, teacher: list[str] | None, count: int, classes_file: str) -> int:
-    """Return the column for a line of --teacher-classes: that of the class with this name, else the number."""
+    """Return the column for an entry of --teacher-classes: that of the class with this name, else the entry itself."""
     if teacher is not None and (not theirs.isdecimal() or plain(theirs) in map(plain, teacher)):
         return match([theirs], teacher, name)[0]
     if not theirs.isdecimal():
@@ -55,7 +55,7 @@ def column_of(theirs: str, name: str, teacher: list[str] | None, count: int, cla
 
 
 def match(data: list[str], teacher: list[str], name: str) -> list[int]:
-    """Return the index in `teacher` of each class of the data; UserError if a name is missing or occurs several times.
+    """Return the index in `teacher` of each class of the data; raise UserError if a name is missing or occurs twice.
 
     Names match regardless of case, - and _; ImageNet's classes also match by their other names.
     """
@@ -99,7 +99,7 @@ def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -
         warn(f"in another order of its classes this teacher has {top1}: give the order with --teacher-classes FILE")
     elif right <= 1 / classes + 2 * math.sqrt((1 / classes) * (1 - 1 / classes) / count):
         fault = f"this teacher is not better than chance ({100 / classes:.2g} %)"
-        warn(f"{fault}: check that it is trained, and with this mean and std")
+        warn(f"{fault}: check that it is trained, and that it uses this mean and std")
 
 
 def plain(label: str) -> str:

@@ -3,15 +3,14 @@
     python -m kdlite.training.teacher_labels --data photos/ --teacher resnet50 --output labels/ --views 10
     python train.py --data photos/ --kd nkd --teacher-labels labels/ --model mobilenet_v2
 
-A view is a training image with the crop and the flip of one epoch. Its random numbers depend only on a seed, the number
-of images, the number of the view and the number of the image, so that a student gets the same crops as the teacher. A
-folder of labels holds
+A view is a training image with the crop and the flip of one epoch. Its random numbers depend only on the seed, the
+number of images, the view and the image, so a student gets the same crops as the teacher. A folder of labels holds
 
     labels.json          the origin of the answers: files, transform, seed, teacher, k, views
-    000-00000000.npy     view 0, up to 16,384 rows from image 0 on. Fields of a row: target, log T_t of the label
-    000-00016384.npy     (float32); logprobs, log T_i of the k largest other classes (float16); indices, the indices of
-                         those classes (uint16 or int32). The last 4 bytes are the CRC-32 of the file before them,
-                         least significant byte first; numpy.load ignores them
+    000-00000000.npy     up to 16,384 rows of view 0, from image 0 on. A row has the fields target, log T_t of the
+    000-00016384.npy     label (float32); logprobs, log T_i of the k largest other classes (float16); and indices, the
+                         indices of those classes (uint16 or int32). The last 4 bytes of a file are the CRC-32 of the
+                         bytes before them, least significant byte first; numpy.load ignores them
 
 A log-probability of -inf is padding. A row with -inf everywhere stands for an image that could not be read; training
 skips that image too. The command takes train.py's flags for data, model and teacher. Give it the data and model flags
@@ -198,8 +197,8 @@ def checksum(content: bytes) -> bytes:
 class StoredLabels:
     """Return log T_t, log T_i (k,) and indices (k,) of (view, index); read a file when its first row is needed.
 
-    Raise UserError if the labels are missing or damaged, or if their images or transform differ from this run's, which
-    describe_images returns.
+    Raise UserError if the labels are missing or damaged, or if their images or transform differ from `ours`, the
+    result of describe_images for this run.
     """
 
     def __init__(self, folder: Path, ours: Header) -> None:
@@ -236,7 +235,7 @@ class StoredLabels:
 
 
 class Position(NamedTuple):
-    """Return the view and the index of a sample; replaces StoredLabels while the labels are written."""
+    """Return the view and the index of a sample; it replaces StoredLabels while the labels are written."""
 
     seed: int
     views: int
@@ -283,7 +282,7 @@ class Writer:
 
 @contextmanager
 def lock_labels(folder: Path, header: Header) -> Iterator[None]:
-    """Create and lock the folder; UserError if it has other labels, or if another process writes to it."""
+    """Create and lock the folder; raise UserError if it has other labels, or if another process writes to it."""
     with ExitStack() as at_the_end:
         from_rank_zero(begin_labels, folder, header, at_the_end)
         yield
@@ -294,7 +293,7 @@ def begin_labels(folder: Path, header: Header, at_the_end: ExitStack) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror}; --output names another folder") from error
+        raise UserError(f"cannot make {folder}: {error.strerror}; give another folder with --output") from error
     at_the_end.enter_context(locked(folder))
     if (folder / HEADER).exists():
         compare(folder, read_header(folder), header, OF_IMAGES | OF_TEACHER)
@@ -341,7 +340,7 @@ FLAGS: Table = {  # a flag with the name of a train.py flag has the same meaning
         "seed": Flag(0, "seed of the views", type=number(int, 0, 2**32 - 1)),
     },
     "teacher": {
-        "teacher": Flag(None, "the teacher, as train.py takes it", path=True, required=True),
+        "teacher": Flag(None, "the teacher, as in train.py", path=True, required=True),
         "teacher_classes": Flag(None, "CSV file: a class, then the teacher's name or column for it", path=True),
     },
     "the training that follows": {
@@ -356,8 +355,8 @@ FLAGS: Table = {  # a flag with the name of a train.py flag has the same meaning
         "model": Flag("mobilenet_v2", "the student: its weights may decide size and preprocessing", path=True),
         "model_args": Flag([], "arguments of the student", nargs="+", metavar="KEY=VALUE"),
         "model_file": Flag([], "file.py:build of a student/ folder's own model; runs that file", path=True, nargs="+"),
-        "pretrained": Flag(False, "as train.py's", path=True, nargs="?", const=True, metavar="FILE"),
-        "recipe": Flag(None, "as train.py's", choices=sorted(RECIPES)),
+        "pretrained": Flag(False, "as in train.py", path=True, nargs="?", const=True, metavar="FILE"),
+        "recipe": Flag(None, "as in train.py", choices=sorted(RECIPES)),
     },
     "machine": {
         "workers": Flag(None, "data loading workers per rank", type=number(int, 0)),
@@ -368,7 +367,7 @@ FLAGS: Table = {  # a flag with the name of a train.py flag has the same meaning
 
 
 class Asker:
-    """Ask the teacher about a batch; after FIRST labelled views print its top-1."""
+    """Return the teacher's answers about a batch; print its top-1 after FIRST labelled views."""
 
     def __init__(self, teacher: Teacher, to_device: ToDevice, amp: torch.dtype | None, k: int, classes: int) -> None:
         self.teacher, self.to_device, self.amp, self.k, self.classes = teacher, to_device, amp, k, classes

@@ -12,16 +12,16 @@ from deploy.flags import stretch_epochs
 from kdlite.training.checkpoint import Progress
 from kdlite.training.distributed import gather, log
 
-FEWEST = 5  # epochs; a shorter run gets epochs over a part of the images, so that they fill the time
+FEWEST = 5  # a run with fewer epochs than this gets epochs over a part of the images, to fill the time
 WARM_UP = 5  # steps that are not measured: the first ones start processes and allocate memory
-MEASURED = 50  # steps, or one epoch
+MEASURED = 50  # number of measured steps; a shorter epoch is measured as a whole
 
 
 class Length:
-    """Set the number of epochs of a run, and of optimizer steps in an epoch: fixed, or fitted to a time.
+    """Set the number of epochs of a run, and of optimizer steps in an epoch, fixed or fitted to a time.
 
-    The fit is after the first MEASURED steps, or after the first epoch if that is shorter, and again after each epoch.
-    It sets args.epochs, and stretches warm-up and milestones in proportion.
+    The fit runs after the first MEASURED steps, or after a shorter first epoch, and again after each epoch. It sets
+    args.epochs, and stretches warm-up and milestones in proportion.
 
     Args:
         args: has epochs, and time_limit in seconds, or None without a limit
@@ -59,7 +59,7 @@ class Length:
             epoch, validation = training * (1 + self.val_share), training * self.val_share
         else:
             return False
-        remaining = self.args.time_limit - (now - self.began) + progress.seconds  # those of this epoch are in `left`
+        remaining = self.args.time_limit - (now - self.began) + progress.seconds  # `left` counts this whole epoch
         remaining, epoch, validation = (max(values) for values in zip(*gather((remaining, epoch, validation))))
         left = remaining / epoch
         if not progress.epochs and left < FEWEST:

@@ -1,12 +1,12 @@
-"""Choose the loss and its weights for your images: cross-entropy, KD or NKD, over temperature and gamma.
+"""Choose the loss for your images: cross-entropy, KD or NKD, and its temperature and gamma.
 
     python -m kdlite.training.tune --data photos/ --model mobilenet_v2 --teacher runs/001-ce/student --minutes 30
 
-Other flags are train.py's. The teacher's answers are stored once. A fifth of the training images validates: the
-validation images choose nothing. All arms get a short run, the better half gets runs of twice the epochs, and so on
-(successive halving, Jamieson and Talwalkar 2016, arXiv 1502.07943). Prints a table with the paired standard error of
-each difference, the arms that are not told apart, and the command to train with. The same command continues after a
-stop.
+The command also takes the flags of train.py. It stores the teacher's answers once. Each run validates on a fifth of
+the training images, so the validation images have no part in the choice. An arm is a loss with its weights. Every arm
+gets a short run, the better half gets runs of twice the epochs, and so on (successive halving, Jamieson and Talwalkar
+2016, arXiv 1502.07943). The command prints a table with the paired standard error of each difference, the arms whose
+difference from the best is too small to count, and the command to train with. Run it again to continue after a stop.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ ARMS: dict[str, list[str]] = {
 }
 FIRST = "NKD gamma 1.5 T 1"  # the arm whose run of one epoch is measured
 ANY_LABELS = ["cross-entropy", *(f"NKD gamma {gamma} T 1" for gamma in GAMMAS)]
-PARTS = 5  # of the training images: a run validates on one, and trains on the others
-MOST_CLASSES = 200  # with more classes the ten largest answers are stored, which only the arms of ANY_LABELS can use
+PARTS = 5  # number of parts of the training images; a run validates on one part and trains on the others
+MOST_CLASSES = 200  # with more classes, labels hold the ten largest only, and only the arms of ANY_LABELS run
 REFUSED = {"kd", "gamma", "temperature", "kd_weight", "self_kd", "unlabelled", "fold", "resume"}
 
 
@@ -55,11 +55,11 @@ REFUSED = {"kd", "gamma", "temperature", "kd_weight", "self_kd", "unlabelled", "
 
 
 class Plan(NamedTuple):
-    """The rounds of a search."""
+    """Hold the rounds of a search."""
 
-    arms: list[int]  # of each round
-    epochs: list[int]  # of its runs
-    parts: int  # runs of each arm in a round, which validate on different parts
+    arms: list[int]  # number of arms in each round
+    epochs: list[int]  # epochs of a run in each round
+    parts: int  # runs of each arm in a round; each run validates on another part
 
     def __str__(self) -> str:
         rounds = ", ".join(f"{arms} arms of {epochs} epochs" for arms, epochs in zip(self.arms, self.epochs))
@@ -67,15 +67,16 @@ class Plan(NamedTuple):
 
 
 def make_plan(seconds: float, epoch: float, start: float, arms: int, full: int) -> Plan:
-    """Return the longest plan that takes at most `seconds`; UserError if none does.
+    """Return the longest plan that takes at most `seconds`; raise UserError if none fits.
 
-    More epochs come first, up to those of the whole training; then more parts. Rounds are left out where time is short.
+    The plan first gets more epochs, up to those of the whole training, then more parts. If the time is short, it has
+    fewer rounds.
 
     Args:
-        seconds: that are left
+        seconds: the time that is left
         epoch: seconds of an epoch
-        start: seconds that each run takes more than its epochs
-        arms: of the first round
+        start: seconds that each run takes in addition to its epochs
+        arms: number of arms in the first round
         full: epochs of the whole training
     """
     sizes = [arms]
@@ -88,17 +89,17 @@ def make_plan(seconds: float, epoch: float, start: float, arms: int, full: int) 
             if cost <= seconds:
                 return Plan(sizes[:rounds], epochs, min(PARTS, int(seconds / cost)))
     fault = f"one epoch of each of {arms} arms takes {arms * (epoch + start) / 60:.1f} minutes"
-    raise UserError(f"--minutes is too short: {max(seconds, 0) / 60:.1f} are left, and {fault}; what is stored is kept")
+    raise UserError(f"--minutes is too short: {max(seconds, 0) / 60:.1f} are left, and {fault}; finished work is kept")
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
 
 
 class Trainer:
-    """Trains arms by train.py.
+    """Run train.py for each arm.
 
     Args:
-        flags: of train.py, for every run
+        flags: flags of train.py for every run
         labels: the folder of the teacher's answers
         args: epochs, warmup_epochs and seed of the whole training; a run of fewer epochs has less warm-up
         output: the folder of the run directories
@@ -108,10 +109,14 @@ class Trainer:
         self.flags, self.labels, self.args, self.output = flags, labels, args, output
 
     def run(self, name: str, epochs: int, part: int) -> tuple[np.ndarray, float]:
-        """Train an arm, unless its run is finished; UserError if it fails or is stopped.
+        """Train an arm, unless its run is finished.
 
         Returns:
-            For each image of the part 1 if the student is right, else 0; and the seconds of an epoch
+            For each image of the part, 1 if the student is right, else 0; and the seconds of an epoch
+
+        Raises:
+            UserError: the run fails
+            KeyboardInterrupt: a signal stops the run
         """
         place = self.output / f"{epochs}-epochs" / f"{name.replace(' ', '-')}-{part}"
         if not is_finished(place, epochs):
@@ -122,7 +127,7 @@ class Trainer:
             command = [sys.executable, ROOT / "train.py", *flags, "--output", place, "--resume"]
             launch.run(list(map(str, command)), place)
             if not is_finished(place, epochs):
-                raise KeyboardInterrupt  # a signal stopped the run, which saved itself
+                raise KeyboardInterrupt  # a signal stopped the run after a save
         return read_answers(place), float(np.mean([float(row["seconds"]) for row in read_rows(place)]))
 
 
@@ -131,7 +136,7 @@ def is_finished(run: Path, epochs: int) -> bool:
 
 
 def measure(trainer: Trainer) -> tuple[float, float]:
-    """Return the seconds of an epoch, and those that a run takes more than its epochs."""
+    """Return the seconds of an epoch, and the seconds that a run takes in addition to its epochs."""
     began = time.monotonic()
     _, epoch = trainer.run(FIRST, 1, 0)
     return epoch, max(time.monotonic() - began - epoch, 0)
@@ -140,7 +145,7 @@ def measure(trainer: Trainer) -> tuple[float, float]:
 def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> list[dict[str, np.ndarray]]:
     """Run the rounds until time.monotonic() is `ends`; return the answers of each arm in each finished round.
 
-    A round validates on other parts than the one before, as far as there are parts.
+    Each round validates on the next parts; after the last part it starts again with the first.
     """
     rounds: list[dict[str, np.ndarray]] = []
     for i, (arms, epochs) in enumerate(zip(plan.arms, plan.epochs)):
@@ -150,7 +155,7 @@ def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> l
             try:
                 for part in range(i * plan.parts, (i + 1) * plan.parts):
                     if time.monotonic() > ends:
-                        log(f"the time is over in round {i + 1}, which does not count")
+                        log(f"the time is over in round {i + 1}: its results do not count")
                         return rounds
                     answers.append(trainer.run(name, epochs, part % PARTS)[0])
             except UserError as error:  # such as a loss that is not finite
@@ -159,7 +164,7 @@ def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> l
             found[name] = np.concatenate(answers)
             log(f"round {i + 1}, {name}, {epochs} epochs: top-1 {100 * found[name].mean():.2f} %")
         if not found:
-            raise UserError(f"every run of round {i + 1} failed; the lines above have the reasons")
+            raise UserError(f"every run of round {i + 1} failed; the lines above give the reasons")
         rounds.append(found)
         names = sorted(found, key=lambda name: -found[name].mean())
     return rounds
@@ -169,7 +174,7 @@ def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> l
 
 
 def report(rounds: Sequence[dict[str, np.ndarray]], epochs: Sequence[int]) -> str:
-    """Print the table of all arms and those that are not told apart from the best; return the name of the best.
+    """Print a table of all arms, and the arms that are not told apart from the best; return the name of the best.
 
     Each arm is compared with the best in the last round that has both.
     """
@@ -184,7 +189,7 @@ def report(rounds: Sequence[dict[str, np.ndarray]], epochs: Sequence[int]) -> st
         shown = "" if name == best else f"{behind:.1f} +- {error:.1f}"
         print(f"| {name} | {epochs[last[name]]} | {len(found[name])} | {100 * found[name].mean():.1f} | {shown} |")
         alike += [name] if name != best and behind <= 2 * error else []
-    print("+-: the paired standard error over the images. Arms with fewer epochs left in an earlier round.")
+    print("+-: the paired standard error over the images. Arms with fewer epochs left the search in an earlier round.")
     if alike:
         print(f"not told apart from {best} (two standard errors or less behind): {', '.join(alike)}")
     return best
@@ -197,17 +202,21 @@ def get_parser() -> Parser:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="tune", description=__doc__, formatter_class=form, allow_abbrev=False)
     teacher = parser.add_mutually_exclusive_group(required=True)
-    teacher.add_argument("--teacher", help="the teacher, as train.py takes it; its answers are stored in --output")
-    teacher.add_argument("--teacher-labels", type=Path, help="a folder of stored answers instead")
-    parser.add_argument("--teacher-classes", help="with --teacher, as train.py's")
-    parser.add_argument("--views", type=number(int, 1), default=4, help="crops that the teacher sees (default: 4)")
-    parser.add_argument("--minutes", type=number(float, 0, above=True), default=30.0, help="(default: 30)")
-    parser.add_argument("--output", type=Path, default=Path("runs/tune"), help="(default: runs/tune)")
+    teacher.add_argument("--teacher", help="the teacher, as in train.py; its answers go to --output")
+    teacher.add_argument("--teacher-labels", type=Path, help="a folder of stored answers instead of --teacher")
+    parser.add_argument("--teacher-classes", help="only with --teacher: as in train.py")
+    parser.add_argument("--views", type=number(int, 1), default=4, help="crops of each image (default: 4)")
+    parser.add_argument(
+        "--minutes", type=number(float, 0, above=True), default=30.0, help="time of the search (default: 30)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/tune"), help="folder of the search (default: runs/tune)"
+    )
     return parser
 
 
 def open_training(flags: Sequence[str], labels: Path) -> tuple[argparse.Namespace, int]:
-    """Return the flags of the whole training, and the number of classes; UserError if tune cannot have a flag."""
+    """Return the flags of the whole training, and the number of classes; raise UserError for a flag of REFUSED."""
     table = runpy.run_path(str(ROOT / "train.py"))["FLAGS"]
     typed = read_flags(table, flags)
     if chosen := sorted(map(option, typed.keys() & REFUSED)):
@@ -234,7 +243,7 @@ def run(argv: list[str]) -> None:
         log(f"the teacher's answers are in {labels}: {time.monotonic() - began:.0f} s")
     names = list(ARMS) if read_header(labels)["k"] == classes - 1 else ANY_LABELS
     if len(names) < len(ARMS):
-        log(f"{labels} has not every class: KD and NKD at other temperatures than 1 are left out")
+        log(f"{labels} does not hold every class: KD and NKD at other temperatures than 1 are left out")
     trainer = Trainer(flags, labels, args, output)
     ends = began + 60 * given.minutes
     if measured is None:
@@ -248,7 +257,7 @@ def run(argv: list[str]) -> None:
     log(f"plan: {plan}")
     rounds = search(trainer, names, plan, ends)
     if not rounds:
-        raise UserError("the time ended in the first round: the same command continues it")
+        raise UserError("the time ended in the first round: run the same command again to continue")
     best = report(rounds, plan.epochs)
     chosen = [*flags, *ARMS[best], *(["--teacher-labels", str(labels)] if ARMS[best] else [])]
     log(f"the search took {time.monotonic() - began:.0f} s")
@@ -256,9 +265,9 @@ def run(argv: list[str]) -> None:
 
 
 def begin(file: Path, command: list[str]) -> list[float] | None:
-    """Return the seconds that a stopped search measured, so that its plan is the same; None if it has not.
+    """Return the seconds that a stopped search measured, so that its plan stays the same; None if they are missing.
 
-    UserError if the file is of another command, whose runs would be taken for those of this one.
+    Raise UserError if another command wrote the file, because this command would use the runs of that command.
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Load the weights of a student and of a teacher: a library's ImageNet weights, a file or a student/ folder.
 
-A student loads the tensors of a file that fit its own, and reports their number. A teacher loads all tensors; if it has
-more classes than the data, or another order, teacher_classes.py finds the columns of its logits.
+A student loads the tensors of a file that fit its own tensors, and reports their number. A teacher loads all tensors;
+if it has more classes than the data, or another order, teacher_classes.py finds the columns of its logits.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Pretrained(NamedTuple):
     num_classes: int
     input_size: list[int]  # [3, H, W]
     images: Images
-    where: str  # advice: how to get the file by hand
+    where: str  # advice on how to get the file by hand
     fetch: Callable[[], nn.Module]  # may download
 
 
 def find_pretrained(name: str, library: str) -> Pretrained:
     """Return torchvision's first weights (which the paper's teachers have) or timm's default weights.
 
-    UserError if the library has no weights for this model.
+    Raise UserError if the library has no weights for this model.
     """
     if library == "torchvision":
         choices = torchvision.models.get_model_weights(name)
@@ -79,12 +79,12 @@ def find_pretrained(name: str, library: str) -> Pretrained:
 
 
 def fetch(pretrained: Pretrained, flag: str, by_hand: str) -> nn.Module:
-    """Download a library's model with its weights, one process of a machine first."""
+    """Download a library's model with its weights; one process of each machine downloads first."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each of ten attempts
     try:
         with local_rank_zero_first():
             return pretrained.fetch()
-    except Exception as error:  # each source raises errors of its own
+    except Exception as error:  # each source raises other errors
         reason = f"{type(error).__name__}: {first_line(error)[:100]}"
         fault = f"{flag}: its ImageNet weights are not on this machine, and the download failed ({reason})"
         raise UserError(f"{fault}; {pretrained.where}; {by_hand}") from error
@@ -99,9 +99,9 @@ def open_student(
     """Return a model to train, its config.json, and a line that reports the source of its weights.
 
     Args:
-        args: model, model_args and small_stem, as for find_architecture, or model: a student/ folder with these classes
-            and this size, whose preprocessing, arguments and stem replace the flags, and model_file: code that may run
-            for that folder; in_chans; img_size: [H, W]
+        args: in_chans; img_size [H, W]; model, model_args and small_stem, as for find_architecture. model may also be a
+            student/ folder with these classes and this size: its preprocessing, arguments and stem replace the flags,
+            and model_file is the code that may run for it
         label_names: names of the classes
         images: preprocessing, unless the weights have their own
         pretrained: True: start from the library's ImageNet weights; a path: start from the tensors that fit in a
@@ -119,7 +119,7 @@ def open_student(
         images = theirs or images
         numbers = ", ".join(f"{key} {images[key]}" for key in PREPROCESSING)
         report = f"{load_matching(model, weights, source)}; preprocessing of these weights: {numbers}"
-    if len(images["mean"]) != size[0]:  # grey images with the values of colour images
+    if len(images["mean"]) != size[0]:  # grey images, but values for three channels
         images = images | {key: [sum(images[key]) / len(images[key])] * size[0] for key in ("mean", "std")}
     config = {"num_classes": classes, "label_names": label_names, "input_size": size}
     return model, Metadata.from_json(architecture | config | images, "the student"), report
@@ -136,7 +136,7 @@ def find_start(name: str, library: str, pretrained: bool | str) -> tuple[dict[st
     if library == "file":
         raise UserError("--pretrained without a value is for torchvision's and timm's models: give --pretrained FILE")
     found = find_pretrained(name, library)
-    weights = fetch(found, f"--pretrained {name}", "--pretrained FILE uses it").state_dict()
+    weights = fetch(found, f"--pretrained {name}", "--pretrained FILE loads it").state_dict()
     return weights, found.images, f"the ImageNet weights of {name}"
 
 
@@ -152,13 +152,13 @@ def start_from_folder(
     if fault:
         advice = f"--model {config.architecture} --pretrained {folder} loads the tensors that fit"
         raise UserError(f"--model {folder} {fault}: {advice}")
-    return model, replace(config, label_names=label_names, temperature=None, threshold=None)  # fitted anew at the end
+    return model, replace(config, label_names=label_names, temperature=None, threshold=None)  # fitted again at the end
 
 
 def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
     """Return the tensors in a student/ folder, a .safetensors, a .pth or a .pt, and the preprocessing of a folder.
 
-    UserError if the file is missing or damaged, or contains other objects than tensors.
+    Raise UserError if the file is missing or damaged, or contains other objects than tensors.
     """
     path, images = Path(name), None
     if path.is_dir():
@@ -171,7 +171,7 @@ def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
     try:
         safe = path.suffix == ".safetensors"
         found: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader raises errors of its own
+    except Exception as error:  # each reader raises other errors
         raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
     found = found if isinstance(found, dict) else {}
     nested = ("model_ema", "state_dict_ema", "ema", "state_dict", "model")  # keys that training scripts use
@@ -189,7 +189,7 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
 
     timm's functions resample position embeddings, and sum colour filters for grey images. A classifier of zeros has a
     first loss of ln C; a random classifier may have twice that loss, which disturbs the features. fit_classifiers
-    (probe.py) gives a linear classifier a better start. UserError if no parameter fits.
+    (probe.py) gives a linear classifier a better start. Raise UserError if no parameter fits.
     """
     own = model.state_dict()
     prefix = common_prefix(own, weights)
@@ -263,7 +263,7 @@ def settle_batch_norm(net: nn.Module, steps: int) -> str | None:
     """Raise the momentum of batch norms whose running averages would not settle in `steps` steps; return a report.
 
     A momentum of 0.01 is for long training: after 90 steps the initial value still has a weight of 40 % in an average,
-    so that evaluation fails although training works. With the raised momentum that weight is at most 1e-4.
+    so evaluation fails although training works. With the raised momentum that weight is at most 1e-4.
     """
     least = 1 - 1e-4 ** (1 / steps)
     slow = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.momentum is not None and m.momentum < least]
@@ -274,7 +274,7 @@ def settle_batch_norm(net: nn.Module, steps: int) -> str | None:
 
 
 def freeze_batch_norm(net: nn.Module) -> None:
-    """Let trained batch norms use their running averages in training too: few images would make them worse.
+    """Make trained batch norms use their running averages in training too: averages of few images are worse.
 
     net.train() undoes this. A batch norm with initial averages still trains.
     """
@@ -298,7 +298,7 @@ class LoadedTeacher(NamedTuple):
     mean: Sequence[float]
     std: Sequence[float]
     input_size: Sequence[int]  # (channels, H, W)
-    columns: list[int] | None  # logits of the student's classes; None: all in their order
+    columns: list[int] | None  # column of each class of the student; None: all in their order
     report: str | None  # the line of pick_columns about them
 
     def wrap(self, student: Metadata) -> Teacher:
@@ -311,7 +311,7 @@ class LoadedTeacher(NamedTuple):
 def load_teacher(
     name: str, student: Metadata, model_files: Sequence[str] = (), classes_file: str | None = None
 ) -> LoadedTeacher:
-    """Load a teacher, which may have more classes than the student, or another order; UserError if it lacks a class.
+    """Load a teacher, which may have more classes or another order; raise UserError if it lacks a class of the student.
 
     Args:
         name: a student/ folder; a library's model with its ImageNet weights; model:file with weights in a file; or
@@ -339,8 +339,8 @@ def load_teacher(
             model, count = load_from_file(model_name, file, input_size)
             names = names if names and count == len(names) else None
         else:
-            pick_columns(name, names, count, student.label_names, classes_file)  # checks before the download
-            model = fetch(found, f"--teacher {name}", f"--teacher {name}:FILE uses it").float()
+            pick_columns(name, names, count, student.label_names, classes_file)  # raises before the download
+            model = fetch(found, f"--teacher {name}", f"--teacher {name}:FILE loads it").float()
     if input_size[0] < student.input_size[0]:
         raise UserError(
             f"--teacher {name} takes grey images, but the student takes colour images: use --in-chans 1 for both"
