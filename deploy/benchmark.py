@@ -388,7 +388,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compile and not eager:
         raise UserError("--compile needs torch and the weights of the student")
     if not eager:
-        log("torch or the weights are missing: no row of torch eager")
+        log("torch or the weights are missing: the table has no row for eager torch")
     batches = [images[np.arange(size) % len(images)] for size in sorted(set(args.batches))]
     machine, machine_load = describe_machine(), os.getloadavg()[0]
     plan = Plan(batches, validation, args.seconds, args.rounds)

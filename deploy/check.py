@@ -259,7 +259,7 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
         on = dataclasses.replace(on, device=on.device.replace("tensorrt", "cuda"))
     elif found := [file for file in files if file.is_file()]:
         path = found[0]
-        log(f"neither torch nor the weights are here: compared with {path.name}")
+        log(f"torch or the weights are missing: compared with {path.name}")
     else:
         raise UserError(f"--images needs torch and the weights, or {files[0]}: neither is here")
     runtime = load(path, on)
@@ -358,7 +358,7 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
         for package, kinds in (("torch", TORCH_KINDS), ("ncnn", (".param",))):
             missing = [file for file in found if file.suffix in kinds and not importlib.util.find_spec(package)]
             if missing:
-                log(f"left out, since {package} is not installed: {', '.join(file.name for file in missing)}")
+                log(f"skipped because {package} is not installed: {', '.join(file.name for file in missing)}")
             found = [file for file in found if file not in missing]
         if not found:
             raise UserError(f"{student} has no artefact yet: python -m deploy.export {student}")

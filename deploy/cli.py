@@ -371,7 +371,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
             os.replace(path, keep)
         os.replace(partial, path)
     except OSError as error:
-        former = "; the former one is kept" if path.exists() else ""
+        former = "; the old file is kept" if path.exists() else ""
         raise UserError(f"could not save {path}: {error.strerror or error}{former}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -280,7 +280,7 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
         if typed.keys() & {"model_args", "small_stem"}:
             raise UserError("--model is a student/ folder, which has its own arguments and stem")
         if args.pretrained:
-            raise UserError("--model is a folder with weights, and --pretrained: a student starts from one of them")
+            raise UserError("--model is a folder with weights and --pretrained is set: use one of them")
 
 
 def check_values(args: argparse.Namespace) -> None:
@@ -296,7 +296,7 @@ def check_values(args: argparse.Namespace) -> None:
     if args.unlabelled and args.self_kd:
         raise UserError("--unlabelled and --self-kd: USKD learns from labels alone; leave one of them out")
     if args.epochs <= args.warmup_epochs:
-        fault = f"--warmup-epochs {args.warmup_epochs:g} is all of --epochs {args.epochs}"
+        fault = f"--warmup-epochs {args.warmup_epochs:g} takes all of --epochs {args.epochs}"
         raise UserError(f"{fault}: it must be a part of them")
     if args.cache == "device" and (args.crop == "resized" or (args.randaugment and args.randaugment[0])):
         raise UserError("--cache device crops and flips whole batches: give --crop pad or none, and --randaugment 0 0")

@@ -114,7 +114,7 @@ def fetched_runtime() -> Path:
         return archive
     instead = f"npm pack {PACKAGE}@{VERSION} writes {archive.name} on another machine, and --runtime takes that file"
     if npm is None:
-        raise UserError(f"no npm here, which fetches ONNX Runtime Web: {instead}")
+        raise UserError(f"npm, which fetches ONNX Runtime Web, is not installed: {instead}")
     log(f"npm fetches {PACKAGE} {VERSION} into {cache}, once")
     with replacing(archive) as partial:
         command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", str(partial.parent)]

@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> None:
         answers.append(answer._replace(best=answer.best[:2], image=NO_IMAGE))
     read = [answer for answer in answers if not answer.error]
     if not read:
-        raise UserError(f"not one of {len(files)} images can be read: replace the damaged files")
+        raise UserError(f"none of the {len(files)} images can be read: replace the damaged files")
     if args.csv:
         write_whole(args.csv, answers_table(answers))
     if least:

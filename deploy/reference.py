@@ -61,7 +61,7 @@ def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Seq
     images, labels = prepare_some(val, count, student.metadata)
     train_images, _ = prepare_some(train, count, student.metadata)
     if not len(images):
-        return f"no {NAME}: its validation images are all unreadable"
+        return f"no {NAME}: none of the validation images can be read"
     logits = student.run_in_parts(images, 32)
     digest = np.array(student.metadata.source["weights_sha256"])
     buffer = io.BytesIO()
@@ -108,7 +108,9 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
     found = [reference.images.shape, reference.train_images.shape[1:], reference.labels.shape, reference.logits.shape]
     expected = [(count, *image), image, (count,), (count, len(config.label_names))]
     if found != expected or not count:
-        raise UserError(f"{file} is of another student than {student}: its arrays are {found}, expected {expected}")
+        raise UserError(
+            f"{file} belongs to another student than {student}: its arrays are {found}, expected {expected}"
+        )
     images, labels, logits, train_images, digest = reference
     indices = labels.dtype.kind in "iu" and ((labels >= 0) & (labels < len(config.label_names))).all()
     numbers = logits.dtype.kind == "f" and np.isfinite(logits).all()
@@ -124,5 +126,5 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
             raise UserError(f"{file} is damaged: its {fault}")
     if (student / "model.safetensors").is_file() and reference.digest != source_of(student)["weights_sha256"]:
         again = "train.py --resume writes it again"
-        raise UserError(f"{file} is of other weights than {student}/model.safetensors: {again}")
+        raise UserError(f"{file} belongs to other weights than {student}/model.safetensors: {again}")
     return reference

@@ -103,7 +103,7 @@ class WithWeakHead(nn.Module):
             if example_input is not None:
                 raise
             raise ValueError(
-                f"{type(model).__name__} refuses the guess {describe(example)}: pass example_input; {error}"
+                f"{type(model).__name__} does not run on the guess {describe(example)}: pass example_input; {error}"
             ) from error
         class_logits = find_logits(output, logits)
         if class_logits.ndim != 2:

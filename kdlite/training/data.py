@@ -228,7 +228,7 @@ def open_folder(name: str, val_split: float | None, seed: int, sides: Mapping[st
         if val_split is not None:
             raise UserError(f"--val-split {val_split:g}: --data {name} has its own val/; leave the flag out")
         if sides is not None:
-            log(f"{root / 'val'} exists now: it replaces the images that the run split off")
+            log(f"{root / 'val'} exists now and replaces the validation images that the run had split off")
         train, val = (Photos(root / part) for part in ("train", "val"))
         compare_classes(name, train, val)
     else:
@@ -248,7 +248,7 @@ def open_folder(name: str, val_split: float | None, seed: int, sides: Mapping[st
         log(f"{source}: classes {abbreviate(train.classes)}; {sizes}, {how}")
         rows = sorted(split.items())
     if len(train.classes) < 2:
-        raise UserError(f"--data {name} has the one class {train.classes[0]}: at least 2 are needed")
+        raise UserError(f"--data {name} has only the class {train.classes[0]}: at least 2 are needed")
     return Data(train, val, train.classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, rows)
 
 
@@ -260,7 +260,9 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
     if faults:
         raise UserError(f"--data {name}: {'; '.join(faults)}")
     if unlike := sorted(set(train.class_to_idx) - set(val.class_to_idx)):
-        log(f"{name}: train/ and val/ write {abbreviate(map(nfc, unlike))} in two Unicode forms: taken as the same")
+        log(
+            f"{name}: train/ and val/ write {abbreviate(map(nfc, unlike))} in two Unicode forms: kdlite treats the two as the same class"
+        )
 
 
 def find_classes_to_split(root: Path, asks: bool) -> Path:
@@ -440,5 +442,5 @@ def median_size(photos: Photos, count: int = 200) -> tuple[int, int]:
         except UnreadableImage as error:
             reason = f"{photos.samples[index][0]}: {error}"
     if not sizes:
-        raise UserError(f"not one of {min(count, len(photos))} images can be read; the last is {reason}")
+        raise UserError(f"none of the {min(count, len(photos))} images can be read; the last is {reason}")
     return tuple(round(statistics.median(side)) for side in zip(*sizes))  # type: ignore[return-value]

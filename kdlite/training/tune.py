@@ -155,7 +155,7 @@ def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> l
             try:
                 for part in range(i * plan.parts, (i + 1) * plan.parts):
                     if time.monotonic() > ends:
-                        log(f"the time is over in round {i + 1}: its results do not count")
+                        log(f"the time ended in round {i + 1}: its results are ignored")
                         return rounds
                     answers.append(trainer.run(name, epochs, part % PARTS)[0])
             except UserError as error:  # such as a loss that is not finite
@@ -243,7 +243,7 @@ def run(argv: list[str]) -> None:
         log(f"the teacher's answers are in {labels}: {time.monotonic() - began:.0f} s")
     names = list(ARMS) if read_header(labels)["k"] == classes - 1 else ANY_LABELS
     if len(names) < len(ARMS):
-        log(f"{labels} does not hold every class: KD and NKD at other temperatures than 1 are left out")
+        log(f"{labels} does not hold every class: KD and NKD at temperatures other than 1 are skipped")
     trainer = Trainer(flags, labels, args, output)
     ends = began + 60 * given.minutes
     if measured is None:

@@ -266,7 +266,7 @@ def change_reference(run, **arrays):
 @pytest.mark.parametrize("command", [check, quantize])
 @pytest.mark.parametrize(("how", "message"), [
     ("missing", "no reference.npz next to"), ("truncated", "reference.npz cannot be read"),
-    ("of other weights", "is of other weights than"), ("of other classes", "is of another student than"),
+    ("of other weights", "belongs to other weights than"), ("of other classes", "belongs to another student than"),
 ])  # fmt: skip
 def test_a_reference_that_does_not_match_the_student_gives_one_line(run, how, message, command, capfd):
     file = run / "reference.npz"

@@ -104,7 +104,7 @@ def test_after_an_error_only_the_old_file_exists(tmp_path, error):
 
 def test_a_disk_error_gives_one_line(tmp_path):
     write_whole(tmp_path / "a.txt", "1")
-    with pytest.raises(UserError, match=r"could not save .*a\.txt: No space left on device; the former one is kept"):
+    with pytest.raises(UserError, match=r"could not save .*a\.txt: No space left on device; the old file is kept"):
         write_and_fail(tmp_path / "a.txt", OSError(28, "No space left on device"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not save"):

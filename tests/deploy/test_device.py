@@ -188,7 +188,7 @@ def test_light_modules_do_not_load_torch_where_it_is_installed():
 def test_check_and_benchmark_print_their_tables(device, made, tmp_path):
     run = shutil.copytree(made, tmp_path / "run")
     out = on(device, "-m", "deploy.check", run, "--device", "cpu")
-    assert "left out, since torch is not installed: student.pt2, student.ts" in out
+    assert "skipped because torch is not installed: student.pt2, student.ts" in out
     rows = {row["artefact"]: row for row in json.loads((run / "student/check.json").read_text())}
     assert rows.keys() == {"student/", "student.onnx", "student-int8-cpu.onnx"}
     assert rows["student/"]["top1"] == 100
@@ -199,7 +199,7 @@ def test_check_and_benchmark_print_their_tables(device, made, tmp_path):
     assert [row["label"] for row in classes] == ["cat", "dog", "café", "d", "e", "f"]
     assert sum(int(row["n"]) for row in classes) == 40
     flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "3", "--device", "cpu"]
-    assert "no row of torch eager" in on(device, "-m", "deploy.benchmark", run, *flags)
+    assert "the table has no row for eager torch" in on(device, "-m", "deploy.benchmark", run, *flags)
     rows = json.loads((run / "student/benchmark.json").read_text())["rows"]
     assert [(row["artefact"], row["batch"]) for row in rows] == [
         (name, batch) for name in ("student-int8-cpu.onnx", "student.onnx") for batch in (1, 3)
@@ -215,7 +215,7 @@ def test_check_reads_photographs_without_torch(device, made, tmp_path):
         (run / "val" / label).mkdir(parents=True, exist_ok=True)
         Image.fromarray(load_sample_images().images[0][10 * i :, :300]).save(run / "val" / label / f"{i}.jpg")
     out = on(device, "-m", "deploy.check", run, "student.onnx", "--images", run / "val", "--device", "cpu")
-    assert "neither torch nor the weights are here: compared with student.onnx" in out
+    assert "torch or the weights are missing: compared with student.onnx" in out
     rows = json.loads((run / "student/check.json").read_text())
     assert [(row["images"], row.get("verdict")) for row in rows] == [(4, None), (4, "pass")]
 

@@ -86,7 +86,7 @@ def test_files_of_ncnn_are_skipped_if_ncnn_is_not_installed(run, capsys):
     for name in ("student_nchw.ncnn.param", "student_nchw.pnnx.param", "student_nchw.pnnx.onnx"):
         (run / "student" / name).write_bytes(b"7767517\n")
     deploy(check, run, "--device", "cpu")
-    assert "left out, since ncnn is not installed: student_nchw.ncnn.param\n" in capsys.readouterr().out
+    assert "skipped because ncnn is not installed: student_nchw.ncnn.param\n" in capsys.readouterr().out
     assert not [name for name in rows_of(run) if "nchw" in name]
     deploy(check, run, "student_nchw.ncnn.param", check=1)
     assert "pip install ncnn" in rows_of(run)["student_nchw.ncnn.param"]["verdict"]

@@ -401,7 +401,7 @@ def test_the_logits_of_each_precision_are_those_of_onnxruntime(browser, runtime,
 @pytest.mark.parametrize(("flags", "message"), [
     (["--runtime", "other.tgz"], "is not the file of npm pack onnxruntime-web@"),
     (["--runtime", "nothing.tgz"], "nothing.tgz cannot be read"),
-    ([], "no npm here, which fetches ONNX Runtime Web: npm pack onnxruntime-web@"),
+    ([], "npm, which fetches ONNX Runtime Web, is not installed: npm pack onnxruntime-web@"),
     (["-o", "student.pyz", "--runtime", "other.tgz"], "--runtime is for student.html"),
 ])  # fmt: skip
 def test_a_mistake_with_pack_gives_one_line(capfd, tmp_path, monkeypatch, flags, message):

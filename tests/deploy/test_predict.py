@@ -156,7 +156,7 @@ def test_a_sheet_can_have_grey_and_long_images_and_any_label(shape):
     (["PHOTOS", "--csv", "EMPTY"], "is a folder; name another file"),
     (["PHOTOS", "--csv", "/dev/null/answers.csv"], "cannot write /dev/null/answers.csv: "),
     (["EMPTY"], "no image in this folder"),
-    (["BROKEN"], "not one of 1 images can be read"),
+    (["BROKEN"], "none of the 1 images can be read"),
 ])  # fmt: skip
 def test_a_mistake_gives_one_line(student, photos, tmp_path, capfd, flags, words):
     (tmp_path / "empty").mkdir()

@@ -34,7 +34,7 @@ try:
 except ImportError:
     HAS_RTX = False
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="TensorRT-RTX is not installed")
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 

@@ -546,7 +546,7 @@ def test_a_model_with_several_inputs_takes_an_example_of_each(as_dict):
 
 def test_the_error_for_a_wrong_guess_of_the_input_asks_for_an_example():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
-    with pytest.raises(ValueError, match=r"refuses the guess shape \(2, 3, 224, 224\): pass example_input"):
+    with pytest.raises(ValueError, match=r"does not run on the guess shape \(2, 3, 224, 224\): pass example_input"):
         WithWeakHead(model, "0")
     assert WithWeakHead(model, "0", example_input=images()).head.in_features == 4
 

@@ -218,7 +218,7 @@ def test_read_split_returns_none_for_a_missing_file(tmp_path):
     ([], dict(val_split=0.1), "no folder photos/train and no folder photos/val; expected"),
     (["cat", "dog"], dict(val_split=1.0), "must be above 0 and below 1, got 1"),
     (["cat", "dog"], dict(val_split=float("nan")), "must be above 0 and below 1, got nan"),
-    (["cat"], dict(val_split=0.5), "has the one class cat: at least 2 are needed"),
+    (["cat"], dict(val_split=0.5), "has only the class cat: at least 2 are needed"),
 ])  # fmt: skip
 def test_a_folder_that_cannot_be_split_is_refused_with_one_line(tmp_path, tree, options, message):
     for folder in tree:
@@ -248,7 +248,7 @@ def test_a_new_val_folder_replaces_the_split_and_a_message_is_printed(tmp_path, 
     sides = dict(open_data(str(tmp_path), val_split=0.25).split)
     make(tmp_path / "val", {"cat": 3, "dog": 3})
     assert len(open_data(str(tmp_path), sides=sides).val) == 6
-    assert "val exists now: it replaces the images that the run split off" in capsys.readouterr().out
+    assert "val/ exists now and replaces the validation images that the run had split off" in capsys.readouterr().out
 
 
 def test_a_class_may_have_the_name_train(tmp_path):
@@ -340,5 +340,5 @@ def test_the_median_size_is_read_from_headers_and_follows_the_exif_orientation(t
 
 def test_the_median_size_of_unreadable_images_is_refused(tmp_path):
     data = open_data(str(make(tmp_path, {"cat": 2, "dog": 2}, b"")), val_split=0.5)
-    with pytest.raises(UserError, match=r"not one of 2 images can be read; the last is .*dog"):
+    with pytest.raises(UserError, match=r"none of the 2 images can be read; the last is .*dog"):
         median_size(data.train)

@@ -188,7 +188,7 @@ def test_a_round_that_does_not_end_in_time_does_not_count(monkeypatch, capsys):
     rounds = tune.search(fake, list("abcd"), Plan([4, 2], [1, 2], 1), 4)
     assert len(rounds) == 1
     assert len(fake.calls) == 5  # one run of the second round begins in time
-    assert "the time is over in round 2" in capsys.readouterr().out
+    assert "the time ended in round 2" in capsys.readouterr().out
 
 
 # ---- the result ----------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_labels_that_lack_classes_exclude_arms(teacher, monkeypatch, capsys):
     call(*flags, "--teacher-labels", "L", "--output", "out")
     assert names == ["cross-entropy", "NKD gamma 0.5 T 1", "NKD gamma 1.5 T 1", "NKD gamma 3.5 T 1"]
     printed = capsys.readouterr().out
-    assert "other temperatures than 1 are left out" in printed
+    assert "temperatures other than 1 are skipped" in printed
     assert "--teacher-labels" not in printed.rpartition("next:")[2]  # cross-entropy is the best
 
 

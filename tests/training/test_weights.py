@@ -112,7 +112,7 @@ def test_weights_that_cannot_be_downloaded_are_refused_with_their_address(name, 
 
 @pytest.mark.parametrize(("flags", "report"), [
     (["--model", f"{MODELS}:tiny", "--pretrained"], "--pretrained without a value is for torchvision's"),
-    (["--model", ".", "--pretrained"], "a student starts from one of them"),
+    (["--model", ".", "--pretrained"], "--pretrained is set: use one of them"),
     (["--pretrained", "x.pth"], "x.pth is neither a file of weights nor a student/ folder"),
     (["--model", "test_mambaout", "--pretrained", "--model-args", "pretrained=True"], "would load or fetch weights"),
     (["--teacher-classes", "x.csv"], "--teacher-classes needs --teacher"),
