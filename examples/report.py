@@ -472,8 +472,8 @@ SOFT_LABELS = (
     "has a value for each other class: a 7 looks a little like a 1 and not at all like an 8. NKD takes the soft label "
     "from a teacher. T_t, the teacher's probability of the true class, is the weight of that class. N(T), the "
     "teacher's other probabilities scaled to a sum of 1, is the target for the other classes. USKD has no teacher. P_t "
-    "comes from the student's own probability of the true class, and N(Z) from the order of its other classes. The number after "
-    '"weight" multiplies the part of the loss about the other classes.'
+    "comes from the student's own probability of the true class, and N(Z) from the order of its other classes. The "
+    'number after "weight" multiplies the part of the loss about the other classes.'
 )
 
 
