@@ -1,8 +1,8 @@
 """Measure the cost of running and serving an ONNX file on a device: python examples/benchmark_device.py STUDENT.onnx
 
-One process imports deploy.serve, another loads the file and runs it once. The table shows CPU seconds, the peak of
-resident memory, the number of modules, and the size on disk of the imported packages and of the packages that these
-require. --python is the interpreter of the environment, --tree another checkout of this repository to compare with.
+One process imports deploy.serve. Another process loads the file and runs it once. The table shows CPU seconds, the peak
+of resident memory, the number of modules, and the size on disk of the imported packages and their requirements.
+--python is the interpreter of the environment. --tree is another checkout of this repository, to compare with.
 """
 
 import argparse
@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
 
 parser = make_parser(__doc__, "benchmark_device.py")
 parser.add_argument("artefact", type=Path, help="an .onnx file of deploy.export")
-parser.add_argument("--python", default=sys.executable, help="(default: this one)")
-parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1], help="(default: this one)")
-parser.add_argument("--rounds", type=int, default=5)
+parser.add_argument("--python", default=sys.executable, help="interpreter to measure (default: this one)")
+parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1], help="(default: this checkout)")
+parser.add_argument("--rounds", type=int, default=5, help="processes for each row (default: 5)")
 
 if __name__ == "__main__":
     sys.exit(command(parser, run))

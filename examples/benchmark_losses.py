@@ -3,12 +3,12 @@
     python examples/benchmark_losses.py                     # every shape and dtype, eager and compiled: about 8 minutes
     python examples/benchmark_losses.py --shapes 256x1000 --dtypes float32
 
-A call is forward and backward. In one process the rows of a table take turns in random order, one call each, until
-every row has run for --seconds; the table shows medians. "x" is the speed relative to the formulas with boolean masks
-(NKD's or USKD's; cross-entropy and KL-based KD are compared with NKD's). Memory is the peak of one call in u, the bytes
-of one (N, C) tensor in the logits' dtype; it includes gradients, but not inputs. On a GPU the table also shows the
-number of kernels, whether the host waited for the device, and "5u copied": NKD moves at least 5 u, and the column shows
-the bandwidth that this amounts to, as a share of the bandwidth of a copy.
+A call is forward and backward. The rows of a table take turns in one process, in random order, one call each, until
+every row has run for --seconds. The table shows medians. "x" is the speed relative to the same formula with boolean
+masks (for cross-entropy and KL-based KD: relative to NKD's). Memory is the peak of one call. Its unit u is the bytes of
+one (N, C) tensor in the logits' dtype. It includes gradients, but not inputs. On a GPU the table also shows the number
+of kernels, and whether the host waited for the device. NKD moves at least 5 u. The column "5u copied" shows the
+bandwidth of moving 5 u in this time, as a share of the bandwidth of a copy.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kdlite import nkd_linear_loss, nkd_loss, terms, uskd_loss
 
-os.environ["KINETO_LOG_LEVEL"] = "99"  # less output of the profiler, which measures memory
+os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler, which measures memory, prints less
 
 SHAPES = [(128, 100), (256, 1000), (1024, 1000), (256, 21841), (64, 128256)]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student or strong logits, teacher or weak logits, class indices)
@@ -45,6 +45,7 @@ def others(x: Tensor, target: Tensor) -> Tensor:
 
 
 def nkd_by_masks(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """Return NKD at temperature 1, by boolean masks."""
     index = target[:, None]
     log_s, t = student.log_softmax(1), teacher.detach().softmax(1)
     target_term = -(t.gather(1, index) * log_s.gather(1, index)).mean()
@@ -54,6 +55,7 @@ def nkd_by_masks(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def uskd_by_masks(strong: Tensor, weak: Tensor, target: Tensor) -> Tensor:
+    """Return USKD with its default weights, by boolean masks."""
     index = target[:, None]
     log_s, s, w = strong.log_softmax(1), strong.detach().softmax(1), weak.detach().softmax(1)
     s_t, w_t = s.gather(1, index), w.gather(1, index)
@@ -101,11 +103,11 @@ def wait_for(device: str) -> None:
 
 
 def median_seconds(losses: dict[str, Loss], inputs: tuple[Tensor, ...], seconds: float) -> dict[str, float]:
-    """Return the median seconds of a call of each loss; the losses take turns until each has run for ``seconds``."""
+    """Return the median seconds of a call for each loss. The losses take turns until each has run for ``seconds``."""
     device = inputs[0].device.type
     taken: dict[str, list[float]] = {name: [] for name in losses}
     while waiting := [name for name, times in taken.items() if sum(times) < seconds or len(times) < 5]:
-        for name in random.sample(waiting, len(waiting)):  # the second call finds the inputs in the cache
+        for name in random.sample(waiting, len(waiting)):  # random, because an earlier call warms the cache
             wait_for(device)
             started = time.perf_counter()
             call(losses[name], inputs)
@@ -202,7 +204,7 @@ def bench_shape(rows: int, classes: int, dtype: torch.dtype, args: argparse.Name
     table = eager | (compiled if args.compile else {})
     losses = {name: loss for name, (loss, _) in table.items()}
     for loss in losses.values():
-        call(loss, inputs)  # compiles
+        call(loss, inputs)  # the first call compiles
     seconds = median_seconds(losses, inputs, args.seconds)
     print(f"\n{rows} x {classes}, {str(dtype).removeprefix('torch.')}, u = {u / 2**20:.2f} MiB")
     on_gpu = "   5u copied  kernels  waits" if args.device == "cuda" else ""
@@ -217,7 +219,7 @@ def bench_shape(rows: int, classes: int, dtype: torch.dtype, args: argparse.Name
 
 
 def bench_linear(rows: int, classes: int, width: int, args: argparse.Namespace) -> None:
-    """Print the cost of classifiers and NKD as one loss, and one after the other."""
+    """Print the cost of nkd_linear_loss, and of the classifiers followed by nkd_loss."""
     generator = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = (torch.randn(rows, width, generator=generator).to(args.device) for _ in range(2))
     weight, teacher_weight = (torch.randn(classes, width, generator=generator).to(args.device) / 8 for _ in range(2))

@@ -1,9 +1,9 @@
 """Measure the gain from decoding large JPEGs at a reduced scale: python examples/benchmark_preprocess.py STUDENT PHOTOS
 
-For the time, the script prepares the largest photograph, resized to 12 megapixels, with and without the reduced scale,
-in turns. For the change of the result, it prepares square crops of all photographs, saved as JPEGs at least eight times
-as large as the student's resize, in both ways. It prints the mean difference of a value after the resize, and the share
-of crops with the same class.
+To measure the time, the script resizes the largest photograph to 12 megapixels, and prepares it with and without the
+reduced scale, in turns. To measure the change of the result, it saves square crops of all photographs as JPEGs at least
+eight times as large as the student's resize, and prepares each crop in both ways. It prints the mean difference of a
+value after the resize, and the share of crops with the same class.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> None:
 parser = make_parser(__doc__, "benchmark_preprocess.py")
 parser.add_argument("student", type=Path, help="a student/ folder, or an artefact of a student")
 parser.add_argument("photos", type=Path, help="a folder of large JPEG photographs")
-parser.add_argument("--crops", type=int, default=500)
-parser.add_argument("--rounds", type=int, default=11)
+parser.add_argument("--crops", type=int, default=500, help="crops to compare (default: 500)")
+parser.add_argument("--rounds", type=int, default=11, help="measurements of the time (default: 11)")
 
 if __name__ == "__main__":
     sys.exit(command(parser, run))

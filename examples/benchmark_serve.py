@@ -1,13 +1,13 @@
 """Compare the throughput of the server and of the runtime alone: python examples/benchmark_serve.py STUDENT.onnx
 
-For the runtime alone, a process calls it in a loop with the server's largest batch, and with batch 1; the higher rate
-counts. The server is deploy.serve in another process, with --concurrency clients in this process. Each client sends its
-next image (a binary tensor) after the answer to the previous image. Clients and server share this machine's cores, so
-leave one core for the clients: set --threads to the number of cores minus one.
+To measure the runtime alone, a process calls it in a loop, with batch 1 and with the server's largest batch. The higher
+rate counts. The server is deploy.serve in another process. The --concurrency clients are in this process. Each client
+sends its next image (a binary tensor) after the answer to the previous image. Clients and server share this machine's
+cores, so leave one core for the clients: set --threads to the number of cores minus one.
 
---litserve PYTHON also measures LitServe, in the same turns; PYTHON is an interpreter with litserve and the same version
-of onnxruntime. Each server gets the image in its shortest form: a binary tensor for deploy.serve, base64 in JSON for
-LitServe. CPU seconds include all processes of a server.
+--litserve PYTHON also measures LitServe. The servers take turns. PYTHON is an interpreter with litserve and the same
+version of onnxruntime. Each server gets the image in its shortest form: deploy.serve as a binary tensor, LitServe as
+base64 in JSON. CPU seconds include all processes of a server.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def litserve_request(image: np.ndarray) -> bytes:
 def start_litserve(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[subprocess.Popen, int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as script:  # LitServe's processes import it again
+    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as script:  # each process of LitServe imports it
         script.write(LITSERVE)
     given = [args.artefact.resolve(), port, args.max_batch, args.max_delay, args.threads, *shape]
     server = subprocess.Popen([args.litserve, script.name, *map(str, given)], stdout=subprocess.DEVNULL,
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
         server.terminate()
         server.wait()
         for process, _ in others.values():
-            os.killpg(process.pid, signal.SIGKILL)  # also its child processes, which continue otherwise
+            os.killpg(process.pid, signal.SIGKILL)  # the group, because the child processes would continue
         worker.close()
     print(f"{args.artefact.name}, {worker.name}, {worker.provider}, {args.threads or 'all'} threads, "
           f"{os.cpu_count()} cores; {args.rounds} rounds of {args.seconds:g} s each, medians")  # fmt: skip
@@ -184,14 +184,14 @@ def run(args: argparse.Namespace) -> None:
               f"({min(ratios):.3f} to {max(ratios):.3f})")  # fmt: skip
     if args.litserve:
         spent = [[values[3] for values in row] for row in rows.values()]
-        print(f"CPU for an image, of LitServe's: {statistics.median(a / b for a, b in zip(*spent)):.2f}")
+        print(f"CPU for an image / LitServe's CPU: {statistics.median(a / b for a, b in zip(*spent)):.2f}")
 
 
 parser = make_parser(__doc__, "benchmark_serve.py")
-parser.add_argument("artefact", type=Path, help="an artefact of a student; give an absolute path")
-parser.add_argument("--concurrency", type=int, default=16)
-parser.add_argument("--max-batch", type=int, default=8)
-parser.add_argument("--max-delay", type=float, default=1.0, help="milliseconds")
+parser.add_argument("artefact", type=Path, help="absolute path of an exported file")
+parser.add_argument("--concurrency", type=int, default=16, help="number of clients (default: 16)")
+parser.add_argument("--max-batch", type=int, default=8, help="largest batch of the server (default: 8)")
+parser.add_argument("--max-delay", type=float, default=1.0, help="milliseconds that a request waits for others")
 parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each measurement")
 parser.add_argument("--rounds", type=int, default=10)
 parser.add_argument("--litserve", metavar="PYTHON", help="also measure LitServe, run by this Python")

@@ -1,15 +1,18 @@
-"""Measure the cost of distillation in a training step: train.py's step, a minimal loop, and the teacher's forward pass.
+"""Measure the cost of distillation in a step of train.py, compared with a minimal loop and the teacher's forward pass.
 
     python examples/benchmark_step.py                    # 224 px, synthetic: about 5 minutes on a CPU
     python examples/benchmark_step.py --models resnet18 --img-size 64 --batch-size 128 --data photos/
 
-In each round, for each model, these run one step in turn: a minimal loop in this file (cross-entropy, without kdlite
-and train.py); train.py's step for cross-entropy, for USKD, for NKD with the teacher and for NKD from its stored top-10;
-the teacher's forward pass. A ratio is the median over the rounds: "minimal" is the time of the minimal loop divided by
-that of train.py's cross-entropy; "USKD" and "stored" are divided by cross-entropy; "NKD" is divided by the sum of
-cross-entropy and the teacher's forward pass. Memory is the peak of a step above the memory before it. Weights and
-images are random, which does not change the time. At the end the script prints the images a second of the data pipeline
-(``--data`` is the flag of train.py).
+In each round, for each model, these run one step in turn:
+
+- a minimal loop in this file, with cross-entropy, without kdlite and train.py;
+- train.py's step for cross-entropy, for USKD, for NKD with the teacher, and for NKD from the teacher's stored top-10;
+- the teacher's forward pass.
+
+A ratio is the median over the rounds. "minimal", "USKD" and "stored" are divided by train.py's cross-entropy. "NKD" is
+divided by the sum of cross-entropy and the teacher's forward pass. Memory is the peak of a step above the memory before
+it. Weights and images are random, which does not change the time. At the end the script prints the images a second of
+the data pipeline (``--data`` is the flag of train.py).
 """
 
 import argparse
@@ -52,7 +55,7 @@ def settle(model: str, args: argparse.Namespace, *method: str) -> argparse.Names
 
 
 def imaginary_data(args: argparse.Namespace) -> Data:
-    """Return a data set to build a run from; its images are not read."""
+    """Return a data set that builds a run; no step reads its images."""
     images = FakeData(2 * args.batch_size, (3, args.img_size, args.img_size), CLASSES)
     return Data(images, images, [str(i) for i in range(CLASSES)], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -180,7 +183,7 @@ def bench_model(model: str, args: argparse.Namespace) -> None:
 
 
 def bench_data(args: argparse.Namespace) -> None:
-    """Print the images a second that the data pipeline prepares, from files and, if they are small, from the cache."""
+    """Print the images a second that the data pipeline prepares, from files, and from the cache if they fit there."""
     argv = ["--data", args.data, "--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
     argv += ["--device", args.device, *([] if args.workers is None else ["--workers", str(args.workers)])]
     print(f"\ndata pipeline: {args.data} at {args.img_size} px")
@@ -198,7 +201,7 @@ def bench_data(args: argparse.Namespace) -> None:
         while seen == 0 or time.perf_counter() < started + args.seconds:
             for batch in loader:
                 to_device(batch)
-                if not started:  # begin to measure after the workers have started
+                if not started:  # the clock starts after the workers
                     started = time.perf_counter()
                     continue
                 seen += len(batch.labels)
@@ -221,7 +224,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile students and teacher")
     parser.add_argument("--data", default="digits", help="for the data pipeline, as train.py's")
     parser.add_argument("--workers", type=int, help="for the data pipeline, as train.py's")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of the data pipeline (default: 10)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for the data pipeline (default: 10)")
     args = parser.parse_args()
     if args.batch_size is None:
         args.batch_size = 256 if args.device == "cuda" else 16

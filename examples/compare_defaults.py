@@ -2,9 +2,9 @@
 
     python examples/compare_defaults.py SOURCE --seeds 2      # the table of README.md: 24 runs, an hour on a core
 
-SOURCE has train/nXXXXXXXX/*.JPEG of Tiny-ImageNet, 64 px. The script makes three folders of its training images, with
-classes that no choice of the defaults was based on. Runs are stored under runs/defaults; a run is repeated only if its
-command changes. The script prints top-1 of the last epoch for each seed.
+SOURCE has train/nXXXXXXXX/*.JPEG of Tiny-ImageNet, 64 px. The script makes three folders of its training images. We did
+not choose the defaults on the classes of these folders. Runs are stored under runs/defaults. The script repeats a run
+only if its command changes. It prints top-1 of the last epoch for each seed.
 """
 
 import argparse

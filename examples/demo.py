@@ -2,17 +2,17 @@
 
     make demo
 
-The setting. It was committed before its first run, and nothing was tuned or changed after a result:
+We committed this setting before its first run, and changed nothing after a result:
 
-- 900 of the 1,797 digits train, and all 897 others validate. The teacher learns from the 900 with their labels.
-- A student has the labels of only 100 of the 900. Each seed draws 100 others, and other first weights.
-- cross-entropy and USKD see these 100, nine times in an epoch. NKD also sees the other 800 without a label, each image
-  once in an epoch. So all students take the same number of steps.
+- 900 of the 1,797 digits train, and all 897 others validate. The teacher learns from the 900 digits and their labels.
+- A student has the labels of only 100 of the 900 digits. Each seed draws its own 100, and its own first weights.
+- Cross-entropy and USKD read these 100 digits nine times in an epoch. NKD reads each of the 900 digits once in an
+  epoch, 800 of them without a label. So all students take the same number of steps.
 - The losses have their default weights, and the result is top-1 of the last epoch.
-- The gain over cross-entropy is paired by seed. Its interval covers the draw of the labels and the first weights,
-  but not another teacher: there is one.
+- The gain over cross-entropy is paired by seed. There is one teacher, so its interval covers the draw of the labels
+  and the first weights, but not another teacher.
 
-Each step is a command that a user would type, of train.py or deploy/. This file starts them and reads the results.
+Each step is a command of train.py or deploy/. This file starts the commands and reads the results.
 """
 
 import csv
@@ -46,7 +46,7 @@ RUNS = {
 }
 PAGE = str(OUTPUT / "student.html")
 PACK = ["deploy.pack", "--file", "student-int8-cpu.onnx", "-o"]
-# the NKD student of the first seed becomes a quantised file, which is checked, timed and packed
+# These commands quantise, check, time and pack the NKD student of the first seed.
 DEPLOY = [
     ["deploy.export", "--format", "onnx"],
     ["deploy.quantize", "--target", "cpu"],
@@ -58,7 +58,7 @@ DEPLOY = [
 
 
 def save_images(digits, indices, folder: Path, copies: int = 1, labelled: bool = True) -> None:
-    """Write some of the digits as PNGs: into a folder for each class, or without their labels into one folder."""
+    """Write some of the digits as PNGs: with labels into a folder for each class, without labels into one folder."""
     for i in indices:
         place = folder / str(digits.target[i]) if labelled else folder
         place.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def save_images(digits, indices, folder: Path, copies: int = 1, labelled: bool =
 
 
 def write_digits(folder: Path) -> None:
-    """Write the digits that the teacher and the students of each seed see, and those that validate."""
+    """Write the training images of the teacher and of the students of each seed, and the validation images."""
     digits = load_digits()
     trained, val = train_test_split(
         np.arange(len(digits.target)), train_size=TRAINED, stratify=digits.target, random_state=0
@@ -156,7 +156,7 @@ def show_students(top1: dict[str, list[float]]) -> None:
 
 
 def main() -> int:
-    if OUTPUT.exists():  # of an earlier demo
+    if OUTPUT.exists():  # an earlier demo
         shutil.rmtree(OUTPUT)
     print("about 3 minutes on 2 cores; the first comparison comes in under a minute\n")
     write_digits(DIGITS)
@@ -173,7 +173,7 @@ def main() -> int:
         print(f"\n$ python {' '.join(command)}", flush=True)
         status = subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
         if status and PAGE in command:
-            print(f"skipped {PAGE}: the line above has the reason")  # no npm here, or no network
+            print(f"skipped {PAGE}: the line above has the reason")  # npm or the network is missing
         elif status:
             return status
     report = [str(ROOT / "examples/report.py"), "-o", str(OUTPUT / "report.html")]

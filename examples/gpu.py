@@ -1,11 +1,11 @@
-"""Run what needs a GPU, and print a table for the pages: speed of the losses and of a step, AMP, engines, energy.
+"""Run all checks that need a GPU, and print a table: speed of the losses and of a step, AMP, engines, energy.
 
-    python examples/gpu.py                    # under 10 minutes; without a GPU small sizes on the CPU, in a minute
+    python examples/gpu.py                    # under 10 minutes; without a GPU a minute, with small sizes on the CPU
     python examples/gpu.py --only losses      # the checks with this word in their names
 
-Each check prints a line: passed, failed with the reason, or skipped. The next check runs in each case. The end is a
-table in Markdown with the machine and the count. The folder --output holds table.md, the runs and a log of each
-command. Install first: pip install -c constraints.txt -e ".[dev]". Exit status: 1 if a check failed.
+Each check prints a line: passed, failed with the reason, or skipped. Then the next check runs. At the end the script
+prints a table in Markdown with the machine and the count of each result. The folder --output has table.md, the runs and
+a log of each command. Install first: pip install -c constraints.txt -e ".[dev]". Exit status: 1 if a check failed.
 """
 
 import argparse
@@ -52,23 +52,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """Hold a line of the table."""
 
     what: str
     result: str  # passed, failed or skipped
-    figures: str  # with their units; or the reason
+    figures: str  # with their units, or the reason of a failure
 
 
 class Check(NamedTuple):
-    """One or several rows."""
+    """Hold a function that yields one or several rows."""
 
-    name: str  # the name of the only row, and of the row if the check fails
+    name: str  # name of the row if the check fails or is skipped
     run: Callable[[], Iterable[Row]]
     needs_gpu: bool = False
 
 
 class Sizes(NamedTuple):
-    """The amount of work on a kind of device."""
+    """Hold the amount of work for a kind of device."""
 
     shapes: list[tuple[int, int]]  # of the logits
     loss_seconds: float  # for each row
@@ -103,14 +103,14 @@ NEEDS_GPU = "needs a CUDA GPU"
 
 
 class Place(NamedTuple):
-    """Where the checks run."""
+    """Hold the device, the folder and the end of the checks, and run commands."""
 
     device: str  # cuda or cpu
     output: Path
     ends: float  # of time.monotonic
 
     def run(self, log: str, *argv: str) -> subprocess.CompletedProcess[str]:
-        """Run Python with these arguments until it ends or the time is over; write what it prints into a log."""
+        """Run Python with these arguments until it ends or the time is over; write its output into a log."""
         command = [sys.executable, *argv]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -121,14 +121,14 @@ class Place(NamedTuple):
         except subprocess.TimeoutExpired as error:
             raise UserError("the time was over: give more --minutes") from error
         finally:
-            if process.poll() is None:  # with the processes that it started
+            if process.poll() is None:  # also kill the processes that it started
                 os.killpg(process.pid, signal.SIGKILL)
                 printed, errors = process.communicate()
             (self.output / f"{log}.log").write_text(f"$ {' '.join(command)}\n{printed}{errors}")
         return subprocess.CompletedProcess(command, process.returncode, printed, errors)
 
     def output_of(self, log: str, *argv: str) -> str:
-        """Run Python and return what it prints on stdout; UserError with its last line if it fails."""
+        """Run Python and return its stdout; raise a UserError with its last line if it fails."""
         done = self.run(log, *argv)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
@@ -140,7 +140,7 @@ class Place(NamedTuple):
 
 
 def losses(shape: tuple[int, int], dtype: torch.dtype, device: str, seconds: float, compiled: bool) -> Iterator[Row]:
-    """Yield a row for each loss: time, share of a copy's bandwidth, memory, and whether the host waits for the GPU."""
+    """Yield a row for each loss: time, memory, share of a copy's bandwidth, and whether the host waits for the GPU."""
     inputs, u = make_inputs(*shape, dtype, device), shape[0] * shape[1] * dtype.itemsize
     ours: dict[str, Loss] = {"nkd_loss": nkd_loss, "uskd_loss": uskd_loss}
     if compiled:
@@ -148,13 +148,13 @@ def losses(shape: tuple[int, int], dtype: torch.dtype, device: str, seconds: flo
         ours = {name: torch.compile(loss, fullgraph=True, dynamic=False) for name, loss in ours.items()}
     masks: dict[str, Loss] = {"masks, nkd_loss": nkd_by_masks, "masks, uskd_loss": uskd_by_masks}
     for loss in (*ours.values(), *masks.values()):
-        call(loss, inputs)  # compiles
+        call(loss, inputs)  # the first call compiles
     times = median_seconds(ours | masks, inputs, seconds)
     for name, loss in ours.items():
         ratio, peak = times[f"masks, {name}"] / times[name], peak_bytes(loss, inputs) / u
         figures, waits = f"{1e3 * times[name]:.3f} ms, {ratio:.1f}x boolean masks, peak {peak:.1f} u", False
         if device == "cuda":
-            if name == "nkd_loss":  # the least traffic of NKD is 5 u
+            if name == "nkd_loss":  # NKD reads and writes at least 5 u
                 figures += f", {100 * 5 * u / copy_bandwidth() / times[name]:.0f} % of a copy's bandwidth"
             waits = waits_for_the_device(loss, inputs)
             figures += ", the host waits for the GPU" if waits else ", host reads 0"
@@ -194,7 +194,7 @@ def find(pattern: str, text: str) -> str:
 
 
 def training(name: str, place: Place, run: str, flags: list[str]) -> Iterator[Row]:
-    """Yield the row of a run of train.py: its last epoch."""
+    """Yield the row of a run of train.py, with the figures of its last epoch."""
     place.output_of(run, str(ROOT / "train.py"), "--device", place.device, *flags, "--output", run)
     with open(place.output / run / "metrics.csv") as file:
         last = list(csv.DictReader(file))[-1]
@@ -204,7 +204,7 @@ def training(name: str, place: Place, run: str, flags: list[str]) -> Iterator[Ro
 
 
 def one_rank(backend: str, device: str) -> Iterator[Row]:
-    """Yield a comparison of the gradients of DistributedDataParallel with those without it; USKD uses the group."""
+    """Yield a comparison of USKD's gradients under DistributedDataParallel, with its group, with those without it."""
     torch.manual_seed(0)
     images, target = torch.randn(32, 64, device=device), torch.arange(32, device=device) % 10
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
@@ -229,7 +229,7 @@ def one_rank(backend: str, device: str) -> Iterator[Row]:
 
 def checked(name: str, place: Place, student: Path, file: str, *flags: str) -> Iterator[Row]:
     """Yield the verdict of deploy.check on a file of the student."""
-    folder = place.output / file_name(name)  # check.json of another check stays
+    folder = place.output / file_name(name)  # a folder for each check, because each writes a check.json
     command = ["-m", "deploy.check", str(student), file, "--json", "--quiet", "--output", str(folder), *flags]
     done = place.run(file_name(name), *command)
     if not done.stdout.startswith("["):
@@ -256,7 +256,7 @@ def written(name: str, place: Place, *command: str) -> Iterator[Row]:
 
 
 def timed(name: str, place: Place, student: Path) -> Iterator[Row]:
-    """Yield the rows of deploy.benchmark: speed, and energy where the GPU counts it."""
+    """Yield the rows of deploy.benchmark: speed, and energy if the GPU measures it."""
     flags = ["--device", place.device, "--json", "--quiet", *SIZES[place.device].benchmark.split()]
     done = place.run(file_name(name), "-m", "deploy.benchmark", str(student), *flags)
     if not done.stdout.startswith("{"):
@@ -279,7 +279,7 @@ def timed(name: str, place: Place, student: Path) -> Iterator[Row]:
 
 
 def tests(name: str, place: Place) -> Iterator[Row]:
-    """Yield the count of the tests that other machines skip, such as the capture of a CUDA graph."""
+    """Yield the count of the tests that need a GPU, such as the capture of a CUDA graph."""
     text = place.output_of(file_name(name), "-m", "pytest", str(ROOT / "tests"), "-m", "gpu", "-q")
     yield Row(name, "passed", text.strip().splitlines()[-1].strip("= "))
 
@@ -338,7 +338,7 @@ def list_checks(place: Place) -> list[Check]:
 
 
 def run_check(check: Check, place: Place) -> Iterator[Row]:
-    """Yield the rows of a check; one that cannot run or fails gives a row with the reason."""
+    """Yield the rows of a check, or one row with the reason if it is skipped or fails."""
     if check.needs_gpu and place.device == "cpu":
         yield Row(check.name, "skipped", NEEDS_GPU)
     elif time.monotonic() > place.ends:
@@ -346,7 +346,7 @@ def run_check(check: Check, place: Place) -> Iterator[Row]:
     else:
         try:
             yield from check.run()
-        except Exception as error:  # each library has its own
+        except Exception as error:  # each library has its own exceptions
             yield Row(check.name, "failed", first_line(error))
 
 
@@ -378,7 +378,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=["cpu", "cuda"], default=default, help="default: the GPU if there is one")
-    add("--minutes", type=number(float, 0, above=True), default=10.0, help="checks after these are skipped")
+    add("--minutes", type=number(float, 0, above=True), default=10.0, help="skip the checks after these minutes")
     add("--only", nargs="+", metavar="WORDS", help="only checks with these words in their names")
     add("--output", type=Path, help="an empty folder, or a new one; default: runs/gpu-DATE-TIME")
     return parser
@@ -400,7 +400,7 @@ def main() -> int:
             raise UserError(f"--only: no check has {' or '.join(args.only)} in its name")
     print(describe(args.device), flush=True)
     rows = []
-    with contextlib.suppress(KeyboardInterrupt):  # the table of the checks that ran
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C still prints the table of the checks that ran
         for check in checks:
             for row in run_check(check, place):
                 rows.append(row)

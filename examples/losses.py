@@ -1,7 +1,7 @@
-"""Compute other losses from the formulas of their papers: for train.py --kd examples/losses.py:dkd, or for a loop.
+"""Compute losses of other papers from their formulas: for train.py --kd examples/losses.py:dkd, or for a loop.
 
-The arguments are student_logits (N, C), teacher_logits (N, C) and target (N,), class indices. Each loss returns a value
-for each row, (N,), except dist. Add it to the cross-entropy, and tune its weights for your teacher.
+The arguments are student_logits (N, C), teacher_logits (N, C) and target (N,), class indices. Each loss except dist
+returns a value for each row, (N,). Add the loss to the cross-entropy, and tune its weights for your teacher.
 """
 
 import torch
@@ -25,7 +25,8 @@ def dkd(
 ) -> Tensor:
     """Return decoupled KD, arXiv 2203.08679: alpha KL(b^T || b^S) + beta KL(p^T || p^S), times temperature squared.
 
-    b: the target's probability and the sum of the others; p: the distribution over the other classes.
+    b has two probabilities: that of the target, and the sum of the others. p is the distribution over the other
+    classes.
     """
     student, teacher = (x / temperature for x in (student_logits, teacher_logits))
     others = torch.ones_like(student, dtype=torch.bool).scatter(1, target.unsqueeze(1), False)
@@ -49,7 +50,7 @@ def standardised_kd(
 def wttm(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
     """Return weighted transformed teacher matching (arXiv 2402.11148), sum_i T_i^(1/tau) KL(T^(1/tau) || S).
 
-    Only the teacher has the temperature tau. The power sum of the teacher's probabilities is the weight of a row.
+    Only the teacher has the temperature tau. The weight of a row is the sum of T_i^(1/tau).
     """
     power_sum = (teacher_logits.log_softmax(1) / temperature).exp().sum(1)
     return power_sum * kl((teacher_logits / temperature).log_softmax(1), student_logits.log_softmax(1))
@@ -83,7 +84,8 @@ def tf_kd(
 ) -> Tensor:
     """Return teacher-free KD by regularisation (arXiv 1909.11723): the teacher is uniform except at the target.
 
-    weight * temperature^2 * KL(p^d || S), both at the temperature; correct: p^d of the target. Ignores teacher_logits.
+    The loss is weight * temperature^2 * KL(p^d || S), with p^d and S at the temperature. ``correct`` is p^d of the
+    target. The loss ignores teacher_logits.
     """
     classes = student_logits.shape[1]
     p_d = torch.full_like(student_logits, (1 - correct) / (classes - 1)).scatter(1, target.unsqueeze(1), correct)

@@ -1,11 +1,11 @@
 """Write one page that compares runs of train.py: a conclusion, sizes, curves, calibration, soft labels, mistakes.
 
-    python examples/report.py runs/*                     # writes runs/report.html, a file that needs no other
+    python examples/report.py runs/*                     # writes runs/report.html, one file
 
-The command reads args.json, metrics.csv and student/ of each run. If they exist, it also reads reference.npz (for
-calibration, mistakes and sample images), the reference.npz of the teacher's run (for the teacher's answers),
-confusion.png, last.pt (for the paired comparison), and student/benchmark.json of deploy.benchmark. A section without
-its file names the missing file.
+The command reads args.json, metrics.csv and student/ of each run. It also reads these files, if they exist:
+reference.npz (for calibration, mistakes and sample images), the reference.npz of the teacher's run (for the teacher's
+answers), confusion.png, last.pt (for the paired comparison), and student/benchmark.json of deploy.benchmark. A section
+prints the name of a missing file.
 """
 
 import argparse
@@ -90,13 +90,13 @@ class Run(NamedTuple):
 
     @property
     def images(self) -> tuple[Any, ...]:
-        """The identity of the validation images; two runs with an equal one can be compared image by image."""
+        """Return the identity of the validation images: runs with an equal identity are compared image by image."""
         assert self.answers is not None
         return self.flags.get("data"), self.split, *self.labels, self.answers[0].tobytes()
 
     @property
     def right(self) -> np.ndarray:
-        """Whether the student of the best epoch is right, for each validation image."""
+        """Return 1 for each validation image that the student of the best epoch classifies correctly, else 0."""
         assert self.answers is not None
         return np.asarray(self.answers[0] == self.answers[1], float)
 
@@ -127,7 +127,7 @@ def read_answers(folder: Path) -> np.ndarray | None:
     """Return labels and predictions (2, N) of the best epoch from last.pt; None if the file has none."""
     try:
         answers = torch.load(folder / "last.pt", weights_only=True, mmap=True)["progress"]["answers"].numpy()
-    except Exception:  # torch and pickle have a dozen for a damaged file
+    except Exception:  # torch and pickle raise many exceptions for a damaged file
         return None
     return answers if answers.ndim == 2 and len(answers) == 2 and answers.size else None
 
@@ -140,7 +140,7 @@ def size_of(run: Run) -> tuple[float, float] | None:
             tensors = [(name, weights.get_slice(name)) for name in weights.keys()]  # noqa: SIM118 - not a dict
             floats = [x for name, x in tensors if "F" in x.get_dtype() and ".running_" not in name]
             return sum(int(np.prod(x.get_shape())) for x in floats) / 1e6, file.stat().st_size / 1e6
-    except Exception:  # safetensors has its own, which is not an OSError
+    except Exception:  # safetensors has its own exception, which is not an OSError
         return None
 
 
@@ -237,7 +237,7 @@ def samples(run: Run) -> str:
     teacher, remarks = teachers_logits(run)
     if run.flags.get("self_kd"):
         remarks += (
-            "Z is ranked here by the student alone; in training also by the weak head, which is not stored. "
+            "The student alone ranks Z here. In training the weak head also ranks it, but no file stores that head. "
             "The mean in P_t is over the reference images here, and over a batch in training. "
         )
     rows, heads = (
@@ -276,8 +276,8 @@ def mistakes(run: Run) -> str:
             f"<figure>{picture(encoded(images[index], 'JPEG'), caption, 'photo', 'jpeg')}"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
-    count = f"{len(wrong)} of the {len(labels)} validation images of {NAME} are answered wrongly"
-    about = f"{count}; {len(shown)} are shown as the network gets them, the most certain answers first."
+    count = f"The student is wrong on {len(wrong)} of the {len(labels)} validation images of {NAME}"
+    about = f"{count}. {len(shown)} are shown as the network gets them, the most certain answers first."
     return f'{title}{remark(about)}<div class="grid photos">{"".join(cells)}</div>'
 
 
@@ -310,7 +310,7 @@ def comparable(runs: list[Run]) -> list[Run]:
 
 
 def conclusion(runs: list[Run]) -> tuple[str, str]:
-    """Return the first line of the page, which says which run is better, and a remark about its figures."""
+    """Return the first line of the page, with the better run, and a remark about the figures."""
     group = comparable(runs)
     compared = {run.name for run in group}
     without = [run.name for run in runs if run.answers is None]
@@ -336,7 +336,7 @@ def conclusion(runs: list[Run]) -> tuple[str, str]:
 
 
 def speed(best: Run, second: Run) -> str:
-    """Return the end of the conclusion: which of two runs is faster, or "" if no file of both was timed alike."""
+    """Return the end of the conclusion, with the faster of two runs; "" if no file of both was timed alike."""
     file = shared_file([best, second])
     if file is None:
         return ""
@@ -420,9 +420,9 @@ def curves(runs: list[Run]) -> list[str]:
 
 RELIABILITY = (
     f"Each dot is a bin of images of {NAME}, and its size is their share. On the line, 80 % of the answers with a "
-    "confidence of 80 % are right; below the line, the student is too sure. Error: the mean distance from the line "
-    f"({BINS} bins). The temperature divides the logits and changes no answer. It was fitted on validation images, so "
-    "its error is a little smaller here than on new images."
+    "confidence of 80 % are right. Below the line the student is too confident. The error is the mean distance from "
+    f"the line ({BINS} bins). The temperature divides the logits and changes no answer. It was fitted on validation "
+    "images, so the error is a little smaller here than on new images."
 )
 
 
@@ -431,7 +431,7 @@ def reliability(runs: list[Run]) -> list[str]:
     runs = [run for run in runs if run.reference is not None]
     if not runs:
         return []
-    body = ["<h2>Reliability: is a student as often right as it is sure?</h2>"]
+    body = ["<h2>Reliability: is a confident answer right?</h2>"]
     body.append(remark(RELIABILITY))
     body.append('<div class="grid panels">')
     for run in runs:
@@ -468,12 +468,12 @@ def latencies(runs: list[Run]) -> list[str]:
 
 
 SOFT_LABELS = (
-    "Cross-entropy teaches that the true class has the probability 1 and every other class 0. A soft label also tells "
-    "the student how alike the other classes are: a 7 looks a little like a 1 and not at all like an 8. NKD takes the "
-    "soft label from a teacher: T_t, the teacher's probability of the true class, is the weight of that class, and "
-    "N(T), the teacher's other probabilities scaled to a sum of 1, is the target for the other classes. USKD has no "
-    "teacher: P_t comes from the student's own probability of the true class, and N(Z) from the order of its other "
-    'classes. The number after "weight" multiplies the part of the loss about the other classes.'
+    "With cross-entropy the target of the true class is 1, and the target of every other class is 0. A soft label also "
+    "has a value for each other class: a 7 looks a little like a 1 and not at all like an 8. NKD takes the soft label "
+    "from a teacher. T_t, the teacher's probability of the true class, is the weight of that class. N(T), the "
+    "teacher's other probabilities scaled to a sum of 1, is the target for the other classes. USKD has no teacher. P_t "
+    "comes from the student's own probability of the true class, and N(Z) from the order of its other classes. The "
+    'number after "weight" multiplies the part of the loss about the other classes.'
 )
 
 
@@ -489,7 +489,7 @@ def page(runs: list[Run]) -> str:
     distilled = [run for run in runs if run.flags.get("kd") == "nkd" or run.flags.get("self_kd")]
     if distilled:
         body += [
-            "<h2>Soft labels: the targets besides the true class</h2>",
+            "<h2>Soft labels: targets for the other classes</h2>",
             remark(SOFT_LABELS),
             *map(samples, distilled),
         ]

@@ -1,9 +1,10 @@
 #!/bin/bash
-# Train on several nodes, in as many jobs as the time limit requires:
+# Train on several nodes. Before its time limit the job saves the run and requeues itself, then resumes the run:
 #
 #     sbatch examples/slurm.sh --data /imagenet --model resnet50 --self-kd uskd
 #
-# Start it in the repository, on a disk that all nodes share, with torchrun in PATH. The run is in runs/slurm-JOB.
+# Start the script in the repository, on a disk that all nodes share, with torchrun in PATH. The run is in
+# runs/slurm-JOB.
 #SBATCH --job-name=kdlite
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,19 +15,19 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
-# B: only the batch shell gets the signal, and sends it to the ranks of its node; these stop the others. Without B: the
-# tasks of the job step get it, which under proctrack/cgroup are torchrun and not the ranks that it started.
+# With "B:" only the batch shell gets the signal. It sends the signal to the ranks of its node, which stop the other
+# ranks. Without "B:" torchrun may get the signal, and not the ranks that it started (under proctrack/cgroup).
 set -uo pipefail
 
 output=runs/slurm-$SLURM_JOB_ID # a requeued job keeps its number
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 launcher=$(mktemp)
 signalled=
-# shellcheck disable=SC2064  # expand it now
+# shellcheck disable=SC2064  # expand $launcher now
 trap "rm -f '$launcher'" EXIT
 trap 'trap "" USR1; signalled=1; pkill -USR1 -P "$(cat "$launcher")"' USR1
 
-# The signal would end torchrun, so it is ignored, also after exec; train.py still catches it.
+# The signal would end torchrun, so the shell ignores it, and torchrun inherits this after exec. train.py catches it.
 # shellcheck disable=SC2016  # the tasks expand it
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     trap "" USR1

@@ -4,8 +4,8 @@
     python train.py --kd nkd --teacher-labels labels/ --data photos/ --model mobilenet_v2
 
 The ONNX file comes from deploy/, or has a FILE.onnx.json next to it (deploy/README.md). It must have the classes of the
-data in the same order, and the image size of the student. The flags after --top-k are train.py's. from_answers converts
-the answers of a language model's server.
+data in the same order, and the image size of the student. All flags except --views and --top-k are train.py's.
+from_answers converts the answers of a language model's server.
 """
 
 import argparse
@@ -31,10 +31,10 @@ def from_answers(answers: list[dict[int, float]], labels: list[int], k: int) -> 
     """Return the arguments of nkd_topk_loss from a server's answers: log T_t (N,), log T_i (N, k), indices (N, k).
 
     Args:
-        answers: token -> log-probability for each prediction, with that of the label; for vLLM's prompt_logprobs
-            {token: x.logprob for token, x in position.items()} of each position except the first, which is None
+        answers: for each prediction a dict of log-probabilities by token, which must contain the label; from vLLM's
+            prompt_logprobs: {token: x.logprob for token, x in position.items()} for each position except the first
         labels: the next tokens; -100 for positions that training ignores
-        k: number of tokens to store, without the label
+        k: number of tokens to store, not counting the label
     """
     log_t = torch.tensor([a[t] if t >= 0 else 0.0 for a, t in zip(answers, labels, strict=True)])
     others = [sorted(((p, i) for i, p in a.items() if i != t), reverse=True)[:k] for a, t in zip(answers, labels)]
@@ -58,7 +58,7 @@ def write(file: Path, folder: Path, views: int, k: int, flags: list[str]) -> Non
     """Store the answers about all views of the training images. flags: the flags of train.py."""
     teacher = load(file)
     args, _, data = open_run(train.FLAGS, train.parse_flags(flags))
-    _, _, config = train.build_student(args, data)  # the student's weights may decide size and preprocessing
+    _, _, config = train.build_student(args, data)  # size and preprocessing may depend on the student's weights
     k, size, ours = min(k, len(data.label_names) - 1), teacher.metadata.input_size, config.input_size
     if teacher.metadata.label_names != data.label_names:
         raise UserError(f"the classes of {file} are not those of --data, or have another order")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Check that two hosts without a shared disk train the same weights as one host with two processes: in a new run, and in
-# a resumed run whose checkpoint is on the first host alone.
+# Check that two hosts without a shared disk train the same weights as one host with two processes. Check a new run, and
+# a resumed run with its checkpoint on the first host alone.
 #
-#     sudo examples/two_hosts.sh        exit status 0: bitwise equal; 1: different; 77: not allowed to make the hosts
+#     sudo examples/two_hosts.sh        exit status 0: equal to the bit; 1: different; 77: no right to make the hosts
 #
-# The hosts are network namespaces of this machine, joined by a veth pair; a mount gives each its own disk.
+# The hosts are network namespaces of this machine, joined by a veth pair. A mount gives each host its own disk.
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -42,8 +42,8 @@ make_hosts() {
     done
 }
 
-# on_host 0|1 FLAGS...: one process of two; $work/run is the host's own disk. is_host: torchrun would find the host of the
-# rendezvous by its name, but both namespaces have the name of this machine.
+# on_host 0|1 FLAGS...: run one process of two; $work/run is the host's own disk. It needs is_host, because torchrun
+# would find the host of the rendezvous by its name, but both namespaces have the name of this machine.
 on_host() {
     # shellcheck disable=SC2016  # the inner shell expands them
     GLOO_SOCKET_IFNAME=eth0 exec ip netns exec "${hosts[$1]}" bash -c 'mount --bind "$0" "$1" && exec "${@:2}"' \

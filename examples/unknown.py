@@ -2,11 +2,11 @@
 
     python examples/unknown.py --draws 5 --output build/unknown        # about 2 minutes on a free core
 
-Each draw leaves two other classes out, splits the rest by 3 : 1 : 1 into training, validation and test images, and runs
-train.py, which fits temperature and threshold. A score orders the images; 95 % of the validation images reach its
-threshold. The table has mean and standard deviation over the draws of: AUROC (50 % for a score that does not separate
+Each draw leaves out its own two classes, splits the rest by 3 : 1 : 1 into training, validation and test images, and
+runs train.py, which fits a temperature. A score orders the images. 95 % of the validation images reach its threshold.
+The table has mean and standard deviation over the draws of four measures: AUROC (50 % if the score does not separate
 known from unknown images), the share of unknown images below the threshold (refused), the share of known test images
-that reach it (answered), and the share of these that are right.
+that reach it (answered), and the share of right answers among these.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def answers(student: Runtime, images: list[Image.Image]) -> np.ndarray:
 
 
 def scores_of(logits: np.ndarray, temperature: float | None) -> dict[str, np.ndarray]:
-    """Return the certainty of each image by each score."""
+    """Return each score's values of all images."""
     largest = logits.max(1)
     return {
         "largest probability, temperature 1": softmax(logits).max(1),

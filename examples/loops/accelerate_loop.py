@@ -34,7 +34,7 @@ def cnn() -> nn.Module:
 
 if __name__ == "__main__":
     set_seed(0)
-    # with one seed for the order, the processes divide the batches of one process
+    # one seed gives all processes the same order, and they divide each batch
     loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, dataloader_config=loading)
     student = WithWeakHead(cnn(), example_input=images[:2])  # before prepare, which makes the model parallel

@@ -46,14 +46,14 @@ class Network(nn.Module):
 if __name__ == "__main__":
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    else:  # without torchrun
+    else:  # one process, without torchrun
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     rank, world = dist.get_rank(), dist.get_world_size()
     output = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/fsdp2")
 
     torch.manual_seed(0)
-    student = WithWeakHead(Network(), example_input=images[:2])  # first add the head,
-    for block in student.model.blocks:  # then shard the blocks, then the whole
+    student = WithWeakHead(Network(), example_input=images[:2])  # first add the head
+    for block in student.model.blocks:  # then shard each block, then the whole student
         fully_shard(block, mesh=dist.init_device_mesh("cpu", (world,)))
     fully_shard(student, mesh=dist.init_device_mesh("cpu", (world,)))
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)

@@ -1,4 +1,4 @@
-"""Train a ViT with NKD and with USKD in Hugging Face's Trainer; accepts the Trainer's flags.
+"""Train a ViT with NKD and with USKD in Hugging Face's Trainer. The flags are the Trainer's.
 
 python examples/loops/hf_trainer.py --output_dir OUTPUT
 torchrun --nproc-per-node 2 examples/loops/hf_trainer.py --output_dir OUTPUT --per_device_train_batch_size 32
@@ -18,7 +18,7 @@ from kdlite import WithWeakHead, nkd_loss, uskd_loss
 
 class NKDTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]  # read first: the Trainer's own loss may remove the labels
+        labels = inputs["labels"]  # read now, because the Trainer's own loss may remove them
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             with torch.no_grad():
@@ -36,7 +36,7 @@ class USKDTrainer(Trainer):  # the model is WithWeakHead(...)
         logits, weak_logits = model(**inputs)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         loss = loss + uskd_loss(logits, weak_logits, labels, reduction="sum", group=dist.group.WORLD)
-        # num_items_in_batch counts the targets of all passes and processes, whose gradients DDP averages
+        # num_items_in_batch counts the targets of all passes and processes; DDP averages over the processes
         return loss * self.accelerator.num_processes / num_items_in_batch
 
 

@@ -33,7 +33,7 @@ def cross_entropy(tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def from_logits(tokens: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss from logits, with the classes in dimension 1 and without the padding classes."""
+    """Return the loss from logits. The classes are in dimension 1, without the teacher's padding classes."""
     with torch.no_grad():
         teacher_logits = teacher(tokens).logits[:, :-1, :VOCABULARY].transpose(1, 2)
     logits = student(tokens).logits[:, :-1].transpose(1, 2)  # (N, V, L - 1)
@@ -50,7 +50,7 @@ def from_hidden(tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def from_top_k(tokens: Tensor, labels: Tensor, k: int = 20) -> Tensor:
-    """Return the loss from a server's answers: log-probabilities of the text's tokens, and of the k best tokens."""
+    """Return the loss from a server's log-probabilities of the text's tokens and of the k most probable tokens."""
     with torch.no_grad():
         logprobs = teacher(tokens).logits[:, :-1, :VOCABULARY].log_softmax(-1)
         own, (served, index) = logprobs.gather(2, tokens[:, 1:, None]).squeeze(2), logprobs.topk(k)

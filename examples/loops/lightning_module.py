@@ -40,7 +40,7 @@ class Classifier(L.LightningModule):
         super().__init__()
         self.save_hyperparameters("width", "distil")
         self.student = WithWeakHead(cnn(width), example_input=images[:2]) if distil else cnn(width)
-        self.teacher = (Teacher(teacher),) if teacher is not None else ()  # in a tuple it is not a submodule
+        self.teacher = (Teacher(teacher),) if teacher is not None else ()  # a tuple, so that it is not a submodule
 
     def training_step(self, batch, _):
         x, y = batch
@@ -65,7 +65,7 @@ class Classifier(L.LightningModule):
 
 
 def fit(model: Classifier, output: str, devices: int, batch_size: int = 64) -> ModelCheckpoint:
-    name = str(model.hparams.width)  # a second run replaces the file of the first
+    name = str(model.hparams.width)  # name of the file, which a second run replaces
     best = ModelCheckpoint(output, name, "accuracy", mode="max", enable_version_counter=False)
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
     place = dict(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto")

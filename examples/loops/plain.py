@@ -1,4 +1,4 @@
-"""Show the lines to add to your own training loop. Runs on the embedded digits, under a minute on a laptop.
+"""Show the lines to add to your own training loop, on scikit-learn's digits, in under a minute on a laptop.
 
 python examples/loops/plain.py
 """
@@ -18,7 +18,7 @@ train, val = order[:1400], order[1400:]
 
 
 def cnn(width: int) -> nn.Module:
-    torch.manual_seed(0)  # every student starts from the same weights
+    torch.manual_seed(0)  # all students start from the same weights
     model = nn.Sequential()
     model.layer1 = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
     model.layer2 = nn.Sequential(

@@ -1,4 +1,4 @@
-"""Train a segmentation model of torchvision with NKD or USKD at every pixel that is not marked 255.
+"""Train a segmentation model of torchvision with NKD or USKD at every pixel, except pixels of class 255.
 
 python examples/loops/segmentation.py
 """
@@ -17,7 +17,7 @@ labels = torch.tensor(load_digits().target)
 
 
 def scene(i: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images (N, 3, 64, 64) of digits, and the class of each pixel (N, 64, 64); faint ink has 255 (ignored)."""
+    """Return images (N, 3, 64, 64) of digits, and the class of each pixel (N, 64, 64): 255 (ignored) for faint ink."""
     ink = F.interpolate(digits[i], size=64, mode="bilinear")
     mask = torch.where(ink[:, 0] > 0.5, labels[i].view(-1, 1, 1) + 1, 0)
     return ink.repeat(1, 3, 1, 1), mask.where((ink[:, 0] > 0.5) | (ink[:, 0] < 0.2), 255)

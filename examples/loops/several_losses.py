@@ -39,7 +39,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 class Student(nn.Module):
-    """Hold all trained parts: the student, its weak head, and a layer from its feature to the teacher's feature."""
+    """Hold the trained parts: student, weak head, and a layer that maps its feature to the size of the teacher's."""
 
     def __init__(self, model: nn.Module, channels: int, teacher_channels: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def losses_of(student: nn.Module, teachers, x: Tensor, y: Tensor) -> dict[str, T
     return {
         "ce": F.cross_entropy(logits, y),
         "nkd": 0.5 * nkd_loss(logits, first_logits, y) + 0.5 * nkd_loss(logits, second(x), y),
-        # NKD has a target term already: add the other two terms of USKD
+        # NKD has a target term already, so add only the other two terms of USKD
         "uskd": uskd_loss(logits, weak_logits, y, alpha=0.0),
         "hint": 0.1 * F.mse_loss(hint, feature),
     }

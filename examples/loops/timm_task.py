@@ -1,7 +1,7 @@
-"""Define NKD and USKD as tasks of timm. In a copy of timm's train.py use one of these lines
+"""Define NKD and USKD as tasks of timm. In a copy of timm's train.py use one of these lines:
 
     task = NKDTask(student_model=model, teacher_model=args.kd_model_name, criterion=train_loss_fn, device=device)
-    task = USKDTask(WithWeakHead(model), train_loss_fn, device=device)  # example_input= for other sizes
+    task = USKDTask(WithWeakHead(model), train_loss_fn, device=device)  # give example_input= for other sizes
 python examples/loops/timm_task.py [OUTPUT]
 """
 
@@ -39,7 +39,7 @@ class USKDTask(ClassificationTask):  # trains WithWeakHead(...); evaluates and s
         student = unwrap_model(model := super().get_eval_model(module, ema))
         return student.model if isinstance(student, WithWeakHead) else model
 
-    def get_task_state(self, module=None, ema=False):  # adds the head, for a resume
+    def get_task_state(self, module=None, ema=False):  # stores the head, for a resume
         return {"head": unwrap_model(module or self.get_trainable_module(ema)).head.state_dict()}
 
     def load_task_state(self, state, strict=True, module=None, ema=False):
@@ -68,7 +68,7 @@ def fit(task, output, epochs=2):  # in the order of timm's train.py
             task.update_ema()
         student = task.get_eval_model(ema=True).eval()
         accuracy = (student(images[1400:]).argmax(1) == labels[1400:]).float().mean().item()
-        saver.save_checkpoint(epoch, accuracy)  # last.pth.tar holds the plain student and resumes the task
+        saver.save_checkpoint(epoch, accuracy)  # last.pth.tar has the plain student, and the head for a resume
     print(f"{type(task).__name__:<18} {accuracy:.1%}")
 
 

@@ -1,4 +1,4 @@
-"""Ultralytics: NKD and USKD in the trainer of its classifiers, on one device; its checkpoints and its resume stay.
+"""Train a classifier of Ultralytics with NKD and with USKD in its own trainer, on one device, with its checkpoints.
 
 python examples/loops/ultralytics_trainer.py [OUTPUT]
 """
@@ -34,7 +34,7 @@ class KDLoss(v8ClassificationLoss):
 
 
 class NKDTrainer(ClassificationTrainer):
-    teacher: Teacher  # set it before the trainer is made
+    teacher: Teacher  # set it before you make the trainer
 
     def get_model(self, *args, **kwargs):
         model = super().get_model(*args, **kwargs)
@@ -59,14 +59,14 @@ class USKDTrainer(ClassificationTrainer):
         return model
 
     def preprocess_batch(self, batch):
-        if self.tap is None:  # after the copy that the checkpoints hold, because a hook cannot be loaded
+        if self.tap is None:  # after the trainer has made its EMA copy: a checkpoint with a hook cannot be loaded
             self.tap = FeatureTap(self.model, f"model.{self.layer}")
         return {**super().preprocess_batch(batch), "tap": self.tap}
 
     def final_eval(self):
         for file in filter(Path.exists, (self.last, self.best)):
             checkpoint = torch.load(file, weights_only=False)  # written by this run
-            del checkpoint["ema"].weak_head  # leaves the plain student
+            del checkpoint["ema"].weak_head  # the plain student remains
             torch.save(checkpoint, file)
         super().final_eval()
 

@@ -1,4 +1,4 @@
-"""Run train.py with a loss replaced by a part of it, or by the formula of the official code, for the ablations.
+"""Run train.py with a part of a loss, or with the formula of the official code, for the ablations.
 
 python examples/paper/ablation.py nkd_without_target --kd nkd --teacher ...    # any flags of train.py
 """
@@ -20,7 +20,7 @@ from kdlite.terms import centred, cross_entropy, log_normalized
 def nkd_without_target(
     student: Tensor, teacher: Tensor, target: Tensor, *, gamma: float, temperature: float, reduction: str
 ) -> Tensor:
-    """Return NKD's non-target term of each row: eq. 7 of the paper without the first term."""
+    """Return NKD's non-target term of each row, which is eq. 7 of the paper without the first term."""
     assert reduction == "none"
     student, teacher = (centred(logits) / temperature for logits in (student, teacher.detach()))
     n_t = log_normalized(teacher, target).exp()
@@ -30,7 +30,7 @@ def nkd_without_target(
 def uskd_ranked_by_log(
     logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float, beta: float, mu: float, **means: Any
 ) -> Tensor:
-    """Return USKD of each row as in the official code since July 2023, which ranks by log S instead of S.
+    """Return USKD of each row, ranked by log S instead of S, as in the official code since July 2023.
 
     means: the arguments reduction and group of uskd_loss
     """

@@ -5,7 +5,7 @@
 RUN is a run directory of train.py with a last.pt. If the run used your code (--model FILE.py:BUILD), repeat the flag.
 
 The command prints a line for each network, for the training and for the validation images, without crop and flip.
-Stored labels belong to the first view, with its crop and flip. The student has the trained weights, not their average
+Stored labels belong to the first view, with its crop and flip. The student has its last weights, not their average
 (--ema-decay).
 
     top-1       accuracy, %
@@ -13,8 +13,8 @@ Stored labels belong to the first view, with its crop and flip. The student has 
     spread      standard deviation of the square of that probability (USKD's P_t varies by the square)
     entropy     entropy of the renormalised other classes, in nats; then that of a uniform answer, the maximum
 
-For USKD it also prints the share of the first five ranks of R (which decide Zipf's weights) that equal the ranks by the
-student's answer alone.
+For USKD it also prints a share of the first five ranks of R, which have the largest Zipf weights: the ranks that equal
+those by the student's answer alone.
 """
 
 import argparse
@@ -88,10 +88,10 @@ def collect_logits(
 
 
 def stored_logprobs(stored: StoredLabels, target: Tensor, classes: int) -> Tensor:
-    """Return the log-probabilities (N, C) of the first view of each training image.
+    """Return the teacher's log-probabilities (N, C) of the first view of each training image.
 
     Raises:
-        UserError: the labels have only some of the classes, so the entropy is unknown
+        UserError: the labels have only a part of the classes, so the entropy is unknown
     """
     if stored.k < classes - 1:
         needed = f"write labels with --top-k {classes - 1}"
@@ -101,7 +101,7 @@ def stored_logprobs(stored: StoredLabels, target: Tensor, classes: int) -> Tenso
 
 
 def report(folder: Path, flags: list[str]) -> Iterator[str]:
-    """Yield the lines of a run. flags: the flags of train.py with the paths of code."""
+    """Yield the lines of a run. flags: the flags of train.py that name your code."""
     args, _, data = open_run(train.FLAGS, train.parse_flags(["--output", str(folder), "--resume", *flags]))
     resumed = load_checkpoint(folder)
     if resumed is None:

@@ -1,4 +1,4 @@
-"""Build the networks for 32x32 images in the literature on CIFAR-100 distillation that torchvision and timm lack.
+"""Build networks for 32x32 images from the literature on CIFAR-100 distillation, which torchvision and timm lack.
 
     python train.py --data cifar100 --model examples/paper/cifar_models.py:resnet8x4 ...
 
@@ -32,7 +32,7 @@ def classifier(num_classes: int, channels: int, **layers: nn.Module) -> nn.Seque
 def stage(
     block: Callable[[int, int, int], nn.Module], channels_in: int, channels: int, blocks: int, stride: int = 2
 ) -> nn.Sequential:
-    """Return a stage of blocks, made by block(channels_in, channels, stride); the first changes channels and size."""
+    """Return a stage of blocks, made by block(channels_in, channels, stride). The first changes channels and size."""
     first = block(channels_in, channels, stride)
     return nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1)))
 
@@ -115,7 +115,7 @@ vgg8, vgg13 = (partial(vgg, convolutions=n) for n in (1, 2))
 
 
 class InvertedResidual(nn.Module):
-    """Apply MobileNetV2's block with plain ReLU, and with the first 1x1 convolution also if the expansion is 1."""
+    """Apply MobileNetV2's block with plain ReLU. It has the first 1x1 convolution even if the expansion is 1."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fine-tune with fastai's defaults, and print the top-1 on the test images. fine_tuning.py runs it.
+"""Fine-tune with fastai's defaults, and print the top-1 on the test images. fine_tuning.py runs this file.
 
 python examples/paper/fastai_fine_tune.py FOLDER/data WEIGHTS SIZE EPOCHS SEED
 """
@@ -25,7 +25,7 @@ MODEL = "tf_efficientnet_lite0"
 
 
 def create_with_weights(create, weights: str, name: str, pretrained: bool = False, **options):
-    """Create a model of timm with the weights in a file, in place of a download."""
+    """Create a model of timm with the weights in a file instead of a download."""
     model = create(name, pretrained=False, **options)
     values = {key: value for key, value in load_file(weights).items() if key in model.state_dict()}
     model.load_state_dict(values, strict=False)

@@ -3,9 +3,9 @@
     python examples/paper/fine_tuning.py SOURCE --fastai PYTHON --timm TRAIN.PY      # 3 folders, 3 draws
 
 SOURCE is the unpacked Tiny-ImageNet. A draw of a folder has its own classes, its own training images, 5 validation
-images a class, and 2,000 test images (1,475 with 5 classes), used only for the result. Every row starts from the same
-ImageNet weights (tf_efficientnet_lite0) at 96 px on one thread. The epochs of a row were chosen so that it takes about
-as many CPU seconds as train.py's defaults. PYTHON is an interpreter with fastai, TRAIN.PY is timm's script.
+images a class, and 2,000 test images (1,475 with 5 classes). Only the result uses the test images. Every row starts
+from the same ImageNet weights (tf_efficientnet_lite0) at 96 px on one thread. We chose the epochs of a row so that it
+takes about as many CPU seconds as train.py's defaults. PYTHON is an interpreter with fastai, TRAIN.PY is timm's script.
 The command appends a row for each run to results/fine_tuning.csv, skips finished runs, and prints the table.
 """
 
@@ -42,18 +42,18 @@ from kdlite.training.weights import find_classifiers  # noqa: E402
 RUNS, RESULTS = Path("runs/fine_tuning"), HERE / "results" / "fine_tuning.csv"
 FOLDERS = {"10x50": (10, 50), "20x25": (20, 25), "5x200": (5, 200)}  # classes, training images a class
 SIZE = 96
-EPOCHS = {  # for 500 and for 1,000 training images
+EPOCHS = {  # with 500 training images, with 1,000
     "kdlite": (8, 4),
     "fastai": (7, 3),
     "timm": (8, 4),
     "timm, AdamW": (8, 4),
 }
-# Usual flags of timm's script for fine-tuning; its defaults are for 300 epochs of ImageNet.
+# Usual flags for fine-tuning, because the defaults of timm's script are for 300 epochs of ImageNet.
 ADAMW = ["--opt", "adamw", "--lr", "5e-4", "--warmup-epochs", "1", "-b", "16"]
 
 
 def draw(source: Path, name: str, seed: int) -> Path:
-    """Make a folder with data/train, data/val and test, of copied images, and return it."""
+    """Copy images into a folder with data/train, data/val and test, and return the folder."""
     root = RUNS / "images" / f"{name}-{seed}"
     if root.exists():
         return root

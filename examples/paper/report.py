@@ -57,13 +57,13 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def baseline_of(method: str, table: dict[str, dict[int, dict[str, str]]]) -> str:
-    """Return the name of the cross-entropy row, of the same network if the table has several networks."""
+    """Return the name of the cross-entropy row; if the table has several networks, that of the method's network."""
     own = method.partition(" ")[0] + " " + BASELINE
     return own if own in table else BASELINE
 
 
 def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> list[float]:
-    """Return the gains in top-1 of a method over another, one for each seed; empty if their seeds differ."""
+    """Return the gains in top-1 of a method over another, one for each seed; [] if their seeds differ."""
     rows, base = table[method], table.get(base_name, {})
     if method in ("teacher", base_name) or rows.keys() != base.keys():
         return []
@@ -73,7 +73,7 @@ def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]
 def over(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
     """Return the gain's mean and deviation, and p of a paired t-test.
 
-    Both are empty if the two methods do not have the same seeds, at least two.
+    Both are "" unless the two methods have the same seeds, at least two.
     """
     values = gains(base_name, method, table)
     if len(values) < 2:
@@ -121,7 +121,7 @@ def plot_classes() -> None:
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     tables = {classes: read(name) for classes, name in SELF.items()}
     for i, method in enumerate(("label smoothing", "Tf-KD", "USKD")):
-        found = {  # shifted, so that the dots of the methods do not overlap
+        found = {  # shifted, so that the methods do not overlap
             classes * 1.03 ** (i - 1): gains(BASELINE, method, table)
             for classes, table in tables.items()
             if len(gains(BASELINE, method, table)) > 1
@@ -172,7 +172,7 @@ def plot_gains() -> None:
 
 
 def pooled(method: str) -> str:
-    """Return the mean gain of a method over the settings of POOLED, weighed by 1 / variance, with its 95 % interval."""
+    """Return a method's mean gain over the settings of POOLED, weighted by 1 / variance, with its 95 % interval."""
     tables = {name: read(name) for name in POOLED}
     found = {name: gains(BASELINE, method, table) for name, table in tables.items() if method in table}
     errors = {name: statistics.stdev(values) / len(values) ** 0.5 for name, values in found.items()}

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A command for each row of the paper's tables, and for the CRD protocol's pairs on CIFAR-100.
+# Run a command for a row of the paper's tables, or for a pair of the CRD protocol on CIFAR-100.
 #
 #   bash examples/paper/rows.sh                                     # lists rows: epochs, expected top-1, GPU hours
-#   bash examples/paper/rows.sh nkd-resnet18                        # runs one
+#   bash examples/paper/rows.sh nkd-resnet18                        # runs this row
 #   bash examples/paper/rows.sh uskd-cifar-resnet18 --epochs 1      # flags after the names go to train.py
-#   LAUNCH=echo bash examples/paper/rows.sh all                     # prints their commands
+#   LAUNCH=echo bash examples/paper/rows.sh all                     # prints all commands
 #   LAUNCH="torchrun --nproc-per-node 8" IMAGENET=/data/imagenet bash examples/paper/rows.sh uskd-resnet50
 #
-# Before its flags a row has its GMACs (the student's and a third of the teacher's, because a step is three forward
-# passes) and the authors' top-1 in %, baseline -> with the method (arXiv 2303.13005 and its official repository). We ran
-# none of them; README.md in this folder has our own measurements. The hours are arithmetic for one A100: ResNet-50 of
-# 4.1 GMACs trains at 2,470 images/s (NVIDIA's AMP example), and no row is faster than 10,000 images/s (FFCV's
-# ResNet-18). Small layers and slow loaders take longer.
+# The second value of a row is its GMACs: the student's and a third of the teacher's, because a training step costs as
+# much as three forward passes. The third value is the authors' top-1 in %, baseline -> with the method (arXiv 2303.13005
+# and its official repository). We did not run these rows. README.md in this folder has our own measurements. The hours
+# are computed for one A100, not measured: a ResNet-50 of 4.1 GMACs trains at 2,470 images/s (NVIDIA's AMP example), and
+# no row is faster than 10,000 images/s (FFCV's ResNet-18). Small layers and slow loaders take longer.
 set -euo pipefail
 LAUNCH=${LAUNCH:-python}
 IMAGENET=${IMAGENET:-/imagenet}
@@ -42,7 +42,7 @@ row() { # name epochs images GMACs top-1 flags...
 cnn() { row "$1" 100 1281167 "$2" "$3" --data "$IMAGENET" --recipe imagenet-cnn "${@:4}"; }
 vit() { row "$1" 300 1281167 "$2" "$3" --data "$IMAGENET" --recipe imagenet-vit "${@:4}"; }
 cifar() { row "$1" 200 50000 "$2" "$3" --data cifar100 --recipe cifar "${@:4}"; }
-crd() { # name model flags...: the last epoch counts; each network is so small that the loader is the limit
+crd() { # name model flags...: the last epoch counts; 0.5 GMACs, because the loader limits these small networks
 	row "$1" 240 50000 0.5 "not given" --data cifar100 --recipe crd --model "examples/paper/cifar_models.py:$2" "${@:3}"
 }
 

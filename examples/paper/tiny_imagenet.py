@@ -14,8 +14,9 @@
     python examples/paper/tiny_imagenet.py SOURCE self-50-fits  # CPU: no teacher, 50 classes, nearer to fitting
     python examples/paper/tiny_imagenet.py SOURCE full          # one GPU: all 200 classes at 64 px, four networks
 
-SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/ with the images anywhere below. Runs are stored under runs/tiny_imagenet,
-and a finished run is not repeated. README.md explains the choice of the settings. Then run examples/paper/report.py.
+SOURCE has train/nXXXXXXXX/ and val/nXXXXXXXX/, with the images in any folder below them. Runs are stored under
+runs/tiny_imagenet. The command does not repeat a finished run. README.md explains the choice of the settings. Then run
+examples/paper/report.py.
 """
 
 import argparse
@@ -47,12 +48,12 @@ class Setting(NamedTuple):
     classes: int
     size: int  # pixels
     train: int  # training images a class, the first in alphabetical order
-    held_out: int  # last unused images of a class, added to Tiny-ImageNet's own 50 validation images of it
+    held_out: int  # images of a class that no run trains on, added to its 50 validation images
     common: list[str]
     teacher: list[str]  # flags of the teacher's training; empty: no teacher, or an ImageNet teacher
     student: list[str]
     copies: int = 1  # copies of each training image in an epoch
-    views: int = 0  # views of each training image to store answers of an ImageNet teacher for; 0: without it
+    views: int = 0  # views of each training image for an ImageNet teacher's stored answers; 0: no such teacher
 
 
 class Table(NamedTuple):
@@ -256,7 +257,7 @@ def make_images(source: Path, target: Path, setting: Setting) -> None:
 
 
 def result(output: Path, command: list[str]) -> dict[str, str] | None:
-    """Return the last epoch of a run and facts of args.json; None if the run has another command or is not finished."""
+    """Return the last epoch of a run and facts of args.json; None if its command differs or it is not finished."""
     try:
         about = json.loads((output / "args.json").read_text())
         with open(output / "metrics.csv") as file:
@@ -276,7 +277,7 @@ def result(output: Path, command: list[str]) -> dict[str, str] | None:
 
 
 def write_labels(folder: Path, images: Path, setting: Setting) -> None:
-    """Store the answers of the ImageNet teacher about the images; skip files of labels that are complete."""
+    """Store the answers of the ImageNet teacher about the images; skip complete files of labels."""
     command = [sys.executable, "-m", "kdlite.training.teacher_labels", "--output", folder, "--data", images]
     command += ["--teacher", f"{TEACHER}:{fetch(TEACHER)}", "--views", setting.views, "--top-k", setting.classes - 1]
     command += ["--recipe", "cifar", "--model", f"{MODELS}:resnet8", "--img-size", setting.size, "--crop", "none"]
@@ -311,7 +312,7 @@ def main() -> None:
         "--jobs", type=int, default=1, help="runs at the same time, on CPU, with one thread each (default: 1)"
     )
     parser.add_argument("--flags", default="", help="more flags of train.py for every run, for small test runs")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the table")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for the table")
     args = parser.parse_args()
     if not (args.source / "train").is_dir():
         parser.error(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")
@@ -340,7 +341,7 @@ def main() -> None:
     for seed in range(table.first_seed, table.first_seed + (args.seeds or table.seeds)):
         for method, flags in table.runs.items():
             filled = [flag.format(teacher=teacher) for flag in flags]
-            shared = [known for known in METHODS if METHODS[known] == flags]  # shared with another table
+            shared = [known for known in METHODS if METHODS[known] == flags]  # another table may have the same run
             name = f"{table.setting}/{shared[0] if shared else method}-{seed}"
             runs[method, seed] = (name, [*common, *setting.student, *filled, *more, "--seed", str(seed)])
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -1,12 +1,12 @@
-"""Measure the gain from photographs without labels, by a teacher's answers (KD, NKD) and by pseudo-labels.
+"""Measure the gain from photographs without labels, with a teacher's answers (KD, NKD) or with pseudo-labels.
 
     python examples/paper/unlabelled.py SOURCE              # 2 folders, 5 draws, 50 runs: an hour on a core
 
 SOURCE is the unpacked Tiny-ImageNet. A draw has 10 classes of its own: 5 (or 50) labelled photographs a class, 95 (or
 400) without a label, 5 for validation and 45 for the test. The student is EfficientNet-Lite0, the teacher Lite2, both
 from ImageNet weights at 64 px. The teacher is trained on the labelled photographs alone. A pseudo-label is the
-teacher's most probable class. The rows with more photographs have equal numbers of steps. The command writes a row for
-each run into results/unlabelled.csv, and skips finished draws.
+teacher's most probable class. The rows with unlabelled photographs take equal numbers of steps. The command writes a
+row for each run into results/unlabelled.csv, and skips finished draws.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from kdlite.training.launch import store_labels, train_once
 
 RUNS, RESULTS = Path("runs/unlabelled"), HERE / "results" / "unlabelled.csv"
 FOLDERS = {"50 + 950": (5, 95), "500 + 4,000": (50, 400)}  # photographs a class: with a label, without
-EPOCHS = {"50 + 950": (20, 3), "500 + 4,000": (8, 1)}  # over the labelled photographs alone, over all
+EPOCHS = {"50 + 950": (20, 3), "500 + 4,000": (8, 1)}  # of the labelled photographs alone, of all photographs
 CLASSES, SIZE = 10, 64
 METHODS = {"KD": ["--kd", "kd", "--temperature", "1"], "NKD": ["--kd", "nkd"]}
 ROWS = ("the student alone", "the teacher", "pseudo-labels", *METHODS)
 
 
 def draw(source: Path, name: str, seed: int) -> Path:
-    """Make a folder with data/train, data/val, more, and test: copies of the images. Return it."""
+    """Copy images into a folder with data/train, data/val, more and test, and return the folder."""
     labelled, more = FOLDERS[name]
     root = RUNS / "images" / f"{labelled}-{seed}"
     if root.exists():
@@ -59,7 +59,7 @@ def test(output: Path, root: Path) -> float:
 
 
 def pseudo_label(root: Path, teacher: Path) -> Path:
-    """Return a folder of the labelled photographs, and the others in the folders of their pseudo-labels."""
+    """Return a folder with the labelled photographs, and with the others in the folders of their pseudo-labels."""
     folder = root / "pseudo"
     if not folder.exists():
         partial = root / "pseudo.partial"

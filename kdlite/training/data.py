@@ -261,7 +261,7 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
         raise UserError(f"--data {name}: {'; '.join(faults)}")
     if unlike := sorted(set(train.class_to_idx) - set(val.class_to_idx)):
         log(
-            f"{name}: train/ and val/ write {abbreviate(map(nfc, unlike))} in two Unicode forms: kdlite treats the two as the same class"
+            f"{name}: train/ and val/ write {abbreviate(map(nfc, unlike))} in two Unicode forms, which are one class here"
         )
 
 

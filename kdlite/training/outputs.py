@@ -93,9 +93,7 @@ class RunFolder:
         if resumed:
             log(f"resuming from {resumed.file}, {progress}")
             if progress.epoch >= args.epochs:
-                log(
-                    f"the run has finished its {args.epochs} epochs, so no epoch is trained; a larger --epochs continues it"
-                )
+                log(f"the run has finished its {args.epochs} epochs; a larger --epochs continues it")
         elif args.resume:
             log(f"no checkpoint in {args.output} yet: a new run starts")
         from torch.utils.tensorboard import SummaryWriter
