@@ -261,7 +261,7 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
         raise UserError(f"--data {name}: {'; '.join(faults)}")
     if unlike := sorted(set(train.class_to_idx) - set(val.class_to_idx)):
         log(
-            f"{name}: train/ and val/ write {abbreviate(map(nfc, unlike))} in two Unicode forms, which are one class here"
+            f"{name}: train/ and val/ write {abbreviate(map(nfc, unlike))} in two Unicode forms, which count as one class"
         )
 
 

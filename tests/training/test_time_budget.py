@@ -98,7 +98,7 @@ def test_a_run_with_a_time_ends_and_its_resume_trains_nothing(tmp_path, capsys):
     (epochs,) = {int(last) for last in re.findall(r"^epoch \d+/(\d+) ", printed, re.M)[-1:]}
     assert len(rows(tmp_path / "run")) == epochs
     run("--output", tmp_path / "run", "--resume", "--model", f"{MODELS}:tiny", "--device", "cpu")
-    assert "nothing is trained" in capsys.readouterr().out
+    assert "a larger --epochs continues it" in capsys.readouterr().out
     assert len(rows(tmp_path / "run")) == epochs
 
 
