@@ -260,9 +260,7 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
     if faults:
         raise UserError(f"--data {name}: {'; '.join(faults)}")
     if unlike := sorted(set(train.class_to_idx) - set(val.class_to_idx)):
-        log(
-            f"{name}: train/ and val/ write {abbreviate(map(nfc, unlike))} in two Unicode forms, which count as one class"
-        )
+        log(f"{name}: train/ and val/ write {abbreviate(map(nfc, unlike))} in two Unicode forms, which count as one")
 
 
 def find_classes_to_split(root: Path, asks: bool) -> Path:

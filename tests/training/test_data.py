@@ -248,7 +248,7 @@ def test_a_new_val_folder_replaces_the_split_and_a_message_is_printed(tmp_path, 
     sides = dict(open_data(str(tmp_path), val_split=0.25).split)
     make(tmp_path / "val", {"cat": 3, "dog": 3})
     assert len(open_data(str(tmp_path), sides=sides).val) == 6
-    assert "val/ exists now and replaces the validation images that the run had split off" in capsys.readouterr().out
+    assert "val exists now and replaces the validation images that the run had split off" in capsys.readouterr().out
 
 
 def test_a_class_may_have_the_name_train(tmp_path):
