@@ -52,26 +52,37 @@ EPOCHS = {  # with 500 training images, with 1,000
 ADAMW = ["--opt", "adamw", "--lr", "5e-4", "--warmup-epochs", "1", "-b", "16"]
 
 
-def draw(source: Path, name: str, seed: int) -> Path:
-    """Copy images into a folder with data/train, data/val and test, and return the folder."""
-    root = RUNS / "images" / f"{name}-{seed}"
+def draw_folder(source: Path, root: Path, seed: str, classes: int, parts: dict[str, slice]) -> Path:
+    """Copy images of random classes to root/PART/CLASS (to root/more if the part is "more"), and return root.
+
+    Args:
+        source: the unpacked Tiny-ImageNet
+        root: the new folder; an existing folder stays
+        seed: seed of the classes and of the order of their images
+        classes: number of classes
+        parts: part -> its images of a class, in the random order
+    """
     if root.exists():
         return root
-    classes, train = FOLDERS[name]
-    chance, partial = random.Random(f"{name} {seed}"), root.with_name(f"{root.name}.partial")
+    chance, partial = random.Random(seed), root.with_name(f"{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for label in sorted(chance.sample(sorted(path.name for path in (source / "train").iterdir()), classes)):
         files = sorted((source / "train" / label).rglob("*.JPEG"))
         chance.shuffle(files)
-        ends = {"data/train": train, "data/val": train + 5, "test": train + 5 + min(2000 // classes, 295)}
-        start = 0
-        for part, end in ends.items():
-            (partial / part / label).mkdir(parents=True)
-            for file in files[start:end]:
-                shutil.copy(file, partial / part / label / file.name)
-            start = end
+        for part, images in parts.items():
+            folder = partial / part if part == "more" else partial / part / label
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in files[images]:
+                shutil.copy(file, folder / file.name)
     partial.rename(root)
     return root
+
+
+def draw(source: Path, name: str, seed: int) -> Path:
+    classes, train = FOLDERS[name]
+    val, test = train + 5, train + 5 + min(2000 // classes, 295)
+    parts = {"data/train": slice(train), "data/val": slice(train, val), "test": slice(val, test)}
+    return draw_folder(source, RUNS / "images" / f"{name}-{seed}", f"{name} {seed}", classes, parts)
 
 
 def read_results(file: Path) -> list[dict[str, str]]:

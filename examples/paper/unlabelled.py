@@ -10,14 +10,13 @@ row for each run into results/unlabelled.csv, and skips finished draws.
 """
 
 import argparse
-import random
 import shutil
 import statistics
 import sys
 from pathlib import Path
 
 import torch
-from fine_tuning import HERE, images_of, logits_of, read_images, read_results, top1, write_results
+from fine_tuning import HERE, draw_folder, images_of, logits_of, read_images, read_results, top1, write_results
 from finetune import STUDENT, TEACHER, UserError, fetch, run_command
 
 from deploy.student import load_student
@@ -32,24 +31,15 @@ ROWS = ("the student alone", "the teacher", "pseudo-labels", *METHODS)
 
 
 def draw(source: Path, name: str, seed: int) -> Path:
-    """Copy images into a folder with data/train, data/val, more and test, and return the folder."""
+    """Make a folder with data/train, data/val, more, and test, and return it."""
     labelled, more = FOLDERS[name]
-    root = RUNS / "images" / f"{labelled}-{seed}"
-    if root.exists():
-        return root
-    chance, partial = random.Random(f"unlabelled {seed}"), root.with_name(f"{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for label in sorted(chance.sample(sorted(path.name for path in (source / "train").iterdir()), CLASSES)):
-        files = sorted((source / "train" / label).rglob("*.JPEG"))
-        chance.shuffle(files)
-        parts = {f"data/train/{label}": files[:labelled], f"data/val/{label}": files[50:55]}
-        parts |= {f"test/{label}": files[55:100], "more": files[-more:]}
-        for part, chosen in parts.items():
-            (partial / part).mkdir(parents=True, exist_ok=True)
-            for file in chosen:
-                shutil.copy(file, partial / part / file.name)
-    partial.rename(root)
-    return root
+    parts = {
+        "data/train": slice(labelled),
+        "data/val": slice(50, 55),
+        "test": slice(55, 100),
+        "more": slice(-more, None),
+    }
+    return draw_folder(source, RUNS / "images" / f"{labelled}-{seed}", f"unlabelled {seed}", CLASSES, parts)
 
 
 def test(output: Path, root: Path) -> float:

@@ -1,0 +1,171 @@
+"""Compare KD and NKD as a practitioner would use them: 500 photographs, a student and a teacher from ImageNet weights.
+
+    python examples/paper/practitioner.py SOURCE            # 15 draws of 23 runs: about 5 core hours
+
+SOURCE is the unpacked Tiny-ImageNet. A draw has 20 classes of its own: 25 training photographs a class, 5 for
+validation, 50 that choose the settings of KD and of NKD, and 200 for the test. The student is EfficientNet-Lite0 at
+64 px. Both teachers are EfficientNet-Lite2:
+
+    narrowed    the ImageNet weights, with the outputs of the 20 classes
+    fine-tuned  trained on the training photographs. Each answer is out of fold: it comes from the one of five teachers
+                that was not trained on the photograph
+
+The command writes a row for each run into results/practitioner.csv, skips finished draws, and prints the tables.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+from fine_tuning import HERE, ROOT, draw_folder, images_of, logits_of, read_results, top1, write_results
+from finetune import STUDENT, TEACHER, UserError, fetch, run_command
+
+from deploy.cli import write_whole
+from deploy.flags import read_flags
+from deploy.student import load_student
+from kdlite.training import teacher_labels
+from kdlite.training.data import hold_out, open_run
+from kdlite.training.launch import of_labels, store_labels, train_once
+
+RUNS, RESULTS = Path("runs/practitioner"), HERE / "results" / "practitioner.csv"
+CLASSES, SIZE, EPOCHS, FOLDS = 20, 64, 8, 5
+PARTS = {"data/train": slice(25), "data/val": slice(25, 30), "choose": slice(30, 80), "test": slice(80, 280)}
+ALONE = {"cross-entropy": [], "label smoothing": ["--label-smoothing", "0.1"]}
+ARMS = {
+    **{
+        f"KD T {t} weight {w}": ["--kd", "kd", "--temperature", t, "--kd-weight", w]
+        for t, w in ((1, 1), (1, 3), (4, 1))
+    },
+    **{
+        f"NKD gamma {gamma} T {t}": ["--kd", "nkd", "--gamma", gamma, "--temperature", t]
+        for gamma, t in ((0.5, 1), (1.5, 1), (1.5, 3), (3.5, 3))
+    },
+    "DIST": ["--kd", f"{ROOT}/examples/losses.py:dist"],
+}
+TEACHERS = ("narrowed", "fine-tuned")
+
+
+def join_folds(folders: list[Path], flags: list, output: Path) -> None:
+    """Write labels in which the answer about a photograph comes from the teacher that was not trained on it."""
+    typed = read_flags(teacher_labels.FLAGS, [*of_labels(flags), "--output", str(output), "--teacher", TEACHER], "", "")
+    _, _, data = open_run(teacher_labels.FLAGS, typed)
+    header = teacher_labels.read_header(folders[0])
+    output.mkdir(parents=True, exist_ok=True)
+    for part in teacher_labels.parts(header):
+        of_teacher = [np.load(folder / part.name) for folder in folders]
+        joined = of_teacher[0].copy()
+        for fold, rows in enumerate(of_teacher):
+            held = hold_out(data, fold, len(folders)).val.indices
+            joined[held] = rows[held]
+        content = io.BytesIO()
+        np.save(content, joined)
+        write_whole(output / part.name, content.getvalue() + teacher_labels.checksum(content.getvalue()))
+    header["teacher"] |= {"name": "out of fold", "digest": " ".join(map(str, folders))}
+    write_whole(output / teacher_labels.HEADER, json.dumps(header))
+
+
+def measure(output: Path, root: Path) -> dict[str, float]:
+    """Return the top-1 of a student on the photographs that choose, and on those of the test."""
+    model, config = load_student(output / "student")
+    found = {}
+    for part in ("choose", "test"):
+        images, labels = images_of(root / part, config)
+        found[part] = top1(logits_of(model, images, config.mean, config.std), labels)
+    return found
+
+
+def run_draw(source: Path, seed: int) -> dict[tuple[str, str], dict[str, float]]:
+    """Return the result of each (row, teacher)."""
+    root = draw_folder(source, RUNS / "images" / str(seed), f"practitioner {seed}", CLASSES, PARTS).resolve()
+    runs = (RUNS / str(seed)).resolve()
+    flags = ["--data", root / "data", "--img-size", SIZE, "--workers", 0, "--device", "cpu", "--reference", 0]
+    flags += ["--seed", seed, "--epochs", EPOCHS]
+    student = [*flags, "--model", STUDENT, "--pretrained", fetch(STUDENT).resolve()]
+    labelling = [*student, "--views", EPOCHS, "--top-k", CLASSES - 1]
+    found = {}
+    for row, more in ALONE.items():
+        train_once([*student, *more], runs / row)
+        found[row, ""] = measure(runs / row, root)
+
+    weights = fetch(TEACHER).resolve()
+    store_labels([*labelling, "--teacher", f"{TEACHER}:{weights}"], runs / "narrowed")
+    of_fold = [runs / f"labels-{fold}" for fold in range(FOLDS)]
+    for fold, labels in enumerate(of_fold):
+        teacher = runs / f"teacher-{fold}"
+        train_once([*flags, "--model", TEACHER, "--pretrained", weights, "--fold", fold, FOLDS], teacher)
+        store_labels([*labelling, "--teacher", teacher / "student"], labels)
+        found[f"the teacher without fold {fold}", "fine-tuned"] = measure(teacher, root)
+    join_folds(of_fold, labelling, runs / "fine-tuned")
+
+    for teacher in TEACHERS:
+        for row, more in ARMS.items():
+            output = runs / f"{teacher}-{row}"
+            train_once([*student, *more, "--teacher-labels", runs / teacher], output)
+            found[row, teacher] = measure(output, root)
+            shutil.rmtree(output)
+    return found
+
+
+def describe(differences: list[float]) -> str:
+    """Return the mean of some differences and its 95 % interval."""
+    mean, n = statistics.mean(differences), len(differences)
+    if n < 2:
+        return f"{mean:+.2f} (n = 1)"
+    half = scipy.stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
+    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+
+
+def chosen(rows: list[dict[str, str]], method: str, teachers: tuple[str, ...]) -> float:
+    """Return the test top-1 of the setting of a method that is best on the photographs that choose."""
+    arms = [row for row in rows if row["row"].startswith(method) and row["teacher"] in teachers]
+    return float(max(arms, key=lambda row: float(row["choose"]))["test"])
+
+
+def print_tables(rows: list[dict[str, str]]) -> None:
+    draws = [[row for row in rows if row["draw"] == draw] for draw in dict.fromkeys(row["draw"] for row in rows)]
+    plain = [chosen(draw, "cross-entropy", ("",)) for draw in draws]
+    print(
+        f"n = {len(draws)} draws; cross-entropy {statistics.mean(plain):.2f} %; mean differences with 95 % intervals\n"
+    )
+    print("| over cross-entropy | narrowed teacher | fine-tuned teacher |\n|---|---|---|")
+    methods = ["label smoothing", *ARMS]
+    for method in methods:
+        cells = []
+        for teacher in ("", "") if method in ALONE else TEACHERS:
+            cells.append(describe([chosen(draw, method, (teacher,)) - base for draw, base in zip(draws, plain)]))
+        print(f"| {method} | {' | '.join(cells)} |")
+    for name, teachers in [("both teachers", TEACHERS), *((teacher, (teacher,)) for teacher in TEACHERS)]:
+        best = {method: [chosen(draw, f"{method} ", teachers) for draw in draws] for method in ("KD", "NKD")}
+        print(f"\nchosen, {name}: NKD minus KD {describe([a - b for a, b in zip(best['NKD'], best['KD'])])}")
+        for method, tops in best.items():
+            print(f"chosen, {name}: {method} minus cross-entropy {describe([a - b for a, b in zip(tops, plain)])}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--draws", type=int, default=15, help="number of draws (default: 15)")
+    args = parser.parse_args()
+    if not (args.source / "train").is_dir():
+        raise UserError(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")
+    torch.set_num_threads(1)
+    rows = read_results(RESULTS)
+    for seed in range(args.draws):
+        if any(row["draw"] == str(seed) for row in rows):
+            continue
+        for (row, teacher), tops in run_draw(args.source, seed).items():
+            rows.append({"draw": str(seed), "row": row, "teacher": teacher} | {k: f"{v:.2f}" for k, v in tops.items()})
+        write_results(RESULTS, rows)
+        print(f"draw {seed} is finished", flush=True)
+    print_tables(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("practitioner.py", main))
