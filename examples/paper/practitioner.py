@@ -113,6 +113,15 @@ def run_draw(source: Path, seed: int) -> dict[tuple[str, str], dict[str, float]]
     return found
 
 
+def holm(p_values: list[float]) -> list[float]:
+    """Return p-values that are corrected for their number (Holm, 1979)."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
 def describe(differences: list[float]) -> str:
     """Return the mean of some differences and its 95 % interval."""
     mean, n = statistics.mean(differences), len(differences)
@@ -134,13 +143,12 @@ def print_tables(rows: list[dict[str, str]]) -> None:
     print(
         f"n = {len(draws)} draws; cross-entropy {statistics.mean(plain):.2f} %; mean differences with 95 % intervals\n"
     )
-    print("| over cross-entropy | narrowed teacher | fine-tuned teacher |\n|---|---|---|")
-    methods = ["label smoothing", *ARMS]
-    for method in methods:
-        cells = []
-        for teacher in ("", "") if method in ALONE else TEACHERS:
-            cells.append(describe([chosen(draw, method, (teacher,)) - base for draw, base in zip(draws, plain)]))
-        print(f"| {method} | {' | '.join(cells)} |")
+    arms = [("label smoothing", ""), *((arm, teacher) for teacher in TEACHERS for arm in ARMS)]
+    gains = [[chosen(draw, arm, (teacher,)) - base for draw, base in zip(draws, plain)] for arm, teacher in arms]
+    p_values = holm([float(scipy.stats.ttest_1samp(gain, 0).pvalue) for gain in gains])
+    print("| arm | teacher | over cross-entropy | p (Holm) |\n|---|---|---|---|")
+    for (arm, teacher), gain, p in zip(arms, gains, p_values):
+        print(f"| {arm} | {teacher} | {describe(gain)} | {p:.2g} |")
     for name, teachers in [("both teachers", TEACHERS), *((teacher, (teacher,)) for teacher in TEACHERS)]:
         best = {method: [chosen(draw, f"{method} ", teachers) for draw in draws] for method in ("KD", "NKD")}
         print(f"\nchosen, {name}: NKD minus KD {describe([a - b for a, b in zip(best['NKD'], best['KD'])])}")
