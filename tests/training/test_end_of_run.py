@@ -194,3 +194,14 @@ def test_the_progress_line_has_the_time_left_for_the_whole_run(monkeypatch, caps
     lines = re.findall(r"^epoch (\d): .*, loss [\d.]+, ([\d.]+) s left$", capsys.readouterr().err, re.M)
     assert {epoch for epoch, _ in lines} == {"1", "2"}
     assert float(lines[-1][1]) < float(lines[0][1])
+
+
+@pytest.mark.slow
+def test_label_smoothing_of_the_defaults_is_printed_and_stored(photos, capsys):  # noqa: F811
+    run(*TINY, "--data", photos, "--epochs", 1, "--output", "out")
+    printed, config = capsys.readouterr().out, json.loads(Path("out/student/config.json").read_text())
+    smoothing = json.loads(Path("out/args.json").read_text())["flags"]["label_smoothing"]
+    assert smoothing > 0  # a default for this folder: no flag sets it
+    assert f"cross-entropy with label smoothing {smoothing:g}; " in printed
+    assert config["training"]["method"] == f"cross-entropy with label smoothing {smoothing:g}"
+    assert f"label smoothing {smoothing:g}" in Path("out/student/README.md").read_text()
