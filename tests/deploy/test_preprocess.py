@@ -163,7 +163,7 @@ def test_a_training_crop_of_a_jpeg_is_close_to_torchvisions(large):
         assert np.array_equal(ours, np.asarray(theirs(open_image(jpeg(small)))))
 
 
-# ---- EXIF orientation -----------------------------------------------------------------------------------------
+# ---- EXIF orientation ---------------------------------------------------------------------------------------------
 
 
 def turned(photo, orientation, kind, **options):
@@ -305,7 +305,7 @@ def test_a_black_image_of_16_bit_colours_is_black(colour):
     assert not np.asarray(to_rgb(open_image(png(values, colour)))).any()
 
 
-# ---- transparency --------------------------------------------------------------------------------------------------
+# ---- transparency -------------------------------------------------------------------------------------------------
 
 
 def logo(hidden):
@@ -385,7 +385,7 @@ def test_a_black_image_of_16_bit_greys_is_black():
     assert not np.asarray(to_rgb(open_image(grey_file(np.zeros((8, 8), np.uint16), "PNG")))).any()
 
 
-# ---- Pillow 10 to 13 -----------------------------------------------------------------------------------------------
+# ---- Pillow 10 to 13 ----------------------------------------------------------------------------------------------
 
 SHAPES = """
 import hashlib, sys
@@ -434,7 +434,7 @@ def test_any_shape_has_the_same_bytes_with_every_pillow(version, tmp_path):
     assert digests[0] == digests[1]
 
 
-# ---- unreadable files ------------------------------------------------------------------------------------------
+# ---- unreadable files ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", [b"no image", b"", "truncated"])
