@@ -51,7 +51,7 @@ class Context:
         return self.library.fake_launch(*addresses, rows, pixels, len(LABELS), stream) == 0
 
 
-class Deserialised:
+class FakeEngine:
     def __init__(self, library):
         self.create_execution_context = lambda: Context(library)
 
@@ -59,11 +59,11 @@ class Deserialised:
 def make(library, integrated=False, fails="", max_batch=8, layout=UINT8):
     library.fake_reset(int(integrated), ctypes.c_char_p(fails.encode()))
     metadata = Metadata(LABELS, [3, 4, 6], [0.0] * 3, [1.0] * 3, "bilinear", 1.0, input=layout)
-    return tensorrt.Engine(Deserialised(library), tensorrt.Cuda(library), metadata, max_batch)
+    return tensorrt.Engine(FakeEngine(library), tensorrt.Cuda(library), metadata, max_batch)
 
 
 def calls(library):
-    """Return the names of the calls since the last reset."""
+    """Return the names of the calls since the last reset, without cudaDeviceGetAttribute."""
     names = [line.split()[0] for line in library.fake_log().decode().splitlines()]
     return [name for name in names if name != "cudaDeviceGetAttribute"]
 
