@@ -33,7 +33,7 @@ def test_each_file_has_a_row_for_each_batch_and_a_failed_file_has_one_row(run, c
 
 
 def test_the_json_output_equals_the_file(run, capsys):
-    """Without the weights the table has no row for torch."""
+    """Remove the weights, so that the table has no row for torch."""
     (run / "student/model.safetensors").unlink()
     flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "--count", "8", "--device", "cpu", "--json"]
     deploy(benchmark, run, "student.onnx", *flags)

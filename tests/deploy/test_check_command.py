@@ -242,7 +242,7 @@ def test_the_verdict_of_a_failed_int8_file_has_advice():
 # ---- reference.npz -------------------------------------------------------------------------------------------------
 
 
-def test_the_reference_contains_prepared_images_and_the_students_own_logits(run):
+def test_the_reference_contains_prepared_images_and_the_logits_of_the_student(run):
     student = run / "student"
     config = read_config(student)
     pieces = [PHOTO.crop((i, i, i + 60, i + 50)) for i in range(30)]

@@ -32,7 +32,7 @@ def cross_entropy(temperature, logits, labels):
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_the_fit_finds_the_temperature_of_the_labels_and_the_smallest_loss(temperature, classes):
+def test_the_fit_finds_the_true_temperature_and_the_smallest_loss(temperature, classes):
     logits, labels = drawn(temperature, 4000, classes)
     fitted = fit_temperature(logits, labels)
     assert fitted == pytest.approx(temperature, rel=0.1)

@@ -306,7 +306,7 @@ def test_the_archive_contains_the_programs_and_no_path_of_the_machine(pyz, made)
 
 
 def test_the_archive_runs_alone_and_writes_only_its_results(device, pyz, made, expected, tmp_path):
-    """Most commands run with a TMPDIR that is not writable."""
+    """Run most commands with a TMPDIR that is not writable."""
     nowhere = {"TMPDIR": "/proc"}
     for file in ("photo.jpg", NAME):
         shutil.copy(made / file, tmp_path)

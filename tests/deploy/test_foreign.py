@@ -1,4 +1,4 @@
-"""Test files of other people: they cannot name other files, describe a huge model, or print control characters."""
+"""Check that files from other people cannot name other files, describe a huge model or print control characters."""
 
 import contextlib
 import functools
@@ -99,7 +99,7 @@ def test_our_own_files_and_words_like_location_are_accepted(deployed):
 
 
 def test_any_bytes_are_read_or_refused_in_little_time():
-    """Test files that are cut off, changed or unknown. Only UserError may be raised."""
+    """Read files that are cut off, changed or unknown. Only UserError may be raised."""
     whole = EXTERNAL["twice inside"].SerializeToString()
     random = np.random.default_rng(0)
     nested = b""

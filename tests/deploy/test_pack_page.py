@@ -230,7 +230,7 @@ def test_a_picture_that_cannot_be_read_gets_an_error_with_the_reason(student):
     assert page.inner_text("#busy") == ""
 
 
-def test_the_page_takes_a_chosen_a_dropped_and_a_pasted_picture_and_describes_the_model(student, html):
+def test_a_picture_can_be_chosen_dropped_or_pasted_and_the_page_describes_the_model(student, html):
     content = encoded(photo(), "JPEG")
     page = student
     assert page.title() == "tiny_net"
@@ -328,7 +328,7 @@ def test_the_page_fits_a_phone_and_works_with_a_keyboard_and_a_screen_reader(bro
         assert page.locator("#answers progress").first.get_attribute("aria-label") == shown(page)[0][0].strip()
 
 
-def test_the_page_uses_the_temperature_threshold_and_input_type_of_the_file(browser, runtime, tmp_path):
+def test_the_page_uses_the_threshold_the_temperature_and_the_input_type_of_the_file(browser, runtime, tmp_path):
     metadata = metadata_of(input=FLOAT, temperature=2.5, threshold=0.9, mean=[0.4, 0.5, 0.6], crop=1.0)
     artefact = write_onnx(tmp_path, metadata)
     pack_file(artefact, tmp_path / "student.html", runtime)

@@ -1,4 +1,4 @@
-"""Test the tables and pictures of classes that a run writes."""
+"""Test per_class.csv, confusion.png, the worst confusions and the picture of a batch."""
 
 import csv
 import io

@@ -53,8 +53,8 @@ def by_torchvision(image, config):
 
 
 @pytest.mark.slow
-def test_images_of_a_thousand_sizes_get_torchvisions_bytes():
-    """Test both interpolations, square and oblong sizes, and odd and even margins of the centre crop."""
+def test_images_of_a_thousand_sizes_get_the_bytes_of_torchvision():
+    """Test both interpolations, square and other sizes, and odd and even margins of the centre crop."""
     random = np.random.default_rng(0)
     odd = 0
     for i in range(1000):
@@ -91,7 +91,7 @@ def test_training_evaluates_images_as_the_presets_of_torchvision_and_timm_do(pho
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
                                   "LAB", "HSV"])  # fmt: skip
-def test_every_mode_gets_torchvisions_bytes(mode):
+def test_every_mode_gets_the_bytes_of_torchvision(mode):
     photo = Image.fromarray(PHOTOS[0])
     for step in {"RGBa": ["RGBA"], "PA": ["P"]}.get(mode, []):
         photo = photo.convert(step)
@@ -106,7 +106,7 @@ def test_every_mode_gets_torchvisions_bytes(mode):
     assert np.array_equal(prepare(image, wanted), by_torchvision(image, wanted))
 
 
-def test_a_file_its_path_and_its_bytes_give_the_same_image(tmp_path):
+def test_paths_bytes_and_open_files_give_the_same_image(tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_bytes(jpeg(Image.fromarray(PHOTOS[1])))
     wanted = config(96, 96, 0.9, "bicubic")

@@ -79,7 +79,7 @@ def test_the_python_on_the_training_page_opens_a_student(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_client_on_the_servers_page_gets_an_answer(artefact):
+def test_the_client_on_the_page_of_deploy_gets_an_answer(artefact):
     (block,) = blocks("deploy/README.md")
     with server(artefact) as (_, port):
         names = {}

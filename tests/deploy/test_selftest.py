@@ -25,7 +25,7 @@ def student(tmp_path):
     return folder
 
 
-def test_the_vectors_contain_pictures_prepared_bytes_and_logits(student):
+def test_the_vectors_contain_pictures_their_prepared_bytes_and_their_logits(student):
     folder, runtime = student / "vectors", load(student / "student.onnx", RunOn("cpu"))
     index = json.loads((folder / "index.json").read_text())
     assert len(index["pictures"]) == 10

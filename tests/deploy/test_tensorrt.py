@@ -91,7 +91,7 @@ def test_the_next_batch_does_not_change_earlier_logits(library):
     np.testing.assert_array_equal(first, logits(images(2, 0)))
 
 
-def test_a_run_copies_images_launches_copies_logits_and_waits(library):
+def test_a_run_copies_the_images_then_launches_then_copies_the_logits_and_waits(library):
     engine = make(library)
     library.fake_reset(0, b"")
     engine.run(images(3))

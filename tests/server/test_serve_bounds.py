@@ -216,7 +216,7 @@ def test_large_photographs_share_a_budget_and_a_dead_decoder_is_replaced(artefac
         assert ask(port, "/predict", large)[0] == 200  # the budget is free again
         # one photograph at a time takes 64 MiB in grey and 256 MiB in colour
         assert memory_mib(process.pid) + sum(map(memory_mib, decoders(process))) < 800
-        for child in decoders(process):  # like an image that crashes Pillow
+        for child in decoders(process):  # an image that crashes Pillow ends it too
             os.kill(child, signal.SIGKILL)
         wait_until(lambda: ask(port, "/predict", middle)[0] == 200)
         assert ask(port, "/v2/health/ready")[0] == 200
