@@ -8,7 +8,7 @@ from deploy.cli import command as run_command
 
 
 def deploy(command, *flags, check=0):
-    """Run python -m deploy.COMMAND and check its exit status; None allows 0 and 1.
+    """Run a command of deploy in this process and check its exit status; check=None allows 0 and 1.
 
     Add --model-file if the student needs it.
     """

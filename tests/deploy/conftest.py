@@ -1,4 +1,4 @@
-"""Make a run directory with every kind of artefact, once for all tests."""
+"""Make, once for all tests, a run directory with every kind of artefact except an engine."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ RESNET = Path(__file__).resolve().parents[2] / "examples/paper/cifar_models.py"
 
 @pytest.fixture(scope="session")
 def deployed(tmp_path_factory):
-    """Return the run of a small ResNet with all artefacts. A test must not change it."""
+    """Return the run of a small ResNet with all artefacts. A test must not change these files."""
     run = write_run(tmp_path_factory.mktemp("deploy") / "run", f"{RESNET}:resnet8", 32, images=80)
     deploy(export, run)
     deploy(export, run, "--precision", "fp16", "--format", "onnx")

@@ -1,4 +1,4 @@
-"""Write a student with hostile labels, without torch or training."""
+"""Write, without torch, a student whose labels contain HTML and other hostile text."""
 
 import numpy as np
 import pytest
@@ -30,9 +30,9 @@ def write_onnx(folder, metadata):
         make.make_node("ReduceMean", ["x"], ["mean"], axes=[1, 2] if uint8 else [2, 3], keepdims=0),
         make.make_node("MatMul", ["mean", "weights"], ["logits"]),
     ]
-    ports = [make.make_tensor_value_info("images", kind, shape)]
+    inputs = [make.make_tensor_value_info("images", kind, shape)]
     outputs = [make.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["N", len(metadata.label_names)])]
-    graph = make.make_graph(nodes, "student", ports, outputs, [onnx.numpy_helper.from_array(weights, "weights")])
+    graph = make.make_graph(nodes, "student", inputs, outputs, [onnx.numpy_helper.from_array(weights, "weights")])
     model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8)
     onnx_tools.write(model, metadata, folder / "student.onnx")
     return folder / "student.onnx"

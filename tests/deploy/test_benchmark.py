@@ -33,7 +33,7 @@ def test_each_file_has_a_row_for_each_batch_and_a_failed_file_has_one_row(run, c
 
 
 def test_the_json_output_equals_the_file(run, capsys):
-    """Without the weights the table has no row for torch."""
+    """Remove the weights, so that the table has no row for torch."""
     (run / "student/model.safetensors").unlink()
     flags = ["--seconds", "0.1", "--rounds", "1", "--batches", "1", "--count", "8", "--device", "cpu", "--json"]
     deploy(benchmark, run, "student.onnx", *flags)
@@ -59,7 +59,7 @@ def test_the_board_power_of_a_jetson_is_read_from_tegrastats():
 
 
 def test_tegrastats_ends_with_the_measurement(tmp_path, monkeypatch):
-    """Test stop(), and close(), which runs after a failure."""
+    """Check that stop() ends the process, and so does close(), which runs after a failure."""
     (tmp_path / "tegrastats").write_text("#!/bin/sh\nwhile true; do echo VDD_IN 4543mW/4600mW; sleep 0.01; done\n")
     (tmp_path / "tegrastats").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)

@@ -1,4 +1,4 @@
-"""Test deploy.candidates: one file times networks on a device without torch, and names the best within the budget."""
+"""Test deploy.candidates: its archive measures networks on a device without torch and prints the best one."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from deploy import candidates
 from deploy.candidates import row_of, verdict
 from deploy.student import find_architecture, published_top1
 
-TINY = ["squeezenet1_1", "lcnet_035"]  # of torchvision and of timm
+TINY = ["squeezenet1_1", "lcnet_035"]  # one of torchvision, one of timm
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,10 @@ def test_the_device_prints_each_network_and_the_best_that_fits(device, pyz):
 
 
 @pytest.mark.trial
-def test_the_archive_runs_without_the_files_of_the_workstation(device, pyz, tmp_path):
+def test_the_archive_runs_alone_and_prints_one_line_for_a_mistake(device, pyz, tmp_path):
     with zipfile.ZipFile(pyz) as archive:
         names = archive.namelist()
-    assert len([name for name in names if name.endswith(".onnx")]) == 4  # a network that is named twice is packed once
+    assert len([name for name in names if name.endswith(".onnx")]) == 4  # two networks in fp32 and INT8, packed once
     assert not {"deploy/student.py", "deploy/export.py", "deploy/quantize.py"} & {*names}
     bare = (sys.executable, "-S")  # without site-packages
     assert "onnxruntime" in on(*bare, pyz, "--requirements").stdout
@@ -106,13 +106,13 @@ def test_the_best_network_that_fits_has_the_highest_published_accuracy():
         row("large", 80.0, 50, 30),
         row("middle", 75.0, 30, 20),
         row("small", 70.0, 10, 5),
-        row("timms", None, 9, 4),
+        row("unpublished", None, 9, 4),
     ]
     assert [one["fits"] for one in rows] == ["no", "int8", "fp32 int8", "fp32 int8"]
     line = verdict(rows, 20)
     assert line.startswith("best within 20 ms: middle, 20.00 ms in int8, published top-1 75.0 %, in INT8 only")
-    assert line.endswith("not compared: timms")
-    assert verdict(rows[3:], 20) == "within 20 ms, without a published top-1 here: timms"
+    assert line.endswith("not compared: unpublished")
+    assert verdict(rows[3:], 20) == "within 20 ms, without a published top-1 here: unpublished"
     rows = [row("large", 80.0, 50, 30, 2), row("small", 70.0, 10, 5, 2)]
     assert verdict(rows, 2) == "no network fits in 2 ms; the fastest is small in int8: 5.00 ms"
 

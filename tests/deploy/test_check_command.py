@@ -26,7 +26,7 @@ PHOTO = Image.fromarray(load_sample_images().images[0])
 
 
 def write_photographs(folder, label_names, images=64):
-    """Write pieces of a photograph as folder/CLASS/I.png, in the order of the classes."""
+    """Write pieces of a photograph as folder/CLASS/NNN.png, one for each class in turn."""
     for i in range(images):
         path = folder / label_names[i % len(label_names)] / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def rows_of(run):
 
 
 @pytest.mark.parametrize("source", ["reference", "photographs"])
-def test_the_table_equals_the_counts_of_a_plain_loop(deployed, source, capsys, tmp_path):
+def test_the_table_equals_a_plain_computation(deployed, source, capsys, tmp_path):
     config = read_config(deployed / "student")
     if source == "photographs":
         folder = write_photographs(tmp_path / "val", config.label_names)
@@ -144,7 +144,7 @@ def test_folders_match_the_labels_in_either_form_of_unicode(accented, tmp_path):
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_hidden_files_and_the_extra_files_of_archives_are_skipped(accented, tmp_path, capsys):
+def test_hidden_files_and_files_that_macos_adds_are_skipped(accented, tmp_path, capsys):
     folder = write_photographs(tmp_path / "val", ["chêne", "érable", "pin"], 6)
     (folder / "__MACOSX/chêne").mkdir(parents=True)
     (folder / "__MACOSX/chêne/000.png").write_bytes(b"resource fork")
@@ -170,7 +170,7 @@ def test_a_folder_of_an_unknown_class_is_an_error_and_a_class_without_a_folder_i
     ("missing", "cannot be read: No such file"), ("a file", "cannot be read: Not a directory"),
     ("empty", "no image in a folder named like a class"), ("the parent", "has no class val; expected folders named"),
 ])  # fmt: skip
-def test_a_folder_without_photographs_gives_one_line(accented, tmp_path, how, message):
+def test_a_wrong_folder_of_photographs_gives_one_line(accented, tmp_path, how, message):
     folder = tmp_path / "val"
     if how == "a file":
         folder.write_text("")
@@ -183,7 +183,7 @@ def test_a_folder_without_photographs_gives_one_line(accented, tmp_path, how, me
         from_folder(accented, folder)
 
 
-def test_a_few_unreadable_images_are_counted_and_many_are_an_error(accented, tmp_path, capsys):
+def test_one_unreadable_image_is_skipped_and_more_than_1_percent_are_an_error(accented, tmp_path, capsys):
     folder = write_photographs(tmp_path / "val", ["chêne", "érable", "pin"], 9)
     (folder / "pin/002.png").write_bytes(b"not an image")
     assert sum(len(images) for images, _, _ in from_folder(accented, folder).batches) == 8
@@ -242,7 +242,7 @@ def test_the_verdict_of_a_failed_int8_file_has_advice():
 # ---- reference.npz -------------------------------------------------------------------------------------------------
 
 
-def test_the_reference_contains_prepared_images_and_the_students_own_logits(run):
+def test_the_reference_contains_prepared_images_and_the_logits_of_the_student(run):
     student = run / "student"
     config = read_config(student)
     pieces = [PHOTO.crop((i, i, i + 60, i + 50)) for i in range(30)]
@@ -282,7 +282,7 @@ def test_a_reference_that_does_not_match_the_student_gives_one_line(run, how, me
     assert message in refused(capfd, command, run, *flags)
 
 
-def test_another_reference_can_be_named(run, tmp_path, capsys):
+def test_the_flag_reference_reads_another_file(run, tmp_path, capsys):
     student = shutil.copytree(run / "student", tmp_path / "alone")
     deploy(check, student, "student.onnx", "--reference", run / "reference.npz", "--count", "50", "--device", "cpu")
     assert "50 validation images" in capsys.readouterr().out

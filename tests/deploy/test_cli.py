@@ -1,4 +1,4 @@
-"""Test deploy.cli: one-line errors with an exit status, whole files, and escaped control characters."""
+"""Test deploy.cli: errors of one line with an exit status, files written whole, and escaped control characters."""
 
 import os
 import sys
@@ -30,7 +30,7 @@ def test_a_bug_keeps_its_traceback():
 
 
 @pytest.mark.parametrize(("result", "status"), [(None, 0), (1, 1)])
-def test_the_function_returns_the_exit_status(result, status):
+def test_the_result_of_the_function_is_the_exit_status(result, status):
     assert run_command("p", lambda: result) == status
 
 
@@ -53,7 +53,7 @@ def test_results_and_log_lines_are_escaped(capsys):
 
 
 @pytest.mark.parametrize("name", ["__main__", "deploy.export"])
-def test_a_missing_package_ends_a_command_and_raises_an_error_in_an_imported_module(name, capsys, monkeypatch):
+def test_a_missing_package_ends_a_command_but_raises_an_error_in_an_imported_module(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/deploy/export.py"])
     with pytest.raises(SystemExit if name == "__main__" else UserError) as raised, cli.needs("pip install x", name):
         import a_missing_package  # noqa: F401
@@ -113,7 +113,7 @@ def test_a_disk_error_gives_one_line(tmp_path):
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
-    """Test a link as the file, and links with predictable names of temporary files."""
+    """Put links in place of the files, and of temporary files with predictable names."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     folder = tmp_path / "run"
@@ -133,7 +133,7 @@ def test_two_partial_files_have_different_names(tmp_path):
         assert first.parent.stat().st_mode & 0o077 == 0
         first.write_text("1")
         second.write_text("2")
-    assert (tmp_path / "a").read_text() == "1"  # the first block ends last
+    assert (tmp_path / "a").read_text() == "1"  # the first context ends last
 
 
 @pytest.mark.parametrize("how", ["pipe", "folder", "missing", "large"])

@@ -1,4 +1,4 @@
-"""Test temperature and threshold: their fit, the cases without a fit, and the files that store both."""
+"""Test the temperature and the threshold: their fit, the cases without a fit, and the files that store them."""
 
 import json
 
@@ -19,24 +19,24 @@ BARE = Metadata(["a", "b"], [3, 8, 8], [0, 0, 0], [1, 1, 1], "bilinear", 1.0)
 
 
 def drawn(temperature, count=2000, classes=5, seed=0):
-    """Return logits, and labels drawn from the softmax of the logits at a temperature."""
+    """Return random logits, and labels drawn from their softmax at a temperature."""
     g = np.random.default_rng(seed)
     logits = g.normal(0, 3, (count, classes)).astype(np.float32)
     labels = (softmax(logits / temperature).cumsum(1) < g.random((count, 1))).sum(1)
     return logits, labels
 
 
-def likelihood(temperature, logits, labels):
+def cross_entropy(temperature, logits, labels):
     return -np.log(softmax(logits / temperature)[np.arange(len(labels)), labels]).mean()
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_the_fit_finds_the_temperature_of_the_labels_and_the_smallest_loss(temperature, classes):
+def test_the_fit_finds_the_true_temperature_and_the_smallest_loss(temperature, classes):
     logits, labels = drawn(temperature, 4000, classes)
     fitted = fit_temperature(logits, labels)
     assert fitted == pytest.approx(temperature, rel=0.1)
-    best = minimize_scalar(likelihood, bounds=(0.05, 20), args=(logits, labels), method="bounded").x
+    best = minimize_scalar(cross_entropy, bounds=(0.05, 20), args=(logits, labels), method="bounded").x
     assert fitted == pytest.approx(best, rel=1e-3)
 
 
@@ -64,8 +64,8 @@ def test_an_overconfident_student_gets_a_temperature_that_lowers_the_calibration
     assert "on 1000 validation images that the fit did not use" in found.description
 
 
-def test_a_temperature_that_does_not_help_on_the_other_images_is_not_kept():
-    """Give every second image of a class the logits of an overconfident student."""
+def test_a_temperature_that_does_not_help_on_images_outside_the_fit_is_not_kept():
+    """Give every second image of each class the logits of an overconfident student."""
     logits, labels = drawn(1, 2000, 2)
     order = np.argsort(labels, kind="stable")
     worse, worse_labels = drawn(4, 2000, 2, seed=1)
@@ -94,7 +94,7 @@ def test_95_percent_of_the_images_reach_the_threshold():
     (lambda logits, labels: (np.where(labels[:, None] == 1, np.nan, logits), labels), "images are not finite"),
     (lambda logits, labels: (np.where(labels[:, None] == 1, np.inf, logits), labels), "images are not finite"),
 ])  # fmt: skip
-def test_too_few_images_or_logits_that_are_not_finite_give_one_line_and_no_fit(change, words):
+def test_a_fit_needs_40_images_and_finite_logits(change, words):
     found = fit_confidence(*change(*drawn(2)), BARE)
     assert found[:2] == (None, None)
     assert words in found.description
@@ -111,12 +111,12 @@ def test_a_student_without_wrong_answers_gets_a_threshold_and_no_temperature(sca
 
 
 @pytest.mark.parametrize("logits", [np.zeros((100, 3)), np.random.default_rng(0).normal(0, 1, (100, 3))])
-def test_a_student_at_chance_gets_no_temperature_beyond_the_bounds(logits):
+def test_a_student_that_guesses_gets_no_temperature_beyond_the_bounds(logits):
     found = fit_confidence(logits.astype(np.float32), np.arange(100) % 3, BARE)
     assert found.temperature is None or 0.05 <= found.temperature <= 20
 
 
-# ---- files that store both -----------------------------------------------------------------------------------------
+# ---- files that store them -----------------------------------------------------------------------------------------
 
 
 def set_confidence(student, **numbers):
@@ -154,13 +154,13 @@ def test_a_quantised_file_gets_its_own_temperature_and_threshold_and_keeps_its_l
 
 
 def test_a_file_without_a_fit_keeps_the_temperature_and_threshold_of_the_student(run):
-    file = run / "student/student-int8-cpu.onnx"
+    file = run / "student/student.onnx"
     set_confidence(run / "student", temperature=2.5, threshold=0.4)
     reference = read_reference(run / "student", None, "")
     deploy(export, run, "--format", "onnx")
-    line = fit_file(run / "student/student.onnx", reference.images[:30], reference.labels[:30])
+    line = fit_file(file, reference.images[:30], reference.labels[:30])
     assert "30 validation images are fewer than 40" in line
-    metadata = load(file.with_name("student.onnx"), device="cpu").metadata
+    metadata = load(file, device="cpu").metadata
     assert (metadata.temperature, metadata.threshold) == (2.5, 0.4)
 
 

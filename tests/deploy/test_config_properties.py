@@ -1,4 +1,4 @@
-"""Test the reader of config.json with inputs that hypothesis draws."""
+"""Test the reader of config.json with odd values and with values that hypothesis draws."""
 
 import copy
 import json
@@ -24,11 +24,11 @@ settings.register_profile(
 settings.load_profile("config")
 
 
-def attempt(call, *refusals):
-    """Return the result of a call and None, or None and its error."""
+def attempt(call, *errors):
+    """Return (result, None) of a call, or (None, error)."""
     try:
         return call(), None
-    except refusals as error:
+    except errors as error:
         return None, error
 
 
@@ -64,7 +64,7 @@ JSON = st.recursive(
     lambda parts: st.one_of(st.lists(parts, max_size=4), st.dictionaries(NAMES, parts, max_size=4)),
     max_leaves=8,
 )
-LARGEST = 256  # pixels a side; a larger size is valid, but slow to test
+LARGEST = 256  # pixels; a larger side is valid, but slow to test
 
 
 @st.composite

@@ -36,18 +36,18 @@ SERVER = ("starlette", "uvicorn", "prometheus-client", "python-multipart")
 
 # ---- the imports ---------------------------------------------------------------------------------------------------
 
-FORMAT = ("cli", "config", "preprocess", "run_directory", "reference", "per_class", "student", "runtimes", "confidence")
-FORMAT = tuple(f"deploy.{name}" for name in FORMAT)
-# The imports that each file may have besides the standard library; the first row that matches a file counts.
-# "deploy.*" excludes folders in deploy/. Only functions import a package in brackets, because some machines lack it.
-ARROWS = {
+SHARED = ("cli", "config", "preprocess", "run_directory", "reference", "per_class", "student", "runtimes", "confidence")
+SHARED = tuple(f"deploy.{name}" for name in SHARED)
+# A file may import the standard library and the modules in its row: the first row whose pattern matches the file.
+# "deploy.*" excludes folders in deploy/. A package in brackets may be missing, so only functions import it.
+ALLOWED = {
     "kdlite/*.py": ("torch", "kdlite", "kdlite.*"),
     "kdlite/training/*.py": (
         *("torch", "torchvision", "timm", "safetensors", "numpy", "PIL", "scipy"),
-        *("kdlite", "kdlite.training.*", *FORMAT, "deploy.flags"),
+        *("kdlite", "kdlite.training.*", *SHARED, "deploy.flags"),
         *("[sklearn]", "[matplotlib]", "[torch.utils.tensorboard]"),
     ),
-    "train.py": ("torch", "timm", "kdlite", "kdlite.training.*", *FORMAT, "deploy.flags"),
+    "train.py": ("torch", "timm", "kdlite", "kdlite.training.*", *SHARED, "deploy.flags"),
     "deploy/server/*.py": (
         *("deploy.*", "deploy.server.*", "numpy", "PIL"),
         *("anyio", "starlette", "uvicorn", "h11", "prometheus_client", "python_multipart"),
@@ -65,7 +65,7 @@ ARROWS = {
 }
 
 
-def files_of_the_house():
+def source_files():
     files = [ROOT / "train.py", *(ROOT / "kdlite").rglob("*.py"), *(ROOT / "deploy").rglob("*.py")]
     return sorted(str(file.relative_to(ROOT)) for file in files)
 
@@ -109,11 +109,11 @@ def may_import(allowed, module, at_top):
     return any(module == entry or module.startswith(f"{entry}.") for entry in entries)
 
 
-@pytest.mark.parametrize("name", files_of_the_house())
+@pytest.mark.parametrize("name", source_files())
 def test_a_file_imports_only_modules_in_its_row(name):
-    parents = str(Path(name).parent)
+    folder = str(Path(name).parent)
     rows = (
-        row for pattern, row in ARROWS.items() if Path(name).match(pattern) and str(Path(pattern).parent) == parents
+        row for pattern, row in ALLOWED.items() if Path(name).match(pattern) and str(Path(pattern).parent) == folder
     )
     allowed = next(rows)
     assert not [module for module, at_top in imports_of(name) if not may_import(allowed, module, at_top)]
@@ -128,7 +128,7 @@ def test_a_file_imports_only_modules_in_its_row(name):
     ("deploy/server/*.py", "torch", False), ("deploy/student.py", "kdlite.training.data", False),
 ])  # fmt: skip
 def test_the_table_forbids_other_imports(pattern, module, at_top):
-    assert not may_import(ARROWS[pattern], module, at_top)
+    assert not may_import(ALLOWED[pattern], module, at_top)
 
 
 # ---- an environment without torch ----------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def made(tmp_path_factory):
 
 
 def on(device, *command, cwd=None, status=0, output="stdout", **environment):
-    """Run a command in that environment, check its status, and return its output."""
+    """Run the environment's Python with arguments, check the status, and return the output."""
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"} | environment
     cwd = cwd or device.parents[2]
     result = subprocess.run([device, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
@@ -209,7 +209,7 @@ def test_check_and_benchmark_print_their_tables(device, made, tmp_path):
 
 
 def test_check_reads_photographs_without_torch(device, made, tmp_path):
-    """Compare with the logits of student.onnx, as the output reports."""
+    """Check that student.onnx replaces the missing weights, and that the output reports it."""
     run = shutil.copytree(made, tmp_path / "run")
     for i, label in enumerate(("cat", "dog", "café", "cat")):
         (run / "val" / label).mkdir(parents=True, exist_ok=True)
@@ -306,7 +306,7 @@ def test_the_archive_contains_the_programs_and_no_path_of_the_machine(pyz, made)
 
 
 def test_the_archive_runs_alone_and_writes_only_its_results(device, pyz, made, expected, tmp_path):
-    """Most commands run with a TMPDIR that is not writable."""
+    """Run most commands with a TMPDIR that is not writable."""
     nowhere = {"TMPDIR": "/proc"}
     for file in ("photo.jpg", NAME):
         shutil.copy(made / file, tmp_path)
@@ -335,7 +335,7 @@ def test_the_help_of_the_archive_names_student_pyz(device, pyz, tmp_path):
 
 
 def large_photo():
-    """Return a JPEG that the server decodes in its process for large photographs."""
+    """Return a JPEG that the server decodes in its separate process for large photographs."""
     file = io.BytesIO()
     Image.new("RGB", (2500, 2000), (200, 30, 30)).save(file, "JPEG")
     return file.getvalue()
@@ -351,7 +351,7 @@ def wait_for_reload(address, result):
 
 
 def test_a_server_keeps_running_when_its_archive_is_replaced_and_leaves_no_files(device, pyz, made, expected, tmp_path):
-    """Write other bytes into the archive, then replace it. A process that the server starts later still works."""
+    """Damage the archive, start the server's process for large photographs, then replace the archive."""
     copy, temporary = shutil.copy(pyz, tmp_path / "student.pyz"), tmp_path / "tmp"
     temporary.mkdir()
     with server(device, copy, "serve", TMPDIR=str(temporary)) as (process, address):
@@ -436,7 +436,7 @@ def test_another_file_and_an_engine_can_be_packed(device, made, pyz, tmp_path):
         assert "tensorrt: not installed" in on(device, *command, made / "photo.jpg", status=2, output="stderr")
 
 
-def test_a_file_from_elsewhere_is_packed_with_its_sidecar(device, made, tmp_path, expected):
+def test_a_file_from_elsewhere_is_packed_with_its_json_file(device, made, tmp_path, expected):
     import onnx
 
     model = onnx.load(made / "student/student.onnx")
@@ -450,7 +450,7 @@ def test_a_file_from_elsewhere_is_packed_with_its_sidecar(device, made, tmp_path
 
 
 def wanted(lines, version, machine):
-    """Return the specifier of each package that pip would install for this Python and machine."""
+    """Return the version specifier of each package that pip would install for a Python and a machine."""
     from packaging.requirements import Requirement
 
     environment = {"python_version": version, "platform_machine": machine}
@@ -461,12 +461,12 @@ def wanted(lines, version, machine):
     return names
 
 
-def test_the_requirements_of_the_archive_suit_the_pythons_of_jetpack(device, pyz):
+def test_the_requirements_of_the_archive_suit_both_python_versions_of_jetpack(device, pyz):
     lines = on(device, pyz, "--requirements").splitlines()
     jetpack6 = wanted(lines, "3.10", "aarch64")
     assert jetpack6.keys() == {"numpy", "pillow", "onnxruntime", *SERVER}
     assert "1.23.2" in jetpack6["onnxruntime"]
-    assert "1.24.0" not in jetpack6["onnxruntime"]  # 1.23.2 is the last for Python 3.10 on aarch64
+    assert "1.24.0" not in jetpack6["onnxruntime"]  # 1.23.2 is the last version for Python 3.10 on aarch64
     assert "2.0" not in jetpack6["numpy"]
     assert "2.2" in wanted(lines, "3.12", "aarch64")["numpy"]
 

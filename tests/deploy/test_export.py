@@ -30,7 +30,7 @@ from kdlite.training.loading import eval_view
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 RESNET = ROOT / "examples/paper/cifar_models.py"
-# The arguments leave few blocks, to save time.
+# These arguments leave few blocks, to save time.
 INVERTED_RESIDUALS = "inverted_residual_setting=[[1,16,1,1],[6,24,2,2],[6,32,1,2],[6,64,1,2]]"
 NINE = {
     "mobilenet_v2": [INVERTED_RESIDUALS],
@@ -43,7 +43,7 @@ NINE = {
     "deit_tiny_patch16_224": ["depth=2"],
     "convnext_atto": ["depths=(1,1,1,1)"],
 }
-OF_EACH_KIND = {"test_efficientnet": [], "deit_tiny_patch16_224": ["depth=1"]}  # the fixture `deployed` is a ResNet
+OF_EACH_KIND = {"test_efficientnet": [], "deit_tiny_patch16_224": ["depth=1"]}  # `deployed` is a third kind, a ResNet
 IN_FP16 = {"resnet18", "deit_tiny_patch16_224"}
 TOLERANCES = {".onnx": 2e-5, ".ts": 2e-5, ".pt2": 2e-5, "-fp16.onnx": 6e-3}  # relative to the largest logit
 
@@ -61,7 +61,7 @@ def difference(runtime, images, expected):
     return np.abs(runtime.run(images) - expected).max() / np.abs(expected).max()
 
 
-def test_every_runtime_gives_the_logits_of_the_evaluation_in_training(deployed):
+def test_every_runtime_gives_the_logits_that_training_evaluates(deployed):
     model, config = load_student(deployed, model_files(deployed))
     photo = Image.fromarray(load_sample_images().images[0])
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
@@ -74,10 +74,10 @@ def test_every_runtime_gives_the_logits_of_the_evaluation_in_training(deployed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_EACH_KIND)
-def test_a_network_of_each_kind_goes_the_whole_way(name, tmp_path):
+def test_a_network_of_each_kind_is_exported_and_quantised(name, tmp_path):
     """Test a network with depthwise convolutions and one with attention, as ONNX in fp32 and INT8."""
     student = write_student(tmp_path / "student", name, 64, arguments=OF_EACH_KIND[name])
-    go_the_whole_way(student, ["onnx"], False)
+    export_and_quantise(student, ["onnx"], False)
     graph = onnx.load(student / "student-int8-tensorrt.onnx").graph
     made_by = {output: node for node in graph.node for output in node.output}
     for node in graph.node:  # only the transformer has these operators
@@ -87,13 +87,13 @@ def test_a_network_of_each_kind_goes_the_whole_way(name, tmp_path):
 
 @pytest.mark.trial
 @pytest.mark.parametrize("name", NINE)
-def test_the_nine_architectures_go_the_whole_way(name, tmp_path):
+def test_the_nine_architectures_are_exported_and_quantised(name, tmp_path):
     """Test each architecture in ONNX, TorchScript and INT8, and two of them in torch.export and fp16 too."""
     formats = ["onnx", "torchscript", *["torch.export"] * (name in IN_FP16)]
-    go_the_whole_way(write_student(tmp_path / "student", name, 64, arguments=NINE[name]), formats, name in IN_FP16)
+    export_and_quantise(write_student(tmp_path / "student", name, 64, arguments=NINE[name]), formats, name in IN_FP16)
 
 
-def go_the_whole_way(student, formats, fp16):
+def export_and_quantise(student, formats, fp16):
     """Export, compare and quantise a student, and build an engine if TensorRT-RTX is installed."""
     deploy(export, student, "--format", *formats)
     if fp16:
@@ -179,7 +179,7 @@ def test_the_same_weights_give_the_same_bytes_and_no_path_of_the_machine(deploye
 
 
 def test_old_runtimes_can_read_the_files(deployed):
-    """onnxruntime 1.17 of the first JetPack 6 reads up to IR 9 and refuses unknown opset imports."""
+    """Check for onnxruntime 1.17 of the first JetPack 6, which refuses IR versions above 9 and unknown opsets."""
     for file in (deployed / "student").glob("*.onnx"):
         model = onnx.load(file)
         assert model.ir_version == 8, file.name
@@ -187,7 +187,7 @@ def test_old_runtimes_can_read_the_files(deployed):
         onnx.checker.check_model(model)
 
 
-def test_fp16_halves_the_file_and_keeps_float32_logits(deployed):
+def test_fp16_shrinks_the_file_and_keeps_float32_logits(deployed):
     student = deployed / "student"
     assert (student / "student-fp16.onnx").stat().st_size < 0.75 * (student / "student.onnx").stat().st_size
     runtime = load(student / "student-fp16.onnx", device="cpu")
@@ -196,7 +196,7 @@ def test_fp16_halves_the_file_and_keeps_float32_logits(deployed):
 
 @pytest.mark.trial
 @pytest.mark.parametrize(("kind", "end"), [("torchscript", ".ts"), ("torch.export", ".pt2")])
-def test_fp16_halves_the_files_of_torch(run, kind, end):
+def test_fp16_shrinks_the_files_of_torch(run, kind, end):
     deploy(export, run, "--precision", "fp16", "--format", kind)
     half, whole = (run / f"student/student{name}{end}" for name in ("-fp16", ""))
     assert half.stat().st_size < 0.75 * whole.stat().st_size
@@ -220,7 +220,7 @@ def test_float_input_takes_normalised_images(run):
 
 @pytest.mark.slow
 def test_a_file_that_is_not_the_same_classifier_is_not_kept(tmp_path, capsys):
-    """The model branches on the values of its input, and tracing freezes one side of the branch."""
+    """Export a model that branches on its input values: tracing keeps only one branch."""
     student = write_student(tmp_path / "student", f"{MODELS}:branching", 16)
     before = files_of(student)
     deploy(export, student, "--format", "torchscript", check=2)
@@ -232,8 +232,8 @@ def test_a_file_that_is_not_the_same_classifier_is_not_kept(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["branched", "weight_normed", "parametrized"])
-def test_layers_for_training_alone_are_folded_into_the_weights(name, tmp_path):
-    """RepVGG's branches and a weight norm, old or new, become plain convolutions with the same logits."""
+def test_layers_that_only_training_needs_are_folded_into_the_weights(name, tmp_path):
+    """Check that RepVGG's branches and both kinds of weight norm become plain convolutions with the same logits."""
     student = write_student(tmp_path / "student", f"{MODELS}:{name}", 32)
     deploy(export, student, "--format", "onnx")
     graph = onnx.load(student / "student.onnx").graph
@@ -243,7 +243,7 @@ def test_layers_for_training_alone_are_folded_into_the_weights(name, tmp_path):
     assert difference(load(student / "student.onnx"), images, expected) < 1e-5
 
 
-def test_predict_prints_the_same_for_every_artefact(deployed, tmp_path, capsys):
+def test_predict_prints_the_same_line_for_every_artefact(deployed, tmp_path, capsys):
     photo = tmp_path / "photo.png"
     Image.fromarray(load_sample_images().images[1]).save(photo)
     printed = set()

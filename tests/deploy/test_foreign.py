@@ -1,4 +1,4 @@
-"""Test files of other people: they cannot run code, read other files, or make a program build a model of any size."""
+"""Check that files from other people cannot name other files, describe a huge model or print control characters."""
 
 import contextlib
 import functools
@@ -51,8 +51,8 @@ def constant(tensor):
     return helper.make_node("Constant", [], ["y"], value=tensor)
 
 
-def graph_attribute(*graphs):
-    """Return a node with one graph as an attribute, or with a list of graphs."""
+def node_with(*graphs):
+    """Return a node whose attribute is one graph, or a list of graphs."""
     return helper.make_node("If", ["c"], ["y"], **{"then": graphs[0]} if len(graphs) == 1 else {"branches": graphs})
 
 
@@ -63,17 +63,17 @@ def sparse(values, indices):
 PLAIN = numpy_helper.from_array(np.zeros(4, np.float32), "w")
 INDICES = numpy_helper.from_array(np.arange(4), "i")
 INNER = model_with([constant(external())]).graph
-ONLY_LOCATED = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+WITHOUT_PATH = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
 EXTERNAL = {
     "an absolute path": model_with(initializers=[external()]),
     "a path upwards": model_with(initializers=[PLAIN, external("../../../etc/passwd")]),
     "a file next to it": model_with(initializers=[external("weights.bin")]),
-    "located without a name": model_with(initializers=[ONLY_LOCATED]),
+    "external without a path": model_with(initializers=[WITHOUT_PATH]),
     "a constant": model_with([constant(external())]),
     "a list of tensors": model_with([helper.make_node("N", [], ["y"], values=[PLAIN, external()])]),
-    "an inner graph": model_with([graph_attribute(INNER)]),
-    "inner graphs": model_with([graph_attribute(model_with().graph, INNER)]),
-    "twice inside": model_with([graph_attribute(model_with([graph_attribute(INNER)]).graph)]),
+    "an inner graph": model_with([node_with(INNER)]),
+    "inner graphs": model_with([node_with(model_with().graph, INNER)]),
+    "twice inside": model_with([node_with(model_with([node_with(INNER)]).graph)]),
     "sparse values": model_with(sparse=[sparse(external(), INDICES)]),
     "sparse indices": model_with(sparse=[sparse(PLAIN, external())]),
     "a function": model_with(functions=[helper.make_function("d", "f", [], ["y"], [constant(external())], [])]),
@@ -82,7 +82,7 @@ EXTERNAL = {
 
 @pytest.mark.parametrize("how", EXTERNAL)
 def test_weights_in_another_file_are_refused(how, tmp_path):
-    """Test each place of a tensor in a file. onnxruntime 1.23 would use the content of any path as weights."""
+    """Test each place that a tensor can have in a file. onnxruntime 1.23 would read weights from any path."""
     file = tmp_path / "student.onnx"
     file.write_bytes(EXTERNAL[how].SerializeToString())
     with pytest.raises(UserError, match=r"student\.onnx keeps weights in other files, which are not read"):
@@ -99,11 +99,11 @@ def test_our_own_files_and_words_like_location_are_accepted(deployed):
 
 
 def test_any_bytes_are_read_or_refused_in_little_time():
-    """Test cut, changed and nested files. Only UserError may be raised."""
+    """Read files that are cut off, changed or unknown. Only UserError may be raised."""
     whole = EXTERNAL["twice inside"].SerializeToString()
     random = np.random.default_rng(0)
     nested = b""
-    for _ in range(300):  # each time a graph in an attribute in a node
+    for _ in range(300):  # fields in fields, which a model does not have
         nested = b"\x0a" + varint(len(nested) + 3) + b"\x2a" + varint(len(nested)) + nested
     changed = [whole[:i] for i in range(len(whole))] + [
         nested,
@@ -129,7 +129,7 @@ def varint(value):
     return bytes([*parts, value])
 
 
-# ---- metadata that contradicts the graph ---------------------------------------------------------------------------
+# ---- metadata that is wrong ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [predict, check, benchmark])
@@ -139,7 +139,7 @@ def varint(value):
     {"tensors": ["images"]}, {"num_classes": 7}, {"mean": "0.5"}, {"precision": None}, {"source": []}, {"metrics": 3},
     {"built": {"version": 1}}, {"model_args": {"pretrained": True}}, {"label_names": ["\ud800"] * 10},
 ])  # fmt: skip
-def test_metadata_that_contradicts_the_graph_gives_one_line(deployed, tmp_path, change, command, capfd):
+def test_metadata_that_is_invalid_or_contradicts_the_graph_gives_one_line(deployed, tmp_path, change, command, capfd):
     student = tmp_path / "run/student"
     student.mkdir(parents=True)
     for name in ("config.json", "../reference.npz"):
@@ -157,7 +157,7 @@ def test_metadata_that_contradicts_the_graph_gives_one_line(deployed, tmp_path, 
     if command is predict:
         Image.new("RGB", (9, 9)).save(tmp_path / "photo.png")
         refused(capfd, predict, student / "student.onnx", tmp_path / "photo.png")
-    elif change == {"label_names": ["one"]}:  # one case, because a process for each file is slow
+    elif change == {"label_names": ["one"]}:  # only one case, because these commands are slow
         flags = ["--seconds", "0.1", "--rounds", "1"] if command is benchmark else []
         deploy(command, tmp_path / "run", *flags, check=1)
         assert "has 1 label_names" in capfd.readouterr().out
@@ -198,7 +198,7 @@ def test_a_file_with_more_or_fewer_labels_than_logits_is_an_error(run, labels):
         runtime.run(np.zeros((2, 32, 32, 3), np.uint8))
 
 
-# ---- a config.json of any size -------------------------------------------------------------------------------------
+# ---- wrong or huge models in config.json ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "side", "arguments"), [
@@ -230,8 +230,8 @@ def test_wrong_model_arguments_are_refused_in_little_time(name, side, arguments,
     assert time.process_time() - started < 10
 
 
-def test_a_model_that_cannot_be_built_on_the_meta_device_is_loaded_and_bounded(tmp_path):
-    """The constructor of torchvision's RegNet reads values of tensors."""
+def test_a_model_that_cannot_be_built_on_the_meta_device_is_loaded_unless_it_is_huge(tmp_path):
+    """Test torchvision's RegNet, whose constructor reads values of tensors."""
     student = write_student(tmp_path / "student", "regnet_x_400mf", 32)
     load_student(student)
     config = json.loads((student / "config.json").read_text())
@@ -245,7 +245,7 @@ def test_a_model_that_cannot_be_built_on_the_meta_device_is_loaded_and_bounded(t
     "student/student.engine", "student/student.engine.json", "reference.npz",
 ])  # fmt: skip
 def test_a_pipe_instead_of_a_file_gives_one_line(deployed, tmp_path, name):
-    """A read from the pipe would never end."""
+    """Use a pipe that gets no data: a read from it would never end."""
     run = tmp_path / "run"
     (run / "student").mkdir(parents=True)
     for kept in ("reference.npz", "student/config.json", "student/model.safetensors", "student/student.onnx"):
@@ -273,7 +273,7 @@ def test_a_pipe_instead_of_a_file_gives_one_line(deployed, tmp_path, name):
 # ---- texts ---------------------------------------------------------------------------------------------------------
 
 
-def test_no_label_or_file_name_reaches_the_terminal_unescaped(tmp_path, capfd):
+def test_labels_and_file_names_are_escaped_on_the_terminal(tmp_path, capfd):
     names = [f"{ESCAPE}{i}" for i in range(3)]
     run = write_run(tmp_path / "run", f"{MODELS}:tiny", 16, names, images=12)
     deploy(export, run, "--format", "onnx")
@@ -296,7 +296,7 @@ def test_no_label_or_file_name_reaches_the_terminal_unescaped(tmp_path, capfd):
         assert not [c for line in text.split("\n") for c in line if not c.isprintable()]
 
 
-# ---- labels and numbers of a config --------------------------------------------------------------------------------
+# ---- keys of a config ----------------------------------------------------------------------------------------------
 
 
 def test_metadata_keeps_every_key_of_its_json(deployed):
@@ -320,7 +320,7 @@ def test_metadata_keeps_every_key_of_its_json(deployed):
     ({"cpu.max": "garbage"}, "0::/", math.inf),
     ({}, "0::/", math.inf),
 ])  # fmt: skip
-def test_the_quota_of_a_container_is_read(tmp_path, files, groups, quota):
+def test_the_cpu_quota_of_a_container_is_read(tmp_path, files, groups, quota):
     for name, content in files.items():
         (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "cgroup" / name).write_text(content + "\n")
@@ -329,7 +329,7 @@ def test_the_quota_of_a_container_is_read(tmp_path, files, groups, quota):
 
 
 @pytest.mark.parametrize(("quota", "cpus"), [(0.2, 1), (1.5, 2), (math.inf, 8)])
-def test_the_default_is_a_thread_for_each_usable_cpu_and_no_spinning(deployed, monkeypatch, quota, cpus):
+def test_the_default_is_one_thread_for_each_usable_cpu_without_spinning(deployed, monkeypatch, quota, cpus):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(runtimes, "cgroup_quota", lambda: quota)
     assert usable_cpus() == cpus

@@ -33,11 +33,11 @@ def test_check_has_a_row_for_each_onnx_file_in_openvino(run, needs_openvino):
         assert row["verdict"] == "pass"
         assert row["provider"] == "OpenVINO CPU"
         assert row["batches"] == "1 2 5 64"
-    assert rows["student.onnx in OpenVINO"]["max_abs_error"] > 0  # ONNX Runtime itself would have an error of 0
+    assert rows["student.onnx in OpenVINO"]["max_abs_error"] > 0  # 0 would mean the logits of the student itself
 
 
 def test_openvino_computes_in_float32(deployed, needs_openvino):
-    """On some CPUs OpenVINO's default is bfloat16, whose error is a hundred times as large."""
+    """Check the error: on some CPUs OpenVINO's default is bfloat16, with an error a hundred times as large."""
     file, images = deployed / "student/student.onnx", read_reference(deployed / "student", None, "").images
     expected = load(file, device="cpu").run(images)
     error = np.abs(load(file, device="openvino").run(images) - expected).max() / np.abs(expected).max()
@@ -53,7 +53,7 @@ def test_a_damaged_file_has_a_row_for_openvino(run, needs_openvino):
 
 @pytest.fixture
 def converted(run):
-    """Return the run with the files of pnnx."""
+    """Return the run with the files that pnnx writes."""
     if not HAS_NCNN or shutil.which("pnnx") is None:
         pytest.skip("ncnn or pnnx is not installed: pip install ncnn pnnx")
     deploy(export, run, "--format", "onnx", "--input", "float")
@@ -62,7 +62,7 @@ def converted(run):
     return run
 
 
-def test_check_has_a_row_for_the_files_of_pnnx_in_ncnn(converted):
+def test_check_has_one_row_for_the_files_of_pnnx(converted):
     deploy(check, converted, "--device", "cpu")
     rows = rows_of(converted)
     row = rows["student_nchw.ncnn.param"]

@@ -93,7 +93,7 @@ def encoded(image, kind="PNG", **options):
     return file.getvalue()
 
 
-def turned(orientation):
+def exif_of(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
@@ -109,7 +109,7 @@ def crop(width, height, i=0):
 
 
 def pictures():
-    """Yield the names and bytes of pictures. The JPEGs are too small for a decoder's reduced scale."""
+    """Yield the names and bytes of pictures. The JPEGs are so small that no decoder reduces them."""
     sizes = [(200, 150), (150, 201), (97, 64), (64, 64), (240, 61), (33, 180), (17, 9), (1, 1), (250, 250)]
     for width, height in sizes:
         for sampling in ("4:2:0", "4:2:2", "4:4:4"):
@@ -118,7 +118,7 @@ def pictures():
         yield f"{width}x{height} grey jpeg", encoded(crop(width, height).convert("L"), "JPEG")
     for orientation in range(1, 9):
         for kind in ("JPEG", "PNG", "WEBP"):
-            yield f"{kind} turned {orientation}", encoded(crop(120, 77), kind, exif=turned(orientation))
+            yield f"{kind} turned {orientation}", encoded(crop(120, 77), kind, exif=exif_of(orientation))
     base, noise = crop(131, 90), np.random.default_rng(0)
     alpha = Image.fromarray(noise.integers(0, 256, (90, 131)).astype(np.uint8))
     rgba = base.copy()
@@ -180,7 +180,7 @@ def prepared_by(page, files):
 @pytest.mark.parametrize(("size", "interpolation", "share"), [
     ([3, 64, 64], "bicubic", 0.875), ([3, 48, 81], "bilinear", 0.9), ([1, 32, 32], "bilinear", 1.0),
 ])  # fmt: skip
-def test_the_page_prepares_a_hundred_pictures_to_the_same_bytes(browser, runtime, tmp_path, size, interpolation, share):
+def test_the_page_prepares_a_hundred_pictures_as_python_does(browser, runtime, tmp_path, size, interpolation, share):
     metadata = metadata_of(input_size=size, interpolation=interpolation, crop=share)
     pack_file(write_onnx(tmp_path, metadata), tmp_path / "student.html", runtime)
     names, files = zip(*pictures())
@@ -198,7 +198,7 @@ def test_the_page_prepares_a_hundred_pictures_to_the_same_bytes(browser, runtime
 
 
 def damaged(name):
-    """Return an unreadable file and a part of the page's error; an empty name returns all names."""
+    """Return an unreadable file and a part of the page's error; if the name is empty, return all names."""
     image, png = crop(120, 90), encoded(crop(120, 90))
     files = {
         "empty": (b"", "empty"),
@@ -230,7 +230,7 @@ def test_a_picture_that_cannot_be_read_gets_an_error_with_the_reason(student):
     assert page.inner_text("#busy") == ""
 
 
-def test_the_page_takes_a_chosen_a_dropped_and_a_pasted_picture_and_describes_the_model(student, html):
+def test_a_picture_can_be_chosen_dropped_or_pasted_and_the_page_describes_the_model(student, html):
     content = encoded(photo(), "JPEG")
     page = student
     assert page.title() == "tiny_net"
@@ -257,7 +257,7 @@ def test_the_page_takes_a_chosen_a_dropped_and_a_pasted_picture_and_describes_th
 
 
 def test_hostile_labels_are_text(student):
-    """A label does not end its script or become an element."""
+    """Check that a label neither ends the script nor becomes an element."""
     page = student
     page.click("summary")
     page.fill("#filter", "SCRIPT")
@@ -270,7 +270,7 @@ def test_hostile_labels_are_text(student):
 
 
 def test_the_page_cannot_send_anything(browser, html):
-    """The page's security policy blocks a request, even with a network."""
+    """Check that the page's security policy blocks a request even with a network."""
     tab = browser.new_page()
     tab.goto(f"file://{html}")
     blocked = """() => new Promise(resolve => {
@@ -328,7 +328,7 @@ def test_the_page_fits_a_phone_and_works_with_a_keyboard_and_a_screen_reader(bro
         assert page.locator("#answers progress").first.get_attribute("aria-label") == shown(page)[0][0].strip()
 
 
-def test_the_page_uses_the_temperature_threshold_and_input_type_of_the_file(browser, runtime, tmp_path):
+def test_the_page_uses_the_threshold_the_temperature_and_the_input_type_of_the_file(browser, runtime, tmp_path):
     metadata = metadata_of(input=FLOAT, temperature=2.5, threshold=0.9, mean=[0.4, 0.5, 0.6], crop=1.0)
     artefact = write_onnx(tmp_path, metadata)
     pack_file(artefact, tmp_path / "student.html", runtime)
@@ -341,8 +341,8 @@ def test_the_page_uses_the_temperature_threshold_and_input_type_of_the_file(brow
         page.evaluate("worker.terminate()")
 
 
-def test_a_wrong_answer_fails_the_self_test(browser, runtime, html, tmp_path):
-    """Change the interpolation of the page, so that its bytes differ from the vectors."""
+def test_wrong_bytes_fail_the_self_test(browser, runtime, html, tmp_path):
+    """Change the interpolation of the page, so that its bytes differ from those in the vectors."""
     settings = re.compile(r'(<script type="application/json" id="settings">)(.*?)(</script>)', re.S)
     text = html.read_text(encoding="utf-8")
     values = json.loads(settings.search(text)[2])
@@ -419,7 +419,7 @@ def test_a_mistake_with_pack_gives_one_line(capfd, tmp_path, monkeypatch, flags,
     assert not (tmp_path / "student.pyz").exists()
 
 
-def test_npm_that_fails_or_fetches_another_file_gives_one_line(capfd, tmp_path, monkeypatch):
+def test_a_failure_of_npm_and_a_wrong_file_from_npm_give_one_line(capfd, tmp_path, monkeypatch):
     student, npm = tmp_path / "student", tmp_path / "bin/npm"
     student.mkdir()
     write_onnx(student, metadata_of())

@@ -1,4 +1,4 @@
-"""Test the table, the confusions and the pictures of a run."""
+"""Test per_class.csv, confusion.png, the worst confusions and the picture of a batch."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from kdlite.training.outputs import batch_picture, caption
 
 
 def answers(classes, images=4000, right=0.7, seed=0):
-    """Return labels and predictions, most of which are right."""
+    """Return labels, and predictions that are mostly right."""
     rng = np.random.default_rng(seed)
     labels, others = rng.integers(0, classes, (2, images))
     return labels, np.where(rng.random(images) < right, labels, others)
@@ -31,7 +31,7 @@ def pixels(file):
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def test_precision_recall_and_f1_are_scikit_learns():
+def test_precision_recall_and_f1_equal_those_of_scikit_learn():
     labels, predictions = answers(7)
     rows = table(labels, predictions, list("abcdefg"))
     expected = precision_recall_fscore_support(labels, predictions, labels=range(7))
@@ -50,7 +50,7 @@ def test_a_ratio_without_images_is_an_empty_field():
     assert missed == {"label": "b", "n": "1", "precision": "", "recall": "0.0000", "f1": "0.0000"}
 
 
-def test_the_worst_confusions_are_counted_and_in_order():
+def test_the_worst_confusions_are_counted_and_sorted():
     cases = [(0, 1, 12), (0, 0, 28), (1, 0, 3), (1, 1, 97), (2, 0, 3), (2, 2, 1)]
     labels, predictions = (np.concatenate([np.full(case[2], case[i]) for case in cases]) for i in (0, 1))
     order = np.random.default_rng(0).permutation(len(labels))
@@ -63,7 +63,7 @@ def test_the_worst_confusions_are_counted_and_in_order():
 
 
 @pytest.mark.slow
-def test_the_files_are_written_and_the_confusions_returned(tmp_path):
+def test_the_files_are_written_and_the_confusions_are_returned(tmp_path):
     lines = write_per_class(tmp_path, np.array([0, 0, 1]), np.array([1, 0, 1]), ["chat, café", "dog"])
     assert lines == ["worst confusions:", "  chat, café taken for dog: 1 of 2"]
     rows = list(csv.DictReader((tmp_path / "per_class.csv").read_text(encoding="utf-8").splitlines()))
@@ -72,14 +72,14 @@ def test_the_files_are_written_and_the_confusions_returned(tmp_path):
     assert write_per_class(tmp_path, np.array([1]), np.array([1]), ["cat", "dog"]) == ["all 1 are right"]
 
 
-def test_too_many_classes_to_draw_are_reported(tmp_path):
+def test_more_classes_than_can_be_drawn_are_reported(tmp_path):
     lines = write_per_class(tmp_path, *answers(21841), [f"class {i}" for i in range(21841)])
     assert "no confusion.png: 21841 classes are more than 2000" in lines
     assert not (tmp_path / "confusion.png").exists()
 
 
 @pytest.mark.parametrize(("labels", "predictions"), [([0, 2], [0, 1]), ([0, 1], [0, -1]), ([0, 1], [0])])
-def test_an_index_out_of_range_is_an_error(tmp_path, labels, predictions):
+def test_answers_that_do_not_fit_the_classes_are_an_error(tmp_path, labels, predictions):
     with pytest.raises(UserError, match="do not fit the 2 classes"):
         write_per_class(tmp_path, np.array(labels), np.array(predictions), ["cat", "dog"])
     assert not list(tmp_path.iterdir())
@@ -130,5 +130,5 @@ def test_the_picture_of_a_batch_has_up_to_32_images(tmp_path, count, channels):
     (1, "dog"), ([0, 0, 1.0], "eel"),
     ([0.1, 0.6, 0.3], "dog 60 %\neel 30 %"), ([0.5, 0.25, 0.25], "cat 50 %\ndog 25 %"),
 ])  # fmt: skip
-def test_a_caption_is_the_label_or_the_two_largest_labels_of_a_mixed_image(label, text):
+def test_a_caption_has_the_label_or_the_two_main_labels_of_a_mixed_image(label, text):
     assert caption(np.array(label), ["cat", "dog", "eel"]) == text

@@ -1,4 +1,4 @@
-"""Test deploy.predict: folders, CSV files, contact sheets and "none of these"."""
+"""Test deploy.predict: folders, CSV files, contact sheets and the answer "none of these"."""
 
 import csv
 import dataclasses
@@ -37,7 +37,7 @@ def student(artefact, tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Return nested folders with five photographs, an unreadable one, and files that are not images."""
+    """Return nested folders with five photographs, an unreadable one, a text and a hidden file."""
     folder = tmp_path / "photos"
     (folder / "more/deeper").mkdir(parents=True)
     for i, name in enumerate(("a.jpg", "b.png", "more/c.jpg", "more/deeper/d.PNG", "=1+1.jpg")):
@@ -93,7 +93,7 @@ def test_an_unreadable_file_on_the_command_line_is_an_error(student, photos, cap
 
 
 @pytest.mark.parametrize(("threshold", "answered"), [(0.9999, "no"), (None, "yes")])
-def test_an_answer_below_the_threshold_is_none_of_these(student, photos, tmp_path, capfd, threshold, answered):
+def test_an_uncertain_answer_is_printed_as_none_of_these(student, photos, tmp_path, capfd, threshold, answered):
     made = student(threshold=threshold, temperature=5.0)
     deploy(predict, made, photos / "a.jpg")
     assert ("none of these; nearest: " in capfd.readouterr().out) == (answered == "no")
@@ -115,7 +115,7 @@ def test_no_cell_is_a_formula_and_every_path_can_be_opened(student, photos, tmp_
         assert row["label"].removeprefix("'") == names[int(row["index"])]
 
 
-@pytest.mark.parametrize("label", ['=cmd|"/C calc"!A0', "\x1b[2J", "cat, dog", "ein\nZweizeiler", "'"])
+@pytest.mark.parametrize("label", ['=cmd|"/C calc"!A0', "\x1b[2J", "cat, dog", "two\nlines", "'"])
 def test_a_label_is_quoted_and_keeps_its_text(label):
     answer = predict.Answer(Path("x.jpg"), [(label, 0.5, 0), ("b", 0.3, 1)], True, predict.NO_IMAGE)
     rows = list(csv.reader(io.StringIO(predict.answers_table([answer]).decode(), newline="")))

@@ -40,21 +40,21 @@ def jpeg(image, **options):
     return file.getvalue()
 
 
-def torchvisions(image, config):
+def by_torchvision(image, config):
     """Resize and crop an image as the evaluation transforms of torchvision and timm do."""
     height, width = config.input_size[1:]
     sides = [int(side / config.crop) for side in (height, width)]
     how = InterpolationMode(config.interpolation)
     resizes = [v2.Resize(sides[0] if height == width else sides, how)]
-    if PILLOW >= 13:  # it may resize the height first; 10 to 12 resize the width first
+    if PILLOW >= 13:  # Pillow 13 may resize the height first; 10 to 12 resize the width first
         wide, high = resizes[0](image).size
         resizes = [v2.Resize((image.height, wide), how), v2.Resize((high, wide), how)]
     return np.asarray(v2.Compose([v2.RGB(), *resizes, v2.CenterCrop((height, width))])(image))
 
 
 @pytest.mark.slow
-def test_images_of_a_thousand_sizes_get_torchvisions_bytes():
-    """Test both interpolations, square and oblong sizes, and odd and even margins of the centre crop."""
+def test_images_of_a_thousand_sizes_get_the_bytes_of_torchvision():
+    """Test both interpolations, square and other sizes, and odd and even margins of the centre crop."""
     random = np.random.default_rng(0)
     odd = 0
     for i in range(1000):
@@ -64,7 +64,7 @@ def test_images_of_a_thousand_sizes_get_torchvisions_bytes():
         sides = random.integers(1, 97, 2)
         target = (sides[0], sides[i % 3 and 1]) if i % 2 else (sides[0], sides[0])
         wanted = config(*map(int, target), random.choice([1.0, 0.875, 0.9]), ["bilinear", "bicubic"][i // 2 % 2])
-        expected = torchvisions(image, wanted)
+        expected = by_torchvision(image, wanted)
         assert np.array_equal(prepare(image, wanted), expected), (image.size, wanted)
         odd += (int(target[0] / wanted.crop) - target[0]) % 2
     assert odd > 100
@@ -91,7 +91,7 @@ def test_training_evaluates_images_as_the_presets_of_torchvision_and_timm_do(pho
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
                                   "LAB", "HSV"])  # fmt: skip
-def test_every_mode_gets_torchvisions_bytes(mode):
+def test_every_mode_gets_the_bytes_of_torchvision(mode):
     photo = Image.fromarray(PHOTOS[0])
     for step in {"RGBa": ["RGBA"], "PA": ["P"]}.get(mode, []):
         photo = photo.convert(step)
@@ -103,10 +103,10 @@ def test_every_mode_gets_torchvisions_bytes(mode):
     image = photo.convert(mode)
     assert image.mode == mode
     wanted = config(64, 64, 0.875)
-    assert np.array_equal(prepare(image, wanted), torchvisions(image, wanted))
+    assert np.array_equal(prepare(image, wanted), by_torchvision(image, wanted))
 
 
-def test_a_file_its_path_and_its_bytes_give_the_same_image(tmp_path):
+def test_paths_bytes_and_open_files_give_the_same_image(tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_bytes(jpeg(Image.fromarray(PHOTOS[1])))
     wanted = config(96, 96, 0.9, "bicubic")
@@ -139,14 +139,14 @@ def test_a_large_jpeg_is_decoded_at_four_times_the_needed_size_or_more(large, si
     (width, height), _ = sizes  # the inputs of the two passes
     assert min(width, height) >= 4 * side or (width, height) == (4000, 3000)
     assert (width < 4000) == (side <= 3000 // 8)
-    expected = torchvisions(Image.open(io.BytesIO(large)), config(side, side))
+    expected = by_torchvision(Image.open(io.BytesIO(large)), config(side, side))
     difference = np.abs(ours.astype(int) - expected)
     assert difference.mean() < 1
     assert (difference.max() == 0) == (width == 4000)
 
 
-def test_a_training_crop_of_a_jpeg_is_close_to_torchvisions(large):
-    """Draw both crops from the same random state. Only a large JPEG, decoded at a reduced scale, differs."""
+def test_a_training_crop_of_a_jpeg_is_close_to_that_of_torchvision(large):
+    """Draw both crops from the same random state. Only a large JPEG differs: it is decoded at a reduced scale."""
     crop = loading.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)
     theirs = v2.Compose([v2.RGB(), v2.RandomResizedCrop(64, interpolation=InterpolationMode.BILINEAR)])
     for seed in range(5):
@@ -163,12 +163,12 @@ def test_a_training_crop_of_a_jpeg_is_close_to_torchvisions(large):
         assert np.array_equal(ours, np.asarray(theirs(open_image(jpeg(small)))))
 
 
-# ---- EXIF orientation -----------------------------------------------------------------------------------------
+# ---- EXIF orientation ---------------------------------------------------------------------------------------------
 
 
 def turned(photo, orientation, kind, **options):
     """Return a file with the photo turned and the EXIF orientation that turns it back."""
-    undo = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # values of Image.Transpose that undo each
+    undo = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # orientation: values of Image.Transpose
     for method in undo[orientation]:
         photo = photo.transpose(Image.Transpose(method))
     exif = Image.Exif()
@@ -233,7 +233,7 @@ GREY = PHOTOS[0][:64, :64, 0]
     ],
     ids=["png", "tiff", "pgm16", "pgm12", "pgm8"],
 )
-def test_deep_greys_are_scaled_by_the_range_of_their_type(file):
+def test_greys_of_8_to_16_bits_are_scaled_by_their_range(file):
     values = np.asarray(to_rgb(open_image(file)))[..., 0].astype(int)
     assert np.abs(values - GREY).max() <= 1
 
@@ -285,7 +285,7 @@ def deep_colour(shift):
 
 @pytest.mark.parametrize("kind", deep_colour(8))
 def test_16_bit_colours_are_read_unless_they_use_only_12_bits(kind):
-    """The high byte alone would give a black image for 12-bit values."""
+    """Test values of 16 and of 12 bits: the high byte of a 12-bit value is almost 0."""
     values = np.asarray(to_rgb(open_image(deep_colour(8)[kind]))).astype(int)
     expected = COLOUR[..., :1] if kind.startswith("grey") else COLOUR
     assert np.abs(values - expected).max() <= 1
@@ -305,7 +305,7 @@ def test_a_black_image_of_16_bit_colours_is_black(colour):
     assert not np.asarray(to_rgb(open_image(png(values, colour)))).any()
 
 
-# ---- transparency --------------------------------------------------------------------------------------------------
+# ---- transparency -------------------------------------------------------------------------------------------------
 
 
 def logo(hidden):
@@ -324,7 +324,7 @@ def saved(image, kind, **options):
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})])
 def test_the_colour_under_transparency_does_not_matter(kind, options):
-    """Two hidden colours give the same image on white."""
+    """Check that two hidden colours give the same image on white."""
     images = [to_rgb(open_image(saved(logo(hidden), kind, **options))) for hidden in ((0, 0, 0), (255, 0, 255))]
     assert np.array_equal(*map(np.asarray, images))
     assert images[0].getpixel((0, 0)) == (255, 255, 255)
@@ -385,7 +385,7 @@ def test_a_black_image_of_16_bit_greys_is_black():
     assert not np.asarray(to_rgb(open_image(grey_file(np.zeros((8, 8), np.uint16), "PNG")))).any()
 
 
-# ---- Pillow 10 to 13 -----------------------------------------------------------------------------------------------
+# ---- Pillow 10 to 13 ----------------------------------------------------------------------------------------------
 
 SHAPES = """
 import hashlib, sys
@@ -405,7 +405,7 @@ print(digest.hexdigest())
 
 
 def test_a_shape_that_pillow_13_resizes_in_another_order_has_the_bytes_of_pillow_12():
-    """One side grows and the other shrinks. The digests are those of Pillow 10.4, 11.3, 12.2 and 13.0."""
+    """Resize a tall image three times. Pillow 10.4, 11.3, 12.2 and 13.0 gave these digests."""
     random = np.random.default_rng(1)
     tall = Image.fromarray(random.integers(0, 256, (200, 40, 3), dtype=np.uint8))
     digests = [
@@ -434,11 +434,11 @@ def test_any_shape_has_the_same_bytes_with_every_pillow(version, tmp_path):
     assert digests[0] == digests[1]
 
 
-# ---- unreadable files ------------------------------------------------------------------------------------------
+# ---- unreadable files ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", [b"no image", b"", "truncated"])
-def test_a_damaged_file_raises_one_kind_of_error(damage):
+def test_every_damaged_file_raises_unreadable_image(damage):
     whole = jpeg(Image.fromarray(PHOTOS[0]))
     with pytest.raises(UnreadableImage, match=r"OSError: |not an image of a known format: "):
         to_rgb(open_image(whole[: len(whole) // 2] if damage == "truncated" else damage))
@@ -460,7 +460,7 @@ NOT_READ = {
 
 @pytest.mark.parametrize(("content", "message"), NOT_READ.items())
 def test_a_format_that_is_not_read_is_named(content, message, tmp_path):
-    """Open bytes, paths and a stream. The error must not show the address of a Python object."""
+    """Open bytes, paths and a stream. No error may contain the address of a Python object."""
     path = tmp_path / "photo.jpg"
     path.write_bytes(content)
     for file in (content, path, str(path), io.BytesIO(content)):
@@ -496,7 +496,7 @@ def test_a_missing_file_and_a_decompression_bomb_are_errors():
 
 @pytest.mark.parametrize("size", [(65535, 1), (1, 65535)])
 def test_a_strip_is_refused_before_it_is_resized(size):
-    """The resized strip would take 17 GB."""
+    """Open strips that would take 13 GB after the resize."""
     file = io.BytesIO()
     Image.new("L", size).save(file, "PNG")
     with pytest.raises(ImageTooLarge, match="would become"):

@@ -1,4 +1,4 @@
-"""Test deploy.quantize: each target gets the file it needs, within bounded memory."""
+"""Test deploy.quantize: the file of each target, its memory, and the bound on lost accuracy."""
 
 import itertools
 import re
@@ -36,8 +36,8 @@ def test_each_target_gets_the_file_it_needs(deployed):
 
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
-def test_calibration_keeps_the_activations_of_one_batch(run, method, monkeypatch, capsys):
-    """Split 37 images into batches of at most 16. The collector gets the ranges, and then three batches."""
+def test_calibration_keeps_the_activations_of_one_batch_at_a_time(run, method, monkeypatch, capsys):
+    """Split 37 images into three batches of at most 16. The collector gets the ranges before them."""
     batches = []
     collect = HistogramCollector.collect
 
@@ -53,7 +53,7 @@ def test_calibration_keeps_the_activations_of_one_batch(run, method, monkeypatch
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_histograms_do_not_grow_with_the_range_of_later_images(run, method, monkeypatch):
-    """The library's histograms grow in proportion to the range of the widest batch."""
+    """Test two batches, because the histograms of onnxruntime grow with the range of the widest batch."""
     sizes = set()
     compute = HistogramCollector.compute_collection_result
 
@@ -81,7 +81,7 @@ def test_large_images_are_calibrated_a_few_at_a_time(run, monkeypatch):
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_each_method_cuts_off_the_largest_values(deployed, method):
-    """The method narrows some of the ranges that minmax gives."""
+    """Check that the method narrows some of the ranges of minmax and widens none."""
     student, images = deployed / "student", read_reference(deployed / "student", None, "").train_images
     metadata = load(student / "student.onnx", device="cpu").metadata
     widths = {}
@@ -93,13 +93,13 @@ def test_each_method_cuts_off_the_largest_values(deployed, method):
     assert max(shares) < 1.01
 
 
-# ---- the bound -----------------------------------------------------------------------------------------------------
+# ---- the bound on lost accuracy ------------------------------------------------------------------------------------
 
 
 def spoil(run):
     """Scale four channels between two convolutions by 1,000, and return the names of the two layers.
 
-    The second convolution divides them again, so the logits stay in float, but INT8 loses the other channels.
+    The second convolution divides them again: the float logits stay the same, but INT8 loses the other channels.
     """
     file = run / "student/student.onnx"
     model = onnx.load(file)
@@ -145,7 +145,7 @@ def test_the_layers_that_lose_too_much_stay_in_float(run, target, capsys):
 
 
 def quantize_or_refuse(run, *flags):
-    """Return the top-1 without a bound, or 0 if quantize refuses the file because half of the classes change."""
+    """Return the top-1 without a bound, or 0 if quantize refuses the file: over half of the answers change."""
     parser = quantize.get_parser()
     if quantize.command(parser, quantize.run, [str(run), *flags]):
         return 0
@@ -163,8 +163,8 @@ def test_a_file_that_keeps_the_bound_in_int8_has_no_layer_in_float(run, capsys):
 
 def test_a_bound_that_cannot_be_kept_gives_one_line_and_changes_no_file(run, monkeypatch, capfd):
     before = {path: path.read_bytes() for path in (run / "student").iterdir()}
-    loses = quantize.Accuracy(90.0, 80.0, 1.0, 80)
-    monkeypatch.setattr(quantize.Bound, "accuracy", lambda *_: loses)
+    worse = quantize.Accuracy(90.0, 80.0, 1.0, 80)
+    monkeypatch.setattr(quantize.Bound, "accuracy", lambda *_: worse)
     line = refused(capfd, quantize, run, "--target", "cpu", "--max-drop", "0.5", "--method", "minmax")
     assert "--max-drop 0.5 cannot be kept" in line
     assert "still loses 10.00 points" in line
@@ -183,7 +183,7 @@ def test_the_bound_and_the_calibration_use_different_images(run, monkeypatch):
 
 
 def test_each_node_is_in_one_layer_with_the_name_of_its_weights():
-    """Unnamed nodes get names, because onnxruntime picks nodes by name."""
+    """Check too that unnamed nodes get names, because onnxruntime picks nodes by name."""
     node = onnx.helper.make_node
     nodes = [
         node("Cast", ["images"], ["x"], to=1),
@@ -210,7 +210,7 @@ def test_each_node_is_in_one_layer_with_the_name_of_its_weights():
 def test_too_few_images_for_the_bound_are_reported():
     right = np.ones(50, bool)
     accuracy = quantize.Accuracy.of(right, right)
-    assert (accuracy.drop, accuracy.error) == (0, 2)  # one image of 50, although none changed
+    assert (accuracy.drop, accuracy.error) == (0, 2)  # the error is one image of 50, although no image changed
     changed = right.copy()
     changed[:4] = False
     accuracy = quantize.Accuracy.of(right, changed)

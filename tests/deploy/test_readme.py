@@ -1,4 +1,4 @@
-"""Test the Python, the commands and the links of the pages."""
+"""Test the Python code, the commands and the links of the pages."""
 
 import importlib
 import re
@@ -32,7 +32,7 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
 
 
-def test_a_test_runs_the_python_of_every_page():
+def test_only_pages_with_a_test_contain_python():
     assert {str(page.relative_to(ROOT)) for page in PAGES if blocks(page)} == {
         "README.md", "examples/training.md", "deploy/README.md",
     }  # fmt: skip
@@ -79,7 +79,7 @@ def test_the_python_on_the_training_page_opens_a_student(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_client_on_the_servers_page_gets_an_answer(artefact):
+def test_the_client_on_the_page_of_deploy_gets_an_answer(artefact):
     (block,) = blocks("deploy/README.md")
     with server(artefact) as (_, port):
         names = {}
@@ -122,7 +122,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     parsers = [get_parser(table, "", "") for table in (train.FLAGS, teacher_labels.FLAGS)]
     parsers += [module.get_parser() for module in commands.values()]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    theirs = {"--nproc-per-node", "--max-restarts", "--logdir"}  # of torchrun and TensorBoard
+    theirs = {"--nproc-per-node", "--max-restarts", "--logdir"}  # flags of torchrun and TensorBoard
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps", "--with"}  # of venv, pip and uv
     theirs |= {"--requirements", "--budget-ms"}  # of student.pyz and candidates.pyz

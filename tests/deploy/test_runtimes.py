@@ -43,19 +43,19 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 @pytest.fixture
 def foreign(tmp_path):
-    """Return an ONNX file as of another exporter (float NCHW, no metadata), its weight and its sidecar."""
-    make, numpy = onnx.helper, onnx.numpy_helper
+    """Return an ONNX file like another exporter's (float NCHW, no metadata), its weight and its JSON file's values."""
+    make, arrays = onnx.helper, onnx.numpy_helper
     weight = np.random.default_rng(0).normal(size=(3, 10)).astype(np.float32)
     nodes = [
         make.make_node("GlobalAveragePool", ["pixel_values"], ["pooled"]),
         make.make_node("Flatten", ["pooled"], ["flat"]),
         make.make_node("MatMul", ["flat", "weight"], ["scores"]),
     ]
-    ports = [
+    tensors = [
         make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
         for name, shape in (("pixel_values", ["N", 3, 32, 32]), ("scores", ["N", 10]))
     ]
-    graph = make.make_graph(nodes, "elsewhere", ports[:1], ports[1:], [numpy.from_array(weight, "weight")])
+    graph = make.make_graph(nodes, "elsewhere", tensors[:1], tensors[1:], [arrays.from_array(weight, "weight")])
     file = tmp_path / "theirs.onnx"
     onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), file)
     sidecar = {
@@ -71,8 +71,8 @@ def foreign(tmp_path):
     return file, weight, sidecar
 
 
-def test_a_sidecar_makes_an_onnx_file_from_elsewhere_usable(foreign, tmp_path):
-    """The runtime uses the sidecar's mean and std and the graph's names. Triton gets these names too."""
+def test_a_json_file_makes_an_onnx_file_from_elsewhere_usable(foreign, tmp_path):
+    """Check that the runtime uses the file's mean and std, and that Triton gets the graph's own names."""
     file, weight, sidecar = foreign
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     expected = ((images / 255).mean((1, 2)) - sidecar["mean"]) / sidecar["std"] @ weight
@@ -101,7 +101,7 @@ def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):
     ({"std": [0, 1, 1]}, "std is [0, 1, 1]; expected a number above 0 per channel"),
     (None, "a theirs.onnx.json next to it; its fields are mean, std, label_names"),
 ])  # fmt: skip
-def test_a_sidecar_must_fit_the_graph(foreign, change, message):
+def test_the_json_file_must_fit_the_graph(foreign, change, message):
     file, _, values = foreign
     sidecar = file.with_name("theirs.onnx.json")
     sidecar.write_text(json.dumps(values | change)) if change else sidecar.unlink()
@@ -163,7 +163,7 @@ def test_build_with_tensorrt_needs_a_gpu(deployed, capfd):
     assert "CUDA device" in refused(capfd, build, deployed / "student/student.onnx", "--library", "tensorrt")
 
 
-# ---- no silent fallback, no traceback ------------------------------------------------------------------------------
+# ---- missing devices, damaged files, mistakes ----------------------------------------------------------------------
 
 
 @needs_no_gpu
@@ -221,7 +221,7 @@ def damage(run, how):
 
 @pytest.mark.parametrize("how", [
     "config", "weights", "onnx truncated", "onnx garbage", "foreign onnx", "ts truncated", "ts garbage",
-    "pt2 truncated", "pt2 garbage", "lonely engine", "foreign engine",
+    "pt2 truncated", "pt2 garbage", "engine", "foreign engine",
 ])  # fmt: skip
 def test_a_damaged_or_foreign_file_gives_one_line(run, how, capfd):
     path = damage(run, how)
@@ -290,7 +290,7 @@ def test_kdlite_traceback_adds_the_traceback_to_a_mistake(deployed):
 
 @pytest.mark.slow
 def test_labels_with_accents_are_printed_in_any_locale(tmp_path):
-    """In an ASCII locale, files are UTF-8 and the terminal gets escapes."""
+    """Test an ASCII locale: files are in UTF-8, and the terminal gets escapes."""
     labels = ["chêne", "\u6a58"]
     student = write_student(tmp_path / "student", f"{MODELS}:tiny", 16, labels)
     deploy(export, student, "--format", "onnx")
@@ -342,7 +342,7 @@ def test_a_model_in_the_repository_is_not_overwritten(deployed, tmp_path, capfd)
     assert files_of(tmp_path / "models") == ["student"]
 
 
-def test_the_kserve_manifest_names_the_protocol_that_we_serve():
+def test_the_kserve_manifest_names_our_protocol():
     yaml = pytest.importorskip("yaml")
     manifest = yaml.safe_load((ROOT / "examples/triton/kserve.yaml").read_text())
     assert manifest["kind"] == "InferenceService"

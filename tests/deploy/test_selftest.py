@@ -25,7 +25,7 @@ def student(tmp_path):
     return folder
 
 
-def test_the_vectors_contain_pictures_prepared_bytes_and_logits(student):
+def test_the_vectors_contain_pictures_their_prepared_bytes_and_their_logits(student):
     folder, runtime = student / "vectors", load(student / "student.onnx", RunOn("cpu"))
     index = json.loads((folder / "index.json").read_text())
     assert len(index["pictures"]) == 10
@@ -47,7 +47,7 @@ def test_the_vectors_contain_pictures_prepared_bytes_and_logits(student):
 
 
 def test_no_jpeg_is_large_enough_for_a_reduced_scale(student):
-    """Only some decoders can read a JPEG at a reduced scale."""
+    """Test several input sizes, because only some decoders can reduce a JPEG."""
     for size in ([3, 64, 64], [3, 16, 16], [3, 300, 20], [1, 700, 700]):
         needed = (size[2], size[1])
         for picture in selftest.PICTURES:
@@ -61,12 +61,12 @@ def test_the_logits_of_other_files_of_the_same_student_are_kept(student, tmp_pat
     other.write_bytes((student / "student.onnx").read_bytes())
     deploy(pack, student, "--file", other.name, "-o", tmp_path / "student.pyz")
     assert json.loads((student / "vectors/index.json").read_text())["logits"].keys() == {"student.onnx", other.name}
-    write_onnx(student, metadata_of(crop=1.0))  # with another preprocessing
+    write_onnx(student, metadata_of(crop=1.0))  # with another crop
     deploy(pack, student, "-o", tmp_path / "student.pyz")
     assert json.loads((student / "vectors/index.json").read_text())["logits"].keys() == {"student.onnx"}
 
 
-def test_selftest_passes_a_float_input_too(tmp_path, capfd):
+def test_a_student_with_float_input_passes_the_selftest(tmp_path, capfd):
     (tmp_path / "config.json").write_text("{}")
     write_onnx(tmp_path, metadata_of(input=FLOAT))
     deploy(pack, tmp_path, "-o", tmp_path / "student.pyz")

@@ -51,7 +51,7 @@ class Context:
         return self.library.fake_launch(*addresses, rows, pixels, len(LABELS), stream) == 0
 
 
-class Deserialised:
+class FakeEngine:
     def __init__(self, library):
         self.create_execution_context = lambda: Context(library)
 
@@ -59,11 +59,11 @@ class Deserialised:
 def make(library, integrated=False, fails="", max_batch=8, layout=UINT8):
     library.fake_reset(int(integrated), ctypes.c_char_p(fails.encode()))
     metadata = Metadata(LABELS, [3, 4, 6], [0.0] * 3, [1.0] * 3, "bilinear", 1.0, input=layout)
-    return tensorrt.Engine(Deserialised(library), tensorrt.Cuda(library), metadata, max_batch)
+    return tensorrt.Engine(FakeEngine(library), tensorrt.Cuda(library), metadata, max_batch)
 
 
 def calls(library):
-    """Return the names of the calls since the last reset."""
+    """Return the names of the calls since the last reset, without cudaDeviceGetAttribute."""
     names = [line.split()[0] for line in library.fake_log().decode().splitlines()]
     return [name for name in names if name != "cudaDeviceGetAttribute"]
 
@@ -91,7 +91,7 @@ def test_the_next_batch_does_not_change_earlier_logits(library):
     np.testing.assert_array_equal(first, logits(images(2, 0)))
 
 
-def test_a_run_copies_images_launches_copies_logits_and_waits(library):
+def test_a_run_copies_the_images_then_launches_then_copies_the_logits_and_waits(library):
     engine = make(library)
     library.fake_reset(0, b"")
     engine.run(images(3))

@@ -84,7 +84,7 @@ def test_tritonclient_gets_the_logits_of_the_runtime(port, expected, images, bin
     np.testing.assert_allclose(answer.as_numpy("logits"), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_tritonclient_works_without_outputs_with_a_version_and_asynchronously(port, expected, images):
+def test_tritonclient_may_omit_outputs_or_give_a_version_or_ask_asynchronously(port, expected, images):
     with httpclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
         given = triton_input(images)
         answers = [client.infer("student", given), client.infer("student", given, model_version="1")]
@@ -222,7 +222,7 @@ def test_readiness_fails_when_the_thread_of_the_runtime_has_ended(artefact):
 
 
 def test_readiness_fails_while_no_decoder_starts(artefact, monkeypatch):
-    """This happens when a damaged file replaces the .pyz of a running server."""
+    """Imitate a server whose .pyz was replaced by a damaged file."""
     monkeypatch.setattr(images_module, "prepare_process", os.abort)
     with in_process(artefact) as site:
         assert ask(site, "/predict", picture())[0] == 503
@@ -238,7 +238,7 @@ def test_readiness_fails_while_no_decoder_starts(artefact, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_predict_prepares_a_photograph_as_training_does(site, artefact, kind):
+def test_predict_returns_the_probabilities_of_the_prepared_photograph(site, artefact, kind):
     file = io.BytesIO()
     Image.fromarray(load_sample_images().images[0]).save(file, kind)
     status, _, body = ask(site, "/predict?top=3", file.getvalue())
@@ -253,7 +253,7 @@ def test_predict_prepares_a_photograph_as_training_does(site, artefact, kind):
 
 
 def test_predict_divides_by_the_temperature_and_applies_the_threshold(artefact, tmp_path):
-    """The V2 protocol still returns raw logits."""
+    """Check too that the V2 protocol still returns raw logits."""
     import onnx
 
     def answer(**changes):
@@ -265,13 +265,13 @@ def test_predict_divides_by_the_temperature_and_applies_the_threshold(artefact, 
 
     plain, logits = answer()
     assert (plain["none_of_these"], plain["threshold"]) == (False, None)
-    warm, same = answer(temperature=2.0, threshold=0.999)
+    scaled, same = answer(temperature=2.0, threshold=0.999)
     assert same == logits
-    assert (warm["none_of_these"], warm["threshold"]) == (True, 0.999)
-    assert [p["index"] for p in warm["predictions"]] == [p["index"] for p in plain["predictions"]]
+    assert (scaled["none_of_these"], scaled["threshold"]) == (True, 0.999)
+    assert [p["index"] for p in scaled["predictions"]] == [p["index"] for p in plain["predictions"]]
     roots = np.sqrt([p["probability"] for p in plain["predictions"]])
-    assert [p["probability"] for p in warm["predictions"]] == pytest.approx((roots / roots.sum()).tolist(), rel=1e-4)
-    largest = warm["predictions"][0]["probability"]
+    assert [p["probability"] for p in scaled["predictions"]] == pytest.approx((roots / roots.sum()).tolist(), rel=1e-4)
+    largest = scaled["predictions"][0]["probability"]
     assert answer(temperature=2.0, threshold=largest - 1e-6)[0]["none_of_these"] is False
 
 
@@ -339,7 +339,7 @@ def test_predict_reads_a_form_with_one_file(site):
         assert ask(site, "/predict", *form(*parts))[2] == expected
     noise = np.random.default_rng(0).integers(0, 256, (800, 1000, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(noise).save(file, "PNG")  # more than the form's parser keeps in memory by default
+    Image.fromarray(noise).save(file, "PNG")  # by default the form's parser keeps less in memory
     assert ask(site, "/predict", *form((b'name="image"; filename="a.png"', file.getvalue())))[0] == 200
 
 
@@ -353,7 +353,7 @@ def test_predict_reads_a_form_with_one_file(site):
     (*form((b'name="a"; filename="a"', b"no image")), "not an image"),
     (*form((b'name="a"; filename="a"', b"")), "empty"),
 ])  # fmt: skip
-def test_a_form_without_one_image_is_refused_with_the_reason(site, body, headers, reason):
+def test_a_form_without_exactly_one_image_is_refused_with_the_reason(site, body, headers, reason):
     status, message = error_of(site, "/predict", body, headers)
     assert (status, reason in message) == (400, True), message
 

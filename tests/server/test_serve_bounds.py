@@ -1,4 +1,4 @@
-"""Test that hostile requests, overload and slow clients cost deploy.serve bounded memory and time."""
+"""Test that deploy.serve limits the memory and time of hostile requests, overload and slow clients."""
 
 import asyncio
 import concurrent.futures
@@ -69,7 +69,7 @@ def chunk(kind, data=b""):
 
 
 def png(width, height, bits=1, colour=0):
-    """Return a PNG of zeros, a small file for any number of pixels."""
+    """Return a PNG of zeros: the file is small for any number of pixels."""
     samples = {0: 1, 6: 4}[colour]
     packer = zlib.compressobj(9)
     row = bytes(1 + (width * bits * samples + 7) // 8)
@@ -79,7 +79,7 @@ def png(width, height, bits=1, colour=0):
 
 
 def jpeg_of_scans(count, side=4000):
-    """Return a progressive JPEG that codes all its pixels many times."""
+    """Return a progressive JPEG that repeats its last scan of all pixels."""
     file = io.BytesIO()
     Image.new("L", (side, side)).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -156,7 +156,7 @@ def probe(health):
 def probe_during(port, work):
     """Return the rate of answered health probes during the work, relative to the rate without it.
 
-    At 0.1 or more, nothing blocked the event loop for long. Work that is too short for ten probes returns 1.
+    At 0.1 or more, nothing blocked the event loop for long. Return 1 if the work is too short for ten probes.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.closing(keep_alive(port)) as health:
         started = time.perf_counter()
@@ -216,7 +216,7 @@ def test_large_photographs_share_a_budget_and_a_dead_decoder_is_replaced(artefac
         assert ask(port, "/predict", large)[0] == 200  # the budget is free again
         # one photograph at a time takes 64 MiB in grey and 256 MiB in colour
         assert memory_mib(process.pid) + sum(map(memory_mib, decoders(process))) < 800
-        for child in decoders(process):  # as an image that crashes Pillow would
+        for child in decoders(process):  # an image that crashes Pillow ends it too
             os.kill(child, signal.SIGKILL)
         wait_until(lambda: ask(port, "/predict", middle)[0] == 200)
         assert ask(port, "/v2/health/ready")[0] == 200
@@ -226,14 +226,14 @@ def test_large_photographs_share_a_budget_and_a_dead_decoder_is_replaced(artefac
 
 
 def test_decoding_has_a_limit_of_cpu_time(monkeypatch):
-    pixel = images.Metadata(["a"], [3, 16, 16], [0.5] * 3, [0.2] * 3, "bilinear", 1.0)
+    metadata = images.Metadata(["a"], [3, 16, 16], [0.5] * 3, [0.2] * 3, "bilinear", 1.0)
     endless = SMALL_JPEG[:2] + b"\xff\xe0\0\2" * 3_000_000 + SMALL_JPEG[2:]
     monkeypatch.setattr(images, "DECODE_S", 0.2)
     handler = signal.signal(signal.SIGPROF, images.stop_decoding)
     started = time.process_time()
     try:
         with pytest.raises(images.RequestError) as error:
-            images.decode_in_time(endless, "", pixel, ("JPEG",), 100_000)
+            images.decode_in_time(endless, "", metadata, ("JPEG",), 100_000)
     finally:
         signal.signal(signal.SIGPROF, handler)
     assert "takes more than 0 s of CPU" in error.value.message
@@ -286,7 +286,7 @@ def test_a_client_does_not_wait_for_a_crowd_that_has_left(port):
     asyncio.run(crowd(port, 900, 2.0, head + photo))
     started = time.perf_counter()
     assert ask(port, "/predict", photo)[0] in (200, 503)
-    assert time.perf_counter() - started < max(1.0, 150 * alone)  # 900 photographs take 450 times as long on two cores
+    assert time.perf_counter() - started < max(1.0, 150 * alone)  # all 900 would take 450 * alone on two cores
 
 
 def test_requests_of_clients_that_have_left_are_not_run(artefact):
@@ -343,7 +343,7 @@ def test_bodies_share_a_budget(artefact):
         assert sum(answer == b"" for answer in answered) == 3
         for upload in uploads:
             upload.close()
-        wait_until(lambda: ask(port, "/predict", bytes(1_000_000))[0] == 400)  # not an image, but there is room for it
+        wait_until(lambda: ask(port, "/predict", bytes(1_000_000))[0] == 400)  # the body is read, but it is no image
 
 
 # ---- slow clients -------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def impatient(artefact):
         yield port
 
 
-@pytest.mark.parametrize(("begin", "drop", "answer"), [
+@pytest.mark.parametrize(("begin", "more", "answer"), [
     (b"GET /v2 HTTP/1.1\r\nHost: x\r\n", b"a: b\r\n", b" 408 "),
     (b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n", b"x", b" 408 "),
     (b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n", b" 408 "),
@@ -363,15 +363,15 @@ def impatient(artefact):
     (b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n", b"", b" 200 "),
     (b"", b"", b""),
 ], ids=["headers", "body", "chunks", "body that is not read", "idle", "silent"])  # fmt: skip
-def test_a_slow_client_is_answered_and_closed(impatient, begin, drop, answer):
+def test_a_slow_client_gets_an_answer_and_is_disconnected(impatient, begin, more, answer):
     with socket.create_connection(("127.0.0.1", impatient)) as client:
         client.settimeout(0.1)
         started, received = time.monotonic(), b""
         client.sendall(begin)
         while time.monotonic() - started < 10:
             try:
-                if drop:
-                    client.sendall(drop)
+                if more:
+                    client.sendall(more)
                 part = client.recv(1000)
             except TimeoutError:
                 continue
@@ -385,7 +385,7 @@ def test_a_slow_client_is_answered_and_closed(impatient, begin, drop, answer):
         assert received.count(b"HTTP/1.1") == bool(answer)
 
 
-def test_a_client_that_keeps_sending_requests_is_not_closed(impatient):
+def test_a_client_that_keeps_sending_requests_is_not_disconnected(impatient):
     client = keep_alive(impatient)
     started = time.monotonic()
     while time.monotonic() - started < 3:
@@ -394,7 +394,7 @@ def test_a_client_that_keeps_sending_requests_is_not_closed(impatient):
     client.close()
 
 
-def test_a_client_that_reads_no_answers_is_closed(impatient):
+def test_a_client_that_reads_no_answers_is_disconnected(impatient):
     with socket.create_connection(("127.0.0.1", impatient)) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(0.2)
@@ -459,7 +459,7 @@ def talk(port, sent):
         return answer, part == b""
 
 
-@pytest.mark.parametrize("request_line", [
+@pytest.mark.parametrize("sent", [
     b"NONSENSE\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
     b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
@@ -467,15 +467,15 @@ def talk(port, sent):
     b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
     b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
 ], ids=["words", "TLS", "a chunk without a size", "gzip as framing", "two lengths", "a negative length"])  # fmt: skip
-def test_invalid_http_gets_an_error_in_json(port, request_line):
-    answer, closed = talk(port, request_line)
+def test_invalid_http_gets_an_error_in_json(port, sent):
+    answer, closed = talk(port, sent)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert re.match(rb"HTTP/1.1 (400|501) ", head)
     assert "error" in json.loads(body)
     assert closed
 
 
-def test_a_request_with_both_lengths_closes_its_connection(port):
+def test_a_request_with_a_length_and_chunks_closes_its_connection(port):
     answer, closed = talk(port, b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\nTransfer-Encoding: chunked"
                                 b"\r\n\r\n0\r\n\r\nGET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")  # fmt: skip
     assert closed
@@ -483,7 +483,7 @@ def test_a_request_with_both_lengths_closes_its_connection(port):
     assert b"connection: close" in answer.lower()
 
 
-def test_the_absolute_form_of_a_target_is_answered(port):
+def test_a_request_for_a_whole_url_is_answered(port):
     for target, status in ((b"http://example.com/v2/health/live", b" 200 "), (b"HTTPS://a:1", b" 200 "),
                            (b"http://a/nowhere", b" 404 ")):  # fmt: skip
         answer, _ = talk(port, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

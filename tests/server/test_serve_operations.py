@@ -186,7 +186,7 @@ def test_sighup_loads_the_file_again_without_losing_a_request_and_refuses_a_bad_
         )
 
 
-def test_sighup_while_the_file_is_loaded_loads_it_again(artefact):
+def test_sighup_during_a_load_loads_the_file_again(artefact):
     with server(artefact, slow_load=1.0) as (process, _):  # each load prints "loading"
         process.send_signal(signal.SIGHUP)
         lines = "".join(process.stdout.readline() for _ in range(3))
@@ -197,11 +197,11 @@ def test_sighup_while_the_file_is_loaded_loads_it_again(artefact):
 
 
 def test_reloads_do_not_overlap(artefact):
-    site, running, most = make_server(artefact), [], []
+    site, running, counts = make_server(artefact), [], []
 
     def load_again():
         running.append(1)
-        most.append(len(running))
+        counts.append(len(running))
         time.sleep(0.02)
         running.pop()
         return site.runtime
@@ -212,10 +212,10 @@ def test_reloads_do_not_overlap(artefact):
         for _ in range(5):
             reloader.on_signal(signal.SIGHUP, None)
         reloader.start(site)
-        wait_until(lambda: len(most) == 5)
+        wait_until(lambda: len(counts) == 5)
     finally:
         signal.signal(signal.SIGHUP, handler)
-    assert max(most) == 1
+    assert max(counts) == 1
 
 
 # ---- log and metrics ----------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def status_of(path):
 
 def test_a_unix_socket_is_served_handed_over_and_removed(artefact, refused, tmp_path):
     path = tmp_path / "kdlite.sock"
-    with socket.socket(socket.AF_UNIX) as dead:  # as a killed server leaves it
+    with socket.socket(socket.AF_UNIX) as dead:  # a killed server leaves such a file
         dead.bind(str(path))
     with server(artefact, "--unix-socket", path) as (old, _):
         assert status_of(path) == 200
@@ -332,7 +332,7 @@ def test_a_unix_socket_is_served_handed_over_and_removed(artefact, refused, tmp_
         time.sleep(0.3)
         old.terminate()
         new_flags = ["--unix-socket", str(path), "--device", "cpu", "--drain", "0"]
-        path.unlink()  # as a deployment does while the old server drains
+        path.unlink()  # a deployment does this while the old server drains
         with server(artefact, *new_flags) as (new, _):
             assert old.wait(20) == 0
             assert status_of(path) == 200
@@ -361,7 +361,7 @@ def test_a_new_socket_with_the_same_inode_has_another_identity(tmp_path):
 # ---- systemd ------------------------------------------------------------------------------------------------------
 
 
-def test_each_file_of_the_systemd_unit_is_installed_by_a_step_of_its_comment():
+def test_the_steps_in_the_systemd_unit_install_each_file_that_it_uses():
     text = (ROOT / "examples/serve/kdlite.service").read_text()
     steps = "\n".join(line for line in text.splitlines() if line.startswith("#   "))
     for path in re.findall(r"/(?:opt|etc)/[\w/.-]+", "\n".join(set(text.splitlines()) - set(steps.splitlines()))):

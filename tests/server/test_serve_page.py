@@ -68,7 +68,7 @@ def test_the_later_of_two_quick_pictures_is_shown_and_the_page_is_busy_until_the
         page.wait_for_timeout(20)
     held[1].fulfill(body=predictions("the second"), content_type="application/json")
     page.wait_for_selector("#answers li")
-    with contextlib.suppress(Exception):  # the page has cancelled it
+    with contextlib.suppress(Exception):  # the page has cancelled this request
         held[0].fulfill(body=predictions("the first"), content_type="application/json")
     page.wait_for_timeout(200)
     assert page.inner_text("#answers").startswith("the second")
@@ -84,7 +84,7 @@ def test_the_later_of_two_quick_pictures_is_shown_and_the_page_is_busy_until_the
     (200, "<!doctype html><title>Log in to the network</title>", "Log in to the network"),
     (503, '{"error": "the queue is full"}', "the queue is full"),
 ])  # fmt: skip
-def test_an_error_is_shown_with_its_origin(browser, port, status, body, reason):
+def test_an_error_is_shown_with_its_reason(browser, port, status, body, reason):
     page = browser.new_page()
     page.route("**/predict*", lambda route: route.fulfill(status=status, body=body))
     page.goto(f"http://127.0.0.1:{port}/")
@@ -148,7 +148,7 @@ def test_the_page_shows_its_model_and_finds_a_camera(browser, port):
     assert page.inner_text("#about") == "tiny · fp32"
     page.click("summary")
     assert page.locator("#names li").all_inner_texts() == NAMES
-    assert page.locator("#names b").count() == 0  # a label is text
+    assert page.locator("#names b").count() == 0  # a label is not HTML
     assert not page.is_visible("#selftest")
     page.click("#camera")
     page.wait_for_function("() => document.getElementById('camera').textContent === 'Take the picture'")
@@ -159,7 +159,7 @@ def test_the_page_shows_its_model_and_finds_a_camera(browser, port):
 
 @pytest.mark.trial
 def test_a_page_without_a_camera_opens_the_file_chooser(browser, port):
-    """A browser blocks the camera over http:// from another machine."""
+    """Test a browser that blocks the camera, as it does over http:// from another machine."""
     page = browser.new_page()
     page.add_init_script("Object.defineProperty(Navigator.prototype, 'mediaDevices', { value: undefined })")
     page.goto(f"http://127.0.0.1:{port}/")
@@ -171,7 +171,7 @@ def test_a_page_without_a_camera_opens_the_file_chooser(browser, port):
 
 
 @pytest.mark.trial
-def test_an_answer_below_the_threshold_is_none_of_these(browser, port):
+def test_an_uncertain_answer_is_shown_as_none_of_these(browser, port):
     page = browser.new_page()
     answer = json.dumps(json.loads(predictions("a cat")) | {"none_of_these": True})
     page.route("**/predict*", lambda route: route.fulfill(body=answer, content_type="application/json"))

@@ -1,4 +1,4 @@
-"""Test requests of the Open Inference Protocol, with Triton's extensions and the RFCs of HTTP."""
+"""Test requests of the Open Inference Protocol, Triton's extensions of it, and rules of HTTP."""
 
 import dataclasses
 import gzip
@@ -68,7 +68,7 @@ def test_a_raw_request_is_one_image_and_its_answer_is_binary(site, expected):
 @pytest.mark.parametrize("data", [
     "[1,,2]", "[1 2]", "[01]", "[1]]", "[[1], 2]", "[1,]", "{}", "1", "null", "[-1]", "[1e-1]", "[[[[1]]]]", "[]",
 ])  # fmt: skip
-def test_data_that_is_not_a_tensor_of_the_shape_is_refused(site, data):
+def test_data_that_does_not_fit_the_shape_is_refused(site, data):
     data = data.replace("1", ", ".join(["1"] * ONE), 1) if data not in ("1", "[1e-1]", "[-1]") else data
     text = json.dumps({"inputs": [tensor(data=0)]}).replace('"data": 0', f'"data": {data}')
     assert error_of(site, INFER, text.encode())[0] == 400
@@ -89,7 +89,7 @@ def test_a_whole_number_may_be_written_as_a_float(site):
     assert ask(site, INFER, numbers(data=[1.0] * ONE))[0] == 200
 
 
-def test_the_order_of_keys_is_free():
+def test_keys_may_have_any_order():
     data = json.dumps(IMAGE[None].tolist())
     for order in ('"data": {0}, "name": "images"', '"name": "images", "data"\n:\t{0}'):
         text = '{"id": "\\"data\\": [1]", "inputs": [{' + order + ', "datatype": "UINT8", "shape": [1, 16, 16, 3]}]}'
@@ -98,14 +98,14 @@ def test_the_order_of_keys_is_free():
         assert asked.id == '"data": [1]'
 
 
-def test_a_json_tensor_of_one_photograph_of_224_px_fits():
+def test_one_photograph_of_224_px_fits_in_json():
     shape = (224, 224, 3)
     for data in (np.full((1, *shape), 255), np.full(224 * 224 * 3, 255)):
         body = json.dumps({"inputs": [tensor((1, *shape), data=data.tolist())]}).encode()
         assert parse_infer(body, None, shape, 8).images.shape == (1, *shape)
 
 
-def test_larger_json_is_413_with_advice():
+def test_json_over_the_limit_is_413_with_advice():
     status, message = refused({"id": "x" * JSON_LIMIT})
     assert (status, "binary_data_size" in message) == (413, True)
 
@@ -117,12 +117,12 @@ def test_larger_json_is_413_with_advice():
     ("binary_data", "false"), ("binary_data", 1), ("binary_data", None), ("classification", "2"),
     ("classification", 2.0), ("classification", True), ("classification", -1), ("a", [1]), ("a", {}),
 ])  # fmt: skip
-def test_a_parameter_of_another_type_is_refused_by_name(name, value):
+def test_a_parameter_of_a_wrong_type_is_400_with_its_name(name, value):
     status, message = refused(flat(outputs=[{"name": "logits", "parameters": {name: value}}]))
     assert (status, name in message) == (400, True)
 
 
-def test_the_types_of_the_protocol_are_accepted():
+def test_parameters_of_all_types_of_the_protocol_are_accepted():
     own = {"a": "x", "b": 1, "c": True, "d": 0.5, "priority": 1, "sequence_id": 7}
     asked = parse(flat(parameters=own | {"binary_data_output": True}, id="7"))
     assert (asked.id, asked.binary, asked.classes) == ("7", True, 0)
@@ -131,7 +131,7 @@ def test_the_types_of_the_protocol_are_accepted():
     assert (asked.binary, asked.classes) == (False, 3)
 
 
-def test_the_first_of_two_outputs_with_one_name_counts():
+def test_the_first_of_two_outputs_with_the_same_name_counts():
     asked = parse(flat(outputs=[{"name": "logits"}, {"name": "logits", "parameters": {"binary_data": True}}]))
     assert not asked.binary
 
