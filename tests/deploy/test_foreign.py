@@ -103,8 +103,12 @@ def test_any_bytes_are_read_or_refused_in_little_time():
     whole = EXTERNAL["twice inside"].SerializeToString()
     random = np.random.default_rng(0)
     nested = b""
-    for _ in range(300):  # fields in fields, which a model does not have
-        nested = b"\x0a" + varint(len(nested) + 3) + b"\x2a" + varint(len(nested)) + nested
+    for _ in range(300):  # a graph in an attribute of a node of a graph, and so on
+        for tag in (b"\x32", b"\x2a", b"\x0a"):  # GraphProto.node: g of an AttributeProto, of a NodeProto, of a graph
+            nested = tag + varint(len(nested)) + nested
+    nested = b"\x3a" + varint(len(nested)) + nested  # ModelProto.graph
+    with pytest.raises(UserError, match="nested deeper than"):
+        refuse_external_data(nested, Path("a.onnx"))
     changed = [whole[:i] for i in range(len(whole))] + [
         nested,
         b"\xff" * 100,
