@@ -69,6 +69,9 @@ def make_parser(doc: str | None, name: str, *shared: str) -> Parser:
     return parser
 
 
+LARGEST = 2.0**63  # no number of a flag or of a file is larger
+
+
 def number(
     kind: type, low: float, high: float = math.inf, above: bool = False, or_zero: bool = False
 ) -> Callable[[str], Any]:
@@ -86,10 +89,12 @@ def read_number(kind: type, low: float, high: float, above: bool, or_zero: bool,
         value = math.nan
     if or_zero and value == 0:
         return value
-    if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
+    if not (low <= value <= min(high, LARGEST)) or (above and value == low):
         span = f"between {low} and {high}" if high < math.inf else f"at least {low}"
         span = f"0, or {span}" if or_zero else span
-        raise argparse.ArgumentTypeError(f"must be {f'greater than {low}' if above else span}, got {text}")
+        span = f"greater than {low}" if above else span
+        span = f"at most {LARGEST:g}" if value > LARGEST and high == math.inf else span
+        raise argparse.ArgumentTypeError(f"must be {span}, got {text[:80]}")
     return value
 
 

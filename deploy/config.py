@@ -10,14 +10,13 @@ plain arguments. Only the command line can name code and other weights.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import MAX_JSON, UserError, read_file
+from deploy.cli import LARGEST, MAX_JSON, UserError, read_file
 
 LIBRARIES = ("torchvision", "timm", "file")
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -38,10 +37,10 @@ def is_object(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
-def is_count(value: Any, most: float = math.inf) -> bool:
+def is_count(value: Any, most: float = LARGEST) -> bool:
     return type(value) is int and 0 < value <= most
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import Parser, UserError, is_code, student_folder
+from deploy.cli import LARGEST, Parser, UserError, is_code, student_folder
 from deploy.config import read_config
 
 Table = dict[str, dict[str, "Flag"]]  # group -> name -> flag
@@ -230,9 +230,13 @@ def check_recipe(table: Table, values: Any, needed: Iterable[str] = CNN) -> dict
             argv += [option(name)]
         elif value is False and flags[name].options.get("action") == argparse.BooleanOptionalAction:
             argv += [f"--no-{option(name)[2:]}"]
+        elif value is None or value is False or value == []:  # no command line sets these: a default of the flag may
+            defaults = [flags[name].default, *(recipe[name] for recipe in RECIPES.values() if name in recipe)]
+            if not any(value == default and type(value) is type(default) for default in defaults):
+                raise UserError(f"args.json of the run is damaged: {name} is {value}")
         elif isinstance(value, list):
-            argv += [option(name), *map(str, value)] if value else []
-        elif value is not None and value is not False:
+            argv += [option(name), *map(str, value)]
+        else:
             argv += [f"{option(name)}={value}"]
     try:
         return values | vars(get_parser(table, "", "args.json").parse_args(argv))
@@ -245,7 +249,7 @@ def is_like(value: Any, template: Any) -> bool:
     if isinstance(template, list):
         return isinstance(value, list) and len(value) > 0 and all(is_like(item, template[0]) for item in value)
     if isinstance(template, (int, float)) and not isinstance(template, bool):
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        return isinstance(value, (int, float)) and abs(value) <= LARGEST
     return isinstance(value, type(template))
 
 

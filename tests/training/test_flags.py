@@ -117,6 +117,8 @@ def test_every_recipe_sets_the_flags_of_imagenet_cnn(recipe):
     ("epochs", "x"), ("epochs", 0), ("batch_size", -4), ("recipe", "nope"), ("kd", 7), ("crop", "zigzag"), ("hflip", 7),
     ("lr", 1e400), ("randaugment", [1]), ("seed", 2**70), ("in_chans", 2), ("step_epochs", "abc"), ("step_factor", []),
     ("fitted", 3), ("fitted", {"epochs": 3}), ("fitted", RECIPES["digits"] | {"eval_crop": 1.0, "epochs": "x"}),
+    ("epochs", None), ("epochs", 10**400), ("img_size", None), ("img_size", []),
+    ("model", []), ("data", []), ("data", False),
 ])  # fmt: skip
 def test_a_damaged_value_in_args_json_prints_one_line(name, value):
     with pytest.raises(UserError, match=r"^args.json of the run is damaged: ") as raised:
