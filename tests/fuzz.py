@@ -55,7 +55,7 @@ MAX_PIXELS = 2_000_000  # instead of Pillow's 89 million, because larger images 
 MAX_SIDE = 256  # with a larger input_size the target does not prepare an image
 
 
-# ---- targets: each returns a function of bytes, whose exceptions are findings -------------------------------------------
+# ---- targets: each returns a function of bytes, whose exceptions are findings ----------------------------------------
 
 
 def config_target(folder: Path) -> Callable[[bytes], None]:
