@@ -140,7 +140,7 @@ def round_of(kind: str, folder: Path, photos: Path, whole: dict, most: int = 3) 
             kills += kind == "suspend"
             break
         kills += 1  # the run ended before its last epoch
-        # only torchrun and data loading processes may print a traceback, after another process was killed
+        # only torchrun and data loading processes may print a traceback, and only if another process was killed
         assert f'File "{ROOT}/train.py"' not in text, text
         may_print = kind in ("rank", "launcher", "save") or AFTER in text
         assert may_print or 'Traceback (most recent call last):\n  File "/' not in text, text

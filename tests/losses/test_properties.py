@@ -188,7 +188,7 @@ def test_any_target_is_computed_or_refused(loss, shape, target, reduction):
 @given(OBJECTS, OBJECTS, OBJECTS)
 def test_any_logits_are_computed_or_refused(loss, a, b, target):
     value, refusal = attempt(lambda: loss(a, b, target), TypeError, ValueError)
-    assert str(refusal) if refusal else value.isfinite() | value.isnan()  # without a target the mean is NaN
+    assert str(refusal) if refusal else value.isfinite() | value.isnan()  # the mean over no target is NaN
 
 
 @BOTH

@@ -108,9 +108,9 @@ def test_the_target_in_the_top_k_and_padding_are_ignored():
     served, index = logprobs.topk(4)  # the first of the four is the target
     expected = topk(student, teacher, target, k=3)
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, served, index, target), expected)
-    wider = F.pad(served, (0, 2), value=-torch.inf), F.pad(index, (0, 2), value=0)  # a log-probability of -inf
+    wider = F.pad(served, (0, 2), value=-torch.inf), F.pad(index, (0, 2), value=0)  # padding: -inf
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, *wider, target), expected)
-    wider = F.pad(served, (0, 2), value=-0.1), F.pad(index, (0, 2), value=-1)  # an index of -1
+    wider = F.pad(served, (0, 2), value=-0.1), F.pad(index, (0, 2), value=-1)  # padding: the index -1
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, *wider, target), expected)
 
 

@@ -144,7 +144,7 @@ def test_a_loaded_student_has_the_accuracy_in_its_config(photos):
 
 @pytest.mark.slow
 def test_data_loading_processes_are_not_forks_of_the_training_process(photos):
-    # A fork inherits the locks of threads, and objects that its garbage collector then destroys.
+    # A fork inherits the locks of other threads. Its garbage collector destroys the objects that it inherits.
     forked = Path("forked").absolute()
     os.register_at_fork(after_in_child=forked.touch)
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 2, "--output", "out")
