@@ -1,4 +1,4 @@
-"""Send the same requests to deploy.serve and to NVIDIA's Triton with one ONNX file, and compare the answers.
+"""Serve one ONNX file with deploy.serve and with NVIDIA's Triton, and compare their answers to the same requests.
 
     /usr/bin/python3 -m venv /tmp/triton && /tmp/triton/bin/pip install nvidia-pytriton onnxruntime
     python tests/compare_triton.py STUDENT.onnx --triton /tmp/triton/bin/python
@@ -89,7 +89,7 @@ def ask(port: int, path: str, body: bytes | None = None, headers: dict[str, str]
 
 
 def requests(shape: tuple[int, int, int]) -> dict[str, tuple[str, bytes | None, dict[str, str]]]:
-    """Return the path, body and headers of each request by its name."""
+    """Return the requests: {name: (path, body, headers)}."""
     images = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
     size = images[0].size
     infer = "/v2/models/student/infer"
@@ -268,7 +268,7 @@ def run(args: Any) -> int:
 parser = make_parser(__doc__, "compare_triton.py")
 parser.add_argument("artefact", type=Path, help="an .onnx file of deploy.export")
 parser.add_argument("--triton", required=True, help="the Python that has nvidia-pytriton and onnxruntime")
-parser.add_argument("--show", type=int, default=160, help="bytes of each answer (default: 160)")
+parser.add_argument("--show", type=int, default=160, help="number of bytes to print of each answer (default: 160)")
 
 if __name__ == "__main__":
     sys.exit(command(parser, run))

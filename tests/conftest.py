@@ -13,7 +13,7 @@ from kdlite.training.data import Digits
 # Costly fixture -> the group of the slow tests that use it.
 SHARED = {"trained": "run", "deployed": "run", "made": "device", "runs": "report", "html": "page"}
 
-# A fake camera, whose use Chromium allows without a question.
+# A fake camera, which Chromium opens without asking the user.
 CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,7 +29,7 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_modifyitems(items):
-    # Slow tests run first, so that both processes end at the same time.
+    # Slow tests run first, so that the test processes end at about the same time.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
@@ -53,7 +53,7 @@ def make_empty(path, *_):
 
 
 class SmallDigits(Digits):
-    """Hold the first digits of each part, which a process reads once."""
+    """Hold the first digits of a part. A process reads them once."""
 
     def __init__(self, train):
         self.images, self.targets = small_digits(train)

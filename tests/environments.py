@@ -1,4 +1,4 @@
-"""Make virtual environments from some of the installed packages: those of a device, or only torch."""
+"""Make virtual environments from some installed packages, such as those for a device, or only torch."""
 
 import importlib.metadata
 import re

@@ -20,7 +20,7 @@ CUDA = torch.device("cuda", 0)
 
 
 class FakeCuda(FakeTensorMode):
-    """Fake the tensors on the GPU and their results; run operations on host tensors."""
+    """Fake tensors on the GPU and the results of their operations; run the operations of host tensors."""
 
     faking = False  # True inside a fake operation, which makes its host tensors fake too
 
@@ -85,7 +85,7 @@ def walk_backward(root, gradient=None):
 @contextmanager
 def fake_gpu(monkeypatch):
     """Enter FakeCuda and yield it."""
-    torch._C._ensureCUDADeviceGuardSet()  # FakeTensorMode does this if is_available is False
+    torch._C._ensureCUDADeviceGuardSet()  # because FakeTensorMode does this only if is_available() is False
     lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # for torch.tensor(..., device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -92,7 +92,7 @@ int cudaMemcpyAsync(void *target, const void *source, size_t size, int direction
     queue[queue_length++].size = size;
     return 0;
 }
-/* The engine: logit c is the sum of the pixels times c + 1. Both buffers must be device or mapped memory. */
+/* The engine: logit c is c + 1 times the sum of the pixels. Both buffers must be device or mapped memory. */
 int fake_launch(const void *images, void *logits, int rows, int pixels, int classes, void *stream) {
     int in = find(images, (size_t)rows * pixels), out = find(logits, sizeof(float) * rows * classes);
     note("launch", " %d", rows);

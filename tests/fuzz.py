@@ -1,10 +1,10 @@
-"""Search, guided by coverage, for bytes that make deploy/ raise an undocumented error. Needs atheris.
+"""Search, guided by coverage, for input that makes kdlite's readers raise an undocumented error. Requires atheris.
 
     python tests/fuzz.py config --seconds 600         # config.json of a student, then a small image prepared with it
     python tests/fuzz.py run --seconds 600            # args.json and split.csv of a run directory
     python tests/fuzz.py labels --seconds 600         # a folder of a teacher's labels
     python tests/fuzz.py reference --seconds 600      # reference.npz
-    python tests/fuzz.py checkpoint --seconds 600     # a run directory's last.pt, sealed and unsealed
+    python tests/fuzz.py checkpoint --seconds 600     # last.pt, with and without a valid checksum
     python tests/fuzz.py image --seconds 600          # an image, opened and prepared at 32 px
     python tests/fuzz.py request --seconds 600        # a request of the server's protocol, compressed or not
     python tests/fuzz.py photograph --seconds 600     # the body of a POST to /predict, as a file or as a form
@@ -48,14 +48,14 @@ LARGEST = {
     "image": 8192,
     "request": 2048,
     "photograph": 8192,
-}  # bytes per input
+}  # bytes of the largest input
 SECONDS_A_RUN = 10
 GIB_ADDRESSABLE = 8  # because an input must not allocate more; torch alone maps a part of it
 MAX_PIXELS = 2_000_000  # instead of Pillow's 89 million, because larger images are slow
 MAX_SIDE = 256  # with a larger input_size the target does not prepare an image
 
 
-# ---- targets: each is a function of bytes, whose exceptions are findings -------------------------------------------
+# ---- targets: each returns a function of bytes, whose exceptions are findings ----------------------------------------
 
 
 def config_target(folder: Path) -> Callable[[bytes], None]:
@@ -92,7 +92,7 @@ def checkpoint_target(folder: Path) -> Callable[[bytes], None]:
     unpickler.Unpickler.load = atheris.instrument_func(unpickler.Unpickler.load)
 
     def run(data: bytes) -> None:
-        """Read the bytes as they are, sealed, or sealed as the pickle of a torch archive, by the first byte."""
+        """Read the bytes as the first byte selects: as a file, sealed, or as the pickle of a sealed torch archive."""
         kind, content = data[:1], data[1:]
         if kind in (b"s", b"z"):
             sealed = bytes(seal(bytearray(archive(content) if kind == b"z" else content)))
@@ -215,7 +215,7 @@ def request_target(folder: Path) -> Callable[[bytes], None]:
     logits = np.linspace(-1, 1, 8 * classes, dtype=np.float32).reshape(8, classes)
 
     def run(data: bytes) -> None:
-        """Parse a line with the encoding up to "|", a line with the length of the JSON, and the body."""
+        """Parse the encoding (a line, up to "|"), the length of the JSON (a line) and the body."""
         first, _, rest = data.partition(b"\n")
         length, _, body = rest.partition(b"\n")
         encoding = first.decode("latin-1").partition("|")[0].strip().lower()
@@ -256,7 +256,7 @@ def photograph_target(folder: Path) -> Callable[[bytes], None]:
         except RequestError as error:
             check_refusal(error)
             return
-        if isinstance(array, int):  # the pixels of an image that is too large to decode
+        if isinstance(array, int):  # the number of pixels of an image that is too large to decode
             return
         assert array.shape == (1, 32, 32, 3), str(array.shape)
         assert array.dtype == "uint8", str(array.dtype)
@@ -303,7 +303,7 @@ VALUES = (None, True, False, 0, 1, 3, -1, 0.01, 1e-320, 1e308, 2**70, float("nan
 
 
 def mutate_config(data: bytes, largest: int, seed: int) -> bytes:
-    """Replace one value of the JSON in half of the calls, because JSON with random bytes is seldom valid."""
+    """Change one value of the JSON in half of the calls, because JSON with random bytes is seldom valid."""
     import atheris
 
     random = Random(seed)

@@ -76,7 +76,7 @@ def small_regnet(num_classes):
 
 
 def plain(num_classes):
-    """Build a model without batch norm and dropout, so that its gradient does not depend on the parts of a batch."""
+    """Build a model without batch norm and dropout, so that its gradient does not depend on how a batch is split."""
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))  # fmt: skip
 
@@ -140,7 +140,7 @@ def branched(num_classes):
 
 
 class Unused(nn.Module):
-    """Contain a layer that never runs, and for whose gradient several processes would wait."""
+    """Contain a layer that never runs; several processes would wait for its gradient."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

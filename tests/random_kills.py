@@ -3,9 +3,9 @@
     python tests/random_kills.py --rounds 20                 # prints kills, runs and bitwise equal runs of each kind
     python tests/random_kills.py --rounds 2 --kinds rank
 
-Each run saves a checkpoint at nearly every step. The kinds rank, launcher, signal and suspend run two processes under
-torchrun; the others run one process with two data loading processes. The script kills a run up to three times and then
-waits for its end. Each start has --resume, as in a job script.
+Each run saves a checkpoint at nearly every step. For the kinds rank, launcher, signal and suspend, a run has two
+processes under torchrun; for the others, one process with two data loading processes. The script kills a run up to
+three times and then waits for its end. Each start has --resume, as in a job script.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def ranks(output: Path) -> list[int]:
 
 
 def kill(run: subprocess.Popen, kind: str, output: Path) -> None:
-    """Wait for a random moment of the training, and kill the process or processes of this kind."""
+    """Wait for a random moment of the training, and kill, signal or suspend the processes that `kind` names."""
     deadline = time.time() + 60
     while run.poll() is None and not (output / "last.pt").exists() and time.time() < deadline:
         time.sleep(0.01)
@@ -140,10 +140,10 @@ def round_of(kind: str, folder: Path, photos: Path, whole: dict, most: int = 3) 
             kills += kind == "suspend"
             break
         kills += 1  # the run ended before its last epoch
-        # only torchrun and data loading processes may print a traceback, after another process was killed
+        # only torchrun and data loading processes may print a traceback, and only if another process was killed
         assert f'File "{ROOT}/train.py"' not in text, text
-        bystanders = kind in ("rank", "launcher", "save") or AFTER in text
-        assert bystanders or 'Traceback (most recent call last):\n  File "/' not in text, text
+        may_print = kind in ("rank", "launcher", "save") or AFTER in text
+        assert may_print or 'Traceback (most recent call last):\n  File "/' not in text, text
     else:
         run = start(output, kind, photos)
         text = finish(run, output, 300)

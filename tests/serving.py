@@ -45,7 +45,7 @@ def write_artefact(folder, names=NAMES):
 
 @contextlib.contextmanager
 def in_process(artefact, limits=DEFAULT, token=None, run=None):
-    """Yield starlette's TestClient, which has no socket. run: a function instead of the runtime's own."""
+    """Yield starlette's TestClient, which has no socket. `run` replaces the runtime's method."""
     with TestClient(make_app(make_server(artefact, limits, run), token), raise_server_exceptions=False) as client:
         yield client
 
@@ -120,16 +120,16 @@ def error_of(site, *request, **given):
     return status, json.loads(body)["error"]
 
 
-def wait_until(true, seconds=30):
+def wait_until(condition, seconds=30):
     """Wait until the function returns True; fail after these seconds."""
     deadline = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.02)
 
 
 def metric(site, line, headers=()):
-    """Return the value of a line of /metrics."""
+    """Return the value of a line of /metrics, 0 if the line is missing."""
     text = ask(site, "/metrics", headers=headers)[2].decode()
     return next((float(found.rpartition(" ")[2]) for found in text.splitlines() if found.startswith(line + " ")), 0.0)
 

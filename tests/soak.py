@@ -72,7 +72,7 @@ def http(path: str, body: bytes, headers: dict[str, str]) -> bytes:
 
 
 def good_requests(artefact: Path) -> list[tuple[bytes, np.ndarray]]:
-    """Return raw images as requests, and their logits."""
+    """Return requests with one raw image each, and the logits of each image."""
     runtime = load(artefact, RunOn("cpu", threads=1))
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, *runtime.image_shape), dtype=np.uint8)
     raw = {"Inference-Header-Content-Length": "0"}

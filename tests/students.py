@@ -56,7 +56,7 @@ def write_run(folder, name, img_size, label_names=10, arguments=(), images=40):
     model, metadata = load_student(student, model_files(student))
     prepared = np.stack([prepare(piece, metadata) for piece in pieces])
     *_, classifier = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-    with torch.no_grad():  # centre the logits, because otherwise most images have one class
+    with torch.no_grad():  # centre the logits, because otherwise most images get the same class
         classifier.bias -= torch.from_numpy(load(student, device="cpu").run(prepared).mean(0))
     save_student(student, model, metadata)
     logits = load(student, device="cpu").run(prepared)

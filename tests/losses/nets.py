@@ -39,7 +39,7 @@ class Entry(nn.Module):
 
 
 class Transpose(nn.Module):
-    """Swap the first two dimensions, as of (N, L, C) and (L, N, C)."""
+    """Swap the first two dimensions: (N, L, C) becomes (L, N, C)."""
 
     def forward(self, x):
         return x.transpose(0, 1)
@@ -82,7 +82,7 @@ def classifier(*layers, width):
 
 
 def fixed_size(*shape):
-    """Return a model for images of 8 px only; its layer "1" returns the shape (N, *shape)."""
+    """Return a model for images of 8 px only; its layer "1" returns a tensor (N, *shape)."""
     size = math.prod(shape)
     return nn.Sequential(
         nn.Sequential(nn.Flatten(), nn.Linear(192, size)), nn.Unflatten(1, shape), nn.Flatten(), nn.Linear(size, 5)

@@ -218,7 +218,7 @@ def test_no_two_formulas_of_the_table_have_the_same_gradient():
     found.append(("right", check.gradient(check.right, probe, 3.5, 2.0)))
     for i, (words, gradient) in enumerate(found):
         same = [name for name, other in found[:i] if name != words and check.is_close(gradient, other)]
-        # because a small epsilon hardly changes the gradient
+        # two may be close if one has an epsilon, which hardly changes the gradient
         assert not same or "epsilon" in words + same[0], (words, same)
 
 

@@ -48,7 +48,7 @@ def tf_kd(s, t, y):
 
 
 def ps_kd(s, t, y):
-    """Return the cross-entropy with the paper's soft targets, minus that with the label."""
+    """Return the cross-entropy with the paper's soft targets, minus the cross-entropy with the label."""
     log_s = log_softmax(s)
     soft = [0.8 * p + 0.2 * (i == y) for i, p in enumerate(softmax(t))]
     return -math.fsum(a * b for a, b in zip(soft, log_s)) + log_s[y]

@@ -1,7 +1,7 @@
 """Test the device placement of the losses and modules on a fake GPU (tests/fake_cuda.py).
 
-The losses use plain autograd for a subclass of Tensor, such as a fake tensor. So the tests force the plain and the
-fused evaluation.
+The losses use plain autograd for a subclass of Tensor, such as a fake tensor. So the fixture `way`
+forces the fused evaluation, or the plain one (terms).
 """
 
 import own_models
@@ -73,7 +73,7 @@ def test_a_planted_fault_is_caught(cuda, way):
 
 
 def test_the_fake_backward_gives_the_gradients_of_autograd():
-    """Compare the gradients of a small CNN, with a weak head and both losses, on the host with real numbers."""
+    """Compare the gradients of a small CNN with a weak head and both losses, on real tensors of the host."""
     torch.manual_seed(0)
     net = WithWeakHead(own_models.tiny(10), "layer2", example_input=torch.zeros(2, 3, 16, 16))
     images, target, teacher = torch.randn(8, 3, 16, 16), torch.randint(10, (8,)), torch.randn(8, 10)

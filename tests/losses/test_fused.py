@@ -1,7 +1,7 @@
 """Test the fused evaluation of the losses, and nkd_linear_loss.
 
-test_losses.py compares the values with the formulas. These tests compare the fused evaluation with plain autograd, in
-chunks and compiled. They also check the precision of its gradients, its memory, and the cases that use plain autograd.
+test_losses.py compares the values with the formulas. These tests run the fused evaluation in chunks and compiled, and
+compare it with plain autograd. They also check its precision, its memory, and the cases that use plain autograd.
 """
 
 import math
@@ -65,10 +65,10 @@ def test_a_compiled_loss_equals_the_plain_loss(loss, dtype, plain):
     ("dtype", "scale", "bound"), [("float32", 1.0, 3e-7), ("float16", 65536.0, 3e-4), ("bfloat16", 1.0, 2.5e-3)]
 )
 def test_the_gradient_is_rounded_once(loss, std, dtype, scale, bound):
-    """Use the loss scale of AMP in fp16, because a division by N before it would round some gradients to 0."""
+    """Use AMP's loss scale in fp16: gradients that are rounded before they are scaled would often be 0."""
     a, b, target = inputs(256, 1000, std=std, dtype=getattr(torch, dtype))
     # beta=0: float64 may rank near-ties differently.
-    # label_smoothing=0: its gradient has nearly the same value, and rounding error, for all classes.
+    # label_smoothing=0: smoothing gives all classes nearly one gradient, and so one rounding error.
     options = {} if loss is nkd_loss else dict(beta=0.0, label_smoothing=0.0)
     _, grads = gradients(lambda *args: scale * loss(*args, **options), a, b, target)
     _, expected = gradients(lambda *args: scale * loss(*args, **options), a.double(), b.double(), target)
@@ -86,7 +86,7 @@ def test_a_target_with_a_probability_near_0_or_1_loses_no_digits(loss, margin):
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
     for grad, e in zip(grads, expected_grads):
         assert relative_l2(grad, e) < 1e-6
-        # the target's gradient may be tiny next to the others; its error is 2e-6 for log odds of 40
+        # the target's gradient may be tiny next to the others; at a margin of 40 its relative error is 2e-6
         rows = torch.arange(16), target
         torch.testing.assert_close(grad.double()[rows], e[rows], rtol=1e-5, atol=0)
 
@@ -303,7 +303,7 @@ def test_linear_loss_takes_any_leading_dimensions_and_needs_no_bias():
 
 
 @pytest.mark.parametrize("n", [0, 4])
-def test_linear_loss_without_a_target_is_nan_like_cross_entropy(n):
+def test_linear_loss_is_nan_if_all_targets_are_ignored(n):
     args, biases = linear_inputs(n=max(n, 6))
     args = [x if i in (1, 3) else x[:n] for i, x in enumerate(args)]
     args[4] = torch.full_like(args[4], -100)

@@ -1,4 +1,4 @@
-"""Test default_tap, which chooses the layer that USKD reads, on real architectures."""
+"""Test on real architectures that default_tap chooses the expected layer."""
 
 import itertools
 
@@ -74,13 +74,13 @@ def test_an_architecture_has_its_default_tap_and_channels(library, name, size, t
     assert student.head.in_features == channels
 
 
-ONE_OF_A_KIND = {"resnet18", "mobilenet_v2", "swin_t", "deit_tiny_patch16_224", "densenet121"}
+ONE_OF_EACH_KIND = {"resnet18", "mobilenet_v2", "swin_t", "deit_tiny_patch16_224", "densenet121"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "name", "size"),
-    [pytest.param(*row[:3], marks=[] if row[1] in ONE_OF_A_KIND else pytest.mark.trial) for row in ARCHITECTURES],
+    [pytest.param(*row[:3], marks=[] if row[1] in ONE_OF_EACH_KIND else pytest.mark.trial) for row in ARCHITECTURES],
 )
 def test_uskd_trains_the_weak_head_and_the_layers_before_the_tap(library, name, size):
     torch.manual_seed(0)

@@ -194,8 +194,8 @@ def test_a_timm_task_resumes_with_its_ema_and_its_head(timm_task, kind, tmp_path
     resume_task_checkpoint(resumed, str(tmp_path / "last.pth.tar"), its_optimizer)
     resumed.setup_ema(decay=0.5)
     load_task_ema_checkpoint(resumed, str(tmp_path / "last.pth.tar"))
-    for one, of in ((task, optimizer), (resumed, its_optimizer)):
-        steps_of(timm_task, one, of)
+    for any_task, any_optimizer in ((task, optimizer), (resumed, its_optimizer)):
+        steps_of(timm_task, any_task, any_optimizer)
     assert_equal(dict(resumed.named_parameters()), dict(task.named_parameters()), rtol=0, atol=0)
 
 
@@ -226,7 +226,7 @@ def trained(forked, tmp_path_factory):
     return output
 
 
-def test_the_trainer_evaluates_the_student_and_saves_it_plain(trained, run):
+def test_the_trainer_evaluates_and_saves_the_plain_student(trained, run):
     lines = re.findall(r"^(\w+) +([\d.]+)%, loss ([\d.]+)$", (trained / "log.txt").read_text(), re.M)
     assert [name for name, _, _ in lines] == ["Trainer", "NKDTrainer", "USKDTrainer"]
     assert all(0 < float(loss) < 3 for _, _, loss in lines)  # because the evaluation computes the cross-entropy alone
@@ -304,7 +304,7 @@ TAPS = {
 }
 
 
-def test_classifiers_of_hugging_face_have_a_default_tap_and_can_be_checkpointed(run):
+def test_hugging_face_classifiers_have_a_default_tap_and_vit_allows_gradient_checkpointing(run):
     run(assert_taps)
 
 
@@ -455,7 +455,7 @@ def test_lightning_on_two_devices_equals_one(run, tmp_path):
 
 
 def fit_whole_batches(output, devices):
-    """Train on all images in one batch, because Lightning gives several devices other orders of the images."""
+    """Train on all images in one batch, because Lightning orders the images differently on several devices."""
     its = load("lightning_module.py")
     torch.optim.AdamW = lambda parameters, lr: torch.optim.SGD(parameters, lr=0.1)
     its["L"].seed_everything(0)
@@ -479,10 +479,10 @@ def test_the_segmentation_loop_learns(run):
     assert float(lines["cross_entropy"]) < 1.5  # before training it is 2.4, the logarithm of 11
 
 
-def test_segmentation_has_the_gradient_of_the_paper_and_zero_at_255():
+def test_segmentation_has_the_gradient_of_the_paper_and_no_gradient_at_label_255():
     its = load("segmentation.py")
     x, y = its["scene"](torch.arange(1))
-    y[:, :56] = 255  # because the oracle is slow
+    y[:, :56] = 255  # few labels are left, because the oracle is slow
     logits = torch.randn(1, 11, 64, 64, requires_grad=True)
     teacher_logits = torch.randn(1, 11, 64, 64)
     its["with_teacher"].__globals__["teacher"] = Constant(teacher_logits)

@@ -162,14 +162,14 @@ def test_uskd_ranks_by_probabilities_instead_of_log_probabilities():
 
 
 @pytest.mark.parametrize("c", [2, 10])
-def test_with_two_classes_the_non_target_term_is_zero(c):
+def test_the_non_target_term_is_zero_only_with_two_classes(c):
     student, teacher, target = inputs(8, c)
     with_non_target = nkd_loss(student, teacher, target, gamma=100.0)
     assert (with_non_target == nkd_loss(student, teacher, target, gamma=0.0)).item() is (c == 2)
 
 
 def test_uskd_target_weights_average_to_one():
-    """Use equal rows: P_t is exactly 1, so the target term is the cross-entropy."""
+    """Use equal rows: every weight is 1, so the target term is the cross-entropy."""
     strong, weak, _ = inputs(1, 10)
     target = torch.full((6,), 3)
     strong, weak = strong.expand(6, -1), weak.expand(6, -1)
@@ -317,7 +317,7 @@ def test_ignored_rows_have_no_loss_and_no_gradient(loss, ignore_index):
 @BOTH
 @pytest.mark.parametrize("n", [0, 4])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_without_a_target_the_loss_equals_cross_entropy(loss, n, reduction):
+def test_if_all_targets_are_ignored_the_loss_equals_cross_entropy(loss, n, reduction):
     a, b, target = inputs(n, 5)
     target = torch.full_like(target, -100)
     value, grads = gradients(loss, a, b, target, reduction=reduction)
@@ -471,7 +471,7 @@ def test_nkd_ignores_a_class_that_student_and_teacher_both_mask(soft):
 
 
 def test_uskd_ranks_ties_by_class_index_including_the_target():
-    """Use equal logits, so that all classes have the same R. The target then has the rank of its index."""
+    """Use equal logits: all classes tie, so the target has the rank of its index."""
     for c, t in ((7, 3), (10, 0), (33, 32)):
         for dtype in (torch.float32, torch.float64):
             strong = weak = torch.zeros(1, c, dtype=dtype)
@@ -669,7 +669,7 @@ def test_a_class_out_of_range_is_an_error(loss, compiled):
 # ---- one batch over two processes ----
 
 
-def _half_of_a_batch(rank, path):
+def _part_of_a_batch(rank, path):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -695,7 +695,7 @@ def shared_batch():
 
 @pytest.mark.trial
 def test_uskd_with_a_group_uses_the_batch_of_all_processes(tmp_path):
-    mp.spawn(_half_of_a_batch, (tmp_path,), nprocs=2)
+    mp.spawn(_part_of_a_batch, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for kind, (x, weight, target) in shared_batch().items():
         weight.requires_grad_()
@@ -719,7 +719,7 @@ def test_the_type_error_for_another_object_names_the_argument(value):
         uskd_loss(logits, value, target)
     with pytest.raises(TypeError, match=f"target must be a tensor, got {kind}"):
         uskd_loss(logits, logits, value)
-    if value is None:  # None: nkd_loss uses the teacher's largest class, and nkd_linear_loss requires a top-k
+    if value is None:  # nkd_loss accepts target=None, and nkd_linear_loss teacher_weight=None (with a top-k)
         return
     with pytest.raises(TypeError, match=f"target must be a tensor, got {kind}"):
         nkd_loss(logits, logits, value)

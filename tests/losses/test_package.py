@@ -40,7 +40,7 @@ def test_twine_accepts_the_wheel_and_the_sdist(built):
 
 
 @pytest.mark.slow
-def test_the_wheel_contains_only_kdlite(wheel):
+def test_the_wheel_contains_only_kdlite_without_training(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "kdlite/py.typed" in names
     assert {name.partition("/")[0].rpartition(".")[2] for name in names} == {"kdlite", "dist-info"}
@@ -74,7 +74,7 @@ def test_the_package_runs_in_an_environment_with_torch_only(wheel, tmp_path):
     assert result.stdout.strip() == f"no numpy, {site}/kdlite/__init__.py"
 
 
-def test_the_public_names_are_the_documented_ones():
+def test_there_are_ten_public_names_and_each_has_an_example():
     assert kdlite.__all__ == [
         "FeatureTap",
         "Teacher",

@@ -1,4 +1,4 @@
-"""Test properties of the losses with inputs from hypothesis, of which `make test-all` draws more."""
+"""Test properties of the losses with random inputs from hypothesis. `make test-all` draws more inputs."""
 
 import math
 import os
@@ -143,9 +143,9 @@ def test_nkd_equals_the_formula(case, gamma, temperature):
 
 
 @given(cases(dtypes=[torch.float64], largest=30, ranks=(2,)), st.sampled_from([0.0, 0.1, 1.0]))
-def test_uskd_equals_the_formula_without_the_ignored_targets(case, smoothing):
+def test_uskd_of_the_rows_that_are_not_ignored_equals_the_formula(case, smoothing):
     a, b, target, valid = case
-    # make the logits differ, because the formula does not order classes with equal R
+    # make the logits differ, because the formula does not order classes that tie
     a = a + 0.01 * torch.arange(a.shape[1]) + 0.003 * torch.arange(len(a)).unsqueeze(1)
     options = dict(alpha=0.9, beta=0.3, mu=0.2, label_smoothing=smoothing)
     rows = uskd_loss(a, b, target, **options, reduction="none")
@@ -188,7 +188,7 @@ def test_any_target_is_computed_or_refused(loss, shape, target, reduction):
 @given(OBJECTS, OBJECTS, OBJECTS)
 def test_any_logits_are_computed_or_refused(loss, a, b, target):
     value, refusal = attempt(lambda: loss(a, b, target), TypeError, ValueError)
-    assert str(refusal) if refusal else value.isfinite() | value.isnan()  # without a target the mean is NaN
+    assert str(refusal) if refusal else value.isfinite() | value.isnan()  # the mean over no target is NaN
 
 
 @BOTH

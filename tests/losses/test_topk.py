@@ -41,7 +41,7 @@ def test_the_loss_equals_the_formula(k, std):
 
 @pytest.mark.parametrize("shape", [(), (7,), (4, 3), (2, 3, 2)])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_with_every_class_the_loss_equals_nkd(shape, reduction):
+def test_a_top_k_of_all_classes_gives_the_loss_of_nkd(shape, reduction):
     n, *trailing = shape or (1,)
     student, teacher, target = inputs(n, 9, *trailing)
     if not shape:
@@ -53,7 +53,7 @@ def test_with_every_class_the_loss_equals_nkd(shape, reduction):
 
 
 # The table of kdlite/README.md. The non-target probabilities of each teacher follow a power law of the rank.
-TEACHERS = {  # classes, T_t, exponent, k, mass of the k classes, cosines of a renormalised top-k and of ours
+TEACHERS = {  # classes, T_t, exponent, k, sum of the k classes, cosine to NKD: of a renormalised top-k, of ours
     "C 1,000, flat, k 10": (1000, 0.56, 1.08, 10, 0.46, 0.929, 0.996),
     "C 1,000, peaked, k 10": (1000, 0.84, 1.67, 10, 0.86, 0.997, 0.9997),
     "C 1,000, flat, k 50": (1000, 0.56, 1.12, 50, 0.70, 0.986, 0.9996),
@@ -62,7 +62,7 @@ TEACHERS = {  # classes, T_t, exponent, k, mass of the k classes, cosines of a r
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_the_gradient_is_nearer_to_the_whole_teachers_than_that_of_a_renormalised_top_k(name):
+def test_a_renormalised_top_k_has_a_gradient_farther_from_nkds_than_ours(name):
     classes, t_t, exponent, k, kept, renormalised_cosine, cosine = TEACHERS[name]
     g = torch.Generator().manual_seed(0)
     others = torch.arange(1, classes, dtype=torch.float64) ** -exponent
@@ -105,25 +105,25 @@ def test_the_target_in_the_top_k_and_padding_are_ignored():
     target = teacher.argmax(1)
     logprobs = teacher.log_softmax(1)
     target_logprob = logprobs.gather(1, target[:, None])[:, 0]
-    served, index = logprobs.topk(4)  # the first class is the target
+    served, index = logprobs.topk(4)  # the first of the four is the target
     expected = topk(student, teacher, target, k=3)
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, served, index, target), expected)
-    wider = F.pad(served, (0, 2), value=-torch.inf), F.pad(index, (0, 2), value=0)  # a log-probability of -inf
+    wider = F.pad(served, (0, 2), value=-torch.inf), F.pad(index, (0, 2), value=0)  # padding: -inf
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, *wider, target), expected)
-    wider = F.pad(served, (0, 2), value=-0.1), F.pad(index, (0, 2), value=-1)  # an index of -1
+    wider = F.pad(served, (0, 2), value=-0.1), F.pad(index, (0, 2), value=-1)  # padding: the index -1
     torch.testing.assert_close(nkd_topk_loss(student, target_logprob, *wider, target), expected)
 
 
 def test_a_top_k_of_padding_alone_gives_the_target_term():
     student, teacher, target = inputs(5, 8)
     target_logprob, top, index = top_k_logprobs(teacher, target, 1)
-    none = nkd_topk_loss(student, target_logprob, top, torch.full_like(index, -1), target, reduction="none")
-    torch.testing.assert_close(none, target_logprob.exp() * F.cross_entropy(student, target, reduction="none"))
+    rows = nkd_topk_loss(student, target_logprob, top, torch.full_like(index, -1), target, reduction="none")
+    torch.testing.assert_close(rows, target_logprob.exp() * F.cross_entropy(student, target, reduction="none"))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.uint64])
 def test_indices_may_have_any_integer_type(dtype):
-    """Use the integer types of stored labels; in uint8, 255 is a class, although torch compares it equal to -1."""
+    """Use the integer types of stored labels. In uint8, 255 is a class, but torch finds it equal to -1."""
     student, teacher, target = inputs(6, 300)
     target_logprob, top, index = top_k_logprobs(teacher, target, 3)
     index[:, 0], index[:, 1:] = 255, index[:, 1:] % 250
@@ -144,7 +144,7 @@ def test_without_labels_padding_is_never_the_target():
     torch.testing.assert_close(nkd_topk_loss(student, None, *padded, None), expected)
 
 
-def test_the_teachers_values_of_an_ignored_target_change_nothing():
+def test_the_teachers_values_at_an_ignored_target_change_nothing():
     student, teacher, target = inputs(6, 8)
     served = top_k_logprobs(teacher, target, 3)
     expected, expected_grad = value_and_gradient(nkd_topk_loss, student[1:], *(x[1:] for x in served), target[1:])
@@ -207,7 +207,7 @@ def test_rounded_log_probabilities_change_the_loss_little(dtype):
 
 
 def test_the_loss_is_exact_if_the_teachers_probability_is_near_1():
-    """Use T_t = 1 - 1e-7, and k classes with all the rest except a millionth of it."""
+    """Use T_t = 1 - 1e-7, and k classes that share the other 1e-7 except a millionth of it."""
     others = [0.6e-7, 0.3e-7, 0.1e-7 * (1 - 1e-5), 0.1e-12]
     log_t = [math.log1p(-1e-7), *map(math.log, others)]
     student = [4.0, 1.0, 0.0, -1.0, 2.0]
@@ -359,7 +359,7 @@ def test_the_error_for_bad_input_shows_the_input(change, error, message):
         nkd_topk_loss(**call | change)
 
 
-def test_the_error_for_served_tokens_in_the_last_dimension_names_the_dimension():
+def test_the_error_for_a_top_k_in_the_last_dimension_names_dimension_1():
     student, teacher, target = inputs(2, 9, 5)
     served, index = (x.transpose(1, 2) for x in top_k_logprobs(teacher, target, 3)[1:])
     with pytest.raises(
@@ -399,7 +399,7 @@ def test_a_class_out_of_range_is_an_error(bad):
 
 
 @pytest.mark.parametrize("k", [0, 8])
-def test_a_k_above_the_number_of_other_classes_is_refused(k):
+def test_a_k_below_1_or_above_the_number_of_other_classes_is_refused(k):
     with pytest.raises(ValueError, match=f"k must be from 1 to C - 1 = 7, got {k}"):
         top_k_logprobs(torch.zeros(4, 8), torch.zeros(4).long(), k)
 

@@ -48,7 +48,7 @@ def test_the_checkpoint_has_the_head_and_the_plain_student_does_not():
     assert len(model.layer1._forward_hooks) == 0
 
 
-def test_the_dry_forward_changes_nothing():
+def test_the_forward_that_measures_the_feature_changes_nothing():
     """Compare the state dict, the modes and the gradients before and after."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 5))
     model[1].eval()
@@ -91,7 +91,7 @@ def test_class_count_and_feature_shape_are_checked():
         WithWeakHead(Net().layer1, "0", example_input=images())
 
 
-def test_a_student_that_still_has_its_tap_exports():
+def test_a_student_with_its_tap_can_be_exported():
     """Compare the exported program with the student, and train the student afterwards."""
     student = WithWeakHead(Net(), "layer1", example_input=images())
     program = torch.export.export(student.eval(), (images(),))
@@ -169,7 +169,7 @@ def test_activation_checkpointing_changes_nothing():
     for _ in range(2):
         train_step(plain, images())
         train_step(checkpointed, images())
-        assert checkpointed._tap._capture.output is None  # because the tap ignores the second forward, in backward
+        assert checkpointed._tap._capture.output is None  # because the tap ignores the forward that backward repeats
     for a, b in zip(checkpointed.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -254,7 +254,7 @@ def test_a_video_is_averaged_over_time_and_place():
 
 
 @pytest.mark.parametrize("shape", [(16, 4, 64), (8, 8, 8)])
-def test_a_shape_with_two_readings_is_refused(shape):
+def test_an_ambiguous_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"has two readings: pass pooling="):
         WithWeakHead(fixed_size(*shape), "1", example_input=images())
     for pooling, width in (("channels first", shape[0]), ("channels last", shape[-1])):
@@ -266,7 +266,7 @@ def test_a_shape_with_two_readings_is_refused(shape):
 
 
 @pytest.mark.parametrize(("shape", "width"), [((6, 10), 10), ((8, 4, 4), 8), ((4, 4, 8), 8)])
-def test_the_shape_of_the_images_shows_the_channels_if_a_model_takes_one_size(shape, width):
+def test_the_shape_of_the_images_shows_the_channels_if_the_model_takes_only_one_size(shape, width):
     student = WithWeakHead(fixed_size(*shape), "1", example_input=images())
     assert student.head.in_features == width
 

@@ -37,7 +37,7 @@ PHOTO = jpeg()
 
 
 def make(folder, classes, content=PHOTO):
-    """Write folder/CLASS/0.jpg, 1.jpg, ... for each class and number of images."""
+    """Write the files 0.jpg, 1.jpg, ... of each class, {class: number of files}, into folder/CLASS."""
     for name, count in classes.items():
         (folder / name).mkdir(parents=True)
         for i in range(count):
@@ -327,10 +327,10 @@ def test_the_median_size_is_read_from_headers_and_follows_the_exif_orientation(t
     folder = make(tmp_path, {"cat": 3, "dog": 2})
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    lying = io.BytesIO()
-    Image.new("RGB", (300, 100)).save(lying, "JPEG", exif=exif)
+    rotated = io.BytesIO()
+    Image.new("RGB", (300, 100)).save(rotated, "JPEG", exif=exif)
     for i in range(3):
-        (folder / f"cat/{i}.jpg").write_bytes(lying.getvalue()[:-100])  # truncated after the header
+        (folder / f"cat/{i}.jpg").write_bytes(rotated.getvalue()[:-100])  # truncated after the header
     (folder / "dog/0.jpg").write_bytes(b"")
     data = open_data(str(folder), val_split=0.01)
     photos = data.train.part(range(len(data.train)))

@@ -39,7 +39,7 @@ def digits(tmp_path, monkeypatch):
 
 
 def images(folder):
-    """Return the numbers of the digits in a folder, and the different numbers of copies of a digit."""
+    """Return two sets: the indices of the digits in a folder, and their numbers of copies."""
     numbers, counts = np.unique([int(file.name[:4]) for file in Path(folder).rglob("*.png")], return_counts=True)
     return set(numbers.tolist()), set(counts.tolist())
 
@@ -96,7 +96,7 @@ def test_results_keep_the_order_of_the_seeds_and_come_from_the_last_epoch(tmp_pa
         ([1.0, 2.0, 3.0], "NKD: no effect is shown, +2.0 +- 2.5 points includes 0"),
     ],
 )
-def test_a_gain_within_its_interval_is_not_called_an_effect(gains, words):
+def test_a_gain_whose_interval_includes_0_is_not_called_an_effect(gains, words):
     assert demo.conclude("NKD", np.array(gains)) == words
 
 
@@ -120,7 +120,7 @@ def test_the_demo_ends_with_a_packed_student(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """Return a function that lists the commands of a target of the Makefile in a new checkout."""
+    """Return a function that lists a Makefile target's commands in a new checkout."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)

@@ -74,7 +74,7 @@ def test_temperature_and_threshold_are_fitted_to_the_saved_student_on_all_valida
 
 
 @pytest.mark.slow
-def test_with_few_validation_images_neither_number_is_fitted_and_the_reason_is_printed(photos, capsys):  # noqa: F811
+def test_with_few_validation_images_temperature_and_threshold_are_not_fitted(photos, capsys):  # noqa: F811
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--output", "out")
     assert numbers_of("out") == (None, None)
     out = capsys.readouterr().out

@@ -82,7 +82,7 @@ def stand_in(tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Yield functions that start slurm.sh on one node and list its requeues; record its calls of Slurm's commands."""
+    """Yield functions that start slurm.sh on one node and list its requeues. Stand-ins record its calls of Slurm."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         executable(tmp_path / "bin" / name, text)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")

@@ -82,7 +82,7 @@ def test_only_gradscaler_reads_a_value_in_fp16(cuda, monkeypatch):
         return optimizer.step(*args, **options)
 
     monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", answered)
-    monkeypatch.setattr(torch, "_amp_update_scale_", lambda scale, *args: scale)  # the fake allows one device only
+    monkeypatch.setattr(torch, "_amp_update_scale_", lambda scale, *args: scale)  # the fake GPU allows only one device
     step(torch.float16, torch.amp.GradScaler("cuda"))
     assert reads == [[CUDA]]
 

@@ -134,7 +134,7 @@ def test_stored_flags_keep_their_values():
 
 
 @pytest.mark.parametrize("typed", [{"small_stem": False}, {"pretrained": False}, {"model_args": []}])
-def test_a_resume_accepts_a_flag_with_its_stored_default(typed):
+def test_a_resume_accepts_a_flag_that_repeats_its_default(typed):
     settle_flags(train.FLAGS, {"resume": True, "output": "out", **typed}, {"epochs": 2})
 
 

@@ -106,7 +106,7 @@ def test_the_error_of_a_failed_command_contains_its_last_line(tmp_path):
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_loss_that_waits_for_the_gpu_fails(monkeypatch, waits):
-    inputs = gpu.make_inputs(8, 50, torch.float32, "cpu")  # instead of tensors on a GPU that copies 1 GB/s
+    inputs = gpu.make_inputs(8, 50, torch.float32, "cpu")  # on the CPU; the pretended GPU copies 1 GB/s
     monkeypatch.setattr(gpu, "make_inputs", lambda *_: inputs)
     monkeypatch.setattr(gpu, "median_seconds", lambda losses, *_: dict.fromkeys(losses, 1e-5))
     monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 1e9)
@@ -120,7 +120,7 @@ def test_a_loss_that_waits_for_the_gpu_fails(monkeypatch, waits):
 
 
 class Fake(gpu.Place):
-    """Print the same text instead of running a command."""
+    """Return `device` as the output of each command, and run no command."""
 
     def run(self, log, *argv):
         return subprocess.CompletedProcess(argv, 1, self.device, "deploy: error: no library\n")
@@ -170,7 +170,7 @@ def test_a_folder_with_files_and_an_unknown_check_are_refused(monkeypatch, tmp_p
     assert list(tmp_path.glob("*.md")) == []
 
 
-def test_the_list_of_checks_on_a_gpu_has_each_case_that_the_pages_have_not_run(tmp_path):
+def test_the_list_of_checks_on_a_gpu_has_the_expected_cases(tmp_path):
     names = [check.name for check in gpu.list_checks(place(tmp_path, "cuda"))]
     assert len(names) == len(set(names))
     joined = "\n".join(names)

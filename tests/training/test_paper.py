@@ -1,4 +1,4 @@
-"""Test examples/paper: each row of the paper's tables starts, and our own tables agree with their files."""
+"""Test examples/paper: each row of the paper's tables trains, and our own tables agree with their files."""
 
 import csv
 import functools
@@ -381,7 +381,7 @@ def test_the_line_of_a_network_shows_four_measures():
     )
 
 
-def test_own_ranks_compares_the_first_ranks_with_those_of_the_student_alone():
+def test_own_ranks_is_the_share_of_the_five_first_classes_that_the_student_alone_has_too():
     generator = torch.Generator().manual_seed(0)
     student, weak = (2 * torch.randn(8, 12, generator=generator, dtype=torch.float64) for _ in range(2))
     shared = 0
@@ -430,9 +430,9 @@ def test_answers_py_measures_student_weak_head_teacher_and_labels(tmp_path, monk
     assert stored == pytest.approx(rest, abs=0.011)
 
     # the entropy of nine classes is unknown if the labels have three
-    write_labels(*labels, "--output", "few", "--top-k", "3")
-    run(*tiny, "--kd", "nkd", "--temperature", "1", "--teacher-labels", "few", "--output", "some")
-    with pytest.raises(UserError, match="few has 3 of 9 other classes: write labels with --top-k 9"):
+    write_labels(*labels, "--output", "top3", "--top-k", "3")
+    run(*tiny, "--kd", "nkd", "--temperature", "1", "--teacher-labels", "top3", "--output", "some")
+    with pytest.raises(UserError, match="top3 has 3 of 9 other classes: write labels with --top-k 9"):
         list(load("answers").report(Path("some"), tiny[2:4]))
 
 

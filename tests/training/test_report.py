@@ -137,7 +137,7 @@ def test_a_run_may_have_mistakes_of_grey_images_or_no_mistakes(known):
     assert "no file" in report.mistakes(known._replace(reference=None, missing="no file"))
 
 
-def test_the_reliability_has_the_error_before_and_after_the_temperature(known):
+def test_the_reliability_diagram_has_the_error_with_and_without_the_temperature(known):
     before, after = (f"{100 * report.calibration_of(known, t).error:.1f} %" for t in (None, 2.0))
     assert before != after
     page = "".join(report.reliability([known, known._replace(temperature=None, name="bare")]))

@@ -159,10 +159,10 @@ def test_a_suspended_job_continues():
     assert "last top-1" in text
 
 
-def test_a_parameter_without_a_gradient_is_named_on_two_ranks():
+def test_a_parameter_without_a_gradient_is_named_once_on_two_ranks():
     two = start(*TINY, "--model", f"{MODELS}:unused", "--output", "out", ranks=2)
     text = random_kills.finish(two, Path("out"), 60)
-    assert text.count("the model does not use its parameter forgotten.weight, forgotten.bias") == 1  # not once a rank
+    assert text.count("the model does not use its parameter forgotten.weight, forgotten.bias") == 1  # not once per rank
     assert f'File "{ROOT}/train.py"' not in text
     assert two.returncode != 0
 
@@ -500,7 +500,7 @@ def test_one_process_two_processes_and_two_passes_take_the_same_step(tmp_path):
 @pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
                     reason="needs the right to mount a /dev/shm of its own")  # fmt: skip
 def test_a_small_dev_shm_is_refused_before_the_first_batch():
-    """Mount 64 MiB, the size in a container, where the workers would hang without the check."""
+    """Mount 64 MiB, the usual size in a container, where the workers would hang without the check."""
     flags = [*TINY, "--workers", 2, "--batch-size", 128, "--img-size", 224, "--output", "out"]
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     command = ["unshare", "-m", "sh", "-c", mount, "-", sys.executable, ROOT / "train.py", *flags]

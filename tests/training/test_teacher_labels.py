@@ -104,7 +104,7 @@ def refused_labels(capsys, *flags):
 # ---- training from stored labels equals training from the teacher ----
 
 
-def test_labels_of_every_class_train_a_student_as_the_teacher_does(digits):
+def test_answers_about_all_classes_give_the_losses_of_the_teacher(digits):
     write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 2, "--top-k", 9)
     run(*TINY, "--epochs", 2, "--kd", "nkd", "--teacher-labels", "L", "--output", "stored")
     run(*TINY, "--epochs", 2, "--kd", "nkd", *TEACHER, "--output", "online")
@@ -174,7 +174,7 @@ def test_a_stopped_run_from_labels_resumes_to_the_same_weights(digits, monkeypat
 
 
 @pytest.mark.trial
-def test_a_teacher_in_an_onnx_file_writes_the_same_labels(digits):
+def test_a_teacher_in_an_onnx_file_writes_the_same_labels_and_bad_arguments_are_refused(digits):
     write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     export.export_student(Path("t/student"), ("onnx",), model_file=f"{MODELS}:tiny")
     example.write(Path("t/student/student.onnx"), Path("M"), 1, 10, list(map(str, TINY)))
@@ -296,7 +296,7 @@ def build(num_classes=10):
     assert not list(Path("L").glob("*.npy"))
 
 
-def test_two_processes_cannot_write_to_one_folder(digits, capsys):
+def test_a_folder_in_use_and_the_path_of_a_file_are_refused(digits, capsys):
     write_labels(*STUDENT, *TEACHER, "--output", "L", "--views", 1)
     with locked(Path("L")):
         assert f"is in use by process {os.getpid()} on" in refused_labels(capsys, *STUDENT, *TEACHER, "--output", "L")
@@ -428,21 +428,21 @@ def test_labels_with_impossible_values_and_a_correct_checksum_are_refused(digits
 )
 def test_other_losses_require_labels_of_every_class(user_losses, capsys, flags):
     learn = [*TINY, *flags, "--output", "stored", "--teacher-labels"]
-    write_labels(*STUDENT, *TEACHER, "--output", "few", "--views", 1, "--top-k", 8)
-    assert "needs the teacher's answer about every class, and few has its top-8: write labels with --top-k 9" in (
-        refused(capsys, *learn, "few").replace(f"{Path.cwd()}/", "")
+    write_labels(*STUDENT, *TEACHER, "--output", "top8", "--views", 1, "--top-k", 8)
+    assert "needs the teacher's answer about every class, and top8 has its top-8: write labels with --top-k 9" in (
+        refused(capsys, *learn, "top8").replace(f"{Path.cwd()}/", "")
     )
     write_labels(*STUDENT, *TEACHER, "--output", "all", "--views", 1, "--top-k", 9)
     run(*learn, "all")
     run(*TINY, *flags, *TEACHER, "--output", "online")
     (name,) = [name for name in rows("online")[0] if name.startswith("loss_") and name != "loss_ce"]
-    if flags[1] != "own.py:rows":  # because this loss depends on the constant that the labels drop
+    if flags[1] != "own.py:rows":  # this loss depends on the offset of the logits, which labels lack
         assert float(rows("stored")[0][name]) == pytest.approx(float(rows("online")[0][name]), rel=1e-3)
 
 
 @pytest.mark.parametrize("flags", [dict(kd="kd", temperature=2.0), dict(kd="nkd", temperature=2.0)])
 def test_a_padding_entry_of_the_labels_does_not_change_the_loss(flags):
-    """Leave out the third of four classes; its entry has a log-probability of -inf and any index."""
+    """Replace the third of four classes by a padding entry: -inf, with an arbitrary index."""
     student, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     teacher[:, 2] = -1e30
     target = torch.tensor([0, 1, 3, 0, 1, 3])
@@ -476,8 +476,8 @@ def test_labels_that_do_not_match_the_run_are_refused_with_the_field_that_differ
     )
     assert difference(*write, "--views", 3) == "number of views: 2 there, 3 here"
     assert difference(*write, "--seed", 1) == "seed of the views: 0 there, 1 here"
-    few = refused_labels(capsys, *write[:-1], "M", "--views", 200_000)
-    assert "views is 200000; expected a number from 1 to 100,000" in few
+    line = refused_labels(capsys, *write[:-1], "M", "--views", 200_000)
+    assert "views is 200000; expected a number from 1 to 100,000" in line
     assert not Path("M").exists()
     run(*TINY, *PHOTOS, "--seed", 1, "--output", "other")
     assert difference(*write, "--teacher", "other/student").startswith("teacher, digest: ")
@@ -560,7 +560,7 @@ def test_a_folder_with_the_name_of_a_method_does_not_replace_the_method(digits):
     assert "loss_kd" in rows("out")[0]
 
 
-def test_a_user_loss_is_added_to_the_cross_entropy(user_losses):
+def test_a_user_loss_returns_rows_or_one_value_and_needs_no_teacher(user_losses):
     run(*TINY, "--kd", "own.py:rows", *TEACHER, "--output", "rows")
     run(*TINY, "--kd", "own.py:one", *TEACHER, "--output", "one")
     assert float(rows("rows")[0]["loss_own"]) == pytest.approx(float(rows("one")[0]["loss_own"]), rel=1e-5)
@@ -570,7 +570,7 @@ def test_a_user_loss_is_added_to_the_cross_entropy(user_losses):
     assert config["training"]["method"] == "cross-entropy + rows"
 
 
-@pytest.mark.parametrize("name", ["dkd", "dist"])  # one value per row, one value per batch
+@pytest.mark.parametrize("name", ["dkd", "dist"])  # dkd returns a value per row, dist one value
 def test_the_losses_of_the_examples_train_a_student(digits, name):
     run(*TINY, "--kd", f"{ROOT}/examples/losses.py:{name}", *TEACHER, "--output", "out")
     assert np.isfinite(float(rows("out")[0]["loss_own"]))

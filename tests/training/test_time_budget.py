@@ -48,7 +48,7 @@ class Machine:
     ("limit", "steps", "step", "evaluation"),
     [(1800, 31, 0.4, 4), (100, 31, 0.4, 4), (600, 500, 1.0, 60), (60, 5000, 0.1, 20), (36000, 1000, 1.0, 100)],
 )
-def test_a_run_ends_within_a_tenth_of_its_time(monkeypatch, limit, steps, step, evaluation):
+def test_a_run_takes_its_time_limit_within_10_percent(monkeypatch, limit, steps, step, evaluation):
     machine = Machine(monkeypatch, step, evaluation)
     machine.start(limit, steps)
     machine.train()
@@ -91,7 +91,7 @@ def test_a_run_with_a_number_of_epochs_keeps_that_number(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_time_ends_and_its_resume_trains_nothing(tmp_path, capsys):
+def test_a_run_with_a_time_limit_ends_and_its_resume_trains_nothing(tmp_path, capsys):
     flags = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--img-size", 16, "--reference", 0]
     run(*flags, "--epochs", "3s", "--output", tmp_path / "run")
     printed = capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_a_text_that_is_not_a_time_is_refused(text, capsys):
 
 
 @pytest.mark.parametrize("limit", [900, 150])
-def test_a_resume_with_another_time_ends_in_that_time(monkeypatch, limit):
+def test_a_resume_with_another_time_limit_ends_within_10_percent_of_it(monkeypatch, limit):
     machine = Machine(monkeypatch, step=0.4, evaluation=4)
     machine.start(300, 31)
     machine.train(until=(5, 20) if limit < 300 else None)

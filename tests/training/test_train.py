@@ -121,7 +121,7 @@ def test_a_run_directory_holds_every_documented_file():
 
 
 def accuracy(output, photos):
-    """Return the top-1 of a saved student on photos/val, one image at a time, and the top-1 in its config.json."""
+    """Return a saved student's top-1, measured image by image on photos/val, and the top-1 in its config.json."""
     student, config = load_student(Path(output) / "student", OWN[1:])
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
     files = sorted((photos / "val").glob("*/*.jpg"))
@@ -144,7 +144,7 @@ def test_a_loaded_student_has_the_accuracy_in_its_config(photos):
 
 @pytest.mark.slow
 def test_data_loading_processes_are_not_forks_of_the_training_process(photos):
-    # A fork inherits the locks of threads, and objects that its garbage collector then destroys.
+    # A fork inherits the locks of other threads. Its garbage collector destroys the objects that it inherits.
     forked = Path("forked").absolute()
     os.register_at_fork(after_in_child=forked.touch)
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 2, "--output", "out")
@@ -204,13 +204,13 @@ def test_the_losses_are_added_to_the_cross_entropy():
 )
 @pytest.mark.parametrize("method", ["nkd", pytest.param("kd", marks=pytest.mark.trial)])
 def test_any_student_learns_from_any_teacher(student, teacher, method):
-    few = ["--device", "cpu", "--epochs", 1, "--batch-size", 64, "--workers", 0]
+    short = ["--device", "cpu", "--epochs", 1, "--batch-size", 64, "--workers", 0]
     if teacher.endswith(":tiny"):
         source, size = teacher, 32
     else:  # the teacher has another image size
-        run(*few, "--model", teacher, "--img-size", 48, "--output", "teacher")
+        run(*short, "--model", teacher, "--img-size", 48, "--output", "teacher")
         source, size = "teacher/student", 32
-    run(*few, "--model", student, "--img-size", size, "--kd", method, "--teacher", source, "--output", "out")
+    run(*short, "--model", student, "--img-size", size, "--kd", method, "--teacher", source, "--output", "out")
     assert np.isfinite(float(rows("out")[0][f"loss_{method}"]))
 
 
@@ -647,7 +647,7 @@ def test_two_ranks_share_the_cache(photos):
     assert measured == pytest.approx(saved)
 
 
-# ---- data ----
+# ---- CIFAR-10 and corrupt images ----
 
 
 @pytest.mark.trial
@@ -742,9 +742,9 @@ def test_a_killed_run_resumes_to_bitwise_equal_weights(photos):
         [sys.executable, "-u", str(ROOT / "train.py"), *map(str, flags), "--output", "killed"],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in the other runs, because the order of a sum depends on it
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in the other runs: it changes the order of sums
     )
-    for line in killed.stdout:  # ends after the data loading processes, which hold the pipe too
+    for line in killed.stdout:  # the pipe ends when the data loading processes have ended too
         if line.startswith("epoch 2/4"):
             killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -785,7 +785,7 @@ def test_flags_given_with_resume_override_the_stored_flags():
 
 @pytest.mark.slow
 def test_a_failed_save_of_the_best_checkpoint_leaves_the_last_one_unchanged(monkeypatch):
-    """Fill the disk while best.pt is written. last.pt keeps the epoch before, so a resume repeats the epoch."""
+    """Fill the disk while best.pt is written. last.pt keeps the previous epoch, so a resume repeats this one."""
     run(*TINY, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
     write = cli.write_whole
@@ -865,7 +865,7 @@ def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
         (
             ["--kd", "nkd", "--teacher", "resnet18", "--kd-weight", "1.0"],
             "--kd-weight needs --kd kd",
-        ),  # the default
+        ),  # although 1.0 is the default
         (["--model", "runs", "--no-small-st"], "which has its own"),
         (["--opt", "adahessian"], "--opt adahessian cannot be used"),
         (["--hflip", "2"], "--hflip: must be between 0 and 1"),

@@ -1,4 +1,4 @@
-"""Test python -m kdlite.training.tune, which chooses a loss and its weights on the training images, and --fold."""
+"""Test --fold, and python -m kdlite.training.tune, which chooses a loss and its weights on the training images."""
 
 import functools
 import re
@@ -124,7 +124,7 @@ def test_labels_of_all_training_images_fit_a_part(photos):
     ("seconds", "full", "plan"),
     [
         (1e9, 8, Plan([9, 4, 2], [2, 4, 8], 5)),
-        (1250, 8, Plan([9, 4, 2], [2, 4, 8], 2)),  # 50 epochs of 10 s and 15 starts of 5 s take 575 s
+        (1250, 8, Plan([9, 4, 2], [2, 4, 8], 2)),  # a part takes 575 s: 50 epochs of 10 s, 15 starts of 5 s
         (574, 8, Plan([9, 4, 2], [1, 2, 4], 1)),
         (324, 8, Plan([9, 4], [1, 2], 1)),  # three rounds take 325 s
         (234, 8, Plan([9], [2], 1)),  # two rounds take 235 s
@@ -246,16 +246,16 @@ def test_tune_reads_no_validation_image_and_prints_a_command_that_trains(teacher
     assert [command[1] for command in commands] == ["-m"]
     assert f"next: torchrun train.py {line}" in capsys.readouterr().out
 
-    said = refused(capsys, *flags, *TEACHER, "--views", 2, "--output", "out", command=call, program="tune")
-    assert "has the runs of another command" in said
+    line = refused(capsys, *flags, *TEACHER, "--views", 2, "--output", "out", command=call, program="tune")
+    assert "has the runs of another command" in line
 
 
 @pytest.mark.trial
 def test_labels_that_lack_classes_exclude_arms(teacher, monkeypatch, capsys):
     flags = ["--data", "photos", *TINY, *RECIPE]
     names = []
-    of_labels_alone = ["--data", "photos", *TINY[2:], *TEACHER, "--recipe", "digits", "--crop", "none"]
-    write_labels(*of_labels_alone, "--views", 1, "--top-k", 1, "--output", "L")
+    label_flags = ["--data", "photos", *TINY[2:], *TEACHER, "--recipe", "digits", "--crop", "none"]
+    write_labels(*label_flags, "--views", 1, "--top-k", 1, "--output", "L")
     monkeypatch.setattr(tune, "measure", lambda _: (1.0, 1.0))
     monkeypatch.setattr(tune, "search", lambda _, found, *__: names.extend(found) or [{found[0]: np.ones(4)}])
     call(*flags, "--teacher-labels", "L", "--output", "out")

@@ -1,4 +1,4 @@
-"""Test --unlabelled, which adds photographs without a label, from which the student learns the teacher's answers."""
+"""Test --unlabelled, which adds photographs without a label: on these the student learns from the teacher alone."""
 
 import os
 import shutil
@@ -89,7 +89,7 @@ def test_unlabelled_images_are_found_at_any_depth_and_counted_separately(photos,
 
 
 @pytest.mark.slow
-def test_stored_answers_train_as_the_teacher_itself_does(photos, capsys):
+def test_stored_answers_give_the_losses_of_the_teacher(photos, capsys):
     more = ["--unlabelled", "more"]
     write_labels(*TINY, *DATA[:4], "--crop", "none", *TEACHER, *more, "--views", 1, "--output", "L")
     assert "labels of 66 views" in capsys.readouterr().out

@@ -243,8 +243,8 @@ def test_a_resume_does_not_read_the_pretrained_weights_again(photos, capsys):
     assert "resuming from out/last.pt" in capsys.readouterr().out
     assert json.loads(Path("out/student/config.json").read_text())["mean"] == [0.485, 0.456, 0.406]
     assert Path("out/split.csv").read_text() == first
-    sides = [side for _, side in list(csv.reader(first.splitlines()))[1:]]
-    assert (sides.count("train"), sides.count("val")) == (24, 8)
+    parts = [part for _, part in list(csv.reader(first.splitlines()))[1:]]
+    assert (parts.count("train"), parts.count("val")) == (24, 8)
 
 
 # ---- a teacher with more classes ----
@@ -479,7 +479,7 @@ def test_a_folder_gets_fitted_defaults_and_a_resume_keeps_them(photos, capsys):
 
 
 def test_the_split_is_the_same_for_every_seed(photos):
-    """Use two seeds: a student's validation images must not be training images of its teacher with another seed."""
+    """Check that a teacher with another seed does not train on the student's validation images."""
     splits = [opened(*SMALL, *PHOTOS, "--model", f"{MODELS}:tiny", "--seed", seed)[2].split for seed in (0, 1)]
     assert splits[0] == splits[1]
 
