@@ -93,7 +93,7 @@ def read_number(kind: type, low: float, high: float, above: bool, or_zero: bool,
         span = f"between {low} and {high}" if high < math.inf else f"at least {low}"
         span = f"0, or {span}" if or_zero else span
         span = f"greater than {low}" if above else span
-        span = f"at most {LARGEST:g}" if value > LARGEST and high == math.inf else span
+        span = f"at most {LARGEST:g}" if LARGEST < value < math.inf == high else span
         raise argparse.ArgumentTypeError(f"must be {span}, got {text[:80]}")
     return value
 

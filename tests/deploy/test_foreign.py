@@ -277,6 +277,7 @@ def test_a_pipe_instead_of_a_file_gives_one_line(deployed, tmp_path, name):
 # ---- texts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_labels_and_file_names_are_escaped_on_the_terminal(tmp_path, capfd):
     names = [f"{ESCAPE}{i}" for i in range(3)]
     run = write_run(tmp_path / "run", f"{MODELS}:tiny", 16, names, images=12)

@@ -129,6 +129,7 @@ def test_a_right_loss_is_right_in_all_twenty_cases(kind):
     assert set(notes) <= set(result.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", CHANGES)
 def test_the_check_prints_the_name_of_a_mistake(written):
     instead, named = CHANGES[written]
