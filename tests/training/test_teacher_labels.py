@@ -581,10 +581,10 @@ def test_the_losses_of_the_examples_train_a_student(digits, name):
     [
         (
             ["own.py:wrong"],
-            "--kd must return one loss a row, (N,), or one value without --class-weights, not (32, 10)",
+            "--kd must return a loss for each row, (N,), or one value (no --class-weights): got (32, 10)",
         ),
-        (["own.py:one", "--class-weights", "balanced"], ", not ()"),
-        (["own.py:nothing"], ", not NoneType"),
+        (["own.py:one", "--class-weights", "balanced"], ": got ()"),
+        (["own.py:nothing"], ": got NoneType"),
         (["own.py:raises"], "own.py:raises failed: AttributeError: 'Tensor' object has no attribute 'nothing' ("),
         (["own.py:missing"], "has no function 'missing'"),
         (["nowhere.py:loss"], "no file nowhere.py"),

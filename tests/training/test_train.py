@@ -821,7 +821,7 @@ def test_an_error_on_all_ranks_is_printed_once():
                  env={"GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
     assert two.returncode != 0
     assert two.stderr.count("train.py: error: ") == 1
-    assert "no folder nowhere/train" in two.stderr
+    assert "--data nowhere: no such folder" in two.stderr
 
 
 # ---- a user's mistake: one line and status 2 ----
@@ -838,7 +838,7 @@ def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data", "nowhere"], "no folder nowhere/train and no folder nowhere/val; expected a folder with"),
+        (["--data", "nowhere"], "--data nowhere: no such folder; expected a folder with"),
         (["--reference", "-1"], "--reference: must be at least 0"),
         (["--model", "resnet81"], "unknown model 'resnet81'.*near matches: .*resnet18"),
         (["--model", "zzz"], "unknown model 'zzz'"),
@@ -880,7 +880,7 @@ def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--mixup", "1e-300"], "--mixup: must be 0, or between 0.01 and 1000"),
         (["--model", "x" * 5000], "unknown model 'xxx"),
-        (["--data", "x" * 5000], "no folder xxx"),
+        (["--data", "x" * 5000], "no such folder; expected a folder with"),
         (["--kd", "nkd", "--teacher", "x" * 5000], "unknown model 'xxx"),
         (["--output", "x" * 5000], "cannot make the run directory.*File name too long"),
         (["--model", "resnet18", "--model-args", "pretrained=True"], "'pretrained' would load or fetch weights"),
