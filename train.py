@@ -249,7 +249,9 @@ def loss_terms(
         losses["own"] = loss = method.kd(logits.float(), None if teacher is None else teacher.float(), target)
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         if shape != logits.shape[:1] and (shape != () or method.class_weights is not None):
-            raise UserError(f"--kd must return a loss for each row, (N,), or one value (no --class-weights): got {shape}")
+            raise UserError(
+                f"--kd must return a loss for each row, (N,), or one value (no --class-weights): got {shape}"
+            )
     if weak_logits is not None:
         each |= {"alpha": method.alpha, "beta": method.beta, "mu": method.mu, "group": method.group}
         losses["uskd"] = uskd_loss(logits, weak_logits, target, **each)
