@@ -456,6 +456,8 @@ def report(subject: Subject, tried: Attempt, constants: tuple[float, float], mis
 
 def load(name: str) -> Any:
     path, _, function = name.rpartition(":")
+    if not path and Path(name).is_file():
+        raise FileNotFoundError(f"{name} without a function: expected path/to/file.py:function")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path or name}: expected path/to/file.py:function")
     sys.path.insert(0, str(Path(path).resolve().parent))

@@ -175,6 +175,9 @@ def pooled(method: str) -> str:
     """Return a method's mean gain over the settings of POOLED, weighted by 1 / variance, with its 95 % interval."""
     tables = {name: read(name) for name in POOLED}
     found = {name: gains(BASELINE, method, table) for name, table in tables.items() if method in table}
+    if not found:
+        known = sorted({name for table in tables.values() for name in table})
+        raise SystemExit(f"report.py: error: no table has a row {method!r}: expected one of {', '.join(known)}")
     errors = {name: statistics.stdev(values) / len(values) ** 0.5 for name, values in found.items()}
     weights = {name: error**-2 for name, error in errors.items()}
     mean = sum(weights[name] * statistics.mean(found[name]) for name in found) / sum(weights.values())

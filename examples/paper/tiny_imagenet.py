@@ -241,6 +241,8 @@ def make_images(source: Path, target: Path, setting: Setting) -> None:
     classes = sorted(path.name for path in (source / "train").iterdir())
     for name in classes[:: max(1, len(classes) // setting.classes)][: setting.classes]:
         train, val = (sorted((source / part / name).rglob("*.JPEG")) for part in ("train", "val"))
+        if not val:
+            raise SystemExit(f"no images in {source / 'val' / name}: README.md has the commands that unpack the source")
         val += train[setting.train :][-setting.held_out :] if setting.held_out else []
         for part, files in (("train", train[: setting.train]), ("val", val)):
             folder = target / part / name

@@ -505,7 +505,7 @@ def test_a_resumed_run_requires_the_same_labels(digits, capsys):
         (["--kd", "nkd", "--teacher-labels", "L", "--mixup", 0.2], "give --mixup 0"),
         (["--kd", "nkd", "--teacher-labels", "L", "--cache", "device"], "give --cache none"),
         (["--teacher-labels", "L"], "--teacher-labels needs --kd"),
-        (["--teacher-labels", "L", "--kd", "nkd", *TEACHER], "no --teacher"),
+        (["--teacher-labels", "L", "--kd", "nkd", *TEACHER], "without --teacher"),
         (["--teacher-labels", "L", "--kd", "nkd"], "L/labels.json cannot be read: No such file or"),
         (["--kd", "dkd"], "'dkd': expected nkd, kd or path/to/file.py:function"),
     ],
