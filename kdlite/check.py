@@ -351,7 +351,7 @@ def attempt(subject: Subject, order: Order, numbers: Numbers, gamma: str | None,
 
 
 def estimate(formula: Formula, tried: Attempt, gamma: float | None, temperature: float | None) -> tuple[float, float]:
-    """Return gamma and temperature for the first case. Each is the case's if the check varies it, else given or fitted."""
+    """Return gamma and temperature for the first case: the case's if the check varies it, else given or fitted."""
     case, actual = tried.actual[0]
     gamma = case.gamma if tried.gamma else gamma
     temperature = case.temperature if tried.temperature else temperature

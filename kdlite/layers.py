@@ -29,7 +29,7 @@ _DEFAULT_TAPS = {
 
 
 def default_tap(model: nn.Module) -> str:
-    """Return the layer that USKD reads by default: the end of the second-to-last stage, or a transformer's block L/2 of L.
+    """Return the layer that USKD reads by default: the end of the second-to-last stage, or block L/2 of a transformer.
 
     Args:
         model: a classifier of torchvision, timm or Hugging Face; or a model whose stages have the same names; or a

@@ -429,7 +429,7 @@ def test_labels_with_impossible_values_and_a_correct_checksum_are_refused(digits
 def test_other_losses_require_labels_of_every_class(user_losses, capsys, flags):
     learn = [*TINY, *flags, "--output", "stored", "--teacher-labels"]
     write_labels(*STUDENT, *TEACHER, "--output", "few", "--views", 1, "--top-k", 8)
-    assert "needs the teacher's answer about every class, and few has its top-8: write labels with --top-k 9" in (
+    assert "needs the teacher's answer about every class, but few has only its top-8: write labels with --top-k 9" in (
         refused(capsys, *learn, "few").replace(f"{Path.cwd()}/", "")
     )
     write_labels(*STUDENT, *TEACHER, "--output", "all", "--views", 1, "--top-k", 9)
@@ -581,7 +581,7 @@ def test_the_losses_of_the_examples_train_a_student(digits, name):
     [
         (
             ["own.py:wrong"],
-            "--kd must return one loss a row, (N,), or one value without --class-weights, not (32, 10)",
+            "--kd must return a loss a row, (N,), or (no --class-weights) one value; not (32, 10)",
         ),
         (["own.py:one", "--class-weights", "balanced"], ", not ()"),
         (["own.py:nothing"], ", not NoneType"),
