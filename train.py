@@ -71,8 +71,8 @@ FLAGS: Table = {
         "pretrained": Flag(False, "start from the library's ImageNet weights (a download), or from the matching "
                            "weights of a student/ folder, a .safetensors or a .pth", path=True, nargs="?", const=True,
                            metavar="FILE"),
-        "teacher": Flag(None, "as --model; a library's name means its ImageNet weights (a download), NAME:FILE the "
-                        "weights in a file", path=True),
+        "teacher": Flag(None, "as --model; a library's name means its ImageNet weights (a download); NAME:FILE "
+                        "means the weights in a file", path=True),
         "teacher_labels": Flag(None, "a folder of stored answers instead of --teacher; python -m "
                                "kdlite.training.teacher_labels writes it", path=True),
         "teacher_classes": Flag(None, "CSV file; each line has a class, then the teacher's name of it or the teacher's "
@@ -279,7 +279,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """Add the gradients of one batch (one of `passes` in a step) to those of the parameters, and return its loss terms.
 
-    It does not wait for the device.
+    The host does not wait for the device.
     """
     with torch.autocast(batch.images.device.type, amp, enabled=amp is not None):
         answers = teacher(batch.images) if teacher else batch.teacher or None
@@ -350,7 +350,7 @@ def evaluate(
 def build_student(
     args: argparse.Namespace, data: Data, resumed: Checkpoint | None = None
 ) -> tuple[nn.Module, nn.Module, Metadata]:
-    """Return the student, the network to train (with USKD's weak head, else the student), and the student's config."""
+    """Return the student, the network to train (the student, or with USKD also its weak head), and the config."""
     torch.manual_seed(args.seed)
     images = data.preprocessing(args.in_chans, args.interpolation, args.eval_crop)
     student, config, report = open_student(args, data.label_names, images, False if resumed else args.pretrained)
@@ -383,8 +383,8 @@ def build_teacher(
     if (args.kd != "nkd" or args.temperature != 1 or args.unlabelled) and stored.k < others:
         method = f"--kd {args.kd}" + (f" --temperature {args.temperature:g}" if args.kd == "nkd" else "")
         method = "--unlabelled" if args.unlabelled else method
-        held = f"{args.teacher_labels} has its top-{stored.k}: write labels with --top-k {others}"
-        raise UserError(f"{method} needs the teacher's answer about every class, and {held}")
+        held = f"{args.teacher_labels} has only its top-{stored.k}: write labels with --top-k {others}"
+        raise UserError(f"{method} needs the teacher's answer about every class, but {held}")
     before = resumed.config.training.get("teacher") if resumed else None
     if before not in (None, str(stored)):
         fault = f"this run began with labels of {before}, but --teacher-labels has labels of {stored}"

@@ -1,17 +1,17 @@
-"""Compare the gradient of your own NKD with that of the paper's formula in twenty cases.
+"""Compare the gradient of your own NKD loss with that of the paper's formula in twenty cases.
 
     python -m kdlite.check my_file.py:nkd_loss
     python -m kdlite.check my_file.py:NKDLoss --gamma 3.5 --temperature 3     # if they are constants in it
 
 The loss is a function, a class, an instance or a functools.partial that returns the mean over the batch, without the
-cross-entropy. The check calls it with (N, C) float32 logits of student and teacher and with (N,) class indices. It
-tries each order of these three arguments. It varies the numeric arguments, and identifies gamma and temperature by
-their effect, not by their names. If gamma or temperature is a constant in the loss, the check estimates it from the
-gradient, unless --gamma or --temperature gives it. The value of the loss may differ from the formula's by a constant,
-because training follows the gradient. A KL divergence instead of the cross-entropy has such a constant.
+cross-entropy. The check calls it with the (N, C) float32 logits of student and teacher, and (N,) class indices. It
+tries the possible orders of these three arguments. It varies the numeric arguments, and identifies gamma and
+temperature by their effect, not by their names. If gamma or temperature is a constant in the loss, the check estimates
+it from the gradient, unless --gamma or --temperature gives it. The loss may differ from the formula by a constant, as a
+KL divergence differs from a cross-entropy, because training uses only the gradient.
 
 The check prints the verdict (which names a known mistake), then how it called the loss, then a line for each case. The
-exit status is 0 if all cases are right, 1 if a case is wrong, 2 if the check cannot run.
+exit status is 0 if the loss is right, 1 if it is wrong, 2 if the check cannot run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Order = tuple[str, ...]  # of "student", "teacher", "target" in the parameters o
 
 GRID = (1.0, 0.5, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 16.0, 20.0)  # temperatures
 SETTINGS = [(1.5, 1.0), (1.0, 1.0), (3.5, 3.0), (1.5, 2.0)]  # gamma, temperature
-EXTREME = ("logits around 1,000", "a certain student and teacher")
+EXTREME = ("logits around 1,000", "student and teacher are certain")
 
 
 class Case(NamedTuple):
@@ -122,7 +122,7 @@ def one_divided(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
 PARTS = "the non-target part"
 FORMULAS: list[tuple[str, Formula]] = [
     (f"the target is kept in {PARTS}: mask its logit by -inf before the softmax", target_kept),
-    (f"{PARTS} is not normalised: divide both sides by 1 minus the target's probability", not_normalised),
+    (f"{PARTS} is not normalised: divide each probability by 1 minus the target's", not_normalised),
     (f"{PARTS} lacks the temperature squared", lambda s, t, y, g, T: right(s, t, y, g / T**2, T)),
     (f"{PARTS} has the temperature once, not squared", lambda s, t, y, g, T: right(s, t, y, g / T, T)),
     ("only the teacher's logits are divided by the temperature: divide the student's too", one_divided),
@@ -263,7 +263,7 @@ class Subject:
 
 
 class Numbers(NamedTuple):
-    """Hold the numbers of the loss, sorted by the effect of doubling each."""
+    """Group the numbers of the loss by their effect on the gradient."""
 
     base: dict[str, float]
     live: list[str]  # the numbers that may be gamma or temperature
@@ -351,7 +351,7 @@ def attempt(subject: Subject, order: Order, numbers: Numbers, gamma: str | None,
 
 
 def estimate(formula: Formula, tried: Attempt, gamma: float | None, temperature: float | None) -> tuple[float, float]:
-    """Return gamma and temperature of the first case: varied by the check, else given, else fitted to the gradient."""
+    """Return gamma and temperature for the first case: the case's if the check varies it, else given or fitted."""
     case, actual = tried.actual[0]
     gamma = case.gamma if tried.gamma else gamma
     temperature = case.temperature if tried.temperature else temperature
@@ -372,7 +372,7 @@ def estimate(formula: Formula, tried: Attempt, gamma: float | None, temperature:
 
 
 def compare(formula: Formula, tried: Attempt, constants: tuple[float, float]) -> Iterator[tuple[Case, float]]:
-    """Yield each case, with the gamma and temperature that the loss had, and the relative error of its gradient."""
+    """Yield each case, with the loss's gamma and temperature, and the gradient's relative error (0: close enough)."""
     for case, actual in tried.actual:
         gamma = case.gamma if tried.gamma else constants[0]
         temperature = case.temperature if tried.temperature else constants[1]
@@ -393,8 +393,8 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
 
     Args:
         loss: function, class, instance or partial of student logits, teacher logits and target, in any order.
-        gamma: its value, if it is a constant in the loss; None: vary the number that acts as gamma, else estimate it.
-        temperature: as ``gamma``.
+        gamma: value of gamma, if it is a constant in the loss; None: estimate that constant.
+        temperature: value of the temperature, as ``gamma``.
 
     Raises:
         TypeError: the loss does not return one value.

@@ -1,13 +1,13 @@
 """Compute the hard-label terms of :mod:`kdlite.terms` with less memory.
 
-The forward reads the logits once, the backward reads them once more. Each forward saves a few numbers per row, and each
-backward is elementwise in the logits. So no tensor as large as the logits is stored, except the gradients and USKD's
-Zipf weights. ``torch.compile`` turns each forward and each backward into one or two passes over the logits; eager code
-works on chunks of rows that fit in the cache. Both multiply by the incoming gradient in float32, and only then round to
-the logits' dtype. ``make bench`` compares speed and memory with the terms.
+Each forward saves a few numbers per row, from which each backward computes the rest again. So it stores no further
+tensor as large as the logits, except the gradients and USKD's Zipf weights. ``torch.compile`` turns each forward and
+each backward into one or two passes over the logits; eager code works on chunks of rows that fit in the cache. The
+backward multiplies by the incoming gradient in float32 before it rounds to the logits' dtype. ``make bench`` compares
+speed and memory with the terms.
 
-Within a row, all logits are relative to the largest logit other than the label's. So the result loses no digits if all
-logits share an offset, or if a probability is near 1.
+Each row is shifted by its largest logit other than the label's. So the result loses no digits if all logits share an
+offset, or if a probability is near 1.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch.nn import functional as F
 from . import terms
 from .terms import USKDWeights, is_class, zipf_weights
 
-# Elements of a chunk. CPU: 1 MiB in float32, the size of a core's L2 cache. Other devices: a limit on the memory.
+# Logits in a chunk. CPU: 1 MiB in float32, the size of a core's L2 cache. Other devices: a limit on the memory.
 CHUNK_ELEMENTS = {"cpu": 2**18}
 CHUNK_ELEMENTS_ELSEWHERE = 2**24
 
 
 def can_fuse(*logits: Tensor) -> bool:
-    """Return False under torch.func, forward-mode AD and export, and for tensor subclasses: these need autograd."""
+    """Return False under torch.func, forward-mode AD and export, and for tensor subclasses: these need the terms."""
     if torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():
@@ -87,7 +87,7 @@ def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temp
 
 
 class NKDSaved(NamedTuple):
-    """Hold the numbers of each row that the gradient needs, each (R, 1)."""
+    """Hold the numbers that the gradient needs for each row; all are (R, 1)."""
 
     target_slope: Tensor  # T_t (1 - S_t)
     student_max: Tensor  # largest logit other than the label's
@@ -151,7 +151,7 @@ def nkd_backward(
 ) -> tuple[Tensor]:
     """Return d loss / d student, (R, C); the options are gamma and the temperature.
 
-    ``target_slope`` holds T_t (1 - S_t); a ce_weight is added to T_t. The gradients of the two terms are::
+    ``target_slope`` holds T_t (1 - S_t), with ce_weight added to T_t. The gradients of the two terms are::
 
         d target / d s_i     =  T_t (1 - S_t) N(S)_i      d target / d s_t  =  - T_t (1 - S_t)
         d non_target / d s_i =  (N(S^temperature)_i - N(T^temperature)_i) / temperature
@@ -181,7 +181,7 @@ def uskd_rows(strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weight
 
 
 class USKDSaved(NamedTuple):
-    """Hold the numbers of each row that the gradient needs, each (R, 1) except z."""
+    """Hold the numbers that the gradient needs for each row; all are (R, 1) except z."""
 
     one_minus_s: Tensor  # 1 - S_t
     one_minus_w: Tensor  # 1 - W_t
@@ -283,7 +283,7 @@ def uskd_backward(
 
 
 def mask_label(rows: Tensor, label: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a copy of the rows with -inf at the label, and, (R, 1) each, the label's logit and the largest other."""
+    """Return a copy of the rows with -inf at the label, the label's logit (R, 1) and the largest other logit (R, 1)."""
     rows = rows.to(dtype, copy=True)
     # a label out of range fails in gather: with an error on CPU, with a device assert on CUDA
     target = rows.gather(1, label.unsqueeze(1))
@@ -300,7 +300,7 @@ def set_label_column(rows: Tensor, label: Tensor, value: Tensor | float) -> Tens
 
 
 class Normalized(NamedTuple):
-    """Hold N(.) of masked rows as ``weights * scale``. Under a compiler this saves a pass, the division by the sum."""
+    """Hold N(.) of masked rows as ``weights * scale``. Under a compiler this saves the pass that divides."""
 
     weights: Tensor  # (R, C)
     scale: Tensor | float  # (R, 1)

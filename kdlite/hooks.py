@@ -29,8 +29,8 @@ class FeatureTap:
 
     Raises:
         ValueError: the layer does not exist; the message lists the nearest names.
-        RuntimeError: the model, or a part of it that holds the layer, is compiled: hooks registered after the first
-            compiled call never run.
+        RuntimeError: the model, or a part of it that holds the layer, is compiled. A hook that is registered after
+            the first compiled call never runs.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))

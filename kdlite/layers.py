@@ -33,11 +33,11 @@ def default_tap(model: nn.Module) -> str:
 
     Args:
         model: a classifier of torchvision, timm or Hugging Face; or a model whose stages have the same names; or a
-            model that has such a model as its backbone.
+            model with such a backbone.
 
     Returns:
         The layer's dotted path, as :class:`FeatureTap` takes it. For a stage it is the path of its last block, which
-        returns the same tensor. Activation checkpointing calls blocks, but not stages.
+        returns the same tensor, because activation checkpointing calls blocks, but not stages.
 
     Raises:
         ValueError: the model does not have a known structure.
@@ -82,7 +82,7 @@ def _last_block(model: nn.Module, layer: str) -> str:
 
 
 def _in_backbone(model: nn.Module) -> list[str]:
-    """Find layers in the backbone: the child that Hugging Face names, or a first child with most of the parameters."""
+    """Find layers in the backbone: the child that Hugging Face names, else a first child with most parameters."""
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     first = next((name for name, size in sizes.items() if size), "")
     backbone = getattr(model, "base_model_prefix", "")
@@ -100,9 +100,9 @@ def _from_feature_info(model: nn.Module) -> str | None:
     if len(stages) < 2:
         return None
     if len({stage.get("reduction") for stage in stages}) == 1:
-        return None  # a plain transformer, for _middle_block
+        return None  # a plain transformer: _middle_block finds the layer
     if isinstance(getattr(model, "conv_head", None), nn.Conv2d) and hasattr(model, "bn2"):
-        # MobileNetV2 and EfficientNet: a 1x1 convolution before the pooling is the last stage
+        # MobileNetV2 and EfficientNet: the 1x1 convolution after timm's stages is the last stage
         return str(stages[-1]["module"])
     name = str(stages[-2]["module"])
     return name if name in dict(model.named_modules()) else None
@@ -163,7 +163,7 @@ def _last_stage_but_one(model: nn.Module) -> str | None:
 
 
 def _before_last_pool_but_one(model: nn.Module) -> str | None:
-    """Find the layer in VGG, whose one long ``features`` has a max-pool at the end of each stage."""
+    """Find the layer before the second-to-last max-pool of VGG, which ends each stage with a max-pool."""
     features = getattr(model, "features", None)
     pools = (
         [i for i, m in enumerate(features) if isinstance(m, nn.MaxPool2d)]

@@ -25,7 +25,7 @@ from .inputs import (
 from .terms import nkd_rows
 from .topk import check_top_k, largest_class, nkd_rows_topk
 
-# Logits in memory at a time, for student and teacher each: 88 MiB in float32. Small chunks read the weights more often.
+# Logits in memory at a time, for student and teacher each: 88 MiB in float32. Fewer read the weights more often.
 LOGITS_AT_A_TIME = 22 * 2**20
 
 
@@ -112,7 +112,7 @@ def nkd_linear_loss(
     Raises:
         ValueError: shapes that do not fit, reduction="none", a weight or temperature out of range, a missing or a
             second teacher.
-        TypeError: a tensor of the wrong dtype, a weight that is a tensor.
+        TypeError: a tensor of the wrong dtype, a tensor as gamma, ce_weight, temperature, scale or cap.
 
     Source: the loss, Yang et al., ICCV 2023, arXiv 2303.13005.
 
@@ -144,7 +144,7 @@ def nkd_linear_loss(
         teacher = check_linear(teacher, shape, "teacher_")
         if len(weight) != len(teacher_weight):
             raise ValueError(
-                f"weight and teacher_weight must have one number of classes, got {tuple(weight.shape)} and "
+                f"weight and teacher_weight must have the same number of classes, got {tuple(weight.shape)} and "
                 f"{tuple(teacher_weight.shape)}" + cut_hint(weight.shape[:1], teacher_weight.shape[:1])
             )
     else:
@@ -191,7 +191,7 @@ def as_indices(target: Tensor, student: Linear, ignore_index: int) -> ClassIndic
 def read_top_k(
     given: tuple[Tensor | None, Tensor, Tensor], target: Tensor | None, shape: torch.Size, ignore_index: int
 ) -> tuple[TopK, Tensor, int]:
-    """Return the teacher as rows, the target or the teacher's most probable classes, and the index to ignore."""
+    """Return the teacher as rows, the target (None: the teacher's most probable classes) and the index to ignore."""
     if not isinstance(given, (tuple, list)) or len(given) != 3:
         raise ValueError("teacher_top_k must be three tensors: log T_t (or None), log T_i and their indices")
     target_logprob, logprobs, indices = given
@@ -234,7 +234,7 @@ def check_linear(linear: Linear, shape: torch.Size, prefix: str) -> Linear:
 
 
 def must_hold_logits(student: Linear, teacher: Linear | TopK) -> bool:
-    """Return True if can_fuse() is False, or if a compiler would have to trace topk_rows, which it cannot."""
+    """Return True if can_fuse() is False, or for a TopK under a compiler, which cannot trace topk_rows."""
     tensors = [x for x in (*student, *teacher) if isinstance(x, Tensor)]
     return not can_fuse(*tensors) or (isinstance(teacher, TopK) and torch.compiler.is_compiling())
 
@@ -367,7 +367,7 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        # in place, because autograd raises an error for a second backward, which would read the changed gradients
+        # in place: a second backward, which would read the changed gradients, raises an error
         scale = torch.mul if torch.compiler.is_compiling() else Tensor.mul_
         grads = (None if x is None else scale(x, d_total).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
         return None, *grads, None, None, None

@@ -1,4 +1,4 @@
-"""Find how the feature of a layer becomes (N, C), by dry forwards of the model, and pool the feature."""
+"""Find with dry forwards of the model how to pool a layer's feature to (N, C), and pool it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POOLINGS = {
     "channels first": "the mean of (N, C, ...) over positions",
     "channels last": "the mean of (N, ..., C) over positions",
 }
-# last parts of the names of parameters that hold class or register tokens
+# a parameter that holds class or register tokens has such a last part of its name
 TOKENS = re.compile(r"(cls|class|reg|register|storage|dist|distillation)_(tokens?|embedding)(_?\d+)?")
 
 
@@ -35,7 +35,7 @@ class Seen(NamedTuple):
     shape: tuple[int, ...]  # () if the output is not a tensor
     dtype: torch.dtype | None
     device: torch.device | None
-    positions: frozenset[int]  # number of positions in the output of each convolution that ran before
+    positions: frozenset[int]  # H * W of the output of each convolution so far
 
 
 def dry_forward(model: nn.Module, example: Any) -> tuple[Any, dict[str, Seen]]:
@@ -119,7 +119,7 @@ def choose_layer(layers: list[str], seen: dict[str, Seen], batch: int) -> str:
     middle.sort(key=lambda name: name.count("."))
     found = f"returns {seen[layers[0]].text}" if layers[0] in seen else "does not run"
     raise ValueError(
-        f"layer {layers[0]!r} must return a feature for a batch of {batch}, but {found}; these would do: "
+        f"layer {layers[0]!r} must return a feature for a batch of {batch}, but {found}; these layers do: "
         + (", ".join(middle[:6]) or "none")
     )
 
@@ -150,7 +150,7 @@ def find_pooling(model: nn.Module, layer: str, example: Any, feature: Seen, pool
 
 
 def has_channels_last(model: nn.Module, layer: str, example: Any, shape: tuple[int, ...]) -> bool:
-    """Return whether the channels, which do not grow with the input, are last.
+    """Return whether the last dimension holds the channels, which do not grow with the input.
 
     If the model takes only one size, the shape of the feature decides.
     """
@@ -175,7 +175,7 @@ def has_channels_last(model: nn.Module, layer: str, example: Any, shape: tuple[i
 
 
 def two_readings(layer: str, shape: tuple[int, ...]) -> ValueError:
-    return ValueError(f"the feature of layer {layer!r}, shape {shape}, has two readings: pass pooling=")
+    return ValueError(f"the feature of layer {layer!r}, shape {shape}, is ambiguous: pass pooling=")
 
 
 def pool(pooling: str, skip: int, output: Any) -> Tensor:

@@ -21,9 +21,9 @@ class Teacher(nn.Module):
         model: classifier of images (N, channels, H, W); its output is, or holds, the logits (N, C).
         mean: the teacher's mean, one value per channel, for pixels from 0 to 1.
         std: the teacher's standard deviation, one value per channel.
-        student_mean: the mean by which the student's batch is normalised.
-        student_std: the standard deviation by which that batch is normalised. Without these four arguments the teacher
-            does not change the normalisation.
+        student_mean: the mean with which the student's batch is normalised.
+        student_std: the standard deviation with which that batch is normalised. Without these four arguments the
+            teacher does not change the normalisation.
         size: (H, W) in pixels to which the batch is resized; None: the batch is not resized.
         columns: for each class of the student, the index of the teacher's class. Pass it if the teacher has more
             classes or another order; the softmax of the loss is then over these classes. None: all classes in order.

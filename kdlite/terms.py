@@ -2,9 +2,9 @@
 
 These functions define the losses; :mod:`kdlite.fused` computes the hard-label losses with less memory and fewer passes.
 
-Rows are (R, C) logits. S, T and W are the softmax of the logits of the student (USKD's strong logits), the teacher and
-the weak head. A target is the class t, ``label`` (R,), or the class probabilities V, ``probs`` (R, C). N(.)
-renormalises over the C - 1 classes other than t. Losses are (R,), float32 at least. Source: Yang et al., arXiv
+Rows are (R, C) logits. S, T and W are the softmax of the logits: S of the student (USKD's strong logits), T of the
+teacher, W of the weak head. A target is the class t, ``label`` (R,), or the class probabilities V, ``probs`` (R, C).
+N(.) renormalises over the C - 1 classes other than t. Losses are (R,), float32 at least. Source: Yang et al., arXiv
 2303.13005, section 3.1 (NKD; its loss is eq. 7) and section 3.2 (USKD).
 """
 
@@ -50,7 +50,7 @@ def expected_non_target(student: Tensor, teacher: Tensor, probs: Tensor) -> Tens
         sum_k V_k N_k(T)_i = T_i * (sum_k V_k / (1 - T_k)  -  V_i / (1 - T_i)).
 
     Both lose all digits for a class with a probability near 1. Only the largest class of a row can have a probability
-    above one half. The code computes it separately; for the other classes 1 - S_k and 1 - T_k are at least one half.
+    above one half. The code computes that class separately; for the others 1 - S_k and 1 - T_k are at least one half.
     """
     student_top, teacher_top = student.detach().argmax(1), teacher.argmax(1)
 
@@ -99,7 +99,7 @@ def uskd_rows(strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weight
 
 
 def uskd_rows_soft(strong: Tensor, weak: Tensor, probs: Tensor, weights: USKDWeights) -> Tensor:
-    """Return the expectation of L_uskd over the label; the non-target term uses the two largest labels of a row."""
+    """Return the expectation of L_uskd over the label; the non-target term uses a row's two most probable labels."""
     alpha, beta, mu, smoothing, group = weights
     strong = centred(strong)
     weak = centred(weak).to(strong.dtype)
@@ -136,7 +136,7 @@ def target_weight(minus_log_s: Tensor, valid: Tensor, group: Any = None) -> Tens
 
 
 def batch_mean(values: Tensor, counted: Tensor, group: Any) -> Tensor:
-    """Return sum(values) / sum(counted), both (R,), over the processes of the group (None: this process)."""
+    """Return sum(values) / sum(counted) over the rows of all processes in the group (None: this process)."""
     totals = torch.stack([values.sum(), counted.sum().to(values.dtype)])
     if group is not None:
         dist.all_reduce(totals, group=group)
@@ -160,8 +160,8 @@ def zipf_weights(scores: Tensor) -> Tensor:
 def centred(rows: Tensor) -> Tensor:
     """Return the rows minus their largest logit, in float32 at least.
 
-    A common shift of a row does not change a loss, so it needs no gradient. It keeps the digits of float32 if all
-    logits share a large offset.
+    Such a shift does not change a loss, so it needs no gradient. Without it, float32 loses digits if all logits
+    share a large offset.
     """
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return rows - rows.detach().amax(1, keepdim=True)

@@ -46,7 +46,7 @@ def nkd_topk_loss(
 
     K is the set of the k classes without the target; r is one class that stands for all others::
 
-        L_nkd = - T_t log S_t  -  gamma * sum_{i in K and r} N(T)_i log N(S)_i
+        L_nkd = - T_t log S_t  -  gamma * sum_{i in K or i = r} N(T)_i log N(S)_i
 
     The loss equals :func:`kdlite.nkd_loss` at temperature 1 if K holds every other class. Other temperatures are
     impossible, because the mass of the rest at another temperature is unknown. A softmax over K alone gives another

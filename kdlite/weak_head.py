@@ -35,7 +35,7 @@ PARALLEL = {
 
 
 class WithWeakHead(nn.Module):
-    """Join a model and the weak classifier that USKD needs in one module.
+    """Join in one module a model and the weak classifier of USKD.
 
     The forward takes the model's own arguments. In training mode it returns ``(logits, weak_logits)``, in eval mode it
     returns the model's own output. Head and model are one module, so DistributedDataParallel, the optimizer and the
@@ -43,26 +43,28 @@ class WithWeakHead(nn.Module):
     DistributedDataParallel or fully_shard. A deepcopy (EMA) works independently of the original.
 
     The head is a linear layer on the pooled feature: the class token of (N, L, C) if the layer returns a class token,
-    else the mean over positions. If the layer returns a tuple, its first entry is the feature. ``pooling`` stores the
-    choice, and ``print`` shows it. A dry forward (eval mode, no gradient) finds the shape of the feature. Further dry
+    else the mean over positions. If the layer returns a tuple, its first entry is the feature. The attribute
+    ``pooling`` stores the choice. A dry forward (eval mode, no gradient) finds the shape of the feature. Further dry
     forwards on larger inputs find its channels, the dimension that does not grow. If the model takes only one size, a
-    feature of three dimensions counts as (N, L, C); for four dimensions the proportions of the image decide. Class and
-    register tokens are the tokens that a layer returns in addition to the positions of a convolution; a mean skips
-    them.
+    feature of three dimensions counts as (N, L, C); of four dimensions, the two shaped like the image are positions.
+    If a feature has more tokens than a convolution's output has positions, the first ones count as class or register
+    tokens, and the mean skips them.
 
     Args:
         model: classifier whose output is, or holds, (N, C) logits.
-        tap: dotted path of the layer to read; None: the first layer that :func:`default_tap` proposes and that runs.
+        tap: dotted path of the layer to read; None: :func:`default_tap`, or the next layer that the
+            structure suggests, if that one does not run or returns no feature.
         num_classes: the number of classes, C; None: as in the logits of the dry forward.
         logits: key, attribute or index of the logits in an output that is not a tensor. None: "logits", or the only
             entry of a dict.
         example_input: a batch for the dry forward, a tuple of arguments or a dict of keyword arguments; None: zeros of
             the size in timm's ``pretrained_cfg``, or of 224 pixels.
-        pooling: "class token", "channels first" or "channels last"; None: as described above.
+        pooling: "class token", "channels first" or "channels last" (with all tokens); None: as described above.
 
     Raises:
-        ValueError: the layer does not exist, does not run or does not return a feature; its shape has two readings; the
-            model raises an error for the guessed example; the model is parallel already.
+        ValueError: the layer does not exist, does not run or does not return a feature; its shape is ambiguous; the
+            model does not run on the guessed example, is parallel already or does not return (N, C) logits; a wrong
+            pooling or num_classes.
         RuntimeError: the model is compiled already.
         TypeError: the output does not hold the logits (with auxiliary outputs in training, for example).
 
@@ -151,7 +153,7 @@ class WithWeakHead(nn.Module):
         raise RuntimeError("DataParallel's threads would share one tap: use DistributedDataParallel")
 
     def close(self) -> nn.Module:
-        """Remove the hook and return the plain student; this module cannot run afterwards."""
+        """Remove the hook and return the plain student; this module cannot train afterwards."""
         self._tap.close()
         return self.model
 
@@ -162,12 +164,12 @@ def below_model(spec: Any) -> Any:
         return type(spec)(below_model(part) for part in spec)
     if not isinstance(spec, str):
         return spec
-    unanchored = re.sub(r"(?<![\[\\])[\^]", "", spec)  # keep the ^ of [^class]; timm's match() anchors patterns
+    unanchored = re.sub(r"(?<![\[\\])[\^]", "", spec)  # keep the ^ of [^...]; match() needs no other ^
     return rf"^model\.(?:{unanchored})"
 
 
 def refuse_parallel(model: nn.Module) -> None:
-    """Raise if the model or a part of it is split or copied over ranks already, because the head would not be."""
+    """Raise if a part of the model is split or copied over ranks already: the head would stay whole."""
     for module in model.modules():
         kinds = [*type(module).__mro__, *map(type, module.parameters(recurse=False))]
         parallel = next((kind.__name__ for kind in kinds if kind.__name__ in PARALLEL), None)

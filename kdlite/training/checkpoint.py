@@ -49,11 +49,11 @@ class Progress:
         return f"at step {self.step} of epoch {self.epoch + 1}" if self.step else f"after epoch {self.epoch}"
 
     def count_executed(self, *_: Any) -> None:
-        """Count a step, as a hook of the optimizer, which does not run if GradScaler skips the step."""
+        """Count a step, as a hook of the optimizer. If GradScaler skips a step, the hook does not run."""
         self.executed += 1
 
     def end_epoch(self, row: dict[str, Any], answers: Tensor) -> None:
-        """Store the row and the answers of an epoch, and start the next epoch. answers: for all validation images"""
+        """Store the row of an epoch, and its answers if it is the best; start the next. answers: for all validation images"""
         self.rows.append(row)
         self.is_best = math.isfinite(row["val_loss"]) and row["val_top1"] >= self.best
         if self.is_best:
@@ -113,7 +113,7 @@ class LossLog:
 
 
 class Checkpoint(NamedTuple):
-    """Hold a checkpoint that is read from a file."""
+    """Hold the content of a checkpoint file."""
 
     file: str
     content: dict[str, Any]
@@ -198,7 +198,7 @@ class State:
                 raise UserError(f"{file} is {self.progress}: {stays}")
         if len(saved["ranks"]) == WORLD_SIZE:
             self.restore_own(saved["ranks"][RANK])
-        elif self.progress.step and IS_MAIN:  # the order of the images does not depend on the number of ranks
+        elif self.progress.step and IS_MAIN:  # another number of ranks: rank 0 takes the sums of all
             self.log.sums = {k: sum(part["sums"][k] for part in saved["ranks"]) for k in saved["ranks"][0]["sums"]}
             self.log.count = sum(part["count"] for part in saved["ranks"])
         self.check_agreement()

@@ -256,7 +256,7 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
     faults = []
     for here, there, part, other in (("train", "val", train, val), ("val", "train", val, train)):
         if alone := sorted(set(part.classes) - set(other.classes)):
-            faults.append(f"{here}/ has {abbreviate(alone)} and {there}/ has not")
+            faults.append(f"{here}/ has {abbreviate(alone)}, but {there}/ has not")
     if faults:
         raise UserError(f"--data {name}: {'; '.join(faults)}")
     if unlike := sorted(set(train.class_to_idx) - set(val.class_to_idx)):
@@ -266,7 +266,7 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
 def find_classes_to_split(root: Path, asks: bool) -> Path:
     """Return the folder that holds the class folders of a data set without val/: train/, or root itself.
 
-    asks: raise UserError, which advises --val-split, instead of returning a folder
+    asks: instead of returning a folder, raise a UserError that advises --val-split
     """
     folders = visible_folders(root) if os.path.isdir(root) else []
     sets = [folder for folder in folders if folder.lower() in SETS and visible_folders(root / folder)]
@@ -328,7 +328,7 @@ class Fold(Subset):
 def hold_out(data: Data, part: int, parts: int) -> Data:
     """Return the data set with one part of its training images for validation, the rest for training.
 
-    The parts are disjoint and have as many images of each class as possible; data.val is not used.
+    The parts are disjoint, and each class is split evenly between them; data.val is not used.
 
     Args:
         data: the data set
@@ -354,8 +354,8 @@ def hold_out(data: Data, part: int, parts: int) -> Data:
 def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed: int) -> dict[str, str]:
     """Return "train" or "val" for each file: in each class, the names with the smallest digests are for validation.
 
-    A digest depends only on the name and the seed, so a few new files change the side of few others. Each class has at
-    least one file for validation.
+    A digest depends only on the name and the seed, so a few new files move few others. Each class of two or more files
+    has at least one file for validation.
     """
     members = collections.defaultdict(list)
     for file, target in zip(files, targets):
@@ -369,7 +369,7 @@ def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed:
 
 
 def keep_split(files: Sequence[str], sides: Mapping[str, str]) -> dict[str, str]:
-    """Return the split of a resumed run: new files become training images, missing files keep their side."""
+    """Return the split of a resumed run: new files become training images, missing files stay in it."""
     there = set(files)
     new, gone = sorted(there - set(sides)), sorted(set(sides) - there)
     if new:

@@ -158,7 +158,7 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        # a reference to a group that remains here aborts the process at its exit
+        # a reference that remains here would abort the process at its exit
         Group.store = Group.steps = Group.control = None
 
 
@@ -222,7 +222,7 @@ def local_rank_zero_first() -> Iterator[None]:
 class Agreement:
     """Let all ranks decide after the same step, without waiting.
 
-    ask() returns the answers to the questions of its previous call.
+    Each call of ask() returns the answers to the questions of the call before.
     """
 
     work: Any = None
@@ -273,7 +273,7 @@ def warn(line: str) -> None:
 
 
 class Exchanging(DistributedDataParallel):
-    """Turn DistributedDataParallel's error about a parameter without a gradient into a UserError with its name."""
+    """Turn DistributedDataParallel's error about a parameter without a gradient into a UserError that names it."""
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         try:
@@ -343,7 +343,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory so far in MiB: of the GPU, or of this process on a CPU."""
+    """Return the peak memory so far in MiB: of the GPU, or on a CPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS

@@ -75,7 +75,7 @@ def read_rows(output: Path) -> list[dict[str, str]]:
 
 
 def read_answers(output: Path) -> np.ndarray:
-    """Return an array with 1 for each validation image that the student of the best epoch classifies right, else 0."""
+    """Return 1 for each validation image on which the student of the best epoch is right, else 0."""
     labels, predictions = torch.load(output / "last.pt", weights_only=True)["progress"]["answers"].numpy()
     return np.asarray(labels == predictions, float)
 

@@ -1,7 +1,7 @@
 """Load batches of images from workers or from the device's memory; normalise and mix them on the device.
 
-Each sample's augmentation has its own seed. So the images of a run depend on its seed and epoch, but not on the number
-of workers or on the step at which a run resumes.
+The random numbers of each image (of each batch with --cache device) have their own seed. So the images of a run depend
+on its seed and epoch, but not on the number of workers or on the step at which a run resumes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def eval_view(image: Image.Image, metadata: Metadata) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """Describe the random crop and flip of a training image. Augment erases and mixes whole batches later."""
+    """Describe the random transform of a training image. Augment erases and mixes whole batches later."""
 
     input_size: Sequence[int]  # (channels, H, W)
     crop: str  # resized, pad or none
@@ -72,7 +72,7 @@ class View:
         return v2.Compose([*steps, *[v2.Grayscale()] * (channels == 1), v2.PILToTensor()])
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings that decide an image's crop; they include its size only if the crop depends on it."""
+        """Return the settings of the transform; H and W are among them only if the crop depends on them."""
         size = list(self.input_size) if self.crop == "pad" else list(self.input_size[:1])
         settings = {"crop": self.crop, "hflip": self.hflip, "randaugment": self.randaugment or [0, 0]}
         return settings | {"interpolation": self.interpolation, "size": size}
@@ -83,7 +83,7 @@ class RandomResizedCrop(v2.RandomResizedCrop):
 
     def forward(self, image: Image.Image) -> Image.Image:
         whole_width, whole_height = upright_size(image)
-        upright = torch.empty(1, whole_height, whole_width, device="meta")  # EXIF may swap the sides
+        upright = torch.empty(1, whole_height, whole_width, device="meta")  # EXIF may swap height and width
         top, left, height, width = self.make_params([upright]).values()
         image = to_rgb(image, (self.size[1] * whole_width / width, self.size[0] * whole_height / height))
         if image.size == (whole_width, whole_height):
@@ -106,7 +106,7 @@ class Batch(NamedTuple):
 
 
 class Samples(Dataset):
-    """Return the sample of (epoch, index); with stored labels, their seed and views decide the crop."""
+    """Return the sample of (epoch, index); stored labels give the seed and the number of different epochs."""
 
     def __init__(self, source: Any, transform: Transform, seed: int = 0, stored: Any = None) -> None:
         self.source, self.transform, self.stored = source, transform, stored
@@ -158,7 +158,7 @@ def collate(samples: list[Batch]) -> Batch:
 def train_loader(
     source: Any, transform: Transform, batch_size: int, seed: int, workers: int | None, pin_memory: bool, stored: Any
 ) -> DataLoader:
-    """Return full batches of this rank's shuffled images. stored: a teacher's labels (StoredLabels), or None."""
+    """Return batches of this rank's shuffled images, without an incomplete last one. stored: a teacher's labels."""
     dataset = Samples(source, transform, seed, stored)
     sampler = EpochSampler(dataset, WORLD_SIZE, RANK, seed=seed, drop_last=True)
     return data_loader(dataset, sampler, batch_size, workers, pin_memory, drop_last=True)
@@ -175,7 +175,7 @@ def eval_loader(
 def data_loader(
     dataset: Samples, sampler: Any, batch_size: int, workers: int | None, pin_memory: bool, drop_last: bool = False
 ) -> DataLoader:
-    """Return batches of the sampler's samples. workers: data loading processes; None: one per core of this process."""
+    """Return batches of the sampler's samples. workers: data loading processes; None: one per core (Digits: 0)."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         own = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -192,8 +192,8 @@ def data_loader(
 def start_worker(_worker: int) -> None:
     """Ignore signals to the whole job, and end with the training process.
 
-    A worker's parent is the fork server, which waits for its children: without this thread the workers would continue
-    after the run is killed.
+    A worker's parent is the fork server, which remains while it has workers, even if the run is killed. So a thread of
+    each worker waits for the end of the training process.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # replaces a handler that torch has set
@@ -209,8 +209,8 @@ class DeviceLoader:
     """Return batches of images that are decoded once and stored in the device's memory (--cache device).
 
     Each process has its share of the data set, every WORLD_SIZE-th image. In training (with a view) the share is
-    shuffled, and each image gets its own crop and flip. The random numbers depend only on seed, epoch and rank, so a
-    resumed run repeats them. decoded: a loader of the images without crop and flip
+    shuffled, and each image gets its own crop and flip. The random numbers depend only on seed, epoch, batch and rank,
+    so a resumed run repeats them. decoded: a loader of the images without crop and flip
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class DeviceLoader:
         device, seed = self.images.device, (self.seed * 1_000_003 + self.epoch) * WORLD_SIZE + RANK
         generator = torch.Generator(device).manual_seed(seed)
         order = torch.arange(self.count, device=device)
-        # every rank needs the same number of batches, so other images come twice instead of unreadable ones
+        # every rank needs the same number of batches, so readable images repeat to fill the gaps
         if self.view:
             shuffled = torch.randperm(self.count, generator=generator, device=device)
             order = shuffled[torch.arange(len(self) * self.batch_size, device=device) % self.count]
@@ -309,7 +309,7 @@ class Augment:
 
 
 class CorruptCount:
-    """Print the name of each unreadable image once; raise if more than 1 % of a part of the data is unreadable."""
+    """Print each unreadable image once; raise UserError if they are two or more, and more than 1 % of a part."""
 
     def __init__(self, part: str, total: int) -> None:
         self.part, self.total, self.seen = part, total, set[str]()
@@ -335,7 +335,7 @@ def image_progress(loader: Any, label: str, total: int | None = None, each: int 
 
 
 def epoch_batches(batches: Any, epoch: int, first: int, last: int) -> ProgressBar:
-    """Return the batches `first` to `last` of an epoch, with a progress bar."""
+    """Return the batches of an epoch from `first` until before `last`, with a progress bar."""
     each = batches.batch_size
     getattr(batches, "sampler", batches).set_epoch(epoch, first * each)
     chosen = itertools.islice(batches, last - first)

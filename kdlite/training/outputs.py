@@ -47,7 +47,7 @@ IMBALANCE = 10  # ratio of class sizes from which a run prints advice about clas
 
 
 class RunFolder:
-    """Make, lock and fill the directory of a run, on rank 0. given: the flags that a resume repeats"""
+    """Make, lock and fill the directory of a run, on rank 0. given: the flags that a resumed run uses again"""
 
     def __init__(self, args: argparse.Namespace, given: dict[str, Any], data: Data, device: torch.device) -> None:
         self.args, self.given, self.data, self.device = args, given, data, device
@@ -61,7 +61,7 @@ class RunFolder:
         """Make the directory, lock it, and write split.csv, log.txt and args.json."""
         path = claim(self.args.output, self.args.model, "-".join(added_losses(self.args)) or "ce", self.args.resume)
         self.at_the_end.enter_context(locked(path))
-        for partial in path.glob(".*.partial"):  # left by a run that was killed while it saved
+        for partial in path.glob(".*.partial"):  # a run that is killed while it saves leaves them
             shutil.rmtree(partial, ignore_errors=True)
         if self.data.split:
             write_split(path / SPLIT, self.data.split)
@@ -74,7 +74,7 @@ class RunFolder:
     def report_start(
         self, config: Metadata, net: nn.Module, amp: torch.dtype | None, resumed: Checkpoint | None, progress: Progress
     ) -> None:
-        """Print model, method, data and start; open TensorBoard's file, and remove the rows that a resume repeats."""
+        """Print model, method, data and start; open TensorBoard's file, without the rows that a resume repeats."""
         if not IS_MAIN:
             return
         args, student = self.args, net.model if isinstance(net, WithWeakHead) else net
@@ -134,7 +134,7 @@ class RunFolder:
             batch_picture(self.path / "batch.png", images, labels.cpu().numpy(), self.data.label_names)
 
     def finish(self, progress: Progress, started: float) -> None:
-        """Write the files about the whole run: curves, the best epoch by class, confidence and reference.npz."""
+        """Write the files about the whole run: curves, accuracy by class, confidence and reference.npz."""
         if not IS_MAIN or not progress.rows:
             return
         plot_curves(self.path / "curves.png", progress.rows, len(self.data.label_names))
@@ -214,7 +214,7 @@ def describe_left(seconds: float, before: str = "") -> str:
 
 
 def describe_balance(data: Data, weighted: bool) -> str:
-    """Return lines about the class sizes, with advice if they differ much, and about one image's share of top-1."""
+    """Return lines for the user: class sizes, advice if they differ much, and one image's share of top-1."""
     counts, names = class_counts(data.train), [printable(name) for name in data.label_names]
     few, many = (pick(range(len(counts)), key=counts.__getitem__) for pick in (min, max))
     each = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
@@ -344,7 +344,7 @@ def write_description(folder: Path, content: dict[str, Any], card: str) -> None:
         write_whole(file, card)
 
 
-MOST, MOST_LOGITS = 10_000, 10**7  # most validation images of a fit, and most numbers in their logits
+MOST, MOST_LOGITS = 10_000, 10**7  # limits of a fit: validation images, and numbers in their logits
 
 
 def keep_confidence(

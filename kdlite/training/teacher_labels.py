@@ -3,13 +3,13 @@
     python -m kdlite.training.teacher_labels --data photos/ --teacher resnet50 --output labels/ --views 10
     python train.py --data photos/ --kd nkd --teacher-labels labels/ --model mobilenet_v2
 
-A view is a training image with the crop and the flip of one epoch. Its random numbers depend only on the seed, the
+A view is the crop and the flip of every training image in one epoch. The random numbers depend only on the seed, the
 number of images, the view and the image, so a student gets the same crops as the teacher. A folder of labels holds
 
     labels.json          the origin of the answers: files, transform, seed, teacher, k, views
-    000-00000000.npy     up to 16,384 rows of view 0, from image 0 on. A row has the fields target, log T_t of the
-    000-00016384.npy     label (float32); logprobs, log T_i of the k largest other classes (float16); and indices, the
-                         indices of those classes (uint16 or int32). The last 4 bytes of a file are the CRC-32 of the
+    000-00000000.npy     up to 16,384 rows of view 0, from image 0 on. The fields of a row: target (float32), log T_t of
+    000-00016384.npy     the label; logprobs (float16), log T_i of the k largest other classes; indices (uint16 or
+                         int32), the indices of those classes. The last 4 bytes of a file are the CRC-32 of the
                          bytes before them, least significant byte first; numpy.load ignores them
 
 A log-probability of -inf is padding. A row with -inf everywhere stands for an image that could not be read; training
@@ -53,7 +53,7 @@ from kdlite.training.weights import load_teacher, open_student
 HEADER = "labels.json"
 ROWS = 2**14  # rows of a file; a process that stops loses at most these
 BATCH = 64  # images in a batch of the teacher
-FIRST = 2000  # number of labelled views after which the teacher's top-1 is printed
+FIRST = 2000  # the teacher's top-1 is printed after this number of labelled images
 SAMPLED = 1000  # number of files whose contents the digest in labels.json covers
 
 # The fields that must agree with a student's run, and their names in messages.
@@ -235,7 +235,7 @@ class StoredLabels:
 
 
 class Position(NamedTuple):
-    """Return the view and the index of a sample; it replaces StoredLabels while the labels are written."""
+    """Return the view and the index of a sample, in place of StoredLabels while the labels are written."""
 
     seed: int
     views: int
@@ -335,7 +335,7 @@ COUNT = number(int, 1)
 FLAGS: Table = {  # a flag with the name of a train.py flag has the same meaning
     "labels": {
         "output": Flag(None, "the folder of labels; the same command continues after a stop", required=True),
-        "views": Flag(10, "views of each image to store: epochs of crops and flips", type=COUNT),
+        "views": Flag(10, "views of each image to store; each has its own crop and flip", type=COUNT),
         "top_k": Flag(None, "classes of each answer to store (default: 10; all with --unlabelled)", type=COUNT),
         "seed": Flag(0, "seed of the views", type=number(int, 0, 2**32 - 1)),
     },
@@ -367,7 +367,7 @@ FLAGS: Table = {  # a flag with the name of a train.py flag has the same meaning
 
 
 class Asker:
-    """Return the teacher's answers about a batch; print its top-1 after FIRST labelled views."""
+    """Return the teacher's answers about a batch; print its top-1 after FIRST labelled images."""
 
     def __init__(self, teacher: Teacher, to_device: ToDevice, amp: torch.dtype | None, k: int, classes: int) -> None:
         self.teacher, self.to_device, self.amp, self.k, self.classes = teacher, to_device, amp, k, classes
@@ -405,7 +405,7 @@ def run(argv: list[str] | None = None) -> None:
             fault = "--unlabelled needs the teacher's answer about every class"
             raise UserError(f"{fault}: give --top-k {classes - 1}, or omit --top-k")
         if k >= classes:
-            raise UserError(f"--top-k {k} is too large: give at most {classes - 1}, all classes but the label")
+            raise UserError(f"--top-k {k} is too large: give at most {classes - 1}, all classes except the label")
         args.small_stem = False  # only the student's preprocessing matters here
         images = data.preprocessing(args.in_chans, args.interpolation, args.eval_crop)
         _, config, _ = open_student(args, data.label_names, images, args.pretrained)

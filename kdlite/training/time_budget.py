@@ -12,7 +12,7 @@ from deploy.flags import stretch_epochs
 from kdlite.training.checkpoint import Progress
 from kdlite.training.distributed import gather, log
 
-FEWEST = 5  # a run with fewer epochs than this gets epochs over a part of the images, to fill the time
+FEWEST = 5  # if fewer epochs fit, an epoch uses only a part of the images, so that whole epochs fill the time
 WARM_UP = 5  # steps that are not measured: the first ones start processes and allocate memory
 MEASURED = 50  # number of measured steps; a shorter epoch is measured as a whole
 
@@ -24,11 +24,11 @@ class Length:
     args.epochs, and stretches warm-up and milestones in proportion.
 
     Args:
-        args: has epochs, and time_limit in seconds, or None without a limit
+        args: epochs, and time_limit in seconds (None: no limit)
         steps: optimizer steps in an epoch over all images
         progress: progress of the run; a resumed run keeps the plan in it, unless it gets another time
         started: time.monotonic() at the start of this process's run
-        val_share: seconds of an evaluation divided by those of a training epoch, as a guess for the first plan
+        val_share: a guess for the first plan: seconds of an evaluation, divided by those of a training epoch
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Length:
             epoch, validation = training * (1 + self.val_share), training * self.val_share
         else:
             return False
-        remaining = self.args.time_limit - (now - self.began) + progress.seconds  # `left` counts this whole epoch
+        remaining = self.args.time_limit - (now - self.began) + progress.seconds  # counts this whole epoch
         remaining, epoch, validation = (max(values) for values in zip(*gather((remaining, epoch, validation))))
         left = remaining / epoch
         if not progress.epochs and left < FEWEST:

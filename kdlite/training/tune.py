@@ -5,8 +5,8 @@
 The command also takes the flags of train.py. It stores the teacher's answers once. Each run validates on a fifth of
 the training images, so the validation images have no part in the choice. An arm is a loss with its weights. Every arm
 gets a short run, the better half gets runs of twice the epochs, and so on (successive halving, Jamieson and Talwalkar
-2016, arXiv 1502.07943). The command prints a table with the paired standard error of each difference, the arms whose
-difference from the best is too small to count, and the command to train with. Run it again to continue after a stop.
+2016, arXiv 1502.07943). The command prints a table with the paired standard error of each difference, then the arms
+that the images do not tell apart from the best, then the command to train with. Run it again to continue after a stop.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ARMS: dict[str, list[str]] = {
 FIRST = "NKD gamma 1.5 T 1"  # the arm whose run of one epoch is measured
 ANY_LABELS = ["cross-entropy", *(f"NKD gamma {gamma} T 1" for gamma in GAMMAS)]
 PARTS = 5  # number of parts of the training images; a run validates on one part and trains on the others
-MOST_CLASSES = 200  # with more classes, labels hold the ten largest only, and only the arms of ANY_LABELS run
+MOST_CLASSES = 200  # with more classes, labels hold only the ten largest, so only the arms of ANY_LABELS run
 REFUSED = {"kd", "gamma", "temperature", "kd_weight", "self_kd", "unlabelled", "fold", "resume"}
 
 
@@ -174,7 +174,7 @@ def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> l
 
 
 def report(rounds: Sequence[dict[str, np.ndarray]], epochs: Sequence[int]) -> str:
-    """Print a table of all arms, and the arms that are not told apart from the best; return the name of the best.
+    """Print a table of all arms, then those that the images do not tell apart from the best; return the best's name.
 
     Each arm is compared with the best in the last round that has both.
     """
@@ -243,7 +243,7 @@ def run(argv: list[str]) -> None:
         log(f"the teacher's answers are in {labels}: {time.monotonic() - began:.0f} s")
     names = list(ARMS) if read_header(labels)["k"] == classes - 1 else ANY_LABELS
     if len(names) < len(ARMS):
-        log(f"{labels} does not hold every class: KD and NKD at temperatures other than 1 are skipped")
+        log(f"{labels} does not hold every class: KD is skipped, and NKD at temperatures other than 1")
     trainer = Trainer(flags, labels, args, output)
     ends = began + 60 * given.minutes
     if measured is None:

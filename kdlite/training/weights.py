@@ -51,7 +51,7 @@ class Pretrained(NamedTuple):
 
 
 def find_pretrained(name: str, library: str) -> Pretrained:
-    """Return torchvision's first weights (which the paper's teachers have) or timm's default weights.
+    """Return torchvision's first weights (those of the paper's teachers) or timm's default weights.
 
     Raise UserError if the library has no weights for this model.
     """
@@ -233,7 +233,7 @@ def find_classifiers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def common_prefix(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
-    """Return the prefix that wrappers put before the names (module., model., _orig_mod.); "" if it fits most names."""
+    """Return the prefix that wrappers put before the names (module., model., _orig_mod.); "" if more fit without it."""
     count = Counter({"": sum(name in weights for name in own)})
     for key in weights:
         parts = key.split(".")
@@ -274,7 +274,7 @@ def settle_batch_norm(net: nn.Module, steps: int) -> str | None:
 
 
 def freeze_batch_norm(net: nn.Module) -> None:
-    """Make trained batch norms use their running averages in training too: averages of few images are worse.
+    """Make trained batch norms use their running averages in training too, because statistics of few images are worse.
 
     net.train() undoes this. A batch norm with initial averages still trains.
     """

@@ -485,7 +485,7 @@ def test_linear_loss_never_stores_all_logits(monkeypatch):
     ("change", "error", "message"),
     [
         (dict(hidden=torch.zeros(4, 9)), ValueError, r"hidden must be \(..., D\).* got \(4, 9\), \(5, 3\) and None"),
-        (dict(weight=torch.zeros(6, 3)), ValueError, r"one number of classes.* \(6, 3\) and \(5, 2\)"),
+        (dict(weight=torch.zeros(6, 3)), ValueError, r"same number of classes.* \(6, 3\) and \(5, 2\)"),
         (dict(weight=torch.zeros(5)), ValueError, r"weight \(C, D\)"),
         (dict(teacher_hidden=torch.zeros(3, 2)), ValueError, r"teacher_hidden without its last dimension, \(3,\)"),
         (dict(bias=torch.zeros(4)), ValueError, r"bias \(C,\) or None"),

@@ -175,10 +175,10 @@ def test_the_error_for_a_default_layer_without_a_feature_lists_other_layers():
     timm = pytest.importorskip("timm")
     model = timm.create_model("hrnet_w18_small", num_classes=5)
     with pytest.raises(
-        ValueError, match=r"layer 'stage3' must return a feature .* returns list; these would do: "
+        ValueError, match=r"layer 'stage3' must return a feature .* returns list; these layers do: "
     ) as error:
         WithWeakHead(model, example_input=images(2, 64))
-    for layer in str(error.value).rpartition("these would do: ")[2].split(", "):
+    for layer in str(error.value).rpartition("these layers do: ")[2].split(", "):
         assert WithWeakHead(model, layer, example_input=images(2, 64))(images(2, 64))[1].shape == (2, 5)
 
 

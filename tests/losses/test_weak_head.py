@@ -64,7 +64,7 @@ def test_the_forward_that_measures_the_feature_changes_nothing():
 
 @pytest.mark.parametrize(
     ("layer", "message"),
-    [("unused", "does not run; these would do: layer1"), ("layer9", "near matches: layer")],
+    [("unused", "does not run; these layers do: layer1"), ("layer9", "near matches: layer")],
 )
 def test_a_bad_layer_is_refused_and_leaves_no_hook(layer, message):
     model = Net()
@@ -80,7 +80,7 @@ def test_class_count_and_feature_shape_are_checked():
         nn.Flatten(), nn.Unflatten(1, (4, 48)), Transpose(), Transpose(), nn.Flatten(), nn.Linear(192, 5)
     )
     with pytest.raises(
-        ValueError, match=r"'2' must return a feature for a batch of 2, but returns shape \(4, 2, 48\); these would do"
+        ValueError, match=r"'2' must return a feature for a batch of 2, but returns shape \(4, 2, 48\); these layers do"
     ):
         WithWeakHead(transposed, "2", example_input=images())
     grouped = nn.Sequential(Returning(lambda x: {"x": x}), Returning(lambda x: x))
@@ -255,7 +255,7 @@ def test_a_video_is_averaged_over_time_and_place():
 
 @pytest.mark.parametrize("shape", [(16, 4, 64), (8, 8, 8)])
 def test_an_ambiguous_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"has two readings: pass pooling="):
+    with pytest.raises(ValueError, match=r"is ambiguous: pass pooling="):
         WithWeakHead(fixed_size(*shape), "1", example_input=images())
     for pooling, width in (("channels first", shape[0]), ("channels last", shape[-1])):
         student = WithWeakHead(fixed_size(*shape), "1", example_input=images(), pooling=pooling)
@@ -358,7 +358,7 @@ def test_the_error_asks_for_the_pooling_if_tokens_cannot_be_counted():
             super().__init__()
             self.patches = nn.Sequential(nn.Unfold(4, stride=4), Permute(0, 2, 1), nn.Linear(48, 8), Permute(0, 2, 1))
 
-    with pytest.raises(ValueError, match=r"'blocks.1', shape \(2, 17, 8\), has two readings: pass pooling="):
+    with pytest.raises(ValueError, match=r"'blocks.1', shape \(2, 17, 8\), is ambiguous: pass pooling="):
         WithWeakHead(Unfolded(), example_input=torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r'pooling="class token" needs \(N, L, C\), but layer .* \(2, 8, 8, 8\)'):
         WithWeakHead(Net(), "layer1", example_input=images(), pooling="class token")

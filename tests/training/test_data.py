@@ -64,7 +64,7 @@ def test_a_class_missing_in_train_or_val_is_refused_with_at_most_five_names(tmp_
     make(tmp_path / "train", dict.fromkeys(["cat", *"abcdefg"], 1))
     make(tmp_path / "val", dict.fromkeys(["cat", "dog"], 1))
     assert refusal(tmp_path) == (
-        "--data photos: train/ has a, b, c, d, e and 2 more and val/ has not; val/ has dog and train/ has not"
+        "--data photos: train/ has a, b, c, d, e and 2 more, but val/ has not; val/ has dog, but train/ has not"
     )
 
 

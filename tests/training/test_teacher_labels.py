@@ -429,7 +429,7 @@ def test_labels_with_impossible_values_and_a_correct_checksum_are_refused(digits
 def test_other_losses_require_labels_of_every_class(user_losses, capsys, flags):
     learn = [*TINY, *flags, "--output", "stored", "--teacher-labels"]
     write_labels(*STUDENT, *TEACHER, "--output", "top8", "--views", 1, "--top-k", 8)
-    assert "needs the teacher's answer about every class, and top8 has its top-8: write labels with --top-k 9" in (
+    assert "needs the teacher's answer about every class, but top8 has only its top-8: write labels with --top-k 9" in (
         refused(capsys, *learn, "top8").replace(f"{Path.cwd()}/", "")
     )
     write_labels(*STUDENT, *TEACHER, "--output", "all", "--views", 1, "--top-k", 9)

@@ -927,7 +927,7 @@ def test_a_data_set_with_one_class_is_refused(photos, capsys):
 def test_classes_that_differ_between_train_and_val_are_refused(photos, capsys):
     (photos / "val/flower").rename(photos / "val/flowers")
     line = refused(capsys, *TINY, "--data", photos)
-    assert "train/ has flower and val/ has not; val/ has flowers and train/ has not" in line
+    assert "train/ has flower, but val/ has not; val/ has flowers, but train/ has not" in line
 
 
 @pytest.mark.slow
