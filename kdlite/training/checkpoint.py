@@ -53,7 +53,7 @@ class Progress:
         self.executed += 1
 
     def end_epoch(self, row: dict[str, Any], answers: Tensor) -> None:
-        """Store the row of an epoch, and the answers for all validation images if it is the best; start the next epoch."""
+        """Store the row of an epoch, and the answers for all validation images if it is the best; start the next."""
         self.rows.append(row)
         self.is_best = math.isfinite(row["val_loss"]) and row["val_top1"] >= self.best
         if self.is_best:
