@@ -23,7 +23,7 @@ LIBRARIES = ("torchvision", "timm", "file")
 INTERPOLATIONS = ("bicubic", "bilinear")
 UINT8, FLOAT = "uint8 NHWC", "float32 NCHW"  # the input of an artefact; the caller normalises float32
 MAX_SIDE = 16_384  # pixels
-MAX_ARGUMENT = 10**6  # largest argument of a model, such as its depth: to build a billion layers takes minutes
+MAX_ARGUMENT = 10**6  # largest argument of a model, such as its depth: a billion layers take minutes
 # Arguments of a model that download or load weights start with one of these words.
 LOADING = re.compile(r"(pretrained|checkpoint|weights|cache_dir|file|url|state_dict|hf_|hub_)")
 
@@ -46,7 +46,7 @@ def is_count(value: Any, most: float = math.inf) -> bool:
 
 
 def is_plain(value: Any, depth: int = 4) -> bool:
-    """Return whether a model may get this value: a number, a text, a truth value, or a list of them."""
+    """Return whether a model may get this value: None, a number, a text, a truth value, or a list of them."""
     if isinstance(value, (list, tuple)):
         return depth > 0 and all(is_plain(v, depth - 1) for v in value)
     return value is None or isinstance(value, (bool, str)) or (is_number(value) and abs(value) <= MAX_ARGUMENT)
