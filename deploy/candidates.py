@@ -50,7 +50,7 @@ def write_candidates(names: list[str], input_size: list[int], num_classes: int, 
     quantize, pack = cli.need("deploy.quantize", need), cli.need("deploy.pack", need)
     images = np.random.default_rng(0).integers(0, 256, (CALIBRATION, *input_size[1:], input_size[0]), dtype=np.uint8)
     names = list(dict.fromkeys(names))
-    architectures = [student.find_architecture(name, input_size=input_size) for name in names]  # mistakes raise here
+    architectures = [student.find_architecture(name, input_size=input_size) for name in names]  # mistakes fail here
     listed: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="candidates-") as name:
         folder, files = Path(name), dict[str, Path]()
@@ -121,7 +121,7 @@ def measure(folder: Path, args: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
     else:
         threads = timed[0].get("threads", "?")
-        log(f"{height}x{width} px, batch 1, {threads} threads, median of {args.seconds:g} s a file")
+        log(f"{height}x{width} px, batch 1, {threads} threads, median over {args.seconds:g} s for each file")
         log("top1: published for ImageNet at top1_px; other weights or another image size give another top-1\n")
         columns = [one for one in COLUMNS.split() if any(row.get(one.partition(":")[0]) is not None for row in rows)]
         show(table(rows, " ".join(columns)))

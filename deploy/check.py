@@ -66,7 +66,7 @@ BATCHES = (1, 2, 5, 64)
 LARGEST = max(BATCHES)
 # Tolerances by precision: largest error of a logit relative to the largest logit, smallest agreement in percent,
 # largest loss of top-1 in points. The errors of fp32 and fp16 are five times the largest that nine architectures had
-# (tests/deploy/test_export.py). On a GPU, fp32 gets fp16's tolerances, because it may be TF32, with fp16's mantissa.
+# (tests/deploy/test_export.py). On a GPU, fp32 gets fp16's tolerances: the GPU may use TF32, which has fp16's mantissa.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
@@ -79,7 +79,7 @@ COLUMNS = (  # columns of the table, and their formats
     "artefact: provider: precision: top1:.2f top5:.2f top1_difference:+.2f agreement:.2f max_abs_error:.1e cosine:.6f "
     "batches: ece_raw:.2f ece:.2f answered:.2f top1_answered:.2f verdict:"
 )
-UNREADABLE = 0.01  # share of the images that may be unreadable; one image always may be
+UNREADABLE = 0.01  # share of the images that may be unreadable, but always at least one
 Batch = tuple[np.ndarray, ...]  # images uint8 (B, H, W, 3), labels (B,) and logits (B, C)
 
 

@@ -23,7 +23,7 @@ LIBRARIES = ("torchvision", "timm", "file")
 INTERPOLATIONS = ("bicubic", "bilinear")
 UINT8, FLOAT = "uint8 NHWC", "float32 NCHW"  # the input of an artefact; the caller normalises float32
 MAX_SIDE = 16_384  # pixels
-MAX_ARGUMENT = 10**6  # largest argument of a model, such as its depth: a billion layers take minutes
+MAX_ARGUMENT = 10**6  # largest argument of a model, such as its depth: building a billion layers takes minutes
 # Arguments of a model that download or load weights start with one of these words.
 LOADING = re.compile(r"(pretrained|checkpoint|weights|cache_dir|file|url|state_dict|hf_|hub_)")
 
@@ -98,6 +98,7 @@ BUILT: dict[str, Check] = {
     "gpu": (lambda v: v is None or is_text(v), "the name of the GPU, or null"),
     "max_batch": (lambda v: is_count(v, 2**20), "the largest batch"),
 }
+# field -> its key in kdlite 0.1
 FORMER = {"library": "library", "architecture": "name", "model_args": "args", "small_stem": "small_stem"}
 
 

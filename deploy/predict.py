@@ -8,7 +8,7 @@ The answer to a photograph is "none of these" if its largest probability is belo
 shows the images as the network gets them, the least certain image first; the command prints their paths in the same
 order. Unreadable images of a folder are skipped, listed and counted.
 
-The CSV file has a line for each image: file, label, index, probability, answered (yes; no: below the threshold),
+The CSV file has a line for each image: file, label, index, probability, answered (no if it is below the threshold),
 second_label, second_probability, and error for an image that could not be read. The file is UTF-8; a byte of a name
 that is not UTF-8 becomes \\udcNN. A spreadsheet may compute a cell that starts with = + - @, so such a path gets ./ in
 front, and such a label gets an apostrophe. A program should read the index, not the label.

@@ -194,7 +194,7 @@ class Quantizer:
 def calibrate(
     prepared: Path, images: np.ndarray, metadata: Metadata, method: str, op_types: list[str] | None
 ) -> dict[str, tuple[Any, Any]]:
-    """Return, for each activation, the range of its values on the calibration images that INT8 has to represent.
+    """Return, for each activation, the range of values that INT8 has to represent on the calibration images.
 
     Only the activations of one batch are in memory. A histogram of onnxruntime starts with the range of the first batch
     and grows with later batches, without a limit. So a first pass finds the range of all images.
@@ -475,8 +475,8 @@ def get_parser() -> Parser:
     add("--onnx", type=Path, help="the fp32 file to start from (default: student.onnx in the folder)")
     add("--count", type=number(int, 1), metavar="N", help="training images, evenly spaced (default: all)")
     methods = (
-        "method of calibration (default: minmax; with --max-drop the first of minmax, percentile and entropy with "
-        "which every layer can be INT8, or else the best)"
+        "method of calibration (default: minmax; with --max-drop, minmax, percentile and entropy are tried until every "
+        "layer can be INT8, and otherwise the best of them is used)"
     )
     add("--method", choices=sorted(METHODS), help=methods)
     add("--op-types", nargs="+", help="ONNX operators to quantise (default: all; for the exception see above)")

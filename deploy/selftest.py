@@ -96,7 +96,7 @@ def tolerance_of(precision: str) -> float:
 def make_vectors(runtime: Runtime, former: Path) -> dict[str, bytes]:
     """Return the files of the vectors by name: pictures, their prepared bytes, and index.json with the logits.
 
-    former: the folder of earlier vectors; the logits in it of this student's other files are kept
+    former: the folder of earlier vectors, which may have logits of this student's other files to keep
     """
     metadata = runtime.metadata
     names = ("input_size", "crop", "interpolation", "mean", "std")

@@ -100,7 +100,7 @@ def get_parser() -> Parser:
         ("--formats", read_formats, ",".join(default.formats).lower(), "formats of photographs that /predict reads"),
         ("--body-limit", number(float, 0, 2**12, above=True), default.body_mib, "MiB of a body; a larger one gets 413"),
         ("--connections", number(int, 1, 2**16), default.connections, "open connections"),
-        ("--drain", number(float, 0, 10), default.drain_s, "seconds after SIGTERM in which it still takes requests"),
+        ("--drain", number(float, 0, 10), default.drain_s, "seconds after SIGTERM in which the server takes requests"),
     ):
         add(flag, type=kind, default=value, help=f"{text} (default: %(default)s)")
     add("--log", choices=["json"], help="print a line for each request on stdout")

@@ -165,7 +165,7 @@ const KERNELS = { // reach in pixels, and the weight at a distance
   bicubic: [2, x => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0)],
 }
 
-function weights(from, to, first, count) { // of the input pixels, for `count` of the `to` output pixels from `first` on
+function weights(from, to, first, count) { // the input pixels of `count` output pixels, from the output pixel `first` on
   const [reach, kernel] = KERNELS[about.interpolation]
   const scale = from / to, stretch = Math.max(scale, 1), support = reach * stretch
   return Array.from({ length: count }, (_, i) => {

@@ -1,4 +1,4 @@
-"""Join requests that arrive at the same time into one call of the runtime."""
+"""Join simultaneous requests into one call of the runtime."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.data_received(bytes(self.received[:nbytes]))
 
     def check(self, now: float) -> None:
-        """Close the connection if its state lasts too long. The state has uvicorn's cycle, new for each request."""
+        """Close the connection if its state lasts too long. A new request, with a new cycle, is a new state."""
         name = {h11.IDLE: "idle", h11.SEND_BODY: "body"}.get(self.conn.their_state, "answer")
         if self.transport.get_write_buffer_size():
             name = "unread answer"
@@ -124,7 +124,7 @@ class Process(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(self.on_loop_error)
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # asyncio's own backlog is short, because it accepts as many connections at once
+            listener.listen(BACKLOG)  # asyncio's backlog is short, because asyncio accepts as many at once
         self.began()
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

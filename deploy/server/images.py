@@ -122,7 +122,7 @@ def decode_in_time(*photograph: Any) -> np.ndarray | int:
     signal.setitimer(signal.ITIMER_VIRTUAL, 2 * DECODE_S)  # ends the process if a reader does not return to Python
     try:
         return decode(*photograph)
-    except TimeoutError as error:  # from a form; from an image it is an UnreadableImage
+    except TimeoutError as error:  # raised outside Pillow's reader; inside, it becomes UnreadableImage
         raise bad(str(error)) from error
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
