@@ -1,9 +1,9 @@
-"""Measure how fast every artefact is on this machine, and print a table with torch eager in its first row.
+"""Measure how fast every artefact is on this machine, and print a table with torch eager in its first rows.
 
     python -m deploy.benchmark runs/001-mobilenet_v2-uskd --threads 1
     python -m deploy.benchmark runs/001-mobilenet_v2-uskd student.onnx student-int8-cpu.onnx --batches 1 16
 
-The images come from the run's reference.npz. Without torch the table has no row for torch eager.
+The images come from the run's reference.npz. Without torch the table has no rows for torch eager.
 
 Each runtime has its own process. The runtimes take turns in short rounds, so that a busy moment of the machine slows
 all of them. Latency is the time of the whole call, from uint8 images to logits, both in host memory. The header
@@ -96,7 +96,7 @@ def time_calls(runtime: Runtime, images: np.ndarray, seconds: float, meter: Ener
 
 
 def peak_memory_mb() -> float | None:
-    """Return the peak memory of this process. The peak of getrusage would include the parent's memory before exec."""
+    """Return the peak memory of this process. The peak in getrusage would include the memory of the parent process."""
     peak = re.search(r"^VmHWM:\s*(\d+) kB", read("/proc/self/status"), re.M)
     return int(peak[1]) * 1024 / 1e6 if peak else None
 
@@ -354,9 +354,9 @@ def get_parser() -> Parser:
     add("artefacts", nargs="*", help="files to time (default: all in the folder)")
     add("--batches", type=at_least_1, nargs="+", default=[1, 16], help="images per call (default: 1 16)")
     add("--seconds", type=above_0, default=3.0, help="measured time of each row (default: 3)")
-    add("--rounds", type=at_least_1, default=6, help="turns of each row, in equal parts of --seconds (default: 6)")
+    add("--rounds", type=at_least_1, default=6, help="turns of each row, which share its --seconds (default: 6)")
     add("--compile", action="store_true", help="time torch.compile too (takes a minute to warm up)")
-    accuracy = "measure the accuracy on N images, evenly spaced; 0: no accuracy (default: 1000, or all)"
+    accuracy = "measure the accuracy on N images, evenly spaced; 0: no accuracy (default: 1000)"
     add("--count", type=number(int, 0), default=1000, metavar="N", help=accuracy)
     add("--output", type=Path, help="folder of benchmark.json and .png (default: the student's)")
     return parser

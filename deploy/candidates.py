@@ -121,8 +121,8 @@ def measure(folder: Path, args: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
     else:
         threads = timed[0].get("threads", "?")
-        log(f"{height}x{width} px, batch 1, {threads} threads, median of {args.seconds:g} s a file; top-1: ImageNet's,")
-        log("as published, at top1_px; other weights or another size of the images give another top-1\n")
+        log(f"{height}x{width} px, batch 1, {threads} threads, median over {args.seconds:g} s for each file")
+        log("top1: published for ImageNet at top1_px; other weights or another image size give another top-1\n")
         columns = [one for one in COLUMNS.split() if any(row.get(one.partition(":")[0]) is not None for row in rows)]
         show(table(rows, " ".join(columns)))
         if args.budget_ms is not None:
@@ -158,7 +158,7 @@ def verdict(rows: list[dict[str, Any]], budget_ms: float) -> str:
         return f"within {budget_ms:g} ms, without a published top-1 here: {', '.join(unknown)}"
     best = max(known, key=lambda row: row["top1"])
     precision = "fp32" if "fp32" in best["fits"] else "int8"
-    note = "" if precision == "fp32" else ", in INT8 only: quantize --max-drop bounds what INT8 loses"
+    note = "" if precision == "fp32" else ", in INT8 only: quantize --max-drop bounds its loss"
     return (
         f"best within {budget_ms:g} ms: {best['network']}, {best[f'{precision}_ms']:.2f} ms in {precision}, "
         f"published top-1 {best['top1']:.1f} %{note}{also}"

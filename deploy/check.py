@@ -1,4 +1,4 @@
-"""Check that every artefact is still the same classifier, and print one table.
+"""Check that every artefact is still the same classifier as its student, and print one table.
 
     python -m deploy.check runs/001-mobilenet_v2-uskd                     # every artefact in student/
     python -m deploy.check runs/001-mobilenet_v2-uskd student.onnx        # only these
@@ -65,8 +65,8 @@ from deploy.runtimes import (
 BATCHES = (1, 2, 5, 64)
 LARGEST = max(BATCHES)
 # Tolerances by precision: largest error of a logit relative to the largest logit, smallest agreement in percent,
-# largest loss of top-1 in points. The errors of fp32 and fp16 are five times the largest error of nine architectures
-# (tests/deploy/test_export.py). On a GPU, fp32 gets fp16's tolerances: it may be TF32, which has fp16's mantissa.
+# largest loss of top-1 in points. The errors of fp32 and fp16 are five times the largest that nine architectures had
+# (tests/deploy/test_export.py). On a GPU, fp32 gets fp16's tolerances: the GPU may use TF32, which has fp16's mantissa.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
@@ -79,7 +79,7 @@ COLUMNS = (  # columns of the table, and their formats
     "artefact: provider: precision: top1:.2f top5:.2f top1_difference:+.2f agreement:.2f max_abs_error:.1e cosine:.6f "
     "batches: ece_raw:.2f ece:.2f answered:.2f top1_answered:.2f verdict:"
 )
-UNREADABLE = 0.01  # share of the images that may be unreadable
+UNREADABLE = 0.01  # share of the images that may be unreadable, but always at least one
 Batch = tuple[np.ndarray, ...]  # images uint8 (B, H, W, 3), labels (B,) and logits (B, C)
 
 
@@ -251,7 +251,7 @@ def from_reference(student: Path, given: Path | None, count: int | None) -> Expe
 
 
 def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) -> Expected:
-    """Return the photographs of folder/CLASS/ with the student's own logits, by torch or an exported file."""
+    """Return the photographs of folder/CLASS/ and the student's own logits, from torch or an exported file."""
     files = [student / name for name in ("student.onnx", "student-fp16.onnx")]
     if has_torch() and (student / "model.safetensors").is_file():
         path = student
@@ -261,7 +261,7 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
         path = found[0]
         log(f"torch or the weights are missing: compared with {path.name}")
     else:
-        raise UserError(f"--images needs torch and the weights, or {files[0]}: neither is here")
+        raise UserError(f"--images needs torch and the weights, or an exported {files[0]}: neither is here")
     runtime = load(path, on)
     photographs = without_training_images(list_photographs(folder, runtime.metadata.label_names), folder, student)
     photographs = [photographs[i] for i in evenly(len(photographs), count or len(photographs))]
@@ -270,10 +270,10 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
 
 
 def without_training_images(photographs: list[tuple[Path, int]], folder: Path, student: Path) -> list[tuple[Path, int]]:
-    """Return the photographs that are not training images in the run's split.csv, or all without that file."""
-    sides = read_split(student.resolve().parent / SPLIT) or {}
+    """Return the photographs that the run's split.csv does not list for training; without that file, return all."""
+    split = read_split(student.resolve().parent / SPLIT) or {}
     names = [unicodedata.normalize("NFC", file.relative_to(folder).as_posix()) for file, _ in photographs]
-    kept = [one for one, name in zip(photographs, names) if sides.get(name) != "train"]
+    kept = [one for one, name in zip(photographs, names) if split.get(name) != "train"]
     if len(kept) < len(photographs):
         log(f"{len(photographs) - len(kept)} of {len(photographs)} photographs were training images and are skipped")
     if not kept:
@@ -354,7 +354,7 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     """
     if not names:
         found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
-        found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # pnnx's own
+        found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # files of pnnx
         for package, kinds in (("torch", TORCH_KINDS), ("ncnn", (".param",))):
             missing = [file for file in found if file.suffix in kinds and not importlib.util.find_spec(package)]
             if missing:
@@ -411,8 +411,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(text)
     else:
-        measure = f"percent, against the student's logits by {expected.provider}"
-        log(f"{rows[0]['images']} validation images of {expected.description}; {measure}\n")
+        measure = f"in percent, compared with the student's logits by {expected.provider}"
+        log(f"{rows[0]['images']} images of {expected.description}; {measure}\n")
         show(table(rows, COLUMNS), "", *confusions)
     return int(any(row["verdict"] != "pass" for row in rows[1:]))
 

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 # Errors of a full or read-only disk.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-MAX_JSON = 64 << 20  # most bytes of a config.json, or of the .json next to an artefact; 100,000 labels take 3 MB
+MAX_JSON = 64 << 20  # largest config.json, or .json next to an artefact, in bytes; 100,000 labels take 3 MB
 # Control characters, which a terminal obeys, and the marks that change the direction of a text.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -133,7 +133,7 @@ def add_device(parser: Parser) -> None:
 
 
 def run_command(program: str, function: Callable[[], int | None]) -> int:
-    """Call a program's function and return its exit status. Only this function turns an exception into one line.
+    """Call a program's function and return its exit status. Print an error as one line if `explain` returns one.
 
     The status is 2 after a user's mistake, 130 after Ctrl-C, and otherwise the function's. Other errors keep their
     traceback.
@@ -205,8 +205,8 @@ def first_line(error: Exception) -> str:
 def needs(install: str, name: str = "") -> Iterator[None]:
     """Turn an ImportError in the body into UserError.
 
-    install: how to install the package; name: the __name__ of a command's module, for the module's own imports. If it
-        is "__main__", print the error and exit with status 2
+    install: how to install the package; name: the __name__ of the module that imports; if it is "__main__", print the
+        error and exit with status 2
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """Fit and check a student's temperature and its threshold for "none of these", with numpy alone.
 
 The temperature divides the logits before the softmax (Guo et al. 2017, arXiv 1706.04599). With it, about 80 % of the
-images with a probability of 80 % are right, and the predicted classes stay the same. If the largest probability of an
+answers with a probability of 80 % are right, and the predicted classes stay the same. If the largest probability of an
 image is below the threshold, the answer is "none of these". config.json, every exported file and the model card hold
 both numbers.
 """
@@ -19,14 +19,14 @@ from deploy.cli import need, replacing
 from deploy.config import Metadata
 from deploy.runtimes import RunOn, load, probabilities, softmax
 
-ANSWERED = 0.95  # share of the validation images that the threshold lets through
-FEWEST = 40  # images needed for a fit: with fewer, two or three of them would decide both numbers
-TEMPERATURES = 0.05, 20.0  # the fit stays between them
+ANSWERED = 0.95  # share of the validation images whose probability reaches the threshold
+FEWEST = 40  # fewest images for a fit: with fewer, two or three images would decide both numbers
+TEMPERATURES = 0.05, 20.0  # limits of the fitted temperature
 BINS = 15  # number of bins of the calibration error
 
 
 class Calibration(NamedTuple):
-    """Hold the mean confidence, accuracy and share of the images of each non-empty bin, and the error over all bins."""
+    """Hold the calibration error, and the mean confidence, accuracy and share of images of each non-empty bin."""
 
     confidence: np.ndarray
     accuracy: np.ndarray
@@ -108,7 +108,7 @@ def check_temperature(
 ) -> tuple[float | None, str]:
     """Return the temperature, or None if it increases the calibration error, and a line for the user.
 
-    logits, labels: for images that the fit of the temperature did not use
+    logits, labels: of images that the fit of the temperature did not use
     """
     if temperature is None:
         low, high = TEMPERATURES
@@ -128,8 +128,8 @@ def check_temperature(
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
     """Return the temperature that minimises the negative log-likelihood; None if it is outside TEMPERATURES.
 
-    The likelihood is convex in 1 / temperature, so that a bisection of its slope finds the minimum. If every answer is
-    right, the best temperature is 0.
+    This likelihood is convex in 1 / temperature, so a bisection finds where its slope is 0. If every answer is right,
+    the best temperature is 0.
     """
     logits = logits.astype(np.float64) - logits.max(1, keepdims=True)
     targets = logits[np.arange(len(labels)), labels].mean()

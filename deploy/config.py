@@ -22,7 +22,7 @@ LIBRARIES = ("torchvision", "timm", "file")
 INTERPOLATIONS = ("bicubic", "bilinear")
 UINT8, FLOAT = "uint8 NHWC", "float32 NCHW"  # the input of an artefact; the caller normalises float32
 MAX_SIDE = 16_384  # pixels
-MAX_ARGUMENT = 10**6  # largest argument of a model, such as its depth: to build a billion layers takes minutes
+MAX_ARGUMENT = 10**6  # largest argument of a model, such as its depth: building a billion layers takes minutes
 # Arguments of a model that download or load weights start with one of these words.
 LOADING = re.compile(r"(pretrained|checkpoint|weights|cache_dir|file|url|state_dict|hf_|hub_)")
 
@@ -45,7 +45,7 @@ def is_count(value: Any, most: float = LARGEST) -> bool:
 
 
 def is_plain(value: Any, depth: int = 4) -> bool:
-    """Return whether a model may get this value: a number, a text, a truth value, or a list of them."""
+    """Return whether a model may get this value: None, a number, a text, a truth value, or a list of them."""
     if isinstance(value, (list, tuple)):
         return depth > 0 and all(is_plain(v, depth - 1) for v in value)
     return value is None or isinstance(value, (bool, str)) or (is_number(value) and abs(value) <= MAX_ARGUMENT)
@@ -97,6 +97,7 @@ BUILT: dict[str, Check] = {
     "gpu": (lambda v: v is None or is_text(v), "the name of the GPU, or null"),
     "max_batch": (lambda v: is_count(v, 2**20), "the largest batch"),
 }
+# field -> its key in kdlite 0.1
 FORMER = {"library": "library", "architecture": "name", "model_args": "args", "small_stem": "small_stem"}
 
 

@@ -1,4 +1,4 @@
-"""Write a trained student as ONNX, TorchScript and torch.export files, each compared with torch first.
+"""Write a trained student as ONNX, TorchScript and torch.export files, after a comparison of each file with torch.
 
     python -m deploy.export runs/001-mobilenet_v2-uskd/student                    # student.onnx, .ts, .pt2
     python -m deploy.export runs/001-mobilenet_v2-uskd/student --format onnx --precision fp16
@@ -58,7 +58,7 @@ def export_student(
 ) -> list[Path]:
     """Export a student/ folder, or the one in a run directory, compare each file with torch, and return the files.
 
-    Raise UserError if the student is damaged or cannot be exported; then no half-written file stays.
+    Raise UserError if the student is damaged or cannot be exported. No half-written file stays.
 
     precision: "fp32", or "fp16" for weights and arithmetic; the input and the logits keep their types
     layout: UINT8, normalised in the graph, or FLOAT, normalised by the caller
@@ -75,7 +75,7 @@ def export_student(
     batch = torch.from_numpy(as_input(images[:2], metadata))
     reference = ImageClassifier(model, metadata)
     with torch.no_grad():
-        singly = torch.from_numpy(as_input(images, metadata)).split(1)  # to find a file that mixes images of a batch
+        singly = torch.from_numpy(as_input(images, metadata)).split(1)  # shows whether a file mixes images of a batch
         expected = torch.cat([reference(image) for image in singly]).numpy()
     classifier = ImageClassifier(fuse(model), metadata, half=precision == "fp16")
 

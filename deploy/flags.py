@@ -26,7 +26,7 @@ BY_RECIPE = "by recipe"  # the default of a flag that every recipe sets
 RECIPE_ONLY: dict[str, Any] = dict(
     eval_crop=1.0, interpolation="bilinear", random_erasing=0.0, warmup_epochs=0.0, freeze_batch_norm=False
 )
-RENAMED = {"kd_temperature": "temperature", "init": "pretrained"}  # flags that older run directories store
+RENAMED = {"kd_temperature": "temperature", "init": "pretrained"}  # name in older run directories -> present name
 # Former flags, and the only value that train.py still supports; None: any value, because the flag has no effect.
 FORMER = dict(momentum=0.9, channels_last=True, timeout=None, log_interval=None, data_dir=None, download=None)
 AT_THE_START = ("val_split", "pretrained", "tap", "small_stem", "model_args")  # flags that a resume cannot change
@@ -74,7 +74,7 @@ class Flag:
     Args:
         default: the value if neither the command line nor a recipe sets it
         help: its line in --help
-        needs: name of a flag that this flag requires, then the allowed values of that flag; without values: any value
+        needs: the name of another flag that must be set, then its allowed values; without values: any value
         path: whether the value may be a path; read_flags makes it absolute, because a resume may start elsewhere
         options: more arguments of argparse.add_argument
     """
@@ -146,7 +146,7 @@ def settle_flags(
 
     Args:
         typed: as read_flags returns them
-        saved: the second result of this function for the run to resume
+        saved: the second result of this function, as the run to resume stored it
         fitted: the recipe for a folder of images (pick_recipe). Without it `args.recipe` is None for such a folder,
             and the values of the recipe are not set yet.
     """
@@ -217,7 +217,7 @@ def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typ
 
 
 def check_recipe(table: Table, values: Any, needed: Iterable[str] = CNN) -> dict[str, Any]:
-    """Return stored values after a check by the parser of the command line; raise UserError if one is invalid."""
+    """Check stored values with the parser of the command line and return them; raise UserError if one is invalid."""
     if not isinstance(values, dict) or not set(needed) <= values.keys():
         raise UserError("args.json of the run is damaged: its recipe lacks values; restore it, or start a new run")
     flags, argv = by_name(table), list[str]()
@@ -254,7 +254,7 @@ def is_like(value: Any, template: Any) -> bool:
 
 
 def settle_size(args: argparse.Namespace, given: dict[str, Any]) -> None:
-    """Set args.img_size to [height, width], by default the size of a student/ folder."""
+    """Set args.img_size to [height, width]. If the model is a student/ folder, the default is its size."""
     if os.path.isdir(args.model) and "img_size" not in given:
         args.in_chans, *args.img_size = read_config(student_folder(Path(args.model))).input_size
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
@@ -319,9 +319,9 @@ def pick_recipe(
 ) -> tuple[dict[str, Any], str]:
     """Return a recipe that fits a folder of photographs, and a line that explains it.
 
-    With random weights, 100,000 or more images of at least 100 px get imagenet-cnn. Any other folder gets AdamW with
-    a cosine schedule, batches of 16 to 64 (32 for some thousand images, fewer if the folder has fewer than 16), and the
-    epochs, within limits, that give STEPS or FINE_TUNING_STEPS steps.
+    With random weights, 100,000 or more images of at least 100 px get imagenet-cnn. Any other folder gets AdamW, a
+    cosine schedule, and batches of 16 to 64 images (32 for some thousand images, fewer than 16 if the folder has
+    fewer). Its epochs make about STEPS or FINE_TUNING_STEPS steps, within limits.
 
     Args:
         images: number of training images

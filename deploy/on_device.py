@@ -25,7 +25,7 @@ from deploy.cli import Parser, Run, UserError, command, run_command
 KINDS = (".onnx", ".engine")
 COMMANDS = ("benchmark", "build", "check", "selftest", "serve")
 OF_STUDENT = ("benchmark", "check", "selftest")  # these take the student/ folder before the artefact
-WRITING = ("benchmark", "build", "check")  # by default these write next to the artefact, here into this folder
+WRITING = ("benchmark", "build", "check")  # these write next to the artefact; here, into the current folder
 # The lower limits are the oldest versions that were tried. The upper limits are those of the last onnxruntime for
 # JetPack 6 (Python 3.10, aarch64).
 RUNNING = """\
@@ -126,7 +126,7 @@ def dispatch(archive: Path, argv: list[str]) -> int | None:
         return 0
     if not argv or argv[0] in ("-h", "--help"):
         commands = " | ".join((*COMMANDS, "--requirements"))
-        another = "--file takes another one, such as an engine that was built here. Each command has --help."
+        another = "--file names another file, such as an engine that was built here. Each command has --help."
         usage = f"usage: {archive.name} [--file FILE] photo.jpg ... | {commands}"
         print(f"{usage}\n\nThe student is {artefact.name}; {another}")
         return 0
@@ -135,7 +135,7 @@ def dispatch(archive: Path, argv: list[str]) -> int | None:
     parser: Parser = module.get_parser()
     parser.prog = archive.name if name == "predict" else f"{archive.name} {name}"
     describe(parser, name, artefact)
-    flags = ["--output", "."] if name in WRITING else []  # the flags that are typed come later and override it
+    flags = ["--output", "."] if name in WRITING else []  # typed flags come later and override it
     files = [student, artefact.absolute()] if name in OF_STUDENT else [artefact]
     run = functools.partial(run_packed, module.run, student, artefact)
     return command(parser, run, [*map(str, files), *flags, *rest])
@@ -169,7 +169,7 @@ def describe(parser: Parser, name: str, artefact: Path) -> None:
         if action.dest in ("student", "artefact", "artefacts", "onnx", "model_file"):
             action.help = argparse.SUPPRESS
         elif action.dest == "output":
-            action.help = "the folder to write to (default: this one)"
+            action.help = "the folder to write to (default: the current folder)"
     parser.usage = f"{parser.prog} {'photo.jpg ... ' if name == 'predict' else ''}[flags]"
 
 

@@ -1,4 +1,4 @@
-"""Read the metadata of ONNX files, reject references to other files, and write files. Only `write` needs onnx."""
+"""Parse the metadata of ONNX files, reject references to other files, and write files. Only `write` needs onnx."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MAX_DEPTH = 100  # most levels of nested messages, as in protobuf
 
 
 def refuse_external_data(content: bytes, path: Path) -> None:
-    """Raise UserError if an ONNX file names other files for its weights, because some onnxruntimes would read them.
+    """Raise UserError if an ONNX file names other files for its weights; some versions of onnxruntime read them.
 
     Such a file could name /etc/passwd. A device has no onnx package, so this module parses the messages itself.
     """
     try:
         external = has_external_data(memoryview(content))
     except (ValueError, IndexError) as error:
-        raise UserError(f"{path} is not a complete ONNX file: {error}") from error
+        raise UserError(f"{path} is not a valid ONNX file: {error}") from error
     if external:
         raise UserError(f"{path} keeps weights in other files, which are not read: save it as one file")
 
@@ -50,7 +50,7 @@ def has_external_data(content: memoryview, message: str = "model", depth: int = 
 
 
 def fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield (number, value) of each field of a protobuf message: an integer, or bytes that are not copied."""
+    """Yield the number and the value of each field of a message. A value is an integer, or a view of its bytes."""
     position = 0
     while position < len(content):
         key, position = read_varint(content, position)
@@ -69,7 +69,7 @@ def fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def read_varint(content: memoryview, position: int) -> tuple[int, int]:
-    """Return an integer of 7 bits a byte and the position after it."""
+    """Return a varint, which has 7 bits in each byte, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = content[position]
@@ -90,11 +90,10 @@ def read_properties(properties: dict[str, str]) -> dict[str, Any]:
 
 
 def write(model: Any, metadata: Metadata, file: Path) -> None:
-    """Write an onnx.ModelProto with our metadata and without the paths of the machine that made it.
+    """Write an onnx.ModelProto with our metadata, and without the source paths that the exporter stores at its nodes.
 
-    The file gets the oldest IR version that fits, and imports only the opsets of its nodes: onnxruntime 1.17 reads IR 9
-    and older, and rejects unknown opset imports even if no node uses them. The exporter stores source lines and
-    absolute paths at every node.
+    The file gets the oldest IR version that fits, because onnxruntime 1.17 reads only IR 9 and older. It imports only
+    the opsets of its graphs, because onnxruntime 1.17 rejects an unknown opset even if no node uses it.
     """
     import onnx
 

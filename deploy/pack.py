@@ -13,7 +13,7 @@ On the device, with Python 3.10 or later:
     python3 student.pyz photo.jpg
     python3 student.pyz benchmark --threads 1
     python3 student.pyz selftest                               # does this device answer like the workstation?
-    python3 student.pyz check --reference reference.npz        # a copy of the run's file: same classifier?
+    python3 student.pyz check --reference reference.npz        # copy the run's reference.npz first
     python3 student.pyz serve --host 0.0.0.0 --token-file token
     python3 student.pyz build --max-batch 8                    # writes ./student.engine for this device
     python3 student.pyz --file student.engine serve
@@ -85,7 +85,7 @@ def pack(artefact: Path, output: Path, runtime: Path | None = None) -> None:
         cli.make_folder(output.parent)
         page.write_html(artefact, metadata, selftest.as_one_object(vectors, artefact.name), runtime, output)
         return
-    sidecar = artefact.with_name(artefact.name + ".json")  # an engine has one, and an ONNX file from elsewhere
+    sidecar = artefact.with_name(artefact.name + ".json")  # engines and ONNX files from elsewhere have one
     files: dict[str, str | bytes | Path] = {"student/config.json": json.dumps(metadata.to_json(), indent=2) + "\n"}
     files |= {f"student/{file.name}": file for file in (artefact, sidecar) if file == artefact or file.is_file()}
     files |= {f"student/{selftest.FOLDER}/{name}": data for name, data in vectors.items()}

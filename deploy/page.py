@@ -53,7 +53,7 @@ def read_page() -> str:
 
 
 def describe_model(metadata: Metadata, file: str) -> dict[str, Any]:
-    """Return the name, the labels and a line about a model, which the page shows. file: the name of the artefact."""
+    """Return the name, the labels and a summary of a model, for the page. file: the name of the artefact."""
     name = metadata.architecture.rpartition(":")[2] or file.partition(".")[0]
     line = [name, metadata.precision or "fp32"]
     scores = {"top-1": metadata.metrics.get("val_top1"), "top-5": metadata.metrics.get("val_top5")}
@@ -94,7 +94,7 @@ def script(name: str, text: str, kind: str = "text/plain") -> str:
 
 
 def runtime_parts(archive: Path | None) -> dict[str, bytes]:
-    """Return ONNX Runtime Web, a program and WebAssembly; raise UserError if the archive is not the pinned one."""
+    """Return the files of RUNTIME by name; raise UserError if the given archive does not have the pinned SHA-512."""
     content = read_file(archive or fetched_runtime())
     if archive and not is_pinned(content):
         raise UserError(f"{archive} is not the file of npm pack {PACKAGE}@{VERSION}: its SHA-512 differs")
@@ -107,12 +107,12 @@ def is_pinned(content: bytes) -> bool:
 
 
 def fetched_runtime() -> Path:
-    """Return the archive of the npm package in the user's cache folder; if it is missing, npm fetches it."""
+    """Return the path of the npm archive in the user's cache folder; if it is missing, npm fetches it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdlite"
     archive, npm = cache / f"{PACKAGE}-{VERSION}.tgz", shutil.which("npm")
     if archive.is_file() and is_pinned(read_file(archive)):
         return archive
-    instead = f"npm pack {PACKAGE}@{VERSION} writes {archive.name} on another machine, and --runtime takes that file"
+    instead = f"on another machine run npm pack {PACKAGE}@{VERSION}, then give --runtime {archive.name} here"
     if npm is None:
         raise UserError(f"npm, which fetches ONNX Runtime Web, is not installed: {instead}")
     log(f"npm fetches {PACKAGE} {VERSION} into {cache}, once")

@@ -1,4 +1,4 @@
-"""Write precision and recall of each class, and the confusion matrix. The picture needs matplotlib.
+"""Write precision and recall of each class, and a picture of the confusion matrix, which needs matplotlib.
 
 per_class.csv   label, n, precision, recall, f1: a line for each class, in the order of the classes
 confusion.png   a row for each true class, a column for each predicted class
@@ -18,8 +18,8 @@ import numpy as np
 
 from deploy.cli import UserError, printable, write_whole
 
-LABELLED, NUMBERED = 60, 20  # most classes for names on the axes, and for a number in each cell
-MAX_DRAWN = 2000  # most classes of the picture; with more of them a cell is smaller than a pixel
+LABELLED, NUMBERED = 60, 20  # most classes to have names on the axes, and numbers in the cells
+MAX_DRAWN = 2000  # most classes of the picture; with more classes a cell is smaller than a pixel
 
 
 def write_per_class(folder: Path, labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> list[str]:
@@ -70,13 +70,13 @@ def share(part: float, whole: float) -> str:
 def worst_confusions(
     labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str], count: int = 10
 ) -> list[str]:
-    """Return the most frequent confusions, as "cat taken for dog: 12 of 40". For equal counts the share decides."""
+    """Return the most frequent confusions, as "cat taken for dog: 12 of 40"; sort equal counts by share."""
     wrong = labels != predictions
     pairs, images = np.unique(np.stack([labels[wrong], predictions[wrong]]), axis=1, return_counts=True)
-    of = np.bincount(labels, minlength=len(label_names))
-    worst = sorted(zip(images.tolist(), pairs[0].tolist(), pairs[1].tolist()), key=lambda x: (-x[0], of[x[1]], *x[1:]))
+    n = np.bincount(labels, minlength=len(label_names))
+    worst = sorted(zip(images.tolist(), pairs[0].tolist(), pairs[1].tolist()), key=lambda x: (-x[0], n[x[1]], *x[1:]))
     names = [printable(name) for name in label_names]
-    return [f"{names[true]} taken for {names[taken]}: {k} of {of[true]}" for k, true, taken in worst[:count]]
+    return [f"{names[true]} taken for {names[taken]}: {k} of {n[true]}" for k, true, taken in worst[:count]]
 
 
 def confusion_picture(path: Path, matrix: np.ndarray, label_names: Sequence[str]) -> None:

@@ -8,10 +8,10 @@ The answer to a photograph is "none of these" if its largest probability is belo
 shows the images as the network gets them, the least certain image first; the command prints their paths in the same
 order. Unreadable images of a folder are skipped, listed and counted.
 
-The CSV file has a line for each image: file, label, index, probability, answered (no: none of these), second_label,
-second_probability, and error for an image that could not be read. The file is UTF-8; a byte of a name that is not UTF-8
-becomes \\udcNN. A spreadsheet must not compute a cell as a formula, so a path that starts with = + - @ gets ./ in
-front, and such a label an apostrophe. A program should read the index, not the label.
+The CSV file has a line for each image: file, label, index, probability, answered (no if it is below the threshold),
+second_label, second_probability, and error for an image that could not be read. The file is UTF-8; a byte of a name
+that is not UTF-8 becomes \\udcNN. A spreadsheet may compute a cell that starts with = + - @, so such a path gets ./ in
+front, and such a label gets an apostrophe. A program should read the index, not the label.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from deploy.runtimes import RunOn, Runtime, is_answered, load, top_labels, usabl
 
 BATCH = 32
 TILE, LINE = 160, 14  # pixels: a side of an image on the sheet, the height of a line of its caption
-NUMBERS = 25  # characters of a caption that fit below a tile
+CAPTION = 25  # characters of a caption that fit below a tile
 FORMULA = tuple("=+-@\t\r\n")  # first characters of a cell that a spreadsheet may compute
 COLUMNS = ["file", "label", "index", "probability", "answered", "second_label", "second_probability", "error"]
 NO_IMAGE = np.empty((0, 0, 3), np.uint8)
@@ -62,7 +62,7 @@ class Answer(NamedTuple):
     file: Path
     best: list[tuple[str, float, int]]  # label, probability and class index, the best first; [] if it is unreadable
     answered: bool  # False: the answer is "none of these"
-    image: np.ndarray  # as the network gets it, uint8 (H, W, C)
+    image: np.ndarray  # prepared, uint8 (H, W, C)
     error: str = ""  # the reason why it cannot be read
 
     @property
@@ -115,7 +115,7 @@ def list_files(given: Sequence[Path]) -> list[Path]:
 
 
 def answers_table(answers: Sequence[Answer]) -> bytes:
-    """Return the text of the CSV file."""
+    """Return the content of the CSV file."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -153,8 +153,8 @@ def contact_sheet(answers: Sequence[Answer]) -> bytes:
         )
         label, p, _ = answer.best[0]
         captions = f"{i + 1}: {'' if answer.answered else 'none of these'}", f"{p:.1%} {printable(label)}"
-        for line, caption in enumerate(captions):  # every Pillow's default font has Latin-1
-            text = caption[:NUMBERS].encode("latin-1", "replace").decode("latin-1")
+        for line, caption in enumerate(captions):  # in any version of Pillow the font has Latin-1
+            text = caption[:CAPTION].encode("latin-1", "replace").decode("latin-1")
             draw.text((left, top + TILE + line * LINE), text, "black", font)
     png = io.BytesIO()
     sheet.save(png, "PNG")
@@ -162,7 +162,7 @@ def contact_sheet(answers: Sequence[Answer]) -> bytes:
 
 
 def check_writable(file: Path) -> None:
-    """Raise UserError if the file cannot be written, before thousands of images are classified."""
+    """Make the folder of a file; raise UserError if the file cannot be written, before the images are classified."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         reason = "is a folder" if file.is_dir() else "" if os.access(file.parent, os.W_OK) else "is read-only"
@@ -178,7 +178,7 @@ def check_writable(file: Path) -> None:
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "predict", "--quiet")
     add = parser.add_argument
-    add("student", type=Path, help="a run's student/ folder, or an artefact of it")
+    add("student", type=Path, help="a run directory, its student/ folder, or an artefact")
     add("images", type=Path, nargs="+", help="image files, or folders of them")
     add("--csv", type=Path, metavar="FILE", help="write the answers to this file instead of the screen")
     add("--least-certain", type=number(int, 1, 1000), metavar="N", help="draw the N least certain images on one sheet")
@@ -218,7 +218,7 @@ def run(args: argparse.Namespace) -> None:
     unknown, unreadable = sum(not answer.answered for answer in read), len(answers) - len(read)
     if quiet or unreadable:
         written = " and ".join(str(file) for file in (args.csv, args.sheet) if file)
-        counts = f"{len(read)} images, {unknown} of them none of these; {unreadable} could not be read"
+        counts = f"{len(read)} images, {unknown} below the threshold; {unreadable} could not be read"
         log(f"{written}: {counts}" if written else counts)
 
 

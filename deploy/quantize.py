@@ -49,9 +49,9 @@ from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 BINS = {"entropy": 512, "percentile": 2048}  # bins of a histogram; the time of entropy grows with their square
-BATCH, BATCH_PIXELS = 16, 1 << 18  # most images and most pixels of a calibration batch: five images of 224 px
-RANKING = 32  # calibration images on which each layer is tried alone
-MOST_SHOWN = 10  # layers that are printed
+BATCH, BATCH_PIXELS = 16, 1 << 18  # most images and pixels of a calibration batch: at 224 px it has five images
+RANKING = 32  # calibration images for the trial of one layer in INT8
+MOST_SHOWN = 10  # layers in a printed list; a table may have twice as many
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Compare the top-1 of a float file and of an INT8 file on the same images, which calibration does not use."""
+    """Hold the top-1 of a float file and of an INT8 file on the same images, which calibration does not use."""
 
     top1: float  # percent, of the float file
     quantised_top1: float
@@ -130,7 +130,7 @@ class Quantizer:
     """Calibrate an fp32 ONNX file once, and write it in INT8 any number of times."""
 
     def __init__(self, source: Path, images: np.ndarray, metadata: Metadata, recipe: Recipe) -> None:
-        """Prepare and calibrate the file; raise UserError if onnxruntime cannot.
+        """Prepare and calibrate the file; raise UserError if onnxruntime fails.
 
         images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
         """
@@ -159,7 +159,7 @@ class Quantizer:
         """
         library = need("onnxruntime.quantization", "pip install onnxruntime onnx")
         registry = need("onnxruntime.quantization.registry", "")
-        chosen = need("onnxruntime.quantization.qdq_quantizer", "")
+        qdq = need("onnxruntime.quantization.qdq_quantizer", "")
         extra: dict[str, Any] = {}
         if self.recipe.target == "tensorrt":
             extra = dict(ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False)
@@ -167,7 +167,7 @@ class Quantizer:
         types, method = library.QuantType, library.CalibrationMethod.MinMax
         every_type = sorted({*registry.QLinearOpsRegistry, *registry.QDQRegistry})
         with explained(self.source), quiet_library():
-            quantizer = chosen.QDQQuantizer(
+            quantizer = qdq.QDQQuantizer(
                 copy.deepcopy(self.model),
                 True,  # per_channel
                 bool(self.recipe.reduce_range),
@@ -194,7 +194,7 @@ class Quantizer:
 def calibrate(
     prepared: Path, images: np.ndarray, metadata: Metadata, method: str, op_types: list[str] | None
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the range of values of each activation that INT8 has to represent, from the calibration images.
+    """Return, for each activation, the range of values that INT8 has to represent on the calibration images.
 
     Only the activations of one batch are in memory. A histogram of onnxruntime starts with the range of the first batch
     and grows with later batches, without a limit. So a first pass finds the range of all images.
@@ -360,7 +360,7 @@ def leave_float(
     right: whether the fp32 file classifies each image of the bound right; trial: a path for temporary files
     """
     total, least = len(worst_first), math.inf
-    low, high, kept = 0, 0, None  # `low` layers in float are too few; `high` are enough, once `kept` has their accuracy
+    low, high, kept = 0, 0, None  # `low` layers in float are too few; once `kept` is set, `high` are enough
     while kept is None or high - low > 1:
         count = min(max(1, 2 * low), total - 1) if kept is None else (low + high) // 2
         if count == low:
@@ -475,11 +475,11 @@ def get_parser() -> Parser:
     add("--onnx", type=Path, help="the fp32 file to start from (default: student.onnx in the folder)")
     add("--count", type=number(int, 1), metavar="N", help="training images, evenly spaced (default: all)")
     methods = (
-        "method of calibration (default: minmax; with --max-drop the first of minmax, percentile and entropy with "
-        "which every layer can be INT8, or else the best)"
+        "method of calibration (default: minmax; with --max-drop, minmax, percentile and entropy are tried until every "
+        "layer can be INT8, and otherwise the best of them is used)"
     )
     add("--method", choices=sorted(METHODS), help=methods)
-    add("--op-types", nargs="+", help="ONNX operators to quantise (default: see above)")
+    add("--op-types", nargs="+", help="ONNX operators to quantise (default: all; for the exception see above)")
     saturating = "x86 CPUs without VNNI, whose 8-bit products saturate"
     default = "(default: if --target is cpu and this CPU is such a CPU)"
     add("--reduce-range", action=argparse.BooleanOptionalAction, help=f"7-bit weights, for {saturating} {default}")

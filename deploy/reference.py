@@ -50,7 +50,7 @@ def evenly(total: int, count: int) -> list[int]:
 
 
 def keep_reference(run: Path, val: Any, train: Any, count: int, model_files: Sequence[str] = ()) -> str:
-    """Write a run's reference.npz: up to `count` validation and as many training images, and torch's logits.
+    """Write a run's reference.npz: up to `count` validation images, up to `count` training images, and torch's logits.
 
     val, train: sequences of (PIL image, class index); unreadable images are skipped
 

@@ -69,7 +69,7 @@ def claim_number(runs: Path, model: str, method: str) -> Path:
 
 
 def open_in_run(path: Path, mode: str) -> IO[str]:
-    """Open a text file of a run directory; raise UserError for a link or a pipe, because it may be a stranger's."""
+    """Open a text file of a run directory; raise UserError for a link or a pipe, which another user may have made."""
     try:
         file = open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_no_link)  # noqa: SIM115
     except OSError as error:

@@ -51,7 +51,7 @@ OPENVINO = "openvino"  # the device of RunOn that runs an .onnx file in OpenVINO
 class RunOn:
     """Set where and how a student runs."""
 
-    # "cpu", "cuda", "tensorrt" or OPENVINO (both for .onnx), or "auto": a CUDA device if the runtime has one
+    # "cpu" or "cuda"; for an .onnx file also "tensorrt" or OPENVINO; "auto": a CUDA device if the runtime has one
     device: str = "auto"
     threads: int = 0  # CPU threads; 0: one for each CPU that this process may use
     allow_fallback: bool = False  # run on the CPU if the device is unavailable
@@ -96,7 +96,7 @@ class Runtime:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Return the shape of an image, (H, W, 3)."""
+        """Return the shape of an image, (H, W, channels)."""
         return self.metadata.image_shape
 
 
@@ -202,7 +202,7 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
     content = read_file(path)
     refuse_external_data(content, path)
     try:
-        fallback = int(on.allow_fallback and device != "cpu")  # onnxruntime's own, which prints
+        fallback = int(on.allow_fallback and device != "cpu")  # onnxruntime's own fallback, which prints
         session = ort.InferenceSession(content, options, providers=[wanted], enable_fallback=fallback)
     except Exception as error:  # onnxruntime has about a dozen exception classes of its own
         raise UserError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Compare a device, or a port to another language, with a student's stored answers, the conformance vectors.
+"""Compare a device, or a port to another language, with the stored answers of a student (the vectors).
 
     python -m deploy.selftest runs/001-mobilenet_v2-uskd      # on a device: python3 student.pyz selftest
 
@@ -96,7 +96,7 @@ def tolerance_of(precision: str) -> float:
 def make_vectors(runtime: Runtime, former: Path) -> dict[str, bytes]:
     """Return the files of the vectors by name: pictures, their prepared bytes, and index.json with the logits.
 
-    former: an existing folder of vectors; its logits of other files of this student are kept
+    former: the folder of earlier vectors, which may have logits of this student's other files to keep
     """
     metadata = runtime.metadata
     names = ("input_size", "crop", "interpolation", "mean", "std")
@@ -161,7 +161,7 @@ def read_vectors(folder: Path) -> dict[str, Any]:
 
 
 def different_bytes(folder: Path, picture: dict[str, Any], expected: np.ndarray, metadata: Metadata) -> str:
-    """Return a text about the prepared bytes of a picture that differ, or "" if all are equal."""
+    """Prepare a picture. Return a text about the bytes that differ from the expected bytes, or "" if all are equal."""
     try:
         image = prepare(open_image(read_file(folder / picture["file"])), metadata)
     except UnreadableImage as error:
@@ -177,7 +177,7 @@ def check(runtime: Runtime, folder: Path) -> bool:
     vectors, metadata = read_vectors(folder), runtime.metadata
     logits, file = vectors["logits"], runtime.file
     if file not in logits:
-        file = next(iter(logits))  # the ONNX file from which the engine was built
+        file = next(iter(logits))  # for an engine: the first ONNX file
     expected = np.asarray(logits[file]["values"], np.float32)
     tolerance = max(logits[file]["tolerance"], tolerance_of(metadata.precision))
     largest, passed, errors = np.abs(expected).max() or 1.0, True, []

@@ -1,13 +1,13 @@
-"""Serve a student over HTTP: the Open Inference Protocol (V2) with dynamic batching, and labels of a photograph.
+"""Serve a student over HTTP: the Open Inference Protocol (V2) with dynamic batching, and labels for a photograph.
 
     python -m deploy.serve runs/001-mobilenet_v2-uskd/student/student.onnx
     curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
     curl http://127.0.0.1:8000/v2/models/student
 
-GET / returns a page to drop an image on. POST /v2/models/NAME/infer takes images, uint8 (N, H, W, 3), resized and
+GET / returns a page for a browser. POST /v2/models/NAME/infer takes images, uint8 (N, H, W, 3), resized and
 cropped, as JSON or as binary tensors. POST /predict takes an image file, or a form with one, and prepares it as in
-training. /metrics is for Prometheus. An overloaded server responds 503 with Retry-After. The response to a body that is
-too large is 413, and to any other mistake in a request 4xx with {"error": ...}.
+training. /metrics is for Prometheus. An overloaded server responds 503 with Retry-After. A body that is too large gets
+413, and any other mistake in a request gets another 4xx; the response is {"error": ...}.
 
 After SIGTERM, readiness is 503, and the server answers the requests that have begun and ends within 20 seconds. At
 SIGHUP the server loads the file again, and keeps the old model if the new one does not run. On an address that other
@@ -100,7 +100,7 @@ def get_parser() -> Parser:
         ("--formats", read_formats, ",".join(default.formats).lower(), "formats of photographs that /predict reads"),
         ("--body-limit", number(float, 0, 2**12, above=True), default.body_mib, "MiB of a body; a larger one gets 413"),
         ("--connections", number(int, 1, 2**16), default.connections, "open connections"),
-        ("--drain", number(float, 0, 10), default.drain_s, "seconds from SIGTERM (readiness is 503) until the end"),
+        ("--drain", number(float, 0, 10), default.drain_s, "seconds after SIGTERM in which the server takes requests"),
     ):
         add(flag, type=kind, default=value, help=f"{text} (default: %(default)s)")
     add("--log", choices=["json"], help="print a line for each request on stdout")

@@ -237,7 +237,7 @@ def write_random(
 ) -> None:
     """Write a student/ folder with random weights, to measure the speed of a network that is not trained yet.
 
-    Noise sets the batch norms' statistics. Otherwise some networks have logits of 1e-9, and every comparison passes.
+    Noise sets the batch norms' statistics. Otherwise some logits would be 1e-9, and every comparison would pass.
 
     architecture: as find_architecture returns it; model_file: file.py:function, run only for the user's own model
     """
@@ -256,9 +256,9 @@ def write_random(
 
 
 def published_top1(architecture: dict[str, Any]) -> tuple[float, int] | None:
-    """Return the ImageNet top-1 of torchvision's newest weights of a network, in percent, and the side of its images.
+    """Return a network's top-1 on ImageNet with torchvision's newest weights, in percent, and the side of its images.
 
-    Return None for timm's networks, because timm's package has no table of results, and for the user's own.
+    Return None for the user's own networks, and for timm's, because timm's package has no table of results.
     """
     if architecture["library"] != "torchvision":
         return None
@@ -319,7 +319,7 @@ def compare_shapes(name: str, own: Mapping[str, Tensor], shapes: Mapping[str, tu
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     """Load a state_dict; raise UserError, with the differences, if it does not fit."""
     versioned = OrderedDict(weights)
-    # A file of tensors lacks the versions of the modules' layouts, and MNASNet rejects weights without a version.
+    # The file lacks the version numbers of the modules, and MNASNet rejects weights without a version.
     versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     try:
         model.load_state_dict(versioned)

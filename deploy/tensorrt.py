@@ -79,7 +79,7 @@ class Cuda:
 
 
 def load_cuda() -> Cuda:
-    """Load the system's libcudart (on a Jetson, JetPack's), or else the one in NVIDIA's wheels."""
+    """Load the libcudart of the system (on a Jetson, of JetPack) or, if it is missing, that of NVIDIA's wheels."""
     names = [ctypes.util.find_library("cudart"), *(f"libcudart.so{end}" for end in ("", ".13", ".12", ".11.0"))]
     with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec("nvidia")
@@ -199,7 +199,7 @@ RTX = "install TensorRT-RTX, which builds without a GPU: pip install '.[rtx]'"
 
 
 def import_tensorrt(library: str | None = None) -> ModuleType:
-    """Import the named library; without a name, tensorrt, or else TensorRT-RTX from its ONNX Runtime provider."""
+    """Import the named library; without a name, import tensorrt or, if it is missing, TensorRT-RTX."""
     names, reasons = [library] if library else ["tensorrt", "tensorrt_rtx"], []
     for name in names:
         try:
@@ -221,7 +221,7 @@ def build_engine(
     library: str | None = None,
     output: Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Build an engine from an ONNX file of deploy.export or deploy.quantize; return its path, and the field `built`.
+    """Build an engine from an ONNX file of deploy.export or deploy.quantize; return its path and the field `built`.
 
     batches: smallest, usual and largest batch of the profile; workspace_mib: largest scratch memory of a layer
     library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
@@ -324,7 +324,7 @@ def make_log(trt: ModuleType, errors: list[str]) -> Any:
 
 
 def report(onnx_file: Path, library: str | None = None) -> tuple[str, bool]:
-    """Return the library's report on a file, in lines, and whether it supports the whole file."""
+    """Return a report on a file, and whether the library supports the whole file."""
     metadata = read_onnx(onnx_file)
     with parse_onnx(onnx_file, library) as network:
         title = f"{network}: {onnx_file.name}, {metadata.precision}"

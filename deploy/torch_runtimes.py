@@ -26,7 +26,7 @@ EPS = 1e-5  # epsilon of the batch norm that normalises; ONNX and cuDNN require 
 
 
 class ImageClassifier(nn.Module):
-    """Normalise images and run a student; returns float32 logits, also from a float16 student."""
+    """Normalise images, run a student, and return float32 logits, also from a float16 student."""
 
     mean: Tensor
     variance: Tensor
@@ -43,10 +43,10 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.layout == UINT8:
-            # The cast is first, because TensorRT's parser cannot permute uint8. A batch norm normalises, because ONNX
-            # Runtime moves a product and a sum before the permute: there they cost a quarter of an INT8 MobileNetV2.
+            # Cast first, because TensorRT's parser cannot permute uint8. Normalise by a batch norm: ONNX Runtime would
+            # move a product and a sum before the permute, where they take a quarter of an INT8 MobileNetV2's time.
             images = images.float().permute(0, 3, 1, 2)
-            # Contiguous, because pooling of a permuted tensor is exported as an as_strided, in ONNX a Gather.
+            # Make it contiguous, because the pooling of a permuted tensor is exported to ONNX as a Gather.
             images = images.contiguous(memory_format=self.memory_format)
             images = F.batch_norm(images, self.mean, self.variance, eps=EPS)
         return self.model(images.to(self.dtype)).float()
@@ -62,7 +62,7 @@ def load(path: Path, on: RunOn) -> Runtime:
     try:
         if script:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, and works
+                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, but works
                 module: Any = torch.jit.load(str(path), map_location=device, _extra_files=extra)
         else:
             program = torch.export.load(path, extra_files=extra)

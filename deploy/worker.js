@@ -1,5 +1,5 @@
-// The worker of student.html unpacks ONNX Runtime and the model, and runs the page's tasks one by one. It prepares a
-// picture to the same bytes as deploy/preprocess.py. deploy/porting.md describes the steps.
+// The worker of student.html unpacks ONNX Runtime and the model, and runs the page's tasks one by one. It turns a
+// picture into the same bytes as deploy/preprocess.py. deploy/porting.md describes the steps.
 "use strict"
 
 const MOST_PIXELS = 64e6 // most pixels of a picture, as in deploy/preprocess.py
@@ -135,7 +135,7 @@ function takeOrientation(bytes, exif) {
         if (view.getUint16(at, little) !== 0x0112 || view.getUint16(at + 2, little) !== 3) continue
         const value = view.getUint16(at + 8, little)
         view.setUint16(at + 8, 1, little)
-        if (starts(bytes, "\x89PNG")) { // a chunk ends with a checksum
+        if (starts(bytes, "\x89PNG")) { // the chunk ends with its checksum
           const end = exif + view.getUint32(exif - 8)
           view.setUint32(end, crc32(bytes.subarray(exif - 4, end)))
         }
@@ -146,7 +146,7 @@ function takeOrientation(bytes, exif) {
     if (!(reason instanceof RangeError)) throw reason
   }
   const text = new TextDecoder("latin1").decode(bytes.subarray(0, 1 << 20))
-  return Number(text.match(/tiff:Orientation(?:="|>)([1-8])/)?.[1] ?? 1) // the orientation in XMP data
+  return Number(text.match(/tiff:Orientation(?:="|>)([1-8])/)?.[1] ?? 1) // else the orientation in XMP data
 }
 
 const CRC = Uint32Array.from({ length: 256 }, (_, n) => {
@@ -165,7 +165,7 @@ const KERNELS = { // reach in pixels, and the weight at a distance
   bicubic: [2, x => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0)],
 }
 
-function weights(from, to, first, count) { // for `count` of the `to` output pixels, starting at pixel `first`
+function weights(from, to, first, count) { // the input pixels of `count` output pixels, from the output pixel `first` on
   const [reach, kernel] = KERNELS[about.interpolation]
   const scale = from / to, stretch = Math.max(scale, 1), support = reach * stretch
   return Array.from({ length: count }, (_, i) => {

@@ -52,7 +52,7 @@ EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "mo
 HEADER_LENGTH = "inference-header-content-length"
 LARGE_JSON = 2**14  # bytes; a thread parses a larger text, outside the event loop
 LARGE_ANSWER = 20_000  # logits; a thread writes a larger answer, outside the event loop
-OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # paths without a token, because probes cannot send one
+OPEN = ("/", "/v2/health/live", "/v2/health/ready")  # paths without a token: a browser or a probe cannot send one
 ENDPOINTS = ("infer", "predict", "metrics", "ready", "live", "stats", "config", "about")  # labels of /metrics
 Result = TypeVar("Result")
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -327,7 +327,7 @@ def make_app(server: StudentServer, token: str | None = None) -> Starlette:
 
 
 async def until_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return the result of the work; cancel the work when the client closes its connection. The body must be read."""
+    """Return the result of the work; cancel the work when the client closes its connection. Read the body first."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
     try:
         await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Run requests that arrive at the same time in one call of the runtime."""
+"""Join simultaneous requests into one call of the runtime."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class Waiting:
 class Batcher:
     """Queue requests, and run them in a thread.
 
-    The thread runs the next batch when the batch is full, or when its oldest request has waited for max_delay_ms.
+    The thread runs the next batch when the queue has enough images for a full batch, or when the oldest request has
+    waited for max_delay_ms.
     Between two batches the thread does not wait for the event loop.
 
     Args:
-        max_batch: most images in one call of a runtime; a runtime may have a smaller limit
+        max_batch: largest number of images in a call; a runtime may have a smaller limit
         max_delay_ms: longest time that a request waits for others
         metrics: counts each batch
     """
@@ -51,7 +52,7 @@ class Batcher:
         self.thread.start()
 
     async def infer(self, runtime: Runtime, images: np.ndarray) -> np.ndarray:
-        """Return the logits of images (N, H, W, 3), N at most largest_batch. A cancelled request leaves the queue."""
+        """Return the logits of images (N, H, W, C), N at most largest_batch. A cancelled request leaves the queue."""
         request = Waiting(runtime, images, self.loop.create_future(), time.perf_counter_ns())
         with self.changed:
             if not self.alive:
@@ -63,7 +64,7 @@ class Batcher:
             return await request.logits
         finally:
             if request.logits.cancelled():
-                with self.changed, contextlib.suppress(ValueError):  # the request has left the queue already
+                with self.changed, contextlib.suppress(ValueError):  # the request is not in the queue
                     self.waiting.remove(request)
                     self.count(-len(images))
 
@@ -98,7 +99,7 @@ class Batcher:
             self.deliver(left, RequestError(503, "the server ends"), *[time.perf_counter_ns()] * 2)
 
     def gather(self) -> list[Waiting]:
-        """Wait for the next batch, all for one runtime, and return it. Return [] after close(), or if clients left."""
+        """Wait for requests, and return a batch for one runtime. Return [] after close(), or if all were cancelled."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.closed)
             while self.waiting and not self.closed:

@@ -82,7 +82,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.data_received(bytes(self.received[:nbytes]))
 
     def check(self, now: float) -> None:
-        """Close the connection if its state lasts too long. The state includes the cycle, new for each request."""
+        """Close the connection if its state lasts too long. A new request, with a new cycle, is a new state."""
         name = {h11.IDLE: "idle", h11.SEND_BODY: "body"}.get(self.conn.their_state, "answer")
         if self.transport.get_write_buffer_size():
             name = "unread answer"
@@ -112,7 +112,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 class Process(uvicorn.Server):
     """Run uvicorn's server with a drain before the shutdown.
 
-    began: a function that is called when the server handles requests and signals
+    began: a function to call once the server handles requests and signals
     """
 
     def __init__(self, config: uvicorn.Config, server: StudentServer, began: Callable[[], None]) -> None:
@@ -124,7 +124,7 @@ class Process(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(self.on_loop_error)
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # asyncio accepts as many connections at once as its own backlog
+            listener.listen(BACKLOG)  # asyncio's backlog is short, because asyncio accepts as many at once
         self.began()
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ def make_process(app: Starlette, server: StudentServer, began: Callable[[], None
 def serve(process: Process, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C, and answer the requests that have begun."""
     sys.setswitchinterval(5e-4)  # so that the runtime's thread gets the interpreter lock soon after its batch
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, and then raises the signal again
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again after the drain: ignore it
     try:
         asyncio.run(process.serve([listener]))
     finally:

@@ -37,7 +37,7 @@ from deploy.server.protocol import RequestError, bad, show
 DECODE_S = 10.0  # CPU time of one photograph
 MEMORY = 3 * 2**29  # bytes that a process may allocate; 64 million transparent pixels need 2**30
 LARGE_IMAGE = MAX_PIXELS // 16  # pixels: larger photographs are decoded one at a time, because of their memory
-SCANS = 20  # most scans of a JPEG of MAX_PIXELS: each one decodes the whole image; cameras and editors write 10
+SCANS = 20  # largest number of scans of a JPEG of MAX_PIXELS; each scan decodes the whole image. Cameras write 10
 
 
 class Decoders:
@@ -51,7 +51,7 @@ class Decoders:
 
     def __init__(self, count: int, accepted: tuple[str, ...], most_pixels: int) -> None:
         self.count, self.accepted, self.most_pixels = count, accepted, most_pixels
-        self.probe: Future[Any] | None = None  # after one has ended: a task that shows whether new ones start
+        self.probe: Future[Any] | None = None  # after a process has ended: a task that shows whether others start
         self.start()
 
     @property
@@ -122,7 +122,7 @@ def decode_in_time(*photograph: Any) -> np.ndarray | int:
     signal.setitimer(signal.ITIMER_VIRTUAL, 2 * DECODE_S)  # ends the process if a reader does not return to Python
     try:
         return decode(*photograph)
-    except TimeoutError as error:  # in a form; in an image it becomes an UnreadableImage
+    except TimeoutError as error:  # raised outside Pillow's reader; inside, it becomes UnreadableImage
         raise bad(str(error)) from error
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -132,7 +132,7 @@ def decode_in_time(*photograph: Any) -> np.ndarray | int:
 def decode(
     body: bytes, content_type: str, metadata: Metadata, accepted: tuple[str, ...], most_pixels: int
 ) -> np.ndarray | int:
-    """Return the prepared image, uint8 (1, H, W, 3), or its number of pixels if that is above most_pixels.
+    """Return the prepared image, uint8 (1, H, W, C), or its number of pixels if that is above most_pixels.
 
     Raises:
         RequestError: 400 or 413; 415 for a form if python-multipart is not installed

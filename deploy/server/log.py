@@ -1,4 +1,4 @@
-"""Log messages and requests to stdout, as text or as JSON, and warnings to stderr."""
+"""Log messages to stdout as text, or messages and requests as JSON; log warnings to stderr as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from logging.handlers import QueueHandler, QueueListener
 
 from deploy.cli import printable
 
-LINES = 10_000  # most lines that wait for the thread
+LINES = 10_000  # largest number of lines that wait for the thread
 log = logging.getLogger("deploy.serve")
 
 
@@ -26,7 +26,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Format a record as text without control characters, which a message may repeat from a file."""
+    """Format a record as text, and escape its control characters, because a message may repeat text of a file."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))

@@ -41,7 +41,7 @@ class Metrics:
         self.durations = {name: [0, 0] for name in ("success", "fail", "queue", "compute_infer")}  # [requests, ns]
 
     def executed(self, batch: list[Any], started: int, ended: int) -> None:
-        """Count a batch of deploy.server.batching.Waiting. started, ended: times in ns"""
+        """Count a batch: a list of deploy.server.batching.Waiting. started, ended: times in ns"""
         size = sum(len(request.images) for request in batch)
         self.batch_images.observe(size)
         self.compute_seconds.observe((ended - started) / 1e9)

@@ -1,4 +1,4 @@
-"""Parse requests of the Open Inference Protocol (V2) and write the responses, as functions of bytes.
+"""Parse the bytes of requests of the Open Inference Protocol (V2), and write the bytes of responses.
 
 https://github.com/kserve/open-inference-protocol, with Triton's extensions: binary tensors, raw binary requests,
 classification and compressed requests. Sizes are checked before the bytes are read. An error message repeats at most
@@ -22,9 +22,9 @@ import numpy as np
 from deploy.runtimes import INPUT_NAME, OUTPUT_NAME
 
 VERSION = "1"  # the protocol requires a version of the model
-JSON_LIMIT = 2**20  # most bytes of a request's JSON: json.loads holds the interpreter lock until it ends
-LISTS = 2**17  # most lists and objects in the JSON: a nested image of 224 px has 50,401 lists
-GZIP_MEMBERS = 1000  # most members in one body: even an empty member takes some microseconds
+JSON_LIMIT = 2**20  # largest JSON of a request, in bytes: json.loads holds the interpreter lock until it ends
+LISTS = 2**17  # largest number of lists and objects in it: a nested image of 224 px has 50,401 lists
+GZIP_MEMBERS = 1000  # largest number of members in a body: even an empty member takes some microseconds
 Shape = tuple[int, ...]
 
 
@@ -176,7 +176,7 @@ def read_binary(raw: bytes, shape: Shape, name: str) -> np.ndarray:
 
 
 def read_numbers(data: Any, shape: Shape) -> np.ndarray:
-    """Return the numbers of a JSON tensor, flat or nested as its shape, as uint8 of that shape."""
+    """Return the numbers of a JSON tensor as uint8 of the given shape. They may be flat, or nested as the shape."""
     flat = isinstance(data, list) and len(data) == math.prod(shape)
     values = [data]
     for side in (math.prod(shape),) if flat else shape:

@@ -82,7 +82,7 @@ def test_a_network_that_does_not_run_has_a_row_with_the_reason(device, pyz, tmp_
             damaged.writestr(name, whole.read(name)[:cut])
     rows = json.loads(on(device, copy, "--json", "--budget-ms", "10000", "--seconds", "0.1", status=1).stdout)
     assert "failed" not in rows[0]
-    assert "not a complete ONNX file" in rows[1]["failed"]
+    assert "not a valid ONNX file" in rows[1]["failed"]
     assert rows[1]["fits"] == "int8"
 
 

@@ -331,7 +331,7 @@ def test_the_help_of_the_archive_names_student_pyz(device, pyz, tmp_path):
         assert "python -m deploy" not in text.partition("options:")[0]
         assert "The student is student.onnx." in text
         assert "--model-file" not in text
-        assert ("(default: this one)" in text) == (command[:1] in (["check"], ["benchmark"], ["build"]))
+        assert ("(default: the current folder)" in text) == (command[:1] in (["check"], ["benchmark"], ["build"]))
 
 
 def large_photo():

@@ -48,7 +48,7 @@ def test_a_damaged_file_has_a_row_for_openvino(run, needs_openvino):
     (run / "student/student.onnx").write_bytes((run / "student/student.onnx").read_bytes()[:1000])
     deploy(check, run, "student.onnx", "--device", "cpu", check=1)
     rows = rows_of(run)
-    assert "not a complete ONNX file" in rows["student.onnx in OpenVINO"]["verdict"]
+    assert "not a valid ONNX file" in rows["student.onnx in OpenVINO"]["verdict"]
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_ncnn_needs_its_weights_and_the_onnx_file(converted, capfd):
     student = converted / "student"
     (student / "student-nchw.onnx").rename(student / "other.onnx")
     deploy(check, converted, "student_nchw.ncnn.param", "--device", "cpu", check=1)
-    assert "needs student_nchw.onnx (- may be _) next to it" in rows_of(converted)["student_nchw.ncnn.param"]["verdict"]
+    assert "needs student_nchw.onnx (or - for _) next to it" in rows_of(converted)["student_nchw.ncnn.param"]["verdict"]
     (student / "other.onnx").rename(student / "student-nchw.onnx")
     (student / "student_nchw.ncnn.bin").unlink()
     deploy(check, converted, "student_nchw.ncnn.param", "--device", "cpu", check=1)

@@ -73,7 +73,7 @@ def test_a_folder_gives_a_row_for_each_image_and_a_count(student, photos, tmp_pa
     assert rows["broken.jpg"]["error"]
     assert rows["broken.jpg"]["label"] == rows["broken.jpg"]["answered"] == ""
     out, err = capfd.readouterr()
-    assert "5 images, 0 of them none of these; 1 could not be read" in out
+    assert "5 images, 0 below the threshold; 1 could not be read" in out
     assert "1 files are not images by their names" in out
     assert re.search(r"^skipped an unreadable image: .*broken.jpg: ", err, re.M)
 
@@ -82,7 +82,7 @@ def test_without_a_csv_file_the_answers_of_a_folder_are_printed(student, photos,
     deploy(predict, student(), photos)
     lines = capfd.readouterr().out.splitlines()
     assert sum(".jpg: " in line or "PNG: " in line or ".png: " in line for line in lines) == 5
-    assert "5 images, 0 of them none of these; 1 could not be read" in lines
+    assert "5 images, 0 below the threshold; 1 could not be read" in lines
 
 
 def test_an_unreadable_file_on_the_command_line_is_an_error(student, photos, capfd):
