@@ -72,7 +72,7 @@ TOLERANCES = {
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
     "int8": dict(error=float("inf"), agreement=90.0, drop=2.0),
 }
-INT8_ADVICE = "try quantize --max-drop 2, or calibrate on more images (train.py --reference N)"
+INT8_ADVICE = "calibrate on more images (train.py --reference N), or, without a bound so far, try quantize --max-drop 2"
 
 
 COLUMNS = (  # columns of the table, and their formats

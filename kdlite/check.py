@@ -268,12 +268,14 @@ class Numbers(NamedTuple):
     base: dict[str, float]
     live: list[str]  # the numbers that may be gamma or temperature
     without_effect: list[str]
+    weights: dict[str, float]  # weights of the whole loss or of its target term, with their defaults; `base` has 1.0
 
 
 def find_roles(subject: Subject, order: Order, probe: Case) -> Numbers:
     base = dict(subject.numbers)
     live: list[str] = []
     without_effect: list[str] = []
+    weights: dict[str, float] = {}
     before, _ = subject.gradient(order, probe, base)
     target = gradient(right, probe, 0.0, 1.0)
     for name, value in subject.numbers.items():
@@ -285,10 +287,10 @@ def find_roles(subject: Subject, order: Order, probe: Case) -> Numbers:
         if is_close(after, before):
             without_effect.append(name)
         elif value and (is_close(after, before * (changed / value)) or is_close(after - before, target * value)):
-            base[name] = 1.0  # the number is a weight of the whole loss, or of its target term
+            weights[name], base[name] = value, 1.0
         else:
             live.append(name)
-    return Numbers(base, live, without_effect)
+    return Numbers(base, live, without_effect, weights)
 
 
 # ---- comparing ----------------------------------------------------------------------------------------------------
@@ -428,6 +430,9 @@ def side_mistake(tried: Attempt) -> str | None:
     """Return the mistake of a loss whose gradient is right, or None if it has no mistake."""
     if tried.into_teacher:
         return "gradient flows into the teacher: detach the teacher's logits"
+    for name, default in tried.numbers.weights.items():
+        if default != 1:
+            return f"{name}={default:g} by default multiplies the loss or its target term: the paper's weight is 1"
     idle = [name for name in tried.numbers.without_effect if name.lower() in GAMMAS + TEMPERATURES]
     return f"{idle[0]} has no effect" if idle and not (tried.gamma and tried.temperature) else None
 
@@ -439,7 +444,9 @@ def report(subject: Subject, tried: Attempt, constants: tuple[float, float], mis
     if mistake is None and tried.gamma is None and constants[1] != 1:
         squared = constants[0] * constants[1] ** 2
         notes.append(f"if gamma should be {squared:.4g}, the temperature squared is missing")
-    varied = {tried.gamma, tried.temperature, *tried.numbers.without_effect}
+    weights = {name: default for name, default in tried.numbers.weights.items() if default != 1}
+    notes += [f"{name}: {default:g} by default, 1 in the cases below" for name, default in weights.items()]
+    varied = {tried.gamma, tried.temperature, *tried.numbers.without_effect, *weights}
     rest = {name: tried.numbers.base[name] for name in subject.numbers if name not in varied} | subject.others
     if rest:
         notes.append("not varied: " + ", ".join(f"{name}={value!r}" for name, value in rest.items()))

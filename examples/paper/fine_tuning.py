@@ -85,6 +85,17 @@ def draw(source: Path, name: str, seed: int) -> Path:
     return draw_folder(source, RUNS / "images" / f"{name}-{seed}", f"{name} {seed}", classes, parts)
 
 
+def read_arguments(parser: argparse.ArgumentParser, draws: int) -> argparse.Namespace:
+    """Add SOURCE and --draws, parse the command line, and use one thread; raise UserError if SOURCE is incomplete."""
+    parser.add_argument("source", type=Path, help="the unpacked Tiny-ImageNet")
+    parser.add_argument("--draws", type=int, default=draws, help=f"number of draws (default: {draws})")
+    args = parser.parse_args()
+    if not (args.source / "train").is_dir():
+        raise UserError(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")
+    torch.set_num_threads(1)
+    return args
+
+
 def read_results(file: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file; [] if it does not exist."""
     return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.exists() else []
@@ -180,14 +191,11 @@ def run_timm(root: Path, weights: Path, script: Path, flags: list, seed: int, ou
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
     parser.add_argument("--fastai", type=Path, help="a Python with fastai")
     parser.add_argument("--timm", type=Path, help="timm's train.py")
-    parser.add_argument("--draws", type=int, default=3, help="draws of each folder (default: 3)")
     parser.add_argument("--rows", nargs="+", default=list(EPOCHS), choices=EPOCHS, help="rows to run (default: all)")
-    args = parser.parse_args()
+    args = read_arguments(parser, draws=3)
     weights = fetch(STUDENT).resolve()
-    torch.set_num_threads(1)
     rows = read_results(RESULTS)
     there = {(row["folder"], row["draw"], row["row"]) for row in rows}
     for seed in range(args.draws):

@@ -23,9 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
-import torch
-from fine_tuning import HERE, ROOT, draw_folder, images_of, logits_of, read_results, top1, write_results
-from finetune import STUDENT, TEACHER, UserError, fetch, run_command
+from fine_tuning import HERE, ROOT, draw_folder, images_of, logits_of, read_arguments, read_results, top1, write_results
+from finetune import STUDENT, TEACHER, fetch, run_command
 
 from deploy.cli import write_whole
 from deploy.flags import read_flags
@@ -109,7 +108,6 @@ def run_draw(source: Path, seed: int) -> dict[tuple[str, str], dict[str, float]]
             output = runs / f"{teacher}-{row}"
             train_once([*student, *more, "--teacher-labels", runs / teacher], output)
             found[row, teacher] = measure(output, root)
-            shutil.rmtree(output)
     return found
 
 
@@ -158,12 +156,7 @@ def print_tables(rows: list[dict[str, str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--draws", type=int, default=15, help="number of draws (default: 15)")
-    args = parser.parse_args()
-    if not (args.source / "train").is_dir():
-        raise UserError(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")
-    torch.set_num_threads(1)
+    args = read_arguments(parser, draws=15)
     rows = read_results(RESULTS)
     for seed in range(args.draws):
         if any(row["draw"] == str(seed) for row in rows):
@@ -171,6 +164,7 @@ def main() -> None:
         for (row, teacher), tops in run_draw(args.source, seed).items():
             rows.append({"draw": str(seed), "row": row, "teacher": teacher} | {k: f"{v:.2f}" for k, v in tops.items()})
         write_results(RESULTS, rows)
+        shutil.rmtree(RUNS / str(seed))  # a gigabyte
         print(f"draw {seed} is finished", flush=True)
     print_tables(rows)
 

@@ -15,9 +15,18 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-from fine_tuning import HERE, draw_folder, images_of, logits_of, read_images, read_results, top1, write_results
-from finetune import STUDENT, TEACHER, UserError, fetch, run_command
+from fine_tuning import (
+    HERE,
+    draw_folder,
+    images_of,
+    logits_of,
+    read_arguments,
+    read_images,
+    read_results,
+    top1,
+    write_results,
+)
+from finetune import STUDENT, TEACHER, fetch, run_command
 
 from deploy.student import load_student
 from kdlite.training.launch import store_labels, train_once
@@ -90,12 +99,7 @@ def run_draw(source: Path, name: str, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--draws", type=int, default=5, help="draws of each folder (default: 5)")
-    args = parser.parse_args()
-    if not (args.source / "train").is_dir():
-        raise UserError(f"{args.source} has no train/ folder: expected the unpacked Tiny-ImageNet")
-    torch.set_num_threads(1)
+    args = read_arguments(parser, draws=5)
     rows = read_results(RESULTS)
     for name in FOLDERS:
         for seed in range(args.draws):

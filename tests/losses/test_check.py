@@ -109,7 +109,7 @@ RIGHT = {  # a right loss, and the notes about its call
     "the target first": (lambda label, a, b: hand(a, b, label), ["called as (target, student, teacher)"]),
     "a later target": (lambda a, b, T=1.0, target=None: hand(a, b, target, 1.5, T), ["temperature: varied by T"]),
     "constants": (lambda s, t, y: hand(s, t, y, 3.5, 3.0), ["gamma: 3.5, a constant in the loss"]),
-    "a weight": (lambda s, t, y, weight=2.0, T=1.0, g=1.5: weight * hand(s, t, y, g, T), ["not varied: weight=1.0"]),
+    "a weight": (lambda s, t, y, weight=1.0, T=1.0, g=1.5: weight * hand(s, t, y, g, T), ["not varied: weight=1.0"]),
     "a weight of the target term": (
         lambda s, t, y, alpha=1.0, gamma=1.5: alpha * hand(s, t, y, 0.0) + hand(s, t, y, gamma) - hand(s, t, y, 0.0),
         ["gamma: varied by gamma", "not varied: alpha=1.0"],
@@ -127,6 +127,26 @@ def test_a_right_loss_is_right_in_all_twenty_cases(kind):
     assert len(result.lines) == 20
     assert all(line.endswith(": right") for line in result.lines)
     assert set(notes) <= set(result.notes)
+
+
+def half_of_the_target_term(s, t, y, alpha=0.5, gamma=1.5):
+    return alpha * hand(s, t, y, 0.0) + hand(s, t, y, gamma) - hand(s, t, y, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight"),
+    [
+        (lambda s, t, y, weight=2.0, T=1.0, g=1.5: weight * hand(s, t, y, g, T), "weight=2"),
+        (half_of_the_target_term, "alpha=0.5"),
+        (functools.partial(half_of_the_target_term, alpha=3.0), "alpha=3"),
+    ],
+)
+def test_a_default_weight_other_than_one_is_a_mistake_although_the_gradient_is_right_with_one(loss, weight):
+    result = check.check(loss)
+    assert result.mistake == f"{weight} by default multiplies the loss or its target term: the paper's weight is 1"
+    assert f"{weight.replace('=', ': ')} by default, 1 in the cases below" in result.notes
+    assert not any(note.startswith("not varied: ") for note in result.notes)
+    assert all(line.endswith(": right") for line in result.lines)
 
 
 @pytest.mark.slow
