@@ -285,7 +285,7 @@ def test_a_reference_that_does_not_match_the_student_gives_one_line(run, how, me
 def test_the_flag_reference_reads_another_file(run, tmp_path, capsys):
     student = shutil.copytree(run / "student", tmp_path / "alone")
     deploy(check, student, "student.onnx", "--reference", run / "reference.npz", "--count", "50", "--device", "cpu")
-    assert "50 validation images" in capsys.readouterr().out
+    assert "50 images of the reference.npz" in capsys.readouterr().out
 
 
 FLOATS = np.zeros((80, 10), np.float32)

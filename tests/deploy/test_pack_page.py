@@ -401,7 +401,7 @@ def test_the_logits_of_each_precision_are_those_of_onnxruntime(browser, runtime,
 @pytest.mark.parametrize(("flags", "message"), [
     (["--runtime", "other.tgz"], "is not the file of npm pack onnxruntime-web@"),
     (["--runtime", "nothing.tgz"], "nothing.tgz cannot be read"),
-    ([], "npm, which fetches ONNX Runtime Web, is not installed: npm pack onnxruntime-web@"),
+    ([], "npm, which fetches ONNX Runtime Web, is not installed: on another machine run npm pack onnxruntime-web@"),
     (["-o", "student.pyz", "--runtime", "other.tgz"], "--runtime is for student.html"),
 ])  # fmt: skip
 def test_a_mistake_with_pack_gives_one_line(capfd, tmp_path, monkeypatch, flags, message):
@@ -429,7 +429,7 @@ def test_a_failure_of_npm_and_a_wrong_file_from_npm_give_one_line(capfd, tmp_pat
     monkeypatch.setenv("PATH", f"{npm.parent}:/usr/bin:/bin")
     file = f"{page.PACKAGE}-{page.VERSION}.tgz"
     for script, message in (
-        ("echo offline >&2; exit 1", "(offline): npm pack"),
+        ("echo offline >&2; exit 1", "(offline): on another machine run npm pack"),
         (f"echo x > {file}", "(the SHA-512 of its file differs): npm pack"),
         ("exit 0", "(no file): npm pack"),
     ):
