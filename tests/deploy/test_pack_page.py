@@ -430,8 +430,8 @@ def test_a_failure_of_npm_and_a_wrong_file_from_npm_give_one_line(capfd, tmp_pat
     file = f"{page.PACKAGE}-{page.VERSION}.tgz"
     for script, message in (
         ("echo offline >&2; exit 1", "(offline): on another machine run npm pack"),
-        (f"echo x > {file}", "(the SHA-512 of its file differs): npm pack"),
-        ("exit 0", "(no file): npm pack"),
+        (f"echo x > {file}", "(the SHA-512 of its file differs): on another machine run npm pack"),
+        ("exit 0", "(no file): on another machine run npm pack"),
     ):
         npm.write_text(f"#!/bin/sh\n{script}\n")
         npm.chmod(0o755)
