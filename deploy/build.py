@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     took = f"{file.stat().st_size / 1e6:.1f} MB, built by {built['library']} {built['version']} in {built['build_s']} s"
     show(f"{file}  {took} for batches of {' '.join(map(str, batches))} (smallest, usual, largest)")
     if not built["gpu"]:
-        log("built without a GPU, so the engine was not run here; run deploy.check on a machine with the GPU")
+        log("built without a GPU, so the engine was not run here; check it on a machine with the GPU")
     return 0
 
 

@@ -121,7 +121,7 @@ def check_temperature(
     errors = f"calibration error {100 * before:.1f} % before, {100 * after:.1f} % after"
     about = f"{errors}, on {len(labels)} validation images that the fit did not use"
     if after > before:
-        return None, f"temperature {temperature:.4g} is not kept: {about}"
+        return None, f"temperature {temperature:.4g} is rejected, {metadata.temperature or 1.0:.4g} stays: {about}"
     return temperature, f"temperature {temperature:.4g}: {about}"
 
 

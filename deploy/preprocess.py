@@ -99,7 +99,7 @@ def open_image(file: str | Path | bytes | BinaryIO, accepted: tuple[str, ...] | 
 
 
 def describe_start(file: str | Path | BinaryIO) -> str:
-    """Return the format of a file that Pillow does not read, by its first bytes."""
+    """Describe a file that Pillow does not read, by its first bytes."""
     try:
         with open(file, "rb") if isinstance(file, (str, Path)) else contextlib.nullcontext(file) as opened:
             opened.seek(0)
@@ -109,6 +109,8 @@ def describe_start(file: str | Path | BinaryIO) -> str:
     if not start:
         return "it is empty"
     known = [text for mark, text in UNREAD.items() if mark in start[:16].lstrip().replace(b"\xef\xbb\xbf", b"")]
+    accept = {name: Image.OPEN[name][1] for name in formats()}
+    known += [f"it starts like {name}, but its bytes are damaged" for name, f in accept.items() if f and f(start[:16])]
     return known[0] if known else f"it starts with {start[:8]!r}"
 
 

@@ -1,14 +1,15 @@
 """Write and read reference.npz: prepared images and the student's own logits, so that a device needs no data set.
 
 train.py writes the file into the run directory, not into student/, because it contains training images. deploy.check
-compares files with its logits. deploy.quantize calibrates on its training images. deploy.benchmark times files on its
-validation images.
+compares a student's files with these logits. deploy.quantize calibrates on these training images. deploy.benchmark
+times files on these validation images.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,10 @@ NAME = "reference.npz"
 class Reference(NamedTuple):
     """Hold the arrays of the file, each under its name in the file."""
 
-    images: np.ndarray  # validation images, evenly spaced and prepared: uint8 (N, H, W, C)
+    images: np.ndarray  # validation images at equal steps, prepared: uint8 (N, H, W, C)
     labels: np.ndarray  # class indices of the images: int64 (N,)
     logits: np.ndarray  # logits of the student in full precision: float32 (N, C)
-    train_images: np.ndarray  # training images, evenly spaced and prepared as for evaluation: uint8 (M, H, W, C)
+    train_images: np.ndarray  # training images at equal steps, prepared as for evaluation: uint8 (M, H, W, C)
     weights_sha256: np.ndarray  # digest of the weights that computed the logits: a string
 
     @property
@@ -83,10 +84,17 @@ def prepare_some(source: Any, count: int, metadata: Metadata) -> tuple[np.ndarra
 
 
 def find_reference(student: Path, given: Path | None) -> Path | None:
-    """Return the file that --reference names, or the run's reference.npz, or None if it is missing."""
+    """Return the file that --reference names, or the run's reference.npz, or None if it is missing.
+
+    Raises:
+        UserError: the file that --reference names does not exist.
+    """
     if given and not given.is_file():
         raise UserError(f"--reference {given}: no such file")
-    own = student.resolve().parent / NAME
+    folder = student.resolve().parent
+    if os.path.isfile(folder):  # the archive student.pyz; its own is_file() would look inside it
+        folder = folder.parent
+    own = Path(folder) / NAME
     return given or (own if own.is_file() else None)
 
 
@@ -107,7 +115,9 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
     count, image = len(reference.images), config.image_shape
     found = [reference.images.shape, reference.train_images.shape[1:], reference.labels.shape, reference.logits.shape]
     expected = [(count, *image), image, (count,), (count, len(config.label_names))]
-    if found != expected or not count:
+    if not count:
+        raise UserError(f"{file} is without validation images: train.py --resume writes it again")
+    if found != expected:
         raise UserError(
             f"{file} belongs to another student than {student}: its arrays are {found}, expected {expected}"
         )

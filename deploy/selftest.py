@@ -99,7 +99,7 @@ def make_vectors(runtime: Runtime, former: Path) -> dict[str, bytes]:
     former: the folder of earlier vectors, which may have logits of this student's other files to keep
     """
     metadata = runtime.metadata
-    names = ("input_size", "crop", "interpolation", "mean", "std")
+    names = ("input_size", "crop", "interpolation", "mean", "std", "label_names")
     about: dict[str, Any] = {"format": 1} | {name: getattr(metadata, name) for name in names}
     about |= {"weights_sha256": metadata.source.get("weights_sha256"), "pictures": []}
     files: dict[str, bytes] = {}
@@ -114,7 +114,13 @@ def make_vectors(runtime: Runtime, former: Path) -> dict[str, bytes]:
     logits = kept_logits(former / INDEX, about)
     values = [[float(f"{x:.9g}") for x in row] for row in runtime.run_in_parts(np.stack(images), 1).tolist()]
     precision = metadata.precision
-    logits[runtime.file] = {"precision": precision, "tolerance": tolerance_of(precision), "values": values}
+    logits[runtime.file] = {
+        "precision": precision,
+        "temperature": metadata.temperature,
+        "threshold": metadata.threshold,
+        "tolerance": tolerance_of(precision),
+        "values": values,
+    }
     return files | {INDEX: json.dumps(about | {"logits": logits}).encode() + b"\n"}
 
 

@@ -1,7 +1,8 @@
-"""Compute losses of other papers from their formulas: for train.py --kd examples/losses.py:dkd, or for a loop.
+"""Compute losses from the formulas of several papers, for train.py --kd examples/losses.py:dkd, or for your own loop.
 
-The arguments are student_logits (N, C), teacher_logits (N, C) and target (N,), class indices. Each loss except dist
-returns a value for each row, (N,). Add the loss to the cross-entropy, and tune its weights for your teacher.
+The arguments are student_logits (N, C), teacher_logits (N, C) and target (N,), class indices. tf_kd and ps_kd need no
+teacher; ps_kd takes the student's own earlier logits. Each loss except dist returns a value for each row, (N,). Add the
+loss to the cross-entropy, and tune its weights on your images.
 """
 
 import torch
@@ -26,7 +27,7 @@ def dkd(
     """Return decoupled KD, arXiv 2203.08679: alpha KL(b^T || b^S) + beta KL(p^T || p^S), times temperature squared.
 
     b has two probabilities: that of the target, and the sum of the others. p is the distribution over the other
-    classes.
+    classes. Both are at the temperature.
     """
     student, teacher = (x / temperature for x in (student_logits, teacher_logits))
     others = torch.ones_like(student, dtype=torch.bool).scatter(1, target.unsqueeze(1), False)
@@ -39,7 +40,10 @@ def dkd(
 def standardised_kd(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, weight: float = 9.0, temperature: float = 2.0
 ) -> Tensor:
-    """Return KD of logits that are standardised in each row (mean 0, deviation 1), arXiv 2403.01733."""
+    """Return weight * temperature^2 * KL(teacher || student), arXiv 2403.01733.
+
+    The logits of each row are standardised (mean 0, deviation 1), then divided by the temperature.
+    """
     student, teacher = (
         (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-12).sqrt() / temperature
         for x in (student_logits, teacher_logits)
@@ -50,7 +54,8 @@ def standardised_kd(
 def wttm(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
     """Return weighted transformed teacher matching (arXiv 2402.11148), sum_i T_i^(1/tau) KL(T^(1/tau) || S).
 
-    Only the teacher has the temperature tau. The weight of a row is the sum of T_i^(1/tau).
+    Only the teacher has the temperature tau. The weight of a row is the sum of T_i^(1/tau). In the KL divergence
+    T^(1/tau) is divided by this sum.
     """
     power_sum = (teacher_logits.log_softmax(1) / temperature).exp().sum(1)
     return power_sum * kl((teacher_logits / temperature).log_softmax(1), student_logits.log_softmax(1))
@@ -64,7 +69,11 @@ def dist(
     gamma: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return DIST (arXiv 2205.10536) as one value: 1 - Pearson's correlation of rows (beta) and of columns (gamma)."""
+    """Return DIST (arXiv 2205.10536) as one value: beta (1 - r of rows) + gamma (1 - r of columns).
+
+    The value is multiplied by the temperature squared. r is the mean of Pearson's correlations between the
+    probabilities of student and teacher at the temperature.
+    """
     s, t = ((x / temperature).softmax(1) for x in (student_logits, teacher_logits))
     return temperature**2 * (beta * pearson_distance(s, t, 1) + gamma * pearson_distance(s, t, 0))
 
@@ -84,13 +93,13 @@ def tf_kd(
 ) -> Tensor:
     """Return teacher-free KD by regularisation (arXiv 1909.11723): the teacher is uniform except at the target.
 
-    The loss is weight * temperature^2 * KL(p^d || S), with p^d and S at the temperature. ``correct`` is p^d of the
-    target. The loss ignores teacher_logits.
+    The loss is weight * temperature^2 * KL(p^d || S), with p^d and S at the temperature. At temperature 1, p^d of the
+    target is ``correct``. The loss ignores teacher_logits.
     """
     classes = student_logits.shape[1]
     p_d = torch.full_like(student_logits, (1 - correct) / (classes - 1)).scatter(1, target.unsqueeze(1), correct)
-    made = (p_d.log() / temperature).log_softmax(1)
-    return weight * temperature**2 * kl(made, (student_logits / temperature).log_softmax(1))
+    uniform = (p_d.log() / temperature).log_softmax(1)
+    return weight * temperature**2 * kl(uniform, (student_logits / temperature).log_softmax(1))
 
 
 def ps_kd(student_logits: Tensor, past_logits: Tensor, target: Tensor, alpha: float = 0.8) -> Tensor:

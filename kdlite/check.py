@@ -191,6 +191,7 @@ FORMULAS: list[tuple[str, Formula]] = [
     ),
 ]
 DIGITS_LOST = "the loss loses digits if a probability is near 0 or 1: use log_softmax, not the log of a softmax"
+NO_GRADIENT = "the student's logits get no gradient: remove no_grad, detach, item or a new tensor from the loss"
 UNKNOWN = "the mistake is not a known one: compare each term with kdlite/README.md"
 
 
@@ -219,7 +220,9 @@ class Subject:
         target = next((name for name in names if name.lower() in TARGETS), None)
         logits = [name for name in names if name != target][: 3 if target is None else 2]
         self.tensors = sorted(logits if target is None else [*logits, target], key=names.index)
+        keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         self.by_position = self.tensors == names[:3] or len(self.tensors) < 3
+        self.by_position &= keyword_only.isdisjoint(self.tensors)
         self.orders = [
             order
             for order in itertools.permutations(("student", "teacher", "target"))
@@ -412,6 +415,8 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
             failure = failure or error
     if not tried and failure is not None:
         raise failure
+    if not any(bool(actual.count_nonzero()) for one in tried for _, actual in one.actual):
+        return report(subject, tried[0], estimate(right, tried[0], gamma, temperature), NO_GRADIENT)
     for words, formula in [("", right), *FORMULAS]:
         for one in tried:
             constants = estimate(formula, one, gamma, temperature)

@@ -37,6 +37,7 @@ from deploy.server.protocol import RequestError, bad, show
 DECODE_S = 10.0  # CPU time of one photograph
 MEMORY = 3 * 2**29  # bytes that a process may allocate; 64 million transparent pixels need 2**30
 LARGE_IMAGE = MAX_PIXELS // 16  # pixels: larger photographs are decoded one at a time, because of their memory
+FORM_OF_CURL = "application/x-www-form-urlencoded"  # the content type of curl -d, which removes line ends
 SCANS = 20  # largest number of scans of a JPEG of MAX_PIXELS; each scan decodes the whole image. Cameras write 10
 
 
@@ -162,7 +163,8 @@ def decode(
             accepts = Image.OPEN[name][1]
             if name not in accepted and accepts and accepts(body[:16]):
                 raise bad(f"the file is {name}: this server reads it only with --formats") from error
-        raise bad(f"the image cannot be read: {error}; expected {', '.join(accepted)}") from error
+        curl = "; send a file with curl --data-binary, not with -d" if content_type.startswith(FORM_OF_CURL) else ""
+        raise bad(f"the image cannot be read: {error}; expected {', '.join(accepted)}{curl}") from error
 
 
 def file_in(body: bytes, content_type: str) -> bytes:

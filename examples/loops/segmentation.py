@@ -24,7 +24,7 @@ def scene(i: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class WithDenseWeakHead(nn.Module):
-    """Return weak logits at every pixel too. Head and model are one module, so that DDP and FSDP contain both."""
+    """In training, also return weak logits of each pixel. DDP and FSDP contain both, because they are one module."""
 
     def __init__(self, model: nn.Module, layer: str, channels: int) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ def without_teacher(model, x, y):
 
 
 if __name__ == "__main__":
-    teacher, student, other = network(), network(), WithDenseWeakHead(network(), "backbone.8", channels=80)
+    teacher, student, alone = network(), network(), WithDenseWeakHead(network(), "backbone.8", channels=80)
     fit(teacher, cross_entropy)
     fit(student, with_teacher)
-    fit(other, without_teacher)
-    other.tap.close()  # other.model is the plain student again
+    fit(alone, without_teacher)
+    alone.tap.close()  # alone.model is the plain student again

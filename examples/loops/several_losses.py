@@ -23,11 +23,11 @@ def cnn(width: int) -> nn.Module:
     return model
 
 
-def fit(parameters, losses_of, epochs: int = 4) -> dict[str, Tensor]:
+def fit(parameters, compute, epochs: int = 4) -> dict[str, Tensor]:
     optimizer = torch.optim.AdamW(parameters, lr=5e-3)
     for _ in range(epochs):
         for batch in torch.randperm(1400).split(64):
-            losses = losses_of(images[batch], labels[batch])
+            losses = compute(images[batch], labels[batch])
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
@@ -39,16 +39,16 @@ def accuracy(model: nn.Module) -> float:
 
 
 class Student(nn.Module):
-    """Hold the trained parts: student, weak head, and a layer that maps its feature to the size of the teacher's."""
+    """Hold the trained parts: student, weak head, and a layer from the student's to the teacher's channels."""
 
     def __init__(self, model: nn.Module, channels: int, teacher_channels: int) -> None:
         super().__init__()
-        self.student = WithWeakHead(model, "layer1", example_input=images[:2])
+        self.wrapped = WithWeakHead(model, "layer1", example_input=images[:2])
         self.tap = FeatureTap(model, "layer2")
         self.to_teacher = nn.Conv2d(channels, teacher_channels, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits, weak_logits = self.student(x)
+        logits, weak_logits = self.wrapped(x)
         return logits, weak_logits, self.to_teacher(self.tap.pop())
 
 
@@ -77,4 +77,4 @@ if __name__ == "__main__":
     last = fit(student.parameters(), lambda x, y: losses_of(student, teachers, x, y))
     print(", ".join(f"{name} {loss.item():.3f}" for name, loss in last.items()))
     student.tap.close()
-    print(f"student {accuracy(student.student.close()):.1%}")
+    print(f"student {accuracy(student.wrapped.close()):.1%}")

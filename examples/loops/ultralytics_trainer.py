@@ -1,4 +1,4 @@
-"""Train a classifier of Ultralytics with NKD and with USKD in its own trainer, on one device, with its checkpoints.
+"""Train an Ultralytics classifier with NKD, then another with USKD. Both use Ultralytics' trainer, on one device.
 
 python examples/loops/ultralytics_trainer.py [OUTPUT]
 """
@@ -59,7 +59,7 @@ class USKDTrainer(ClassificationTrainer):
         return model
 
     def preprocess_batch(self, batch):
-        if self.tap is None:  # after the trainer has made its EMA copy: a checkpoint with a hook cannot be loaded
+        if self.tap is None:  # not before the EMA copy, which is saved: a saved model with a hook cannot be loaded
             self.tap = FeatureTap(self.model, f"model.{self.layer}")
         return {**super().preprocess_batch(batch), "tap": self.tap}
 

@@ -1,20 +1,20 @@
-"""Measure the answers of a run's networks about its images: student, weak head, teacher, stored labels.
+"""Measure predictions for a run's images: those of student, weak head, teacher and stored labels.
 
     python examples/paper/answers.py RUN ... [--model FILE.py:BUILD]
 
 RUN is a run directory of train.py with a last.pt. If the run used your code (--model FILE.py:BUILD), repeat the flag.
 
-The command prints a line for each network, for the training and for the validation images, without crop and flip.
-Stored labels belong to the first view, with its crop and flip. The student has its last weights, not their average
-(--ema-decay).
+The command prints two lines for each network: for the training images and for the validation images, without crop and
+flip. Stored labels exist only for training images. They were predicted from images with a random crop and flip. The
+student has its last weights, not their average (--ema-decay).
 
     top-1       accuracy, %
     label       mean probability of the label: S_t or T_t
-    spread      standard deviation of the square of that probability (USKD's P_t varies by the square)
+    spread      standard deviation of the square of that probability (P_t of USKD contains this square)
     entropy     entropy of the renormalised other classes, in nats; then that of a uniform answer, the maximum
 
-For USKD it also prints a share of the first five ranks of R, which have the largest Zipf weights: the ranks that equal
-those by the student's answer alone.
+USKD ranks the classes by R, and the first five ranks have the largest Zipf weights. For USKD the command also prints
+how many of these five classes, in percent, are also the first five by the student's prediction alone.
 """
 
 import argparse
@@ -56,7 +56,10 @@ def describe(logits: Tensor, target: Tensor) -> str:
 
 
 def own_ranks(student: Tensor, weak: Tensor, target: Tensor, first: int = 5) -> float:
-    """Return the percentage of the first ranks by R_i = W_i / (1 - W_t) + S_i / (1 - S_t) that equal the ranks by S."""
+    """Return the percentage of the first classes by R that are also the first classes by S, in any order.
+
+    R_i is W_i / (1 - W_t) + S_i / (1 - S_t).
+    """
     first = min(first, student.shape[1] - 1)
     own = odds(student.double(), target)
     both = own + odds(weak.double(), target)
@@ -95,7 +98,7 @@ def stored_logprobs(stored: StoredLabels, target: Tensor, classes: int) -> Tenso
     """
     if stored.k < classes - 1:
         needed = f"write labels with --top-k {classes - 1}"
-        raise UserError(f"{stored.folder} has {stored.k} of {classes - 1} other classes: {needed}")
+        raise UserError(f"{stored.folder} stores {stored.k} of the {classes - 1} non-target classes: {needed}")
     rows = [stored(0, index) for index in range(len(target))]
     return train.all_logprobs(tuple(map(torch.stack, zip(*rows))), target, classes)
 

@@ -4,7 +4,7 @@
 
 The names are those in the tables of Tian et al. 2020 (CRD, arXiv 1910.10699). Residual networks: He et al. 2016 (arXiv
 1512.03385, section 4.2), with projection shortcuts. Wide residual networks: Zagoruyko and Komodakis 2016 (arXiv
-1605.07146). Blocks that torchvision has come from torchvision.
+1605.07146). If torchvision has a block, we use it.
 """
 
 from collections import OrderedDict
@@ -32,7 +32,10 @@ def classifier(num_classes: int, channels: int, **layers: nn.Module) -> nn.Seque
 def stage(
     block: Callable[[int, int, int], nn.Module], channels_in: int, channels: int, blocks: int, stride: int = 2
 ) -> nn.Sequential:
-    """Return a stage of blocks, made by block(channels_in, channels, stride). The first changes channels and size."""
+    """Return a stage of blocks, made by block(channels_in, channels, stride).
+
+    Only the first block may change the channels and the size.
+    """
     first = block(channels_in, channels, stride)
     return nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1)))
 
@@ -68,7 +71,10 @@ resnet8x4, resnet32x4 = (partial(resnet, depth=depth, width=64, stem=32) for dep
 
 
 class PreActivationBlock(nn.Module):
-    """Apply two convolutions, each after batch norm and ReLU; a projection reads the first ReLU's output."""
+    """Apply two convolutions, each after batch norm and ReLU.
+
+    The shortcut is the input or, if the channels change, a projection of the first ReLU's output.
+    """
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -85,7 +91,7 @@ class PreActivationBlock(nn.Module):
 
 
 def wrn(num_classes: int, depth: int = 40, width: int = 2) -> nn.Module:
-    """Return a wide residual network of 6n + 4 layers, with width x 16, 32 and 64 channels."""
+    """Return a wide residual network of 6n + 4 layers; its stages have 16, 32 and 64 channels, each times `width`."""
     blocks = depth // 6
     return classifier(
         num_classes,
@@ -104,7 +110,7 @@ wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2 = (
 
 
 def vgg(num_classes: int, convolutions: int = 1) -> nn.Module:
-    """Return VGG with batch norm: `convolutions` layers of each of five widths, three poolings, one linear layer."""
+    """Return VGG with batch norm: five groups of `convolutions` layers, three poolings, one linear layer."""
     widths: list[str | int] = []
     for width in (64, 128, 256):
         widths += [*[width] * convolutions, "M"]

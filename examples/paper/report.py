@@ -23,18 +23,25 @@ from scipy.stats import norm, t, ttest_1samp
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parents[1] / "README.md", HERE / "README.md"]
 BASELINE, TUNED = "cross-entropy", "KD tuned"  # only some tables have KD tuned
-# The settings of the README's chart, with the rows of KD and NKD: those with the best weights, if they were tuned.
+# The settings of the README's chart, with the rows of KD and of NKD (with tuned weights, if there are any).
 GAINS = {
-    "teacher of the same images,\nstudent underfits": ("few-epochs", "KD", "NKD"),
-    "teacher of the same images,\nstudent fits": ("few-images", "KD", "NKD"),
+    "teacher on the same images,\nstudent underfits": ("few-epochs", "KD", "NKD"),
+    "teacher on the same images,\nstudent fits": ("few-images", "KD", "NKD"),
     "ImageNet teacher,\nstudent underfits": ("lite", "KD tuned", "NKD tuned"),
     "ImageNet teacher,\nstudent fits": ("lite-fits", "KD tuned", "NKD tuned here"),
     "ImageNet teacher,\n50 classes": ("lite-50", "KD tuned here", "NKD tuned here"),
     "no teacher,\n50 classes": ("self-50", "", ""),
     "no teacher, 50 classes,\nstudent fits": ("self-50-fits", "", ""),
 }
-POOLED = ("few-epochs", "few-images", "self-20", "self-50", "self-100", "self-50-fits")  # USKD at the same weights
-SELF = {classes: f"self-{classes}" for classes in (20, 50, 100)}  # each with 8,000 images in all
+POOLED = (
+    "few-epochs",
+    "few-images",
+    "self-20",
+    "self-50",
+    "self-100",
+    "self-50-fits",
+)  # USKD has the same loss weights
+SELF = {classes: f"self-{classes}" for classes in (20, 50, 100)}  # each has 8,000 images in total
 
 
 def read(name: str) -> dict[str, dict[int, dict[str, str]]]:
@@ -63,14 +70,17 @@ def baseline_of(method: str, table: dict[str, dict[int, dict[str, str]]]) -> str
 
 
 def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> list[float]:
-    """Return the gains in top-1 of a method over another, one for each seed; [] if their seeds differ."""
+    """Return the gains in top-1 of a method over another, one for each seed; [] if they cannot be paired.
+
+    They cannot be paired if their seeds differ, if they are the same row, or if the method is the teacher.
+    """
     rows, base = table[method], table.get(base_name, {})
     if method in ("teacher", base_name) or rows.keys() != base.keys():
         return []
     return [a - b for a, b in zip(column(rows, "val_top1"), column(base, "val_top1"))]
 
 
-def over(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
+def gain_over(method: str, base_name: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
     """Return the gain's mean and deviation, and p of a paired t-test.
 
     Both are "" unless the two methods have the same seeds, at least two.
@@ -89,10 +99,10 @@ def markdown(name: str) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method, rows in table.items():
         cells = [method, str(len(rows)), spread(column(rows, "val_top1"))]
-        cells += over(baseline_of(method, table), method, table)
+        cells += gain_over(method, baseline_of(method, table), table)
         cells += [spread(column(rows, "val_top5"), 1)]
         cells += [", ".join(f"{statistics.mean(column(rows, key)):.2f}" for key in ("loss_ce", "val_loss"))]
-        cells += over(TUNED, method, table) if TUNED in table else ()
+        cells += gain_over(method, TUNED, table) if TUNED in table else ()
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -111,7 +121,7 @@ def plot(name: str) -> None:
     axes.set_ylim(len(table) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel("top-1 of the last epoch (%)")
     axes.grid(axis="x", alpha=0.3)
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same figures give the same file
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # equal data give an equal file
         figure.savefig(HERE / f"results/{name}.svg", metadata={"Date": None})
     plt.close(figure)
 
@@ -133,7 +143,7 @@ def plot_classes() -> None:
     axes.set_xscale("log")
     axes.set_xticks(list(SELF), [str(classes) for classes in SELF])
     axes.minorticks_off()
-    axes.set_xlabel("classes, of 8,000 images in all")
+    axes.set_xlabel("classes (8,000 images in total)")
     axes.set_ylabel("top-1 over cross-entropy (points)")
     axes.legend()
     with matplotlib.rc_context({"svg.hashsalt": "classes"}):
@@ -175,8 +185,9 @@ def pooled(method: str) -> str:
     """Return a method's mean gain over the settings of POOLED, weighted by 1 / variance, with its 95 % interval."""
     tables = {name: read(name) for name in POOLED}
     found = {name: gains(BASELINE, method, table) for name, table in tables.items() if method in table}
+    found = {name: values for name, values in found.items() if len(values) > 1}
     if not found:
-        known = sorted({name for table in tables.values() for name in table})
+        known = sorted({name for table in tables.values() for name in table} - {"teacher", BASELINE})
         raise SystemExit(f"report.py: error: no table has a row {method!r}: expected one of {', '.join(known)}")
     errors = {name: statistics.stdev(values) / len(values) ** 0.5 for name, values in found.items()}
     weights = {name: error**-2 for name, error in errors.items()}
@@ -192,7 +203,7 @@ def main() -> int:
     parser.add_argument(
         "--compare", nargs=3, metavar=("TABLE", "METHOD", "OTHER"), help="print the gain of a row over another"
     )
-    parser.add_argument("--pooled", metavar="METHOD", help="print the mean gain of a method over POOLED")
+    parser.add_argument("--pooled", metavar="METHOD", help="print the mean gain of a method in the settings of USKD")
     args = parser.parse_args()
     if args.pooled:
         print(pooled(args.pooled))
@@ -205,9 +216,9 @@ def main() -> int:
         table = read(name)
         if missing := {method, other} - table.keys():
             parser.error(f"{name} has no {missing.pop()!r}: expected one of {', '.join(table)}")
-        gain, p = over(other, method, table)
+        gain, p = gain_over(method, other, table)
         if not p:
-            parser.error(f"{method} and {other}: expected two methods with the same seeds, at least two")
+            parser.error(f"{method} and {other}: expected two different students with the same seeds, at least two")
         print(f"{gain}, p = {p}")
         return 0
     status = 0

@@ -75,7 +75,7 @@ def test_a_temperature_that_does_not_help_on_images_outside_the_fit_is_not_kept(
         logits[places] = worse[np.resize(donors, len(places))]
     found = fit_confidence(logits, labels, BARE)
     assert found.temperature is None
-    assert "is not kept: calibration error" in found.description
+    assert "is rejected, 1 stays: calibration error" in found.description
     assert found.threshold > 0.5
 
 

@@ -324,6 +324,13 @@ def test_the_archive_runs_alone_and_writes_only_its_results(device, pyz, made, e
     assert {path.name for path in tmp_path.iterdir()} == written
 
 
+def test_the_archive_checks_itself_on_reference_npz_next_to_it(device, pyz, made, tmp_path):
+    for file in (pyz, made / NAME):
+        shutil.copy(file, tmp_path)
+    on(device, tmp_path / pyz.name, "check", cwd=tmp_path)
+    assert json.loads((tmp_path / "check.json").read_text())[1]["verdict"] == "pass"
+
+
 def test_the_help_of_the_archive_names_student_pyz(device, pyz, tmp_path):
     for command in (["check"], ["benchmark"], ["build"], ["serve"], []):
         text = on(device, pyz, *(command or ["photo.jpg"]), "--help", cwd=tmp_path)

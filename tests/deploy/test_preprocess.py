@@ -455,6 +455,8 @@ NOT_READ = {
     b"%PDF-1.7": "PDF: export the page",
     b"data:image/png;base64,": "base64",
     b"hello there": "it starts with b'hello th'",
+    b"\xff\xd8\xff\xe0\0\x04ab hello": "it starts like JPEG, but its bytes are damaged",
+    b"\x89PNG\r\n\x1a\n\0\0": "it starts like PNG, but its bytes are damaged",
 }
 
 

@@ -30,7 +30,9 @@ def test_the_vectors_contain_pictures_their_prepared_bytes_and_their_logits(stud
     index = json.loads((folder / "index.json").read_text())
     assert len(index["pictures"]) == 10
     assert sum(file.stat().st_size for file in folder.iterdir()) < 300_000
+    assert index["label_names"] == runtime.metadata.label_names
     logits = index["logits"]["student.onnx"]
+    assert (logits["temperature"], logits["threshold"]) == (runtime.metadata.temperature, runtime.metadata.threshold)
     for picture, row in zip(index["pictures"], logits["values"]):
         content, prepared = ((folder / picture[name]).read_bytes() for name in ("file", "prepared"))
         image = prepare(open_image(content), runtime.metadata)

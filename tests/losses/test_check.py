@@ -115,6 +115,10 @@ RIGHT = {  # a right loss, and the notes about its call
         ["gamma: varied by gamma", "not varied: alpha=1.0"],
     ),
     "a reduction": (lambda s, t, y, reduction="mean": hand(s, t, y), ["not varied: reduction='mean'"]),
+    "keywords only": (
+        lambda *, student, teacher, target, tau=1.0: hand(student, teacher, target, 1.5, tau),
+        ["called as (student, teacher, target)", "temperature: varied by tau"],
+    ),
     "positional only": (lambda *tensors: hand(*tensors), ["gamma: 1.5, a constant in the loss"]),
 }
 
@@ -224,6 +228,9 @@ WRONG = {  # losses with other argument names, and the mistake of each
         lambda s, t, y, gamma=1.5, k=1.0: hand(s, t, y, gamma, 1.0) + (k - 1) * s.square().mean(),
         "not a known one",
     ),
+    "no_grad": (torch.no_grad()(hand), "the student's logits get no gradient"),
+    "a detached student": (lambda s, t, y: hand(s.detach(), t, y), "the student's logits get no gradient"),
+    "a new tensor": (lambda s, t, y: torch.tensor(hand(s, t, y).item()), "the student's logits get no gradient"),
 }
 
 

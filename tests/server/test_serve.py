@@ -316,6 +316,14 @@ def test_a_file_that_cannot_be_read_is_400_with_the_reason(site, body, reason):
     assert "curl" not in message  # because the page shows the message too
 
 
+def test_a_photograph_without_its_line_ends_as_curl_d_sends_it_gets_advice(site):
+    body = picture().replace(b"\n", b"").replace(b"\r", b"")
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    status, message = error_of(site, "/predict", body, headers)
+    assert (status, "with curl --data-binary, not with -d" in message) == (400, True), message
+    assert ask(site, "/predict", picture(), headers)[0] == 200
+
+
 @pytest.mark.parametrize(("query", "reason"), [
     ("top=0", "top is '0'"), ("top=many", "top is 'many'"), ("top=" + "9" * 5000, "top is"), ("top=-1", "top is '-1'"),
     ("top_k=5", "unknown query parameter 'top_k'"), ("top=5&k=1", "unknown query parameter 'k'"),

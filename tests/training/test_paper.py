@@ -432,7 +432,7 @@ def test_answers_py_measures_student_weak_head_teacher_and_labels(tmp_path, monk
     # the entropy of nine classes is unknown if the labels have three
     write_labels(*labels, "--output", "top3", "--top-k", "3")
     run(*tiny, "--kd", "nkd", "--temperature", "1", "--teacher-labels", "top3", "--output", "some")
-    with pytest.raises(UserError, match="top3 has 3 of 9 other classes: write labels with --top-k 9"):
+    with pytest.raises(UserError, match="top3 stores 3 of the 9 non-target classes: write labels with --top-k 9"):
         list(load("answers").report(Path("some"), tiny[2:4]))
 
 
