@@ -181,7 +181,12 @@ def get_parser() -> Parser:
     add("student", type=Path, help="a run directory, its student/ folder, or an artefact")
     add("images", type=Path, nargs="+", help="image files, or folders of them")
     add("--csv", type=Path, metavar="FILE", help="write the answers to this file instead of the screen")
-    add("--least-certain", type=number(int, 1, 1000), metavar="N", help="draw the N least certain images on one sheet")
+    add(
+        "--least-certain",
+        type=number(int, 1, 1000),
+        metavar="N",
+        help="print only the N least certain images, and draw them on one sheet",
+    )
     add("-o", "--sheet", type=Path, metavar="FILE", help="the sheet, a PNG file (default: least-certain.png)")
     add_device(parser)
     return parser
@@ -190,6 +195,8 @@ def get_parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     if args.sheet and not (args.least_certain and args.sheet.suffix.lower() == ".png"):
         raise UserError(f"--sheet {args.sheet}: expected a .png file, with --least-certain N")
+    if args.least_certain:
+        args.sheet = args.sheet or Path("least-certain.png")
     for file in filter(None, (args.csv, args.sheet)):
         check_writable(file)
     runtime, named = load(args.student, RunOn.from_args(args)), set(args.images)
@@ -212,7 +219,6 @@ def run(args: argparse.Namespace) -> None:
     if args.csv:
         write_whole(args.csv, answers_table(answers))
     if least:
-        args.sheet = args.sheet or Path("least-certain.png")
         write_whole(args.sheet, contact_sheet(least))
         show(*(f"{i}  {answer}" for i, answer in enumerate(least, 1)))
     unknown, unreadable = sum(not answer.answered for answer in read), len(answers) - len(read)

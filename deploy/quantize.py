@@ -49,7 +49,7 @@ from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 BINS = {"entropy": 512, "percentile": 2048}  # bins of a histogram; the time of entropy grows with their square
-BATCH, BATCH_PIXELS = 16, 1 << 18  # most images and pixels of a calibration batch: at 224 px it has five images
+BATCH, BATCH_PIXELS = 16, 1 << 18  # largest calibration batch, in images and in pixels: five images of 224 px
 RANKING = 32  # calibration images for the trial of one layer in INT8
 MOST_SHOWN = 10  # layers in a printed list; a table may have twice as many
 
@@ -322,8 +322,8 @@ def find_bounded(
 ) -> Bounded:
     """Write `file` with as few of the worst layers in float as the bound needs.
 
-    The search doubles the number of float layers until the bound holds, and then finds the smallest such number by
-    bisection. A network of 80 layers needs 80 trials of one layer on 32 images, and at most 14 trials of whole files.
+    The search doubles the number of float layers until the bound holds, and then reduces it by bisection. A network of
+    80 layers needs 80 trials of one layer on 32 images, and at most 15 trials of whole files.
 
     source: the fp32 file; images: for calibration and for the ranking of the layers; file: the path of the result
     """
@@ -355,7 +355,7 @@ def find_bounded(
 def leave_float(
     quantizer: Quantizer, worst_first: list[str], bound: Bound, right: np.ndarray, trial: Path
 ) -> tuple[Accuracy, list[str]]:
-    """Return the accuracy with the fewest layers in float that keep the bound, and these layers.
+    """Return the accuracy with few layers in float that keep the bound, and these layers.
 
     right: whether the fp32 file classifies each image of the bound right; trial: a path for temporary files
     """
@@ -444,7 +444,8 @@ def quantize_student(
     runtime = load(onnx_file, RunOn("cpu"))
     metadata = runtime.metadata
     if metadata.precision != "fp32" or metadata.tensors:
-        raise UserError(f"{onnx_file} is {metadata.precision}: quantise the fp32 file of deploy.export")
+        kind = "a file from elsewhere" if metadata.tensors else metadata.precision
+        raise UserError(f"{onnx_file} is {kind}: quantise the fp32 file of deploy.export")
     if recipe.reduce_range is None:
         recipe = dataclasses.replace(recipe, reduce_range=recipe.target == "cpu" and products_saturate())
     output, bounded = output or onnx_file.parent, None
@@ -475,8 +476,8 @@ def get_parser() -> Parser:
     add("--onnx", type=Path, help="the fp32 file to start from (default: student.onnx in the folder)")
     add("--count", type=number(int, 1), metavar="N", help="training images, evenly spaced (default: all)")
     methods = (
-        "method of calibration (default: minmax; with --max-drop, minmax, percentile and entropy are tried until every "
-        "layer can be INT8, and otherwise the best of them is used)"
+        "method of calibration (default: minmax; --max-drop tries minmax, then percentile, then entropy, until every "
+        "layer can be INT8, and otherwise takes the best of them)"
     )
     add("--method", choices=sorted(METHODS), help=methods)
     add("--op-types", nargs="+", help="ONNX operators to quantise (default: all; for the exception see above)")
@@ -501,7 +502,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--count {args.count}, but the reference has {len(images)}: train.py --reference N keeps N")
     images = images[evenly(len(images), args.count or len(images))]
     if args.reduce_range is None and products_saturate():
-        what = "the weights get 7 bits" if args.target == "cpu" else "the agreement below would be higher on a GPU"
+        what = (
+            "the weights get 7 bits"
+            if args.target == "cpu"
+            else "the file agrees more often with the fp32 file on a GPU than here"
+        )
         log(f"the 8-bit products of this CPU saturate (x86 without VNNI): {what}")
     recipe = Recipe(args.target, args.op_types, args.method or "minmax", args.reduce_range)
     bound = None

@@ -4,10 +4,11 @@
     python examples/unknown.py --data photos/ --flags "--model tf_efficientnet_lite0 --pretrained lite0.safetensors"
 
 photos/ has a folder for each class. Each draw leaves out its own classes, splits the rest by 3 : 1 : 1 into training,
-validation and test images, and runs train.py, which fits a temperature. A score orders the images. 95 % of the
-validation images reach its threshold. The table has mean and standard deviation over the draws of four measures: AUROC
-(50 % if the score does not separate known from unknown images), the share of unknown images below the threshold
-(refused), the share of known test images that reach it (answered), and the share of right answers among these.
+validation and test images, and runs train.py, which fits a temperature. Four scores are compared. 95 % of the
+validation images reach each score's threshold. The table has mean and standard deviation over the draws of four
+measures: AUROC (50 % if the score does not separate known from unknown images), the share of unknown images below the
+threshold (refused), the share of known test images that reach it (answered), and the share of right answers among
+these.
 """
 
 import argparse
@@ -126,11 +127,13 @@ parser.add_argument("--data", type=Path, help="a folder for each class (default:
 parser.add_argument("--classes", type=number(int, 3), default=0, help="classes of a draw (default: all)")
 parser.add_argument("--images", type=number(int, 3), default=0, help="images of a class (default: all)")
 parser.add_argument("--flags", default=DIGITS, help="flags of train.py (default: a ResNet-8 at 16 px)")
-parser.add_argument("--draws", type=number(int, 1), default=5, help="sets of classes that are left out (default: 5)")
+parser.add_argument("--draws", type=number(int, 2), default=5, help="sets of classes that are left out (default: 5)")
 parser.add_argument("--output", type=Path, default=Path("build/unknown"), help="a new folder (default: build/unknown)")
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.output.exists():
+        raise UserError(f"{args.output} exists: name a new folder with --output")
     data = args.data or args.output / "digits"
     if args.data is None:
         write_digits(data)
@@ -145,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
         both = [100 * calibration(softmax(logits["test"] / t).max(1), right).error for t in (1.0, temperature or 1.0)]
         errors.append([100 * float(right.mean()), temperature or 1.0, *both])
         sizes.append([len(parts[name]) for name in parts])
-        show(f"draw {draw}: top-1, temperature, calibration error before and after: {np.round(errors[-1], 2).tolist()}")
+        show(f"draw {draw}: top-1, temperature T, calibration error at 1 and at T: {np.round(errors[-1], 2).tolist()}")
     train, val, known, unknown = np.sum(sizes, 0)
     show(f"n = {args.draws} draws; images in all: {train} for training, {val} for validation, {known} known ones and "
          f"{unknown} unknown ones for the test", "")  # fmt: skip

@@ -138,4 +138,4 @@ def refuse_compiled(module: nn.Module, layer: str) -> None:
         path.append(path[-1].get_submodule(name))
     for part in path:
         if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
-            raise RuntimeError(f"{type(module).__name__} is compiled already: {advice}")
+            raise RuntimeError(f"{type(part).__name__} is compiled already: {advice}")

@@ -99,7 +99,7 @@ def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -
         warn(f"in another order of its classes this teacher has {top1}: give the order with --teacher-classes FILE")
     elif right <= 1 / classes + 2 * math.sqrt((1 / classes) * (1 - 1 / classes) / count):
         fault = f"this teacher is not better than chance ({100 / classes:.2g} %)"
-        warn(f"{fault}: check that it is trained, and that it uses this mean and std")
+        warn(f"{fault}: check that it is trained, and needs the mean and std of this run")
 
 
 def plain(label: str) -> str:
@@ -115,7 +115,7 @@ def imagenet_names() -> dict[str, list[str]]:
 
 
 def read_classes(file: str, data: list[str]) -> list[str]:
-    """Return the second column of --teacher-classes for each class of the data: the teacher's name, or its column."""
+    """Return, for each class of the data, its name or number in the teacher, from the file of --teacher-classes."""
     theirs: dict[str, str] = {}
     for row in read_csv(Path(file), "the teacher's classes"):
         row = [unicodedata.normalize("NFC", cell.strip()) for cell in row]

@@ -7,14 +7,16 @@ A view is the crop and the flip of every training image in one epoch. The random
 number of images, the view and the image, so a student gets the same crops as the teacher. A folder of labels holds
 
     labels.json          the origin of the answers: files, transform, seed, teacher, k, views
-    000-00000000.npy     up to 16,384 rows of view 0, from image 0 on. The fields of a row: target (float32), log T_t of
-    000-00016384.npy     the label; logprobs (float16), log T_i of the k largest other classes; indices (uint16 or
-                         int32), the indices of those classes. The last 4 bytes of a file are the CRC-32 of the
-                         bytes before them, least significant byte first; numpy.load ignores them
+    000-00000000.npy     up to 16,384 rows of view 0, from image 0 on
+    000-00016384.npy     the next rows of view 0
 
-A log-probability of -inf is padding. A row with -inf everywhere stands for an image that could not be read; training
-skips that image too. The command takes train.py's flags for data, model and teacher. Give it the data and model flags
-of the training that follows.
+The fields of a row are target (float32), log T_t of the label; logprobs (float16), log T_i of the k largest other
+classes; indices (uint16 or int32), the indices of those classes. The last 4 bytes of a file are the CRC-32 of the bytes
+before them, least significant byte first; numpy.load ignores them. A log-probability of -inf is padding. A row with
+-inf everywhere stands for an image that could not be read; training skips that image too.
+
+The command takes train.py's flags for data, model and teacher. Give it the data and model flags of the training that
+follows.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ FIRST = 2000  # the teacher's top-1 is printed after this number of labelled ima
 SAMPLED = 1000  # number of files whose contents the digest in labels.json covers
 
 # The fields that must agree with a student's run, and their names in messages.
-OF_IMAGES = {"images": "number of training images", "files": "digest of their names and classes", "classes": "classes"}
+OF_IMAGES = {"images": "number of training images", "files": "digest of file names and classes", "classes": "classes"}
 OF_IMAGES |= {"view": "transform", "draws": "formula of a view's seed"}
 OF_TEACHER = {"teacher": "teacher", "seed": "seed of the views", "views": "number of views", "k": "k"}
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -182,7 +184,7 @@ def find_invalid(log_t: np.ndarray, top: np.ndarray, indices: np.ndarray, classe
     with np.errstate(over="ignore"):
         total = np.exp(log_t) + np.exp(top).sum(1)
     if not (total <= 1.01).all():
-        return f"the probabilities of an image sum to {total.max():.4g}, expected at most 1"
+        return f"the probabilities of an image sum to {total.max():.4g}, expected at most 1.01"
     stored = top > -np.inf
     if (stored & ((indices < 0) | (indices >= classes))).any():
         return f"a class index is out of range: expected 0 to {classes - 1}"
@@ -195,7 +197,7 @@ def checksum(content: bytes) -> bytes:
 
 
 class StoredLabels:
-    """Return log T_t, log T_i (k,) and indices (k,) of (view, index); read a file when its first row is needed.
+    """Return log T_t, log T_i (k,) and indices (k,) of (view, index). The first call for a row opens its file.
 
     Raise UserError if the labels are missing or damaged, or if their images or transform differ from `ours`, the
     result of describe_images for this run.
@@ -205,7 +207,7 @@ class StoredLabels:
         self.folder, self.header = folder, read_header(folder)
         compare(folder, self.header, ours, OF_IMAGES)
         self.seed, self.views, self.k = (self.header[name] for name in ("seed", "views", "k"))
-        self.files: dict[tuple[int, int], np.ndarray] = {}  # (view, first image) -> rows, last view only
+        self.files: dict[tuple[int, int], np.ndarray] = {}  # (view, first image) -> rows, of one view only
         if faults := from_rank_zero(find_faults, folder, self.header):
             part, fault = faults[0]
             fault = f"{len(faults)} files of labels in {folder} are invalid, the first is {part.name}: {fault}"
@@ -235,7 +237,7 @@ class StoredLabels:
 
 
 class Position(NamedTuple):
-    """Return the view and the index of a sample, in place of StoredLabels while the labels are written."""
+    """Stand in for StoredLabels while labels are written: return the view and the index of a sample."""
 
     seed: int
     views: int
@@ -354,7 +356,7 @@ FLAGS: Table = {  # a flag with the name of a train.py flag has the same meaning
         "randaugment": Flag(None, "operations (0: off) and magnitude", type=number(int, 0, 30), nargs=2),
         "model": Flag("mobilenet_v2", "the student: its weights may decide size and preprocessing", path=True),
         "model_args": Flag([], "arguments of the student", nargs="+", metavar="KEY=VALUE"),
-        "model_file": Flag([], "file.py:build of a student/ folder's own model; runs that file", path=True, nargs="+"),
+        "model_file": Flag([], "file.py:build that makes a student/ folder's model; it is run", path=True, nargs="+"),
         "pretrained": Flag(False, "as in train.py", path=True, nargs="?", const=True, metavar="FILE"),
         "recipe": Flag(None, "as in train.py", choices=sorted(RECIPES)),
     },

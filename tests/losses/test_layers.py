@@ -188,7 +188,9 @@ def test_a_backbone_inside_a_classifier_is_found():
     assert default_tap(nn.Sequential(backbone, nn.Linear(1000, 5))) == "0.layer3.1"
     assert default_tap(nn.ModuleDict({"model": nn.ModuleDict({"backbone": backbone})})) == "model.backbone.layer3.1"
     unknown = nn.Sequential(nn.Linear(4, 8), nn.ModuleDict({f"layer{i}": nn.Linear(64, 64) for i in (1, 2, 3)}))
-    with pytest.raises(ValueError, match="no default tap for Sequential"):  # its large child is not the first
+    with pytest.raises(
+        ValueError, match="no default tap for Sequential"
+    ):  # only a large first child counts as a backbone
         default_tap(unknown)
 
 
@@ -198,7 +200,7 @@ def test_the_error_for_an_unknown_structure_asks_for_the_layer():
 
 
 def test_a_structure_without_stages_is_refused():
-    class MobileNet(nn.Module):  # the widths of its thirteen blocks do not show stages
+    class MobileNet(nn.Module):  # thirteen layers in one list: their names do not show stages
         def __init__(self):
             super().__init__()
             widths = [32 * 2 ** (i // 3) for i in range(14)]
@@ -206,6 +208,9 @@ def test_a_structure_without_stages_is_refused():
 
     with pytest.raises(ValueError, match="no default tap for MobileNet"):
         default_tap(MobileNet())
+
+
+def test_three_stages_or_blocks_in_a_list_are_enough_for_a_default_tap():
     cifar = nn.ModuleDict({f"layer{i}": nn.Identity() for i in (1, 2, 3)})
     assert default_tap(cifar) == "layer2"
     timm = pytest.importorskip("timm")

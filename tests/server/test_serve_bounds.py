@@ -214,7 +214,7 @@ def test_large_photographs_share_a_budget_and_a_dead_decoder_is_replaced(artefac
         assert {status for status, _, _ in answers} == {200, 503}
         assert "pixels" in next(json.loads(body)["error"] for status, _, body in answers if status == 503)
         assert ask(port, "/predict", large)[0] == 200  # the budget is free again
-        # one photograph at a time takes 64 MiB in grey and 256 MiB in colour
+        # only one is decoded at a time: 64 MiB in grey, 256 MiB in colour
         assert memory_mib(process.pid) + sum(map(memory_mib, decoders(process))) < 800
         for child in decoders(process):  # an image that crashes Pillow ends it too
             os.kill(child, signal.SIGKILL)
@@ -363,7 +363,7 @@ def impatient(artefact):
     (b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n", b"", b" 200 "),
     (b"", b"", b""),
 ], ids=["headers", "body", "chunks", "body that is not read", "idle", "silent"])  # fmt: skip
-def test_a_slow_client_gets_an_answer_and_is_disconnected(impatient, begin, more, answer):
+def test_a_slow_client_is_disconnected_and_gets_an_answer_to_what_it_began(impatient, begin, more, answer):
     with socket.create_connection(("127.0.0.1", impatient)) as client:
         client.settimeout(0.1)
         started, received = time.monotonic(), b""
@@ -431,7 +431,7 @@ def test_a_connection_over_the_limit_gets_503_if_all_others_have_requests(artefa
         wait_until(lambda: ask(port, "/v2")[0] == 200)
 
 
-def test_a_lack_of_file_descriptors_is_logged_once_and_requests_are_answered(artefact):
+def test_a_lack_of_file_descriptors_is_logged_at_most_once_and_requests_are_answered(artefact):
     with server(artefact, prefix=("prlimit", "--nofile=200")) as (process, port):
         idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
         for _ in range(20):

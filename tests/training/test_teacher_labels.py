@@ -482,7 +482,7 @@ def test_labels_that_do_not_match_the_run_are_refused_with_the_field_that_differ
     run(*TINY, *PHOTOS, "--seed", 1, "--output", "other")
     assert difference(*write, "--teacher", "other/student").startswith("teacher, digest: ")
     Path("photos/train/china/0.png").rename("photos/train/flower/99.png")
-    assert difference(*learn).startswith("digest of their names and classes: ")
+    assert difference(*learn).startswith("digest of file names and classes: ")
     Path("photos/train/flower/99.png").unlink()
     assert difference(*learn) == "number of training images: 24 there, 23 here"
     assert not Path("out").exists()
