@@ -22,9 +22,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 from fine_tuning import HERE, ROOT, draw_folder, images_of, logits_of, read_arguments, read_results, top1, write_results
 from finetune import STUDENT, TEACHER, fetch, run_command
+from paired import describe, holm, p_of
 
 from deploy.cli import write_whole
 from deploy.flags import read_flags
@@ -111,24 +111,6 @@ def run_draw(source: Path, seed: int) -> dict[tuple[str, str], dict[str, float]]
     return found
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Return p-values that are corrected for their number (Holm, 1979)."""
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(np.argsort(p_values)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
-
-
-def describe(differences: list[float]) -> str:
-    """Return the mean of some differences and its 95 % interval."""
-    mean, n = statistics.mean(differences), len(differences)
-    if n < 2:
-        return f"{mean:+.2f} (n = 1)"
-    half = scipy.stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
-    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
-
-
 def chosen(rows: list[dict[str, str]], method: str, teachers: tuple[str, ...]) -> float:
     """Return the test top-1 of the setting of a method that is best on the photographs that choose."""
     arms = [row for row in rows if row["row"].startswith(method) and row["teacher"] in teachers]
@@ -143,7 +125,7 @@ def print_tables(rows: list[dict[str, str]]) -> None:
     )
     arms = [("label smoothing", ""), *((arm, teacher) for teacher in TEACHERS for arm in ARMS)]
     gains = [[chosen(draw, arm, (teacher,)) - base for draw, base in zip(draws, plain)] for arm, teacher in arms]
-    p_values = holm([float(scipy.stats.ttest_1samp(gain, 0).pvalue) for gain in gains])
+    p_values = holm([p_of(gain) for gain in gains])
     print("| arm | teacher | over cross-entropy | p (Holm) |\n|---|---|---|---|")
     for (arm, teacher), gain, p in zip(arms, gains, p_values):
         print(f"| {arm} | {teacher} | {describe(gain)} | {p:.2g} |")

@@ -9,6 +9,7 @@ The table of results/NAME.csv is between <!-- table NAME --> and <!-- end -->.
 
 import argparse
 import csv
+import functools
 import re
 import statistics
 import sys
@@ -18,7 +19,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from scipy.stats import norm, t, ttest_1samp
+from paired import describe, holm, interval, p_of
+from scipy.stats import norm
 
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parents[1] / "README.md", HERE / "README.md"]
@@ -33,14 +35,8 @@ GAINS = {
     "no teacher,\n50 classes": ("self-50", "", ""),
     "no teacher, 50 classes,\nstudent fits": ("self-50-fits", "", ""),
 }
-POOLED = (
-    "few-epochs",
-    "few-images",
-    "self-20",
-    "self-50",
-    "self-100",
-    "self-50-fits",
-)  # USKD has the same loss weights
+# Settings in which USKD has the same loss weights
+POOLED = ("few-epochs", "few-images", "self-20", "self-50", "self-100", "self-50-fits")
 SELF = {classes: f"self-{classes}" for classes in (20, 50, 100)}  # each has 8,000 images in total
 
 
@@ -80,29 +76,21 @@ def gains(base_name: str, method: str, table: dict[str, dict[int, dict[str, str]
     return [a - b for a, b in zip(column(rows, "val_top1"), column(base, "val_top1"))]
 
 
-def gain_over(method: str, base_name: str, table: dict[str, dict[int, dict[str, str]]]) -> tuple[str, str]:
-    """Return the gain's mean and deviation, and p of a paired t-test.
-
-    Both are "" unless the two methods have the same seeds, at least two.
-    """
-    values = gains(base_name, method, table)
-    if len(values) < 2:
-        return "", ""
-    gain = spread(values)
-    return gain if gain.startswith("-") else f"+{gain}", f"{ttest_1samp(values, 0).pvalue:.2g}"
-
-
 def markdown(name: str) -> str:
     table = read(name)
-    head = ["trained with", "seeds", "top-1 %", "over cross-entropy", "p", "top-5 %"]
-    head += ["cross-entropy in training, validation"] + [f"over {TUNED}", "p"] * (TUNED in table)
+    bases = {f"over {BASELINE}": functools.partial(baseline_of, table=table)}
+    bases |= {f"over {TUNED}": lambda _: TUNED} if TUNED in table else {}
+    head = ["trained with", "seeds", "top-1 %", "top-5 %", "cross-entropy in training, validation"]
+    head += [cell for base in bases for cell in (base, "p")]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    found = {(method, base): gains(of(method), method, table) for method in table for base, of in bases.items()}
+    found = {key: values for key, values in found.items() if len(values) > 1}
+    p_values = dict(zip(found, holm([p_of(values) for values in found.values()])))
     for method, rows in table.items():
-        cells = [method, str(len(rows)), spread(column(rows, "val_top1"))]
-        cells += gain_over(method, baseline_of(method, table), table)
-        cells += [spread(column(rows, "val_top5"), 1)]
+        cells = [method, str(len(rows)), spread(column(rows, "val_top1")), spread(column(rows, "val_top5"), 1)]
         cells += [", ".join(f"{statistics.mean(column(rows, key)):.2f}" for key in ("loss_ce", "val_loss"))]
-        cells += gain_over(method, TUNED, table) if TUNED in table else ()
+        for key in ((method, base) for base in bases):
+            cells += [describe(found[key]), f"{p_values[key]:.2g}"] if key in found else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -149,11 +137,6 @@ def plot_classes() -> None:
     with matplotlib.rc_context({"svg.hashsalt": "classes"}):
         figure.savefig(HERE / "results/self-classes.svg", metadata={"Date": None})
     plt.close(figure)
-
-
-def interval(values: list[float]) -> float:
-    """Return half of the 95 % interval of the mean, by Student's t."""
-    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def plot_gains() -> None:
@@ -216,10 +199,10 @@ def main() -> int:
         table = read(name)
         if missing := {method, other} - table.keys():
             parser.error(f"{name} has no {missing.pop()!r}: expected one of {', '.join(table)}")
-        gain, p = gain_over(method, other, table)
-        if not p:
+        differences = gains(other, method, table)
+        if len(differences) < 2:
             parser.error(f"{method} and {other}: expected two different students with the same seeds, at least two")
-        print(f"{gain}, p = {p}")
+        print(f"{describe(differences)}, p = {p_of(differences):.2g}")
         return 0
     status = 0
     for page in PAGES:

@@ -301,7 +301,15 @@ def test_the_t_test_of_two_rows_pairs_their_seeds():
     p = 2 * scipy.stats.t.sf(abs(mean) / (deviation / math.sqrt(len(gains))), len(gains) - 1)
     command = [sys.executable, PAPER / "report.py", "--compare", "few-images", "KD", "NKD"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout == f"{mean:+.2f} +- {deviation:.2f}, p = {p:.2g}\n"
+    half = scipy.stats.t.ppf(0.975, len(gains) - 1) * deviation / math.sqrt(len(gains))
+    assert done.stdout == f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}), p = {p:.2g}\n"
+
+
+def test_p_values_are_corrected_by_holm():
+    """The example is by hand: sorted 0.01, 0.02, 0.03, 0.04 are multiplied by 4, 3, 2, 1, and never decrease."""
+    assert load("paired").holm([0.02, 0.01, 0.04, 0.03]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert load("paired").holm([0.5, 0.9]) == [1.0, 1.0]
+    assert load("paired").holm([]) == []
 
 
 @pytest.mark.parametrize(
