@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from zipf import zipf_rows
+
 import train
 from kdlite import uskd_loss
 from kdlite.terms import centred, cross_entropy, log_normalized
@@ -47,9 +49,18 @@ def uskd_ranked_by_log(
     return rest - beta * (z * log_n).sum(1)
 
 
+def uskd_ranked_by_weak(
+    logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float, beta: float, mu: float, **means: Any
+) -> Tensor:
+    """Return USKD of each row, ranked by the weak head alone; means: as in uskd_ranked_by_log."""
+    rest = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=0.0, mu=mu, **means)
+    return rest + zipf_rows(centred(logits), centred(weak_logits), target, beta)
+
+
 VARIANTS: dict[str, tuple[str, Any]] = {
     "nkd_without_target": ("nkd_loss", nkd_without_target),
     "uskd_ranked_by_log": ("uskd_loss", uskd_ranked_by_log),
+    "uskd_ranked_by_weak": ("uskd_loss", uskd_ranked_by_weak),
 }
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from kdlite.training.distributed import end_with_launcher
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def train_once(flags: Sequence[Any], output: Path) -> float:
+def train_once(flags: Sequence[Any], output: Path, script: Path = ROOT / "train.py") -> float:
     """Train a run, unless it is finished, and return top-1 of its last epoch.
 
     The function resumes a stopped run of the same command in `output`. It raises UserError if `output` has the run of
     another command.
     """
-    command = list(map(str, [sys.executable, ROOT / "train.py", *flags, "--output", output, "--resume"]))
+    command = list(map(str, [sys.executable, script, *flags, "--output", output, "--resume"]))
     try:
         before = json.loads((output / "args.json").read_text(encoding="utf-8"))["command"]
     except (OSError, ValueError, KeyError, TypeError):
