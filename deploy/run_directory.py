@@ -1,7 +1,7 @@
 """Make and read a run directory. train.py makes and fills it, and the commands of deploy/ read it.
 
 runs/001-mobilenet_v2-uskd/   args.json  metrics.csv  curves.png  log.txt  last.pt  previous.pt  best.pt
-                              reference.npz  student/
+                              reference.npz  student/  and the pictures and tables of kdlite/training/outputs.py
 """
 
 from __future__ import annotations

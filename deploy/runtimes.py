@@ -82,10 +82,10 @@ class Runtime:
 
         Raise UserError unless there is one logit for each label.
         """
-        logits, labels = self.call(images), len(self.metadata.label_names)
+        logits, labels = np.asarray(self.call(images), np.float32), len(self.metadata.label_names)
         if logits.shape != (len(images), labels):
             found = f"logits of shape {list(logits.shape)} for {len(images)} images"
-            expected = f"expected [{len(images)}, {labels}]: correct label_names"
+            expected = f"expected [{len(images)}, {labels}]: fix label_names"
             raise UserError(f"{self.file} has {labels} label_names and returns {found}; {expected}")
         return logits
 

@@ -1,6 +1,6 @@
 """Fine-tune a student on your photographs, alone and with a larger teacher, and name the better student.
 
-    python examples/finetune.py photos/ --val-split 0.2 --unlabelled more/      # the other flags are train.py's
+    python examples/finetune.py photos/ --val-split 0.2 --unlabelled more/      # and flags of train.py, not --output
     python examples/finetune.py --fetch tf_efficientnet_lite0 -o lite0.safetensors    # weights for --pretrained FILE
 
 photos/ has train/CLASS/ and val/CLASS/ (or class folders, with --val-split 0.2). more/ has photographs of these classes
@@ -8,7 +8,7 @@ without labels. The command trains the student alone and a larger teacher, and s
 photographs. From these it distils two students, by KD and by NKD. It prints how far each is ahead of the student alone,
 with the standard error. It names a distilled student only if this student is ahead by two standard errors, else the
 student alone. Each set of photographs and flags has its own folder under runs/finetune, so the same command continues
-after a stop, and another command replaces no run.
+after a stop, and another command replaces no run. (Photographs are compared by their paths and sizes.)
 
 A package index ships the weights of EfficientNet-Lite0 (student, 17 MB) and Lite2 (teacher, 23 MB; both Apache-2.0), so
 no model hub is needed.
@@ -136,7 +136,9 @@ def main() -> None:
     elif args.data and not args.fetch and not args.output:
         compare(args.data, args.unlabelled, flags)
     else:
-        raise UserError("expected a folder of photographs, or --fetch NAME alone (--help lists the flags)")
+        raise UserError(
+            "expected a folder of photographs without --output, or --fetch NAME [-o FILE] (--help lists the flags)"
+        )
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ class WithWeakHead(nn.Module):
     else the mean over positions. If the layer returns a tuple, its first entry is the feature. The attribute
     ``pooling`` stores the choice. A dry forward (eval mode, no gradient) finds the shape of the feature. Further dry
     forwards on larger inputs find its channels, the dimension that does not grow. If the model takes only one size, a
-    feature of three dimensions counts as (N, L, C); of four dimensions, the two shaped like the image are positions.
-    If a feature has more tokens than a convolution's output has positions, the first ones count as class or register
-    tokens, and the mean skips them.
+    feature of three dimensions counts as (N, L, C). Of four dimensions, the two with the proportions of the image are
+    the positions. If a model with class or register tokens has more tokens than positions, the mean skips the first
+    ones.
 
     Args:
         model: classifier whose output is, or holds, (N, C) logits.

@@ -344,7 +344,7 @@ def write_description(folder: Path, content: dict[str, Any], card: str) -> None:
         write_whole(file, card)
 
 
-MOST, MOST_LOGITS = 10_000, 10**7  # limits of a fit: validation images, and numbers in their logits
+MOST, MOST_LOGITS = 10_000, 10**7  # limits of the fit: validation images, images times classes
 
 
 def keep_confidence(
@@ -413,7 +413,7 @@ def model_card(config: Metadata) -> str:
         "weights at the start": about.get("began", "random"),
         "teacher": about.get("teacher"),
         "epochs": f"{metrics.get('epoch', '?')}, the best of {about.get('epochs', '?')}",
-        "input": f"{size}, {config.interpolation}, {100 * config.crop:g} % of the resized side",
+        "input": f"{size}, {config.interpolation}, centre crop of {100 * config.crop:g} %",
         "mean and std of the normalisation": f"{config.mean}, {config.std}",
     }
     if "val_top1" in metrics:

@@ -158,7 +158,7 @@ def start_from_folder(
 def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
     """Return the tensors in a student/ folder, a .safetensors, a .pth or a .pt, and the preprocessing of a folder.
 
-    Raise UserError if the file is missing or damaged, or contains other objects than tensors.
+    Raise UserError if the file is missing or damaged, or holds no tensors. Other entries of the file are ignored.
     """
     path, images = Path(name), None
     if path.is_dir():

@@ -37,7 +37,7 @@ def test_each_target_gets_the_file_it_needs(deployed):
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_calibration_keeps_the_activations_of_one_batch_at_a_time(run, method, monkeypatch, capsys):
-    """Split 37 images into three batches of at most 16. The collector gets the ranges before them."""
+    """Split 37 images into three batches of at most 16. The first of four calls gets the ranges."""
     batches = []
     collect = HistogramCollector.collect
 

@@ -13,19 +13,19 @@ from kdlite import uskd_loss
 class Net(nn.Module):
     """Run a small CNN with two stages; the layer ``unused`` never runs."""
 
-    def __init__(self, checkpointed=None):
+    def __init__(self, reentrant=None):
         super().__init__()
         self.layer1 = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
         self.layer2 = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU())
         self.unused = nn.Identity()
         self.fc = nn.Linear(16, 5)
-        self.checkpointed = checkpointed  # None, or the value of use_reentrant
+        self.reentrant = reentrant  # use_reentrant of activation checkpointing; None: no checkpointing
 
     def forward(self, x):
-        if self.checkpointed is None:
+        if self.reentrant is None:
             x = self.layer2(self.layer1(x))
         else:
-            x = checkpoint(lambda x: self.layer2(self.layer1(x)), x.requires_grad_(), use_reentrant=self.checkpointed)
+            x = checkpoint(lambda x: self.layer2(self.layer1(x)), x.requires_grad_(), use_reentrant=self.reentrant)
         return self.fc(x.mean((2, 3)))
 
 

@@ -132,7 +132,7 @@ def test_a_feature_that_the_hook_pools_is_freed_when_the_model_has_run():
 
 def test_a_transform_that_saves_tensors_works_under_checkpointing():
     torch.manual_seed(0)
-    plain, checkpointed = Net(), Net(checkpointed=False)
+    plain, checkpointed = Net(), Net(reentrant=False)
     checkpointed.load_state_dict(plain.state_dict())
     for net in (plain, checkpointed):
         with FeatureTap(net, "layer1", transform=lambda output: output.square().mean((2, 3)).exp()) as tap:

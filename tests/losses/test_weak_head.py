@@ -165,7 +165,7 @@ def test_activation_checkpointing_changes_nothing():
     torch.manual_seed(0)
     plain = WithWeakHead(Net(), "layer1", example_input=images())
     checkpointed = copy.deepcopy(plain)
-    checkpointed.model.checkpointed = False
+    checkpointed.model.reentrant = False
     for _ in range(2):
         train_step(plain, images())
         train_step(checkpointed, images())
@@ -176,7 +176,7 @@ def test_activation_checkpointing_changes_nothing():
 
 def test_reentrant_checkpointing_is_refused():
     student = WithWeakHead(Net(), "layer1", example_input=images())
-    student.model.checkpointed = True
+    student.model.reentrant = True
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         student(images())
 
@@ -187,7 +187,7 @@ def test_checkpointing_works_under_compile():
     torch.manual_seed(0)
     plain = WithWeakHead(Net(), "layer1", example_input=images())
     checkpointed = copy.deepcopy(plain)
-    checkpointed.model.checkpointed = False
+    checkpointed.model.reentrant = False
     compiled = torch.compile(checkpointed, backend="aot_eager")
     for _ in range(2):
         torch.testing.assert_close(train_step(compiled, images()), train_step(plain, images()))

@@ -25,7 +25,7 @@ import train
 from deploy.cli import UserError, run_command
 from deploy.flags import read_flags, settle_flags
 from deploy.student import build_model, find_architecture
-from kdlite import Teacher
+from kdlite import Teacher, uskd_loss
 from kdlite.training import teacher_labels
 from kdlite.training.data import Data
 from kdlite.training.loading import Batch
@@ -258,8 +258,31 @@ def test_the_variants_of_the_ablations_equal_their_formulas():
     assert ours.mean().item() == pytest.approx(rest + 0.5 * non_target, rel=1e-5)
 
 
+def test_the_zipf_labels_of_another_network_equal_their_formula():
+    zipf = load("zipf")
+    generator = torch.Generator().manual_seed(0)
+    student, other = (3 * torch.randn(16, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    target = torch.randint(9, (16,), generator=generator)
+    expected = []
+    for s, scores, t in zip(student.tolist(), other.tolist(), target.tolist()):
+        order = sorted(range(9), key=lambda i: -scores[i])
+        z = {i: 1 / (order.index(i) + 1) for i in range(9) if i != t}
+        log_n = oracle.log_softmax(s, leave_out=t)
+        expected.append(-sum(z[i] * log_n[i] for i in z) / sum(z.values()))
+    assert zipf.teacher_1(student, other, target).tolist() == pytest.approx(expected, rel=1e-6)
+    assert zipf.teacher_01(student, other, target).tolist() == pytest.approx([x / 10 for x in expected], rel=1e-6)
+    # if the weak head's probabilities are equal, USKD ranks by the student
+    uskd = uskd_loss(student, torch.zeros_like(student), target, alpha=0.0, beta=1.0, mu=0.0, reduction="none")
+    assert zipf.student_1(student, None, target).tolist() == pytest.approx(uskd.tolist(), rel=1e-5)
+    by_weak = load("ablation").uskd_ranked_by_weak(
+        student, other, target, alpha=0.0, beta=1.0, mu=0.0, reduction="none"
+    )
+    assert by_weak.tolist() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
-    ("variant", "replaced"), [("nkd_without_target", "nkd_loss"), ("uskd_ranked_by_log", "uskd_loss")]
+    ("variant", "replaced"),
+    [("nkd_without_target", "nkd_loss"), ("uskd_ranked_by_log", "uskd_loss"), ("uskd_ranked_by_weak", "uskd_loss")],
 )
 def test_train_py_calls_the_variant_instead_of_the_loss(monkeypatch, variant, replaced):
     name, function = load("ablation").VARIANTS[variant]
@@ -360,7 +383,8 @@ def test_the_labels_command_accepts_the_flags_of_the_tables(tmp_path, monkeypatc
 
 
 def test_every_measured_run_has_its_command_versions_hardware_and_seed():
-    of_folders = ("fine_tuning.csv", "unlabelled.csv", "practitioner.csv")  # of other programs, with other columns
+    # of other programs, with other columns
+    of_folders = ("fine_tuning.csv", "unlabelled.csv", "practitioner.csv", "uskd.csv")
     files = [file for file in PAPER.glob("results/*.csv") if file.name not in of_folders]
     assert len(files) >= 4
     for file in files:
