@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
-from zipf import zipf_rows
+from zipf import zipf_rows  # noqa: E402
 
-import train
-from kdlite import uskd_loss
-from kdlite.terms import centred, cross_entropy, log_normalized
+import train  # noqa: E402
+from kdlite import uskd_loss  # noqa: E402
+from kdlite.terms import centred, cross_entropy, log_normalized  # noqa: E402
 
 
 def nkd_without_target(
