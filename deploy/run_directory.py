@@ -122,7 +122,10 @@ def read_given(output: Path) -> dict[str, Any]:
             if any((output / name).exists() for name in ("last.pt", "previous.pt")):
                 raise UserError(f"{file} is missing, so the flags of the run are unknown: restore it")
             return {}
-        return dict(json.loads(file.read_bytes())["given"])
+        given = json.loads(file.read_bytes())["given"]
+        if not isinstance(given, dict):
+            raise TypeError(f"its flags are a {type(given).__name__}, expected an object")
+        return given
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {file}, which a resume needs: {error!r}; start a new run") from error
 

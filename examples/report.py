@@ -393,10 +393,10 @@ def timings(run: Run) -> dict[tuple[Any, ...], dict[str, Any]]:
     try:
         known = json.loads((run.folder / "student/benchmark.json").read_text(encoding="utf-8"))
         rows, machine = known["rows"], known.get("machine", {})
-    except (OSError, ValueError, KeyError, TypeError):
+        on = f"{machine.get('cpu', 'unknown CPU')}, GPU {str(machine.get('gpu', 'unknown')).partition(',')[0]}"
+        rows = [row for row in rows if row.get("batch") == 1 and row.get("p50_ms") and row.get("top1") is not None]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    on = f"{machine.get('cpu', 'unknown CPU')}, GPU {str(machine.get('gpu', 'unknown')).partition(',')[0]}"
-    rows = [row for row in rows if row.get("batch") == 1 and row.get("p50_ms") and row.get("top1") is not None]
     return {(*(row.get(name) for name in ("artefact", "precision", "provider", "threads")), on): row for row in rows}
 
 

@@ -13,6 +13,7 @@ from running import args_of, opened
 import train
 from deploy.cli import UserError
 from deploy.flags import RECIPES, pick_recipe, settle_flags
+from deploy.run_directory import read_given
 from kdlite.training import teacher_labels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,3 +142,12 @@ def test_a_resume_accepts_a_flag_that_repeats_its_default(typed):
 def test_random_erasing_is_off_with_stored_labels():
     typed = {"recipe": "imagenet-vit", "kd": "nkd", "teacher_labels": "L", "mixup": 0.0, "cutmix": 0.0}
     assert settle_flags(train.FLAGS, typed)[0].random_erasing == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "1", "{}", '{"given": null}', '{"given": []}', '{"given": [[3, 1]]}', '{"given": "x"}']
+)
+def test_args_json_without_the_flags_as_an_object_is_an_error(tmp_path, content):
+    (tmp_path / "args.json").write_text(content)
+    with pytest.raises(UserError, match=r"cannot read .*args.json, which a resume needs: "):
+        read_given(tmp_path)
