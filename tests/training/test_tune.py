@@ -261,7 +261,7 @@ def test_labels_that_lack_classes_exclude_arms(teacher, monkeypatch, capsys):
     call(*flags, "--teacher-labels", "L", "--output", "out")
     assert names == ["cross-entropy", "NKD gamma 0.5 T 1", "NKD gamma 1.5 T 1", "NKD gamma 3.5 T 1"]
     printed = capsys.readouterr().out
-    assert "temperatures other than 1 are skipped" in printed
+    assert "KD is skipped, and NKD at temperatures other than 1" in printed
     assert "--teacher-labels" not in printed.rpartition("next:")[2]  # cross-entropy is the best
 
 
