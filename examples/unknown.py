@@ -14,7 +14,6 @@ these.
 import argparse
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from deploy.cli import UserError, command, make_parser, number, show  # noqa: E4
 from deploy.confidence import ANSWERED, calibration  # noqa: E402
 from deploy.preprocess import endings, open_image, prepare  # noqa: E402
 from deploy.runtimes import RunOn, load, softmax  # noqa: E402
+from kdlite.training.launch import train_once  # noqa: E402
 
 MODEL = f"{ROOT}/examples/paper/cifar_models.py:resnet8"
 DIGITS = f"--model {MODEL} --img-size 16 --recipe digits --epochs 10 --workers 0"
@@ -82,10 +82,7 @@ def train_student(
             copy = folder / "data" / part / f"{label:04}" / f"{position}{file.suffix}"
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-    flags = [*flags, "--data", str(folder / "data"), "--output", str(folder / "run"), "--seed", str(draw)]
-    subprocess.run(
-        [sys.executable, ROOT / "train.py", *flags, "--device", "cpu"], check=True, stdout=subprocess.DEVNULL
-    )
+    train_once([*flags, "--data", folder / "data", "--seed", draw, "--device", "cpu"], folder / "run")
     student = load(folder / "run/student", RunOn("cpu", model_files=(MODEL,)))
     logits = {
         part: student.run_in_parts(
@@ -134,7 +131,7 @@ parser.add_argument("--output", type=Path, default=Path("build/unknown"), help="
 def run(args: argparse.Namespace) -> None:
     if args.output.exists():
         raise UserError(f"{args.output} exists: name a new folder with --output")
-    data = args.data or args.output / "digits"
+    data, output = args.data or args.output / "digits", args.output.resolve()
     if args.data is None:
         write_digits(data)
     elif not data.is_dir():
@@ -142,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
     tables, errors, sizes = [], [], []
     for draw in range(args.draws):
         parts = split(data, draw, args.classes, args.images)
-        logits, temperature = train_student(parts, shlex.split(args.flags), args.output / str(draw), draw)
+        logits, temperature = train_student(parts, shlex.split(args.flags), output / str(draw), draw)
         right = logits["test"].argmax(1) == [label for _, label in parts["test"]]
         tables.append(measure(logits, right, temperature))
         both = [100 * calibration(softmax(logits["test"] / t).max(1), right).error for t in (1.0, temperature or 1.0)]
