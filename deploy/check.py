@@ -19,8 +19,9 @@ The columns:
     answered          the percentage of images whose largest probability reaches the file's threshold
     top1_answered     the top-1 of these images; the answer to the others is "none of these"
 
-The exit status is 1 if an artefact is outside the tolerance of its precision, cannot run here, or was made from other
-weights. The command writes check.json, and per_class.csv and confusion.png of the student's own answers.
+The exit status is 1 if an artefact is outside the tolerance of its precision or has no tolerance, cannot run here, or
+was made from other weights. Files whose package is missing are skipped with a line. The command writes check.json, and
+per_class.csv and confusion.png of the student's own answers.
 """
 
 from __future__ import annotations
@@ -64,15 +65,16 @@ from deploy.runtimes import (
 
 BATCHES = (1, 2, 5, 64)
 LARGEST = max(BATCHES)
-# Tolerances by precision: largest error of a logit relative to the largest logit, smallest agreement in percent,
-# largest loss of top-1 in points. The errors of fp32 and fp16 are five times the largest that nine architectures had
-# (tests/deploy/test_export.py). On a GPU, fp32 gets fp16's tolerances: the GPU may use TF32, which has fp16's mantissa.
+# Largest error of a logit relative to the largest logit, smallest agreement in percent, largest loss of top-1 in
+# points. Errors: five times the largest of nine architectures. On a GPU fp32 may be TF32, so it gets fp16's tolerances.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
     "int8": dict(error=float("inf"), agreement=90.0, drop=2.0),
 }
-INT8_ADVICE = "calibrate on more images (train.py --reference N), or, without a bound so far, try quantize --max-drop 2"
+INT8_ADVICE = (
+    "calibrate on more images (train.py --reference N), or, if you gave no --max-drop, try quantize --max-drop 2"
+)
 
 
 COLUMNS = (  # columns of the table, and their formats

@@ -4,7 +4,7 @@
     python -m deploy.pack runs/001-mobilenet_v2-uskd --file student-int8-cpu.onnx -o student.pyz
     python -m deploy.pack runs/001-mobilenet_v2-uskd -o student.html    # for a browser: double-click it
 
-The command also writes student/vectors/: ten pictures with the student's answers, for `selftest`.
+For an .onnx file the command also writes student/vectors/: ten pictures with the student's answers, for `selftest`.
 
 On the device, with Python 3.10 or later:
 
@@ -18,8 +18,9 @@ On the device, with Python 3.10 or later:
     python3 student.pyz build --max-batch 8                    # writes ./student.engine for this device
     python3 student.pyz --file student.engine serve
 
-student.pyz is a zip archive like those of the standard library's zipapp: unzip -l lists its files. It runs from memory
-and unpacks nothing. student.html holds ONNX Runtime Web: npm fetches it once (33 MB), or --runtime names its archive.
+student.pyz is a zip archive like those of the standard library's zipapp: unzip -l lists its files. On Linux it
+runs from memory and unpacks nothing. student.html holds ONNX Runtime Web: npm fetches it once (33 MB), or --runtime
+names its archive.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from deploy.tensorrt import read_engine_metadata
 
 WORKSTATION = ("student", "torch_runtimes", "export", "flags", "quantize", "triton", "pack")
 SHEBANG = b"#!/usr/bin/env python3\n"
-# The archive copies its programs into memory, for itself and its child processes. So it may be replaced during a run.
+# On Linux the archive copies its programs into memory, for itself and its child processes. So it may be replaced then.
 MAIN = """\
 import os, sys, zipfile
 
@@ -64,8 +65,8 @@ sys.exit(main(sys.argv[1:]))
 def pack(artefact: Path, output: Path, runtime: Path | None = None) -> None:
     """Write `output` with an artefact in it: a page if the name ends with .html, else an archive.
 
-    The metadata of the artefact becomes the config.json in the archive, and the vectors are written next to the
-    artefact. runtime: see deploy.page.write_html
+    The metadata of the artefact becomes the config.json in the archive. The vectors of an .onnx file are written
+    next to it, if the folder is writable. runtime: see deploy.page.write_html
 
     Raises:
         UserError: the artefact needs torch, is not ours, or cannot be loaded here
@@ -127,7 +128,7 @@ def write_vectors(student: Runtime, folder: Path) -> dict[str, bytes]:
 
 
 def parts(package: Any, prefix: str) -> dict[str, bytes]:
-    """Return the files of deploy/ that a device needs, by name: all except the modules in WORKSTATION."""
+    """Return the .py and .html files of deploy/ that a device needs, by name: all except those in WORKSTATION."""
     contents: dict[str, bytes] = {}
     for entry in package.iterdir():
         if entry.is_dir():

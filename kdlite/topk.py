@@ -164,7 +164,7 @@ def top_k_logprobs(teacher_logits: Tensor, target: Tensor, k: int) -> tuple[Tens
         The log-probabilities are float32 at least.
 
     Raises:
-        ValueError: a target of another shape, k outside 1 to C - 1.
+        ValueError: fewer than two classes, a target of another shape, k outside 1 to C - 1.
         TypeError: logits that are not floating point, a target that is not integers.
 
     Example:

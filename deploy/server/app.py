@@ -63,7 +63,7 @@ class Limits:
     """Set the limits of a server."""
 
     max_batch: int = 8  # images in one call of the runtime, and in one request
-    max_delay_ms: float = 1.0  # longest wait of a request for others in its batch
+    max_delay_ms: float = 1.0  # longest time that a request waits for its batch to fill
     queue: int = 256  # images that wait or run; a request for more gets 503
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")  # formats of photographs, Pillow's names
     body_mib: float = 16.0  # size of a request's body, unpacked
@@ -145,7 +145,7 @@ class StudentServer:
         with contextlib.ExitStack() as taken:
             body = await self.read_body(request, taken)
             self.queue.take(1, taken)
-            asked, logits = await until_left(request, self.run_tensor(request, runtime, body, taken))
+            asked, logits = await while_connected(request, self.run_tensor(request, runtime, body, taken))
         written = asked, logits, self.name, runtime.metadata.label_names
         small = logits.size <= LARGE_ANSWER
         content, headers = write_infer(*written) if small else await self.in_thread(write_infer, *written)
@@ -161,7 +161,7 @@ class StudentServer:
         with contextlib.ExitStack() as taken:
             body = await self.read_body(request, taken)
             self.queue.take(1, taken)
-            logits = await until_left(request, self.run_photograph(request, runtime, body, taken))
+            logits = await while_connected(request, self.run_photograph(request, runtime, body, taken))
         if not np.isfinite(logits).all():
             raise RequestError(500, "the model's logits are not finite")
         best = top_labels(logits[0], runtime.metadata, int(top))
@@ -326,7 +326,7 @@ def make_app(server: StudentServer, token: str | None = None) -> Starlette:
     return app
 
 
-async def until_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Return the result of the work; cancel the work when the client closes its connection. Read the body first."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
     try:

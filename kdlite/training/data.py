@@ -51,8 +51,8 @@ class Data(NamedTuple):
         return self.train.part(range(len(self.train) - self.unlabelled)) if self.unlabelled else self.train
 
     @property
-    def numbered(self) -> Any:
-        """Return all training images, even with --fold: stored labels have a row for each."""
+    def before_fold(self) -> Any:
+        """Return all training images, without the fold: stored labels cover all of them."""
         return self.train.dataset if isinstance(self.train, Fold) else self.train
 
     def preprocessing(self, channels: int, interpolation: str, crop: float) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
         overridden = [f"--{name.replace('_', '-')} {given[name]}" for name in recipe if name in given]
         log(f"{why}; you gave {', '.join(overridden)}" if overridden else f"{why} (--recipe or any flag overrides)")
         args, given = settle_flags(table, typed, saved, recipe)
-    if fold := vars(args).get("fold"):  # stored labels cover all training images, so their command has no --fold
+    if fold := vars(args).get("fold"):  # teacher_labels.py has no --fold: it stores all training images
         data = hold_out(data, *fold)
     return args, given, data
 
@@ -152,7 +152,7 @@ class Photos(torchvision.datasets.ImageFolder):
     """Hold the images of a folder with one subfolder for each class; class names are in Unicode's composed form (NFC).
 
     Hidden files and folders (.ipynb_checkpoints, ._photo.jpg) and __MACOSX are skipped. Other files whose ending is not
-    that of an image are skipped too, and counted by ending.
+    that of an image are skipped too; a line names the eight most frequent endings.
     """
 
     def __init__(self, root: Path) -> None:

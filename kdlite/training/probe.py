@@ -43,8 +43,9 @@ def fit_classifiers(
 ) -> str:
     """Fit each classifier to the features of a loader's images, and return a report.
 
-    Every process calls this function with its own images. A classifier keeps its weights if it is not linear, or if its
-    input is not one row for each image. The call leaves the model in eval mode.
+    Every process calls this function with its own images. A classifier keeps its weights, which the caller has
+    set to zero, if it is not linear or if its input is not one row for each image. The call leaves the model in eval
+    mode.
 
     Args:
         model: the network, on its device

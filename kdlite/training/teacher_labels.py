@@ -89,8 +89,8 @@ def row_type(k: int, classes: int) -> np.dtype[Any]:
 
 def describe_images(data: Data, view: View) -> Header:
     """Return the fields of labels.json that describe the training images and their transform."""
-    content = from_rank_zero(digest_of_content, data.numbered)
-    header = {"images": len(data.numbered), "files": data.digest(data.numbered), "classes": len(data.label_names)}
+    content = from_rank_zero(digest_of_content, data.before_fold)
+    header = {"images": len(data.before_fold), "files": data.digest(data.before_fold), "classes": len(data.label_names)}
     return header | {"content": content, "view": view.describe(), "draws": DRAWS}
 
 

@@ -145,7 +145,7 @@ def half_of_the_target_term(s, t, y, alpha=0.5, gamma=1.5):
         (functools.partial(half_of_the_target_term, alpha=3.0), "alpha=3"),
     ],
 )
-def test_a_default_weight_other_than_one_is_a_mistake_although_the_gradient_is_right_with_one(loss, weight):
+def test_a_default_weight_other_than_1_is_a_mistake_even_if_weight_1_gives_the_right_gradient(loss, weight):
     result = check.check(loss)
     assert result.mistake == f"{weight} by default multiplies the loss or its target term: the paper's weight is 1"
     assert f"{weight.replace('=', ': ')} by default, 1 in the cases below" in result.notes

@@ -121,7 +121,7 @@ def test_every_recipe_sets_the_flags_of_imagenet_cnn(recipe):
     ("epochs", None), ("epochs", 10**400), ("img_size", None), ("img_size", []),
     ("model", []), ("data", []), ("data", False),
 ])  # fmt: skip
-def test_a_damaged_value_in_args_json_prints_one_line(name, value):
+def test_a_damaged_value_in_args_json_is_an_error_of_one_line(name, value):
     with pytest.raises(UserError, match=r"^args.json of the run is damaged: ") as raised:
         settle_flags(train.FLAGS, {"resume": True, "output": "out"}, {name: value})
     assert "\n" not in str(raised.value)
