@@ -107,7 +107,12 @@ def test_the_formulas_of_the_benchmark_equal_the_losses(loss, by_masks):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "compiled", "bound"),
-    [(nkd_loss, False, 2.1), (nkd_loss, True, 1.1), (uskd_loss, False, 6.0), (uskd_loss, True, 4.1)],
+    [
+        (nkd_loss, False, 2.1),
+        (nkd_loss, True, 1.1),
+        (uskd_loss, False, 6.0),
+        pytest.param(uskd_loss, True, 4.1, marks=pytest.mark.trial),  # a second compilation
+    ],
 )
 @pytest.mark.parametrize("shape", [(1024, 1000), pytest.param((100, 12000), marks=pytest.mark.trial)])
 def test_the_peak_memory_is_a_few_times_that_of_the_logits(loss, compiled, bound, shape):
