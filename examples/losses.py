@@ -98,8 +98,8 @@ def tf_kd(
     """
     classes = student_logits.shape[1]
     p_d = torch.full_like(student_logits, (1 - correct) / (classes - 1)).scatter(1, target.unsqueeze(1), correct)
-    uniform = (p_d.log() / temperature).log_softmax(1)
-    return weight * temperature**2 * kl(uniform, (student_logits / temperature).log_softmax(1))
+    virtual_teacher = (p_d.log() / temperature).log_softmax(1)
+    return weight * temperature**2 * kl(virtual_teacher, (student_logits / temperature).log_softmax(1))
 
 
 def ps_kd(student_logits: Tensor, past_logits: Tensor, target: Tensor, alpha: float = 0.8) -> Tensor:

@@ -415,8 +415,6 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
             failure = failure or error
     if not tried and failure is not None:
         raise failure
-    if not any(bool(actual.count_nonzero()) for one in tried for _, actual in one.actual):
-        return report(subject, tried[0], estimate(right, tried[0], gamma, temperature), NO_GRADIENT)
     for words, formula in [("", right), *FORMULAS]:
         for one in tried:
             constants = estimate(formula, one, gamma, temperature)
@@ -428,7 +426,10 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
     errors = list(compare(right, tried[0], constants))
     finite = all(bool(actual.isfinite().all()) for _, actual in tried[0].actual)
     digits = not finite or all(not error or case.name in EXTREME for case, error in errors)
-    return report(subject, tried[0], constants, DIGITS_LOST if digits else UNKNOWN)
+    mistake = DIGITS_LOST if digits else UNKNOWN
+    if not any(bool(actual.count_nonzero()) for _, actual in tried[0].actual):
+        mistake = NO_GRADIENT
+    return report(subject, tried[0], constants, mistake)
 
 
 def side_mistake(tried: Attempt) -> str | None:

@@ -20,7 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,24 @@ def write_results(file: Path, rows: list[dict[str, str]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_whole(file, text.getvalue())
+
+
+def run_draws(
+    run_draw: Callable[[Path, int], list[dict[str, str]]], args: argparse.Namespace, runs: Path, results: Path
+) -> list[dict[str, str]]:
+    """Run the draws that a CSV file lacks, write their rows into it one draw at a time, and return all rows.
+
+    run_draw: function of the source and the draw's number; its runs in runs/NUMBER are removed afterwards
+    """
+    rows = read_results(results)
+    for seed in range(args.draws):
+        if any(row["draw"] == str(seed) for row in rows):
+            continue
+        rows += [{"draw": str(seed)} | row for row in run_draw(args.source, seed)]
+        write_results(results, rows)
+        shutil.rmtree(runs / str(seed))
+        print(f"draw {seed} is finished", flush=True)
+    return rows
 
 
 def read_images(files: Iterable[Path], config: Metadata) -> np.ndarray:

@@ -16,13 +16,12 @@ The command writes a row for each run into results/practitioner.csv, skips finis
 import argparse
 import io
 import json
-import shutil
 import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
-from fine_tuning import HERE, ROOT, draw_folder, images_of, logits_of, read_arguments, read_results, top1, write_results
+from fine_tuning import HERE, ROOT, draw_folder, images_of, logits_of, read_arguments, run_draws, top1
 from finetune import STUDENT, TEACHER, fetch, run_command
 from paired import describe, holm, p_of
 
@@ -80,8 +79,8 @@ def measure(output: Path, root: Path) -> dict[str, float]:
     return found
 
 
-def run_draw(source: Path, seed: int) -> dict[tuple[str, str], dict[str, float]]:
-    """Return the result of each (row, teacher)."""
+def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
+    """Return the row, the teacher and the two top-1 of each run."""
     root = draw_folder(source, RUNS / "images" / str(seed), f"practitioner {seed}", CLASSES, PARTS).resolve()
     runs = (RUNS / str(seed)).resolve()
     flags = ["--data", root / "data", "--img-size", SIZE, "--workers", 0, "--device", "cpu", "--reference", 0]
@@ -108,7 +107,8 @@ def run_draw(source: Path, seed: int) -> dict[tuple[str, str], dict[str, float]]
             output = runs / f"{teacher}-{row}"
             train_once([*student, *more, "--teacher-labels", runs / teacher], output)
             found[row, teacher] = measure(output, root)
-    return found
+    percents = {key: {part: f"{top:.2f}" for part, top in tops.items()} for key, tops in found.items()}
+    return [{"row": row, "teacher": teacher} | tops for (row, teacher), tops in percents.items()]
 
 
 def chosen(rows: list[dict[str, str]], method: str, teachers: tuple[str, ...]) -> float:
@@ -139,16 +139,7 @@ def print_tables(rows: list[dict[str, str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args = read_arguments(parser, draws=15)
-    rows = read_results(RESULTS)
-    for seed in range(args.draws):
-        if any(row["draw"] == str(seed) for row in rows):
-            continue
-        for (row, teacher), tops in run_draw(args.source, seed).items():
-            rows.append({"draw": str(seed), "row": row, "teacher": teacher} | {k: f"{v:.2f}" for k, v in tops.items()})
-        write_results(RESULTS, rows)
-        shutil.rmtree(RUNS / str(seed))  # a gigabyte
-        print(f"draw {seed} is finished", flush=True)
-    print_tables(rows)
+    print_tables(run_draws(run_draw, args, RUNS, RESULTS))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ The command writes a row for each run into results/uskd.csv, skips finished draw
 """
 
 import argparse
-import shutil
 import statistics
 import sys
 from pathlib import Path
 
 import torch
-from fine_tuning import HERE, draw_folder, images_of, logits_of, read_arguments, read_results, top1, write_results
+from fine_tuning import HERE, draw_folder, images_of, logits_of, read_arguments, run_draws, top1
 from finetune import run_command
 from paired import describe, holm, p_of
 from practitioner import join_folds
@@ -71,8 +70,8 @@ def measure(output: Path, root: Path) -> float:
     return top1(logits_of(model, images, config.mean, config.std), labels)
 
 
-def run_draw(source: Path, seed: int) -> dict[str, float]:
-    """Return the top-1 of each row."""
+def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
+    """Return the name and the top-1 of each row."""
     root = draw_folder(source, RUNS / "images" / str(seed), f"uskd {seed}", CLASSES, PARTS).resolve()
     runs = (RUNS / str(seed)).resolve()
     flags = [*FLAGS, "--data", root / "data", "--seed", seed, "--epochs", EPOCHS]
@@ -93,7 +92,7 @@ def run_draw(source: Path, seed: int) -> dict[str, float]:
     for row, (more, script) in arms.items():
         train_once([*more, *flags], runs / row, script)
         found[row] = measure(runs / row, root)
-    return found
+    return [{"row": row, "top1": f"{percent:.2f}"} for row, percent in found.items()]
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
@@ -112,16 +111,7 @@ def print_table(rows: list[dict[str, str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args = read_arguments(parser, draws=5)
-    rows = read_results(RESULTS)
-    for seed in range(args.draws):
-        if any(row["draw"] == str(seed) for row in rows):
-            continue
-        for row, percent in run_draw(args.source, seed).items():
-            rows.append({"draw": str(seed), "row": row, "top1": f"{percent:.2f}"})
-        write_results(RESULTS, rows)
-        shutil.rmtree(RUNS / str(seed))
-        print(f"draw {seed} is finished", flush=True)
-    print_table(rows)
+    print_table(run_draws(run_draw, args, RUNS, RESULTS))
 
 
 if __name__ == "__main__":

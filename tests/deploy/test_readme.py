@@ -126,14 +126,7 @@ def test_every_flag_and_command_on_a_page_exists(page):
     theirs |= {"--data-binary", "--model-repository", "--gpus", "--rm"}  # of curl, Triton and Docker
     theirs |= {"--system-site-packages", "--no-deps", "--with"}  # of venv, pip and uv
     theirs |= {"--requirements", "--budget-ms"}  # of student.pyz and candidates.pyz
-    theirs |= {
-        "--jobs",
-        "--seeds",
-        "--fetch",
-        "--fastai",
-        "--timm",
-        "--flags",
-    }  # of examples/*.py and examples/paper/*.py
+    theirs |= {"--jobs", "--seeds", "--fetch", "--fastai", "--timm", "--flags"}  # of examples/ and examples/paper/
     theirs |= {"--litserve", "--compare", "--pooled"}  # of examples/benchmark_serve.py and examples/paper/report.py
     theirs |= {"--minutes", "--share", "--triton", "--only", "--hostile"}  # of tests/*.py and examples/gpu.py
     theirs |= {"--torchcompile", "--clip-mode"}  # of timm's train.py

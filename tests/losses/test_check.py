@@ -230,6 +230,10 @@ WRONG = {  # losses with other argument names, and the mistake of each
     ),
     "no_grad": (torch.no_grad()(hand), "the student's logits get no gradient"),
     "a detached student": (lambda s, t, y: hand(s.detach(), t, y), "the student's logits get no gradient"),
+    "a detached student, not the teacher": (
+        lambda s, t, y: check.right(s.detach(), t, y, 1.5, 1.0) + 0 * t.sum(),
+        "the student's logits get no gradient",
+    ),
     "a new tensor": (lambda s, t, y: torch.tensor(hand(s, t, y).item()), "the student's logits get no gradient"),
 }
 

@@ -188,9 +188,8 @@ def test_a_backbone_inside_a_classifier_is_found():
     assert default_tap(nn.Sequential(backbone, nn.Linear(1000, 5))) == "0.layer3.1"
     assert default_tap(nn.ModuleDict({"model": nn.ModuleDict({"backbone": backbone})})) == "model.backbone.layer3.1"
     unknown = nn.Sequential(nn.Linear(4, 8), nn.ModuleDict({f"layer{i}": nn.Linear(64, 64) for i in (1, 2, 3)}))
-    with pytest.raises(
-        ValueError, match="no default tap for Sequential"
-    ):  # only a large first child counts as a backbone
+    # only a large first child counts as a backbone
+    with pytest.raises(ValueError, match="no default tap for Sequential"):
         default_tap(unknown)
 
 

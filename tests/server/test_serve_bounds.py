@@ -243,8 +243,7 @@ def test_decoding_has_a_limit_of_cpu_time(monkeypatch):
 @pytest.mark.parametrize(("body", "accepted"), [(tiff_of_one_tile(16_384), "TIFF"), (bmp_rle(8_000), "BMP")])
 def test_a_costly_file_of_an_allowed_format_does_not_stop_the_server(artefact, body, accepted):
     with in_process(artefact, Limits(formats=(accepted,))) as site:
-        # 503: the decoding process has ended, and another one replaces it
-        assert ask(site, "/predict", body)[0] in (200, 400, 503)
+        assert ask(site, "/predict", body)[0] in (200, 400)
         assert ask(site, "/predict", picture(accepted))[0] == 200
 
 
