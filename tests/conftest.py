@@ -28,6 +28,14 @@ def pytest_itemcollected(item):
         item.add_marker(pytest.mark.gpu)
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Use the argument's name as the id of a long text.
+
+    pytest writes the id into PYTEST_CURRENT_TEST. With a variable of 128 KiB, Linux starts no process.
+    """
+    return argname if isinstance(val, str | bytes) and len(val) > 100 else None
+
+
 def pytest_collection_modifyitems(items):
     # Slow tests run first, so that the test processes end at about the same time.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
