@@ -51,6 +51,7 @@ METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 BINS = {"entropy": 512, "percentile": 2048}  # bins of a histogram; the time of entropy grows with their square
 BATCH, BATCH_PIXELS = 16, 1 << 18  # largest calibration batch, in images and in pixels: five images of 224 px
 RANKING = 32  # calibration images for the trial of one layer in INT8
+TIMED_S = 1.5  # measured time of each file in the table of --max-drop
 MOST_SHOWN = 10  # layers in a printed list; a table may have twice as many
 
 
@@ -347,7 +348,7 @@ def find_bounded(
         kept, left_float = leave_float(quantizer, list(costs), bound, right, trial)
     promise = {"max_drop": bound.max_drop, "drop": kept.drop, "held_out_images": kept.images}
     quantizer.write(file, left_float, about=promise | {"float_layers": left_float})
-    plan = Plan([images[:1]], [], seconds=1.5)
+    plan = Plan([images[:1]], [], TIMED_S)
     times = benchmark(file.parent, [source, every_layer, file], plan, RunOn("cpu", threads=1), eager=False)
     return Bounded(everything, kept, left_float, len(quantizer.layers), costs, times, quantizer.recipe.method)
 

@@ -39,10 +39,13 @@ def can_fuse(*logits: Tensor) -> bool:
     return all(type(x) in (Tensor, Parameter) and unpack_dual(x).tangent is None for x in logits)  # type: ignore
 
 
-@torch.compiler.assume_constant_result  # type: ignore  # called at each trace
 def is_export_or_inference(x: Tensor) -> bool:
     """Return True under export and for inference tensors; a compiler cannot trace is_inference, but can call this."""
     return torch.compiler.is_exporting() or x.is_inference()
+
+
+# As torch.compiler.assume_constant_result, which would load the compiler at each import of kdlite (1.4 s of CPU).
+is_export_or_inference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def saveable(x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 from timm.data import ImageNetInfo
 
 from deploy.cli import UserError
@@ -90,6 +89,8 @@ def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -
 
     labels, predictions: class indices of the same images, (N,)
     """
+    from scipy.optimize import linear_sum_assignment  # imported here, because it takes as long as numpy and timm
+
     count, right = len(labels), float((labels == predictions).mean())
     table = np.zeros((classes, classes))
     np.add.at(table, (labels, predictions), 1)

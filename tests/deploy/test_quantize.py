@@ -128,14 +128,15 @@ def top1(file, reference):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cpu", pytest.param("tensorrt", marks=pytest.mark.trial)])
-def test_the_layers_that_lose_too_much_stay_in_float(run, target, capsys):
+def test_the_layers_that_lose_too_much_stay_in_float(run, target, capsys, monkeypatch):
+    monkeypatch.setattr(quantize, "TIMED_S", 0.1)
     spoilt = spoil(run)
     student, reference = run / "student", read_reference(run / "student", None, "")
-    file, flags = student / f"student-int8-{target}.onnx", ["--target", target, "--reduce-range"]
+    file, flags = student / f"student-int8-{target}.onnx", ["--target", target, "--reduce-range", "--method", "minmax"]
     assert top1(student / "student.onnx", reference) == 100
     assert quantize_or_refuse(run, *flags) < 95
     capsys.readouterr()
-    deploy(quantize, run, *flags, "--method", "minmax", "--max-drop", "2.5")
+    deploy(quantize, run, *flags, "--max-drop", "2.5")
     out = capsys.readouterr().out
     calibration = load(file).metadata.calibration
     assert set(calibration["float_layers"]) == spoilt
@@ -153,7 +154,8 @@ def quantize_or_refuse(run, *flags):
     return top1(run / f"student/student-int8-{target}.onnx", read_reference(run / "student", None, ""))
 
 
-def test_a_file_that_keeps_the_bound_in_int8_has_no_layer_in_float(run, capsys):
+def test_a_file_that_keeps_the_bound_in_int8_has_no_layer_in_float(run, capsys, monkeypatch):
+    monkeypatch.setattr(quantize, "TIMED_S", 0.1)
     deploy(quantize, run, "--target", "cpu", "--max-drop", "3", *["--reduce-range"] * products_saturate())
     assert load(run / "student/student-int8-cpu.onnx").metadata.calibration["float_layers"] == []
     out = capsys.readouterr().out
