@@ -31,6 +31,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -363,7 +364,7 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
                 log(f"skipped because {package} is not installed: {', '.join(file.name for file in missing)}")
             found = [file for file in found if file not in missing]
         if not found:
-            raise UserError(f"{student} has no artefact yet: python -m deploy.export {student}")
+            raise UserError(f"{student} has no artefact yet: python -m deploy.export {shlex.quote(str(student))}")
         return found
     paths = [Path(name) if Path(name).exists() else student / name for name in names]
     for path in paths:

@@ -29,6 +29,7 @@ import argparse
 import importlib.resources
 import json
 import os
+import shlex
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -152,7 +153,9 @@ def run(args: argparse.Namespace) -> None:
     student = cli.student_folder(args.student)
     artefact = Path(args.file) if Path(args.file).is_file() else student / args.file
     if not artefact.is_file():
-        raise UserError(f"no {artefact.name} in {student}: python -m deploy.export {student} writes student.onnx")
+        raise UserError(
+            f"no {artefact.name} in {student}: python -m deploy.export {shlex.quote(str(student))} writes student.onnx"
+        )
     if args.runtime and not is_page(args.output):
         raise UserError("--runtime is for student.html: give --output a name that ends with .html")
     pack(artefact, args.output, args.runtime)

@@ -28,6 +28,7 @@ import io
 import logging
 import math
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -493,7 +494,7 @@ def run(args: argparse.Namespace) -> None:
     student = cli.student_folder(args.student)
     onnx_file = args.onnx or student / "student.onnx"
     if not onnx_file.is_file():
-        raise UserError(f"{onnx_file} is missing: python -m deploy.export {student} --format onnx")
+        raise UserError(f"{onnx_file} is missing: python -m deploy.export {shlex.quote(str(student))} --format onnx")
     otherwise = "resume the finished run to write it: python train.py --output RUN --resume"
     reference = read_reference(student, args.reference, otherwise)
     images = reference.train_images
@@ -519,7 +520,7 @@ def run(args: argparse.Namespace) -> None:
     size = f"{file}  {file.stat().st_size / 1e6:.1f} MB"
     if bound is None or bounded is None:
         same = f"same class as the fp32 file on {agreement:.1f} % of {len(images)} calibration images"
-        show(f"{size}, {same}; python -m deploy.check {student} compares them on validation images")
+        show(f"{size}, {same}; python -m deploy.check {shlex.quote(str(student))} compares them on validation images")
         return
     layers = list(bounded.left_float[:MOST_SHOWN])
     more = [f"and {len(bounded.left_float) - MOST_SHOWN} more"] if len(bounded.left_float) > MOST_SHOWN else []

@@ -26,6 +26,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -423,7 +424,8 @@ def run(argv: list[str] | None = None) -> None:
         with lock_labels(folder, header):
             whole = write_labels(folder, header, data.train, view.transform(), ask, args.workers, stop)
         kept = f"stopped by {stop}: the complete files in {folder} are kept; run the same command again to continue"
-        done = f"all labels are written; python train.py --kd nkd --teacher-labels {folder} trains from them"
+        command = f"python train.py --kd nkd --teacher-labels {shlex.quote(str(folder))}"
+        done = f"all labels are written; {command} trains from them"
         log(done if whole else kept)
 
 
