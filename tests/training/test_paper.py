@@ -281,6 +281,43 @@ def test_the_zipf_labels_of_another_network_equal_their_formula():
     assert by_weak.tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_each_rule_for_gamma_equals_its_formula():
+    rules = load("gamma_rules")
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(16, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    target = torch.arange(16) % 8
+
+    def expected(gamma, others=None):
+        """Return L_nkd of each row; gamma: of T and N(T) of a row, others: N(T) of a row -> the weights instead."""
+        found = []
+        for s, t, label in zip(student.tolist(), teacher.tolist(), target.tolist()):
+            n_t = oracle.softmax(t, leave_out=label)
+            n = others(t, label) if others else n_t
+            log_n = oracle.log_softmax(s, leave_out=label)
+            non_target = -sum(n[i] * log_n[i] for i in range(9) if i != label)
+            t_t = oracle.softmax(t)[label]
+            found.append(-t_t * oracle.log_softmax(s)[label] + gamma(t_t, n_t, label) * non_target)
+        return pytest.approx(found, rel=1e-6)
+
+    def entropy(n, label):
+        return -sum(n[i] * math.log(n[i]) for i in range(9) if i != label)
+
+    def mean_with_twin(t, label):
+        """Return half of N(T) and half of its mean over the two rows of the class."""
+        rows = [oracle.softmax(row, leave_out=label) for row in (teacher[label].tolist(), teacher[label + 8].tolist())]
+        return [n / 2 + (a + b) / 4 for n, a, b in zip(oracle.softmax(t, leave_out=label), *rows)]
+
+    found = {name: rule(student, teacher, target).tolist() for name, rule in rules.RULES.items()}
+    for name, gamma in rules.CONSTANTS.items():
+        assert found[name] == expected(lambda *_, gamma=gamma: gamma)
+    assert found["unsure"] == expected(lambda t_t, *_: 4 * (1 - t_t))
+    assert found["entropy"] == expected(lambda _, n, label: 6 * (1 - entropy(n, label) / math.log(8)))
+    assert found["sharp"] == expected(lambda *_: 1, lambda t, label: oracle.softmax(t, 0.5, leave_out=label))
+    assert found["class_mean"] == expected(lambda *_: 1, mean_with_twin)
+    assert found["falling"] == expected(lambda *_: 3.5 * 0.999)
+    assert rules.falling(student, teacher, target).tolist() == expected(lambda *_: 3.5 * 0.998)
+
+
 @pytest.mark.parametrize(
     ("variant", "replaced"),
     [("nkd_without_target", "nkd_loss"), ("uskd_ranked_by_log", "uskd_loss"), ("uskd_ranked_by_weak", "uskd_loss")],
