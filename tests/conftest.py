@@ -1,14 +1,9 @@
 """Run each test process with one thread, and the tests that share a costly fixture in one process."""
 
-import functools
 import os
 import shutil
 
 import pytest
-import torch
-
-from kdlite.training import data
-from kdlite.training.data import Digits
 
 # Costly fixture -> the group of the slow tests that use it.
 SHARED = {"trained": "run", "deployed": "run", "made": "device", "runs": "report", "html": "page"}
@@ -16,7 +11,9 @@ SHARED = {"trained": "run", "deployed": "run", "made": "device", "runs": "report
 # A fake camera, which Chromium opens without asking the user.
 CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:  # the process that starts the others imports no torch
+    import torch
+
     torch.set_num_threads(1)  # because more threads would compete for the cores
 
 
@@ -39,38 +36,6 @@ def pytest_make_parametrize_id(val, argname):
 def pytest_collection_modifyitems(items):
     # Slow tests run first, so that the test processes end at about the same time.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
-@pytest.fixture(autouse=True)
-def small_runs(request, monkeypatch):
-    """Make runs of train.py in this process cheap: use 200 training and 60 validation digits, and draw no pictures.
-
-    All 1,797 digits and the three pictures take three quarters of the time of a small run. Tests that need them have
-    the marker `whole_runs`.
-    """
-    if "training" not in request.path.parts or request.node.get_closest_marker("whole_runs"):
-        return
-    monkeypatch.setattr(data, "Digits", SmallDigits)
-    for place in ("kdlite.training.outputs.plot_curves", "kdlite.training.outputs.batch_picture",
-                  "deploy.per_class.confusion_picture"):  # fmt: skip
-        monkeypatch.setattr(place, make_empty)
-
-
-def make_empty(path, *_):
-    path.touch()
-
-
-class SmallDigits(Digits):
-    """Hold the first digits of a part. A process reads them once."""
-
-    def __init__(self, train):
-        self.images, self.targets = small_digits(train)
-
-
-@functools.cache
-def small_digits(train):
-    whole, count = Digits(train), 200 if train else 60
-    return whole.images[:count], whole.targets[:count]
 
 
 @pytest.fixture(scope="session")

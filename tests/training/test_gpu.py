@@ -90,7 +90,7 @@ def is_running(pid):
 def test_a_command_that_takes_too_long_is_ended_with_its_processes(tmp_path):
     code = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
     with pytest.raises(UserError, match="the time was over"):
-        place(tmp_path, seconds=2).run("waits", "-c", code)
+        place(tmp_path, seconds=1).run("waits", "-c", code)
     child = int((tmp_path / "waits.log").read_text().splitlines()[1])
     ends = time.monotonic() + 5
     while is_running(child) and time.monotonic() < ends:
