@@ -6,7 +6,7 @@ from scipy.stats import t, ttest_1samp
 
 
 def interval(values: list[float]) -> float:
-    """Return half of the 95 % interval of the mean, by Student's t."""
+    """Return half of the width of the 95 % interval of the mean, by Student's t."""
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -20,8 +20,8 @@ def describe(differences: list[float]) -> str:
 
 
 def p_of(differences: list[float]) -> float:
-    """Return p of a paired t-test."""
-    return float(ttest_1samp(differences, 0).pvalue)
+    """Return the two-sided p-value of a paired t-test; 1 for one difference, and if all differences are 0."""
+    return float(ttest_1samp(differences, 0).pvalue) if len(differences) > 1 and any(differences) else 1.0
 
 
 def holm(p_values: list[float]) -> list[float]:
