@@ -88,16 +88,19 @@ class Flag:
 
 def get_parser(table: Table, doc: str, program: str) -> argparse.ArgumentParser:
     """Return a parser that stores only the flags on the command line."""
-    shown = {name: recipe for name, recipe in RECIPES.items() if len(recipe["step_epochs"]) < 10}
-    lines = [f"{name}: {', '.join(f'{k} {v}' for k, v in recipe.items())}" for name, recipe in shown.items()]
+    short = {name: dict(recipe) for name, recipe in RECIPES.items()}
+    for recipe in short.values():
+        if len(recipe["step_epochs"]) > 9:
+            recipe["step_epochs"] = f"[{recipe['step_epochs'][0]}, ..., {recipe['step_epochs'][-1]}]"
+    lines = [f"{name}: {', '.join(f'{k} {v}' for k, v in recipe.items())}" for name, recipe in short.items()]
     about, epilog = doc.partition("\n\n")[0], f"Recipes. {'; '.join(lines)}"
     parser = Parser(prog=program, description=about, epilog=epilog, argument_default=argparse.SUPPRESS)
     for title, flags in table.items():
         group = parser.add_argument_group(title)
         for name, flag in flags.items():
-            by_recipe = any(name in recipe for recipe in RECIPES.values())
-            default = BY_RECIPE if by_recipe else flag.default
-            suffix = "" if default in (None, False, []) else f" (default: {default})"
+            defaults = [] if flag.default in (None, False, [], BY_RECIPE) else [str(flag.default)]
+            defaults += [BY_RECIPE] if any(name in recipe for recipe in RECIPES.values()) else []
+            suffix = f" (default: {', or '.join(defaults)})" if defaults and "default:" not in flag.help else ""
             group.add_argument(option(name), help=flag.help + suffix, **flag.options)
     return parser
 

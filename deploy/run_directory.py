@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import fcntl
 import io
 import itertools
 import json
@@ -91,6 +90,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     The kernel releases the lock when a run is killed.
     """
+    import fcntl  # imported here, because Windows, which can run most commands of deploy/, lacks it
+
     with open_in_run(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

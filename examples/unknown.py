@@ -123,12 +123,14 @@ parser = make_parser(__doc__, "unknown.py")
 parser.add_argument("--data", type=Path, help="a folder for each class (default: the digits of scikit-learn)")
 parser.add_argument("--classes", type=number(int, 3), default=0, help="classes of a draw (default: all)")
 parser.add_argument("--images", type=number(int, 3), default=0, help="images of a class (default: all)")
-parser.add_argument("--flags", default=DIGITS, help="flags of train.py (default: a ResNet-8 at 16 px)")
+parser.add_argument("--flags", help="flags of train.py, needed with --data (default: a ResNet-8 at 16 px)")
 parser.add_argument("--draws", type=number(int, 2), default=5, help="sets of classes that are left out (default: 5)")
 parser.add_argument("--output", type=Path, default=Path("build/unknown"), help="a new folder (default: build/unknown)")
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.data and args.flags is None:
+        raise UserError("--data needs --flags, the flags of train.py for your student: --flags '--model resnet18'")
     if args.output.exists():
         raise UserError(f"{args.output} exists: name a new folder with --output")
     data, output = args.data or args.output / "digits", args.output.resolve()

@@ -141,7 +141,9 @@ def images_of(folder: Path, config: Metadata) -> tuple[np.ndarray, torch.Tensor]
 @torch.inference_mode()
 def logits_of(model: torch.nn.Module, images: np.ndarray, mean: list[float], std: list[float]) -> torch.Tensor:
     shift, scale = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
-    parts = (torch.from_numpy(part).permute(0, 3, 1, 2) / 255 for part in np.array_split(images, len(images) // 50))
+    parts = (
+        torch.from_numpy(part).permute(0, 3, 1, 2) / 255 for part in np.array_split(images, max(1, len(images) // 50))
+    )
     return torch.cat([model.eval()((part - shift) / scale) for part in parts])
 
 

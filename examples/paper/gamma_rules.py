@@ -9,43 +9,41 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from kdlite.terms import centred, cross_entropy, log_normalized, log_odds
+from kdlite.terms import centred, cross_entropy, log_normalized, log_odds, nkd_rows
 
 STEPS = 1000  # of a run, for the falling gamma
 
 
-def nkd(student: Tensor, teacher: Tensor, target: Tensor, gamma: Tensor | float, n_t: Tensor | None = None) -> Tensor:
-    """Return L_nkd (eq. 7) at temperature 1 of each row; gamma: one value or (N,); n_t: (N, C), instead of N(T)."""
-    student, teacher = centred(student), centred(teacher)
-    n_t = log_normalized(teacher, target).exp() if n_t is None else n_t
-    target_term = -log_odds(teacher, target).sigmoid() * F.logsigmoid(log_odds(student, target))
-    return target_term + gamma * cross_entropy(n_t, log_normalized(student, target))
+def mixed(student: Tensor, teacher: Tensor, target: Tensor, n_t: Tensor) -> Tensor:
+    """Return L_nkd (eq. 7) of each row with gamma 1, temperature 1, and n_t, (N, C), instead of N(T)."""
+    target_term = nkd_rows(student, teacher, target, 0.0, 1.0)
+    return target_term + cross_entropy(n_t, log_normalized(centred(student), target))
 
 
 def constant(student: Tensor, teacher: Tensor, target: Tensor, gamma: float) -> Tensor:
-    return nkd(student, teacher, target, gamma)
+    return nkd_rows(student, teacher, target, gamma, 1.0)
 
 
 def unsure(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """Return NKD with gamma 4 (1 - T_t): gamma 1 - T_t is KD at temperature 1 without a part of its target term."""
-    return nkd(student, teacher, target, 4 * log_odds(centred(teacher), target).neg().sigmoid())
+    """Return NKD with gamma 4 (1 - T_t). With gamma 1 - T_t, KD at temperature 1 has one more term."""
+    return nkd_rows(student, teacher, target, 4 * log_odds(centred(teacher), target).neg().sigmoid(), 1.0)
 
 
 def entropy(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """Return NKD with gamma 6 (1 - H(N(T)) / log(C - 1)): it is 0 if the teacher's other classes are equal."""
+    """Return NKD with gamma 6 (1 - H(N(T)) / log(C - 1)): it is 0 if the non-target classes are equal."""
     log_n = log_normalized(centred(teacher), target)
-    return nkd(student, teacher, target, 6 * (1 - cross_entropy(log_n.exp(), log_n) / math.log(teacher.shape[1] - 1)))
+    gamma = 6 * (1 - cross_entropy(log_n.exp(), log_n) / math.log(teacher.shape[1] - 1))
+    return nkd_rows(student, teacher, target, gamma, 1.0)
 
 
 def sharp(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """Return NKD with gamma 1; only the teacher's other classes have the temperature 0.5 (ATS, arXiv 2210.04427)."""
-    return nkd(student, teacher, target, 1.0, log_normalized(centred(teacher) / 0.5, target).exp())
+    """Return NKD with gamma 1; only the teacher's non-target classes have temperature 0.5 (ATS, arXiv 2210.04427)."""
+    return mixed(student, teacher, target, log_normalized(centred(teacher) / 0.5, target).exp())
 
 
 class ClassMean:
-    """Compute NKD with gamma 1 and half of N(T) from its mean over the rows of the class in the run so far."""
+    """Compute NKD with gamma 1, and with the mean of N(T) and of its average over the class in the run so far."""
 
     def __init__(self) -> None:
         self.sums: dict[int, Tensor] = {}  # class -> sum of N(T), (C,)
@@ -55,7 +53,7 @@ class ClassMean:
         for label, row in zip(target.tolist(), n_t):
             self.sums[label] = self.sums.get(label, 0) + row
         means = torch.stack([self.sums[label] / self.sums[label].sum() for label in target.tolist()])
-        return nkd(student, teacher, target, 1.0, (n_t + means) / 2)
+        return mixed(student, teacher, target, (n_t + means) / 2)
 
 
 class Falling:
@@ -66,7 +64,7 @@ class Falling:
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         self.step += 1
-        return nkd(student, teacher, target, 3.5 * max(0.0, 1 - self.step / STEPS))
+        return nkd_rows(student, teacher, target, 3.5 * max(0.0, 1 - self.step / STEPS), 1.0)
 
 
 CONSTANTS = {f"constant_{gamma:g}".replace(".", "_"): gamma for gamma in (0.25, 0.5, 1, 1.5, 3.5)}

@@ -424,8 +424,9 @@ def run(argv: list[str] | None = None) -> None:
         with lock_labels(folder, header):
             whole = write_labels(folder, header, data.train, view.transform(), ask, args.workers, stop)
         kept = f"stopped by {stop}: the complete files in {folder} are kept; run the same command again to continue"
-        command = f"python train.py --kd nkd --teacher-labels {shlex.quote(str(folder))}"
-        done = f"all labels are written; {command} trains from them"
+        done = (
+            f"all labels are written: add --kd nkd --teacher-labels {shlex.quote(str(folder))} to the flags of train.py"
+        )
         log(done if whole else kept)
 
 

@@ -83,7 +83,7 @@ def test_the_client_on_the_page_of_deploy_gets_an_answer(artefact):
     (block,) = blocks("deploy/README.md")
     with server(artefact) as (_, port):
         names = {}
-        exec(block.replace("8000", str(port)).replace("224", "16"), names)
+        exec(block.replace("8000", str(port)).replace("32, 32", "16, 16"), names)
     assert names["logits"].shape == (1, len(NAMES))
 
 
