@@ -34,7 +34,12 @@ def distillation(name: str) -> str:
 
 def count_or_time(text: str) -> int | str:
     """Return a number of epochs, or the text of a time."""
-    return text if read_duration(text) else number(int, 1)(text)
+    if read_duration(text):
+        return text
+    try:
+        return number(int, 1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; a time has a unit and no space: 90s, 30min, 8h") from error
 
 
 COUNT, WEIGHT, SHARE, POSITIVE = number(int, 1), number(float, 0), number(float, 0, 1), number(float, 0, above=True)
@@ -491,7 +496,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
     corrupt = CorruptCount("training", len(data.train) // WORLD_SIZE)
     corrupt_val = CorruptCount("validation", len(data.val) // WORLD_SIZE)
 
-    with outputs.RunFolder(args, given, data, device) as folder:
+    with outputs.RunFolder(args, given, data, device, resumed) as folder:
         torch.manual_seed(args.seed + RANK)
         random.seed(args.seed + RANK)
         if args.pretrained and not resumed and (heads := find_new_classifiers(student)):
@@ -503,6 +508,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
         state = State(net, ema.module if ema else None, optimizer, scaler, progress, losses)
         if resumed:
             state.restore(resumed, vars(args), config)
+            distributed.from_rank_zero(folder.store_flags, folder.path)
         progress.check_validation(data.digest(data.val, config.input_size))
         length = Length(args, len(train_batches) // args.grad_accum, progress, started, len(data.val) / len(data.train))
         schedule = build_schedule(net, optimizer, args, length.steps)
@@ -525,6 +531,9 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                 shown = loading.epoch_batches(train_batches, epoch, first, steps * args.grad_accum)
                 for i, batch in enumerate(shown, 1):
                     corrupt.report(batch)
+                    if batch.images is None:
+                        fault = f"{batch.corrupt[0][0]} cannot be read, and a pass has no other image"
+                        raise UserError(f"{fault}: repair or remove it, or give a larger --batch-size")
                     batch = augment(to_device(batch))
                     if not epoch and not first and i == 1:
                         folder.show_batch(to_device.undo(batch.images[:32]), batch.labels[:32])
@@ -545,6 +554,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                         left = (args.epochs * steps - step - 1) * progress.seconds / progress.step
                         shown.postfix = f"loss {losses.read():.4g}{outputs.describe_left(left, ', ')}"
                     if saver.after_step():
+                        saver.wait()
                         return folder.report_stop(stop, progress)
                     if length.refit():
                         schedule = build_schedule(net, optimizer, args, length.steps)
@@ -554,6 +564,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                 scores = evaluate(evaluated, val_batches, to_device, amp, corrupt_val, stop)
                 if scores is None:
                     saver.save()
+                    saver.wait()
                     return folder.report_stop(stop, progress)
                 row = {"epoch": epoch + 1, **losses.means(device), **scores.metrics, **known, "lr": progress.lr}
                 speed = length.steps * args.batch_size / progress.seconds
@@ -566,7 +577,8 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                 folder.report_epoch(row)
                 writers = [folder.write_metrics(progress.rows)]
                 if progress.is_best and IS_MAIN:
-                    best = replace(config, metrics={"epoch": epoch + 1} | scores.metrics)
+                    about = config.training | {"epochs": args.epochs}  # --epochs 30min may have changed it
+                    best = replace(config, training=about, metrics={"epoch": epoch + 1} | scores.metrics)
                     writers += [outputs.save_student(folder.path / "student", trained, best, later=True)]
                 saver.save(*writers, best=progress.is_best)
         folder.finish(progress, started)

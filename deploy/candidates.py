@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     input_size = [3, args.img_size[0], args.img_size[-1]]
     write_candidates(args.models, input_size, args.classes, args.output)
     size, name = args.output.stat().st_size / 1e6, args.output.name
-    show(f"{args.output}  {size:.1f} MB; next, on the device: python3 {name} --budget-ms 20")
+    show(f"{args.output}  {size:.1f} MB; next, on the device: python3 {shlex.quote(name)} --budget-ms 20")
 
 
 # ---- on the device -------------------------------------------------------------------------------------------------
@@ -151,6 +152,8 @@ def verdict(rows: list[dict[str, Any]], budget_ms: float) -> str:
     known = [row for row in fitting if row["top1"] is not None]
     unknown = [row["network"] for row in fitting if row["top1"] is None]
     also = f"; no published top-1 here, so not compared: {', '.join(unknown)}" if unknown else ""
+    if not any(row[f"{precision}_ms"] for row in rows for precision in ("fp32", "int8")):
+        return "no network ran: the column failed has the reasons"
     if not fitting:
         fastest = min((row[f"{p}_ms"], row["network"], p) for row in rows for p in ("fp32", "int8") if row[f"{p}_ms"])
         return f"no network fits in {budget_ms:g} ms; the fastest is {fastest[1]} in {fastest[2]}: {fastest[0]:.2f} ms"

@@ -33,7 +33,6 @@ import json
 import os
 import shlex
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,13 +42,13 @@ from typing import Any
 import numpy as np
 
 from deploy import cli
-from deploy.cli import Parser, ProgressBar, UserError, first_line, log, printable, show
+from deploy.cli import Parser, ProgressBar, UserError, check_folders, first_line, log, printable, show
 from deploy.confidence import calibration
 from deploy.config import Metadata, read_config
 from deploy.per_class import write_per_class
 from deploy.preprocess import UnreadableImage, endings, open_image, prepare
 from deploy.reference import NAME, evenly, read_reference
-from deploy.run_directory import SPLIT, read_split
+from deploy.run_directory import SPLIT, nfc, read_split
 from deploy.runtimes import (
     LOADERS,
     OPENVINO,
@@ -275,7 +274,7 @@ def from_photographs(student: Path, folder: Path, count: int | None, on: RunOn) 
 def without_training_images(photographs: list[tuple[Path, int]], folder: Path, student: Path) -> list[tuple[Path, int]]:
     """Return the photographs that the run's split.csv does not list for training; without that file, return all."""
     split = read_split(student.resolve().parent / SPLIT) or {}
-    names = [unicodedata.normalize("NFC", file.relative_to(folder).as_posix()) for file, _ in photographs]
+    names = [nfc(file.relative_to(folder).as_posix()) for file, _ in photographs]
     kept = [one for one, name in zip(photographs, names) if split.get(name) != "train"]
     if len(kept) < len(photographs):
         log(f"{len(photographs) - len(kept)} of {len(photographs)} photographs were training images and are skipped")
@@ -290,12 +289,13 @@ def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, i
     Folders are matched with the labels in Unicode's composed form. Hidden files and __MACOSX are skipped. Raise
     UserError if no folder has an image, or if a folder is not named like a class.
     """
-    classes = {unicodedata.normalize("NFC", label): i for i, label in enumerate(label_names)}
+    classes = {nfc(label): i for i, label in enumerate(label_names)}
     try:
         found = sorted(path for path in folder.iterdir() if path.is_dir() and is_visible(path, folder))
     except OSError as error:
         raise UserError(f"--images {folder} cannot be read: {error.strerror}") from error
-    by_class = {unicodedata.normalize("NFC", path.name): path for path in found}
+    check_folders(folder)
+    by_class = {nfc(path.name): path for path in found}
     if unknown := sorted(by_class.keys() - classes.keys()):
         names = f"expected folders named like its {len(classes)} classes: {', '.join(label_names[:3])}, ..."
         raise UserError(f"--images {folder}: the student has no class {', '.join(unknown[:3])}; {names}")
@@ -356,7 +356,8 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
     names: paths, or names of files in the student's folder
     """
     if not names:
-        found = sorted(file for file in student.iterdir() if file.suffix in LOADERS and file.suffix)
+        visible = (file for file in student.iterdir() if file.is_file() and not file.name.startswith("."))
+        found = sorted(file for file in visible if file.suffix in LOADERS and file.suffix)
         found = [file for file in found if not any(part.startswith(".pnnx") for part in file.suffixes)]  # files of pnnx
         for package, kinds in (("torch", TORCH_KINDS), ("ncnn", (".param",))):
             missing = [file for file in found if file.suffix in kinds and not importlib.util.find_spec(package)]

@@ -144,6 +144,9 @@ def run_command(program: str, function: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of stdout has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+        return 141
     except Exception as error:
         message = explain(error)
         if message is None:
@@ -175,7 +178,7 @@ def explain(error: Exception, advice: str = "") -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
-    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+    if isinstance(error, OSError) and (error.errno in WRITE_ERRORS or error.errno == errno.ENAMETOOLONG):
         return f"cannot read or write: {text}"
     advice = f"; {advice}" if advice else ""
     if type(error).__name__ == "OutOfMemoryError":  # torch's exception, by name because torch may be missing
@@ -351,6 +354,27 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def check_folders(folder: Path) -> None:
+    """Raise UserError for a subfolder that cannot be read, or that is a link to a folder around it.
+
+    os.walk and Path.rglob skip the first without a word, and os.walk enters the second 40 times. Hidden folders are
+    ignored.
+    """
+    waiting = [(str(folder), frozenset([os.path.realpath(folder)]))]
+    while waiting:
+        path, around = waiting.pop()
+        try:
+            with os.scandir(path) as entries:
+                inside = [entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; change its permissions or move it") from error
+        for inner in inside:
+            real = os.path.realpath(inner)
+            if real in around:
+                raise UserError(f"{inner} is a link to a folder that contains it: remove the link")
+            waiting.append((inner, around | {real}))
+
+
 @contextlib.contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yield a path in a new folder next to `path`; the file or folder written there replaces `path` at the end.
@@ -385,4 +409,4 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
 def write_whole(path: Path, content: Any, keep: Path | None = None) -> None:
     """Write text or bytes to a file atomically: after a failure the file has its old content. keep: see `replacing`"""
     with replacing(path, keep) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)

@@ -29,7 +29,8 @@ RECIPE_ONLY: dict[str, Any] = dict(
 RENAMED = {"kd_temperature": "temperature", "init": "pretrained"}  # name in older run directories -> present name
 # Former flags, and the only value that train.py still supports; None: any value, because the flag has no effect.
 FORMER = dict(momentum=0.9, channels_last=True, timeout=None, log_interval=None, data_dir=None, download=None)
-AT_THE_START = ("val_split", "pretrained", "tap", "small_stem", "model_args")  # flags that a resume cannot change
+# Flags that a resume cannot change.
+AT_THE_START = ("val_split", "fold", "pretrained", "tap", "small_stem", "model_args")
 
 CNN = dict(
     epochs=100, batch_size=256, opt="momentum", lr=0.1, weight_decay=1e-4, schedule="step",
@@ -110,6 +111,8 @@ def read_flags(table: Table, argv: Sequence[str] | None, doc: str = "", program:
     typed = vars(get_parser(table, doc, program).parse_args(argv))
     for name, flag in by_name(table).items():
         value = typed.get(name)
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise UserError(f"{option(name)} is empty: give a value, or leave the flag out")
         if flag.path and isinstance(value, list):
             typed[name] = [absolute(item) for item in value]
         elif flag.path and isinstance(value, str) and value not in (*BY_DATA, *flag.options.get("choices", ())):

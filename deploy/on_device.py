@@ -12,6 +12,7 @@ import errno
 import functools
 import importlib
 import os
+import shlex
 import stat
 import sys
 import zipfile
@@ -146,7 +147,8 @@ def import_command(archive: Path, name: str) -> ModuleType:
     try:
         return importlib.import_module(f"deploy.{name}")
     except (ImportError, UserError) as error:
-        install = f"python3 {archive.name} --requirements > requirements.txt, then pip install -r requirements.txt"
+        listed = f"python3 {shlex.quote(archive.name)} --requirements > requirements.txt"
+        install = f"{listed}, then pip install -r requirements.txt"
         raise UserError(f"{name} needs packages that are not installed ({error}): {install}") from error
 
 

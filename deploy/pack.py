@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--runtime is for student.html: give --output a name that ends with .html")
     pack(artefact, args.output, args.runtime)
     size, name = args.output.stat().st_size / 1e6, args.output.name
-    following = f"on the device: python3 {name} --requirements"
+    following = f"on the device: python3 {shlex.quote(name)} --requirements"
     if is_page(args.output):
         following = f"open it in a browser, or {name}?selftest"
     show(f"{args.output}  {size:.1f} MB; next, {following}")

@@ -55,7 +55,7 @@ def per_class_table(labels: np.ndarray, predictions: np.ndarray, label_names: Se
     three = labels, predictions, labels[labels == predictions]
     n, answered, hits = (np.bincount(one, minlength=len(label_names)).tolist() for one in three)
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\r\n")  # so that \r in a name is quoted
     writer.writerow(["label", "n", "precision", "recall", "f1"])
     for i, name in enumerate(label_names):
         f1 = share(2 * hits[i], n[i] + answered[i])

@@ -37,6 +37,7 @@ from deploy.cli import (
     ProgressBar,
     UserError,
     add_device,
+    check_folders,
     command,
     log,
     make_parser,
@@ -101,6 +102,7 @@ def list_files(given: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
+        check_folders(path)
         inside = sorted(file for file in path.rglob("*") if is_visible(file, path) and file.is_file())
         images = [file for file in inside if file.suffix.lower() in endings()]
         if not images:
@@ -117,7 +119,7 @@ def list_files(given: Sequence[Path]) -> list[Path]:
 def answers_table(answers: Sequence[Answer]) -> bytes:
     """Return the content of the CSV file."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\r\n")  # so that \r in a name is quoted
     writer.writerow(COLUMNS)
     for answer in answers:
         row = [str(answer.file) if as_text(str(answer.file)) == str(answer.file) else os.path.join(".", answer.file)]

@@ -346,7 +346,7 @@ def find_bounded(
     kept, left_float, costs = everything, list[str](), dict[str, float]()
     if everything.drop > bound.max_drop:
         costs = rank_layers(quantizer, run_all(source, images[evenly(len(images), RANKING)]), images, trial)
-        kept, left_float = leave_float(quantizer, list(costs), bound, right, trial)
+        kept, left_float = leave_float(quantizer, list(costs), bound, right, trial, everything)
     promise = {"max_drop": bound.max_drop, "drop": kept.drop, "held_out_images": kept.images}
     quantizer.write(file, left_float, about=promise | {"float_layers": left_float})
     plan = Plan([images[:1]], [], TIMED_S)
@@ -355,13 +355,14 @@ def find_bounded(
 
 
 def leave_float(
-    quantizer: Quantizer, worst_first: list[str], bound: Bound, right: np.ndarray, trial: Path
+    quantizer: Quantizer, worst_first: list[str], bound: Bound, right: np.ndarray, trial: Path, every_layer: Accuracy
 ) -> tuple[Accuracy, list[str]]:
     """Return the accuracy with few layers in float that keep the bound, and these layers.
 
-    right: whether the fp32 file classifies each image of the bound right; trial: a path for temporary files
+    right: whether the fp32 file classifies each image of the bound right; trial: a path for temporary files;
+    every_layer: the accuracy with all layers in INT8
     """
-    total, least = len(worst_first), math.inf
+    total, least = len(worst_first), every_layer.drop
     low, high, kept = 0, 0, None  # `low` layers in float are too few; once `kept` is set, `high` are enough
     while kept is None or high - low > 1:
         count = min(max(1, 2 * low), total - 1) if kept is None else (low + high) // 2

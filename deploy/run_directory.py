@@ -18,12 +18,13 @@ import shlex
 import socket
 import stat
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from deploy.cli import UserError, version, write_whole
+from deploy.cli import UserError, read_file, version, write_whole
 
 SPLIT = "split.csv"
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
@@ -72,8 +73,8 @@ def open_in_run(path: Path, mode: str) -> IO[str]:
     try:
         file = open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_no_link)  # noqa: SIM115
     except OSError as error:
-        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
-        raise UserError(f"cannot open {path}: {reason}; remove it") from error
+        reason = "it is a link; remove it" if error.errno == errno.ELOOP else error.strerror
+        raise UserError(f"cannot open {path}: {reason}") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise UserError(f"cannot open {path}: it is not a regular file; remove it")
@@ -123,7 +124,7 @@ def read_given(output: Path) -> dict[str, Any]:
             if any((output / name).exists() for name in ("last.pt", "previous.pt")):
                 raise UserError(f"{file} is missing, so the flags of the run are unknown: restore it")
             return {}
-        given = json.loads(file.read_bytes())["given"]
+        given = json.loads(read_file(file))["given"]
         if not isinstance(given, dict):
             raise TypeError(f"its flags are a {type(given).__name__}, expected an object")
         return given
@@ -134,10 +135,15 @@ def read_given(output: Path) -> dict[str, Any]:
 # ---- validation images that a run split off -------------------------------------------------------------------------
 
 
+def nfc(name: str) -> str:
+    """Return a file's name in Unicode's composed form, read as UTF-8: macOS stores é as e and ´."""
+    return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="replace"))
+
+
 def write_split(file: Path, rows: Iterable[tuple[str, str]]) -> None:
     """Write a CSV file that assigns images to training or validation. rows: (CLASS/FILE, "train" or "val")"""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("file", "side"), *rows])
+    csv.writer(text, lineterminator="\r\n").writerows([("file", "side"), *rows])  # so that \r in a name is quoted
     write_whole(file, text.getvalue())
 
 
@@ -154,7 +160,7 @@ def read_split(file: Path) -> dict[str, str] | None:
 
 def read_csv(file: Path, what: str) -> list[list[str]]:
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            return [row for row in csv.reader(lines) if row]
+        lines = io.StringIO(read_file(file).decode("utf-8-sig"), newline="")
+        return [row for row in csv.reader(lines) if row]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file} cannot be read as {what}: {' '.join(str(error).split())}") from error

@@ -184,7 +184,7 @@ def call_own(function: Callable[..., Any], name: str, *args: Any, **options: Any
         return function(*args, **options)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         path = name.rpartition(":")[0]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"{path}:{lines[-1]}" if lines else path

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def get_parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     model = Model(args.name, args.max_batch, args.delay_us, args.instances, not args.cpu)
     folder = write_repository(args.artefact, args.output, model)
-    show(f"{folder}: tritonserver --model-repository {args.output}")
+    show(f"{folder}: tritonserver --model-repository {shlex.quote(str(args.output))}")
 
 
 if __name__ == "__main__":

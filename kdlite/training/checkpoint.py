@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -17,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deploy.cli import UserError, write_whole
+from deploy.cli import UserError, read_file, write_whole
 from deploy.config import Metadata
+from deploy.run_directory import read_csv
 from deploy.student import load_weights
 from kdlite.training import distributed
 from kdlite.training.distributed import IS_MAIN, RANK, WORLD_SIZE, StopRequest, from_rank_zero, gather, log
@@ -118,6 +120,7 @@ class Checkpoint(NamedTuple):
     file: str
     content: dict[str, Any]
     config: Metadata  # the student's config.json
+    written: int  # time of the file's last change in nanoseconds
 
 
 @dataclass
@@ -164,7 +167,7 @@ class State:
             UserError: the checkpoint has another model, optimizer or set of classes; the rest of its epoch would get
                 other images; or the ranks differ
         """
-        file, saved, before = checkpoint
+        file, saved, before, _ = checkpoint
         if before.label_names != config.label_names:
             pairs: Any = zip(before.label_names, config.label_names)
             sizes = [f"{len(names)} classes" for names in (before.label_names, config.label_names)]
@@ -189,8 +192,11 @@ class State:
             self.scaler.load_state_dict(saved["scaler"])
         self.progress.__dict__.update(saved["progress"])
         if self.progress.step:  # within an epoch, which must continue with the same batches
-            names = [name for name in ("batch_size", "seed", "cache") if saved["args"][name] != flags[name]]
-            changed = [f"--{name.replace('_', '-')}" for name in names]
+            names = ("batch_size", "seed", "cache", "kd", "self_kd")
+            before_now = {name: (saved["args"].get(name), flags[name]) for name in names}
+            changed = [f"--{name.replace('_', '-')} {a}" for name, (a, now) in before_now.items() if a != now]
+            if flags["cache"] == "device" and len(saved["ranks"]) != WORLD_SIZE:
+                changed += [f"number of processes, {len(saved['ranks'])}, with --cache device"]
             if before.training["train_images"] != config.training["train_images"]:
                 changed += ["number of training images"]
             if changed:
@@ -290,7 +296,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     found = from_rank_zero(read_checkpoint, folder)
     if found is None:
         return None
-    file, content = found
+    file, content, written = found
     try:
         read = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises errors of many kinds
@@ -298,7 +304,17 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     parts = ("model", "optimizer", "scaler", "ema", "progress", "ranks", "args", "config")
     if not isinstance(read, dict) or not set(parts) <= read.keys() or not isinstance(read["config"], dict):
         raise UserError(f"{file} is not a checkpoint of train.py: expected a dictionary of {', '.join(parts)}")
-    return Checkpoint(str(file), read, Metadata.from_json(read["config"], str(file)))
+    return Checkpoint(str(file), read, Metadata.from_json(read["config"], str(file)), written)
+
+
+def changed_since(checkpoint: Checkpoint | None, folder: Path) -> bool:
+    """Return whether a run has written a checkpoint since this one was read; None: since none was found."""
+    if checkpoint is None:
+        return (folder / LAST).exists()
+    try:
+        return os.stat(checkpoint.file).st_mtime_ns != checkpoint.written
+    except FileNotFoundError:
+        return True
 
 
 # ---- bytes --------------------------------------------------------------------------------------------------------
@@ -326,27 +342,27 @@ def is_whole(content: bytes) -> bool:
     return mark == MARK + hashlib.sha256(body).hexdigest().encode()
 
 
-def read_checkpoint(folder: Path) -> tuple[Path, bytes] | None:
-    """Return the newest whole checkpoint of a run; None if the run has not written one.
+def read_checkpoint(folder: Path) -> tuple[Path, bytes, int] | None:
+    """Return the newest whole checkpoint of a run, and its time; None if the run has not written one.
 
-    Raise UserError if all checkpoints are damaged, or missing although the run has finished an epoch.
+    Raise UserError if all checkpoints are damaged, or missing although the run has saved one.
     """
     damaged: list[str] = []
     for file in (folder / LAST, folder / PREVIOUS):
-        try:
-            content = file.read_bytes()
-        except FileNotFoundError:
+        if not file.exists():
             continue
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from error
+        written = file.stat().st_mtime_ns
+        content = read_file(file)
         if is_whole(content):
             if damaged:
                 log(f"{damaged[0]} is damaged or not a checkpoint of train.py: {file} is used")
-            return file, content
+            return file, content, written
         damaged.append(str(file))
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: damaged, or not a checkpoint of train.py; start in a new --output")
-    if (folder / "metrics.csv").exists():
+    # a run that ended while it saved its first epoch has the row of this epoch, but no checkpoint
+    rows = len(read_csv(folder / "metrics.csv", "metrics")) if (folder / "metrics.csv").exists() else 0
+    if rows > 2 or (folder / "curves.png").exists():
         fault = f"{folder} has finished epochs (metrics.csv), but neither {LAST} nor {PREVIOUS}"
         raise UserError(f"{fault}: restore one, or start in a new --output")
     return None

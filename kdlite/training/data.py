@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import statistics
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,11 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, Subset
 
-from deploy.cli import UserError, is_code
+from deploy.cli import UserError, check_folders, is_code
 from deploy.flags import Table, pick_recipe, settle_flags
 from deploy.preprocess import UnreadableImage, endings, open_image, upright_size
 from deploy.reference import evenly
-from deploy.run_directory import SPLIT, read_csv, read_given, read_split
+from deploy.run_directory import SPLIT, nfc, read_csv, read_given, read_split
 from kdlite.training.distributed import from_rank_zero, local_rank_zero_first, log
 
 EXPECTED = "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or one of digits, cifar10, cifar100"
@@ -157,6 +156,7 @@ class Photos(torchvision.datasets.ImageFolder):
 
     def __init__(self, root: Path) -> None:
         self.left_out: collections.Counter[str] = collections.Counter()
+        check_folders(root)
         super().__init__(str(root), loader=open_image, is_valid_file=self.is_image, allow_empty=True)
         counts = class_counts(self)
         if empty := [name for name, count in zip(self.classes, counts) if not count]:
@@ -210,8 +210,12 @@ def add_unlabelled(data: Data, folder: Path) -> Data:
         raise UserError(f"--unlabelled {folder}: no such folder")
     train = data.train.part(range(len(data.train)))
     train.left_out = collections.Counter()
-    files = sorted(str(file) for file in folder.rglob("*") if file.is_file() and train.is_image(str(file), folder))
+    check_folders(folder)
+    found = sorted(str(file) for file in folder.rglob("*") if file.is_file() and train.is_image(str(file), folder))
+    labelled = {os.path.realpath(path) for part in (data.train, data.val) for path, _ in part.samples}
+    files = [file for file in found if os.path.realpath(file) not in labelled]
     skipped = f", skipped: {train.describe_left_out()}" if train.left_out else ""
+    skipped += f", skipped: {len(found) - len(files)} images of --data" if len(files) < len(found) else ""
     if not files:
         raise UserError(f"--unlabelled {folder}: no image in it{skipped}")
     train.samples = train.imgs = [*train.samples, *((file, NO_LABEL) for file in files)]
@@ -296,11 +300,6 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def nfc(name: str) -> str:
-    """Return a file's name in Unicode's composed form, read as UTF-8: macOS stores é as e and ´."""
-    return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="replace"))
-
-
 def abbreviate(names: Iterable[str]) -> str:
     """Return the first five names, and the number of the others."""
     names = list(names)
@@ -345,6 +344,8 @@ def hold_out(data: Data, part: int, parts: int) -> Data:
     train = Fold(data.train, [number for number in range(len(whole)) if number not in held])
     if lacking := [name for name, count in zip(train.classes, class_counts(train)) if not count]:
         raise UserError(f"--fold {part} {parts}: no image of {abbreviate(lacking)} is left to train on: add images")
+    if not held:
+        raise UserError(f"--fold {part} {parts}: no image is left to validate on: use a smaller N")
     return data._replace(train=train, val=Fold(data.train, sorted(held)))
 
 
@@ -409,8 +410,8 @@ def class_weights(spec: str, label_names: Sequence[str], counts: Sequence[int]) 
     else:
         raise UserError(f"--class-weights {spec}: expected balanced, or a CSV file of name,weight for each class")
     total = sum(weights[name] * count for name, count in zip(label_names, counts))
-    if not total:
-        raise UserError(f"{spec}: every training image has the weight 0: expected a weight above 0")
+    if not 0 < total < math.inf:
+        raise UserError(f"{spec}: the weights of the training images sum to {total:g}: expected a finite sum above 0")
     return [weights[name] * sum(counts) / total for name in label_names]
 
 
@@ -418,7 +419,7 @@ def read_class_weights(file: Path) -> dict[str, float]:
     weights: dict[str, float] = {}
     rows = read_csv(file, "class weights")
     for row in rows[1:] if rows and [cell.strip().lower() for cell in rows[0]] == ["name", "weight"] else rows:
-        name = unicodedata.normalize("NFC", row[0].strip())
+        name = nfc(row[0].strip())
         try:
             weight = float(row[1])
         except (IndexError, ValueError):

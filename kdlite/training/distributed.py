@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from deploy.cli import UserError, explain, first_line
+from deploy.cli import UserError, explain, first_line, printable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 MEET = timedelta(minutes=10)  # how long a process waits for the others at the start
@@ -263,13 +263,13 @@ def gather(value: Any) -> list[Any]:
 def log(line: str | None) -> None:
     """Print a line on stdout, on rank 0 only; print nothing for None."""
     if IS_MAIN and line:
-        print(line, flush=True)
+        print(*(printable(part) for part in line.split("\n")), sep="\n", flush=True)
 
 
 def warn(line: str) -> None:
     """Print a warning on stderr, on rank 0 only."""
     if IS_MAIN:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {line}"), file=sys.stderr, flush=True)
 
 
 class Exchanging(DistributedDataParallel):

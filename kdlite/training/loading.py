@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 
-from deploy.cli import ProgressBar, UserError
+from deploy.cli import ProgressBar, UserError, printable
 from deploy.config import Metadata
 from deploy.preprocess import RESAMPLING, UnreadableImage, prepare, resize, to_rgb, upright_size
 from deploy.reference import evenly
@@ -320,7 +320,8 @@ class CorruptCount:
                 continue
             self.seen.add(name)
             count = len(self.seen)
-            print(f"skipped a corrupt image ({count} so far in {self.part}): {name}: {reason}", file=sys.stderr)
+            line = f"skipped a corrupt image ({count} so far in {self.part}): {name}: {reason}"
+            print(printable(line), file=sys.stderr)
             if count > max(1, 0.01 * self.total):
                 share = f"{count} of {self.total} {self.part} images cannot be read, more than 1 %"
                 raise UserError(f"{share}: repair or remove them; the last one is {name}")

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from deploy.cli import ProgressBar, is_code, printable, use_backslashreplace, write_whole
+from deploy.cli import ProgressBar, UserError, is_code, printable, use_backslashreplace, write_whole
 from deploy.confidence import ANSWERED, FEWEST, fit_confidence
 from deploy.config import Metadata, read_config
 from deploy.flags import RECIPES
@@ -34,8 +34,9 @@ from deploy.per_class import save, shortened, write_per_class
 from deploy.reference import evenly, keep_reference
 from deploy.run_directory import SPLIT, claim, describe, locked, open_in_run, write_split
 from deploy.runtimes import RunOn, load
+from deploy.student import is_folder
 from kdlite import WithWeakHead
-from kdlite.training.checkpoint import Checkpoint, Progress
+from kdlite.training.checkpoint import Checkpoint, Progress, changed_since
 from kdlite.training.data import Data, class_counts
 from kdlite.training.distributed import IS_MAIN, WORLD_SIZE, StopRequest, from_rank_zero, log, peak_memory
 from kdlite.training.loading import Samples, data_loader, eval_view
@@ -47,10 +48,20 @@ IMBALANCE = 10  # ratio of class sizes from which a run prints advice about clas
 
 
 class RunFolder:
-    """Make, lock and fill the directory of a run, on rank 0. given: the flags that a resumed run uses again"""
+    """Make, lock and fill the directory of a run, on rank 0.
 
-    def __init__(self, args: argparse.Namespace, given: dict[str, Any], data: Data, device: torch.device) -> None:
-        self.args, self.given, self.data, self.device = args, given, data, device
+    given: the flags that a resumed run uses again; resumed: the checkpoint of a resumed run
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        given: dict[str, Any],
+        data: Data,
+        device: torch.device,
+        resumed: Checkpoint | None = None,
+    ) -> None:
+        self.args, self.given, self.data, self.device, self.resumed = args, given, data, device, resumed
         self.at_the_end = ExitStack()
 
     def __enter__(self) -> RunFolder:
@@ -58,18 +69,25 @@ class RunFolder:
         return self
 
     def begin(self) -> Path:
-        """Make the directory, lock it, and write split.csv, log.txt and args.json."""
+        """Make the directory, lock it, and open log.txt; store the flags of a new run."""
         path = claim(self.args.output, self.args.model, "-".join(added_losses(self.args)) or "ce", self.args.resume)
         self.at_the_end.enter_context(locked(path))
-        for partial in path.glob(".*.partial"):  # a run that is killed while it saves leaves them
+        if self.args.resume and changed_since(self.resumed, path):
+            raise UserError(f"another process saved a checkpoint in {path} while this run started: start it again")
+        for partial in (*path.glob(".*.partial"), *path.glob("student/.*.partial")):  # of a run killed while it saved
             shutil.rmtree(partial, ignore_errors=True)
+        Tee.log = self.at_the_end.enter_context(open_in_run(path / "log.txt", "a"))
+        if not self.resumed:
+            self.store_flags(path)
+        return path
+
+    def store_flags(self, path: Path) -> None:
+        """Write args.json and split.csv; a resumed run calls this after it has accepted its flags."""
         if self.data.split:
             write_split(path / SPLIT, self.data.split)
-        Tee.log = self.at_the_end.enter_context(open_in_run(path / "log.txt", "a"))
         cpu = f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
         write_whole(path / "args.json", describe(vars(self.args), self.given, name, WORLD_SIZE))
-        return path
 
     def report_start(
         self, config: Metadata, net: nn.Module, amp: torch.dtype | None, resumed: Checkpoint | None, progress: Progress
@@ -141,14 +159,18 @@ class RunFolder:
         if progress.answers is not None:
             labels, predictions = progress.answers.numpy()
             print(*write_per_class(self.path, labels, predictions, self.data.label_names), sep="\n")
+        if not (self.path / "student").is_dir():
+            return log("no student is saved, because no epoch had a finite validation loss")
         own = [self.args.model] if is_code(self.args.model) else self.args.model_file
         log(keep_confidence(self.path / "student", self.data.val, self.device, self.args.workers, own))
         if self.args.reference:
             log(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own))
-        top1 = f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, best {progress.best:.2f} % -> {self.path}/student"
+        best = f"best {progress.best:.2f} %" if progress.answers is not None else "none on these validation images yet"
+        top1 = f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, {best} -> {self.path}/student"
         peak = f"{peak_memory(self.device)} MiB of {'GPU memory' if self.device.type == 'cuda' else 'memory'} at most"
         log(f"{top1}; {time.monotonic() - started:.0f} s, {peak}")
-        log(f"next: python -m deploy.export {shlex.quote(str(self.path))}")
+        files = "".join(f" --model-file {shlex.quote(name)}" for name in own)
+        log(f"next: python -m deploy.export {shlex.quote(str(self.path))}{files}")
 
     def __exit__(self, *error: Any) -> None:
         if isinstance(error[1], Exception):
@@ -236,6 +258,7 @@ def describe_training(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     """Return the field `training` of the student's config.json."""
     smoothing = f" with label smoothing {args.label_smoothing:g}" if args.label_smoothing else ""
     weights = "ImageNet weights" if args.pretrained is True else os.path.basename(args.pretrained or "random")
+    weights = str(Path(*Path(args.model).parts[-2:])) if is_folder(args.model) else weights
     about = {"data": os.path.basename(args.data), "train_images": len(data.train), "val_images": len(data.val)}
     about |= {"unlabelled": data.unlabelled} if data.unlabelled else {}
     about |= {"method": " + ".join([f"cross-entropy{smoothing}", *added_losses(args)])}

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploy.cli import UserError, number, run_command, write_whole
+from deploy.cli import UserError, number, read_file, run_command, write_whole
 from deploy.config import check_fields, is_count, read_json
 from deploy.flags import BY_RECIPE, RECIPES, Flag, Table, read_flags, settle_flags
 from deploy.preprocess import UnreadableImage
@@ -103,7 +103,8 @@ def digest_of_content(images: Any) -> str:
     paths = [path for path, _ in getattr(images, "samples", [])]
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{os.stat(path).st_size}\n".encode())
+        size = os.stat(path).st_size if os.path.exists(path) else -1  # a link to a missing file counts as corrupt
+        digest.update(f"{size}\n".encode())
     for index in evenly(len(paths), SAMPLED):
         if os.path.isfile(paths[index]):  # a pipe would block
             digest.update(hashlib.sha256(Path(paths[index]).read_bytes()).digest())
@@ -113,10 +114,9 @@ def digest_of_content(images: Any) -> str:
 def read_header(folder: Path) -> Header:
     file = folder / HEADER
     try:
-        header = read_json(file.read_bytes(), file)
-    except OSError as error:
-        fault = f"{file} cannot be read: {error.strerror}"
-        raise UserError(f"{fault}; write the labels with python -m kdlite.training.teacher_labels") from error
+        header = read_json(read_file(file), file)
+    except UserError as error:
+        raise UserError(f"{error}; write the labels with python -m kdlite.training.teacher_labels") from error
     check_fields(header, FIELDS, str(file))
     return header
 

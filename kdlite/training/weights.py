@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -109,7 +110,8 @@ def open_student(
     """
     size, classes = [args.in_chans, *args.img_size], len(label_names)
     if is_folder(args.model):
-        return *start_from_folder(args.model, label_names, size, args.model_file), None
+        source = f"starts from the weights of the folder {args.model}"
+        return *start_from_folder(args.model, label_names, size, args.model_file), source
     architecture = find_architecture(args.model, args.model_args, args.small_stem, size)
     model = build_model(architecture, classes, size, [args.model])
     report = None
@@ -150,7 +152,7 @@ def start_from_folder(
     if config.num_classes != len(label_names):
         fault = f"has {config.num_classes} classes, but --data has {len(label_names)}"
     if fault:
-        advice = f"--model {config.architecture} --pretrained {folder} loads the tensors that fit"
+        advice = f"--model {config.architecture} --pretrained {shlex.quote(folder)} loads the tensors that fit"
         raise UserError(f"--model {folder} {fault}: {advice}")
     return model, replace(config, label_names=label_names, temperature=None, threshold=None)  # fitted again at the end
 
@@ -181,6 +183,9 @@ def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
     tensors = {k: v for k, v in (found[sets[0]] if sets else found).items() if isinstance(v, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no weights: expected a dictionary of tensors by name")
+    for key, value in tensors.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise UserError(f"{path}: {key} has values that are not finite: use the weights of another run or file")
     return tensors, images
 
 

@@ -115,6 +115,8 @@ def test_the_best_network_that_fits_has_the_highest_published_accuracy():
     assert verdict(rows[3:], 20) == "within 20 ms, without a published top-1 here: unpublished"
     rows = [row("large", 80.0, 50, 30, 2), row("small", 70.0, 10, 5, 2)]
     assert verdict(rows, 2) == "no network fits in 2 ms; the fastest is small in int8: 5.00 ms"
+    failed = [row | {"fp32_ms": None, "int8_ms": None, "fits": "no"} for row in rows]
+    assert verdict(failed, 20) == "no network ran: the column failed has the reasons"
 
 
 def test_only_networks_of_torchvision_have_a_published_accuracy():

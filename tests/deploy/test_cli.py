@@ -1,18 +1,23 @@
 """Test deploy.cli: errors of one line with an exit status, files written whole, and escaped control characters."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from deploy import cli
 from deploy.cli import UserError, printable, replacing, run_command, write_whole
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.mark.parametrize(("error", "status", "line"), [
     (UserError("two\nlines"), 2, "p: error: two lines"),
     (KeyboardInterrupt(), 130, "interrupted"),
     (OSError(28, "No space left on device"), 2, "p: error: cannot read or write: [Errno 28] No space left on device"),
+    (OSError(36, "File name too long"), 2, "p: error: cannot read or write: [Errno 36] File name too long"),
     (MemoryError(), 2, "p: error: out of memory: use smaller batches; "),
     (UserError("\x1b[31mred\x07"), 2, "p: error: \\x1b[31mred\\x07"),
 ])  # fmt: skip
@@ -22,6 +27,13 @@ def test_an_exception_gives_one_line_and_a_status(error, status, line, capsys):
 
     assert run_command("p", fail) == status
     assert capsys.readouterr().err.strip("\n") == line
+
+
+def test_a_command_whose_reader_has_ended_exits_with_141_and_prints_nothing():
+    code = "from deploy.cli import run_command, show; exit(run_command('p', lambda: show(*['x' * 9999] * 99)))"
+    command = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x", "")
 
 
 def test_a_bug_keeps_its_traceback():

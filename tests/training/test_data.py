@@ -57,6 +57,36 @@ def files(part):
     return [os.path.relpath(path, part.root) for path, _ in part.samples]
 
 
+# ---- folders ----
+
+
+def test_a_subfolder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    make(tmp_path, {"train/cat/more": 2, "train/dog": 2, "val/cat": 2, "val/dog": 2})
+    scan = os.scandir
+
+    def scan_as_another_user(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan_as_another_user)
+    assert refusal(tmp_path) == (
+        "photos/train/cat/more cannot be read: Permission denied; change its permissions or move it"
+    )
+
+
+def test_a_link_to_a_folder_around_it_is_refused(tmp_path):
+    make(tmp_path, {"train/cat": 2, "train/dog": 2, "val/cat": 2, "val/dog": 2})
+    (tmp_path / "train/cat/again").symlink_to("..")
+    assert "photos/train/cat/again is a link to a folder that contains it" in refusal(tmp_path)
+
+
+def test_a_split_with_a_line_break_in_a_name_is_read_again(tmp_path):
+    rows = [("cat\r/1\n.jpg", "train"), ("cat\r/2.jpg", "val")]
+    write_split(tmp_path / "split.csv", rows)
+    assert list(read_split(tmp_path / "split.csv").items()) == rows
+
+
 # ---- classes ----
 
 
@@ -306,7 +336,7 @@ def test_class_weights_are_read_from_a_csv_file(tmp_path, header):
     ("a,1\n", "lacks b"), ("a,1\nb,1\nc,1\nd,2\n", "names classes that --data does not have: c, d"),
     ("a,1\nb,-1\n", "weight of at least 0, got b,-1"), ("a,1\nb,inf\n", "at least 0, got b,inf"),
     ("a,nan\nb,1\n", "got a,nan"), ("a,1\nb,one\n", "got b,one"), ("a\nb\n", "got a"), ("a,1,2\nb,1\n", "got a,1,2"),
-    ("a,1\na,2\nb,1\n", "names a twice"), ("a,0\nb,0\n", "every training image has the weight 0"), ("", "lacks a, b"),
+    ("a,1\na,2\nb,1\n", "names a twice"), ("a,0\nb,0\n", "the weights of the training images sum to 0: expected a finite sum"), ("", "lacks a, b"),
     (None, "expected balanced, or a CSV file"),
 ])  # fmt: skip
 def test_invalid_class_weights_are_refused_with_one_line(tmp_path, text, message):

@@ -101,8 +101,27 @@ def test_a_new_batch_size_is_refused_within_an_epoch(batch_size, monkeypatch, ca
     with monkeypatch.context() as patched:
         patched.setattr(train, "evaluate", functools.partial(stop_and_call, train.evaluate))
         run(*TINY, "--output", "out")
+    before = Path("out/args.json").read_bytes()
+    batches = json.loads(before)["flags"]["batch_size"]
     line = refused(capsys, "--output", "out", "--resume", *OWN, "--batch-size", batch_size)
-    assert "out/last.pt is at step 6 of epoch 1: the --batch-size must stay the same" in line
+    assert f"out/last.pt is at step 6 of epoch 1: the --batch-size {batches} must stay the same" in line
+    assert Path("out/args.json").read_bytes() == before  # a refused resume changes no flag of the next one
+    run("--output", "out", "--resume", *OWN)
+
+
+def test_a_checkpoint_that_another_process_saves_during_the_start_is_not_overwritten(monkeypatch, capsys):
+    run(*TINY, "--epochs", 2, "--output", "out")
+    build = train.build_optimizer
+
+    def build_slowly(*args):
+        newer = Path("out/previous.pt").read_bytes()  # the former job of a queue ends its last save meanwhile
+        Path("out/last.pt").write_bytes(newer)
+        return build(*args)
+
+    monkeypatch.setattr(train, "build_optimizer", build_slowly)
+    assert "another process saved a checkpoint in out while this run started" in (
+        refused(capsys, "--output", "out", "--resume", *OWN, "--epochs", 3)
+    )
 
 
 @pytest.mark.trial
@@ -300,7 +319,9 @@ def test_a_resume_without_a_checkpoint_never_replaces_finished_epochs(capsys):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--seed", 5], "the --seed must stay the same"), (["--pretrained", "x.pth"], "--pretrained was False"),
+    (["--seed", 5], "the --seed 0 must stay the same"),
+    (["--kd", f"{MODELS.parents[1]}/examples/losses.py:tf_kd"], "the --kd None must stay the same"),
+    (["--fold", 0, 5], "--fold was None when this run began"), (["--pretrained", "x.pth"], "--pretrained was False"),
     (["--val-split", 0.5], "--val-split was None when this run began"), (["--small-stem"], "--small-stem was False"),
 ])  # fmt: skip
 def test_a_flag_without_effect_on_a_resumed_run_is_refused(flags, message, monkeypatch, capsys):
@@ -308,6 +329,29 @@ def test_a_flag_without_effect_on_a_resumed_run_is_refused(flags, message, monke
         patched.setattr(train, "evaluate", functools.partial(stop_and_call, train.evaluate))
         run(*TINY, "--output", "out")
     assert message in refused(capsys, "--output", "out", "--resume", *OWN, *flags)
+
+
+def test_a_run_killed_while_it_saved_its_first_epoch_starts_again(capsys):
+    run(*TINY, "--output", "out")
+    for name in ("last.pt", "best.pt", "curves.png"):
+        Path("out", name).unlink()
+    capsys.readouterr()
+    run("--output", "out", "--resume", *OWN)
+    assert "no checkpoint in out yet: a new run starts" in capsys.readouterr().out
+    assert Path("out/last.pt").exists()
+
+
+def test_a_pipe_in_place_of_a_file_of_the_run_is_refused(capsys):
+    run(*TINY, "--output", "out")
+    for name in ("args.json", "last.pt", "split.csv"):
+        file = Path("out", name)
+        kept = file.read_bytes() if file.exists() else b""
+        file.unlink(missing_ok=True)
+        os.mkfifo(file)
+        assert f"out/{name} is not a regular file" in refused(capsys, "--output", "out", "--resume", *OWN)
+        file.unlink()
+        if kept:
+            file.write_bytes(kept)
 
 
 def test_a_finished_run_prints_how_to_continue_it(capsys):
@@ -406,6 +450,7 @@ def test_an_epoch_with_nan_in_its_evaluation_is_never_the_best(capsys):
     run(*TINY, "--model", f"{MODELS}:nan_after", "--epochs", 3, "--output", "out")
     config = json.loads(Path("out/student/config.json").read_text())
     assert config["metrics"]["epoch"] == 1
+    assert f"next: python -m deploy.export out --model-file {MODELS}:nan_after" in capsys.readouterr().out
     assert torch.load("out/best.pt", weights_only=True)["progress"]["epoch"] == 1
     assert torch.load("out/last.pt", weights_only=True)["progress"]["epoch"] == 3
 

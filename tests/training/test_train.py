@@ -693,6 +693,19 @@ def test_a_run_prints_and_skips_a_corrupt_image(photos, capfd):
     assert top1 * 16 == pytest.approx(round(top1 * 16), abs=1e-4)  # 16 images count, not 17
 
 
+def test_a_pass_without_a_readable_image_is_refused(photos, capfd):
+    (photos / "train/china/3.jpg").write_bytes(b"no image")
+    run(*TINY, "--data", photos, "--batch-size", 8, "--grad-accum", 8, "--output", "out", check=2)
+    assert "china/3.jpg cannot be read, and a pass has no other image" in capfd.readouterr().err
+
+
+def test_a_folder_whose_name_is_not_utf_8_trains(photos):
+    folder = os.path.join(os.fsencode(photos.parent), b"donn\xe9es")
+    os.rename(photos, folder)
+    run(*TINY, "--data", os.fsdecode(folder), "--batch-size", 8, "--output", "out")
+    assert "donn" in Path("out/student/README.md").read_text()
+
+
 def test_a_training_batch_leaves_a_corrupt_image_out(photos):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
     view = loading.View((3, 16, 16), "resized", 0.5, "bilinear").transform()
@@ -878,6 +891,9 @@ def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
         (["--cache", "device", "--recipe", "imagenet-vit"], "give --crop pad or none, and --randaugment 0 0"),
         (["--randaugment", "2", "99"], "--randaugment: must be between 0 and 30, got 99"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--pretrained", ""], "--pretrained is empty: give a value, or leave the flag out"),
+        (["--class-weights", ""], "--class-weights is empty"),
+        (["--epochs", "30 min"], "must be at least 1, got 30 min; a time has a unit and no space: 90s, 30min, 8h"),
         (["--mixup", "1e-300"], "--mixup: must be 0, or between 0.01 and 1000"),
         (["--model", "x" * 5000], "unknown model 'xxx"),
         (["--data", "x" * 5000], "no such folder; expected a folder with"),

@@ -90,6 +90,14 @@ def test_a_class_without_an_image_to_train_on_is_refused(photos):
         opened(*TINY, *RECIPE, "--data", "photos", "--fold", 0, 5)
 
 
+def test_a_part_without_an_image_is_refused(photos):
+    for folder in Path("photos/train").iterdir():
+        for file in sorted(folder.iterdir())[4:]:
+            file.unlink()
+    with pytest.raises(UserError, match="no image is left to validate on: use a smaller N"):
+        opened(*TINY, *RECIPE, "--data", "photos", "--fold", 4, 5)
+
+
 class Numbers:
     """Replace stored labels; return the view and the number of an image."""
 

@@ -88,6 +88,13 @@ def test_unlabelled_images_are_found_at_any_depth_and_counted_separately(photos,
     assert data.train.targets[36:] == [NO_LABEL] * 30
 
 
+def test_images_of_data_are_left_out_of_the_unlabelled_images(photos, capsys):
+    Path("more/of_val.png").symlink_to(next(Path("photos/val").resolve().rglob("*.png")))
+    _, _, data = opened(*RUN, "--unlabelled", "more", "--kd", "kd", *TEACHER)
+    assert "30 images without a label, skipped: 1 .txt, skipped: 1 images of --data" in capsys.readouterr().out
+    assert data.unlabelled == 30
+
+
 @pytest.mark.slow
 def test_stored_answers_give_the_losses_of_the_teacher(photos, capsys):
     more = ["--unlabelled", "more"]

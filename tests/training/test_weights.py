@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -181,6 +182,9 @@ def test_a_file_with_code_or_without_a_matching_tensor_is_refused():
     torch.save(torch.nn.Linear(2, 2), "module.pth")
     with pytest.raises(UserError, match="cannot be read as weights"):
         start(f"{MODELS}:tiny", pretrained="module.pth")
+    torch.save({"a.weight": torch.tensor([1.0, math.nan])}, "nan.pth")
+    with pytest.raises(UserError, match=r"nan\.pth: a\.weight has values that are not finite"):
+        start(f"{MODELS}:tiny", pretrained="nan.pth")
     torch.save([1, 2], "list.pth")
     with pytest.raises(UserError, match="holds no weights"):
         start(f"{MODELS}:tiny", pretrained="list.pth")
