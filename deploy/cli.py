@@ -135,8 +135,8 @@ def add_device(parser: Parser) -> None:
 def run_command(program: str, function: Callable[[], int | None]) -> int:
     """Call a program's function and return its exit status. Print an error as one line if `explain` returns one.
 
-    The status is 2 after a user's mistake, 130 after Ctrl-C, and otherwise the function's. Other errors keep their
-    traceback.
+    The status is 2 after a user's mistake, 130 after Ctrl-C, 141 if the reader of stdout ends first (`| head`), and
+    otherwise the function's. Other errors keep their traceback.
     """
     use_backslashreplace()
     try:
@@ -144,10 +144,10 @@ def run_command(program: str, function: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of stdout has ended, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
-        return 141
     except Exception as error:
+        if is_lost_reader(error):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+            return 141
         message = explain(error)
         if message is None:
             raise
@@ -191,6 +191,12 @@ def explain(error: Exception, advice: str = "") -> str | None:
         fewer = f"use fewer data loading processes{advice}"
         return f"a data loading process ended, perhaps because memory ran out: {fewer}; {text[:200]}"
     return None
+
+
+def is_lost_reader(error: Exception) -> bool:
+    """Return whether print() failed because the reader has ended; a pipe between processes raises this error too."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, BrokenPipeError) and "multiprocessing" not in frames[-1].filename
 
 
 def show_error(program: str, message: str) -> None:

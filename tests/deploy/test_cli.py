@@ -1,5 +1,6 @@
 """Test deploy.cli: errors of one line with an exit status, files written whole, and escaped control characters."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -34,6 +35,13 @@ def test_a_command_whose_reader_has_ended_exits_with_141_and_prints_nothing():
     command = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (141, "x", "")
+
+
+def test_a_broken_pipe_between_processes_keeps_its_traceback():
+    near, far = multiprocessing.Pipe()
+    far.close()
+    with pytest.raises(BrokenPipeError):
+        run_command("p", lambda: near.send("x" * 9999))
 
 
 def test_a_bug_keeps_its_traceback():
