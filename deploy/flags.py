@@ -262,7 +262,8 @@ def is_like(value: Any, template: Any) -> bool:
 def settle_size(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Set args.img_size to [height, width]. If the model is a student/ folder, the default is its size."""
     if os.path.isdir(args.model) and "img_size" not in given:
-        args.in_chans, *args.img_size = read_config(student_folder(Path(args.model))).input_size
+        channels, *args.img_size = read_config(student_folder(Path(args.model))).input_size
+        args.in_chans = args.in_chans if "in_chans" in given else channels
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
     if len(args.img_size) not in (2, 4):
         raise UserError("--img-size takes one number, or height and width")

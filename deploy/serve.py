@@ -135,7 +135,11 @@ def serve_file(args: argparse.Namespace, token: str | None) -> None:
     reloader = Reloader(load_again, name)
     server = StudentServer(load_again(), args.name, limits)
     listener = listen_unix(args.unix_socket) if args.unix_socket else listen(args.host, args.port)
-    address = f"unix:{args.unix_socket}" if args.unix_socket else "http://{}:{}".format(*listener.getsockname()[:2])
+    if args.unix_socket:
+        address = f"unix:{args.unix_socket}"
+    else:
+        host, port = listener.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     bound = identity(args.unix_socket)
     message = f"{name} by {server.runtime.name}, {server.runtime.provider}, on {address}"
     try:

@@ -79,9 +79,9 @@ def config_text(metadata: Metadata, backend: str, model: Model) -> str:
     return f"""name: {json.dumps(model.name)}
 backend: "{backend}"
 max_batch_size: {model.max_batch}
-input [ {{ name: "{inputs}", data_type: {kind}, dims: {list(metadata.tensor_shape)} }} ]
+input [ {{ name: {json.dumps(inputs)}, data_type: {kind}, dims: {list(metadata.tensor_shape)} }} ]
 output [
-  {{ name: "{outputs}", data_type: TYPE_FP32, dims: [{classes}], label_filename: "labels.txt" }}
+  {{ name: {json.dumps(outputs)}, data_type: TYPE_FP32, dims: [{classes}], label_filename: "labels.txt" }}
 ]
 dynamic_batching {{ max_queue_delay_microseconds: {model.delay_us} }}
 instance_group [ {{ count: {model.instances}, kind: {"KIND_GPU" if model.gpu else "KIND_CPU"} }} ]

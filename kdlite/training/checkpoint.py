@@ -184,7 +184,8 @@ class State:
             raise UserError(f"{fault}: give the same --opt")
         groups, ours = saved["optimizer"]["param_groups"], self.optimizer.param_groups
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in ours]:
-            raise UserError(f"{file} was saved with other groups of parameters: give the same --weight-decay and --tap")
+            fault = f"{file} was saved with other groups of parameters"
+            raise UserError(f"{fault}: give the same --weight-decay, --layer-decay and --tap")
         for group, now in zip(groups, ours):
             group.update({name: value for name, value in now.items() if name != "params"})
         self.optimizer.load_state_dict(saved["optimizer"])
