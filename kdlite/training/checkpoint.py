@@ -363,7 +363,7 @@ def read_checkpoint(folder: Path) -> tuple[Path, bytes, int] | None:
         raise UserError(f"{' and '.join(damaged)}: damaged, or not a checkpoint of train.py; start in a new --output")
     # a run that ended while it saved its first epoch has the row of this epoch, but no checkpoint
     rows = len(read_csv(folder / "metrics.csv", "metrics")) if (folder / "metrics.csv").exists() else 0
-    if rows > 2 or (folder / "curves.png").exists():
+    if rows > 2 or (rows and (folder / "curves.png").exists()):
         fault = f"{folder} has finished epochs (metrics.csv), but neither {LAST} nor {PREVIOUS}"
         raise UserError(f"{fault}: restore one, or start in a new --output")
     return None

@@ -97,7 +97,7 @@ def test_the_command_in_the_last_line_can_be_pasted_into_a_shell(tmp_path, capsy
     run(*TINY, "--output", "my runs/a'b")
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("next: python -m deploy.export ")
-    assert shlex.split(last.removeprefix("next: "))[-1] == "my runs/a'b"
+    assert shlex.split(last.removeprefix("next: "))[3:] == ["my runs/a'b", "--model-file", f"{MODELS}:tiny"]
 
 
 @pytest.mark.parametrize("logits", [np.full((60, 2), np.nan), np.tile([[np.inf, 0]], (60, 1))])
