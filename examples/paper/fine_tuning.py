@@ -111,12 +111,17 @@ def write_results(file: Path, rows: list[dict[str, str]]) -> None:
 
 
 def run_draws(
-    run_draw: Callable[[Path, int], list[dict[str, str]]], args: argparse.Namespace, runs: Path, results: Path
+    doc: str | None, draws: int, run_draw: Callable[[Path, int], list[dict[str, str]]], runs: Path, results: Path
 ) -> list[dict[str, str]]:
-    """Run the draws that a CSV file lacks, write their rows into it one draw at a time, and return all rows.
+    """Read the command line, run the draws that a CSV file lacks, write the rows of each into it, and return all rows.
 
-    run_draw: function of the source and the draw's number; its runs in runs/NUMBER are removed afterwards
+    Args:
+        doc: text of --help
+        draws: the default of --draws
+        run_draw: function of the source and the draw's number; its runs in runs/NUMBER are removed afterwards
     """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = read_arguments(parser, draws)
     rows = read_results(results)
     for seed in range(args.draws):
         if any(row["draw"] == str(seed) for row in rows):

@@ -12,13 +12,12 @@ ResNet-8 at 32 px from random weights. It is tested after its last epoch. The ru
 The command writes a row for each run into results/gamma.csv, skips finished draws, and prints the tables.
 """
 
-import argparse
 import shutil
 import statistics
 import sys
 from pathlib import Path
 
-from fine_tuning import HERE, draw_folder, read_arguments, run_draws
+from fine_tuning import HERE, draw_folder, run_draws
 from finetune import TEACHER, fetch, run_command
 from gamma_rules import CONSTANTS, RULES
 from paired import describe
@@ -75,9 +74,7 @@ def print_tables(rows: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = read_arguments(parser, draws=3)
-    print_tables(run_draws(run_draw, args, RUNS, RESULTS))
+    print_tables(run_draws(__doc__, 3, run_draw, RUNS, RESULTS))
 
 
 if __name__ == "__main__":

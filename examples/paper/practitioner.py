@@ -14,7 +14,6 @@ defaults. Both teachers are EfficientNet-Lite2:
 The command writes a row for each run into results/practitioner.csv, skips finished draws, and prints the tables.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -23,7 +22,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from fine_tuning import HERE, ROOT, draw_folder, images_of, logits_of, read_arguments, run_draws, top1
+from fine_tuning import HERE, ROOT, draw_folder, images_of, logits_of, run_draws, top1
 from finetune import STUDENT, TEACHER, fetch, run_command
 from paired import describe, holm, p_of
 
@@ -145,9 +144,7 @@ def print_tables(rows: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = read_arguments(parser, draws=15)
-    print_tables(run_draws(run_draw, args, RUNS, RESULTS))
+    print_tables(run_draws(__doc__, 15, run_draw, RUNS, RESULTS))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ teachers are ResNet-8s too:
 The command writes a row for each run into results/uskd.csv, skips finished draws, and prints the table.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
 import torch
-from fine_tuning import HERE, draw_folder, images_of, logits_of, read_arguments, run_draws, top1
+from fine_tuning import HERE, draw_folder, images_of, logits_of, run_draws, top1
 from finetune import run_command
 from paired import describe, holm, p_of
 from practitioner import join_folds
@@ -113,9 +112,7 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = read_arguments(parser, draws=5)
-    print_table(run_draws(run_draw, args, RUNS, RESULTS))
+    print_table(run_draws(__doc__, 5, run_draw, RUNS, RESULTS))
 
 
 if __name__ == "__main__":

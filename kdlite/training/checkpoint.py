@@ -194,8 +194,8 @@ class State:
         self.progress.__dict__.update(saved["progress"])
         if self.progress.step:  # within an epoch, which must continue with the same batches
             names = ("batch_size", "seed", "cache", "kd", "self_kd")
-            before_now = {name: (saved["args"].get(name), flags[name]) for name in names}
-            changed = [f"--{name.replace('_', '-')} {a}" for name, (a, now) in before_now.items() if a != now]
+            theirs = {name: saved["args"].get(name) for name in names}
+            changed = [f"--{name.replace('_', '-')} {theirs[name]}" for name in names if theirs[name] != flags[name]]
             if flags["cache"] == "device" and len(saved["ranks"]) != WORLD_SIZE:
                 changed += [f"number of processes, {len(saved['ranks'])}, with --cache device"]
             if before.training["train_images"] != config.training["train_images"]:
