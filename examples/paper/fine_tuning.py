@@ -12,7 +12,9 @@ each run to results/fine_tuning.csv, skips finished runs, and prints the table.
 
 import argparse
 import csv
+import hashlib
 import io
+import json
 import os
 import random
 import resource
@@ -37,6 +39,8 @@ from deploy.cli import UserError, run_command, write_whole  # noqa: E402
 from deploy.config import Metadata  # noqa: E402
 from deploy.preprocess import open_image, prepare  # noqa: E402
 from deploy.student import load_student  # noqa: E402
+from kdlite.training import teacher_labels  # noqa: E402
+from kdlite.training.data import hold_out, open_data  # noqa: E402
 from kdlite.training.probe import fit_linear  # noqa: E402
 from kdlite.training.weights import find_classifiers  # noqa: E402
 
@@ -152,8 +156,32 @@ def logits_of(model: torch.nn.Module, images: np.ndarray, mean: list[float], std
     return torch.cat([model.eval()((part - shift) / scale) for part in parts])
 
 
-def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    return 100 * (logits.argmax(1) == labels).float().mean().item()
+def top1(model: torch.nn.Module, config: Metadata, folder: Path) -> float:
+    """Return the top-1 of a model on class folders."""
+    images, labels = images_of(folder, config)
+    return 100 * (logits_of(model, images, config.mean, config.std).argmax(1) == labels).float().mean().item()
+
+
+def join_folds(folders: list[Path], data: Path, output: Path) -> None:
+    """Write labels in which the answer about a photograph comes from the teacher that was not trained on it.
+
+    Args:
+        folders: the stored labels of the teachers, the teacher of `--fold I N` at position I
+        data: folder of the photographs
+        output: the new folder of labels
+    """
+    photographs, header = open_data(str(data)), teacher_labels.read_header(folders[0])
+    held = [hold_out(photographs, fold, len(folders)).val.indices for fold in range(len(folders))]
+    output.mkdir(parents=True, exist_ok=True)
+    for part in teacher_labels.parts(header):
+        of_teacher = [np.load(folder / part.name) for folder in folders]
+        joined = of_teacher[0].copy()
+        for rows, indices in zip(of_teacher, held):
+            joined[indices] = rows[indices]
+        teacher_labels.write_part(output / part.name, joined)
+    digests = "".join(teacher_labels.read_header(folder)["teacher"]["digest"] for folder in folders)
+    header["teacher"] |= {"name": "out of fold", "digest": hashlib.sha256(digests.encode()).hexdigest()}
+    write_whole(output / teacher_labels.HEADER, json.dumps(header))
 
 
 def run_timed(command: list) -> tuple[str, float]:
@@ -175,8 +203,7 @@ def run_ours(root: Path, weights: Path, epochs: int, seed: int, output: Path) ->
     shutil.rmtree(output, ignore_errors=True)
     _, seconds = run_timed([sys.executable, ROOT / "train.py", *flags])
     model, config = load_student(output / "student")
-    images, labels = images_of(root / "test", config)
-    ours = top1(logits_of(model, images, config.mean, config.std), labels)
+    ours = top1(model, config, root / "test")
 
     before = resource.getrusage(resource.RUSAGE_SELF)
     probe = timm.create_model(STUDENT, num_classes=config.num_classes)
@@ -195,7 +222,7 @@ def run_ours(root: Path, weights: Path, epochs: int, seed: int, output: Path) ->
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "kdlite": (ours, seconds),
-        "linear probe": (top1(logits_of(probe, images, config.mean, config.std), labels), spent),
+        "linear probe": (top1(probe, config, root / "test"), spent),
     }
 
 
@@ -214,8 +241,7 @@ def run_timm(root: Path, weights: Path, script: Path, flags: list, seed: int, ou
     if not ours.is_dir():
         raise UserError(f"no {ours}, whose preprocessing the test needs: run --rows kdlite first")
     config = load_student(ours)[1]  # the same evaluation: 96 px, crop 0.875
-    images, labels = images_of(root / "test", config)
-    return top1(logits_of(model, images, config.mean, config.std), labels), seconds
+    return top1(model, config, root / "test"), seconds
 
 
 def main() -> None:

@@ -14,24 +14,16 @@ defaults. Both teachers are EfficientNet-Lite2:
 The command writes a row for each run into results/practitioner.csv, skips finished draws, and prints the tables.
 """
 
-import hashlib
-import io
-import json
 import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
-from fine_tuning import HERE, ROOT, draw_folder, images_of, logits_of, run_draws, top1
+from fine_tuning import HERE, ROOT, draw_folder, join_folds, run_draws, top1
 from finetune import STUDENT, TEACHER, fetch, run_command
 from paired import describe, holm, p_of
 
-from deploy.cli import write_whole
-from deploy.flags import read_flags
 from deploy.student import load_student
-from kdlite.training import teacher_labels
-from kdlite.training.data import hold_out, open_run
-from kdlite.training.launch import of_labels, store_labels, train_once
+from kdlite.training.launch import store_labels, train_once
 
 RUNS, RESULTS = Path("runs/practitioner"), HERE / "results" / "practitioner.csv"
 CLASSES, SIZE, EPOCHS, FOLDS = 20, 64, 8, 5
@@ -52,34 +44,10 @@ ARMS = {
 TEACHERS = ("narrowed", "fine-tuned")
 
 
-def join_folds(folders: list[Path], flags: list, output: Path) -> None:
-    """Write labels in which the answer about a photograph comes from the teacher that was not trained on it."""
-    typed = read_flags(teacher_labels.FLAGS, [*of_labels(flags), "--output", str(output), "--teacher", TEACHER], "", "")
-    _, _, data = open_run(teacher_labels.FLAGS, typed)
-    header = teacher_labels.read_header(folders[0])
-    output.mkdir(parents=True, exist_ok=True)
-    for part in teacher_labels.parts(header):
-        of_teacher = [np.load(folder / part.name) for folder in folders]
-        joined = of_teacher[0].copy()
-        for fold, rows in enumerate(of_teacher):
-            held = hold_out(data, fold, len(folders)).val.indices
-            joined[held] = rows[held]
-        content = io.BytesIO()
-        np.save(content, joined)
-        write_whole(output / part.name, content.getvalue() + teacher_labels.checksum(content.getvalue()))
-    digests = "".join(teacher_labels.read_header(folder)["teacher"]["digest"] for folder in folders)
-    header["teacher"] |= {"name": "out of fold", "digest": hashlib.sha256(digests.encode()).hexdigest()}
-    write_whole(output / teacher_labels.HEADER, json.dumps(header))
-
-
 def measure(output: Path, root: Path) -> dict[str, float]:
     """Return the top-1 of a student on the photographs to choose on, and on those of the test."""
     model, config = load_student(output / "student")
-    found = {}
-    for part in ("choose", "test"):
-        images, labels = images_of(root / part, config)
-        found[part] = top1(logits_of(model, images, config.mean, config.std), labels)
-    return found
+    return {part: top1(model, config, root / part) for part in ("choose", "test")}
 
 
 def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
@@ -103,7 +71,7 @@ def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
         train_once([*flags, "--model", TEACHER, "--pretrained", weights, "--fold", fold, FOLDS], teacher)
         store_labels([*labelling, "--teacher", teacher / "student"], labels)
         found[f"the teacher without fold {fold}", "fine-tuned"] = measure(teacher, root)
-    join_folds(of_fold, labelling, runs / "fine-tuned")
+    join_folds(of_fold, root / "data", runs / "fine-tuned")
 
     for teacher in TEACHERS:
         for row, more in ARMS.items():

@@ -9,24 +9,14 @@ teacher's most probable class. The rows with unlabelled photographs take equal n
 row for each run into results/unlabelled.csv, and skips finished draws.
 """
 
-import argparse
 import shutil
 import statistics
 import sys
 from pathlib import Path
 
-from fine_tuning import (
-    HERE,
-    draw_folder,
-    images_of,
-    logits_of,
-    read_arguments,
-    read_images,
-    read_results,
-    top1,
-    write_results,
-)
+from fine_tuning import HERE, draw_folder, logits_of, read_images, run_draws, top1
 from finetune import STUDENT, TEACHER, fetch, run_command
+from paired import describe
 
 from deploy.student import load_student
 from kdlite.training.launch import store_labels, train_once
@@ -52,9 +42,7 @@ def draw(source: Path, name: str, seed: int) -> Path:
 
 
 def test(output: Path, root: Path) -> float:
-    model, config = load_student(output / "student")
-    images, labels = images_of(root / "test", config)
-    return top1(logits_of(model, images, config.mean, config.std), labels)
+    return top1(*load_student(output / "student"), root / "test")
 
 
 def pseudo_label(root: Path, teacher: Path) -> Path:
@@ -74,15 +62,15 @@ def pseudo_label(root: Path, teacher: Path) -> Path:
     return folder
 
 
-def run_draw(source: Path, name: str, seed: int) -> dict[str, float]:
-    """Return the top-1 of each row."""
+def run_folder(source: Path, name: str, seed: int) -> dict[str, float]:
+    """Return the top-1 of each row of a folder."""
     root = draw(source, name, seed).resolve()
     alone, whole = EPOCHS[name]
     flags = ["--img-size", SIZE, "--workers", 0, "--device", "cpu", "--reference", 0, "--seed", seed]
     flags += ["--batch-size", 16]
     student = [*flags, "--model", STUDENT, "--pretrained", fetch(STUDENT).resolve()]
     teacher = [*flags, "--model", TEACHER, "--pretrained", fetch(TEACHER).resolve()]
-    of_folder, runs = ["--data", root / "data"], RUNS / root.name
+    of_folder, runs = ["--data", root / "data"], RUNS / str(seed) / root.name
     train_once([*student, *of_folder, "--epochs", alone], runs / "alone")
     train_once([*teacher, *of_folder, "--epochs", alone], runs / "teacher")
     asked = [*student, *of_folder, "--unlabelled", root / "more"]
@@ -97,29 +85,29 @@ def run_draw(source: Path, name: str, seed: int) -> dict[str, float]:
     return found
 
 
+def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
+    """Return the folder, the row and the top-1 of each run."""
+    return [
+        {"folder": name, "row": row, "top1": f"{percent:.2f}"}
+        for name in FOLDERS
+        for row, percent in run_folder(source, name, seed).items()
+    ]
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    tops = {(row["folder"], row["row"], row["draw"]): float(row["top1"]) for row in rows}
+    draws = list(dict.fromkeys(row["draw"] for row in rows))
+    print(f"| top-1 %, n = {len(draws)} | {' | '.join(FOLDERS)} |\n|---|{'---|' * len(FOLDERS)}")
+    for row in ROWS:
+        cells = [f"{statistics.mean(tops[name, row, draw] for draw in draws):.1f}" for name in FOLDERS]
+        if row != ROWS[0]:
+            gains = [[tops[name, row, draw] - tops[name, ROWS[0], draw] for draw in draws] for name in FOLDERS]
+            cells = [f"{cell}, {describe(gain)}" for cell, gain in zip(cells, gains)]
+        print(f"| {row} | {' | '.join(cells)} |")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = read_arguments(parser, draws=5)
-    rows = read_results(RESULTS)
-    for name in FOLDERS:
-        for seed in range(args.draws):
-            if any((row["folder"], row["draw"]) == (name, str(seed)) for row in rows):
-                continue
-            for row, percent in run_draw(args.source, name, seed).items():
-                rows.append({"folder": name, "draw": str(seed), "row": row, "top1": f"{percent:.2f}"})
-                print(*rows[-1].values(), flush=True)
-            write_results(RESULTS, rows)
-    print(f"| top-1 %, n = {args.draws} | {' | '.join(FOLDERS)} |\n|---|{'---|' * len(FOLDERS)}")
-    for what in ROWS:
-        cells = []
-        for name in FOLDERS:
-            top = {row["draw"]: float(row["top1"]) for row in rows if (row["folder"], row["row"]) == (name, what)}
-            base = {row["draw"]: float(row["top1"]) for row in rows if (row["folder"], row["row"]) == (name, ROWS[0])}
-            gains = [top[seed] - base[seed] for seed in top]
-            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-            gain = f" ({statistics.mean(gains):+.1f} +- {error:.1f})" if what != ROWS[0] else ""
-            cells.append(f"{statistics.mean(top.values()):.1f}{gain}")
-        print(f"| {what} | {' | '.join(cells)} |")
+    print_table(run_draws(__doc__, 5, run_draw, RUNS, RESULTS))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ import sys
 from pathlib import Path
 
 import torch
-from fine_tuning import HERE, draw_folder, images_of, logits_of, run_draws, top1
+from fine_tuning import HERE, draw_folder, join_folds, run_draws, top1
 from finetune import run_command
 from paired import describe, holm, p_of
-from practitioner import join_folds
 
 from deploy.student import load_student
 from kdlite.training.launch import ROOT, store_labels, train_once
@@ -67,8 +66,7 @@ def measure(output: Path, root: Path) -> float:
     model, config = load_student(output / "student", [MODEL])
     weights = torch.load(output / "last.pt", weights_only=True)["model"]
     model.load_state_dict({name: weights.get(f"model.{name}", weights.get(name)) for name in model.state_dict()})
-    images, labels = images_of(root / "test", config)
-    return top1(logits_of(model, images, config.mean, config.std), labels)
+    return top1(model, config, root / "test")
 
 
 def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
@@ -78,8 +76,8 @@ def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
     flags = [*FLAGS, "--data", root / "data", "--seed", seed, "--epochs", EPOCHS]
     labelling = [*flags, "--views", VIEWS, "--top-k", CLASSES - 1, "--model-file", MODEL]
     found = {}
-    more = [*FLAGS, "--data", root / "more", "--seed", seed, "--epochs", EPOCHS_OF_DOMAIN]
-    train_once(more, runs / "domain-teacher")
+    of_domain = [*FLAGS, "--data", root / "more", "--seed", seed, "--epochs", EPOCHS_OF_DOMAIN]
+    train_once(of_domain, runs / "domain-teacher")
     found["the domain teacher"] = measure(runs / "domain-teacher", root)
     labels = {"domain teacher": runs / "domain-labels", "teachers out of fold": runs / "fold-labels"}
     store_labels([*labelling, "--teacher", runs / "domain-teacher" / "student"], labels["domain teacher"])
@@ -88,10 +86,10 @@ def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
         teacher = runs / f"fold-{fold}-teacher"
         train_once([*flags, "--fold", fold, FOLDS], teacher)
         store_labels([*labelling, "--teacher", teacher / "student"], folder)
-    join_folds(of_fold, labelling, labels["teachers out of fold"])
-    arms = {row: (more, ROOT / "train.py") for row, more in ARMS.items()} | arms_of_ranks(labels)
-    for row, (more, script) in arms.items():
-        train_once([*more, *flags], runs / row, script)
+    join_folds(of_fold, root / "data", labels["teachers out of fold"])
+    arms = {row: (loss, ROOT / "train.py") for row, loss in ARMS.items()} | arms_of_ranks(labels)
+    for row, (loss, script) in arms.items():
+        train_once([*loss, *flags], runs / row, script)
         found[row] = measure(runs / row, root)
     return [{"row": row, "top1": f"{percent:.2f}"} for row, percent in found.items()]
 

@@ -197,6 +197,12 @@ def checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(4, "little")
 
 
+def write_part(file: Path, rows: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, rows)
+    write_whole(file, content.getvalue() + checksum(content.getvalue()))
+
+
 class StoredLabels:
     """Return log T_t, log T_i (k,) and indices (k,) of (view, index). The first call for a row opens its file.
 
@@ -278,9 +284,7 @@ class Writer:
         while self.todo and self.seen >= self.todo[0].rows:
             part = self.todo.pop(0)
             self.seen -= part.rows
-            content = io.BytesIO()
-            np.save(content, self.rows.pop((part.view, part.start), self.unread_rows(part.rows)))
-            write_whole(self.folder / part.name, content.getvalue() + checksum(content.getvalue()))
+            write_part(self.folder / part.name, self.rows.pop((part.view, part.start), self.unread_rows(part.rows)))
 
 
 @contextmanager

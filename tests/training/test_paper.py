@@ -3,6 +3,7 @@
 import csv
 import functools
 import importlib.util
+import json
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 import scipy.stats
@@ -24,11 +26,12 @@ from torchvision.datasets import FakeData
 
 import train
 from deploy.cli import UserError, run_command
-from deploy.flags import read_flags, settle_flags
+from deploy.flags import pick_recipe, read_flags, settle_flags
 from deploy.student import build_model, find_architecture
 from kdlite import Teacher, uskd_loss
 from kdlite.training import teacher_labels
-from kdlite.training.data import Data
+from kdlite.training.data import Data, hold_out, open_data
+from kdlite.training.launch import of_labels
 from kdlite.training.loading import Batch
 
 pytestmark = pytest.mark.slow
@@ -423,6 +426,77 @@ def test_the_labels_command_accepts_the_flags_of_the_tables(tmp_path, monkeypatc
     tiny_imagenet.write_labels(tmp_path / "labels", tmp_path / "images", tiny_imagenet.SETTINGS["lite-50"])
     args, _ = settle_flags(teacher_labels.FLAGS, read_flags(teacher_labels.FLAGS, commands[0][3:]))
     assert (args.views, args.top_k, args.img_size, args.crop) == (2, 49, [64, 64], "none")
+
+
+class Experiment:
+    """Run a draw of an experiment without its images and processes; keep the flags of each process."""
+
+    def __init__(self, name, folder, monkeypatch):
+        monkeypatch.syspath_prepend(PAPER)
+        monkeypatch.chdir(folder)
+        module, self.trained, self.stored = load(name), {}, []
+        replacements = {
+            "draw_folder": lambda source, root, *_: root,
+            "fetch": lambda model: Path(model),
+            "join_folds": lambda *_: None,
+            "measure": lambda *_: {"test": 0.0} if name == "practitioner" else 0.0,
+            "pseudo_label": lambda root, _: root / "pseudo",
+            "store_labels": lambda flags, _: self.stored.append(of_labels(flags)),
+            "test": lambda *_: 0.0,
+            "train_once": self.train,
+        }
+        for function in replacements.keys() & vars(module).keys():
+            monkeypatch.setattr(module, function, replacements[function])
+        self.rows = module.run_draw(folder, 0)
+
+    def train(self, flags, output, script="train.py"):
+        variant, flags = ([flags[0]], flags[1:]) if Path(script).name == "ablation.py" else ([], flags)
+        typed = train.parse_flags(list(map(str, flags)))
+        fitted = pick_recipe(500, 20, (64, 64), "--pretrained" in flags, [64])[0]
+        recipe = None if "recipe" in typed else fitted
+        self.trained[output] = [variant, vars(settle_flags(train.FLAGS, typed, None, recipe)[0])]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("practitioner", 23), ("uskd", 17), ("gamma", 30), ("unlabelled", 10)])
+def test_no_two_runs_of_a_drawn_experiment_have_the_same_flags(name, rows, tmp_path, monkeypatch):
+    experiment = Experiment(name, tmp_path, monkeypatch)
+    assert len(experiment.rows) == rows
+    runs = list(experiment.trained.values())
+    assert len(runs) >= rows - 1
+    assert [runs[i] for i in range(len(runs)) if runs[i] in runs[:i]] == []
+    for flags in experiment.stored:
+        settle_flags(teacher_labels.FLAGS, read_flags(teacher_labels.FLAGS, [*flags, "--output", "L"]))
+
+
+def test_the_answer_about_a_photograph_comes_from_the_teacher_that_held_it_out(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PAPER)
+    for c in "ab":
+        for part, count in (("train", 7), ("val", 1)):
+            (tmp_path / "data" / part / c).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(tmp_path / "data" / part / c / f"{i}.png")
+    folders = [tmp_path / f"labels-{fold}" for fold in range(3)]
+    header = {"images": 14, "files": "", "classes": 2, "view": {}, "draws": "", "seed": 0, "views": 2, "k": 1}
+    for fold, folder in enumerate(folders):
+        folder.mkdir()
+        teacher = {"name": "t", "digest": str(fold)}
+        (folder / "labels.json").write_text(json.dumps(header | {"teacher": teacher}))
+        for view in range(2):
+            answers = np.zeros(14, teacher_labels.row_type(1, 2))
+            answers["target"], answers["logprobs"] = -1.0 - 10 * fold - view, -np.inf
+            teacher_labels.write_part(folder / f"{view:03}-00000000.npy", answers)
+    load("fine_tuning").join_folds(folders, tmp_path / "data", tmp_path / "joined")
+    whole = open_data(str(tmp_path / "data"))
+    files = [file for file, _ in whole.train.samples]
+    for fold in range(3):
+        held_out = {whole.train.samples[i][0] for i in hold_out(whole, fold, 3).val.indices}
+        for view in range(2):
+            joined = np.load(tmp_path / f"joined/{view:03}-00000000.npy")["target"]
+            of_fold = {file for file, answer in zip(files, joined) if answer == -1.0 - 10 * fold - view}
+            assert of_fold == held_out
+    joined = teacher_labels.read_header(tmp_path / "joined")
+    assert teacher_labels.find_faults(tmp_path / "joined", joined) == []
+    assert joined["teacher"]["digest"] not in {"0", "1", "2"}
 
 
 def test_every_measured_run_has_its_command_versions_hardware_and_seed():
