@@ -65,7 +65,7 @@ def same_weights(a, b):
 
 @pytest.mark.whole_runs
 def test_a_run_saves_and_exits_with_0_after_a_signal_and_the_resumed_run_is_bitwise_equal():
-    flags = [*TINY, "--epochs", 4, "--mixup", 0.2, "--ema-decay", 0.9]
+    flags = [*TINY, "--epochs", 8, "--mixup", 0.2, "--ema-decay", 0.9]
     run(*flags, "--output", "whole")
     stopped = start(*flags, "--output", "out")
     when(Path("out/last.pt").exists)
