@@ -1,7 +1,8 @@
 """Hold the rules of all commands. A user's mistake prints one line and exits with status 2. A file is written
 completely or not at all.
 
-This module imports only the standard library, so that a command can fail at once, on any machine.
+This module imports only the standard library, so that a command prints a mistake in its flags at once, also
+without numpy or torch.
 """
 
 from __future__ import annotations
@@ -91,8 +92,9 @@ def read_number(kind: type, low: float, high: float, above: bool, or_zero: bool,
         return value
     if not (low <= value <= min(high, LARGEST)) or (above and value == low):
         span = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+        if above:
+            span = f"greater than {low}" + (f" and at most {high}" if high < math.inf else "")
         span = f"0, or {span}" if or_zero else span
-        span = f"greater than {low}" if above else span
         span = f"at most {LARGEST:g}" if LARGEST < value < math.inf == high else span
         raise argparse.ArgumentTypeError(f"must be {span}, got {text[:80]}")
     return value
@@ -194,7 +196,10 @@ def explain(error: Exception, advice: str = "") -> str | None:
 
 
 def is_lost_reader(error: Exception) -> bool:
-    """Return whether print() failed because the reader has ended; a pipe between processes raises this error too."""
+    """Return whether print() failed because the reader of stdout has ended.
+
+    A broken pipe between data loading processes raises the same error, and does not count.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, BrokenPipeError) and "multiprocessing" not in frames[-1].filename
 
@@ -363,8 +368,8 @@ def read_file(path: Path, most: int | None = None) -> bytes:
 def check_folders(folder: Path) -> None:
     """Raise UserError for a subfolder that cannot be read, or that is a link to a folder around it.
 
-    os.walk and Path.rglob skip the first without a word, and os.walk enters the second 40 times. Hidden folders are
-    ignored.
+    os.walk and Path.rglob skip an unreadable folder without an error, and os.walk follows a link to a folder around it
+    40 times. Hidden folders are ignored.
     """
     waiting = [(str(folder), frozenset([os.path.realpath(folder)]))]
     while waiting:

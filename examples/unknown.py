@@ -5,10 +5,13 @@
 
 photos/ has a folder for each class. Each draw leaves out its own classes, splits the rest by 3 : 1 : 1 into training,
 validation and test images, and runs train.py, which fits a temperature. Four scores are compared. 95 % of the
-validation images reach each score's threshold. The table has mean and standard deviation over the draws of four
-measures: AUROC (50 % if the score does not separate known from unknown images), the share of unknown images below the
-threshold (refused), the share of known test images that reach it (answered), and the share of right answers among
-these.
+validation images reach each score's threshold. The table has four measures, each as mean and standard deviation over
+the draws:
+
+    AUROC              50 % if the score does not separate known from unknown images
+    unknown refused    share of the unknown images that are below the threshold
+    known answered     share of the known test images that reach it
+    of these right     share of right answers among these
 """
 
 import argparse
@@ -94,7 +97,7 @@ def train_student(
 
 
 def scores_of(logits: np.ndarray, temperature: float | None) -> dict[str, np.ndarray]:
-    """Return each score's values of all images."""
+    """Return the value of each score for each image."""
     largest = logits.max(1)
     return {
         "largest probability, temperature 1": softmax(logits).max(1),
@@ -138,10 +141,11 @@ def run(args: argparse.Namespace) -> None:
         write_digits(data)
     elif not data.is_dir():
         raise UserError(f"no folder {data}: expected a folder for each class in it")
+    flags = shlex.split(DIGITS if args.flags is None else args.flags)
     tables, errors, sizes = [], [], []
     for draw in range(args.draws):
         parts = split(data, draw, args.classes, args.images)
-        logits, temperature = train_student(parts, shlex.split(args.flags), output / str(draw), draw)
+        logits, temperature = train_student(parts, flags, output / str(draw), draw)
         right = logits["test"].argmax(1) == [label for _, label in parts["test"]]
         tables.append(measure(logits, right, temperature))
         both = [100 * calibration(softmax(logits["test"] / t).max(1), right).error for t in (1.0, temperature or 1.0)]
@@ -149,9 +153,9 @@ def run(args: argparse.Namespace) -> None:
         sizes.append([len(parts[name]) for name in parts])
         show(f"draw {draw}: top-1, temperature T, calibration error at 1 and at T: {np.round(errors[-1], 2).tolist()}")
     train, val, known, unknown = np.sum(sizes, 0)
-    show(f"n = {args.draws} draws; images in all: {train} for training, {val} for validation, {known} known ones and "
-         f"{unknown} unknown ones for the test", "")  # fmt: skip
-    show("| score | AUROC | unknown refused, % | known answered, % | of these right, % |", "|---|---|---|---|---|")
+    show(f"n = {args.draws} draws; images over all draws: {train} for training, {val} for validation, "
+         f"{known} known ones and {unknown} unknown ones for the test", "")  # fmt: skip
+    show("| score | AUROC, % | unknown refused, % | known answered, % | of these right, % |", "|---|---|---|---|---|")
     for score in tables[0]:
         values = np.array([table[score] for table in tables])
         cells = [f"{mean:.1f} +- {deviation:.1f}" for mean, deviation in zip(values.mean(0), values.std(0, ddof=1))]

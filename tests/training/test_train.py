@@ -881,6 +881,7 @@ def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
         ),  # although 1.0 is the default
         (["--model", "runs", "--no-small-st"], "which has its own"),
         (["--opt", "adahessian"], "--opt adahessian cannot be used"),
+        (["--val-split", "2"], "--val-split: must be greater than 0 and at most 1, got 2"),
         (["--hflip", "2"], "--hflip: must be between 0 and 1"),
         (["--grad-accum", "3"], "--batch-size 32 must be a multiple of"),
         (["--batch-size", "5000"], "larger than the 200 training images"),

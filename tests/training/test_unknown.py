@@ -50,6 +50,20 @@ def test_a_folder_with_too_few_classes_or_images_is_an_error(tmp_path):
         unknown.split(data, 0, 0, 0)
 
 
+def test_without_flags_the_digits_have_their_own_student(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def train_student(parts, flags, *_):
+        asked.append(flags)
+        logits = np.eye(8)[[max(label, 0) for _, label in parts["test"]]]
+        return dict.fromkeys(("val", "test", "unknown"), logits), 1.0
+
+    monkeypatch.setattr(unknown, "train_student", train_student)
+    unknown.run(unknown.parser.parse_args(["--draws", "2", "--output", str(tmp_path / "new")]))
+    assert asked == 2 * [unknown.DIGITS.split()]
+    assert capsys.readouterr().out.count("\n| ") == 5  # a header and four scores
+
+
 @pytest.mark.parametrize(("size", "auroc"), [(0.1, 100), (10, 50), (100, 0)])
 def test_every_score_separates_unknown_images_by_the_size_of_their_logits(size, auroc):
     g = np.random.default_rng(0)
