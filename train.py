@@ -512,7 +512,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
         progress.check_validation(data.digest(data.val, config.input_size))
         length = Length(args, len(train_batches) // args.grad_accum, progress, started, len(data.val) / len(data.train))
         schedule = build_schedule(net, optimizer, args, length.steps)
-        folder.report_start(config, net, amp, resumed, progress)
+        folder.report_start(config, net, amp, progress)
         known = check_teacher(teacher, args, data, config, to_device, amp) if teacher else {}
         compiled: Any = torch.compile(net) if args.compile else net
         if args.compile and teacher:

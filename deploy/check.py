@@ -6,13 +6,13 @@
 
 The images and the student's own logits come from the run's reference.npz, so the check needs neither torch nor the data
 set, and runs on the device too. --images reads photographs instead. Then torch computes the expected logits; without
-torch or the weights, student.onnx or student-fp16.onnx does.
+torch or the weights, student.onnx or student-fp16.onnx computes them.
 
 The columns:
 
     top1, top5        accuracy in percent
     top1_difference   the difference from the student's own top-1, in points
-    agreement         the percentage of images to which file and student give the same class
+    agreement         the percentage of images for which file and student predict the same class
     max_abs_error     the largest error of a logit, at batches of 1, 2, 5 and 64
     cosine            the smallest cosine between the file's and the student's logits of an image
     ece_raw, ece      the calibration error in percent, without a temperature and with the file's own
@@ -20,8 +20,8 @@ The columns:
     top1_answered     the top-1 of these images; the answer to the others is "none of these"
 
 The exit status is 1 if an artefact is outside the tolerance of its precision or has no tolerance, cannot run here, or
-was made from other weights. Files whose package is missing are skipped with a line. The command writes check.json, and
-per_class.csv and confusion.png of the student's own answers.
+was made from other weights. If you name no file, the files that need torch or ncnn are skipped without these packages,
+and a line names them. The command writes check.json, and per_class.csv and confusion.png of the student's own answers.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from deploy.runtimes import (
 BATCHES = (1, 2, 5, 64)
 LARGEST = max(BATCHES)
 # Largest error of a logit relative to the largest logit, smallest agreement in percent, largest loss of top-1 in
-# points. Errors: five times the largest of nine architectures. On a GPU fp32 may be TF32, so it gets fp16's tolerances.
+# points. Errors: five times the largest that nine architectures had. On a GPU fp32 may be TF32, and gets fp16's values.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
@@ -310,7 +310,7 @@ def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, i
     if missing := sorted(classes.keys() - by_class.keys()):
         log(f"{folder} has no folder for {len(missing)} of {len(classes)} classes: {', '.join(missing[:3])}")
     if others:
-        log(f"{folder}: {others} files are not images by their names, so they are skipped")
+        log(f"{folder}: skipped {others} files without the extension of an image")
     return files
 
 

@@ -108,7 +108,7 @@ def list_files(given: Sequence[Path]) -> list[Path]:
         if not images:
             raise UserError(f"{path}: no image in this folder")
         if others := len(inside) - len(images):
-            log(f"{printable(str(path))}: {others} files are not images by their names, so they are skipped")
+            log(f"{printable(str(path))}: skipped {others} files without the extension of an image")
         files += images
     return files
 

@@ -6,16 +6,16 @@
 
 The two targets need different files. cpu: uint8 activations, which ONNX Runtime's CPU kernels need and TensorRT's
 parser rejects. tensorrt: symmetric int8 activations and per-channel weights as Q/DQ pairs, and a float bias.
-In a network with a LayerNormalization (ViT, Swin, ConvNeXt) only Conv, Gemm and MatMul by a weight are quantised,
-because softmax, norms and attention scores lose too much in 8 bits.
+In a network with a LayerNormalization (ViT, Swin, ConvNeXt) only Conv, Gemm and MatMul by a weight are quantised:
+softmax and norms lose too much in 8 bits, and ONNX Runtime computes attention products wrongly in 8 bits.
 
 The command fits the file's own temperature and threshold on the validation images of the reference, because the device
 that runs the file may have neither images nor labels.
 
 --max-drop POINTS bounds the loss of top-1 on the validation images of the reference, which calibration does not read.
-The command measures how much each layer changes the logits if that layer alone is INT8. It keeps as few of the worst
-layers in float as the bound needs, and prints these layers, the accuracy and the time. If the bound cannot be kept, it
-writes no file and ends with status 2.
+The command measures how much each layer changes the logits if that layer alone is INT8. It looks for a small number of
+the worst layers that must stay in float, and prints these layers, the accuracy and the time. If the bound cannot be
+kept, it writes no file and ends with status 2.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Accuracy:
     @classmethod
     def of(cls, right: np.ndarray, quantised_right: np.ndarray) -> Accuracy:
         """Return the accuracy. right, quantised_right: whether the float and INT8 files classify each image right."""
-        # At least one image counts as changed: even if all of these images keep their class, others may change.
+        # Count at least one image as changed, because a standard error of 0 would be too small.
         changed = max(1, int((right != quantised_right).sum()))
         error = 100 * math.sqrt(changed) / len(right)
         return cls(100 * float(right.mean()), 100 * float(quantised_right.mean()), error, len(right))
@@ -198,8 +198,8 @@ def calibrate(
 ) -> dict[str, tuple[Any, Any]]:
     """Return, for each activation, the range of values that INT8 has to represent on the calibration images.
 
-    Only the activations of one batch are in memory. A histogram of onnxruntime starts with the range of the first batch
-    and grows with later batches, without a limit. So a first pass finds the range of all images.
+    Only the activations of one batch are in memory. onnxruntime adds bins to a histogram if a later batch exceeds the
+    range of the first, without a limit. So a first pass finds the range of all images.
     """
     library = need("onnxruntime.quantization.calibrate", "")
     size = max(1, min(BATCH, BATCH_PIXELS // math.prod(images.shape[1:3])))
@@ -322,7 +322,7 @@ def layers_of(model: Any, excluded: Sequence[str], op_types: list[str] | None) -
 def find_bounded(
     source: Path, images: np.ndarray, metadata: Metadata, recipe: Recipe, bound: Bound, file: Path
 ) -> Bounded:
-    """Write `file` with as few of the worst layers in float as the bound needs.
+    """Write `file` with few of the worst layers in float, so that the bound holds.
 
     The search doubles the number of float layers until the bound holds, and then reduces it by bisection. A network of
     80 layers needs 80 trials of one layer on 32 images, and at most 15 trials of whole files.
@@ -345,7 +345,7 @@ def find_bounded(
     assert everything is not None
     kept, left_float, costs = everything, list[str](), dict[str, float]()
     if everything.drop > bound.max_drop:
-        costs = rank_layers(quantizer, run_all(source, images[evenly(len(images), RANKING)]), images, trial)
+        costs = rank_layers(quantizer, images[evenly(len(images), RANKING)], trial)
         kept, left_float = leave_float(quantizer, list(costs), bound, right, trial, everything)
     promise = {"max_drop": bound.max_drop, "drop": kept.drop, "held_out_images": kept.images}
     quantizer.write(file, left_float, about=promise | {"float_layers": left_float})
@@ -367,7 +367,7 @@ def leave_float(
     while kept is None or high - low > 1:
         count = min(max(1, 2 * low), total - 1) if kept is None else (low + high) // 2
         if count == low:
-            found = f"with {count} of {total} layers in float the file still loses {least:.2f} points"
+            found = f"with up to {count} of {total} layers in float every file loses at least {least:.2f} points"
             advice = "try another --method, or calibrate on more images (train.py --reference N)"
             raise UserError(f"--max-drop {bound.max_drop:g} cannot be kept: {found}; {advice}; no file was written")
         quantizer.write(trial, worst_first[:count])
@@ -385,12 +385,12 @@ def run_all(file: Path, images: np.ndarray) -> np.ndarray:
     return load(file, RunOn("cpu")).run_in_parts(images, 64)
 
 
-def rank_layers(quantizer: Quantizer, expected: np.ndarray, images: np.ndarray, trial: Path) -> dict[str, float]:
+def rank_layers(quantizer: Quantizer, images: np.ndarray, trial: Path) -> dict[str, float]:
     """Return, for each layer, the change of the logits in percent if it alone is in INT8, the worst layer first.
 
-    expected: the fp32 file's logits for RANKING of the images; trial: a path for temporary files
+    trial: a path for temporary files
     """
-    images = images[evenly(len(images), RANKING)]
+    expected = run_all(quantizer.source, images)
     size = max(float(np.square(expected - expected.mean(0)).mean()), float(np.finfo(np.float32).tiny))
     costs = {}
     for layer in ProgressBar(list(quantizer.layers), "one layer in INT8", unit="layers"):
@@ -425,7 +425,7 @@ def describe(bounded: Bounded, max_drop: float) -> list[str]:
         lines += [f"{kept.images} images cannot show a loss of {max_drop:g} points reliably: {more}"]
     fp32, _, ours = (row.get("p50_ms", math.nan) for row in bounded.times)
     if ours >= fp32:
-        lines += ["on this CPU the fp32 file is not slower than this file"]
+        lines += ["on this CPU the INT8 file is not faster than the fp32 file"]
     return lines
 
 
@@ -447,8 +447,8 @@ def quantize_student(
     runtime = load(onnx_file, RunOn("cpu"))
     metadata = runtime.metadata
     if metadata.precision != "fp32" or metadata.tensors:
-        kind = "a file from elsewhere" if metadata.tensors else metadata.precision
-        raise UserError(f"{onnx_file} is {kind}: quantise the fp32 file of deploy.export")
+        kind = "not a file of deploy.export" if metadata.tensors else metadata.precision
+        raise UserError(f"{onnx_file} is {kind}: quantise an fp32 file of deploy.export")
     if recipe.reduce_range is None:
         recipe = dataclasses.replace(recipe, reduce_range=recipe.target == "cpu" and products_saturate())
     output, bounded = output or onnx_file.parent, None
@@ -483,7 +483,11 @@ def get_parser() -> Parser:
         "layer can be INT8, and otherwise takes the best of them)"
     )
     add("--method", choices=sorted(METHODS), help=methods)
-    add("--op-types", nargs="+", help="ONNX operators to quantise (default: all; for the exception see above)")
+    add(
+        "--op-types",
+        nargs="+",
+        help="ONNX operators to quantise (default: all; with a LayerNormalization Conv, Gemm and MatMul)",
+    )
     saturating = "x86 CPUs without VNNI, whose 8-bit products saturate"
     default = "(default: if --target is cpu and this CPU is such a CPU)"
     add("--reduce-range", action=argparse.BooleanOptionalAction, help=f"7-bit weights, for {saturating} {default}")
@@ -508,7 +512,7 @@ def run(args: argparse.Namespace) -> None:
         what = (
             "the weights get 7 bits"
             if args.target == "cpu"
-            else "the file agrees more often with the fp32 file on a GPU than here"
+            else "on a GPU the file agrees more often with the fp32 file than on this CPU"
         )
         log(f"the 8-bit products of this CPU saturate (x86 without VNNI): {what}")
     recipe = Recipe(args.target, args.op_types, args.method or "minmax", args.reduce_range)
@@ -523,9 +527,9 @@ def run(args: argparse.Namespace) -> None:
         same = f"same class as the fp32 file on {agreement:.1f} % of {len(images)} calibration images"
         show(f"{size}, {same}; python -m deploy.check {shlex.quote(str(student))} compares them on validation images")
         return
-    layers = list(bounded.left_float[:MOST_SHOWN])
-    more = [f"and {len(bounded.left_float) - MOST_SHOWN} more"] if len(bounded.left_float) > MOST_SHOWN else []
-    show(*describe(bounded, bound.max_drop), f"{size}; in float: {', '.join(layers + more) or 'nothing'}")
+    layers, more = list(bounded.left_float[:MOST_SHOWN]), len(bounded.left_float) - MOST_SHOWN
+    layers += [f"and {more} more"] if more > 0 else []
+    show(*describe(bounded, bound.max_drop), f"{size}; in float: {', '.join(layers) or 'nothing'}")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def write_split(file: Path, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def read_split(file: Path) -> dict[str, str] | None:
-    """Return the rows that write_split wrote, or None if the file is missing; raise UserError if one is invalid."""
+    """Return the rows that write_split wrote, or None if the file is missing; raise UserError if a row is invalid."""
     if not file.exists():
         return None
     header, *rows = read_csv(file, "a run's split") or [[]]

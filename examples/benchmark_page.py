@@ -1,8 +1,8 @@
 """Measure student.html in Chromium: python examples/benchmark_page.py STUDENT.onnx
 
 The script packs the file, and opens the page from the disk without a network. It measures the seconds to open the page,
-the milliseconds of an image in turns with ONNX Runtime on one thread, and the seconds from a JPEG of 12 megapixels to
-the answer. It needs Chromium and the package playwright.
+and the seconds from a JPEG of 12 megapixels to the answer. It measures the milliseconds of an image in the page and in
+ONNX Runtime on one thread, in turns. It needs Chromium and the package playwright.
 """
 
 import argparse

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deploy.cli import UserError, read_file, write_whole
 from deploy.config import Metadata
+from deploy.flags import option
 from deploy.run_directory import read_csv
 from deploy.student import load_weights
 from kdlite.training import distributed
@@ -34,12 +35,12 @@ class Progress:
     """Hold the position of a run and its results so far."""
 
     epoch: int = 0  # finished epochs
-    step: int = 0  # optimizer steps of the next epoch
+    step: int = 0  # optimizer steps of the unfinished epoch
     executed: int = 0  # steps that GradScaler did not skip
-    seconds: float = 0.0  # time spent in the next epoch
-    lr: float = 0.0  # learning rate in the first step of that epoch
+    seconds: float = 0.0  # time spent in the unfinished epoch
+    lr: float = 0.0  # learning rate in its first step
     epochs: int = 0  # epochs of the run if --epochs is a time; else 0
-    steps: int = 0  # steps of an epoch if --epochs is a time; 0: over all images
+    steps: int = 0  # steps of an epoch if --epochs is a time; 0: an epoch uses all images
     time_limit: float = 0.0  # the time in seconds to which epochs and steps were fitted
     best: float = -1.0  # best top-1 in %
     rows: list[dict[str, Any]] = field(default_factory=list)  # rows of metrics.csv
@@ -55,7 +56,7 @@ class Progress:
         self.executed += 1
 
     def end_epoch(self, row: dict[str, Any], answers: Tensor) -> None:
-        """Store the row of an epoch, and the answers for all validation images if it is the best; start the next."""
+        """Store the row of an epoch; store its answers too if it is the best so far; start the next epoch."""
         self.rows.append(row)
         self.is_best = math.isfinite(row["val_loss"]) and row["val_top1"] >= self.best
         if self.is_best:
@@ -85,7 +86,10 @@ class LossLog:
         self.waiting.append((step, torch.stack([loss.detach() for loss in losses.values()])))
 
     def read(self) -> float:
-        """Read the losses since the last call and return their mean; raise UserError if a loss is not finite."""
+        """Read the losses since the last call and return their mean; raise UserError if a loss is not finite.
+
+        With fp16, GradScaler skips such steps, so the error needs more than 20 of them in a row.
+        """
         steps = [step for step, _ in self.waiting]
         values = torch.stack([value for _, value in self.waiting]).double().cpu() if steps else torch.empty(0, 1)
         self.waiting = []
@@ -164,8 +168,8 @@ class State:
         """Load the state from a checkpoint; options such as --weight-decay come from this run's flags.
 
         Raises:
-            UserError: the checkpoint has another model, optimizer or set of classes; the rest of its epoch would get
-                other images; or the ranks differ
+            UserError: the checkpoint has another model, optimizer or set of classes; the rest of the unfinished epoch
+                would get other batches; or the ranks resume from different steps
         """
         file, saved, before, _ = checkpoint
         if before.label_names != config.label_names:
@@ -195,14 +199,17 @@ class State:
         if self.progress.step:  # within an epoch, which must continue with the same batches
             names = ("batch_size", "seed", "cache", "kd", "self_kd")
             theirs = {name: saved["args"].get(name) for name in names}
-            changed = [f"--{name.replace('_', '-')} {theirs[name]}" for name in names if theirs[name] != flags[name]]
+            changed = [
+                f"no {option(name)}" if value is None else f"{option(name)} {value}"
+                for name, value in theirs.items()
+                if value != flags[name]
+            ]
             if flags["cache"] == "device" and len(saved["ranks"]) != WORLD_SIZE:
-                changed += [f"number of processes, {len(saved['ranks'])}, with --cache device"]
+                changed += [f"{len(saved['ranks'])} processes, because of --cache device"]
             if before.training["train_images"] != config.training["train_images"]:
-                changed += ["number of training images"]
+                changed += [f"the same {before.training['train_images']} training images"]
             if changed:
-                stays = f"the {' and the '.join(changed)} must stay the same until that epoch ends"
-                raise UserError(f"{file} is {self.progress}: {stays}")
+                raise UserError(f"{file} is {self.progress}: until that epoch ends, use {' and '.join(changed)}")
         if len(saved["ranks"]) == WORLD_SIZE:
             self.restore_own(saved["ranks"][RANK])
         elif self.progress.step and IS_MAIN:  # another number of ranks: rank 0 takes the sums of all
@@ -283,7 +290,7 @@ class Saver:
 
 
 def write_run(folder: Path, content: bytearray, others: tuple[Callable[[], Any], ...], best: bool) -> None:
-    """Write the other files before last.pt, so that they include its last epoch; keep the previous checkpoint."""
+    """Write the other files, then last.pt: they contain every epoch that it contains. Keep the previous checkpoint."""
     sealed = seal(content)
     for write in others:
         write()
@@ -309,7 +316,10 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def changed_since(checkpoint: Checkpoint | None, folder: Path) -> bool:
-    """Return whether a run has written a checkpoint since this one was read; None: since none was found."""
+    """Return whether a run has written a checkpoint after `checkpoint` was read.
+
+    checkpoint: None if the folder had none
+    """
     if checkpoint is None:
         return (folder / LAST).exists()
     try:
@@ -361,7 +371,7 @@ def read_checkpoint(folder: Path) -> tuple[Path, bytes, int] | None:
         damaged.append(str(file))
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: damaged, or not a checkpoint of train.py; start in a new --output")
-    # a run that ended while it saved its first epoch has the row of this epoch, but no checkpoint
+    # metrics.csv has a header and one row, and curves.png is missing, if the run ended while it saved its first epoch
     rows = len(read_csv(folder / "metrics.csv", "metrics")) if (folder / "metrics.csv").exists() else 0
     if rows > 2 or (rows and (folder / "curves.png").exists()):
         fault = f"{folder} has finished epochs (metrics.csv), but neither {LAST} nor {PREVIOUS}"

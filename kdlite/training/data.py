@@ -51,7 +51,7 @@ class Data(NamedTuple):
 
     @property
     def before_fold(self) -> Any:
-        """Return all training images, without the fold: stored labels cover all of them."""
+        """Return the training images as they are without --fold, because stored labels cover all of them."""
         return self.train.dataset if isinstance(self.train, Fold) else self.train
 
     def preprocessing(self, channels: int, interpolation: str, crop: float) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class Photos(torchvision.datasets.ImageFolder):
             raise UserError(f"{root}: no image in {abbreviate(empty)}{kinds}: add images, or remove the folder")
         if self.left_out:
             count, kinds = sum(self.left_out.values()), self.describe_left_out()
-            log(f"{root}: skipped {count} files that are not images by their names: {kinds}")
+            log(f"{root}: skipped {count} files without the extension of an image: {kinds}")
 
     def describe_left_out(self) -> str:
         kinds = [f"{count} {end or 'without ending'}" for end, count in self.left_out.most_common(8)]
@@ -264,7 +264,8 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
     if faults:
         raise UserError(f"--data {name}: {'; '.join(faults)}")
     if unlike := sorted(set(train.class_to_idx) - set(val.class_to_idx)):
-        log(f"{name}: train/ and val/ write {abbreviate(map(nfc, unlike))} in two Unicode forms, which count as one")
+        forms = "two Unicode forms of the name in train/ and val/ count as one class"
+        log(f"{name}: {abbreviate(map(nfc, unlike))}: {forms}")
 
 
 def find_classes_to_split(root: Path, asks: bool) -> Path:
@@ -310,7 +311,7 @@ def abbreviate(names: Iterable[str]) -> str:
 
 
 class Fold(Subset):
-    """Hold some images of a data set. An image keeps its number in the whole set, for its seed and stored labels."""
+    """Hold some images of a data set. An image keeps its number, because its random seed and stored labels need it."""
 
     def __init__(self, whole: Any, numbers: Sequence[int]) -> None:
         super().__init__(whole, numbers)
@@ -355,8 +356,8 @@ def hold_out(data: Data, part: int, parts: int) -> Data:
 def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed: int) -> dict[str, str]:
     """Return "train" or "val" for each file: in each class, the names with the smallest digests are for validation.
 
-    A digest depends only on the name and the seed, so a few new files move few others. Each class of two or more files
-    has at least one file for validation.
+    A digest depends only on the name and the seed, so a few new files change the side of few old files. Each class of
+    two or more files has at least one file for validation.
     """
     members = collections.defaultdict(list)
     for file, target in zip(files, targets):
@@ -433,7 +434,10 @@ def read_class_weights(file: Path) -> dict[str, float]:
 
 
 def median_size(photos: Photos, count: int = 200) -> tuple[int, int]:
-    """Return the median (height, width) in pixels of an even sample of files; raise UserError if all are unreadable."""
+    """Return the median (height, width) in pixels of `count` evenly spaced files.
+
+    Raise UserError if all of them are unreadable.
+    """
     sizes, reason = [], ""
     for index in evenly(len(photos), count):
         try:

@@ -89,10 +89,11 @@ class RunFolder:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
         write_whole(path / "args.json", describe(vars(self.args), self.given, name, WORLD_SIZE))
 
-    def report_start(
-        self, config: Metadata, net: nn.Module, amp: torch.dtype | None, resumed: Checkpoint | None, progress: Progress
-    ) -> None:
-        """Print model, method, data and start; open TensorBoard's file, without the rows that a resume repeats."""
+    def report_start(self, config: Metadata, net: nn.Module, amp: torch.dtype | None, progress: Progress) -> None:
+        """Print model, method and data, and whether the run resumes; open TensorBoard's file.
+
+        The file loses the rows that a resumed run repeats.
+        """
         if not IS_MAIN:
             return
         args, student = self.args, net.model if isinstance(net, WithWeakHead) else net
@@ -108,15 +109,15 @@ class RunFolder:
         if args.teacher_labels and RECIPES.get(args.recipe, {}).get("random_erasing"):
             log("random erasing is off: the stored labels are about whole images")
         log(describe_balance(self.data, args.class_weights is not None))
-        if resumed:
-            log(f"resuming from {resumed.file}, {progress}")
+        if self.resumed:
+            log(f"resuming from {self.resumed.file}, {progress}")
             if progress.epoch >= args.epochs:
                 log(f"the run has finished its {args.epochs} epochs; a larger --epochs continues it")
         elif args.resume:
             log(f"no checkpoint in {args.output} yet: a new run starts")
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(self.path), purge_step=progress.epoch + 1 if resumed else None)
+        self.board = SummaryWriter(str(self.path), purge_step=progress.epoch + 1 if self.resumed else None)
         self.at_the_end.callback(self.board.close)
 
     def report_epoch(self, row: dict[str, Any]) -> None:
@@ -165,7 +166,7 @@ class RunFolder:
         log(keep_confidence(self.path / "student", self.data.val, self.device, self.args.workers, own))
         if self.args.reference:
             log(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own))
-        best = f"best {progress.best:.2f} %" if progress.answers is not None else "none on these validation images yet"
+        best = f"best {progress.best:.2f} %" if progress.answers is not None else "no best epoch on these images yet"
         top1 = f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, {best} -> {self.path}/student"
         peak = f"{peak_memory(self.device)} MiB of {'GPU memory' if self.device.type == 'cuda' else 'memory'} at most"
         log(f"{top1}; {time.monotonic() - started:.0f} s, {peak}")
@@ -373,7 +374,7 @@ MOST, MOST_LOGITS = 10_000, 10**7  # limits of the fit: validation images, image
 def keep_confidence(
     folder: Path, val: Any, device: torch.device, workers: int | None, model_files: Sequence[str]
 ) -> str:
-    """Fit temperature and threshold of a finished student on validation images, and add them to its description.
+    """Fit temperature and threshold of a finished student on validation images, and store them in its config.json.
 
     folder: the student/ folder; val: (image, class index); the fit uses at most MOST of them, evenly spaced
 
@@ -435,7 +436,7 @@ def model_card(config: Metadata) -> str:
         "data": "{}, {} training and {} validation images".format(about.get("data", "unknown"), *sizes),
         "weights at the start": about.get("began", "random"),
         "teacher": about.get("teacher"),
-        "epochs": f"{metrics.get('epoch', '?')}, the best of {about.get('epochs', '?')}",
+        "epoch": f"{metrics.get('epoch', '?')}, the best of {about.get('epochs', '?')}",
         "input": f"{size}, {config.interpolation}, centre crop of {100 * config.crop:g} %",
         "mean and std of the normalisation": f"{config.mean}, {config.std}",
     }

@@ -154,7 +154,7 @@ def test_hidden_files_and_files_that_macos_adds_are_skipped(accented, tmp_path, 
     (folder / "pin/notes.txt").write_text("")
     images, _, _ = next(iter(from_folder(accented, folder).batches))
     assert len(images) == 6
-    assert "1 files are not images by their names" in capsys.readouterr().out
+    assert "skipped 1 files without the extension of an image" in capsys.readouterr().out
 
 
 def test_a_folder_of_an_unknown_class_is_an_error_and_a_class_without_a_folder_is_logged(accented, tmp_path, capsys):

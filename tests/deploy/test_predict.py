@@ -74,7 +74,7 @@ def test_a_folder_gives_a_row_for_each_image_and_a_count(student, photos, tmp_pa
     assert rows["broken.jpg"]["label"] == rows["broken.jpg"]["answered"] == ""
     out, err = capfd.readouterr()
     assert "5 images, 0 below the threshold; 1 could not be read" in out
-    assert "1 files are not images by their names" in out
+    assert "skipped 1 files without the extension of an image" in out
     assert re.search(r"^skipped an unreadable image: .*broken.jpg: ", err, re.M)
 
 

@@ -106,7 +106,7 @@ def test_names_in_two_unicode_forms_are_one_class_with_its_nfc_name(tmp_path, ca
     for part in (data.train, data.val):
         assert all(data.label_names[label] == unicodedata.normalize("NFC", Path(path).parent.name)
                    for path, label in part.samples)  # fmt: skip
-    assert capsys.readouterr().out.count(f"write {NFC} in two Unicode forms") == 1
+    assert capsys.readouterr().out.count(f"{NFC}: two Unicode forms of the name") == 1
 
 
 def test_two_folders_with_the_same_nfc_name_are_refused(tmp_path):

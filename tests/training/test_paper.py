@@ -291,7 +291,12 @@ def test_each_rule_for_gamma_equals_its_formula():
     target = torch.arange(16) % 8
 
     def expected(gamma, others=None):
-        """Return L_nkd of each row; gamma: of T and N(T) of a row, others: N(T) of a row -> the weights instead."""
+        """Return the NKD loss of each row.
+
+        gamma: function of T_t and N(T) of a row
+        others: function of the teacher's logits and the label; it returns the weights of the non-target classes, which
+            replace N(T)
+        """
         found = []
         for s, t, label in zip(student.tolist(), teacher.tolist(), target.tolist()):
             n_t = oracle.softmax(t, leave_out=label)
@@ -375,7 +380,7 @@ def test_the_t_test_of_two_rows_pairs_their_seeds(monkeypatch, capsys):
 
 
 def test_p_values_are_corrected_by_holm():
-    """The example is by hand: sorted 0.01, 0.02, 0.03, 0.04 are multiplied by 4, 3, 2, 1, and never decrease."""
+    """Compare with an example by hand: 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1. The products never decrease."""
     assert load("paired").holm([0.02, 0.01, 0.04, 0.03]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert load("paired").holm([0.5, 0.9]) == [1.0, 1.0]
     assert load("paired").holm([]) == []
@@ -418,7 +423,7 @@ def test_train_accepts_the_flags_of_every_table():
             settle(["--data", "images", *setting.common, *(flag for flag in flags if not flag.startswith("variant="))])
 
 
-def test_the_labels_command_accepts_the_flags_of_the_tables(tmp_path, monkeypatch):
+def test_the_labels_command_accepts_the_flags_of_a_table(tmp_path, monkeypatch):
     tiny_imagenet = load("tiny_imagenet")
     commands = []
     monkeypatch.setattr(tiny_imagenet, "fetch", lambda name: tmp_path / f"{name}.safetensors")
@@ -458,7 +463,7 @@ class Experiment:
 
 
 @pytest.mark.parametrize(("name", "rows"), [("practitioner", 23), ("uskd", 17), ("gamma", 30), ("unlabelled", 10)])
-def test_no_two_runs_of_a_drawn_experiment_have_the_same_flags(name, rows, tmp_path, monkeypatch):
+def test_no_two_runs_of_an_experiment_with_draws_have_the_same_flags(name, rows, tmp_path, monkeypatch):
     experiment = Experiment(name, tmp_path, monkeypatch)
     assert len(experiment.rows) == rows
     runs = list(experiment.trained.values())
@@ -501,7 +506,7 @@ def test_the_answer_about_a_photograph_comes_from_the_teacher_that_held_it_out(t
 
 def test_every_measured_run_has_its_command_versions_hardware_and_seed():
     files = [file for file in PAPER.glob("results/*.csv") if "command" in file.read_text().partition("\n")[0]]
-    assert len(files) >= 16  # the other files have draws of fine_tuning.run_draws
+    assert len(files) >= 16  # the other files store draws (fine_tuning.run_draws), without a command
     for file in files:
         with open(file) as open_file:
             for row in csv.DictReader(open_file):
@@ -511,7 +516,7 @@ def test_every_measured_run_has_its_command_versions_hardware_and_seed():
                 assert row["hardware"]
 
 
-def test_the_line_of_a_network_shows_four_measures():
+def test_describe_prints_four_measures_of_a_network():
     logits, labels = [[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 1.0, 1.0]], [0, 0]
     measured = {"label": [], "squared": [], "entropy": []}
     for row, label in zip(logits, labels):
@@ -528,7 +533,7 @@ def test_the_line_of_a_network_shows_four_measures():
     )
 
 
-def test_own_ranks_is_the_share_of_the_five_first_classes_that_the_student_alone_has_too():
+def test_own_ranks_is_the_overlap_of_the_top_5_of_uskd_and_of_the_student_alone():
     generator = torch.Generator().manual_seed(0)
     student, weak = (2 * torch.randn(8, 12, generator=generator, dtype=torch.float64) for _ in range(2))
     shared = 0

@@ -447,7 +447,7 @@ def test_hidden_files_are_ignored_and_files_that_are_not_images_are_counted(phot
     assert data.label_names == ["china", "flower"]
     assert (len(data.train), len(data.val)) == (48, 17)
     printed = capsys.readouterr().out
-    assert f"{photos}/train: skipped 4 files that are not images by their names: 2 .txt" in printed
+    assert f"{photos}/train: skipped 4 files without the extension of an image: 2 .txt" in printed
     assert "1 without ending" in printed
     assert "1 .heic" in printed
     assert "/val" not in printed
