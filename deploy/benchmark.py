@@ -369,7 +369,7 @@ def read_images(student: Path, args: argparse.Namespace) -> tuple[np.ndarray, li
     """
     if not find_reference(student, args.reference):
         log(f"no {NAME} next to {student}: timed on noise, no accuracy")
-        shape = 64, *read_config(student).image_shape
+        shape = 64, *read_config(student, ()).image_shape
         return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), []
     reference = read_reference(student, args.reference, "").some(args.count or None)
     images, labels = reference.images, reference.labels
@@ -395,7 +395,7 @@ def run(args: argparse.Namespace) -> int:
     rows = benchmark(student, artefacts, plan, RunOn.from_args(args), eager, args.compile)
     machine["load_after"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
 
-    config = read_config(student)
+    config = read_config(student, ())
     result = {"machine": machine, "model": config.architecture, "input_size": config.input_size, "rows": rows}
     text = json.dumps(result, indent=2)
     cli.write_whole(output / "benchmark.json", text + "\n")

@@ -30,6 +30,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shlex
 import sys
@@ -42,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from deploy import cli
-from deploy.cli import Parser, ProgressBar, UserError, check_folders, first_line, log, printable, show
+from deploy.cli import Parser, ProgressBar, UserError, files_in, first_line, log, printable, show
 from deploy.confidence import calibration
 from deploy.config import Metadata, read_config
 from deploy.per_class import write_per_class
@@ -291,31 +292,35 @@ def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, i
     """
     classes = {nfc(label): i for i, label in enumerate(label_names)}
     try:
-        found = sorted(path for path in folder.iterdir() if path.is_dir() and is_visible(path, folder))
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and is_visible(path.name))
     except OSError as error:
         raise UserError(f"--images {folder} cannot be read: {error.strerror}") from error
-    check_folders(folder)
     by_class = {nfc(path.name): path for path in found}
+    if len(by_class) < len(found):
+        raise UserError(f"--images {folder}: two folders have the same name in two Unicode forms: join them")
     if unknown := sorted(by_class.keys() - classes.keys()):
         names = f"expected folders named like its {len(classes)} classes: {', '.join(label_names[:3])}, ..."
         raise UserError(f"--images {folder}: the student has no class {', '.join(unknown[:3])}; {names}")
-    files, others = [], 0
-    for name, path in sorted(by_class.items(), key=lambda item: classes[item[0]]):
-        inside = sorted(file for file in path.rglob("*") if is_visible(file, folder) and file.is_file())
-        images = [file for file in inside if file.suffix.lower() in endings()]
-        files += [(file, classes[name]) for file in images]
-        others += len(inside) - len(images)
+    ordered = sorted(by_class.items(), key=lambda item: classes[item[0]])
+    files = [(file, classes[name]) for name, path in ordered for file in image_files(path)]
     if not files:
         raise UserError(f"--images {folder}: no image in a folder named like a class, such as {label_names[0]}/")
     if missing := sorted(classes.keys() - by_class.keys()):
         log(f"{folder} has no folder for {len(missing)} of {len(classes)} classes: {', '.join(missing[:3])}")
-    if others:
-        log(f"{folder}: skipped {others} files without the extension of an image")
     return files
 
 
-def is_visible(path: Path, root: Path) -> bool:
-    return not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
+def is_visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a folder and its subfolders, by their extensions; print the number of other files."""
+    inside = sorted(map(Path, files_in(folder)))
+    images = [file for file in inside if file.suffix.lower() in endings()]
+    if others := len(inside) - len(images):
+        log(f"{printable(str(folder))}: skipped {others} files without the extension of an image")
+    return images
 
 
 def photograph_batches(files: list[tuple[Path, int]], runtime: Runtime) -> Iterator[Batch]:
@@ -367,7 +372,7 @@ def find_artefacts(student: Path, names: list[str]) -> list[Path]:
         if not found:
             raise UserError(f"{student} has no artefact yet: python -m deploy.export {shlex.quote(str(student))}")
         return found
-    paths = [Path(name) if Path(name).exists() else student / name for name in names]
+    paths = [cli.file_of(student, name) for name in names]
     for path in paths:
         if not path.is_file():
             raise UserError(f"no artefact {path.name}: give the path of a file, or the name of one in {student}")
@@ -385,6 +390,11 @@ def table(rows: list[dict[str, Any]], columns: str) -> str:
         width = max(map(len, [name, *column]))
         texts.append([f"{text:{'>' if form else '<'}{width}}" for text in [name, *column]])
     return "\n".join("  ".join(line).rstrip() for line in zip(*texts))
+
+
+def is_nan(value: Any) -> bool:
+    """Return whether a value is a number that JSON cannot have."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def get_parser() -> Parser:
@@ -409,7 +419,8 @@ def run(args: argparse.Namespace) -> int:
         expected = from_reference(student, args.reference, args.count)
     config = read_config(student)
     rows, labels, predictions = check_artefacts(artefacts, expected, on, config)
-    text = json.dumps(rows, indent=2)
+    finite = [{key: None if is_nan(value) else value for key, value in row.items()} for row in rows]
+    text = json.dumps(finite, indent=2, allow_nan=False)
     cli.write_whole(output / "check.json", text + "\n")
     confusions = write_per_class(output, labels, predictions, config.label_names)
     if args.json:

@@ -18,8 +18,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -137,12 +139,13 @@ def add_device(parser: Parser) -> None:
 def run_command(program: str, function: Callable[[], int | None]) -> int:
     """Call a program's function and return its exit status. Print an error as one line if `explain` returns one.
 
-    The status is 2 after a user's mistake, 130 after Ctrl-C, 141 if the reader of stdout ends first (`| head`), and
-    otherwise the function's. Other errors keep their traceback.
+    The status is 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout ends first
+    (`| head`), and otherwise the function's. Other errors keep their traceback.
     """
     use_backslashreplace()
     try:
-        return function() or 0
+        with sigterm_as_exit():
+            return function() or 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -155,6 +158,24 @@ def run_command(program: str, function: Callable[[], int | None]) -> int:
             raise
         show_error(program, message)
         return 2
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that `replacing` removes its folder; a program's own handler stays."""
+    is_default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, exit_by_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def exit_by_signal(number: int, _: Any) -> None:
+    sys.exit(128 + number)
 
 
 def command(parser: Parser, run: Run, argv: list[str] | None = None) -> int:
@@ -343,6 +364,11 @@ def student_folder(path: Path) -> Path:
     return folder
 
 
+def file_of(student: Path, name: str | Path) -> Path:
+    """Return the path of a file that a flag names: a file in the student's folder, else any file."""
+    return student / name if (student / name).is_file() else Path(name)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder if it is missing; raise UserError if files cannot be written into it."""
     try:
@@ -365,20 +391,24 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def check_folders(folder: Path) -> None:
-    """Raise UserError for a subfolder that cannot be read, or that is a link to a folder around it.
+def files_in(folder: Path) -> Iterator[str]:
+    """Yield the files of a folder and its subfolders, without hidden files and __MACOSX; follow links.
 
-    os.walk and Path.rglob skip an unreadable folder without an error, and os.walk follows a link to a folder around it
-    40 times. Hidden folders are ignored.
+    Raise UserError for a subfolder that cannot be read, or that is a link to a folder around it. os.walk and Path.rglob
+    skip an unreadable folder without an error, Path.rglob skips links to folders, and os.walk follows a link to a
+    folder around it 40 times.
     """
     waiting = [(str(folder), frozenset([os.path.realpath(folder)]))]
     while waiting:
         path, around = waiting.pop()
         try:
             with os.scandir(path) as entries:
-                inside = [entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+                shown = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+                files = [entry.path for entry in shown if entry.is_file()]
+                inside = [entry.path for entry in shown if entry.is_dir()]
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}; change its permissions or move it") from error
+        yield from files
         for inner in inside:
             real = os.path.realpath(inner)
             if real in around:
@@ -386,16 +416,23 @@ def check_folders(folder: Path) -> None:
             waiting.append((inner, around | {real}))
 
 
+def refuse_special(path: Path) -> None:
+    """Raise UserError if a path to write is a device, a pipe or a link to one: a new file would replace it."""
+    if (path.exists() and not path.is_file() and not path.is_dir()) or path.parent.resolve() == Path("/dev"):
+        raise UserError(f"cannot write {path}: it is not a regular file; name another file")
+
+
 @contextlib.contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yield a path in a new folder next to `path`; the file or folder written there replaces `path` at the end.
 
     The new folder has an unpredictable name and is private, so that no other user can put a link there to redirect the
-    write. If the body raises an error, `path` is unchanged and the new folder is removed. A full or read-only disk
-    raises UserError.
+    write. If the body raises an error, `path` is unchanged and the new folder is removed. A full or read-only disk, and
+    a device or pipe at `path`, raise UserError.
 
     path: a file, or a folder that does not exist yet; keep: rename an existing `path` to this name; None: replace it
     """
+    refuse_special(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}-", suffix=".partial", dir=path.parent))

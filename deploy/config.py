@@ -55,15 +55,20 @@ def is_list(value: Any, length: int | None, accepts: Callable[[Any], bool]) -> b
     return isinstance(value, list) and len(value) in (length, length or len(value)) and all(map(accepts, value))
 
 
+def is_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
 Check = tuple[Callable[[Any], bool], str]  # a test of a value, and a description of valid values
+OF_PIXELS = "from 0 to 1 as the pixels"
 PREPROCESSING: dict[str, Check] = {
     "label_names": (lambda v: is_list(v, None, is_text) and len(v) > 0, "the names of the classes"),
     "input_size": (
         lambda v: is_list(v, 3, lambda side: is_count(side, MAX_SIDE)) and v[0] in (1, 3),
         f"three whole numbers: channels (1 or 3), height and width (at most {MAX_SIDE})",
     ),
-    "mean": (lambda v: is_list(v, None, is_number), "a number per channel"),
-    "std": (lambda v: is_list(v, None, lambda x: is_number(x) and x > 0), "a number above 0 per channel"),
+    "mean": (lambda v: is_list(v, None, is_share), f"a number per channel, {OF_PIXELS}"),
+    "std": (lambda v: is_list(v, None, is_share) and all(v), f"a number above 0 per channel, {OF_PIXELS}"),
     "interpolation": (lambda v: v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
     "crop": (lambda v: is_number(v) and 0.01 <= v <= 1, "a share of the side, from 0.01 to 1"),
 }
@@ -208,11 +213,14 @@ def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
     return values
 
 
-def read_config(student: Path) -> Metadata:
-    """Return the config.json of a student/ folder; raise UserError if it is unreadable or a field is invalid."""
+def read_config(student: Path, required: Iterable[str] = STUDENT) -> Metadata:
+    """Return the config.json of a student/ folder; raise UserError if it is unreadable or a field is invalid.
+
+    required: fields that must exist in addition to PREPROCESSING; a packed file from elsewhere lacks those of STUDENT
+    """
     file = student / "config.json"
     values = read_json(read_file(file, MAX_JSON), file)
     former = values.get("architecture")
     if isinstance(former, dict):  # the format of kdlite 0.1
         values |= {ours: former[theirs] for ours, theirs in FORMER.items() if theirs in former}
-    return Metadata.from_json(values, str(file), STUDENT)
+    return Metadata.from_json(values, str(file), required)

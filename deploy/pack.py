@@ -39,7 +39,7 @@ from typing import Any
 from deploy import cli, page, selftest
 from deploy.cli import Parser, UserError, command, log, read_file, replacing, show, write_whole
 from deploy.on_device import KINDS
-from deploy.runtimes import RunOn, Runtime, load
+from deploy.runtimes import RunOn, Runtime, load, refuse_stale
 from deploy.tensorrt import read_engine_metadata
 
 WORKSTATION = ("student", "torch_runtimes", "export", "flags", "quantize", "triton", "pack")
@@ -82,6 +82,7 @@ def pack(artefact: Path, output: Path, runtime: Path | None = None) -> None:
         metadata = read_engine_metadata(artefact)
     else:
         student = load(artefact, RunOn("cpu"))
+        refuse_stale(artefact, student.metadata)
         metadata, vectors = student.metadata, write_vectors(student, artefact.parent / selftest.FOLDER)
     if is_page(output):
         cli.make_folder(output.parent)
@@ -151,7 +152,7 @@ def get_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     student = cli.student_folder(args.student)
-    artefact = Path(args.file) if Path(args.file).is_file() else student / args.file
+    artefact = cli.file_of(student, args.file)
     if not artefact.is_file():
         raise UserError(
             f"no {artefact.name} in {student}: python -m deploy.export {shlex.quote(str(student))} writes student.onnx"

@@ -19,6 +19,7 @@ import numpy as np
 from deploy.cli import UserError, printable, write_whole
 
 LABELLED, NUMBERED = 60, 20  # most classes to have names on the axes, and numbers in the cells
+FORMULA = tuple("=+-@\t\r\n")  # first characters of a cell that a spreadsheet may compute
 MAX_DRAWN = 2000  # most classes of the picture; with more classes a cell is smaller than a pixel
 
 
@@ -59,8 +60,13 @@ def per_class_table(labels: np.ndarray, predictions: np.ndarray, label_names: Se
     writer.writerow(["label", "n", "precision", "recall", "f1"])
     for i, name in enumerate(label_names):
         f1 = share(2 * hits[i], n[i] + answered[i])
-        writer.writerow([name, n[i], share(hits[i], answered[i]), share(hits[i], n[i]), f1])
+        writer.writerow([as_text(name), n[i], share(hits[i], answered[i]), share(hits[i], n[i]), f1])
     return text.getvalue()
+
+
+def as_text(text: str) -> str:
+    """Return a text, with an apostrophe in front if a spreadsheet would compute it as a formula."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def share(part: float, whole: float) -> str:

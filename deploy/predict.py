@@ -31,28 +31,27 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from deploy.check import is_visible, read_photograph
+from deploy.check import image_files, read_photograph
 from deploy.cli import (
     Parser,
     ProgressBar,
     UserError,
     add_device,
-    check_folders,
     command,
     log,
     make_parser,
     number,
     printable,
+    refuse_special,
     show,
     write_whole,
 )
-from deploy.preprocess import endings
+from deploy.per_class import as_text
 from deploy.runtimes import RunOn, Runtime, is_answered, load, top_labels, usable_cpus
 
 BATCH = 32
 TILE, LINE = 160, 14  # pixels: a side of an image on the sheet, the height of a line of its caption
 CAPTION = 25  # characters of a caption that fit below a tile
-FORMULA = tuple("=+-@\t\r\n")  # first characters of a cell that a spreadsheet may compute
 COLUMNS = ["file", "label", "index", "probability", "answered", "second_label", "second_probability", "error"]
 NO_IMAGE = np.empty((0, 0, 3), np.uint8)
 
@@ -102,13 +101,9 @@ def list_files(given: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        check_folders(path)
-        inside = sorted(file for file in path.rglob("*") if is_visible(file, path) and file.is_file())
-        images = [file for file in inside if file.suffix.lower() in endings()]
+        images = image_files(path)
         if not images:
             raise UserError(f"{path}: no image in this folder")
-        if others := len(inside) - len(images):
-            log(f"{printable(str(path))}: skipped {others} files without the extension of an image")
         files += images
     return files
 
@@ -131,11 +126,6 @@ def answers_table(answers: Sequence[Answer]) -> bytes:
         row += [as_text(others[0][0]), f"{others[0][1]:.4f}"] if others else ["", ""]
         writer.writerow([*row, ""])
     return text.getvalue().encode("utf-8", "backslashreplace")
-
-
-def as_text(text: str) -> str:
-    """Return a text, with an apostrophe in front if a spreadsheet would compute it as a formula."""
-    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def contact_sheet(answers: Sequence[Answer]) -> bytes:
@@ -165,6 +155,7 @@ def contact_sheet(answers: Sequence[Answer]) -> bytes:
 
 def check_writable(file: Path) -> None:
     """Make the folder of a file; raise UserError if the file cannot be written, before the images are classified."""
+    refuse_special(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         reason = "is a folder" if file.is_dir() else "" if os.access(file.parent, os.W_OK) else "is read-only"

@@ -173,11 +173,13 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         refuse_12_bits(max(int(channel.getextrema()[1]) for channel in channels) << 8)  # type: ignore[arg-type]
     if not deep:
         return image
-    bits = 16
+    bits, values = 16, np.asarray(image)
     if image.format == "TIFF":
-        samples = image.tag_v2.get(258, 16)  # type: ignore[attr-defined]  # BitsPerSample
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        samples = tags.get(258, 16)  # BitsPerSample
         bits = samples[0] if isinstance(samples, tuple) else samples
-    values = np.asarray(image)
+        if tags.get(262) == 0:  # WhiteIsZero, which Pillow inverts only in 8 bits
+            values = 2**bits - 1 - values
     if isinstance(key := image.info.get("transparency"), int):  # a grey that is transparent
         values = np.where(values == key, 2**bits - 1, values)
     if bits == 16:

@@ -45,7 +45,7 @@ from deploy.cli import Parser, ProgressBar, UserError, command, first_line, log,
 from deploy.confidence import fit_file
 from deploy.config import FLOAT, Metadata
 from deploy.reference import evenly, read_reference
-from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate
+from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate, refuse_stale
 
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
@@ -430,13 +430,19 @@ def describe(bounded: Bounded, max_drop: float) -> list[str]:
 
 
 def quantize_student(
-    onnx_file: Path, images: np.ndarray, recipe: Recipe, output: Path | None = None, bound: Bound | None = None
+    onnx_file: Path,
+    images: np.ndarray,
+    recipe: Recipe,
+    output: Path | None = None,
+    bound: Bound | None = None,
+    fitted: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[Path, float, Bounded | None]:
     """Quantise an fp32 ONNX file of deploy.export.
 
     images: for calibration, uint8 (N, H, W, 3), prepared as for evaluation
     output: folder of the file; default: the ONNX file's own
     bound: the largest loss of top-1; default: no limit, and the loss is not measured
+    fitted: validation images and labels to fit the file's temperature and threshold on; default: no fit
 
     Returns:
         The new file, the percentage of images to which both files give the same class, and the results of the bound or
@@ -449,6 +455,7 @@ def quantize_student(
     if metadata.precision != "fp32" or metadata.tensors:
         kind = "not a file of deploy.export" if metadata.tensors else metadata.precision
         raise UserError(f"{onnx_file} is {kind}: quantise an fp32 file of deploy.export")
+    refuse_stale(onnx_file, metadata)
     if recipe.reduce_range is None:
         recipe = dataclasses.replace(recipe, reduce_range=recipe.target == "cpu" and products_saturate())
     output, bounded = output or onnx_file.parent, None
@@ -465,6 +472,8 @@ def quantize_student(
             found = f"it gives the fp32 file's class on {agreement:.1f} % of the calibration images"
             advice = "try --max-drop, --method percentile, --op-types Conv Gemm or a reference of more images"
             raise UserError(f"{file.name} is not stored: {found}, expected at least 50 %; {advice}")
+        if fitted is not None:
+            log(fit_file(partial, *fitted))
     return file, agreement, bounded
 
 
@@ -520,8 +529,8 @@ def run(args: argparse.Namespace) -> None:
     if args.max_drop is not None:
         methods = [args.method] if args.method else list(METHODS)
         bound = Bound(args.max_drop, reference.images, reference.labels, methods)
-    file, agreement, bounded = quantize_student(onnx_file, images, recipe, args.output, bound)
-    log(fit_file(file, reference.images, reference.labels))
+    fitted = reference.images, reference.labels
+    file, agreement, bounded = quantize_student(onnx_file, images, recipe, args.output, bound, fitted)
     size = f"{file}  {file.stat().st_size / 1e6:.1f} MB"
     if bound is None or bounded is None:
         same = f"same class as the fp32 file on {agreement:.1f} % of {len(images)} calibration images"

@@ -29,15 +29,15 @@ from typing import Any
 
 import numpy as np
 
-from deploy.cli import MAX_JSON, UserError, first_line, need, read_file, student_folder
+from deploy.cli import MAX_JSON, UserError, explain, first_line, need, read_file, student_folder
 from deploy.config import ARTEFACT, FLOAT, UINT8, Metadata, read_json
 from deploy.onnx_tools import read_properties, refuse_external_data
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
 SIDECAR = (
-    "an ONNX file from elsewhere needs a {}.json next to it; its fields are mean, std, label_names, input_size [3, "
-    f'height, width], interpolation, crop and input. The value of input is "{UINT8}", or "{FLOAT}" if the images are '
-    "normalised by mean and std"
+    "an ONNX file from elsewhere needs a {}.json next to it; its fields are mean, std, label_names, "
+    f'input_size [3, height, width], interpolation, crop and input. The value of input is "{UINT8}", or "{FLOAT}" if '
+    "the images are normalised by mean and std of pixels from 0 to 1. The output must be logits, without a softmax"
 )
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 TORCH_KINDS = ("", ".ts", ".pt2")  # "": a student/ folder
@@ -80,9 +80,15 @@ class Runtime:
     def run(self, images: np.ndarray) -> np.ndarray:
         """Return the logits, float32 (N, C), of images, uint8 (N, H, W, 3).
 
-        Raise UserError unless there is one logit for each label.
+        Raise UserError if the runtime fails, or unless there is one logit for each label.
         """
-        logits, labels = np.asarray(self.call(images), np.float32), len(self.metadata.label_names)
+        try:
+            logits = np.asarray(self.call(images), np.float32)
+        except Exception as error:  # each runtime has exceptions of its own
+            if explain(error):
+                raise
+            raise UserError(f"{self.file} fails on a batch of {len(images)}: {first_line(error)}") from error
+        labels = len(self.metadata.label_names)
         if logits.shape != (len(images), labels):
             found = f"logits of shape {list(logits.shape)} for {len(images)} images"
             expected = f"expected [{len(images)}, {labels}]: fix label_names"
@@ -214,7 +220,12 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
         metadata = onnx_metadata(session, path)
     except UnicodeError as error:
         raise UserError(f"{path} has a text that is not UTF-8: {error}") from error
-    return Runtime("onnxruntime", provider, metadata, functools.partial(run_onnx, session, metadata))
+    call, batch = functools.partial(run_onnx, session, metadata), session.get_inputs()[0].shape[0]
+    if isinstance(batch, int) and batch != 1:
+        raise UserError(f"{path} takes only batches of {batch} images: export it with a dynamic batch")
+    if metadata.tensors:
+        refuse_probabilities(call(np.zeros((1, *metadata.image_shape), np.uint8)), path)
+    return Runtime("onnxruntime", provider, metadata, call, 1 if batch == 1 else None)
 
 
 def onnx_metadata(session: Any, path: Path) -> Metadata:
@@ -250,6 +261,12 @@ def check_graph(session: Any, metadata: Metadata, where: str) -> None:
         raise UserError(f"{where} has {classes} label_names; expected an output {outputs!r}, [N, {classes}]; {fault}")
 
 
+def refuse_probabilities(row: np.ndarray, path: Path) -> None:
+    """Raise UserError if the output for a black image is probabilities, because the softmax would be taken again."""
+    if row.size > 1 and (row >= 0).all() and abs(float(row.sum()) - 1) < 1e-3:
+        raise UserError(f"{path} returns probabilities, whose sum is 1; expected logits: remove its last Softmax")
+
+
 def tensor_names(metadata: Metadata) -> tuple[str, str]:
     """Return the names of an ONNX file's input and output; a file from elsewhere has other names than ours."""
     inputs, outputs = metadata.tensors or (INPUT_NAME, OUTPUT_NAME)
@@ -264,6 +281,15 @@ def source_of(student: Path) -> dict[str, str]:
     """Return the digest of the weights in a student/ folder, which every artefact carries."""
     weights = read_file(student_folder(student) / "model.safetensors")
     return {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+
+
+def refuse_stale(artefact: Path, metadata: Metadata) -> None:
+    """Raise UserError if the weights next to an artefact were trained further after its export."""
+    student = artefact.parent
+    if not all((student / name).is_file() for name in ("config.json", "model.safetensors")):
+        return
+    if metadata.source and metadata.source.get("weights_sha256") != source_of(student)["weights_sha256"]:
+        raise UserError(f"{artefact} was made from other weights than those in {student}: export it again")
 
 
 @functools.cache

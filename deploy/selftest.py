@@ -214,9 +214,7 @@ def get_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     student = cli.student_folder(args.student)
-    artefact = args.artefact or student / "student.onnx"
-    if not artefact.is_file() and (student / artefact).is_file():
-        artefact = student / artefact
+    artefact = cli.file_of(student, args.artefact or "student.onnx")
     return 0 if check(load(artefact, RunOn.from_args(args)), student / FOLDER) else 1
 
 

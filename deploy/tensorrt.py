@@ -11,6 +11,7 @@ import ctypes
 import ctypes.util
 import dataclasses
 import gc
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -27,7 +28,7 @@ import numpy as np
 
 from deploy.cli import MAX_JSON, UserError, first_line, make_folder, read_file, write_whole
 from deploy.config import ARTEFACT, ENGINE, UINT8, Metadata, read_json
-from deploy.runtimes import RunOn, Runtime, as_input, cuda_device_name, load, tensor_names
+from deploy.runtimes import RunOn, Runtime, as_input, cuda_device_name, load, refuse_stale, tensor_names
 
 # ---- CUDA ---------------------------------------------------------------------------------------------------------
 
@@ -177,7 +178,10 @@ def load_engine(path: Path, on: RunOn) -> Runtime:
         raise UserError(f"{path} was built for {gpu}, but this machine has {here}: {again}")
     cuda = load_cuda()
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    deserialised = runtime.deserialize_cuda_engine(read_file(path))
+    content = read_file(path)
+    if metadata.built.get("sha256") not in (None, hashlib.sha256(content).hexdigest()):
+        raise UserError(f"{path} and {path.name}.json are from two builds: copy both files, or {again}")
+    deserialised = runtime.deserialize_cuda_engine(content)
     if deserialised is None:
         raise UserError(f"{path} cannot be read by {library} {version} on {here}: {again}")
     try:
@@ -227,7 +231,9 @@ def build_engine(
     library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
     output: folder of the engine; default: the ONNX file's own
     """
-    metadata = read_onnx(onnx_file)
+    metadata, output = read_onnx(onnx_file), output or onnx_file.parent
+    refuse_stale(onnx_file, metadata)
+    make_folder(output)
     with parse_onnx(onnx_file, library) as network:
         if not network.parsed:
             first, *others = network.unsupported()
@@ -238,8 +244,7 @@ def build_engine(
         built = {"library": network.library, "version": network.trt.__version__, "gpu": cuda_device_name()}
     built |= dict(zip(("min_batch", "opt_batch", "max_batch"), batches))
     built["build_s"] = round(time.perf_counter() - started, 2)
-    output = output or onnx_file.parent
-    make_folder(output)
+    built["sha256"] = hashlib.sha256(engine).hexdigest()
     file = output / onnx_file.with_suffix(".engine").name
     described = dataclasses.replace(metadata, onnx=onnx_file.name, built=built)
     write_whole(file, engine)

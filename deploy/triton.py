@@ -3,8 +3,8 @@
     python -m deploy.triton runs/001-mobilenet_v2-uskd/student/student-fp16.onnx --output models --name digits
     tritonserver --model-repository models
 
-The command writes models/digits/config.pbtxt, labels.txt and 1/model.onnx (or model.plan). Clients of deploy.serve work
-unchanged, because names, shapes and protocol are the same.
+The command writes models/digits/config.pbtxt, labels.txt and 1/model.onnx (or model.plan). If the file takes
+uint8 images, clients of deploy.serve work unchanged, because names, shapes and protocol are the same.
 examples/triton/ has manifests for Docker and KServe.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from deploy.cli import Parser, UserError, command, make_folder, make_parser, number, replacing, show
 from deploy.config import UINT8, Metadata
-from deploy.runtimes import RunOn, load, tensor_names
+from deploy.runtimes import RunOn, load, refuse_stale, tensor_names
 from deploy.tensorrt import read_engine_metadata
 
 BACKENDS = {".onnx": ("onnxruntime", "model.onnx"), ".engine": ("tensorrt", "model.plan")}
@@ -46,16 +46,18 @@ def write_repository(artefact: Path, output: Path, model: Model) -> Path:
     if artefact.suffix not in BACKENDS:
         raise UserError(f"{artefact} is neither .onnx nor .engine: Triton's backends take only these")
     if artefact.suffix == ".onnx":
-        metadata = load(artefact, RunOn("cpu")).metadata
+        student = load(artefact, RunOn("cpu"))
+        metadata, largest = student.metadata, student.max_batch or model.max_batch
     else:
         metadata = read_engine_metadata(artefact)
         largest = metadata.built["max_batch"]
         if metadata.built["library"] != "tensorrt":
             raise UserError(f"{artefact} was built by TensorRT-RTX, which Triton does not run: build it with tensorrt")
-        if model.max_batch > largest:
-            raise UserError(f"--max-batch {model.max_batch}, but {artefact.name} takes at most {largest}")
         if not model.gpu:
             raise UserError(f"{artefact.name} is a TensorRT engine, which needs a GPU; leave --cpu out")
+    refuse_stale(artefact, metadata)
+    if model.max_batch > largest:
+        raise UserError(f"--max-batch {model.max_batch}, but {artefact.name} takes at most {largest}")
     if not model.name or "/" in model.name or model.name.startswith("."):
         raise UserError(f"--name {model.name!r} must be the name of a folder")
     folder = output / model.name

@@ -6,10 +6,13 @@ A file of a few bytes can make an image reader work for minutes and hold the int
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import warnings
@@ -38,6 +41,8 @@ DECODE_S = 10.0  # CPU time of one photograph
 MEMORY = 3 * 2**29  # bytes that a process may allocate; 64 million transparent pixels need 2**30
 LARGE_IMAGE = MAX_PIXELS // 16  # pixels: larger photographs are decoded one at a time, because of their memory
 FORM_OF_CURL = "application/x-www-form-urlencoded"  # the content type of curl -d, which removes line ends
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # the start of a segment of a JPEG, or its end
+START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 SCANS = 20  # largest number of scans of a JPEG of MAX_PIXELS; each scan decodes the whole image. Cameras write 10
 
 
@@ -62,11 +67,18 @@ class Decoders:
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.processes = ProcessPoolExecutor(self.count, context, prepare_process)
+        self.free = asyncio.Semaphore(self.count + 1)  # the pool keeps the body of a cancelled task that waits in it
 
     async def decode(self, body: bytes, content_type: str, metadata: Metadata) -> np.ndarray | int:
-        processes = self.processes
+        processes, free = self.processes, self.free
+        await free.acquire()
         try:
-            future = processes.submit(decode_in_time, body, content_type, metadata, self.accepted, self.most_pixels)
+            try:
+                future = processes.submit(decode_in_time, body, content_type, metadata, self.accepted, self.most_pixels)
+            except BaseException:
+                free.release()
+                raise
+            future.add_done_callback(functools.partial(release, free, asyncio.get_running_loop()))
             return await asyncio.wrap_future(future)
         except BrokenProcessPool as error:
             if processes is self.processes:  # only the first request that gets this error
@@ -78,6 +90,12 @@ class Decoders:
 
     def close(self) -> None:
         self.processes.shutdown(wait=False, cancel_futures=True)
+
+
+def release(free: asyncio.Semaphore, loop: asyncio.AbstractEventLoop, _: Any) -> None:
+    """Release a place of the pool from the pool's own thread."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: no request waits
+        loop.call_soon_threadsafe(free.release)
 
 
 # ---- in a decoding process ----------------------------------------------------------------------------------------
@@ -145,7 +163,7 @@ def decode(
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels")
-            scans = body.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+            scans = scans_of(body) if image.format in ("JPEG", "MPO") else 1
             if pixels * scans > SCANS * MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels in {scans} scans")
             size = resized_size(image.size, metadata)  # of the unturned image: reading EXIF may decode it
@@ -165,6 +183,18 @@ def decode(
                 raise bad(f"the file is {name}: this server reads it only with --formats") from error
         curl = "; send a file with curl --data-binary, not with -d" if content_type.startswith(FORM_OF_CURL) else ""
         raise bad(f"the image cannot be read: {error}; expected {', '.join(accepted)}{curl}") from error
+
+
+def scans_of(jpeg: bytes) -> int:
+    """Return the number of scans of a JPEG's first image. A video may follow it in the file (motion photos)."""
+    scans, at = 0, 2
+    while marker := MARKER.search(jpeg, at):
+        kind, at = marker[0][1], marker.end()
+        if kind == END_OF_IMAGE:
+            break
+        scans += kind == START_OF_SCAN
+        at += int.from_bytes(jpeg[at : at + 2], "big")
+    return scans
 
 
 def file_in(body: bytes, content_type: str) -> bytes:

@@ -19,7 +19,7 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, Subset
 
-from deploy.cli import UserError, check_folders, is_code
+from deploy.cli import UserError, files_in, is_code
 from deploy.flags import Table, pick_recipe, settle_flags
 from deploy.preprocess import UnreadableImage, endings, open_image, upright_size
 from deploy.reference import evenly
@@ -156,7 +156,10 @@ class Photos(torchvision.datasets.ImageFolder):
 
     def __init__(self, root: Path) -> None:
         self.left_out: collections.Counter[str] = collections.Counter()
-        check_folders(root)
+        files = list(files_in(root))  # raises UserError for a folder that cannot be read or a loop of links
+        outside = [file for file in files if os.path.dirname(file) == str(root) and ending_of(file) in endings()]
+        if outside:
+            log(f"{root}: skipped {len(outside)} images outside the folders of the classes")
         super().__init__(str(root), loader=open_image, is_valid_file=self.is_image, allow_empty=True)
         counts = class_counts(self)
         if empty := [name for name, count in zip(self.classes, counts) if not count]:
@@ -185,8 +188,7 @@ class Photos(torchvision.datasets.ImageFolder):
     def is_image(self, path: str, root: Path | None = None) -> bool:
         if any(map(is_hidden, Path(path).relative_to(root or self.root).parts)):
             return False
-        ending = os.path.splitext(path)[1].lower()
-        if ending not in endings():
+        if (ending := ending_of(path)) not in endings():
             self.left_out[ending] += 1
         return ending in endings()
 
@@ -210,8 +212,7 @@ def add_unlabelled(data: Data, folder: Path) -> Data:
         raise UserError(f"--unlabelled {folder}: no such folder")
     train = data.train.part(range(len(data.train)))
     train.left_out = collections.Counter()
-    check_folders(folder)
-    found = sorted(str(file) for file in folder.rglob("*") if file.is_file() and train.is_image(str(file), folder))
+    found = sorted(file for file in files_in(folder) if train.is_image(file, folder))
     labelled = {os.path.realpath(path) for part in (data.train, data.val) for path, _ in part.samples}
     files = [file for file in found if os.path.realpath(file) not in labelled]
     skipped = f", skipped: {train.describe_left_out()}" if train.left_out else ""
@@ -291,6 +292,10 @@ def find_classes_to_split(root: Path, asks: bool) -> Path:
     if asks:
         raise UserError(f"--data {root}: {missing}; if its folders are the classes ({abbreviate(folders)}), {ask}")
     return root
+
+
+def ending_of(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
 
 
 def visible_folders(folder: str | Path) -> list[str]:

@@ -144,6 +144,20 @@ def test_folders_match_the_labels_in_either_form_of_unicode(accented, tmp_path):
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+def test_a_folder_with_both_unicode_forms_of_a_name_is_refused(accented, tmp_path):
+    folder = write_photographs(tmp_path / "val", ["chêne", unicodedata.normalize("NFD", "chêne"), "pin"], 6)
+    with pytest.raises(check.UserError, match="two folders have the same name in two Unicode forms"):
+        from_folder(accented, folder)
+
+
+def test_linked_folders_are_read(accented, tmp_path):
+    folder = write_photographs(tmp_path / "val", ["chêne", "érable", "pin"], 6)
+    write_photographs(tmp_path / "elsewhere", ["pin"], 4)
+    (folder / "pin/more").symlink_to(tmp_path / "elsewhere/pin")
+    _, labels, _ = next(iter(from_folder(accented, folder).batches))
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2, 2]
+
+
 def test_hidden_files_and_files_that_macos_adds_are_skipped(accented, tmp_path, capsys):
     folder = write_photographs(tmp_path / "val", ["chêne", "érable", "pin"], 6)
     (folder / "__MACOSX/chêne").mkdir(parents=True)
@@ -216,6 +230,8 @@ def test_a_file_whose_weights_differ_fails(run, capsys, scale, word):
     out = capsys.readouterr().out
     assert "FAIL" in out
     assert word in out
+    rows = json.loads((run / "student/check.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert (rows[1]["max_abs_error"] is None) == bool(np.isnan(scale))
 
 
 def test_a_file_made_from_other_weights_fails(run, capsys):

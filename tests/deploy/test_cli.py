@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,50 @@ def test_a_broken_pipe_between_processes_keeps_its_traceback():
     far.close()
     with pytest.raises(BrokenPipeError):
         run_command("p", lambda: near.send("x" * 9999))
+
+
+def test_a_command_that_gets_sigterm_removes_its_unfinished_files(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from deploy.cli import replacing, run_command\n"
+        "def work():\n"
+        "    with replacing(Path(sys.argv[1])) as partial:\n"
+        "        partial.write_text('half')\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(run_command('p', work))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "file"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_keeps_its_own_handler_of_sigterm():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert run_command("p", lambda: signal.getsignal(signal.SIGTERM) != signal.SIG_IGN) == 0
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert run_command("p", lambda: signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) == 0
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "/dev/stdout"])
+def test_a_device_or_a_pipe_is_not_replaced(kind, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link to a pipe").symlink_to(tmp_path / "pipe")
+    with pytest.raises(UserError, match="it is not a regular file; name another file"):
+        write_whole(tmp_path / kind, "text")  # an absolute path replaces tmp_path
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_files_in_follows_links_and_skips_hidden_files(tmp_path):
+    for name in ("a/1.png", "more/2.png", ".git/3.png", "a/__MACOSX/4.png", "a/.5.png", "elsewhere/6.png"):
+        file = tmp_path / "root" / name if "elsewhere" not in name else tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (tmp_path / "root/linked").symlink_to(tmp_path / "elsewhere")
+    found = [os.path.relpath(file, tmp_path / "root") for file in cli.files_in(tmp_path / "root")]
+    assert sorted(found) == ["a/1.png", "linked/6.png", "more/2.png"]
 
 
 def test_a_bug_keeps_its_traceback():

@@ -132,3 +132,9 @@ def test_the_picture_of_a_batch_has_up_to_32_images(tmp_path, count, channels):
 ])  # fmt: skip
 def test_a_caption_has_the_label_or_the_two_main_labels_of_a_mixed_image(label, text):
     assert caption(np.array(label), ["cat", "dog", "eel"]) == text
+
+
+def test_a_label_that_a_spreadsheet_would_compute_gets_an_apostrophe():
+    zeros = np.zeros(2, np.int64)
+    table = per_class_table(zeros, zeros, ["=HYPERLINK(1)", "cat"])
+    assert table.splitlines()[1].startswith("'=HYPERLINK(1),2,")

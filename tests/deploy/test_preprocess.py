@@ -238,6 +238,20 @@ def test_greys_of_8_to_16_bits_are_scaled_by_their_range(file):
     assert np.abs(values - GREY).max() <= 1
 
 
+def white_is_zero(tiff):
+    """Return a TIFF whose tag 262, PhotometricInterpretation, is 0 instead of 1."""
+    entry = bytes.fromhex("0601 0300 01000000")
+    assert tiff.count(entry + b"\1") == 1
+    return tiff.replace(entry + b"\1", entry + b"\0")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_zero_is_white_is_inverted(bits):
+    values = GREY if bits == 8 else GREY.astype(np.uint16) << 8 | GREY
+    read = np.asarray(to_rgb(open_image(white_is_zero(grey_file(values, "TIFF")))))[..., 0]
+    assert (read == 255 - GREY).all()
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [

@@ -176,9 +176,8 @@ def test_a_bound_that_cannot_be_kept_gives_one_line_and_changes_no_file(run, mon
 def test_the_bound_and_the_calibration_use_different_images(run, monkeypatch):
     reference, seen = read_reference(run / "student", None, ""), []
     monkeypatch.setattr(quantize, "quantize_student", lambda *args: seen.append(args) or (run / NAME, 100.0, None))
-    monkeypatch.setattr(quantize, "fit_file", lambda *_: "")
     deploy(quantize, run, "--target", "cpu", "--max-drop", "1")
-    ((_, images, _, _, bound),) = seen
+    ((_, images, _, _, bound, _),) = seen
     assert (images == reference.train_images).all()
     assert (bound.images == reference.images).all()
     assert (bound.labels == reference.labels).all()

@@ -99,6 +99,8 @@ def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):
     ({"input_size": [3, 64, 64]}, "of [N, 3, 64, 64]; the graph has"),
     ({"label_names": ["a", "b"]}, "has 2 label_names; expected an output 'scores', [N, 2]; its shape is ['N', 10]"),
     ({"std": [0, 1, 1]}, "std is [0, 1, 1]; expected a number above 0 per channel"),
+    ({"mean": [124, 116, 104]}, "mean is [124, 116, 104]; expected a number per channel, from 0 to 1 as the pixels"),
+    ({"std": [58.4, 57.1, 57.4]}, "std is [58.4, 57.1, 57.4]; expected a number above 0 per channel, from 0 to 1"),
     (None, "a theirs.onnx.json next to it; its fields are mean, std, label_names"),
 ])  # fmt: skip
 def test_the_json_file_must_fit_the_graph(foreign, change, message):
@@ -107,6 +109,35 @@ def test_the_json_file_must_fit_the_graph(foreign, change, message):
     sidecar.write_text(json.dumps(values | change)) if change else sidecar.unlink()
     with pytest.raises(UserError, match=re.escape(message)):
         load(file)
+
+
+def test_a_file_from_elsewhere_that_ends_with_a_softmax_is_refused(foreign):
+    file, _, _ = foreign
+    model = onnx.load(file)
+    model.graph.node[-1].output[0] = "logits"
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["scores"]))
+    onnx.save(model, file)
+    with pytest.raises(UserError, match="returns probabilities, whose sum is 1; expected logits"):
+        load(file)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_file_with_a_fixed_batch_runs_image_by_image_or_is_refused(foreign, batch, tmp_path, capfd):
+    file, _, _ = foreign
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    expected = load(file).run(images)
+    model = onnx.load(file)
+    for port in (*model.graph.input, *model.graph.output):
+        port.type.tensor_type.shape.dim[0].dim_value = batch
+    onnx.save(model, file)
+    if batch == 1:
+        np.testing.assert_allclose(load(file).run_in_parts(images, 64), expected, rtol=1e-4, atol=1e-5)
+        assert "--max-batch 8, but theirs.onnx takes at most 1" in refused(capfd, triton, file, "--output", tmp_path)
+        with pytest.raises(UserError, match=r"theirs\.onnx fails on a batch of 3: "):
+            load(file).run(images)
+    else:
+        with pytest.raises(UserError, match="takes only batches of 4 images: export it with a dynamic batch"):
+            load(file)
 
 
 def test_a_missing_output_of_the_graph_is_named(foreign):

@@ -1,6 +1,7 @@
 """Test the conformance vectors that deploy.pack writes and deploy.selftest compares."""
 
 import json
+import zipfile
 import zlib
 
 import numpy as np
@@ -117,6 +118,23 @@ def test_a_student_without_vectors_gives_one_line(tmp_path, capfd):
     (tmp_path / "config.json").write_text("{}")
     write_onnx(tmp_path, metadata_of())
     assert "python -m deploy.pack writes the vectors" in refused(capfd, selftest, tmp_path)
+
+
+def test_the_student_that_is_named_is_packed_and_not_a_file_of_the_current_folder(student, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_onnx(elsewhere, metadata_of(label_names=["other"] * 10))
+    monkeypatch.chdir(elsewhere)
+    deploy(pack, student, "-o", "out.pyz")
+    with zipfile.ZipFile("out.pyz") as archive:
+        assert json.loads(archive.read("student/config.json"))["label_names"] == metadata_of().label_names
+
+
+def test_a_file_of_older_weights_is_not_packed(student, tmp_path, capfd):
+    (student / "model.safetensors").write_bytes(b"the weights after a resume")
+    write_onnx(student, metadata_of(source={"weights_sha256": "of the weights before"}))
+    assert "was made from other weights than those in" in refused(capfd, pack, student, "-o", tmp_path / "out.pyz")
+    assert not (tmp_path / "out.pyz").exists()
 
 
 def test_a_student_in_a_read_only_folder_can_be_packed(student, tmp_path, monkeypatch, capfd):

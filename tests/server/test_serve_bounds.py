@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import struct
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -229,6 +230,45 @@ def test_large_photographs_share_a_budget_and_a_dead_decoder_is_replaced(artefac
         children = decoders(process)
         process.kill()
         wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+def test_the_body_of_a_client_that_has_left_is_freed_while_all_decoders_are_busy():
+    metadata = images.Metadata(["a"], [3, 16, 16], [0.5] * 3, [0.2] * 3, "bilinear", 1.0)
+    decoders = images.Decoders(1, ("PNG",), 2**26)
+    slow, bodies = png(7_000, 7_000), [SMALL_JPEG + bytes([i]) for i in range(8)]
+    before = list(map(sys.getrefcount, bodies))
+
+    async def leave():
+        busy = [asyncio.create_task(decoders.decode(slow, "", metadata)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        waiting = [asyncio.create_task(decoders.decode(body, "", metadata)) for body in bodies]
+        await asyncio.sleep(0.05)
+        while waiting:
+            waiting[-1].cancel()
+            await asyncio.wait([waiting.pop()])
+        assert not any(task.done() for task in busy)
+        assert list(map(sys.getrefcount, bodies)) == before
+        await asyncio.wait(busy)
+
+    try:
+        asyncio.run(leave())
+    finally:
+        decoders.close()
+
+
+def test_a_motion_photo_is_classified(site):
+    """Append 4 MB of a video, in which the marker of a scan is frequent, as Samsung's and Google's cameras do."""
+    video = np.random.default_rng(0).bytes(2**22)
+    assert video.count(b"\xff\xda") > 50
+    file = io.BytesIO()
+    Image.new("RGB", (6_000, 4_000)).save(file, "JPEG")
+    assert ask(site, "/predict", file.getvalue() + video)[0] == 200
+
+
+def test_the_scans_of_a_progressive_jpeg_are_counted():
+    assert images.scans_of(jpeg_of_scans(30, 64)) == jpeg_of_scans(1, 64).count(b"\xff\xda") + 29
+    assert images.scans_of(SMALL_JPEG) == 1
+    assert images.scans_of(SMALL_JPEG[:-2]) == 1  # cut off
 
 
 def test_decoding_has_a_limit_of_cpu_time(monkeypatch):
