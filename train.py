@@ -364,7 +364,10 @@ def build_student(
         config = replace(config, **{name: getattr(resumed.config, name) for name in PREPROCESSING})
     config = replace(config, training=outputs.describe_training(args, data))
     batch = args.batch_size // (WORLD_SIZE * args.grad_accum)
-    check_forward(student, f"--model {args.model}", config.input_size, config.num_classes, min(batch, 2))
+    name, shape = f"--model {args.model}", (config.input_size, config.num_classes)
+    check_forward(student, name, *shape, min(batch, 2))
+    check_forward(student.eval(), f"{name} in eval mode", *shape)
+    student.train()
     log(report)
     if not args.self_kd:
         return student, student, config
@@ -499,7 +502,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
     with outputs.RunFolder(args, given, data, device, resumed) as folder:
         torch.manual_seed(args.seed + RANK)
         random.seed(args.seed + RANK)
-        if args.pretrained and not resumed and (heads := find_new_classifiers(student)):
+        if args.pretrained and not resumed and (heads := find_new_classifiers(student, config.num_classes)):
             view = functools.partial(loading.eval_view, metadata=config)
             images = loading.eval_loader(data.labelled, view, 64, args.workers, most=MOST_IMAGES)
             log(fit_classifiers(student, heads, images, to_device, corrupt, method.class_weights))

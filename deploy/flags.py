@@ -116,10 +116,23 @@ def read_flags(table: Table, argv: Sequence[str] | None, doc: str = "", program:
         if flag.path and isinstance(value, list):
             typed[name] = [absolute(item) for item in value]
         elif flag.path and isinstance(value, str) and value not in (*BY_DATA, *flag.options.get("choices", ())):
-            typed[name] = absolute(value)
+            typed[name] = value if name in ("model", "teacher") and is_library_model(value) else absolute(value)
     if typed.get("resume") and not typed.get("output"):
         raise UserError("--resume needs --output, the run directory to resume")
     return typed
+
+
+def is_library_model(name: str) -> bool:
+    """Return whether the name of a file or folder here is a library's model too; a name with a / is a path."""
+    if os.sep in name or not os.path.exists(name):
+        return False
+    from deploy import student  # only now, because it imports torch
+
+    return student.is_library_model(name)
+
+
+def is_folder(model: str) -> bool:
+    return os.path.isabs(model) and os.path.isdir(model)  # read_flags makes paths absolute
 
 
 def by_name(table: Table) -> dict[str, Flag]:
@@ -205,6 +218,8 @@ def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typ
             unknown = f"{option(name)[:80]} {repr(saved[name])[:80]}"
             fault = f"the run was started with {unknown}, which this train.py does not have"
             raise UserError(f"{fault}: start a new run")
+    named = saved.get("recipe") or BY_DATA.get(str(saved.get("data", "digits")))
+    recipe = saved["fitted"] if isinstance(saved.get("fitted"), dict) else RECIPES.get(str(named), {})
     for name, flag in flags.items():
         value = saved.get(name)
         values = value if isinstance(value, list) else [value]
@@ -212,7 +227,7 @@ def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typ
         if code and name not in typed:
             fault = f"the run was started with code, {option(name)} {code}: give that flag again"
             raise UserError(f"{fault}; train.py does not run code that only the run directory names")
-        before = saved.get(name, flag.default)
+        before = saved.get(name, recipe.get(name, flag.default))
         if saved and name in AT_THE_START and typed.get(name, before) != before:
             fault = f"{option(name)} was {before} when this run began"
             raise UserError(f"{fault}, and a resume cannot change it: leave the flag out, or start a new run")
@@ -261,7 +276,7 @@ def is_like(value: Any, template: Any) -> bool:
 
 def settle_size(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Set args.img_size to [height, width]. If the model is a student/ folder, the default is its size."""
-    if os.path.isdir(args.model) and "img_size" not in given:
+    if is_folder(args.model) and "img_size" not in given:
         channels, *args.img_size = read_config(student_folder(Path(args.model))).input_size
         args.in_chans = args.in_chans if "in_chans" in given else channels
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
@@ -287,7 +302,7 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
             other, *values = flags[name].needs
             if not getattr(args, other) or (values and getattr(args, other) not in values):
                 raise UserError(f"{option(name)} needs {option(other)} {' or '.join(values)}".rstrip())
-    if os.path.isdir(args.model):
+    if is_folder(args.model):
         if typed.keys() & {"model_args", "small_stem"}:
             raise UserError("--model is a student/ folder, which has its own arguments and stem")
         if args.pretrained:

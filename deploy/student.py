@@ -152,11 +152,13 @@ def convolutions(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
 
 
+def is_library_model(name: str) -> bool:
+    return is_torchvisions(name) or bool(timm.is_model(name))
+
+
 def is_folder(name: str) -> bool:
-    try:
-        return Path(name).is_dir()
-    except OSError:  # too long to be a path
-        return False
+    """Return whether a name is a folder; resnet18 is the model of a library, ./resnet18 the folder."""
+    return os.path.isdir(name) and not is_library_model(name)
 
 
 def own_function(name: str) -> Callable[..., Any]:
@@ -252,7 +254,7 @@ def write_random(
     norm: Any = {"mean": [0.5] * count, "std": [0.25] * count, "interpolation": "bilinear", "crop": 1.0}
     config = Metadata(names, list(input_size), **norm, num_classes=num_classes, **architecture)
     write_whole(folder / "config.json", json.dumps(config.to_json(), indent=2) + "\n")
-    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, folder / "model.safetensors")
+    save_file({name: x.clone().contiguous() for name, x in model.state_dict().items()}, folder / "model.safetensors")
 
 
 def published_top1(architecture: dict[str, Any]) -> tuple[float, int] | None:

@@ -24,14 +24,15 @@ class Teacher(nn.Module):
         student_mean: the mean with which the student's batch is normalised.
         student_std: the standard deviation with which that batch is normalised. Without these four arguments the
             teacher does not change the normalisation.
-        size: (H, W) in pixels to which the batch is resized; None: the batch is not resized.
+        size: (H, W) in pixels to which the batch is resized, or one side of a square; None: the batch is not resized.
         columns: for each class of the student, the index of the teacher's class. Pass it if the teacher has more
             classes or another order; the softmax of the loss is then over these classes. None: all classes in order.
         logits: key, attribute or index of the logits in the output, as in :class:`WithWeakHead`.
 
     Raises:
-        ValueError: only some of the means and deviations are given; the batch is on another device than the teacher.
-        TypeError: the output of the model does not hold the logits.
+        ValueError: only some of the means and deviations are given; a deviation is not above 0; a column is negative;
+            the batch is on another device than the teacher.
+        TypeError: the output of the model does not hold the logits; the images must be normalised and are integers.
 
     Example:
         >>> teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), size=(2, 2)).train()
@@ -47,14 +48,16 @@ class Teacher(nn.Module):
         std: Sequence[float] | None = None,
         student_mean: Sequence[float] | None = None,
         student_std: Sequence[float] | None = None,
-        size: Sequence[int] | None = None,
+        size: int | Sequence[int] | None = None,
         columns: Sequence[int] | None = None,
         logits: str | int | None = None,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.logits = logits
-        self.size = None if size is None else tuple(size)
+        self.size = None if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        if columns is not None and min(columns) < 0:
+            raise ValueError(f"columns has {min(columns)}: expected the index of a class of the teacher, at least 0")
         given = [x for x in (mean, std, student_mean, student_std) if x is not None]
         if len(given) not in (0, 4):
             raise ValueError("mean, std, student_mean and student_std go together: pass all four, or leave all out")
@@ -63,6 +66,8 @@ class Teacher(nn.Module):
         scale = shift = None
         if given:
             m, s, student_m, student_s = (torch.as_tensor(x, dtype=torch.float64).view(-1, 1, 1) for x in given)
+            if (s <= 0).any() or (student_s <= 0).any():
+                raise ValueError(f"std {std} and student_std {student_std} must be above 0")
             scale, shift = (student_s / s).float(), ((student_m - m) / s).float()
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
@@ -80,7 +85,9 @@ class Teacher(nn.Module):
         if images.device != here:
             raise ValueError(f"the teacher is on {here}, the images are on {images.device}: move the teacher")
         if self.scale is not None and self.shift is not None:
-            images = images * self.scale + self.shift
+            if not images.is_floating_point():
+                raise TypeError(f"the images are {images.dtype}: pass images that are normalised for the student")
+            images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         logits = find_logits(self.model(images), self.logits)

@@ -18,6 +18,43 @@ def tiny(num_classes):
     return model
 
 
+class OtherInEval(nn.Module):
+    """Return logits in training, and a tuple or probabilities in eval mode."""
+
+    def __init__(self, num_classes: int, change) -> None:
+        super().__init__()
+        self.net, self.change = tiny(num_classes), change
+
+    def forward(self, x):
+        return self.net(x) if self.training else self.change(self.net(x))
+
+
+def eval_tuple(num_classes):
+    return OtherInEval(num_classes, lambda logits: (logits, logits))
+
+
+def eval_softmax(num_classes):
+    return OtherInEval(num_classes, lambda logits: logits.softmax(1))
+
+
+def tied(num_classes):
+    """Build a model that uses one layer twice."""
+    layer = nn.Linear(16, 16)  # the rows of the image
+    return nn.Sequential(layer, nn.ReLU(), layer, nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+
+def with_mean(num_classes):
+    model = tiny(num_classes)
+    model.register_buffer("mean", torch.full((1, 3, 1, 1), 0.25))
+    return model
+
+
+def with_input_size(num_classes):
+    model = tiny(num_classes)
+    model.input_size = 224
+    return model
+
+
 def dropout(num_classes):
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(1),
                          nn.Flatten(), nn.Linear(8, num_classes))  # fmt: skip

@@ -208,7 +208,7 @@ def run_ours(root: Path, weights: Path, epochs: int, seed: int, output: Path) ->
     before = resource.getrusage(resource.RUSAGE_SELF)
     probe = timm.create_model(STUDENT, num_classes=config.num_classes)
     probe.load_state_dict({k: v for k, v in load_file(weights).items() if "classifier" not in k}, strict=False)
-    (head,) = find_classifiers(probe).values()
+    (head,) = find_classifiers(probe, config.num_classes).values()
     train, train_labels = images_of(root / "data" / "train", config)
     features: list[torch.Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))

@@ -24,6 +24,7 @@ from deploy.flags import Table, pick_recipe, settle_flags
 from deploy.preprocess import UnreadableImage, endings, open_image, upright_size
 from deploy.reference import evenly
 from deploy.run_directory import SPLIT, nfc, read_csv, read_given, read_split
+from deploy.student import is_folder
 from kdlite.training.distributed import from_rank_zero, local_rank_zero_first, log
 
 EXPECTED = "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or one of digits, cifar10, cifar100"
@@ -131,7 +132,7 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
     if args.unlabelled:
         data = add_unlabelled(data, Path(args.unlabelled))
     if args.recipe is None:
-        pretrained = bool(args.pretrained or os.path.isdir(args.model))
+        pretrained = bool(args.pretrained or is_folder(args.model))
         size = from_rank_zero(median_size, data.labelled)
         recipe, why = pick_recipe(len(data.train), len(data.label_names), size, pretrained, given.get("img_size"))
         if is_code(args.model):

@@ -12,6 +12,7 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from deploy.cli import UserError
+from deploy.per_class import confusion_matrix
 from deploy.run_directory import read_csv
 from kdlite.training.data import abbreviate
 from kdlite.training.distributed import warn
@@ -32,7 +33,10 @@ def pick_columns(
             raise UserError(f"{classes_file} gives {' and '.join(twice[:3])} the same class of --teacher {name}")
         return columns, f"{found}, from {classes_file}"
     if teacher is not None and teacher != data:
-        return match(data, teacher, name), f"{found} match --data by name"
+        columns = match(data, teacher, name)
+        pairs = [(ours, teacher[column]) for ours, column in zip(data, columns)]
+        guesses = [f"{ours} = {describe(theirs)}" for ours, theirs in pairs if plain(ours) != plain(theirs)]
+        return columns, f"{found} match --data by name" + (f": {abbreviate(guesses)}" if guesses else "")
     if count != len(data):
         fault = f"--teacher {name} has {count} classes without names, but --data has {len(data)}"
         raise UserError(f"{fault}: give the teacher's class for each of them with --teacher-classes FILE")
@@ -92,8 +96,9 @@ def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -
     from scipy.optimize import linear_sum_assignment  # imported here, because it takes as long as numpy and timm
 
     count, right = len(labels), float((labels == predictions).mean())
-    table = np.zeros((classes, classes))
-    np.add.at(table, (labels, predictions), 1)
+    seen, pairs = np.unique([labels, predictions], return_inverse=True)  # a class that does not occur adds nothing
+    rows, columns = np.reshape(pairs, (2, count))
+    table = confusion_matrix(rows, columns, len(seen))
     reordered = float(table[linear_sum_assignment(table, maximize=True)].sum() / count)
     if classes > 1 and reordered > right + 0.2 and reordered > 2 * right:
         top1 = f"a top-1 of {100 * reordered:.0f} % instead of {100 * right:.0f} %"
@@ -101,6 +106,11 @@ def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -
     elif right <= 1 / classes + 2 * math.sqrt((1 / classes) * (1 - 1 / classes) / count):
         fault = f"this teacher is not better than chance ({100 / classes:.2g} %)"
         warn(f"{fault}: check that it is trained, and needs the mean and std of this run")
+
+
+def describe(label: str) -> str:
+    """Return the name of a class; for a WordNet id of ImageNet, its names too."""
+    return f"{label} ({', '.join(imagenet_names()[label][:3])})" if label in imagenet_names() else label
 
 
 def plain(label: str) -> str:

@@ -374,11 +374,11 @@ FLAGS: Table = {  # a flag with the name of a train.py flag has the same meaning
 
 
 class Asker:
-    """Return the teacher's answers about a batch; print its top-1 after FIRST labelled images."""
+    """Return the teacher's answers about a batch; print its top-1 after FIRST labelled images, or at the end."""
 
     def __init__(self, teacher: Teacher, to_device: ToDevice, amp: torch.dtype | None, k: int, classes: int) -> None:
         self.teacher, self.to_device, self.amp, self.k, self.classes = teacher, to_device, amp, k, classes
-        self.seen: list[Tensor] = []
+        self.seen: list[Tensor] = []  # labels and predictions, (2, N), until they are reported
         self.count = 0
 
     @torch.inference_mode()
@@ -392,12 +392,18 @@ class Asker:
             self.seen.append(torch.stack([labels, best])[:, labelled].cpu())
             self.count += self.seen[-1].shape[1]
             if self.count >= FIRST:
-                labels_seen, predictions = torch.cat(self.seen, 1).numpy()
-                top1 = 100 * (labels_seen == predictions).mean()
-                log(f"the teacher is right on {top1:.2f} % of the first {len(predictions)} views")
-                warn_of_teacher(labels_seen, predictions, self.classes)
+                self.report()
         labels = labels.where(labelled, best)
         return top_k_logprobs(logits, labels, self.k)
+
+    def report(self) -> None:
+        """Print the teacher's top-1 on the labelled images since the start, and warn if it is suspicious; only once."""
+        if not self.seen or not sum(part.shape[1] for part in self.seen):
+            return
+        labels, predictions = torch.cat(self.seen, 1).numpy()
+        self.seen = []
+        log(f"the teacher is right on {100 * (labels == predictions).mean():.2f} % of the first {len(labels)} views")
+        warn_of_teacher(labels, predictions, self.classes)
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -427,6 +433,7 @@ def run(argv: list[str] | None = None) -> None:
         folder, ask = Path(os.path.expanduser(args.output)), Asker(teacher, to_device, amp, k, classes)
         with lock_labels(folder, header):
             whole = write_labels(folder, header, data.train, view.transform(), ask, args.workers, stop)
+            ask.report()
         kept = f"stopped by {stop}: the complete files in {folder} are kept; run the same command again to continue"
         done = (
             f"all labels are written: add --kd nkd --teacher-labels {shlex.quote(str(folder))} to the flags of train.py"

@@ -35,7 +35,8 @@ class Length:
         self, args: argparse.Namespace, steps: int, progress: Progress, started: float, val_share: float
     ) -> None:
         self.args, self.progress, self.val_share = args, progress, val_share
-        self.steps, self.marked = steps, 0.0
+        self.steps = self.all_steps = steps
+        self.marked, self.before = 0.0, progress.step  # before: steps of the epoch that another process has done
         self.began = started - progress.seconds - sum(row["seconds"] for row in progress.rows)
         if args.time_limit and progress.epochs:
             self.steps = progress.steps
@@ -46,26 +47,32 @@ class Length:
     def refit(self, epoch_ended: bool = False) -> bool:
         """Plan the run if a plan is due; return whether the plan has changed. Call it after each step and epoch."""
         now, progress, old = time.monotonic(), self.progress, (self.args.epochs, self.steps)
-        if not self.args.time_limit or not (epoch_ended or (not progress.epochs and progress.step <= MEASURED)):
+        done = progress.step - self.before
+        if not self.args.time_limit or not (epoch_ended or (not progress.epochs and done <= MEASURED)):
             return False
-        if not epoch_ended and progress.step == WARM_UP:
+        if not epoch_ended and done == WARM_UP:
             self.marked = synchronised_time()
         if epoch_ended:
             row = progress.rows[-1]
             epoch = row["seconds"]
             validation = epoch - self.steps * self.args.batch_size / row["images_per_s"]
-        elif progress.step == MEASURED and self.marked:
+        elif done == MEASURED:
             training = self.steps * (synchronised_time() - self.marked) / (MEASURED - WARM_UP)
             epoch, validation = training * (1 + self.val_share), training * self.val_share
         else:
             return False
         remaining = self.args.time_limit - (now - self.began) + progress.seconds  # counts this whole epoch
         remaining, epoch, validation = (max(values) for values in zip(*gather((remaining, epoch, validation))))
+        if progress.time_limit not in (0, self.args.time_limit) and not progress.step:  # whole epochs may fit now
+            whole = validation + (epoch - validation) * self.all_steps / self.steps
+            if remaining >= FEWEST * whole:
+                epoch, self.steps = whole, self.all_steps
         left = remaining / epoch
         if not progress.epochs and left < FEWEST:
-            count = max(1 - progress.epoch, math.ceil(left - 0.05))
-            share = (remaining / max(count, 1) - validation) / (epoch - validation)
-            self.steps = min(self.steps, max(1, progress.step, round(share * self.steps)))
+            count = max(1 - progress.epoch, math.ceil(left - 0.05), 0)
+            if count:  # else the run ends here, and a resume with more time has whole epochs
+                share = (remaining / count - validation) / (epoch - validation)
+                self.steps = min(self.steps, max(1, progress.step, round(share * self.steps)))
         else:
             count = max(1 - progress.epoch, 0, round(left))
         stretch_epochs(self.args, progress.epoch + count)

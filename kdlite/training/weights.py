@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,7 +32,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from deploy.cli import UserError, first_line, is_code
 from deploy.config import Metadata, read_config
-from deploy.student import build_model, check_forward, find_architecture, is_folder, load_student, load_weights
+from deploy.student import (
+    build_model,
+    check_forward,
+    find_architecture,
+    is_folder,
+    is_library_model,
+    load_student,
+    load_weights,
+)
 from kdlite import Teacher
 from kdlite.training.distributed import local_rank_zero_first, log
 from kdlite.training.teacher_classes import pick_columns
@@ -109,6 +118,8 @@ def open_student(
             student/ folder or a file of weights
     """
     size, classes = [args.in_chans, *args.img_size], len(label_names)
+    if os.path.exists(args.model) and is_library_model(args.model):
+        log(f"--model {args.model} is the model of a library; ./{args.model} names the file or folder here")
     if is_folder(args.model):
         source = f"starts from the weights of the folder {args.model}"
         return *start_from_folder(args.model, label_names, size, args.model_file), source
@@ -117,29 +128,48 @@ def open_student(
     report = None
     if pretrained:
         check_forward(model, f"--model {args.model}", size, classes, 2)  # gives lazy layers their shapes
-        weights, theirs, source = find_start(args.model, architecture["library"], pretrained)
-        images = theirs or images
+        start = find_start(args.model, architecture, pretrained)
+        images = start.images or images
         numbers = ", ".join(f"{key} {images[key]}" for key in PREPROCESSING)
-        report = f"{load_matching(model, weights, source)}; preprocessing of these weights: {numbers}"
+        same = None if start.label_names is None else start.label_names == label_names
+        report = f"{load_matching(model, start.weights, start.source, classes, same)}"
+        report += f"; preprocessing of these weights: {numbers}"
     if len(images["mean"]) != size[0]:  # grey images, but values for three channels
         images = images | {key: [sum(images[key]) / len(images[key])] * size[0] for key in ("mean", "std")}
     config = {"num_classes": classes, "label_names": label_names, "input_size": size}
     return model, Metadata.from_json(architecture | config | images, "the student"), report
 
 
-def find_start(name: str, library: str, pretrained: bool | str) -> tuple[dict[str, Tensor], Images | None, str]:
-    """Return the weights of a library (True) or a file, their preprocessing (None: unknown), and their source."""
+class Start(NamedTuple):
+    """Hold the weights that a student starts from."""
+
+    weights: dict[str, Tensor]
+    images: Images | None  # their preprocessing; None: unknown
+    label_names: list[str] | None  # names of their classes; None: unknown
+    source: str
+
+
+def find_start(name: str, architecture: dict[str, Any], pretrained: bool | str) -> Start:
+    """Return the weights of a library (True), a student/ folder or a file, for a model with this architecture."""
+    library = architecture["library"]
     if isinstance(pretrained, str):
-        weights, images = read_weights(pretrained)
-        if images is None and library != "file":
+        weights, config = read_weights(pretrained)
+        if config:
+            if config.architecture == architecture["architecture"] and config.small_stem != architecture["small_stem"]:
+                flag = "--small-stem" if config.small_stem else "--no-small-stem"
+                raise UserError(f"--pretrained {pretrained} was trained with {flag}: give {flag} too")
+            own = {key: getattr(config, key) for key in PREPROCESSING}
+            return Start(weights, own, config.label_names, pretrained)
+        images = None
+        if library != "file":
             with contextlib.suppress(UserError):  # the library may lack weights for the model
                 images = find_pretrained(name, library).images
-        return weights, images, pretrained
+        return Start(weights, images, None, pretrained)
     if library == "file":
         raise UserError("--pretrained without a value is for torchvision's and timm's models: give --pretrained FILE")
     found = find_pretrained(name, library)
     weights = fetch(found, f"--pretrained {name}", "--pretrained FILE loads it").state_dict()
-    return weights, found.images, f"the ImageNet weights of {name}"
+    return Start(weights, found.images, found.label_names, f"the ImageNet weights of {name}")
 
 
 def start_from_folder(
@@ -151,22 +181,24 @@ def start_from_folder(
     fault = f"takes {theirs} (--in-chans and --img-size), not {ours}" if theirs != ours else ""
     if config.num_classes != len(label_names):
         fault = f"has {config.num_classes} classes, but --data has {len(label_names)}"
+    elif config.label_names != label_names:
+        theirs, ours = next(pair for pair in zip(config.label_names, label_names) if pair[0] != pair[1])
+        fault = f"has other classes than --data, or another order: {theirs} there, {ours} here"
     if fault:
         advice = f"--model {config.architecture} --pretrained {shlex.quote(folder)} loads the tensors that fit"
         raise UserError(f"--model {folder} {fault}: {advice}")
     return model, replace(config, label_names=label_names, temperature=None, threshold=None)  # fitted again at the end
 
 
-def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
-    """Return the tensors in a student/ folder, a .safetensors, a .pth or a .pt, and the preprocessing of a folder.
+def read_weights(name: str) -> tuple[dict[str, Tensor], Metadata | None]:
+    """Return the tensors in a student/ folder, a .safetensors, a .pth or a .pt, and the config.json of a folder.
 
     Raise UserError if the file is missing or damaged, or holds no tensors. Other entries of the file are ignored.
     """
-    path, images = Path(name), None
+    path, config = Path(name), None
     if path.is_dir():
         folder = path / "student" if (path / "student").is_dir() else path
         config = read_config(folder)
-        images = {key: getattr(config, key) for key in PREPROCESSING}
         path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{name} is neither a file of weights nor a student/ folder")
@@ -186,23 +218,29 @@ def read_weights(name: str) -> tuple[dict[str, Tensor], Images | None]:
     for key, value in tensors.items():
         if value.is_floating_point() and not value.float().isfinite().all():
             raise UserError(f"{path}: {key} has values that are not finite: use the weights of another run or file")
-    return tensors, images
+    return tensors, config
 
 
-def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> str:
+def load_matching(
+    model: nn.Module, weights: dict[str, Tensor], source: str, classes: int, same_classes: bool | None = None
+) -> str:
     """Load every tensor that fits the model, set a new classifier to zero, and return a line that reports both.
+
+    same_classes: whether the weights have the model's classes, so that their classifier fits; None: unknown
 
     timm's functions resample position embeddings, and sum colour filters for grey images. A classifier of zeros has a
     first loss of ln C; a random classifier may have twice that loss, which disturbs the features. fit_classifiers
     (probe.py) gives a linear classifier a better start. Raise UserError if no parameter fits.
     """
-    own = model.state_dict()
+    own, classifiers = model.state_dict(), find_classifiers(model, classes)
     prefix = common_prefix(own, weights)
     taken, new = {}, []
     for name, value in own.items():
         theirs = weights.get(prefix + name)
         fitted = None if theirs is None else convert_tensor(model, name, theirs, value)
-        if fitted is None:
+        if fitted is not None and same_classes is False and name.rpartition(".")[0] in classifiers:
+            new.append(f"{name} (of other classes there)")
+        elif fitted is None:
             new.append(f"{name} ({'missing there' if theirs is None else f'{list(theirs.shape)} there'})")
         else:
             taken[name] = fitted
@@ -213,28 +251,40 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
     model.load_state_dict(taken, strict=False)
     report = f"{source}: {len(taken)} of {len(own)} tensors loaded"
     report += f"; new: {', '.join(new[:4])}{', ...' if len(new) > 4 else ''}" if new else ""
-    for name, head in find_classifiers(model).items():
+    if not classifiers:
+        report += "; no layer is known as the classifier, so no layer starts at zero"
+    elif same_classes is None and f"{next(iter(classifiers))}.weight" in taken:
+        report += "; the classifier is loaded too: it must have the classes of --data in the same order"
+    for name, head in classifiers.items():
         if f"{name}.weight" not in taken:
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
     return report
 
 
-def find_new_classifiers(model: nn.Module) -> dict[str, nn.Module]:
+def find_new_classifiers(model: nn.Module, classes: int) -> dict[str, nn.Module]:
     """Return the classifiers, by name, that load_matching has set to zero."""
-    return {name: head for name, head in find_classifiers(model).items() if not cast(Tensor, head.weight).any()}
+    heads = find_classifiers(model, classes)
+    return {name: head for name, head in heads.items() if not cast(Tensor, head.weight).any()}
 
 
-def find_classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the classifiers by name: those that timm names, else the last layer with weights if it is linear."""
+def find_classifiers(model: nn.Module, classes: int) -> dict[str, nn.Module]:
+    """Return the classifiers by name: those that timm names, else the last linear layer with an output for each class.
+
+    A convolution of 1x1 counts as linear.
+    """
     weighted = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
     if hasattr(model, "get_classifier"):
         found: Any = model.get_classifier()  # type: ignore[operator]
         heads: list[Any] = list(found) if isinstance(found, (tuple, list)) else [found]
     else:
-        heads = list(weighted.values())[-1:]
-    linear = [m for m in heads if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1))]
+        heads = [m for m in weighted.values() if len(cast(Tensor, m.weight)) == classes and is_linear(m)][-1:]
+    linear = [m for m in heads if is_linear(m)]
     return {name: module for name, module in weighted.items() if any(module is head for head in linear)}
+
+
+def is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
 
 
 def common_prefix(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
@@ -328,13 +378,15 @@ def load_teacher(
     """
     count = student.num_classes
     names: list[str] | None = None
+    if os.path.exists(name) and is_library_model(name):
+        log(f"--teacher {name} is the model of a library; ./{name} names the file or folder here")
     if is_folder(name):
         model, config = load_student(Path(name), model_files)
         mean, std, input_size, names = config.mean, config.std, config.input_size, config.label_names
         count = len(names)
     elif is_code(name):
         model = build_model(find_architecture(name), count, student.input_size, [name])
-        mean, std, input_size = (getattr(model, key, getattr(student, key)) for key in ("mean", "std", "input_size"))
+        mean, std, input_size = attributes_of(model, name, student)
     else:
         model_name, _, file = name.partition(":")
         found = find_pretrained(model_name, find_architecture(model_name)["library"])
@@ -353,6 +405,22 @@ def load_teacher(
     check_forward(model.eval(), f"--teacher {name}", input_size, count)
     columns, report = pick_columns(name, names, count, student.label_names, classes_file)
     return LoadedTeacher(model, mean, std, input_size, columns, report)
+
+
+def attributes_of(model: nn.Module, name: str, student: Metadata) -> tuple[list[float], list[float], list[int]]:
+    """Return mean, std and input_size of an own teacher; those of the student replace missing attributes.
+
+    Print the attributes that the teacher has, because they may mean something else in the user's code.
+    """
+    values = {key: getattr(student, key) for key in ("mean", "std", "input_size")}
+    own = {key: getattr(model, key) for key in values if hasattr(model, key)}
+    own = {key: x.flatten().tolist() if isinstance(x, Tensor) else x for key, x in own.items()}
+    own = {key: list(x) if isinstance(x, tuple) else x for key, x in own.items()}
+    if own:
+        log(f"teacher {name}: " + ", ".join(f"{key} {x}" for key, x in own.items()) + " (attributes of the model)")
+    others = {key: getattr(student, key) for key in ("label_names", "interpolation", "crop")}
+    found = Metadata.from_json(others | values | own, f"--teacher {name}: the attributes of the model")
+    return found.mean, found.std, found.input_size
 
 
 def load_from_file(name: str, file: str, input_size: Sequence[int]) -> tuple[nn.Module, int]:

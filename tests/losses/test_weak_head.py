@@ -604,3 +604,36 @@ def test_two_ranks_under_ddp_have_equal_gradients(tmp_path):
     assert len(losses) == 2
     for grad, parameter in zip(first, student.parameters()):  # DDP averages the gradients, accumulation adds them
         torch.testing.assert_close(grad, parameter.grad / 2)
+
+
+def test_a_teacher_of_one_side_resizes_to_a_square():
+    assert Teacher(nn.Identity(), size=4)(torch.zeros(2, 3, 8, 6)).shape == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_of_low_precision_normalises_images_of_its_type(dtype):
+    teacher = Teacher(nn.Flatten(), [0.5] * 3, [0.25] * 3, [0.4] * 3, [0.2] * 3).to(dtype)
+    images = torch.rand(2, 3, 4, 4, dtype=dtype)
+    expected = (images.double() * 0.2 + 0.4 - 0.5) / 0.25
+    torch.testing.assert_close(teacher(images).double(), expected.flatten(1), atol=2e-2, rtol=2e-2)
+    assert teacher(images).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"columns": [2, -1]}, ValueError, "columns has -1: expected the index of a class of the teacher"),
+        ({"std": [1.0, 0.0, 1.0]}, ValueError, "std .* must be above 0"),
+        ({"student_std": [0.0] * 3}, ValueError, "student_std .* must be above 0"),
+    ],
+)
+def test_wrong_arguments_of_a_teacher_are_refused(options, error, message):
+    norm = dict(mean=[0.5] * 3, std=[0.25] * 3, student_mean=[0.4] * 3, student_std=[0.2] * 3)
+    with pytest.raises(error, match=message):
+        Teacher(nn.Identity(), **norm | options)
+
+
+def test_a_teacher_refuses_images_of_integers_if_it_normalises():
+    teacher = Teacher(nn.Identity(), [0.5] * 3, [0.25] * 3, [0.4] * 3, [0.2] * 3)
+    with pytest.raises(TypeError, match=r"the images are torch\.uint8: pass images that are normalised for the student"):
+        teacher(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))

@@ -373,3 +373,13 @@ def test_the_median_size_of_unreadable_images_is_refused(tmp_path):
     data = open_data(str(make(tmp_path, {"cat": 2, "dog": 2}, b"")), val_split=0.5)
     with pytest.raises(UserError, match=r"none of the 2 images can be read; the last is .*dog"):
         median_size(data.train)
+
+
+def test_images_outside_the_folders_of_the_classes_are_counted(tmp_path, capsys):
+    make(tmp_path / "train", {"a": 2, "b": 2})
+    make(tmp_path / "val", {"a": 1, "b": 1})
+    for name in ("train/loose.png", "train/notes.txt", "train/loose.jpg"):
+        (tmp_path / name).touch()
+    data = open_data(str(tmp_path))
+    assert len(data.train) == 4
+    assert f"{tmp_path}/train: skipped 2 images outside the folders of the classes" in capsys.readouterr().out

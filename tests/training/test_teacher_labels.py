@@ -116,8 +116,9 @@ def test_answers_about_all_classes_give_the_losses_of_the_teacher(digits):
     assert config["training"]["teacher"].endswith("), top-9 of 2 views drawn from seed 0")
 
 
-def test_a_stored_label_is_the_output_of_the_teacher_for_the_same_view(photos):
+def test_a_stored_label_is_the_output_of_the_teacher_for_the_same_view(photos, capsys):
     write_labels(*STUDENT, *VIEWS, *TEACHER, "--output", "L", "--views", 2, "--seed", 3)
+    assert re.search(r"the teacher is right on \d+\.\d\d % of the first 48 views", capsys.readouterr().out)
     data = open_data("photos")
     teacher, config = load_student(Path("t"), [f"{MODELS}:tiny"])
     teacher.eval()

@@ -82,6 +82,30 @@ def test_a_resumed_run_keeps_its_plan_and_ends_in_time(monkeypatch):
     assert machine.now - 5100 == pytest.approx(400, rel=0.1)
 
 
+@pytest.mark.parametrize("stop", [3, 20, 49])
+def test_a_run_that_stops_before_its_first_plan_ends_in_time_after_the_resume(monkeypatch, stop):
+    machine = Machine(monkeypatch, step=1.0, evaluation=60)
+    machine.start(600, 5000)
+    machine.train(until=(0, stop))
+    machine.now += 5000
+    machine.start(600, 5000, machine.progress)
+    machine.train()
+    assert machine.now - 5100 == pytest.approx(600, rel=0.1)
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(8, 40), (30, 400)])
+def test_a_resume_with_more_time_has_whole_epochs_again(monkeypatch, limit, steps):
+    machine = Machine(monkeypatch, step=0.25, evaluation=1)
+    machine.start(limit, steps)
+    machine.train()
+    machine.now += 5000
+    machine.start(3600, steps, machine.progress)
+    machine.train()
+    assert machine.length.steps == steps
+    used = sum(row["seconds"] for row in machine.progress.rows)
+    assert used == pytest.approx(3600, rel=0.1)
+
+
 def test_a_run_with_a_number_of_epochs_keeps_that_number(monkeypatch):
     machine = Machine(monkeypatch, step=0.4, evaluation=4)
     machine.start(None, 31)

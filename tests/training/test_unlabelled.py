@@ -88,6 +88,15 @@ def test_unlabelled_images_are_found_at_any_depth_and_counted_separately(photos,
     assert data.train.targets[36:] == [NO_LABEL] * 30
 
 
+def test_linked_folders_are_read_too(photos, capsys):
+    Path("elsewhere").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(f"elsewhere/{i}.png")
+    Path("more/linked").symlink_to(Path("elsewhere").resolve())
+    _, _, data = opened(*RUN, "--unlabelled", "more", "--kd", "kd", *TEACHER)
+    assert data.unlabelled == 34
+
+
 def test_images_of_data_are_left_out_of_the_unlabelled_images(photos, capsys):
     Path("more/of_val.png").symlink_to(next(Path("photos/val").resolve().rglob("*.png")))
     _, _, data = opened(*RUN, "--unlabelled", "more", "--kd", "kd", *TEACHER)

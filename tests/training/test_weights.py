@@ -16,7 +16,7 @@ import torch
 import torchvision
 from huggingface_hub import ModelCard
 from PIL import Image
-from running import args_of, opened, run
+from running import args_of, opened, refused, run
 from safetensors.torch import load_file, save_file
 from students import write_student
 from torch.nn import functional as F
@@ -29,7 +29,14 @@ from deploy.student import build_model, find_architecture, load_student
 from kdlite import Teacher, WithWeakHead, nkd_loss
 from kdlite.training.outputs import save_student
 from kdlite.training.teacher_classes import match, pick_columns, warn_of_teacher
-from kdlite.training.weights import find_new_classifiers, load_matching, load_teacher, open_student, read_weights
+from kdlite.training.weights import (
+    find_classifiers,
+    find_new_classifiers,
+    load_matching,
+    load_teacher,
+    open_student,
+    read_weights,
+)
 
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
 TEN = [f"class {i}" for i in range(10)]
@@ -92,7 +99,7 @@ def test_pretrained_keeps_the_body_and_its_preprocessing_and_makes_a_new_head(im
     assert state["fc.weight"].shape == (2, 512)
     assert (config.mean, config.crop) == ([0.485, 0.456, 0.406], 0.875)
     assert "120 of 122 tensors loaded; new: fc.weight ([1000, 512] there), fc.bias" in report
-    assert list(find_new_classifiers(model)) == ["fc"]
+    assert list(find_new_classifiers(model, 2)) == ["fc"]
     assert not state["fc.weight"].any()
     assert not state["fc.bias"].any()
     assert "mean [0.485, 0.456, 0.406]" in report
@@ -204,7 +211,7 @@ def test_position_embeddings_are_resampled_to_another_size(library, height, widt
     model, _ = vit(library, height, width)
     donor.get_parameter(name).data.normal_()
     theirs = donor.state_dict()[name]
-    report = load_matching(model, donor.state_dict(), "donor")
+    report = load_matching(model, donor.state_dict(), "donor", 2, same_classes=True)
     grid = theirs[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     size = height // 16, width // 16
     expected = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
@@ -251,7 +258,83 @@ def test_a_resume_does_not_read_the_pretrained_weights_again(photos, capsys):
     assert (parts.count("train"), parts.count("val")) == (24, 8)
 
 
+@pytest.mark.parametrize("labels", [["cat", "dog"], ["label 1", "label 0"]])
+def test_a_classifier_of_other_classes_or_in_another_order_is_not_kept(labels):
+    donor = write_student(Path("donor"), f"{MODELS}:tiny", 32, labels)
+    model, _, report = start(f"{MODELS}:tiny", pretrained=str(donor))
+    assert list(find_new_classifiers(model, 2)) == ["fc"]
+    assert "fc.weight (of other classes there)" in report
+    with pytest.raises(UserError, match=f"has other classes than --data, or another order: {labels[0]} there, label 0"):
+        start(donor, model_files=[f"{MODELS}:tiny"])
+
+
+def test_a_classifier_of_the_same_classes_or_in_a_file_is_kept(capsys):
+    donor = write_student(Path("donor"), f"{MODELS}:tiny", 32, ["label 0", "label 1"])
+    theirs = load_file(donor / "model.safetensors")
+    for source, kept in ((donor, False), (donor / "model.safetensors", True)):
+        model, _, report = start(f"{MODELS}:tiny", pretrained=str(source))
+        torch.testing.assert_close(dict(model.state_dict()), theirs)
+        assert ("the classifier is loaded too: it must have the classes of --data" in report) == kept
+
+
+def test_weights_of_a_model_with_another_stem_are_refused():
+    donor = write_student(Path("donor"), "mobilenet_v2", 32)
+    config = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps(config | {"small_stem": True}))
+    with pytest.raises(UserError, match="--pretrained donor was trained with --small-stem: give --small-stem too"):
+        start("mobilenet_v2", pretrained="donor")
+
+
+class HeadFirst(torch.nn.Module):
+    """Register the classifier before other layers with weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.gate = torch.nn.Linear(8, 3), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1)
+
+
+def test_the_classifier_is_the_linear_layer_with_an_output_for_each_class():
+    assert list(find_classifiers(HeadFirst(), 3)) == ["fc"]
+    assert find_classifiers(HeadFirst(), 5) == {}
+
+
+@pytest.mark.parametrize("name", ["eval_tuple", "eval_softmax"])
+def test_an_own_model_must_return_logits_in_eval_mode_too(name, capsys):
+    line = refused(capsys, "--device", "cpu", "--model", f"{MODELS}:{name}", "--img-size", 16, "--output", "out")
+    reason = "must return logits of shape (N, 10), got tuple" if name == "eval_tuple" else "returns probabilities"
+    assert f"{name} in eval mode {reason}" in line
+    assert not Path("out").exists()
+
+
+@pytest.mark.slow
+def test_a_model_whose_layers_share_weights_is_trained_and_saved(photos):
+    flags = ["--model", f"{MODELS}:tied", "--img-size", 16, "--reference", 0]
+    run(*SMALL, *PHOTOS, *flags, "--output", "out")
+    saved = load_file("out/student/model.safetensors")
+    torch.testing.assert_close(saved["0.weight"], saved["2.weight"])
+
+
+@pytest.mark.slow
+def test_a_run_in_a_folder_with_the_name_of_its_model_is_resumed_by_the_same_command(photos, capsys):
+    flags = [*SMALL, *PHOTOS, "--model", "test_efficientnet", "--img-size", 32, "--reference", 0, "--resume"]
+    for epochs in (1, 2):
+        run(*flags, "--epochs", epochs, "--output", "test_efficientnet")
+    out = capsys.readouterr().out
+    assert "resuming from test_efficientnet/last.pt" in out
+    assert "test_efficientnet is the model of a library; ./test_efficientnet names the file or folder here" in out
+    _, _, report = start("./test_efficientnet", ["bright", "dark"])
+    assert report == "starts from the weights of the folder ./test_efficientnet"
+
+
 # ---- a teacher with more classes ----
+
+
+def test_the_attributes_of_an_own_teacher_are_printed_and_checked(capsys):
+    teacher = load_teacher(f"{MODELS}:with_mean", student_of(["a", "b"]))
+    assert (teacher.mean, teacher.std) == ([0.25] * 3, [0.5] * 3)
+    assert "mean [0.25, 0.25, 0.25] (attributes of the model)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the attributes of the model: input_size is 224; expected three whole numbers"):
+        load_teacher(f"{MODELS}:with_input_size", student_of(["a", "b"]))
 
 
 CLASSES = ["n01440764", "n02123045", "n07753592"]  # tench, tabby, banana
@@ -269,7 +352,12 @@ def logits_of(teacher, images):
 def test_an_imagenet_teachers_columns_are_found_by_wordnet_id_or_by_name(imagenet_resnet, labels):
     teacher = load_teacher("resnet18", student_of(labels))
     assert teacher.columns == [0, 281, 954]
-    assert teacher.report == "teacher resnet18: 3 of its 1000 classes match --data by name"
+    report, _, guesses = teacher.report.partition("by name")
+    assert report == "teacher resnet18: 3 of its 1000 classes match --data "
+    if labels == CLASSES:
+        assert guesses == ""
+    else:
+        assert f"{labels[0]} = n01440764 (tench, tinca tinca), " in guesses
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         whole = teacher.model(images)
@@ -325,6 +413,11 @@ def test_a_teacher_reads_its_weights_and_its_classes_from_files(tmp_path):
         Path("classes.csv").write_text(text)
         with pytest.raises(UserError, match=report):
             load_teacher("resnet18:resnet.pth", student, classes_file="classes.csv")
+
+
+def test_class_names_that_match_by_another_name_are_printed():
+    _, report = pick_columns("t", ["n03793489", "n02123045"], 2, ["mouse", "n02123045"], None)
+    assert report.endswith("match --data by name: mouse = n03793489 (mouse, computer mouse)")
 
 
 def test_a_number_in_the_classes_file_is_a_name_if_the_teacher_has_that_name(tmp_path):
