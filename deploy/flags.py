@@ -116,23 +116,10 @@ def read_flags(table: Table, argv: Sequence[str] | None, doc: str = "", program:
         if flag.path and isinstance(value, list):
             typed[name] = [absolute(item) for item in value]
         elif flag.path and isinstance(value, str) and value not in (*BY_DATA, *flag.options.get("choices", ())):
-            typed[name] = value if name in ("model", "teacher") and is_library_model(value) else absolute(value)
+            typed[name] = absolute_model(value) if name in ("model", "teacher") else absolute(value)
     if typed.get("resume") and not typed.get("output"):
         raise UserError("--resume needs --output, the run directory to resume")
     return typed
-
-
-def is_library_model(name: str) -> bool:
-    """Return whether the name of a file or folder here is a library's model too; a name with a / is a path."""
-    if os.sep in name or not os.path.exists(name):
-        return False
-    from deploy import student  # only now, because it imports torch
-
-    return student.is_library_model(name)
-
-
-def is_folder(model: str) -> bool:
-    return os.path.isabs(model) and os.path.isdir(model)  # read_flags makes paths absolute
 
 
 def by_name(table: Table) -> dict[str, Flag]:
@@ -151,6 +138,19 @@ def absolute(name: str) -> str:
         return os.path.abspath(path) + function
     model, _, file = name.partition(":")  # --teacher MODEL:FILE
     return f"{model}:{absolute(file)}" if file and not function else name
+
+
+def absolute_model(name: str) -> str:
+    """Return the absolute path of an existing path, except for the name of a library's model without a /."""
+    if os.sep not in name and os.path.exists(name):
+        from deploy.student import is_library_model  # only now, because it imports torch
+
+        return name if is_library_model(name) else absolute(name)
+    return absolute(name)
+
+
+def is_path_of_folder(model: str) -> bool:
+    return os.path.isabs(model) and os.path.isdir(model)  # read_flags makes paths absolute
 
 
 # ---- defaults <- recipe <- resumed run <- command line --------------------------------------------------------------
@@ -276,7 +276,7 @@ def is_like(value: Any, template: Any) -> bool:
 
 def settle_size(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Set args.img_size to [height, width]. If the model is a student/ folder, the default is its size."""
-    if is_folder(args.model) and "img_size" not in given:
+    if is_path_of_folder(args.model) and "img_size" not in given:
         channels, *args.img_size = read_config(student_folder(Path(args.model))).input_size
         args.in_chans = args.in_chans if "in_chans" in given else channels
     args.img_size = [args.img_size] * 2 if isinstance(args.img_size, int) else list(args.img_size) * 2
@@ -302,7 +302,7 @@ def check_methods(args: argparse.Namespace, typed: dict[str, Any], flags: dict[s
             other, *values = flags[name].needs
             if not getattr(args, other) or (values and getattr(args, other) not in values):
                 raise UserError(f"{option(name)} needs {option(other)} {' or '.join(values)}".rstrip())
-    if is_folder(args.model):
+    if is_path_of_folder(args.model):
         if typed.keys() & {"model_args", "small_stem"}:
             raise UserError("--model is a student/ folder, which has its own arguments and stem")
         if args.pretrained:

@@ -157,10 +157,11 @@ class Photos(torchvision.datasets.ImageFolder):
 
     def __init__(self, root: Path) -> None:
         self.left_out: collections.Counter[str] = collections.Counter()
-        files = list(files_in(root))  # raises UserError for a folder that cannot be read or a loop of links
-        outside = [file for file in files if os.path.dirname(file) == str(root) and ending_of(file) in endings()]
+        outside = 0
+        for file in files_in(root):  # raises UserError for a folder that cannot be read and for a loop of links
+            outside += os.path.dirname(file) == str(root) and ending_of(file) in endings()
         if outside:
-            log(f"{root}: skipped {len(outside)} images outside the folders of the classes")
+            log(f"{root}: skipped {outside} images outside the folders of the classes")
         super().__init__(str(root), loader=open_image, is_valid_file=self.is_image, allow_empty=True)
         counts = class_counts(self)
         if empty := [name for name, count in zip(self.classes, counts) if not count]:

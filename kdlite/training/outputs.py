@@ -341,10 +341,9 @@ def save_student(folder: Path, model: nn.Module, config: Metadata, later: bool =
 
     later: copy the weights now, and write the files when the caller calls the returned function
     """
-    copies = {
-        name: x.detach().to("cpu", copy=True) for name, x in model.state_dict().items()
-    }  # layers may share weights
-    weights = safetensors_bytes({name: x.contiguous() for name, x in copies.items()})
+    # copies, because safetensors refuses layers that share their weights
+    plain: dict[str, Any] = dict(copy=True, memory_format=torch.contiguous_format)
+    weights = safetensors_bytes({name: x.detach().to("cpu", **plain) for name, x in model.state_dict().items()})
     content = {"format": 2} | config.to_json()
     if config.library == "timm":  # timm needs these to prepare images, and to find the first and the last layer
         known = timm.get_pretrained_cfg(config.architecture).to_dict()

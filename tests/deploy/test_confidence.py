@@ -167,7 +167,7 @@ def test_a_file_without_a_fit_keeps_the_temperature_and_threshold_of_the_student
 def test_further_training_starts_without_temperature_and_threshold(tmp_path):
     from kdlite.training.weights import start_from_folder
 
-    student = write_student(tmp_path / "student", "mobilenet_v3_small", 32, 3)
+    student = write_student(tmp_path / "student", "mobilenet_v3_small", 32, ["a", "b", "c"])
     set_confidence(student, temperature=2.5, threshold=0.4)
     assert read_config(student).temperature == 2.5
     _, config = start_from_folder(str(student), ["a", "b", "c"], [3, 32, 32], [])

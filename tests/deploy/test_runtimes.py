@@ -287,7 +287,7 @@ def test_weights_of_another_architecture_are_an_error_with_the_missing_names(run
     ("quantize", ["run", "--target", "cpu", "--count", "0"], "--count: must be at least 1, got 0"),
     ("quantize", ["run", "--target", "cpu", "--count", "999"], "but the reference has 80"),
     ("quantize", ["run", "--target", "cpu", "--count", "8", "--op-types", "Einsum"], "quantise: expected Einsum; see"),
-    ("quantize", ["run", "--target", "cpu", "--onnx", "run/student/student-fp16.onnx"], "is fp16: quantise the fp32"),
+    ("quantize", ["run", "--target", "cpu", "--onnx", "run/student/student-fp16.onnx"], "is fp16: quantise an fp32"),
     *([] if torch.cuda.is_available() else [("benchmark", ["run", "--device", "cuda"], "no CUDA device here")]),
     ("benchmark", ["run", "--batches", "0"], "at least 1"),
     ("benchmark", ["run", "--threads", "-1"], "--threads: must be at least 0, got -1"),

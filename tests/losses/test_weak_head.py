@@ -635,5 +635,5 @@ def test_wrong_arguments_of_a_teacher_are_refused(options, error, message):
 
 def test_a_teacher_refuses_images_of_integers_if_it_normalises():
     teacher = Teacher(nn.Identity(), [0.5] * 3, [0.25] * 3, [0.4] * 3, [0.2] * 3)
-    with pytest.raises(TypeError, match=r"the images are torch\.uint8: pass images that are normalised for the student"):
+    with pytest.raises(TypeError, match=r"the images are torch\.uint8: pass images that are normalised"):
         teacher(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))

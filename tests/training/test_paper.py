@@ -363,6 +363,7 @@ def test_the_tables_on_the_pages_agree_with_the_files():
 
 def compare(monkeypatch, *names):
     """Run report.py --compare in this process."""
+    monkeypatch.syspath_prepend(PAPER)
     monkeypatch.setattr(sys, "argv", ["report.py", "--compare", *names])
     return load("report").main()
 
