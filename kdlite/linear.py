@@ -220,6 +220,11 @@ def check_linear(linear: Linear, shape: torch.Size, prefix: str) -> Linear:
             f"{prefix}hidden must be (..., D), {prefix}weight (C, D) and {prefix}bias (C,) or None; got "
             f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}"
         )
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"{prefix}hidden and {prefix}weight must have one dtype outside autocast, got {hidden.dtype} and "
+            f"{weight.dtype}"
+        )
     if hidden.shape[:-1] != shape:
         raise ValueError(
             f"target must have the shape of {prefix}hidden without its last dimension, {tuple(hidden.shape[:-1])}; got "

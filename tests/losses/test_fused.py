@@ -501,6 +501,7 @@ def test_linear_loss_never_stores_all_logits(monkeypatch):
             r"shape of hidden without its last dimension, \(4,\); got \(3,\)",
         ),
         (dict(hidden=torch.zeros(4, 3).long()), TypeError, "hidden must be floating point"),
+        (dict(hidden=torch.zeros(4, 3).half()), TypeError, "hidden and weight must have one dtype"),
         (dict(reduction="none"), ValueError, '"mean" or "sum"'),
         (dict(reduction="average"), ValueError, "none, mean, sum, got 'average'"),
         (dict(temperature=0.0), ValueError, "temperature"),
