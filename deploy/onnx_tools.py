@@ -23,7 +23,7 @@ MESSAGES: dict[str, dict[int, str]] = {
 }
 EXTERNAL_DATA, DATA_LOCATION = 13, 14  # fields of a tensor
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
-MAX_DEPTH = 100  # most levels of nested messages, as in protobuf
+MAX_DEPTH = 100  # maximum depth of nested messages, as in protobuf
 
 
 def refuse_external_data(content: bytes, path: Path) -> None:
@@ -81,7 +81,7 @@ def read_varint(content: memoryview, position: int) -> tuple[int, int]:
 
 
 def read_properties(properties: dict[str, str]) -> dict[str, Any]:
-    """Return an ONNX file's properties, parsed as JSON; skip a property that is not JSON (in a file from elsewhere)."""
+    """Return an ONNX file's properties, parsed as JSON. Skip those that are not JSON: other exporters write them."""
     values = {}
     for key, value in properties.items():
         with contextlib.suppress(ValueError, RecursionError):

@@ -44,7 +44,7 @@ from deploy.tensorrt import read_engine_metadata
 
 WORKSTATION = ("student", "torch_runtimes", "export", "flags", "quantize", "triton", "pack")
 SHEBANG = b"#!/usr/bin/env python3\n"
-# On Linux the archive copies its programs into memory, for itself and its child processes. So it may be replaced then.
+# On Linux the archive copies its programs into memory, for itself and its child processes, so you may replace it.
 MAIN = """\
 import os, sys, zipfile
 
@@ -64,7 +64,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def pack(artefact: Path, output: Path, runtime: Path | None = None) -> None:
-    """Write `output` with an artefact in it: a page if the name ends with .html, else an archive.
+    """Pack an artefact into the file `output`: a page if `output` ends with .html, else an archive.
 
     The metadata of the artefact becomes the config.json in the archive. The vectors of an .onnx file are written
     next to it, if the folder is writable. runtime: see deploy.page.write_html

@@ -1,4 +1,4 @@
-"""Write precision and recall of each class, and a picture of the confusion matrix, which needs matplotlib.
+"""Write precision and recall of each class, and with matplotlib also a picture of the confusion matrix.
 
 per_class.csv   label, n, precision, recall, f1: a line for each class, in the order of the classes
 confusion.png   a row for each true class, a column for each predicted class
@@ -18,9 +18,9 @@ import numpy as np
 
 from deploy.cli import UserError, printable, write_whole
 
-LABELLED, NUMBERED = 60, 20  # most classes to have names on the axes, and numbers in the cells
+LABELLED, NUMBERED = 60, 20  # largest number of classes for names on the axes, for numbers in the cells
 FORMULA = tuple("=+-@\t\r\n")  # first characters of a cell that a spreadsheet may compute
-MAX_DRAWN = 2000  # most classes of the picture; with more classes a cell is smaller than a pixel
+MAX_DRAWN = 2000  # largest number of classes of the picture; with more, a cell is smaller than a pixel
 
 
 def write_per_class(folder: Path, labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]) -> list[str]:

@@ -2,9 +2,9 @@
 
     python examples/compare_defaults.py SOURCE --seeds 2      # the table of README.md: 24 runs, an hour on a core
 
-SOURCE has train/nXXXXXXXX/*.JPEG of Tiny-ImageNet, 64 px. The script makes three folders of its training images. We did
-not choose the defaults on the classes of these folders. Runs are stored under runs/defaults. The script repeats a run
-only if its command changes. It prints top-1 of the last epoch for each seed.
+SOURCE has train/nXXXXXXXX/*.JPEG of Tiny-ImageNet, 64 px. The script makes three folders of its training images. When
+we chose the defaults, we used other classes. Runs are stored under runs/defaults, and finished runs stay. If the
+command of a run changes, the script stops. It prints top-1 of the last epoch for each seed.
 """
 
 import argparse

@@ -52,12 +52,12 @@ class Decoders:
     Args:
         count: the largest number of processes
         accepted: Pillow's names of the formats
-        most_pixels: for a photograph with more pixels, decode() returns their number instead of the image
+        most_pixels: if a photograph costs more pixels, decode() returns their number instead of the image
     """
 
     def __init__(self, count: int, accepted: tuple[str, ...], most_pixels: int) -> None:
         self.count, self.accepted, self.most_pixels = count, accepted, most_pixels
-        self.probe: Future[Any] | None = None  # after a process has ended: a task that shows whether others start
+        self.probe: Future[Any] | None = None  # a task that shows whether processes start again after one has died
         self.start()
 
     @property
@@ -67,7 +67,7 @@ class Decoders:
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.processes = ProcessPoolExecutor(self.count, context, prepare_process)
-        self.free = asyncio.Semaphore(self.count + 1)  # the pool keeps the body of a cancelled task that waits in it
+        self.free = asyncio.Semaphore(self.count + 1)  # because a cancelled task that waits in the pool keeps its body
 
     async def decode(self, body: bytes, content_type: str, metadata: Metadata) -> np.ndarray | int:
         processes, free = self.processes, self.free
@@ -151,7 +151,9 @@ def decode_in_time(*photograph: Any) -> np.ndarray | int:
 def decode(
     body: bytes, content_type: str, metadata: Metadata, accepted: tuple[str, ...], most_pixels: int
 ) -> np.ndarray | int:
-    """Return the prepared image, uint8 (1, H, W, C), or its number of pixels if that is above most_pixels.
+    """Return the prepared image, uint8 (1, H, W, C), or the pixels that it costs if they are more than most_pixels.
+
+    An image costs the pixels that are decoded, or those after the resize if they are more.
 
     Raises:
         RequestError: 400 or 413; 415 for a form if python-multipart is not installed
@@ -166,7 +168,7 @@ def decode(
             scans = scans_of(body) if image.format in ("JPEG", "MPO") else 1
             if pixels * scans > SCANS * MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels in {scans} scans")
-            size = resized_size(image.size, metadata)  # of the unturned image: reading EXIF may decode it
+            size = resized_size(image.size, metadata)  # not turned yet: reading EXIF may decode the image
             if math.prod(size) > MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
             if image.format in ("JPEG", "MPO"):

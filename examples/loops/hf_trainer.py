@@ -72,7 +72,7 @@ if __name__ == "__main__":
     parser.set_defaults(output_dir="runs/hf", num_train_epochs=2, learning_rate=3e-3, save_strategy="no")
     parser.set_defaults(per_device_train_batch_size=64, per_device_eval_batch_size=128, report_to="none", use_cpu=True)
     parser.set_defaults(disable_tqdm=True, logging_strategy="no")
-    # the Trainer would guess these two arguments from the names of forward's arguments
+    # without these two settings, the Trainer guesses the labels and the inputs from the parameters of forward()
     parser.set_defaults(remove_unused_columns=False, label_names=["labels"])
     (args,) = parser.parse_args_into_dataclasses()
     set_seed(0)

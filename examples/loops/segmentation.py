@@ -24,7 +24,7 @@ def scene(i: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class WithDenseWeakHead(nn.Module):
-    """In training, also return weak logits of each pixel. DDP and FSDP contain both, because they are one module."""
+    """In training, also return weak logits of each pixel. DDP and FSDP see network and weak head as one module."""
 
     def __init__(self, model: nn.Module, layer: str, channels: int) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 class Student(nn.Module):
-    """Hold the trained parts: student, weak head, and a layer from the student's to the teacher's channels."""
+    """Hold the trained parts: student, weak head, and a layer that maps its channels to the teacher's."""
 
     def __init__(self, model: nn.Module, channels: int, teacher_channels: int) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ class Length:
     Args:
         args: epochs, and time_limit in seconds (None: no limit)
         steps: optimizer steps in an epoch over all images
-        progress: progress of the run; a resumed run keeps the plan in it, unless it gets another time
+        progress: progress of the run, with the plan, which a resumed run keeps unless --epochs gives another time
         started: time.monotonic() at the start of this process's run
         val_share: a guess for the first plan: seconds of an evaluation, divided by those of a training epoch
     """
@@ -36,7 +36,7 @@ class Length:
     ) -> None:
         self.args, self.progress, self.val_share = args, progress, val_share
         self.steps = self.all_steps = steps
-        self.marked, self.before = 0.0, progress.step  # before: steps of the epoch that another process has done
+        self.marked, self.before = 0.0, progress.step  # before: steps of this epoch before a resume
         self.began = started - progress.seconds - sum(row["seconds"] for row in progress.rows)
         if args.time_limit and progress.epochs:
             self.steps = progress.steps

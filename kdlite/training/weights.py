@@ -1,7 +1,7 @@
 """Load the weights of a student and of a teacher: a library's ImageNet weights, a file or a student/ folder.
 
-A student loads the tensors of a file that fit its own tensors, and reports their number. A teacher loads all tensors;
-if it has more classes than the data, or another order, teacher_classes.py finds the columns of its logits.
+A student loads those tensors of a file whose shapes fit. A teacher loads all tensors. If the teacher has more classes
+than the data, or another order, teacher_classes.py finds the columns of its logits.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def open_student(
     """Return a model to train, its config.json, and a line that reports the source of its weights.
 
     Args:
-        args: in_chans; img_size [H, W]; model, model_args and small_stem, as for find_architecture. model may also be a
-            student/ folder with these classes and this size: its preprocessing, arguments and stem replace the flags,
-            and model_file is the code that may run for it
+        args: in_chans; img_size [H, W]; model, model_args and small_stem, as for find_architecture. model may also name
+            a student/ folder with these classes and this size. Then the preprocessing, arguments and stem of the folder
+            replace the flags, and only the code of model_file may run
         label_names: names of the classes
         images: preprocessing, unless the weights have their own
-        pretrained: True: start from the library's ImageNet weights; a path: start from the tensors that fit in a
-            student/ folder or a file of weights
+        pretrained: True: start from the library's ImageNet weights; a path of a student/ folder or a file of weights:
+            start from those of its tensors that fit the model
     """
     size, classes = [args.in_chans, *args.img_size], len(label_names)
     if os.path.exists(args.model) and is_library_model(args.model):
@@ -288,7 +288,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def common_prefix(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
-    """Return the prefix that wrappers put before the names (module., model., _orig_mod.); "" if more fit without it."""
+    """Return the prefix that wrappers put before the names (module., model., _orig_mod.), if more names match with it."""
     count = Counter({"": sum(name in weights for name in own)})
     for key in weights:
         parts = key.split(".")
@@ -370,8 +370,8 @@ def load_teacher(
 
     Args:
         name: a student/ folder; a library's model with its ImageNet weights; model:file with weights in a file; or
-            path/to/file.py:function, whose model has its own weights and, if they differ from the student's, the
-            attributes mean, std and input_size
+            path/to/file.py:function, which returns a model with weights. If its mean, std and input_size differ from
+            the student's, they are attributes of this model
         student: the student's config.json
         model_files: as for load_student
         classes_file: the file of --teacher-classes, or None
