@@ -288,7 +288,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def common_prefix(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
-    """Return the prefix that wrappers put before the names (module., model., _orig_mod.), if more names match with it."""
+    """Return the prefix of wrappers before the names (module., model., _orig_mod.), if more names match with it."""
     count = Counter({"": sum(name in weights for name in own)})
     for key in weights:
         parts = key.split(".")
