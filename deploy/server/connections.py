@@ -17,6 +17,7 @@ import signal
 import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -182,6 +183,10 @@ def serve(process: Process, listener: socket.socket) -> None:
     finally:
         for child in multiprocessing.active_children():  # decoding processes; their clients have left
             child.kill()
+        # the threads of the pools end now; at the interpreter's end Python may print a traceback of their closed pipes
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join(2)
 
 
 def bounded_by_files(connections: int) -> int:
