@@ -65,9 +65,9 @@ def same_weights(a, b):
 
 @pytest.mark.whole_runs
 def test_a_run_saves_and_exits_with_0_after_a_signal_and_the_resumed_run_is_bitwise_equal():
-    flags = [*TINY, "--epochs", 8, "--mixup", 0.2, "--ema-decay", 0.9]
+    flags = [*TINY, "--epochs", 4, "--mixup", 0.2, "--ema-decay", 0.9]
     run(*flags, "--output", "whole")
-    stopped = start(*flags, "--output", "out")
+    stopped = start(*flags, "--save-every", 0.0001, "--output", "out")  # saves after each step
     when(Path("out/last.pt").exists)
     sent = time.time()
     stopped.send_signal(signal.SIGHUP)  # SIGTERM is tested below, SIGUSR1 in random_kills.py
