@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from deploy import cli
-from deploy.cli import Parser, ProgressBar, UserError, files_in, first_line, log, printable, show
+from deploy.cli import Parser, ProgressBar, UserError, files_in, first_line, is_hidden, log, printable, show
 from deploy.confidence import calibration
 from deploy.config import Metadata, read_config
 from deploy.per_class import write_per_class
@@ -292,7 +292,7 @@ def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, i
     """
     classes = {nfc(label): i for i, label in enumerate(label_names)}
     try:
-        found = sorted(path for path in folder.iterdir() if path.is_dir() and is_visible(path.name))
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     except OSError as error:
         raise UserError(f"--images {folder} cannot be read: {error.strerror}") from error
     by_class = {nfc(path.name): path for path in found}
@@ -301,26 +301,25 @@ def list_photographs(folder: Path, label_names: list[str]) -> list[tuple[Path, i
     if unknown := sorted(by_class.keys() - classes.keys()):
         names = f"expected folders named like its {len(classes)} classes: {', '.join(label_names[:3])}, ..."
         raise UserError(f"--images {folder}: the student has no class {', '.join(unknown[:3])}; {names}")
-    ordered = sorted(by_class.items(), key=lambda item: classes[item[0]])
-    files = [(file, classes[name]) for name, path in ordered for file in image_files(path)]
+    files, others = [], 0
+    for name, path in sorted(by_class.items(), key=lambda item: classes[item[0]]):
+        images, more = image_files(path)
+        files += [(file, classes[name]) for file in images]
+        others += more
     if not files:
         raise UserError(f"--images {folder}: no image in a folder named like a class, such as {label_names[0]}/")
     if missing := sorted(classes.keys() - by_class.keys()):
         log(f"{folder} has no folder for {len(missing)} of {len(classes)} classes: {', '.join(missing[:3])}")
+    if others:
+        log(f"{folder}: skipped {others} files without the extension of an image")
     return files
 
 
-def is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files of a folder and its subfolders, by their extensions; print the number of other files."""
+def image_files(folder: Path) -> tuple[list[Path], int]:
+    """Return the image files of a folder and its subfolders, by their extensions, and the number of other files."""
     inside = sorted(map(Path, files_in(folder)))
     images = [file for file in inside if file.suffix.lower() in endings()]
-    if others := len(inside) - len(images):
-        log(f"{printable(str(folder))}: skipped {others} files without the extension of an image")
-    return images
+    return images, len(inside) - len(images)
 
 
 def photograph_batches(files: list[tuple[Path, int]], runtime: Runtime) -> Iterator[Batch]:
@@ -392,9 +391,9 @@ def table(rows: list[dict[str, Any]], columns: str) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*texts))
 
 
-def is_nan(value: Any) -> bool:
-    """Return whether a value is a number that JSON cannot have."""
-    return isinstance(value, float) and not math.isfinite(value)
+def in_json(value: Any) -> Any:
+    """Return a value, or None instead of a number that JSON does not have: NaN or infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def get_parser() -> Parser:
@@ -419,7 +418,7 @@ def run(args: argparse.Namespace) -> int:
         expected = from_reference(student, args.reference, args.count)
     config = read_config(student)
     rows, labels, predictions = check_artefacts(artefacts, expected, on, config)
-    finite = [{key: None if is_nan(value) else value for key, value in row.items()} for row in rows]
+    finite = [{key: in_json(value) for key, value in row.items()} for row in rows]
     text = json.dumps(finite, indent=2, allow_nan=False)
     cli.write_whole(output / "check.json", text + "\n")
     confusions = write_per_class(output, labels, predictions, config.label_names)

@@ -171,7 +171,8 @@ def sigterm_as_exit() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) is exit_by_signal:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def exit_by_signal(number: int, _: Any) -> None:
@@ -364,9 +365,10 @@ def student_folder(path: Path) -> Path:
     return folder
 
 
-def file_of(student: Path, name: str | Path) -> Path:
-    """Return the path of a file that a flag names: a file in the student's folder, else any file."""
-    return student / name if (student / name).is_file() else Path(name)
+def file_of(student: Path, name: str) -> Path:
+    """Return the path of a file that a flag names: without a /, a file in the student's folder comes first."""
+    inside = student / name  # an absolute name stays, with the type of the path: in a .pyz it is a PackedPath
+    return inside if (os.sep not in name or os.path.isabs(name)) and inside.is_file() else Path(name)
 
 
 def make_folder(folder: Path) -> None:
@@ -391,8 +393,13 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether the name of a file or folder is hidden, or is that of macOS's resource forks in a zip file."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def files_in(folder: Path) -> Iterator[str]:
-    """Yield the files of a folder and its subfolders, without hidden files and __MACOSX; follow links.
+    """Yield the files of a folder and its subfolders, without hidden ones (is_hidden); follow links.
 
     Raise UserError for a subfolder that cannot be read, or that is a link to a folder around it. os.walk and Path.rglob
     skip an unreadable folder without an error, Path.rglob skips links to folders, and os.walk follows a link to a
@@ -403,7 +410,7 @@ def files_in(folder: Path) -> Iterator[str]:
         path, around = waiting.pop()
         try:
             with os.scandir(path) as entries:
-                shown = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+                shown = [entry for entry in entries if not is_hidden(entry.name)]
                 files = [entry.path for entry in shown if entry.is_file()]
                 inside = [entry.path for entry in shown if entry.is_dir()]
         except OSError as error:

@@ -142,7 +142,7 @@ def parts(package: Any, prefix: str) -> dict[str, bytes]:
 
 def get_parser() -> Parser:
     parser = cli.make_parser(__doc__, "pack", "student")
-    parser.add_argument("--file", default="student.onnx", help="the student's file to pack (default: student.onnx)")
+    parser.add_argument("--file", help="the file to pack (default: the student's student.onnx)")
     kinds = "student.pyz, or student.html for a browser (default: student.pyz)"
     parser.add_argument("-o", "--output", type=Path, default=Path("student.pyz"), help=kinds)
     archive = f"{page.PACKAGE}-{page.VERSION}.tgz, for student.html (default: npm fetches it once)"
@@ -152,7 +152,7 @@ def get_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     student = cli.student_folder(args.student)
-    artefact = cli.file_of(student, args.file)
+    artefact = cli.file_of(student, args.file) if args.file else student / "student.onnx"
     if not artefact.is_file():
         raise UserError(
             f"no {artefact.name} in {student}: python -m deploy.export {shlex.quote(str(student))} writes student.onnx"

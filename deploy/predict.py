@@ -101,9 +101,11 @@ def list_files(given: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        images = image_files(path)
+        images, others = image_files(path)
         if not images:
             raise UserError(f"{path}: no image in this folder")
+        if others:
+            log(f"{printable(str(path))}: skipped {others} files without the extension of an image")
         files += images
     return files
 

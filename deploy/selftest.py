@@ -207,14 +207,14 @@ def check(runtime: Runtime, folder: Path) -> bool:
 
 def get_parser() -> Parser:
     parser = make_parser(__doc__, "selftest", "student")
-    parser.add_argument("artefact", nargs="?", type=Path, help="the file to check (default: student.onnx)")
+    parser.add_argument("artefact", nargs="?", help="the file to check (default: the student's student.onnx)")
     cli.add_device(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     student = cli.student_folder(args.student)
-    artefact = cli.file_of(student, args.artefact or "student.onnx")
+    artefact = cli.file_of(student, args.artefact) if args.artefact else student / "student.onnx"
     return 0 if check(load(artefact, RunOn.from_args(args)), student / FOLDER) else 1
 
 

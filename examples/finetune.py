@@ -31,7 +31,7 @@ from safetensors.torch import save as safetensors_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from deploy.cli import Parser, UserError, run_command, write_whole  # noqa: E402
+from deploy.cli import Parser, UserError, files_in, run_command, write_whole  # noqa: E402
 from kdlite.training.launch import gain, read_answers, store_labels, train_once  # noqa: E402
 
 RUNS = Path("runs/finetune")
@@ -71,8 +71,8 @@ def fetch(name: str, file: Path | None = None) -> Path:
 
 def folder_of(folders: list[Path], flags: list[str]) -> Path:
     """Return the folder of the runs for these photographs (by their names and sizes) and flags."""
-    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
-    text = "\n".join([*flags, *(f"{file} {file.stat().st_size}" for file in files)])
+    files = [file for folder in folders for file in sorted(files_in(folder))]
+    text = "\n".join([*flags, *(f"{file} {os.path.getsize(file)}" for file in files)])
     return RUNS / f"{folders[0].name}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:8]}"
 
 

@@ -27,9 +27,10 @@ from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from deploy.check import image_files  # noqa: E402
 from deploy.cli import UserError, command, make_parser, number, show  # noqa: E402
 from deploy.confidence import ANSWERED, calibration  # noqa: E402
-from deploy.preprocess import endings, open_image, prepare  # noqa: E402
+from deploy.preprocess import open_image, prepare  # noqa: E402
 from deploy.runtimes import RunOn, load, softmax  # noqa: E402
 from kdlite.training.launch import train_once  # noqa: E402
 
@@ -63,7 +64,7 @@ def split(data: Path, draw: int, classes: int, images: int) -> Parts:
     known = sorted(chosen[: -max(1, len(chosen) // 5)])
     parts: Parts = {"train": [], "val": [], "test": [], "unknown": []}
     for folder in sorted(chosen):
-        files = sorted(path for path in folders[folder].rglob("*") if path.suffix.lower() in endings())
+        files, _ = image_files(folders[folder])
         files = [files[i] for i in g.permutation(len(files))[: images or None]]
         if folder not in known:
             parts["unknown"] += [(file, NO_LABEL) for file in files]

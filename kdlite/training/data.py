@@ -19,7 +19,7 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, Subset
 
-from deploy.cli import UserError, files_in, is_code
+from deploy.cli import UserError, files_in, is_code, is_hidden
 from deploy.flags import Table, pick_recipe, settle_flags
 from deploy.preprocess import UnreadableImage, endings, open_image, upright_size
 from deploy.reference import evenly
@@ -302,10 +302,6 @@ def ending_of(file: str) -> str:
 
 def visible_folders(folder: str | Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
-
-
-def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def abbreviate(names: Iterable[str]) -> str:

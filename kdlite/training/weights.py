@@ -414,8 +414,7 @@ def attributes_of(model: nn.Module, name: str, student: Metadata) -> tuple[list[
     """
     values = {key: getattr(student, key) for key in ("mean", "std", "input_size")}
     own = {key: getattr(model, key) for key in values if hasattr(model, key)}
-    own = {key: x.flatten().tolist() if isinstance(x, Tensor) else x for key, x in own.items()}
-    own = {key: list(x) if isinstance(x, tuple) else x for key, x in own.items()}
+    own = {key: x.flatten().tolist() if hasattr(x, "flatten") else x for key, x in own.items()}  # tensors and arrays
     if own:
         log(f"teacher {name}: " + ", ".join(f"{key} {x}" for key, x in own.items()) + " (attributes of the model)")
     others = {key: getattr(student, key) for key in ("label_names", "interpolation", "crop")}

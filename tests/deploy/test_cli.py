@@ -66,6 +66,8 @@ def test_a_program_keeps_its_own_handler_of_sigterm():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         assert run_command("p", lambda: signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) == 0
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert run_command("p", lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN) and None) == 0
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -77,6 +79,17 @@ def test_a_device_or_a_pipe_is_not_replaced(kind, tmp_path):
     with pytest.raises(UserError, match="it is not a regular file; name another file"):
         write_whole(tmp_path / kind, "text")  # an absolute path replaces tmp_path
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_flag_without_a_slash_names_a_file_of_the_student_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("student/a.onnx", "a.onnx", "b.onnx"):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).touch()
+    student = Path("student")
+    assert cli.file_of(student, "a.onnx") == Path("student/a.onnx")
+    assert cli.file_of(student, "./a.onnx") == Path("a.onnx")
+    assert cli.file_of(student, "b.onnx") == Path("b.onnx")
 
 
 def test_files_in_follows_links_and_skips_hidden_files(tmp_path):

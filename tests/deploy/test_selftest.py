@@ -130,6 +130,12 @@ def test_the_student_that_is_named_is_packed_and_not_a_file_of_the_current_folde
         assert json.loads(archive.read("student/config.json"))["label_names"] == metadata_of().label_names
 
 
+def test_a_file_of_the_current_folder_does_not_replace_a_missing_student(student, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (student / "student.onnx").rename("student.onnx")
+    assert "no student.onnx in" in refused(capfd, pack, student, "-o", "out.pyz")
+
+
 def test_a_file_of_older_weights_is_not_packed(student, tmp_path, capfd):
     (student / "model.safetensors").write_bytes(b"the weights after a resume")
     write_onnx(student, metadata_of(source={"weights_sha256": "of the weights before"}))
