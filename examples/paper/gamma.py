@@ -17,7 +17,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from fine_tuning import HERE, draw_folder, run_draws
+from draws import HERE, draw_folder, run_draws
 from finetune import TEACHER, fetch, run_command
 from gamma_rules import CONSTANTS, RULES
 from paired import describe

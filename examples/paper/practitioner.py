@@ -18,7 +18,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from fine_tuning import HERE, ROOT, draw_folder, join_folds, run_draws, top1
+from draws import HERE, ROOT, draw_folder, join_folds, run_draws, top1
 from finetune import STUDENT, TEACHER, fetch, run_command
 from paired import describe, holm, p_of
 

@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from fine_tuning import HERE, draw_folder, logits_of, read_images, run_draws, top1
+from draws import HERE, draw_folder, logits_of, read_images, run_draws, top1
 from finetune import STUDENT, TEACHER, fetch, run_command
 from paired import describe
 

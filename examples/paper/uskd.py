@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from fine_tuning import HERE, draw_folder, join_folds, run_draws, top1
+from draws import HERE, draw_folder, join_folds, run_draws, top1
 from finetune import run_command
 from paired import describe, holm, p_of
 

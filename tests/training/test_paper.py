@@ -491,7 +491,7 @@ def test_the_answer_about_a_photograph_comes_from_the_teacher_that_held_it_out(t
             answers = np.zeros(14, teacher_labels.row_type(1, 2))
             answers["target"], answers["logprobs"] = -1.0 - 10 * fold - view, -np.inf
             teacher_labels.write_part(folder / f"{view:03}-00000000.npy", answers)
-    load("fine_tuning").join_folds(folders, tmp_path / "data", tmp_path / "joined")
+    load("draws").join_folds(folders, tmp_path / "data", tmp_path / "joined")
     whole = open_data(str(tmp_path / "data"))
     files = [file for file, _ in whole.train.samples]
     for fold in range(3):
@@ -507,7 +507,7 @@ def test_the_answer_about_a_photograph_comes_from_the_teacher_that_held_it_out(t
 
 def test_every_measured_run_has_its_command_versions_hardware_and_seed():
     files = [file for file in PAPER.glob("results/*.csv") if "command" in file.read_text().partition("\n")[0]]
-    assert len(files) >= 16  # the other files store draws (fine_tuning.run_draws), without a command
+    assert len(files) >= 16  # the other files store draws (draws.run_draws), without a command
     for file in files:
         with open(file) as open_file:
             for row in csv.DictReader(open_file):
