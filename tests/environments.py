@@ -3,7 +3,6 @@
 import importlib.metadata
 import re
 import venv
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -27,12 +26,11 @@ def make_environment(folder, *names):
     """Make a virtual environment with links to these distributions and their requirements; return its Python."""
     venv.create(folder, with_pip=False)
     site = next(folder.glob("lib/python*/site-packages"))
-    for distribution in set().union(*map(with_requirements, names)):
-        for file in importlib.metadata.files(distribution):
-            top = file.parts[0]
-            source = Path(importlib.metadata.distribution(distribution).locate_file(top))
-            if top != ".." and not (site / top).exists():
-                (site / top).symlink_to(source)
+    for name in set().union(*map(with_requirements, names)):
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files} - {".."}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
     return folder / "bin/python"
 
 

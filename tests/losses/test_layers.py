@@ -53,6 +53,12 @@ ARCHITECTURES = [
     ("timm", "vit_small_patch16_dinov3", 64, "blocks.5", 384),
 ]
 
+ONE_OF_EACH_KIND = {"resnet18", "mobilenet_v2", "swin_t", "deit_tiny_patch16_224", "densenet121"}
+
+
+def marked(rows):
+    return [pytest.param(*row, marks=[] if row[1] in ONE_OF_EACH_KIND else pytest.mark.trial) for row in rows]
+
 
 def build(library, name, size):
     if library == "timm":
@@ -65,7 +71,7 @@ def build(library, name, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("library", "name", "size", "tap", "channels"), ARCHITECTURES)
+@pytest.mark.parametrize(("library", "name", "size", "tap", "channels"), marked(ARCHITECTURES))
 def test_an_architecture_has_its_default_tap_and_channels(library, name, size, tap, channels):
     with torch.device("cpu" if name.startswith("regnet_") else "meta"):  # RegNet's constructor reads a value
         model = build(library, name, size).to("meta")
@@ -74,13 +80,10 @@ def test_an_architecture_has_its_default_tap_and_channels(library, name, size, t
     assert student.head.in_features == channels
 
 
-ONE_OF_EACH_KIND = {"resnet18", "mobilenet_v2", "swin_t", "deit_tiny_patch16_224", "densenet121"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "name", "size"),
-    [pytest.param(*row[:3], marks=[] if row[1] in ONE_OF_EACH_KIND else pytest.mark.trial) for row in ARCHITECTURES],
+    marked([row[:3] for row in ARCHITECTURES]),
 )
 def test_uskd_trains_the_weak_head_and_the_layers_before_the_tap(library, name, size):
     torch.manual_seed(0)

@@ -36,6 +36,11 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     random_kills.kill_all(tmp_path / "out")
 
 
+@pytest.fixture
+def photos(tmp_path):
+    return random_kills.make_photos(tmp_path / "photos")
+
+
 def start(*flags, ranks=1, **options):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
@@ -136,8 +141,8 @@ def test_a_run_killed_at_random_ends_with_bitwise_equal_weights(kind, tmp_path):
 
 
 @pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.trial)])
-def test_after_a_kill_the_other_processes_end_soon_with_a_message(victim):
-    two = start(*TINY, "--epochs", 500, "--output", "out", ranks=2)
+def test_after_a_kill_the_other_processes_end_soon_with_a_message(victim, photos):
+    two = start(*TINY, "--data", photos, "--workers", 0, "--epochs", 500, "--output", "out", ranks=2)
     when(Path("out/last.pt").exists)
     found = random_kills.ranks(Path("out"))
     assert len(found) == 2
@@ -148,9 +153,8 @@ def test_after_a_kill_the_other_processes_end_soon_with_a_message(victim):
     assert two.returncode != 0
 
 
-def test_a_run_saves_after_a_signal_to_every_process_even_if_the_data_loader_is_slow(tmp_path):
+def test_a_run_saves_after_a_signal_to_every_process_even_if_the_data_loader_is_slow(photos):
     """Signal the whole process group twice, as a scheduler does. The data loading processes must survive."""
-    photos = random_kills.make_photos(tmp_path / "photos")
     flags = [*TINY, "--epochs", 400, "--data", photos, "--batch-size", 8, "--workers", 2, "--save-every", 0]
     job = start(*flags, "--output", "out", start_new_session=True)
     when(Path("out/last.pt").exists)
@@ -178,8 +182,8 @@ def test_a_suspended_job_continues():
     assert "last top-1" in text
 
 
-def test_a_parameter_without_a_gradient_is_named_once_on_two_ranks():
-    two = start(*TINY, "--model", f"{MODELS}:unused", "--output", "out", ranks=2)
+def test_a_parameter_without_a_gradient_is_named_once_on_two_ranks(photos):
+    two = start(*TINY, "--data", photos, "--workers", 0, "--model", f"{MODELS}:unused", "--output", "out", ranks=2)
     text = random_kills.finish(two, Path("out"), 60)
     assert text.count("the model does not use its parameter forgotten.weight, forgotten.bias") == 1  # not once per rank
     assert f'File "{ROOT}/train.py"' not in text
@@ -480,10 +484,11 @@ def test_a_closed_stdout_does_not_end_the_run():
 # ---- one process or several ----
 
 
-def weights_after_three_steps(grad_accum, method):
+def weights_after_three_steps(photos, grad_accum, method):
     """Return the weights of a model without batch norm after train.py's first three optimizer steps."""
-    flags = [*TINY, "--model", f"{MODELS}:plain", "--batch-size", 64, "--grad-accum", grad_accum, "--opt", "momentum",
-             "--lr", 0.5, "--warmup-epochs", 0, "--label-smoothing", 0.1, "--crop", "none", *method]  # fmt: skip
+    flags = [*TINY, "--data", photos, "--workers", 0, "--model", f"{MODELS}:plain", "--batch-size", 64,
+             "--grad-accum", grad_accum, "--opt", "momentum", "--lr", 0.5, "--warmup-epochs", 0,
+             "--label-smoothing", 0.1, "--crop", "none", *method]  # fmt: skip
     args, _, data = opened(*flags)
     cpu = torch.device("cpu")
     _, net, config = train.build_student(args, data)
@@ -512,30 +517,28 @@ METHODS = {
 if __name__ == "__main__":  # one of the two ranks of the test below
     torch.set_num_threads(1)
     with ranks.process_group():
-        found = {name: weights_after_three_steps(1, flags) for name, flags in METHODS.items()}
-        torch.save(found, f"{sys.argv[1]}/{ranks.RANK}.pt")
+        found = {name: weights_after_three_steps("photos", 1, flags) for name, flags in METHODS.items()}
+        torch.save(found, f"{ranks.RANK}.pt")
     sys.exit(0)
 
 
-@pytest.mark.whole_runs
-def test_one_process_two_processes_and_two_passes_take_the_same_step(tmp_path):
+def test_one_process_two_processes_and_two_passes_take_the_same_step(photos):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = random_kills.environment(tmp_path) | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "MASTER_ADDR": "127.0.0.1"}
+    env = random_kills.environment(Path("out")) | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "MASTER_ADDR": "127.0.0.1"}
     env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     two = [
-        subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
+        subprocess.Popen([sys.executable, __file__], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
     ]
     assert [process.wait(120) for process in two] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(f"{rank}.pt") for rank in range(2))
     for name, flags in METHODS.items():
-        whole = weights_after_three_steps(1, flags)
+        whole = weights_after_three_steps(photos, 1, flags)
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], whole, rtol=1e-4, atol=1e-5)
         if name != "uskd":  # because a pass of --grad-accum uses only its own logits: see Method.group
-            torch.testing.assert_close(weights_after_three_steps(2, flags), whole, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(weights_after_three_steps(photos, 2, flags), whole, rtol=1e-4, atol=1e-5)
 
 
 # ---- too little memory ----

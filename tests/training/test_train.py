@@ -1002,8 +1002,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(capsys
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_last_good_checkpoint():
-    run(*TINY, "--output", "out")
+def test_a_full_disk_keeps_the_last_good_checkpoint(photos):
+    run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
     result = script(
         *RESUME, "--epochs", 2,
