@@ -1,7 +1,7 @@
 """Read the flags of train.py from one table, add a recipe, and reject flags that contradict each other.
 
     typed = read_flags(FLAGS, argv)                       # only the flags on the command line
-    args, given = settle_flags(FLAGS, typed, saved)       # defaults <- recipe <- resumed run <- command line
+    args, given = settle_flags(FLAGS, typed, saved)       # later overrides: defaults, recipe, run, command line
 
 This module does not import torch, because that takes seconds, and `--help` and errors about flags must be fast. It is
 in deploy/ because every module of kdlite imports torch.
@@ -153,7 +153,7 @@ def is_path_of_folder(model: str) -> bool:
     return os.path.isabs(model) and os.path.isdir(model)  # read_flags makes paths absolute
 
 
-# ---- defaults <- recipe <- resumed run <- command line --------------------------------------------------------------
+# ---- each overrides the earlier ones: defaults, recipe, resumed run, command line -----------------------------------
 
 
 def settle_flags(
@@ -251,7 +251,7 @@ def check_recipe(table: Table, values: Any, needed: Iterable[str] = CNN) -> dict
             argv += [option(name)]
         elif value is False and flags[name].options.get("action") == argparse.BooleanOptionalAction:
             argv += [f"--no-{option(name)[2:]}"]
-        elif value is None or value is False or value == []:  # no command line sets these: a default of the flag may
+        elif value is None or value is False or value == []:  # only a default can have these values
             defaults = [flags[name].default, *(recipe[name] for recipe in RECIPES.values() if name in recipe)]
             if not any(value == default and type(value) is type(default) for default in defaults):
                 raise UserError(f"args.json of the run is damaged: {name} is {value}")
@@ -320,10 +320,10 @@ def check_values(args: argparse.Namespace) -> None:
     if args.unlabelled and (args.mixup or args.cutmix):
         raise UserError("--unlabelled: an image without a label cannot be mixed: give --mixup 0 --cutmix 0")
     if args.unlabelled and args.self_kd:
-        raise UserError("--unlabelled and --self-kd: USKD learns from labels alone; leave one of them out")
+        raise UserError("--unlabelled and --self-kd: USKD needs a label for each image; leave one of these flags out")
     if args.epochs <= args.warmup_epochs:
-        fault = f"--warmup-epochs {args.warmup_epochs:g} takes all of --epochs {args.epochs}"
-        raise UserError(f"{fault}: it must be a part of them")
+        fault = f"--warmup-epochs {args.warmup_epochs:g} must be below --epochs, which is {args.epochs}"
+        raise UserError(f"{fault}: give fewer warm-up epochs, or more epochs")
     if args.cache == "device" and (args.crop == "resized" or (args.randaugment and args.randaugment[0])):
         raise UserError("--cache device crops and flips whole batches: give --crop pad or none, and --randaugment 0 0")
     size = os.environ.get("WORLD_SIZE", "1")

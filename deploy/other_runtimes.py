@@ -1,7 +1,7 @@
 """Run an exported file in OpenVINO (an .onnx file) or in ncnn (the files that pnnx makes from an .onnx file).
 
-If one of them is installed (pip install openvino, or ncnn and pnnx), deploy.check tests its files too. Both run on the
-CPU here.
+If openvino is installed, deploy.check also runs each .onnx file in OpenVINO. If ncnn is installed, it also runs each
+.ncnn.param file (pip install openvino, or ncnn and pnnx). Both run on the CPU here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from deploy.runtimes import RunOn, Runtime, as_input, load_onnx, tensor_names, u
 
 
 def load_openvino(path: Path, on: RunOn) -> Runtime:
-    """Load an ONNX file in OpenVINO, with float32 arithmetic. A file from elsewhere needs a .json next to it.
+    """Load an ONNX file in OpenVINO, with float32 arithmetic. A file that deploy.export did not write needs its .json.
 
     On CPUs with AVX512-BF16 OpenVINO's default is bfloat16, which changes logits by up to 17 % of the largest logit.
     """
@@ -53,8 +53,9 @@ def load_ncnn(path: Path, on: RunOn) -> Runtime:
     source = next((file for file in path.parent.glob("*.onnx") if file.stem.replace("-", "_") == stem), None)
     weights = path.with_suffix(".bin")
     if source is None or not weights.is_file():
-        missing = f"{stem}.onnx (or - for _)" if source is None else weights.name
-        raise UserError(f"{path} needs {missing} next to it: pnnx student-nchw.onnx inputshape=[1,3,224,224]f32")
+        missing = f"the ONNX file that pnnx read (a - in its name is a _ in {stem})" if source is None else weights.name
+        made = "pnnx student-nchw.onnx inputshape=[1,3,224,224]f32"
+        raise UserError(f"{path} needs {missing} in the same folder; {made} writes these files")
     metadata = load_onnx(source, RunOn("cpu", threads=1)).metadata
     if metadata.input != FLOAT:
         raise UserError(f"{source} takes {metadata.input}: give pnnx the file of deploy.export --input float")

@@ -91,7 +91,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     The kernel releases the lock when a run is killed.
     """
-    import fcntl  # imported here, because Windows, which can run most commands of deploy/, lacks it
+    import fcntl  # imported here: Windows has no fcntl, but it can run most commands of deploy/
 
     with open_in_run(folder / ".lock", "a+") as file:
         try:

@@ -1,4 +1,4 @@
-"""Build networks for 32x32 images from the literature on CIFAR-100 distillation, which torchvision and timm lack.
+"""Build the networks of the papers on CIFAR-100 distillation, for 32x32 images. Torchvision and timm do not have them.
 
     python train.py --data cifar100 --model examples/paper/cifar_models.py:resnet8x4 ...
 

@@ -1,13 +1,15 @@
-"""Compare rules for NKD's gamma with constants: students that fit or underfit, with an own or a foreign teacher.
+"""Compare NKD with a constant gamma and with rules, such as a gamma for each image.
 
     python examples/paper/gamma.py SOURCE           # 3 draws of 31 runs: about 45 core minutes a draw
 
-SOURCE is the unpacked Tiny-ImageNet. A draw has 20 classes of its own, and 295 test images of each. The student is a
+SOURCE is the unpacked Tiny-ImageNet. A draw has 20 random classes, and 295 test images of each. The student is a
 ResNet-8 at 32 px from random weights. It is tested after its last epoch. The rules are in gamma_rules.py. The settings:
 
     foreign, underfits    200 images a class, 1,000 steps; the teacher is ImageNet's EfficientNet-Lite2
     foreign, fits         25 images a class, 960 steps; the same teacher
     own, underfits        200 images a class, 1,000 steps; the teacher is a ResNet-20, trained on these images
+
+A student that fits has learned its training images; a student that underfits has not.
 
 The command writes a row for each run into results/gamma.csv, skips finished draws, and prints the tables.
 """
@@ -41,7 +43,7 @@ def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
     own = [*FLAGS, "--model", OWN, "--data", root / "many", "--seed", seed, "--epochs", 2 * EPOCHS["many"]]
     train_once(own, runs / "own-teacher")
     teachers = {
-        "foreign": ["--teacher", f"{TEACHER}:{fetch(TEACHER).resolve()}", "--img-size", 64],  # the size of the files
+        "foreign": ["--teacher", f"{TEACHER}:{fetch(TEACHER).resolve()}", "--img-size", 64],  # as the files
         "own": ["--teacher", runs / "own-teacher" / "student", "--model-file", OWN],
     }
     found = []
@@ -51,7 +53,7 @@ def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
         store_labels([*flags, *teacher, "--views", VIEWS, "--top-k", CLASSES - 1], labels)
         for rule in RULES:
             output = runs / f"{setting}-{rule}"
-            if not (output / "curves.png").exists():  # a resumed run would lose the steps and sums of a rule
+            if not (output / "curves.png").exists():  # start again: a checkpoint lacks the steps and sums of a rule
                 shutil.rmtree(output, ignore_errors=True)
             train_once([*flags, "--kd", f"{HERE}/gamma_rules.py:{rule}", "--teacher-labels", labels], output)
             found.append({"setting": setting, "rule": rule, "top1": f"{measure(output, root):.2f}"})

@@ -7,11 +7,12 @@
 #   LAUNCH=echo bash examples/paper/rows.sh all                     # prints all commands
 #   LAUNCH="torchrun --nproc-per-node 8" IMAGENET=/data/imagenet bash examples/paper/rows.sh uskd-resnet50
 #
-# The second value of a row is its GMACs: the student's and a third of the teacher's, because a training step costs as
-# much as three forward passes. The third value is the authors' top-1 in %, baseline -> with the method (arXiv 2303.13005
-# and its official repository). We did not run these rows. README.md in this folder has our own measurements. The hours
-# are computed for one A100, not measured: a ResNet-50 of 4.1 GMACs trains at 2,470 images/s (NVIDIA's AMP example), and
-# no row is faster than 10,000 images/s (FFCV's ResNet-18). Small layers and slow loaders take longer.
+# A row has its GMACs: the student's and a third of the teacher's. A training step of the student costs three forward
+# passes, and the teacher runs only one of these. After the GMACs stands the authors' top-1 in %: baseline -> with the
+# method (arXiv 2303.13005 and its official repository). We did not run these rows. README.md in this folder has our own
+# measurements. The hours are computed for one A100, not measured: a ResNet-50 of 4.1 GMACs trains at 2,470 images/s
+# (NVIDIA's AMP example), and no row is faster than 10,000 images/s (FFCV's ResNet-18). Small layers and slow loaders
+# take longer.
 set -euo pipefail
 LAUNCH=${LAUNCH:-python}
 IMAGENET=${IMAGENET:-/imagenet}
@@ -42,7 +43,8 @@ row() { # name epochs images GMACs top-1 flags...
 cnn() { row "$1" 100 1281167 "$2" "$3" --data "$IMAGENET" --recipe imagenet-cnn "${@:4}"; }
 vit() { row "$1" 300 1281167 "$2" "$3" --data "$IMAGENET" --recipe imagenet-vit "${@:4}"; }
 cifar() { row "$1" 200 50000 "$2" "$3" --data cifar100 --recipe cifar "${@:4}"; }
-crd() { # name model flags...: the last epoch counts; 0.5 GMACs, because the loader limits these small networks
+# The result is the top-1 of the last epoch. 0.5 GMACs gives 10,000 images/s, because the loader is the bottleneck.
+crd() { # name model flags...
 	row "$1" 240 50000 0.5 "not given" --data cifar100 --recipe crd --model "examples/paper/cifar_models.py:$2" "${@:3}"
 }
 
@@ -54,7 +56,8 @@ vit nkd-deit-tiny 2.8 "74.42 -> 76.68" --model deit_tiny_patch16_224 --kd nkd \
 vit nkd-deit-base 38.1 "81.76 -> 84.96" --model deit_base_patch16_224 --kd nkd \
 	--teacher deit3_large_patch16_224.fb_in22k_ft_in1k
 
-# USKD on ImageNet. Three baselines have other schedules (ShuffleNetV2's is linear; here it is a cosine).
+# USKD on ImageNet. The authors trained MobileNetV2, ShuffleNetV2 and RegNetX with other recipes than imagenet-cnn. Their
+# ShuffleNetV2 has a linear schedule; this row has a cosine.
 cnn uskd-mobilenet 0.6 "69.21 -> 70.38" --self-kd uskd --model mobilenetv1_100
 row uskd-mobilenet-v2 300 1281167 0.3 "71.86 -> 72.41" --data "$IMAGENET" --recipe imagenet-mobilenet --self-kd uskd --model mobilenet_v2
 row uskd-shufflenet-v2 300 1281167 0.15 "69.55 -> 70.30" --data "$IMAGENET" --recipe imagenet-cnn --self-kd uskd --model shufflenet_v2_x1_0 \

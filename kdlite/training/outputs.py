@@ -130,7 +130,7 @@ class RunFolder:
         left = describe_left((self.args.epochs - row["epoch"]) * row["seconds"], "  ")
         log(
             f"epoch {row['epoch']}/{self.args.epochs}  loss {row['train_loss']:.3f}{each}  "
-            f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g} at its start  "
+            f"top-1 {row['val_top1']:.2f} %  top-5 {row['val_top5']:.2f} %  lr {row['lr']:.2g} at the start  "
             f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s{skipped}{left}"
         )
         for name, value in row.items():
@@ -166,7 +166,7 @@ class RunFolder:
         log(keep_confidence(self.path / "student", self.data.val, self.device, self.args.workers, own))
         if self.args.reference:
             log(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own))
-        best = f"best {progress.best:.2f} %" if progress.answers is not None else "no best epoch on these images yet"
+        best = f"best {progress.best:.2f} %" if progress.answers is not None else "no best epoch of the new images"
         top1 = f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, {best} -> {self.path}/student"
         peak = f"{peak_memory(self.device)} MiB of {'GPU memory' if self.device.type == 'cuda' else 'memory'} at most"
         log(f"{top1}; {time.monotonic() - started:.0f} s, {peak}")
@@ -237,7 +237,7 @@ def describe_left(seconds: float, before: str = "") -> str:
 
 
 def describe_balance(data: Data, weighted: bool) -> str:
-    """Return lines for the user: class sizes, advice if they differ much, and one image's share of top-1."""
+    """Return lines for the user: class sizes, advice if they differ much, and the points of top-1 of one image."""
     counts, names = class_counts(data.train), [printable(name) for name in data.label_names]
     few, many = (pick(range(len(counts)), key=counts.__getitem__) for pick in (min, max))
     each = ", ".join(f"{name} {count}" for name, count in zip(names, counts))

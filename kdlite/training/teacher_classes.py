@@ -60,7 +60,8 @@ def column_of(theirs: str, name: str, teacher: list[str] | None, count: int, cla
 def match(data: list[str], teacher: list[str], name: str) -> list[int]:
     """Return the index in `teacher` of each class of the data; raise UserError if a name is missing or occurs twice.
 
-    Names match regardless of case, - and _; ImageNet's classes also match by their other names.
+    Names match if they differ only in case, or in hyphen, underscore and blank. ImageNet's classes also match by their
+    other names.
     """
     exact: dict[str, set[int]] = defaultdict(set)
     loose: dict[str, set[int]] = defaultdict(set)
@@ -105,7 +106,7 @@ def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -
         warn(f"in another order of its classes this teacher has {top1}: give the order with --teacher-classes FILE")
     elif right <= 1 / classes + 2 * math.sqrt((1 / classes) * (1 - 1 / classes) / count):
         fault = f"this teacher is not better than chance ({100 / classes:.2g} %)"
-        warn(f"{fault}: check that it is trained, and needs the mean and std of this run")
+        warn(f"{fault}: check that the teacher is trained, and that its mean and std are those of its own training")
 
 
 def describe(label: str) -> str:
@@ -131,7 +132,7 @@ def read_classes(file: str, data: list[str]) -> list[str]:
     for row in read_csv(Path(file), "the teacher's classes"):
         row = [unicodedata.normalize("NFC", cell.strip()) for cell in row]
         if len(row) != 2:
-            raise UserError(f"{file}: {','.join(row)!r}; expected a class of --data,the teacher's name for it")
+            raise UserError(f"{file}: {','.join(row)!r}; expected two columns: class of --data, teacher's name")
         if row[0] in theirs:
             raise UserError(f"{file} has {row[0]} twice: give one line for each class")
         theirs[row[0]] = row[1]

@@ -74,11 +74,11 @@ def test_ncnn_needs_its_weights_and_the_onnx_file(converted, capfd):
     student = converted / "student"
     (student / "student-nchw.onnx").rename(student / "other.onnx")
     deploy(check, converted, "student_nchw.ncnn.param", "--device", "cpu", check=1)
-    assert "needs student_nchw.onnx (or - for _) next to it" in rows_of(converted)["student_nchw.ncnn.param"]["verdict"]
+    assert "needs the ONNX file that pnnx read" in rows_of(converted)["student_nchw.ncnn.param"]["verdict"]
     (student / "other.onnx").rename(student / "student-nchw.onnx")
     (student / "student_nchw.ncnn.bin").unlink()
     deploy(check, converted, "student_nchw.ncnn.param", "--device", "cpu", check=1)
-    assert "needs student_nchw.ncnn.bin next to it" in rows_of(converted)["student_nchw.ncnn.param"]["verdict"]
+    assert "needs student_nchw.ncnn.bin in the same folder" in rows_of(converted)["student_nchw.ncnn.param"]["verdict"]
 
 
 @pytest.mark.skipif(HAS_NCNN, reason="ncnn is installed")

@@ -909,7 +909,7 @@ def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
         (["--model", "hf-hub:timm/resnet18"], "unknown model"),
         (
             ["--epochs", "5", "--warmup-epochs", "5"],
-            "--warmup-epochs 5 takes all of --epochs 5: it must be a part of them",
+            "--warmup-epochs 5 must be below --epochs, which is 5: give fewer warm-up epochs, or more epochs",
         ),
         (["--kd", "mse"], "'mse': expected nkd, kd or path/to/file.py:function"),
         (["--opt", "adamz"], "--opt adamz is not a timm optimizer; near matches: .*adamw"),

@@ -122,7 +122,7 @@ def test_stored_answers_give_the_losses_of_the_teacher(photos, capsys):
     [
         (["--unlabelled", "more"], "--unlabelled needs --kd"),
         (["--unlabelled", "more", "--kd", "kd", *TEACHER, "--mixup", 0.2], "cannot be mixed"),
-        (["--unlabelled", "more", "--kd", "kd", *TEACHER, "--self-kd", "uskd"], "USKD learns from labels alone"),
+        (["--unlabelled", "more", "--kd", "kd", *TEACHER, "--self-kd", "uskd"], "USKD needs a label for each image"),
         (["--unlabelled", "none", "--kd", "kd", *TEACHER], "no such folder"),
         (["--unlabelled", "empty", "--kd", "kd", *TEACHER], "no image in it"),
         (["--unlabelled", "more", "--kd", "kd", *TEACHER, "--data", "digits"], "needs a folder of photographs"),
