@@ -18,7 +18,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from draws import HERE, ROOT, draw_folder, join_folds, run_draws, top1
+from draws import HERE, ROOT, draw_folder, join_folds, read_results, run_draws, top1
 from finetune import STUDENT, TEACHER, fetch, run_command
 from paired import describe, holm, p_of
 
@@ -82,6 +82,11 @@ def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
     return [{"row": row, "teacher": teacher} | tops for (row, teacher), tops in percents.items()]
 
 
+def draws_of(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    """Return the rows of each draw."""
+    return [[row for row in rows if row["draw"] == draw] for draw in dict.fromkeys(row["draw"] for row in rows)]
+
+
 def top_of(rows: list[dict[str, str]], arm: str, teacher: str) -> float:
     """Return the test top-1 of a row."""
     (top,) = (float(row["test"]) for row in rows if (row["row"], row["teacher"]) == (arm, teacher))
@@ -94,8 +99,18 @@ def chosen(rows: list[dict[str, str]], method: str, teachers: tuple[str, ...]) -
     return float(max(arms, key=lambda row: float(row["choose"]))["test"])
 
 
+def gains_of_chosen() -> dict[str, list[float]]:
+    """Return the gains over the defaults of KD and of NKD, each with the chosen setting and teacher, one for a draw."""
+    draws = draws_of(read_results(RESULTS))
+    plain = [top_of(draw, BASELINE, "") for draw in draws]
+    return {
+        method: [chosen(draw, f"{method} ", TEACHERS) - base for draw, base in zip(draws, plain)]
+        for method in ("KD", "NKD")
+    }
+
+
 def print_tables(rows: list[dict[str, str]]) -> None:
-    draws = [[row for row in rows if row["draw"] == draw] for draw in dict.fromkeys(row["draw"] for row in rows)]
+    draws = draws_of(rows)
     plain = [top_of(draw, BASELINE, "") for draw in draws]
     print(f"n = {len(draws)} draws; defaults {statistics.mean(plain):.2f} %; mean differences with 95 % intervals\n")
     arms = [*((arm, "") for arm in ALONE if arm != BASELINE), *((arm, of) for of in TEACHERS for arm in ARMS)]
