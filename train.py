@@ -68,16 +68,17 @@ FLAGS: Table = {
                         type=number(int, 0)),
     },
     "models": {
-        "model": Flag("mobilenet_v2", "torchvision's or timm's name, a student/ folder, or file.py:build", path=True),
+        "model": Flag("mobilenet_v2", "a model of torchvision or timm, a student/ folder, or file.py:build", path=True),
         "model_args": Flag([], "arguments of the model", nargs="+", metavar="KEY=VALUE"),
-        "model_file": Flag([], "file.py:build of a student/ folder's own model; runs that file", path=True, nargs="+"),
+        "model_file": Flag([], "file.py:build, your own model in a student/ folder; the run executes it", path=True,
+                           nargs="+"),
         "small_stem": Flag(False, "for images of 64 px and less: 3x3 first convolution, no stride, no max-pool",
                            action=YES_NO),
         "pretrained": Flag(False, "start from the library's ImageNet weights (a download), or from the matching "
                            "weights of a student/ folder, a .safetensors or a .pth", path=True, nargs="?", const=True,
                            metavar="FILE"),
-        "teacher": Flag(None, "as --model; a library's name means its ImageNet weights (a download); NAME:FILE "
-                        "means the weights in a file", path=True),
+        "teacher": Flag(None, "as --model; a model of a library gets its ImageNet weights (a download), "
+                        "NAME:FILE the weights in a file", path=True),
         "teacher_labels": Flag(None, "a folder of stored answers instead of --teacher; python -m "
                                "kdlite.training.teacher_labels writes it", path=True),
         "teacher_classes": Flag(None, "CSV file; each line has a class, then the teacher's name of it or the teacher's "
@@ -256,7 +257,7 @@ def loss_terms(
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         if shape != logits.shape[:1] and (shape != () or method.class_weights is not None):
             raise UserError(
-                f"--kd must return a loss for each row, (N,), or one value (no --class-weights): got {shape}"
+                f"--kd must return (N,), a loss for each row, or (without --class-weights) one value: got {shape}"
             )
     if weak_logits is not None:
         each |= {"alpha": method.alpha, "beta": method.beta, "mu": method.mu, "group": method.group}
@@ -408,7 +409,7 @@ def build_view(args: argparse.Namespace, config: Metadata) -> View:
 def build_loaders(
     args: argparse.Namespace, data: Data, config: Metadata, stored: StoredLabels | None, device: torch.device
 ) -> tuple[Any, Any]:
-    """Return the loaders of training and validation images. stored: a teacher's labels, which fix the crops."""
+    """Return the loaders of training and validation images. stored: a teacher's labels; they determine the crops."""
     batch, pin = args.batch_size // (WORLD_SIZE * args.grad_accum), device.type == "cuda"
     view, evaluation = build_view(args, config), functools.partial(loading.eval_view, metadata=config)
     train: Any
@@ -535,7 +536,7 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
                 for i, batch in enumerate(shown, 1):
                     corrupt.report(batch)
                     if batch.images is None:
-                        fault = f"{batch.corrupt[0][0]} cannot be read, and a pass has no other image"
+                        fault = f"{batch.corrupt[0][0]} cannot be read, nor any other image of its part of the batch"
                         raise UserError(f"{fault}: repair or remove it, or give a larger --batch-size")
                     batch = augment(to_device(batch))
                     if not epoch and not first and i == 1:

@@ -20,8 +20,9 @@ The columns:
     top1_answered     the top-1 of these images; the answer to the others is "none of these"
 
 The exit status is 1 if an artefact is outside the tolerance of its precision or has no tolerance, cannot run here, or
-was made from other weights. If you name no file, the files that need torch or ncnn are skipped without these packages,
-and a line names them. The command writes check.json, and per_class.csv and confusion.png of the student's own answers.
+was made from other weights. If you name no file, the command skips the files that need torch or ncnn if this package is
+missing, and prints their names. The command writes check.json, and per_class.csv of the student's own answers; with
+matplotlib also confusion.png.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ from deploy.runtimes import (
 BATCHES = (1, 2, 5, 64)
 LARGEST = max(BATCHES)
 # Largest error of a logit relative to the largest logit, smallest agreement in percent, largest loss of top-1 in
-# points. Errors: five times the largest that nine architectures had. On a GPU fp32 may be TF32, and gets fp16's values.
+# points. Each error is five times the largest error of nine architectures. On a GPU fp32 may be TF32: fp16's values.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),
@@ -103,7 +104,7 @@ class Tally:
     def __init__(self) -> None:
         self.images = self.top1 = self.top5 = self.agree = 0
         self.error, self.scale, self.cosine = 0.0, 0.0, 1.0
-        self.certainty: list[np.ndarray] = []  # (3, B): largest probability, raw and with the temperature; 1 if right
+        self.certainty: list[np.ndarray] = []  # (3, B): top probability without and with temperature; is it right
 
     def add(self, logits: np.ndarray, labels: np.ndarray, expected: np.ndarray, metadata: Metadata) -> None:
         order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
@@ -162,7 +163,7 @@ class Candidate:
             self.fault = f"not checked: {error}"
 
     def add(self, images: np.ndarray, labels: np.ndarray, expected: np.ndarray, first: bool) -> None:
-        """Run a batch of images; run the first batch at each size of BATCHES too."""
+        """Run a batch of images; run images of the first batch also at each size of :func:`sizes_of`."""
         if self.runtime is None or self.fault:
             return
         try:

@@ -13,9 +13,9 @@ The command fits the file's own temperature and threshold on the validation imag
 that runs the file may have neither images nor labels.
 
 --max-drop POINTS bounds the loss of top-1 on the validation images of the reference, which calibration does not read.
-The command measures how much each layer changes the logits if that layer alone is INT8. It looks for a small number of
-the worst layers that must stay in float, and prints these layers, the accuracy and the time. If the bound cannot be
-kept, it writes no file and ends with status 2.
+If the file with all layers in INT8 breaks the bound, the command measures how much each layer alone changes the logits.
+It looks for a small number of the worst layers that must stay in float, and prints these layers, the accuracy and the
+time. If the bound cannot be kept, it writes no file and ends with status 2.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Bound:
     max_drop: float
     images: np.ndarray  # calibration uses other images
     labels: np.ndarray
-    methods: Sequence[str] = ("minmax",)  # methods of calibration, tried in this order until every layer may be INT8
+    methods: Sequence[str] = ("minmax",)  # of calibration, tried in order until all layers in INT8 keep the bound
 
     def accuracy(self, file: Path, right: np.ndarray) -> Accuracy:
         """Return the accuracy of a file. right: whether the fp32 file classifies each image right."""
@@ -198,8 +198,8 @@ def calibrate(
 ) -> dict[str, tuple[Any, Any]]:
     """Return, for each activation, the range of values that INT8 has to represent on the calibration images.
 
-    Only the activations of one batch are in memory. onnxruntime adds bins to a histogram if a later batch exceeds the
-    range of the first, without a limit. So a first pass finds the range of all images.
+    Only the activations of one batch are in memory. onnxruntime adds bins to a histogram, without a limit, if a later
+    batch exceeds the range of the first batch. So a first pass finds the range of all images.
     """
     library = need("onnxruntime.quantization.calibrate", "")
     size = max(1, min(BATCH, BATCH_PIXELS // math.prod(images.shape[1:3])))
@@ -357,7 +357,7 @@ def find_bounded(
 def leave_float(
     quantizer: Quantizer, worst_first: list[str], bound: Bound, right: np.ndarray, trial: Path, every_layer: Accuracy
 ) -> tuple[Accuracy, list[str]]:
-    """Return the accuracy with few layers in float that keep the bound, and these layers.
+    """Find a small number of layers in float that keeps the bound; return the accuracy of this file, and these layers.
 
     right: whether the fp32 file classifies each image of the bound right; trial: a path for temporary files;
     every_layer: the accuracy with all layers in INT8
@@ -421,7 +421,7 @@ def describe(bounded: Bounded, max_drop: float) -> list[str]:
         f"top-1 changes by {-kept.drop:+.2f} points (bound {-max_drop:g}) on {seen}; calibrated by {bounded.method}"
     ]
     if kept.error > max_drop:
-        more = "train.py --reference N keeps more images"
+        more = "train.py --output RUN --resume --reference N stores more images"
         lines += [f"{kept.images} images cannot show a loss of {max_drop:g} points reliably: {more}"]
     fp32, _, ours = (row.get("p50_ms", math.nan) for row in bounded.times)
     if ours >= fp32:

@@ -1,10 +1,10 @@
 """Compute the hard-label terms of :mod:`kdlite.terms` with less memory.
 
-Each forward saves a few numbers per row, from which each backward computes the rest again. So it stores no further
-tensor as large as the logits, except the gradients and USKD's Zipf weights. ``torch.compile`` turns each forward and
-each backward into one or two passes over the logits; eager code works on chunks of rows that fit in the cache. The
-backward multiplies by the incoming gradient in float32 before it rounds to the logits' dtype. ``make bench`` compares
-speed and memory with the terms.
+A forward saves its inputs and a few numbers per row. The backward computes the probabilities again from them. So the
+terms store no other tensor as large as the logits, except the gradients and USKD's Zipf weights. ``torch.compile``
+turns each forward and each backward into one or two passes over the logits; eager code works on chunks of rows that fit
+in the cache. The backward multiplies by the incoming gradient in float32 before it rounds to the logits' dtype. ``make
+bench`` compares speed and memory with the terms.
 
 Each row is shifted by its largest logit other than the label's. So the result loses no digits if all logits share an
 offset, or if a probability is near 1.
@@ -44,7 +44,7 @@ def is_export_or_inference(x: Tensor) -> bool:
     return torch.compiler.is_exporting() or x.is_inference()
 
 
-# As torch.compiler.assume_constant_result, which would load the compiler at each import of kdlite (1.4 s of CPU).
+# torch.compiler.assume_constant_result does the same, but loads the compiler at each import of kdlite (1.4 s of CPU).
 is_export_or_inference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -84,7 +84,7 @@ def in_chunks(
 
 def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float) -> Tensor:
     """Return :func:`kdlite.terms.nkd_rows`; requires :func:`can_fuse`."""
-    # None instead of 1: with dynamic shapes a number becomes a symbol, on which a Function cannot branch
+    # None instead of 1: with dynamic shapes the compiler makes a symbol of 1, and a Function cannot test a symbol
     loss: Tensor = NKDRows.apply(student, teacher, label, gamma, None if temperature == 1 else temperature)
     return loss
 
@@ -143,7 +143,7 @@ def nkd_forward(
         n_s = normalize(student.div_(temperature), zero)
         n_t = normalize(teacher.sub_(teacher_max).div_(temperature), zero)
         gamma = gamma * temperature**2
-    # - sum_i N(T)_i log N(S)_i; the clamp keeps it finite: a class of weight 0 would give 0 * -inf, which is NaN
+    # - sum_i N(T)_i log N(S)_i; without the clamp the label's column would give 0 * -inf = NaN
     dot = n_t.scale * n_t.weights.mul_(student.clamp_(min=-1e30)).sum(1, keepdim=True)
     loss = target_term - gamma * (n_s.of_max.log() + dot)
     return loss, *NKDSaved(target_slope, student_max, teacher_max, s_max, n_s.of_max, n_t.of_max)

@@ -67,13 +67,13 @@ class Limits:
     queue: int = 256  # images that wait or run; a request for more gets 503
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")  # formats of photographs, Pillow's names
     body_mib: float = 16.0  # size of a request's body, unpacked
-    bodies: int = 16  # most bodies of body_mib in memory at once; a request for more gets 503
+    bodies: int = 16  # all bodies in memory have at most bodies * body_mib; a request beyond that gets 503
     pixels: int = 4 * MAX_PIXELS  # most pixels of large photographs that wait to be decoded
     connections: int = 1024  # most open connections
     headers_s: float = 10.0  # longest time from the first byte of a request to the end of its headers
     body_s: float = 30.0  # longest time from the end of the headers to the end of the body
     idle_s: float = 60.0  # time without a request before the server closes the connection
-    drain_s: float = 2.0  # time from SIGTERM until the server stops listening
+    drain_s: float = 2.0  # least time from SIGTERM until the server stops listening
 
 
 class Budget:
@@ -132,7 +132,7 @@ class StudentServer:
         self.runtime = runtime
 
     def drain(self) -> None:
-        """Announce the end: /ready returns 503, connections close, and uploads get a shorter time limit."""
+        """Prepare the shutdown: /ready returns 503, connections close, and uploads get a shorter time limit."""
         self.draining = True
         for upload in self.uploads:
             upload.deadline = min(upload.deadline, anyio.current_time() + self.limits.body_s / 6)
@@ -327,7 +327,10 @@ def make_app(server: StudentServer, token: str | None = None) -> Starlette:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return the result of the work; cancel the work when the client closes its connection. Read the body first."""
+    """Return the result of the work; cancel the work when the client closes its connection.
+
+    The caller must read the body of the request before this call.
+    """
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(request))
     try:
         await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
@@ -385,13 +388,13 @@ class Observe:
             request_id = secrets.token_hex(16)
         scope["status"] = 0  # 0 until the response begins
         send = functools.partial(self.send, scope, send, (b"x-request-id", request_id.encode()))
-        # the bytes after a body with both headers may be a smuggled request (RFC 9112, 6.1): close the connection
+        # with both headers, the bytes after the body may be a smuggled request (RFC 9112, 6.1): close the connection
         scope["ambiguous"] = b"content-length" in headers and b"transfer-encoding" in headers
         try:
             await self.app(scope, receive, send)
         except asyncio.CancelledError:  # uvicorn cancels the requests that remain after the drain
             if not scope["status"]:
-                await refusal(RequestError(503, "the server ends"))(scope, receive, send)
+                await refusal(RequestError(503, "the server shuts down"))(scope, receive, send)
         finally:
             last = scope["path"].rstrip("/").rpartition("/")[2]
             seconds, status = time.perf_counter() - started, scope["status"] or 500

@@ -96,7 +96,7 @@ class Batcher:
                 self.closed = True
                 left, self.waiting = list(self.waiting), deque()
                 self.count(-self.queued)
-            self.deliver(left, RequestError(503, "the server ends"), *[time.perf_counter_ns()] * 2)
+            self.deliver(left, RequestError(503, "the server shuts down"), *[time.perf_counter_ns()] * 2)
 
     def gather(self) -> list[Waiting]:
         """Wait for requests, and return a batch for one runtime. Return [] after close(), or if all were cancelled."""

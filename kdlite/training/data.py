@@ -138,7 +138,7 @@ def open_run(table: Table, typed: dict[str, Any]) -> tuple[argparse.Namespace, d
         if is_code(args.model):
             recipe = recipe | {"small_stem": False}  # the user's own model keeps its stem
         overridden = [f"--{name.replace('_', '-')} {given[name]}" for name in recipe if name in given]
-        log(f"{why}; you gave {', '.join(overridden)}" if overridden else f"{why} (--recipe or any flag overrides)")
+        log(f"{why}; you gave {', '.join(overridden)}" if overridden else f"{why} (--recipe or a flag changes them)")
         args, given = settle_flags(table, typed, saved, recipe)
     if fold := vars(args).get("fold"):  # teacher_labels.py has no --fold: it stores all training images
         data = hold_out(data, *fold)
@@ -272,7 +272,7 @@ def compare_classes(name: str, train: Photos, val: Photos) -> None:
 
 
 def find_classes_to_split(root: Path, asks: bool) -> Path:
-    """Return the folder that holds the class folders of a data set without val/: train/, or root itself.
+    """Return the folder of the class folders, for a data set without val/: train/ if it exists, else root.
 
     asks: instead of returning a folder, raise a UserError that advises --val-split
     """
@@ -359,8 +359,8 @@ def hold_out(data: Data, part: int, parts: int) -> Data:
 def draw_split(files: Sequence[str], targets: Sequence[int], share: float, seed: int) -> dict[str, str]:
     """Return "train" or "val" for each file: in each class, the names with the smallest digests are for validation.
 
-    A digest depends only on the name and the seed, so a few new files change the side of few old files. Each class of
-    two or more files has at least one file for validation.
+    A digest depends only on the name and the seed, so new files move only a few old files between training and
+    validation. Each class of two or more files has at least one file for validation.
     """
     members = collections.defaultdict(list)
     for file, target in zip(files, targets):

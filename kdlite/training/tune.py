@@ -2,11 +2,12 @@
 
     python -m kdlite.training.tune --data photos/ --model mobilenet_v2 --teacher runs/001-ce/student --minutes 30
 
-The command also takes the flags of train.py. It stores the teacher's answers once. Each run validates on a fifth of
-the training images, so the validation images have no part in the choice. An arm is a loss with its weights. Every arm
-gets a short run, the better half gets runs of twice the epochs, and so on (successive halving, Jamieson and Talwalkar
-2016, arXiv 1502.07943). The command prints a table with the paired standard error of each difference, then the arms
-that the images do not tell apart from the best, then the command to train with. Run it again to continue after a stop.
+The command also takes the flags of train.py, except those that it chooses itself. It stores the teacher's answers once.
+Each run validates on a fifth of the training images, so the choice does not use the validation images. An arm is a loss
+with its weights. Every arm gets short runs, the better half gets runs of twice the epochs, and so on (successive
+halving, Jamieson and Talwalkar 2016, arXiv 1502.07943). The command prints a table with the paired standard error of
+each difference, then the arms that are not significantly behind the best, then the command to train with. Run it again
+to continue after a stop.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ ARMS: dict[str, list[str]] = {
 FIRST = "NKD gamma 1.5 T 1"  # the arm whose run of one epoch is measured
 ANY_LABELS = ["cross-entropy", *(f"NKD gamma {gamma} T 1" for gamma in GAMMAS)]
 PARTS = 5  # number of parts of the training images; a run validates on one part and trains on the others
-MOST_CLASSES = 200  # with more classes, labels hold only the ten largest, so only the arms of ANY_LABELS run
+MOST_CLASSES = 200  # with more, labels hold ten classes of the teacher, so only ANY_LABELS run
 REFUSED = {"kd", "gamma", "temperature", "kd_weight", "self_kd", "unlabelled", "fold", "resume"}
 
 
@@ -63,14 +64,13 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         rounds = ", ".join(f"{arms} arms of {epochs} epochs" for arms, epochs in zip(self.arms, self.epochs))
-        return f"{rounds}; {self.parts} of {PARTS} parts validate in each round"
+        return f"{rounds}; runs of an arm in a round: {self.parts}"
 
 
 def make_plan(seconds: float, epoch: float, start: float, arms: int, full: int) -> Plan:
-    """Return the longest plan that takes at most `seconds`; raise UserError if none fits.
+    """Return the plan with the most rounds that takes at most `seconds`; raise UserError if none fits.
 
-    The plan first gets more epochs, up to those of the whole training, then more parts. If the time is short, it has
-    fewer rounds.
+    With these rounds it has the most epochs (at most those of the whole training), and then the most parts.
 
     Args:
         seconds: the time that is left
@@ -88,8 +88,9 @@ def make_plan(seconds: float, epoch: float, start: float, arms: int, full: int) 
             cost = sum(size * (count * epoch + start) for size, count in zip(sizes, epochs))
             if cost <= seconds:
                 return Plan(sizes[:rounds], epochs, min(PARTS, int(seconds / cost)))
-    fault = f"one epoch of each of {arms} arms takes {arms * (epoch + start) / 60:.1f} minutes"
-    raise UserError(f"--minutes is too short: {max(seconds, 0) / 60:.1f} are left, and {fault}; finished work is kept")
+    need = f"a run of one epoch of each of {arms} arms takes {arms * (epoch + start) / 60:.2f} minutes"
+    left = f"{max(seconds, 0) / 60:.2f} minutes are left"
+    raise UserError(f"--minutes is too short: {left}, but {need}; finished work is kept")
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def search(trainer: Trainer, names: Sequence[str], plan: Plan, ends: float) -> l
 
 
 def report(rounds: Sequence[dict[str, np.ndarray]], epochs: Sequence[int]) -> str:
-    """Print a table of all arms, then those that the images do not tell apart from the best; return the best's name.
+    """Print a table of all arms, then those that are not significantly behind the best; return the best's name.
 
     Each arm is compared with the best in the last round that has both.
     """
@@ -191,7 +192,7 @@ def report(rounds: Sequence[dict[str, np.ndarray]], epochs: Sequence[int]) -> st
         alike += [name] if name != best and behind <= 2 * error else []
     print("+-: the paired standard error over the images. Arms with fewer epochs left the search in an earlier round.")
     if alike:
-        print(f"not told apart from {best} (two standard errors or less behind): {', '.join(alike)}")
+        print(f"not significantly behind {best} (at most two standard errors): {', '.join(alike)}")
     return best
 
 

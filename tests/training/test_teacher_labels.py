@@ -582,7 +582,7 @@ def test_the_losses_of_the_examples_train_a_student(digits, name):
     [
         (
             ["own.py:wrong"],
-            "--kd must return a loss for each row, (N,), or one value (no --class-weights): got (32, 10)",
+            "--kd must return (N,), a loss for each row, or (without --class-weights) one value: got (32, 10)",
         ),
         (["own.py:one", "--class-weights", "balanced"], ": got ()"),
         (["own.py:nothing"], ": got NoneType"),
