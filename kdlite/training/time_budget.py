@@ -76,10 +76,13 @@ class Length:
         else:
             count = max(1 - progress.epoch, 0, round(left))
         stretch_epochs(self.args, progress.epoch + count)
+        is_new = not progress.epochs or progress.time_limit != self.args.time_limit or old[1] != self.steps
         progress.epochs, progress.steps, progress.time_limit = self.args.epochs, self.steps, self.args.time_limit
         if old == (self.args.epochs, self.steps):
             return False
-        log(f"{self.args.time_limit / 60:.3g} min fit {self.args.epochs} epochs of {self.steps} steps")
+        if is_new:  # the line of an epoch has the corrected number
+            plan = f"{self.args.epochs} epochs of {self.steps} steps in {self.args.time_limit / 60:.3g} min"
+            log(f"plan: {plan}; each epoch corrects the number of epochs")
         return True
 
 
