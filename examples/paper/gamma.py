@@ -1,6 +1,6 @@
 """Compare NKD with a constant gamma and with rules, such as a gamma for each image.
 
-    python examples/paper/gamma.py SOURCE           # 3 draws of 31 runs: about 45 core minutes a draw
+    python examples/paper/gamma.py SOURCE           # 3 draws of 31 runs: about 60 core minutes a draw
 
 SOURCE is the unpacked Tiny-ImageNet. A draw has 20 random classes, and 295 test images of each. The student is a
 ResNet-8 at 32 px from random weights. It is tested after its last epoch. The rules are in gamma_rules.py. The settings:
