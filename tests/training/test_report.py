@@ -84,7 +84,7 @@ def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_pat
         parameters = sum(p.numel() for p in own_models.tiny(10).parameters())
         assert float(cells["parameters, M"]) == pytest.approx(parameters / 1e6, rel=5e-3)
     assert page.locator("h1").inner_text() == " against ".join(folder.name for folder in runs) + " on digits"
-    assert re.search(r" points(, within two standard errors)?\.$", page.locator(".conclusion").inner_text())
+    assert re.search(r" points(, which is at most two standard errors)?\.$", page.locator(".conclusion").inner_text())
     assert page.get_by_role("img", name="top-1 by epoch").count() == 1
     assert page.get_by_role("img", name="accuracy against confidence").count() == len(runs)
     pictures = page.locator("img")
