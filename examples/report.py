@@ -326,7 +326,8 @@ def conclusion(runs: list[Run]) -> tuple[str, str]:
     figure = f"{points:.1f} ± {error:.1f} points"
     text = f"{best.name} is ahead of {second.name} by {figure}"
     if points <= 2 * error:
-        text = f"{best.name} and {second.name} do not differ significantly: by {figure}, which is at most two standard errors"
+        difference = f"by {figure}, which is at most two standard errors"
+        text = f"{best.name} and {second.name} do not differ significantly: {difference}"
     text += speed(best, second)
     about = (
         f"Top-1 of the best epochs on the same {len(best.right)} validation images; ± is one standard error of the "
