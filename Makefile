@@ -16,15 +16,14 @@ serve-demo: runs/demo/nkd/student/student-int8-cpu.onnx
 runs/demo/nkd/student/student-int8-cpu.onnx:
 	$(MAKE) demo
 
-# Three processes for two cores, because a test often waits: for a client, a signal, or another process.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not trial" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not trial" $(ARGS)
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-quick: .venv/installed-dev
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not slow and not trial and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not trial and not gpu"
 
 test-matrix: .venv/installed-dev
 	$(BIN)/python tests/matrix.py
