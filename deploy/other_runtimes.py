@@ -52,10 +52,11 @@ def load_ncnn(path: Path, on: RunOn) -> Runtime:
     stem = path.name.removesuffix(".ncnn.param")
     source = next((file for file in path.parent.glob("*.onnx") if file.stem.replace("-", "_") == stem), None)
     weights = path.with_suffix(".bin")
-    if source is None or not weights.is_file():
-        missing = f"the ONNX file that pnnx read (a - in its name is a _ in {stem})" if source is None else weights.name
-        made = "pnnx student-nchw.onnx inputshape=[1,3,224,224]f32"
-        raise UserError(f"{path} needs {missing} in the same folder; {made} writes these files")
+    if source is None:
+        raise UserError(f"{path} needs the ONNX file that pnnx read, in the same folder (its - is a _ in {stem})")
+    if not weights.is_file():
+        made = f"pnnx {source.name} inputshape=[1,3,224,224]f32"
+        raise UserError(f"{path} needs {weights.name} in the same folder; {made} writes both")
     metadata = load_onnx(source, RunOn("cpu", threads=1)).metadata
     if metadata.input != FLOAT:
         raise UserError(f"{source} takes {metadata.input}: give pnnx the file of deploy.export --input float")

@@ -361,6 +361,39 @@ def test_the_tables_on_the_pages_agree_with_the_files():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("name", "print_tables"), [("practitioner", "print_tables"), ("uskd", "print_table")])
+def test_the_page_has_each_difference_that_an_experiment_prints(name, print_tables, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(PAPER)
+    experiment = load(name)
+    getattr(experiment, print_tables)(rows_of(name))
+    printed = re.sub(r"^\| the domain teacher .*", "", capsys.readouterr().out, flags=re.M)  # the text has its top-1
+    found = re.findall(r"[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)", printed)
+    assert len(found) >= 15
+    page = (PAPER / "README.md").read_text()
+    assert [text for text in found if text not in page] == []
+
+
+def test_the_table_of_the_rules_for_gamma_agrees_with_its_file():
+    section = (PAPER / "README.md").read_text().partition("### Rules for gamma")[2].partition("\n### ")[0]
+    table = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    rows, settings = rows_of("gamma"), table[0][1:]
+    for rule, *cells in table[1:]:
+        name = f"constant_{rule.replace('.', '_')}" if rule[0].isdigit() else rule.replace(" ", "_")
+        for setting, cell in zip(settings, cells, strict=True):
+            means = dict.fromkeys((row["rule"] for row in rows), 0.0)
+            for row in rows:
+                means[row["rule"]] += float(row["top1"]) / 3 if row["setting"] == setting else 0
+            best = max(mean for rule, mean in means.items() if rule.startswith("constant"))
+            top1, _, behind = cell.replace("**", "").partition(" ")
+            assert float(top1) == pytest.approx(means[name], abs=0.0501)
+            assert float(behind.strip("()") or 0) == pytest.approx(means[name] - best, abs=0.0501)
+
+
+def rows_of(name):
+    with open(PAPER / f"results/{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def compare(monkeypatch, *names):
     """Run report.py --compare in this process."""
     monkeypatch.syspath_prepend(PAPER)

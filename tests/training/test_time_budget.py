@@ -119,6 +119,7 @@ def test_a_run_with_a_time_limit_ends_and_its_resume_trains_nothing(tmp_path, ca
     flags = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--img-size", 16, "--reference", 0]
     run(*flags, "--epochs", "3s", "--output", tmp_path / "run")
     printed = capsys.readouterr().out
+    assert printed.count("plan: ") == 1  # the lines of the epochs have the corrected number
     (epochs,) = {int(last) for last in re.findall(r"^epoch \d+/(\d+) ", printed, re.M)[-1:]}
     assert len(rows(tmp_path / "run")) == epochs
     run("--output", tmp_path / "run", "--resume", "--model", f"{MODELS}:tiny", "--device", "cpu")
