@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 # Costly fixture -> the group of the slow tests that use it.
-SHARED = {"trained": "run", "deployed": "run", "made": "device", "runs": "report", "html": "page"}
+SHARED = {"trained": "run", "deployed": "run", "made": "device", "runs": "report", "html": "page", "forks": "forks"}
 
 # A fake camera, which Chromium opens without asking the user.
 CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
@@ -44,6 +44,15 @@ def artefact(tmp_path_factory):
     from serving import write_artefact
 
     return write_artefact(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture
+def forks(tmp_path):
+    from forks import Forks
+
+    forks = Forks(tmp_path)
+    yield forks
+    forks.kill()
 
 
 @pytest.fixture(scope="module")  # because Playwright runs an event loop until it is closed

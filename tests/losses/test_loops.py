@@ -1,30 +1,28 @@
 """Test the loops of examples/loops: gradients, checkpoints, resume and several processes.
 
-The loops run in forks of a process that has imported the libraries, because the imports take longer than the loops.
-Runs with two processes get the environment of torchrun.
+Most of the loops run in forks: see tests/forks.py.
 """
 
 import importlib.util
-import io
-import multiprocessing
 import os
 import re
 import runpy
-import socket
-import sys
-import traceback
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
+from forks import LIBRARIES, Forks, run_script
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPS = sorted((ROOT / "examples" / "loops").glob("*.py"))
-LIBRARIES = ["accelerate", "lightning", "sklearn.datasets", "timm", "torchvision", "transformers"]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("loops")]
+MISSING = [name for name in LIBRARIES if not importlib.util.find_spec(name.partition(".")[0])]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("forks"),
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
+]
 
 
 def load(name):
@@ -34,8 +32,7 @@ def load(name):
 
 def loop(name, *argv):
     """Run the loop, as from the command line."""
-    sys.argv = [name, *map(str, argv)]
-    runpy.run_path(str(ROOT / "examples" / "loops" / name), run_name="__main__")
+    run_script(ROOT / "examples" / "loops" / name, *argv)
 
 
 def loop_under_sgd(name, *argv):
@@ -44,62 +41,9 @@ def loop_under_sgd(name, *argv):
     loop(name, *argv)
 
 
-def _child(environment, log, function, args):
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    text = io.StringIO()
-    try:
-        with redirect_stdout(text), redirect_stderr(text):
-            function(*args)
-    except BaseException:
-        traceback.print_exc(file=text)
-        raise
-    finally:
-        log.write_text(text.getvalue())
-
-
-@pytest.fixture(scope="module")
-def forked():
-    context = multiprocessing.get_context("forkserver")
-    missing = [name for name in LIBRARIES if not importlib.util.find_spec(name.partition(".")[0])]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context.set_forkserver_preload(LIBRARIES)
-    return context.Process
-
-
 @pytest.fixture
-def run(forked, tmp_path):
-    """Return ``run(function, *args, processes=1)``, which returns the output of the first process."""
-
-    def run(function, *args, processes=1):
-        environments = [{}]
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            shared = dict(
-                WORLD_SIZE=str(processes),
-                LOCAL_WORLD_SIZE=str(processes),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-                TORCHELASTIC_RUN_ID="test",
-                GLOO_SOCKET_IFNAME="lo",
-            )
-            environments = [shared | dict(RANK=str(i), LOCAL_RANK=str(i), GROUP_RANK="0") for i in range(processes)]
-        logs = [tmp_path / f"log{i}.txt" for i in range(processes)]
-        children = [forked(target=_child, args=(e, log, function, args)) for e, log in zip(environments, logs)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(120)
-            child.kill()
-            child.join()
-        assert [child.exitcode for child in children] == [0] * processes, "\n".join(log.read_text() for log in logs)
-        return logs[0].read_text()
-
-    return run
+def run(forks):
+    return forks.run
 
 
 def weights(path):
@@ -216,18 +160,15 @@ FAST = ["--optim", "sgd", "--learning_rate", "0.1", "--max_steps", "6"]
 
 
 @pytest.fixture(scope="module")
-def trained(forked, tmp_path_factory):
-    """Run the loop of the Trainer in one process, without gradient accumulation."""
+def trained(tmp_path_factory):
+    """Run the loop of the Trainer in one process, without gradient accumulation; return its folder."""
     output = tmp_path_factory.mktemp("trained")
-    child = forked(target=_child, args=({}, output / "log.txt", loop, ("hf_trainer.py", "--output_dir", output, *FAST)))
-    child.start()
-    child.join(120)
-    assert child.exitcode == 0, (output / "log.txt").read_text()
+    Forks(output).run(loop, "hf_trainer.py", "--output_dir", output, *FAST)
     return output
 
 
 def test_the_trainer_evaluates_and_saves_the_plain_student(trained, run):
-    lines = re.findall(r"^(\w+) +([\d.]+)%, loss ([\d.]+)$", (trained / "log.txt").read_text(), re.M)
+    lines = re.findall(r"^(\w+) +([\d.]+)%, loss ([\d.]+)$", (trained / "log0.txt").read_text(), re.M)
     assert [name for name, _, _ in lines] == ["Trainer", "NKDTrainer", "USKDTrainer"]
     assert all(0 < float(loss) < 3 for _, _, loss in lines)  # because the evaluation computes the cross-entropy alone
     run(assert_loads, trained / "nkd", lines[1])

@@ -2,14 +2,12 @@
 
 import copy
 import io
-import os
 import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from nets import (
     Entry,
     Net,
@@ -574,10 +572,9 @@ def test_auxiliary_outputs_are_refused_in_training():
 # ---- two ranks ----
 
 
-def _rank(rank, world, path):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+def train_on_a_rank(path):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     torch.manual_seed(0)
     student = WithWeakHead(Net(), "layer1", example_input=images())
     ddp = nn.parallel.DistributedDataParallel(student)
@@ -592,8 +589,8 @@ def _rank(rank, world, path):
 
 
 @pytest.mark.slow
-def test_two_ranks_under_ddp_have_equal_gradients(tmp_path):
-    mp.spawn(_rank, (2, tmp_path), nprocs=2)
+def test_two_ranks_under_ddp_have_equal_gradients(tmp_path, forks):
+    forks.run(train_on_a_rank, tmp_path, processes=2)
     first, second = (torch.load(tmp_path / f"grads{rank}.pt") for rank in range(2))
     for a, b in zip(first, second):
         assert torch.equal(a, b)

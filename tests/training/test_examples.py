@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from deploy.cli import UserError
+from kdlite.training import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -328,15 +329,13 @@ def test_a_missing_folder_of_photographs_is_reported_before_any_training(missing
 
 
 @pytest.mark.slow
-def test_a_stopped_command_stops_its_training(tmp_path):
+def test_a_stopped_command_stops_its_training(tmp_path, forks):
     training = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", training]
-    program = f"from pathlib import Path; from kdlite.training.launch import run; run({command!r}, Path('x/y'))"
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    forks.start(launch.run, [sys.executable, "-c", training], tmp_path / "x/y")
     log = tmp_path / "x/log.txt"
     wait_until(lambda: log.exists() and log.read_text().strip())
-    parent.terminate()
-    parent.wait(30)
+    forks.children[0].terminate()
+    forks.wait(30)
     wait_until(lambda: not Path(f"/proc/{log.read_text().strip()}").exists())
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -59,12 +58,11 @@ def test_the_calibration_error_equals_that_of_a_plain_loop():
 
 
 @pytest.mark.slow
-def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_path):
-    command = [sys.executable, ROOT / "examples/report.py", *runs, tmp_path, "-o", tmp_path / "page.html"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path}/page.html\n"
-    assert done.stderr == f"skipped: {tmp_path} is not a run of train.py, or has no finished epoch\n"
+def test_the_page_shows_every_run_and_loads_no_other_file(runs, browser, tmp_path, capsys):
+    report.run(report.parser.parse_args([*map(str, runs), str(tmp_path), "-o", f"{tmp_path}/page.html"]))
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path}/page.html\n"
+    assert printed.err == f"skipped: {tmp_path} is not a run of train.py, or has no finished epoch\n"
 
     page = browser.new_page(viewport={"width": 390, "height": 800})
     problems, requested = [], []

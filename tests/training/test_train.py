@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import run_script
 from PIL import Image
 from running import args_of, opened, refused, rows, run
 from safetensors.torch import load_file
@@ -637,12 +638,11 @@ def test_a_cached_run_trains_resumes_exactly_and_names_corrupt_images(photos, ca
     assert all(torch.equal(state["model"][name], again["model"][name]) for name in state["model"])
 
 
-@pytest.mark.trial
-def test_two_ranks_share_the_cache(photos):
+@pytest.mark.slow
+def test_two_ranks_share_the_cache(photos, forks):
     flags = ["--device", "cpu", "--data", photos, "--recipe", "cifar", "--model", f"{MODELS}:tiny", "--img-size", 16,
              "--epochs", 2, "--batch-size", 8, "--cache", "device", "--workers", 0, "--output", "two"]  # fmt: skip
-    two = script(*flags, command=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"], env={"GLOO_SOCKET_IFNAME": "lo"})
-    assert two.returncode == 0, two.stderr
+    forks.run(run_script, ROOT / "train.py", *flags, processes=2)
     measured, saved = accuracy("two", photos)
     assert measured == pytest.approx(saved)
 
@@ -817,7 +817,7 @@ def test_a_failed_save_of_the_best_checkpoint_leaves_the_last_one_unchanged(monk
 
 
 @pytest.mark.slow
-def test_two_ranks_train_one_model_and_validate_each_image_once(photos):
+def test_torchrun_trains_one_model_on_two_ranks_and_validates_each_image_once(photos):
     flags = ["--device", "cpu", "--data", photos, "--recipe", "digits", "--model", f"{MODELS}:tiny", "--img-size", 16,
              "--self-kd", "uskd", "--kd", "nkd", "--teacher", f"{MODELS}:tiny", "--epochs", 2, "--batch-size", 8,
              "--workers", 0, "--grad-accum", 2, "--output", "two"]  # fmt: skip
@@ -1002,16 +1002,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(capsys
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_last_good_checkpoint(photos):
+def test_a_full_disk_keeps_the_last_good_checkpoint(photos, forks):
     run(*TINY, "--data", photos, "--batch-size", 8, "--workers", 0, "--output", "out")
     kept = Path("out/last.pt").read_bytes()
-    result = script(
-        *RESUME, "--epochs", 2,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2,) * 2),
-    )  # fmt: skip
-    assert result.returncode == 2, result.stderr
-    assert re.search(r"could not save out/\w+.pt: File too large; the old file is kept", result.stderr)
-    assert "Traceback" not in result.stderr
+    forks.start(script_with_small_files, len(kept) // 2, *RESUME, "--epochs", 2)
+    (status,), (text,) = forks.wait()
+    assert status == 2, text
+    assert re.search(r"could not save out/\w+.pt: File too large; the old file is kept", text)
+    assert "Traceback" not in text
     assert Path("out/last.pt").read_bytes() == kept
     assert not list(Path("out").glob("**/*.partial"))
     torch.load("out/last.pt", weights_only=True)
+
+
+def script_with_small_files(size, *flags):
+    """Run train.py in a process that may write files of at most `size` bytes, which acts as a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    run_script(ROOT / "train.py", *flags)
