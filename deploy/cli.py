@@ -291,7 +291,7 @@ class ProgressBar:
     """Iterate over things and show the progress on stderr: tqdm's bar on a terminal, otherwise a line now and then."""
 
     things: Iterable[Any]
-    what: str  # the label, a word or two
+    label: str  # a word or two
     total: int | None = None  # number of units; None: len(things) * each if things have a length
     each: int = 1  # units per thing, such as images per batch
     first: int = 0  # things done before a resume
@@ -328,15 +328,15 @@ class ProgressBar:
             return None
         bar, done = importlib.import_module("tqdm").tqdm, self.first * self.each
         unit = f" {self.unit}" if self.unit else "it"
-        return bar(total=self.total, desc=printable(self.what), initial=done, leave=False, unit=unit)
+        return bar(total=self.total, desc=printable(self.label), initial=done, leave=False, unit=unit)
 
     def line(self, count: int, seconds: float) -> str:
         done, rate = (self.first + count) * self.each, count * self.each / seconds
-        parts = [f"{self.what}: {done:,}", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", self.postfix]
+        parts = [f"{self.label}: {done:,}", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", self.postfix]
         unit = f" {self.unit}" if self.unit else ""
         parts[1] += f"{unit} a second"
         if self.total:
-            parts[0] = f"{self.what}: {min(done, self.total):,} of {self.total:,}{unit}"
+            parts[0] = f"{self.label}: {min(done, self.total):,} of {self.total:,}{unit}"
             parts.insert(2, f"{max(0.0, self.total - done) / rate / 60:.1f} min left")
         return ", ".join(filter(None, parts))
 

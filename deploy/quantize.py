@@ -207,8 +207,8 @@ def calibrate(
     batches = [images[i::count] for i in range(count)]  # each has images from the whole list
     augmented = prepared.with_name("augmented.onnx")
 
-    def ranges_by(calibrator: Any, what: str) -> dict[str, tuple[Any, Any]]:
-        for batch in ProgressBar(batches, what, each=size, total=len(images), unit="images"):
+    def ranges_by(calibrator: Any, label: str) -> dict[str, tuple[Any, Any]]:
+        for batch in ProgressBar(batches, label, each=size, total=len(images), unit="images"):
             with quiet_library():
                 calibrator.collect_data(OneBatch(batch, metadata))
         with quiet_library():
@@ -518,12 +518,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--count {args.count}, but the reference has {len(images)}: train.py --reference N keeps N")
     images = images[evenly(len(images), args.count or len(images))]
     if args.reduce_range is None and products_saturate():
-        what = (
+        consequence = (
             "the weights get 7 bits"
             if args.target == "cpu"
             else "on a GPU the file agrees more often with the fp32 file than on this CPU"
         )
-        log(f"the 8-bit products of this CPU saturate (x86 without VNNI): {what}")
+        log(f"the 8-bit products of this CPU saturate (x86 without VNNI): {consequence}")
     recipe = Recipe(args.target, args.op_types, args.method or "minmax", args.reduce_range)
     bound = None
     if args.max_drop is not None:

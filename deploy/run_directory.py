@@ -158,9 +158,9 @@ def read_split(file: Path) -> dict[str, str] | None:
     return dict(rows)  # type: ignore[arg-type]
 
 
-def read_csv(file: Path, what: str) -> list[list[str]]:
+def read_csv(file: Path, content: str) -> list[list[str]]:
     try:
         lines = io.StringIO(read_file(file).decode("utf-8-sig"), newline="")
         return [row for row in csv.reader(lines) if row]
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read as {what}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file} cannot be read as {content}: {' '.join(str(error).split())}") from error

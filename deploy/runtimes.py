@@ -115,8 +115,8 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     kind = "" if path.is_dir() else path.suffix or "without a suffix"
     exists = path.is_dir() or path.is_file()
     if kind not in LOADERS or not exists:
-        what = "unknown kind of artefact" if exists else "no such file or folder"
-        raise UserError(f"{path}: {what}; expected a student/ folder, or a .ts, .pt2, .onnx, .engine or .param file")
+        fault = "unknown kind of artefact" if exists else "no such file or folder"
+        raise UserError(f"{path}: {fault}; expected a student/ folder, or a .ts, .pt2, .onnx, .engine or .param file")
     if on.device == "tensorrt" and kind != ".onnx":
         fault = f"is ONNX Runtime's TensorRT provider and needs an .onnx file, but {path.name} is not one"
         raise UserError(f"--device tensorrt {fault}: use --device cuda")

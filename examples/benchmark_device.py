@@ -50,16 +50,16 @@ def run(args: argparse.Namespace) -> None:
     if not args.artefact.is_file():
         raise UserError(f"{args.artefact}: no such file")
     print(f"{args.python}, {args.tree}, median of {args.rounds}")
-    for what, program in PROGRAMS.items():
+    for label, program in PROGRAMS.items():
         program = MEASURE.format(program=program.format(file=str(args.artefact.resolve())))
         rows = []
         for _ in range(args.rounds):
             result = subprocess.run([args.python, "-c", program], cwd=args.tree, capture_output=True, text=True)
             if result.returncode:
-                raise UserError(f"{what}: {result.stderr.strip().splitlines()[-1]}")
+                raise UserError(f"{label}: {result.stderr.strip().splitlines()[-1]}")
             rows.append(json.loads(result.stdout))
         median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        print(f"{what}: {median['cpu_s']:.2f} CPU s, {median['mib']:.0f} MiB, {median['modules']:.0f} modules, "
+        print(f"{label}: {median['cpu_s']:.2f} CPU s, {median['mib']:.0f} MiB, {median['modules']:.0f} modules, "
               f"{median['packages']:.0f} packages of {median['disk_mb']:.0f} MB on disk")  # fmt: skip
 
 

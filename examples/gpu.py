@@ -54,7 +54,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Row(NamedTuple):
     """Hold a line of the table."""
 
-    what: str
+    label: str
     result: str  # passed, failed or skipped
     figures: str  # with their units, or the reason of a failure
 
@@ -158,8 +158,8 @@ def losses(shape: tuple[int, int], dtype: torch.dtype, device: str, seconds: flo
                 figures += f", {100 * 5 * u / copy_bandwidth() / times[name]:.0f} % of a copy's bandwidth"
             waits = waits_for_the_device(loss, inputs)
             figures += ", the host waits for the GPU" if waits else ", host reads 0"
-        what = f"{name}{', compiled' * compiled}, {title(shape, dtype)}"
-        yield Row(what, "failed" if waits else "passed", figures)
+        label = f"{name}{', compiled' * compiled}, {title(shape, dtype)}"
+        yield Row(label, "failed" if waits else "passed", figures)
 
 
 def title(shape: tuple[int, int], dtype: torch.dtype) -> str:
@@ -263,15 +263,17 @@ def timed(name: str, place: Place, student: Path) -> Iterator[Row]:
         raise UserError((done.stderr.strip().splitlines() or ["no output"])[-1])
     energy = []
     for row in json.loads(done.stdout)["rows"]:
-        what = f"{name}, {row['artefact']}"
+        label = f"{name}, {row['artefact']}"
         if "failed" in row:
-            yield Row(what, "failed", row["failed"])
+            yield Row(label, "failed", row["failed"])
             continue
-        what += f", {row['runtime']}, batch {row['batch']}"
+        label += f", {row['runtime']}, batch {row['batch']}"
         figures = f"{row['provider']}: {row['p50_ms']:.2f} ms (p50), {row['images_per_s']:.0f} images/s"
-        yield Row(what, "passed", f"{figures}, {row.get('times_eager') or 1:.2f}x torch eager")
+        yield Row(label, "passed", f"{figures}, {row.get('times_eager') or 1:.2f}x torch eager")
         if row["mj_per_image"] is not None:
-            energy.append(Row(f"energy, {what.partition(', ')[2]}", "passed", f"{row['mj_per_image']:.1f} mJ an image"))
+            energy.append(
+                Row(f"energy, {label.partition(', ')[2]}", "passed", f"{row['mj_per_image']:.1f} mJ an image")
+            )
     yield from energy
     if not energy:
         missing = "the GPU has no counter, or pynvml is missing" if place.device == "cuda" else NEEDS_GPU
@@ -311,12 +313,12 @@ def list_checks(place: Place) -> list[Check]:
     found.append(Check(f"one rank of {backend}", functools.partial(one_rank, backend, device)))
 
     student, export = place.output / "bf16/student", ["deploy.export", "bf16", "--format", "onnx"]
-    for what, *command in (
+    for label, *command in (
         ("export", *export),
         ("export", *export, "--precision", "fp16"),
         ("quantize", "deploy.quantize", "bf16", "--target", "tensorrt"),
     ):
-        name = f"{what}{' fp16' * ('fp16' in command)}"
+        name = f"{label}{' fp16' * ('fp16' in command)}"
         found.append(Check(name, functools.partial(written, name, place, *command)))
     files = {"fp32": "student.onnx", "fp16": "student-fp16.onnx", "int8": "student-int8-tensorrt.onnx"}
     for provider in ("cpu", "cuda", "tensorrt"):
@@ -404,7 +406,7 @@ def main() -> int:
         for check in checks:
             for row in run_check(check, place):
                 rows.append(row)
-                print(f"{row.result:8} {row.what}: {row.figures}", flush=True)
+                print(f"{row.result:8} {row.label}: {row.figures}", flush=True)
     text = markdown(rows, args.device)
     (output / "table.md").write_text(text)
     print(f"\n{text}\n{output}/table.md", flush=True)

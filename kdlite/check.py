@@ -256,8 +256,8 @@ class Subject:
         tensors = dict(student=leaves[0].clone(), teacher=leaves[1].clone(), target=case.target.clone())
         value = self(order, tensors, numbers)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"the loss must return the mean over the batch, one value, got {what}")
+            returned = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"the loss must return the mean over the batch, one value, got {returned}")
         if not value.requires_grad:
             return torch.zeros_like(leaves[0]), False
         found = torch.autograd.grad(value, leaves, allow_unused=True)

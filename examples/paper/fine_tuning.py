@@ -140,20 +140,20 @@ def main() -> None:
                     found = {row: run_timm(root, weights, args.timm.resolve(), flags, seed, output.resolve())}
                 else:
                     continue
-                for what, (percent, seconds) in found.items():
-                    passes = "" if what == "linear probe" else epochs
-                    rows.append({"folder": name, "draw": str(seed), "row": what, "epochs": passes,
+                for label, (percent, seconds) in found.items():
+                    passes = "" if label == "linear probe" else epochs
+                    rows.append({"folder": name, "draw": str(seed), "row": label, "epochs": passes,
                                  "top1": f"{percent:.2f}", "cpu_s": f"{seconds:.0f}"})  # fmt: skip
                     print(*rows[-1].values(), flush=True)
                 write_results(RESULTS, rows)
     print(f"| | {' | '.join(FOLDERS)} | CPU seconds |\n|---|{'---|' * (len(FOLDERS) + 1)}")
-    for what in ("kdlite", "linear probe", "fastai", "timm", "timm, AdamW"):
-        mine = [row for row in rows if row["row"] == what]
+    for label in ("kdlite", "linear probe", "fastai", "timm", "timm, AdamW"):
+        mine = [row for row in rows if row["row"] == label]
         cells = [[float(row["top1"]) for row in mine if row["folder"] == name] for name in FOLDERS]
         seconds = [float(row["cpu_s"]) for row in mine]
         if mine:
             means = [f"{statistics.mean(cell):.1f}" if cell else "" for cell in cells]
-            print(f"| {what} | {' | '.join(means)} | {min(seconds):.0f} to {max(seconds):.0f} |")
+            print(f"| {label} | {' | '.join(means)} | {min(seconds):.0f} to {max(seconds):.0f} |")
 
 
 if __name__ == "__main__":

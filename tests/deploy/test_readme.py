@@ -34,7 +34,7 @@ def blocks(page):
 
 def test_only_pages_with_a_test_contain_python():
     assert {str(page.relative_to(ROOT)) for page in PAGES if blocks(page)} == {
-        "README.md", "examples/training.md", "deploy/README.md",
+        "README.md", "examples/training.md", "deploy/serving.md",
     }  # fmt: skip
 
 
@@ -79,8 +79,8 @@ def test_the_python_on_the_training_page_opens_a_student(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_client_on_the_page_of_deploy_gets_an_answer(artefact):
-    (block,) = blocks("deploy/README.md")
+def test_the_client_on_the_page_about_serving_gets_an_answer(artefact):
+    (block,) = blocks("deploy/serving.md")
     with server(artefact) as (_, port):
         names = {}
         exec(block.replace("8000", str(port)).replace("32, 32", "16, 16"), names)

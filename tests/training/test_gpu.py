@@ -43,15 +43,15 @@ def test_without_a_gpu_every_check_runs_on_the_cpu_or_is_skipped(tmp_path):
     results = [result for _, result, _ in rows]
     passed, skipped = results.count("passed"), results.count("skipped")
     assert f"\n{passed} passed, 0 failed, {skipped} skipped\n" in text
-    for what, result, figures in rows:
+    for label, result, figures in rows:
         if result == "skipped":
             assert figures == "needs a CUDA GPU"
         else:
-            assert re.search(r"\d", figures), what
-    names = " ".join(what for what, result, _ in rows if result == "passed")
+            assert re.search(r"\d", figures), label
+    names = " ".join(label for label, result, _ in rows if result == "passed")
     for part in ("nkd_loss", "uskd_loss", "--amp bf16", "gloo", "export fp16", "cpu, int8", "benchmark", "step"):
         assert part in names
-    names = " ".join(what for what, result, _ in rows if result == "skipped")
+    names = " ".join(label for label, result, _ in rows if result == "skipped")
     for part in ("copy", "compiled", "fp16", "--cache", "--compile", "cuda, fp32", "tensorrt", "engine", "energy"):
         assert part in names
 
