@@ -49,6 +49,7 @@ def test_the_vectors_contain_pictures_their_prepared_bytes_and_their_logits(stud
     assert max(shapes) > 8
 
 
+@pytest.mark.slow
 def test_no_jpeg_is_large_enough_for_a_reduced_scale(student):
     """Only some decoders can reduce a JPEG, so no picture may be that large, at any input size."""
     for size in ([3, 64, 64], [3, 16, 16], [3, 300, 20], [1, 700, 700]):

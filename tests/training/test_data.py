@@ -210,6 +210,7 @@ def test_a_resume_is_refused_if_a_class_lacks_validation_images(tmp_path):
     assert "no image of eel for validation" in refusal(folder, sides=sides)
 
 
+@pytest.mark.slow
 def test_check_reads_only_the_validation_images_that_a_run_split_off(tmp_path, capsys):
     folder = make(tmp_path / "photos", {"cat": 12, "dog": 8})
     write_student(tmp_path / "run/student", f"{MODELS}:tiny", 16, ["cat", "dog"])

@@ -87,6 +87,7 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.slow
 def test_a_command_that_takes_too_long_is_ended_with_its_processes(tmp_path):
     code = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
     with pytest.raises(UserError, match="the time was over"):

@@ -693,6 +693,7 @@ def test_a_run_prints_and_skips_a_corrupt_image(photos, capfd):
     assert top1 * 16 == pytest.approx(round(top1 * 16), abs=1e-4)  # 16 images count, not 17
 
 
+@pytest.mark.slow
 def test_a_pass_without_a_readable_image_is_refused(photos, capfd):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
     run(*TINY, "--data", photos, "--batch-size", 8, "--grad-accum", 8, "--output", "out", check=2)
