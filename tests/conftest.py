@@ -11,10 +11,8 @@ SHARED = {"trained": "run", "deployed": "run", "made": "device", "runs": "report
 # A fake camera, which Chromium opens without asking the user.
 CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the process that starts the others imports no torch
-    import torch
-
-    torch.set_num_threads(1)  # because more threads would compete for the cores
+# Before torch is imported. More threads would compete for the cores, and change the last bits of a sum.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_itemcollected(item):

@@ -13,8 +13,6 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ["accelerate", "lightning", "sklearn.datasets", "timm", "torchvision", "transformers"]
 
@@ -25,7 +23,6 @@ class Forks:
     def __init__(self, folder: Path):
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
-        os.environ["OMP_NUM_THREADS"] = "1"
         self.context.set_forkserver_preload(LIBRARIES)
         self.children = []
 
@@ -72,7 +69,6 @@ def call(environment, log, pickled):
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # because nohup ignores it
-    torch.set_num_threads(1)
     function(*args)
 
 
