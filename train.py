@@ -77,12 +77,13 @@ FLAGS: Table = {
         "pretrained": Flag(False, "start from the library's ImageNet weights (a download), or from the matching "
                            "weights of a student/ folder, a .safetensors or a .pth", path=True, nargs="?", const=True,
                            metavar="FILE"),
-        "teacher": Flag(None, "as --model; a model of a library gets its ImageNet weights (a download), "
-                        "NAME:FILE the weights in a file", path=True),
+        "teacher": Flag(None, "as --model; NAME of a library: with its ImageNet weights (a download); "
+                        "NAME:FILE: with the weights of a file", path=True),
         "teacher_labels": Flag(None, "a folder of stored answers instead of --teacher; python -m "
                                "kdlite.training.teacher_labels writes it", path=True),
-        "teacher_classes": Flag(None, "CSV file; each line has a class, then the teacher's name of it or the teacher's "
-                                "column; default: classes are matched by name", needs=["teacher"], path=True),
+        "teacher_classes": Flag(None, "CSV file; each line has a class, then the teacher's name for it or its index in "
+                                "the teacher's logits; default: classes are matched by name", needs=["teacher"],
+                                path=True),
     },
     "distillation, added to the cross-entropy": {
         "kd": Flag(None, "loss with --teacher: nkd; kd (classic temperature KD); or file.py:function, a function of "

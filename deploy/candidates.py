@@ -8,9 +8,9 @@ On the device, with Python 3.10 or later:
     python3 -m pip install -r requirements.txt
     python3 candidates.pyz --budget-ms 20 --threads 1
 
-The command exports each network, by torchvision's or timm's name, in fp32 and in INT8 for CPUs, calibrated on noise. On
-the device the file prints a table: milliseconds, memory and file size in fp32 and INT8, and the published top-1 on
-ImageNet, for torchvision's models only. It marks the networks that fit the budget, and prints the best of them.
+Names are those of torchvision or timm. The command exports each network in fp32 and in INT8 for CPUs (calibrated on
+noise). On the device the file prints a table: milliseconds, memory and file size in fp32 and INT8, and the published
+top-1 on ImageNet, for torchvision's models only. It marks the networks that fit the budget, and prints the best one.
 """
 
 from __future__ import annotations
@@ -151,17 +151,17 @@ def verdict(rows: list[dict[str, Any]], budget_ms: float) -> str:
     fitting = [row for row in rows if row["fits"] != "no"]
     known = [row for row in fitting if row["top1"] is not None]
     unknown = [row["network"] for row in fitting if row["top1"] is None]
-    also = f"; no published top-1 here, so not compared: {', '.join(unknown)}" if unknown else ""
+    also = f"; not compared, because this table has no top-1 for them: {', '.join(unknown)}" if unknown else ""
     if not any(row[f"{precision}_ms"] for row in rows for precision in ("fp32", "int8")):
         return "no network ran: the column failed has the reasons"
     if not fitting:
         fastest = min((row[f"{p}_ms"], row["network"], p) for row in rows for p in ("fp32", "int8") if row[f"{p}_ms"])
         return f"no network fits in {budget_ms:g} ms; the fastest is {fastest[1]} in {fastest[2]}: {fastest[0]:.2f} ms"
     if not known:
-        return f"within {budget_ms:g} ms, without a published top-1 here: {', '.join(unknown)}"
+        return f"within {budget_ms:g} ms: {', '.join(unknown)}; none has a published top-1 in this table"
     best = max(known, key=lambda row: row["top1"])
     precision = "fp32" if "fp32" in best["fits"] else "int8"
-    note = "" if precision == "fp32" else ", in INT8 only: quantize --max-drop bounds its loss"
+    note = "" if precision == "fp32" else "; only its INT8 file fits: limit its drop in top-1 with quantize --max-drop"
     return (
         f"best within {budget_ms:g} ms: {best['network']}, {best[f'{precision}_ms']:.2f} ms in {precision}, "
         f"published top-1 {best['top1']:.1f} %{note}{also}"

@@ -20,9 +20,9 @@ The columns:
     top1_answered     the top-1 of these images; the answer to the others is "none of these"
 
 The exit status is 1 if an artefact is outside the tolerance of its precision or has no tolerance, cannot run here, or
-was made from other weights. If you name no file, the command skips the files that need torch or ncnn if this package is
-missing, and prints their names. The command writes check.json, and per_class.csv of the student's own answers; with
-matplotlib also confusion.png.
+was made from other weights. If you name no file, the command skips files that need torch if torch is missing, and
+files that need ncnn if ncnn is missing, and prints their names. The command writes check.json, and per_class.csv of the
+student's own answers; with matplotlib also confusion.png.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ from deploy.runtimes import (
 BATCHES = (1, 2, 5, 64)
 LARGEST = max(BATCHES)
 # Largest error of a logit relative to the largest logit, smallest agreement in percent, largest loss of top-1 in
-# points. Each error is five times the largest error of nine architectures. On a GPU fp32 may be TF32: fp16's values.
+# points. Each error is five times the largest error of nine architectures. On a GPU fp32 may be computed in TF32, so
+# the values of fp16 apply there.
 TOLERANCES = {
     "fp32": dict(error=1e-4, agreement=99.9, drop=0.1),
     "fp16": dict(error=3e-2, agreement=99.0, drop=0.5),

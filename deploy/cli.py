@@ -366,8 +366,8 @@ def student_folder(path: Path) -> Path:
 
 
 def file_of(student: Path, name: str) -> Path:
-    """Return the path of a file that a flag names: without a /, a file in the student's folder comes first."""
-    inside = student / name  # an absolute name stays, with the type of the path: in a .pyz it is a PackedPath
+    """Return the path of a file that a flag names. If the name has no /, look in the student's folder first."""
+    inside = student / name  # for an absolute name: this name, with the type of student (PackedPath in a .pyz)
     return inside if (os.sep not in name or os.path.isabs(name)) and inside.is_file() else Path(name)
 
 
@@ -378,7 +378,7 @@ def make_folder(folder: Path) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; --output names another folder") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder with --output") from error
 
 
 def read_file(path: Path, most: int | None = None) -> bytes:
@@ -394,16 +394,16 @@ def read_file(path: Path, most: int | None = None) -> bytes:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether the name of a file or folder is hidden, or is that of macOS's resource forks in a zip file."""
+    """Return whether a name begins with a dot, or is __MACOSX, a folder that macOS adds to zip files."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def files_in(folder: Path) -> Iterator[str]:
     """Yield the files of a folder and its subfolders, without hidden ones (is_hidden); follow links.
 
-    Raise UserError for a subfolder that cannot be read, or that is a link to a folder around it. os.walk and Path.rglob
-    skip an unreadable folder without an error, Path.rglob skips links to folders, and os.walk follows a link to a
-    folder around it 40 times.
+    Raise UserError for a subfolder that cannot be read, or that is a link to a folder that contains it. os.walk and
+    Path.rglob skip an unreadable folder without an error, and Path.rglob skips links to folders. os.walk follows a
+    link to a folder that contains this link 40 times.
     """
     waiting = [(str(folder), frozenset([os.path.realpath(folder)]))]
     while waiting:

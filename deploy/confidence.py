@@ -112,7 +112,7 @@ def check_temperature(
     """
     if temperature is None:
         low, high = TEMPERATURES
-        outside = f"its best value is outside {low:g} to {high:g} (0 if every answer is right)"
+        outside = f"the best value is not between {low:g} and {high:g} (if every answer is right, it is 0)"
         return None, f"temperature is not fitted: {outside}"
     right = logits.argmax(1) == labels
     before, after = (

@@ -1,7 +1,7 @@
 """Read the flags of train.py from one table, add a recipe, and reject flags that contradict each other.
 
     typed = read_flags(FLAGS, argv)                       # only the flags on the command line
-    args, given = settle_flags(FLAGS, typed, saved)       # later overrides: defaults, recipe, run, command line
+    args, given = settle_flags(FLAGS, typed, saved)       # defaults < recipe < resumed run < command line
 
 This module does not import torch, because that takes seconds, and `--help` and errors about flags must be fast. It is
 in deploy/ because every module of kdlite imports torch.
@@ -141,7 +141,7 @@ def absolute(name: str) -> str:
 
 
 def absolute_model(name: str) -> str:
-    """Return the absolute path of an existing path, except for the name of a library's model without a /."""
+    """Return the absolute path of an existing path. A name without a / that a library's model has stays unchanged."""
     if os.sep not in name and os.path.exists(name):
         from deploy.student import is_library_model  # only now, because it imports torch
 
@@ -153,7 +153,7 @@ def is_path_of_folder(model: str) -> bool:
     return os.path.isabs(model) and os.path.isdir(model)  # read_flags makes paths absolute
 
 
-# ---- each overrides the earlier ones: defaults, recipe, resumed run, command line -----------------------------------
+# ---- defaults < recipe < resumed run < command line: the later one overrides ----------------------------------------
 
 
 def settle_flags(
@@ -226,7 +226,7 @@ def check_saved(table: Table, flags: dict[str, Flag], saved: dict[str, Any], typ
         code = next((value for value in values if flag.path and is_code(value)), None)
         if code and name not in typed:
             fault = f"the run was started with code, {option(name)} {code}: give that flag again"
-            raise UserError(f"{fault}; train.py does not run code that only the run directory names")
+            raise UserError(f"{fault}; train.py runs code only if the command line names it")
         before = saved.get(name, recipe.get(name, flag.default))
         if saved and name in AT_THE_START and typed.get(name, before) != before:
             fault = f"{option(name)} was {before} when this run began"
@@ -342,7 +342,7 @@ def pick_recipe(
     """Return a recipe that fits a folder of photographs, and a line that explains it.
 
     With random weights, 100,000 or more images of at least 100 px get imagenet-cnn. Any other folder gets AdamW, a
-    cosine schedule, and batches of 16 to 64 images (32 for some thousand images, fewer than 16 if the folder has
+    cosine schedule, and batches of 16 to 64 images (32 from about 2,500 images, fewer than 16 if the folder has
     fewer). Its epochs make about STEPS or FINE_TUNING_STEPS steps, within limits.
 
     Args:
@@ -368,7 +368,7 @@ def pick_recipe(
     recipe |= dict(warmup_epochs=epochs / 20, step_epochs=[epochs / 2, epochs * 3 / 4], step_factor=0.1)
     recipe |= dict(opt="adamw", weight_decay=0.05, schedule="cosine", hflip=0.5, label_smoothing=0.1)
     recipe |= dict(crop="resized", eval_crop=0.875) if side > 64 else dict(crop="pad", eval_crop=1.0)
-    if pretrained:  # few images spoil batch norms' statistics: freezing gains 9 points (examples/paper/LOG.md)
+    if pretrained:  # batch norms have poor statistics after few images: freezing gains 9 points (examples/paper/LOG.md)
         recipe |= dict(freeze_batch_norm=True)
     start = (
         "pretrained weights with frozen batch norms" if pretrained else "a 3x3 stem" if small_stem else "random weights"

@@ -153,7 +153,7 @@ def import_command(archive: Path, name: str) -> ModuleType:
 
 
 def dispatch_candidates(archive: Path, folder: Path, argv: list[str]) -> int | None:
-    """Run the one command of an archive of deploy.candidates."""
+    """Run the only command of an archive that deploy.candidates wrote."""
     if argv == ["--requirements"]:
         print(RUNNING + ONNX, end="")
         return 0
@@ -164,7 +164,7 @@ def dispatch_candidates(archive: Path, folder: Path, argv: list[str]) -> int | N
 
 
 def describe(parser: Parser, name: str, artefact: Path) -> None:
-    """Change --help for the device: hide the flags for the student, and the examples with a run directory."""
+    """Shorten --help for an archive: hide the flags that name the student, and the examples with a run directory."""
     first = (parser.description or "").partition("\n\n")[0]
     parser.description = f"{first}\n\nThe student is {artefact.name}."
     for action in parser._actions:  # argparse has no public way to hide an argument

@@ -53,7 +53,7 @@ def load_ncnn(path: Path, on: RunOn) -> Runtime:
     source = next((file for file in path.parent.glob("*.onnx") if file.stem.replace("-", "_") == stem), None)
     weights = path.with_suffix(".bin")
     if source is None:
-        raise UserError(f"{path} needs the ONNX file that pnnx read, in the same folder (its - is a _ in {stem})")
+        raise UserError(f"{path} needs its ONNX file in the same folder (pnnx replaced each - in the name by _)")
     if not weights.is_file():
         made = f"pnnx {source.name} inputshape=[1,3,224,224]f32"
         raise UserError(f"{path} needs {weights.name} in the same folder; {made} writes both")

@@ -18,7 +18,7 @@ import numpy as np
 
 from deploy.cli import UserError, printable, write_whole
 
-LABELLED, NUMBERED = 60, 20  # largest number of classes for names on the axes, for numbers in the cells
+LABELLED, NUMBERED = 60, 20  # up to so many classes: names on the axes; numbers in the cells
 FORMULA = tuple("=+-@\t\r\n")  # first characters of a cell that a spreadsheet may compute
 MAX_DRAWN = 2000  # largest number of classes of the picture; with more, a cell is smaller than a pixel
 

@@ -6,9 +6,10 @@ Training's evaluation, check, quantize, serve and predict all use prepare(). It 
 height, in two passes, so that Pillow 10 to 13 give the same bytes. Torchvision's Resize and CenterCrop with Pillow 10
 to 12 give these bytes too; Pillow 13 picks the order of the passes by the shape of the image.
 
-A JPEG with at least eight times the side that the resize needs is decoded at a smaller scale (Image.draft), which still
-has at least four times that side. This takes half the time, and changes a value (0 to 255) by a few tenths on
-average. examples/benchmark_preprocess.py measures both, and how often the class changes.
+If the sides of a JPEG are at least eight times as long as the resize needs, it is decoded at a smaller size
+(Image.draft). Its sides are then still at least four times as long as the resize needs. This takes half the time, and
+changes a value (0 to 255) by a few tenths on average. examples/benchmark_preprocess.py measures both, and how often the
+class changes.
 
 An image is turned upright, as its EXIF describes. A transparent image is composited on white, so that the colour under
 its transparency does not matter. Greys of 16 bits are scaled to 8 by the range of their type. An image whose range is
@@ -31,7 +32,7 @@ from PIL import Image, UnidentifiedImageError
 from deploy.config import INTERPOLATIONS, Metadata
 
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
-MAX_PIXELS = 64_000_000  # most pixels after the resize: a long strip, in a file of 94 bytes, could need gigabytes
+MAX_PIXELS = 64_000_000  # limit after the resize: a long strip, in a file of 94 bytes, could need gigabytes
 # Pillow's names of formats that it decodes itself; EPS and WMF would run other programs.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI"),
@@ -233,7 +234,7 @@ def resize(image: Image.Image, size: tuple[int, int], interpolation: str) -> Ima
 def resized_size(size: tuple[int, int], metadata: Metadata) -> tuple[int, int]:
     """Return (width, height) before the centre crop.
 
-    The resize keeps the proportions of the image only if the input is square.
+    The resize keeps the proportions of the image only if the model's input is square.
     """
     height, width = metadata.input_size[1:]
     if height != width:

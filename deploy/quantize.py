@@ -50,7 +50,7 @@ from deploy.runtimes import INPUT_NAME, RunOn, as_input, load, products_saturate
 CONTRACTIONS = ["Conv", "Gemm", "MatMul"]
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 BINS = {"entropy": 512, "percentile": 2048}  # bins of a histogram; the time of entropy grows with their square
-BATCH, BATCH_PIXELS = 16, 1 << 18  # largest calibration batch, in images and in pixels: five images of 224 px
+BATCH, BATCH_PIXELS = 16, 1 << 18  # most images and most pixels of a calibration batch (at 224 px: five images)
 RANKING = 32  # calibration images for the trial of one layer in INT8
 TIMED_S = 1.5  # measured time of each file in the table of --max-drop
 MOST_SHOWN = 10  # layers in a printed list; a table may have twice as many
@@ -495,7 +495,7 @@ def get_parser() -> Parser:
     add(
         "--op-types",
         nargs="+",
-        help="ONNX operators to quantise (default: all; with a LayerNormalization Conv, Gemm and MatMul)",
+        help="ONNX operators to quantise (default: all; Conv, Gemm and MatMul if there is a LayerNormalization)",
     )
     saturating = "x86 CPUs without VNNI, whose 8-bit products saturate"
     default = "(default: if --target is cpu and this CPU is such a CPU)"

@@ -92,7 +92,7 @@ def find_reference(student: Path, given: Path | None) -> Path | None:
     if given and not given.is_file():
         raise UserError(f"--reference {given}: no such file")
     folder = student.resolve().parent
-    if os.path.isfile(folder):  # the archive student.pyz; its own is_file() would look inside it
+    if os.path.isfile(folder):  # the archive student.pyz; folder.is_file() would search inside it
         folder = folder.parent
     own = Path(folder) / NAME
     return given or (own if own.is_file() else None)

@@ -208,7 +208,7 @@ def load_onnx(path: Path, on: RunOn) -> Runtime:
     content = read_file(path)
     refuse_external_data(content, path)
     try:
-        fallback = int(on.allow_fallback and device != "cpu")  # onnxruntime's own fallback, which prints
+        fallback = int(on.allow_fallback and device != "cpu")  # onnxruntime's fallback prints messages
         session = ort.InferenceSession(content, options, providers=[wanted], enable_fallback=fallback)
     except Exception as error:  # onnxruntime has about a dozen exception classes of its own
         raise UserError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error

@@ -27,7 +27,7 @@ from deploy.preprocess import UnreadableImage, open_image, prepare
 from deploy.runtimes import RunOn, Runtime, load
 
 FOLDER, INDEX = "vectors", "index.json"
-LARGEST_SIDE = 512  # pixels; for a larger input the pictures are drawn as for this side
+LARGEST_SIDE = 512  # pixels; the pictures for a larger input are those for an input of this size
 # Largest error of a logit, relative to the largest logit. In fp32 a device may add in another order. In fp16 it may
 # also store sums in 16 bits. In INT8 it may round a value to another step, which changes the layers after it.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
@@ -96,7 +96,7 @@ def tolerance_of(precision: str) -> float:
 def make_vectors(runtime: Runtime, former: Path) -> dict[str, bytes]:
     """Return the files of the vectors by name: pictures, their prepared bytes, and index.json with the logits.
 
-    former: the folder of earlier vectors, which may have logits of this student's other files to keep
+    former: the folder of earlier vectors; the function keeps its logits of this student's other files
     """
     metadata = runtime.metadata
     names = ("input_size", "crop", "interpolation", "mean", "std", "label_names")

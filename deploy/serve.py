@@ -91,7 +91,7 @@ def get_parser() -> Parser:
     add("--host", default="127.0.0.1", help="address; 0.0.0.0: every interface (default: %(default)s)")
     add("--port", type=int, default=8000, help="port; 0: any free port (default: %(default)s)")
     add("--unix-socket", type=Path, metavar="PATH", help="listen on a unix socket instead of a port")
-    add("--token-file", type=Path, metavar="FILE", help=f"file of the token that clients must send (default: {TOKEN})")
+    add("--token-file", type=Path, metavar="FILE", help=f"file with the clients' token (default: the variable {TOKEN})")
     add("--no-token", action="store_true", help="serve on an open --host without a token")
     for flag, kind, value, text in (
         ("--max-batch", number(int, 1, 2**16), default.max_batch, "images in one call of the runtime"),

@@ -33,7 +33,7 @@ from deploy.runtimes import RunOn, Runtime, as_input, cuda_device_name, load, re
 # ---- CUDA ---------------------------------------------------------------------------------------------------------
 
 _pointer, _int, _size, _flags = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint
-# Types of the arguments of libcudart's functions. Without them ctypes would cut a pointer to an int.
+# Types of the arguments of libcudart's functions. Without them ctypes would cut each pointer to 32 bits.
 SIGNATURES: dict[str, list[Any]] = {
     "cudaDeviceGetAttribute": [ctypes.POINTER(_int), _int, _int],
     "cudaMalloc": [ctypes.POINTER(_pointer), _size],
@@ -164,7 +164,7 @@ class Engine:
 
 
 def load_engine(path: Path, on: RunOn) -> Runtime:
-    """Load an engine of deploy.build. This code has not run on a GPU yet; tests run it with their own libcudart."""
+    """Load an engine of deploy.build. This code has not run on a GPU yet; the tests run it with a fake libcudart."""
     metadata = read_engine_metadata(path)
     library, version, gpu, max_batch = (metadata.built[key] for key in ("library", "version", "gpu", "max_batch"))
     trt = import_tensorrt(library)

@@ -5,10 +5,10 @@
 
 A call is forward and backward. The rows of a table take turns in one process, in random order, one call each, until
 every row has run for --seconds. The table shows medians. "x" is the speed relative to the same formula with boolean
-masks (for cross-entropy and KL-based KD: relative to NKD's). Memory is the peak of one call. Its unit u is the bytes of
-one (N, C) tensor in the logits' dtype. It includes gradients, but not inputs. On a GPU the table also shows the number
-of kernels, and whether the host waited for the device. NKD moves at least 5 u. The column "5u copied" shows the
-bandwidth of moving 5 u in this time, as a share of the bandwidth of a copy.
+masks; for cross-entropy and KL-based KD it is relative to NKD with boolean masks. Memory is the peak of one call. Its
+unit u is the bytes of one (N, C) tensor in the logits' dtype. It includes gradients, but not inputs. On a GPU the table
+also shows the number of kernels, and whether the host waited for the device. NKD moves at least 5 u. The column "5u
+copied" is 5 u divided by the row's time, in percent of the bandwidth of a copy.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def waits_for_the_device(loss: Loss, inputs: tuple[Tensor, ...]) -> bool:
 
 
 def copy_bandwidth() -> float:
-    """Return the bytes per second, read and written, of a copy of 1 GiB on the GPU."""
+    """Return the bytes per second (reads plus writes) for a copy of 1 GiB on the GPU."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     times = []

@@ -2,8 +2,8 @@
 
 To measure the time, the script resizes the largest photograph to 12 megapixels, and prepares it with and without the
 reduced scale, in turns. To measure the change of the result, it saves square crops of all photographs as JPEGs at least
-eight times as large as the student's resize, and prepares each crop in both ways. It prints the mean difference of a
-value after the resize, and the share of crops with the same class.
+eight times as large as the student's resize, and prepares each crop in both ways. It prints the mean difference between
+the pixels of the two prepared images, and the share of crops that get the same class in both ways.
 """
 
 import argparse

@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
         rate, p50, p99, spent = np.median(row, axis=0)
         ratios = [values[0] / alone for values, alone in zip(row, own[best])]
         print(f"{name}, {args.concurrency} clients: {rate:.1f} images/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms, "
-              f"{spent:.2f} s of CPU for 1,000 images; of the runtime's rate: {statistics.median(ratios):.3f} "
+              f"{spent:.2f} s of CPU for 1,000 images; rate / runtime's rate: {statistics.median(ratios):.3f} "
               f"({min(ratios):.3f} to {max(ratios):.3f})")  # fmt: skip
     if args.litserve:
         spent = [[values[3] for values in row] for row in rows.values()]

@@ -11,8 +11,8 @@ In each round, for each model, these run one step in turn:
 
 A ratio is the median over the rounds. "minimal", "USKD" and "stored" are divided by train.py's cross-entropy. "NKD" is
 divided by the sum of cross-entropy and the teacher's forward pass. Memory is the peak of a step above the memory before
-it. Weights and images are random, which does not change the time. At the end the script prints the images a second of
-the data pipeline (``--data`` is the flag of train.py).
+it. Weights and images are random, which does not change the time. At the end the script prints how many images per
+second the data pipeline prepares (``--data`` is the flag of train.py).
 """
 
 import argparse
@@ -55,7 +55,7 @@ def settle(model: str, args: argparse.Namespace, *method: str) -> argparse.Names
 
 
 def imaginary_data(args: argparse.Namespace) -> Data:
-    """Return a data set that builds a run; no step reads its images."""
+    """Return a data set from which a run can be built; no step reads its images."""
     images = FakeData(2 * args.batch_size, (3, args.img_size, args.img_size), CLASSES)
     return Data(images, images, [str(i) for i in range(CLASSES)], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -183,7 +183,7 @@ def bench_model(model: str, args: argparse.Namespace) -> None:
 
 
 def bench_data(args: argparse.Namespace) -> None:
-    """Print the images a second that the data pipeline prepares, from files, and from the cache if they fit there."""
+    """Print how many images per second the data pipeline prepares, from files, and from the cache if they fit there."""
     argv = ["--data", args.data, "--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
     argv += ["--device", args.device, *([] if args.workers is None else ["--workers", str(args.workers)])]
     print(f"\ndata pipeline: {args.data} at {args.img_size} px")

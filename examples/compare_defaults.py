@@ -3,8 +3,8 @@
     python examples/compare_defaults.py SOURCE --seeds 2      # the table of README.md: 24 runs, an hour on a core
 
 SOURCE has train/nXXXXXXXX/*.JPEG of Tiny-ImageNet, 64 px. The script makes three folders of its training images. When
-we chose the defaults, we used other classes. Runs are stored under runs/defaults, and finished runs stay. If the
-command of a run changes, the script stops. It prints top-1 of the last epoch for each seed.
+we chose the defaults, we used other classes. Runs are stored under runs/defaults; a finished run is not trained again.
+If the command of a run changes, the script stops. It prints top-1 of the last epoch for each seed.
 """
 
 import argparse

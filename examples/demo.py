@@ -9,8 +9,8 @@ We committed this setting before its first run, and changed nothing after a resu
 - Cross-entropy and USKD read these 100 digits nine times in an epoch. NKD reads each of the 900 digits once in an
   epoch, 800 of them without a label. So all students take the same number of steps.
 - The losses have their default weights, and the result is top-1 of the last epoch.
-- The gain over cross-entropy is paired by seed. There is one teacher, so its interval covers the draw of the labels
-  and the first weights, but not another teacher.
+- The gain over cross-entropy is paired by seed. All runs have the same teacher, so the interval of the gain covers the
+  draw of the labels and the first weights, but not the choice of the teacher.
 
 Each step is a command of train.py or deploy/. This file starts the commands and reads the results.
 """

@@ -8,7 +8,7 @@ without labels. The command trains the student alone and a larger teacher, and s
 photographs. From these it distils two students, by KD and by NKD. It prints how far each is ahead of the student alone,
 with the standard error. It names a distilled student only if this student is ahead by two standard errors, else the
 student alone. Each set of photographs and flags has its own folder under runs/finetune, so the same command continues
-after a stop, and another command replaces no run. (Photographs are compared by their paths and sizes.)
+after a stop, and another command replaces no run. (Sets with the same paths and file sizes are the same set.)
 
 A package index ships the weights of EfficientNet-Lite0 (student, 17 MB) and Lite2 (teacher, 23 MB; both Apache-2.0), so
 no model hub is needed.

@@ -1,6 +1,6 @@
 """Run all checks that need a GPU, and print a table: speed of the losses and of a step, AMP, engines, energy.
 
-    python examples/gpu.py                    # under 10 minutes; without a GPU a minute, with small sizes on the CPU
+    python examples/gpu.py                    # under 10 minutes; one minute on a CPU, where the sizes are small
     python examples/gpu.py --only losses      # the checks with this word in their names
 
 Each check prints a line: passed, failed with the reason, or skipped. Then the next check runs. At the end the script
@@ -103,11 +103,11 @@ NEEDS_GPU = "needs a CUDA GPU"
 
 
 class Place(NamedTuple):
-    """Hold the device, the folder and the end of the checks, and run commands."""
+    """Hold the device, the output folder and the deadline of the checks, and run commands."""
 
     device: str  # cuda or cpu
     output: Path
-    ends: float  # of time.monotonic
+    ends: float  # in the seconds of time.monotonic
 
     def run(self, log: str, *argv: str) -> subprocess.CompletedProcess[str]:
         """Run Python with these arguments until it ends or the time is over; write its output into a log."""
@@ -157,7 +157,7 @@ def losses(shape: tuple[int, int], dtype: torch.dtype, device: str, seconds: flo
             if name == "nkd_loss":  # NKD reads and writes at least 5 u
                 figures += f", {100 * 5 * u / copy_bandwidth() / times[name]:.0f} % of a copy's bandwidth"
             waits = waits_for_the_device(loss, inputs)
-            figures += ", the host waits for the GPU" if waits else ", host reads 0"
+            figures += ", the host waits for the GPU" if waits else ", the host does not wait for the GPU"
         label = f"{name}{', compiled' * compiled}, {title(shape, dtype)}"
         yield Row(label, "failed" if waits else "passed", figures)
 
@@ -167,7 +167,7 @@ def title(shape: tuple[int, int], dtype: torch.dtype) -> str:
 
 
 def copying() -> Iterator[Row]:
-    yield Row("copy", "passed", f"{copy_bandwidth() / 1e12:.2f} TB/s, read and written, of 1 GiB")
+    yield Row("copy", "passed", f"{copy_bandwidth() / 1e12:.2f} TB/s (reads plus writes) for a copy of 1 GiB")
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def training(name: str, place: Place, run: str, flags: list[str]) -> Iterator[Ro
 
 
 def one_rank(backend: str, device: str) -> Iterator[Row]:
-    """Yield a comparison of USKD's gradients under DistributedDataParallel, with its group, with those without it."""
+    """Compare USKD's gradients with DistributedDataParallel and a process group to its gradients without both."""
     torch.manual_seed(0)
     images, target = torch.randn(32, 64, device=device), torch.arange(32, device=device) % 10
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)

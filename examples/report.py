@@ -166,7 +166,7 @@ def teachers_logits(run: Run) -> tuple[np.ndarray | None, str]:
     except UserError:
         known = None
     if known is None or known.reference is None or known.labels != run.labels:
-        return None, "The teacher is not shown: no run of it with a reference of the same classes was found. "
+        return None, "The teacher is not shown: its run was not found, or has no reference.npz with these classes. "
     if not np.array_equal(known.reference.images, run.reference.images):
         return None, "The teacher is not shown: the reference of its run has other images, or another size. "
     return known.reference.logits, ""
@@ -237,7 +237,8 @@ def samples(run: Run) -> str:
     teacher, remarks = teachers_logits(run)
     if run.flags.get("self_kd"):
         remarks += (
-            "The student alone ranks Z here. In training the weak head also ranks it, but no file stores that head. "
+            "Here the order of the classes in N(Z) comes from the student alone. In training it also comes from the "
+            "weak head, which no file stores. "
             "The mean in P_t is over the reference images here, and over a batch in training. "
         )
     rows, heads = (
@@ -347,7 +348,7 @@ def with_error(run: Run) -> str:
 
 
 def speed(best: Run, second: Run) -> str:
-    """Return the end of the conclusion, with the faster of two runs; "" if no file of both was timed alike."""
+    """Return the end of the conclusion, with the faster of two runs; "" if their times cannot be compared."""
     file = shared_file([best, second])
     if file is None:
         return ""
@@ -380,7 +381,7 @@ def table(runs: list[Run]) -> str:
     if file:
         about += f"median for one image, {describe_file(file)}, {file[4]}."
     else:
-        about += "no file of every measured run was timed on one machine; python -m deploy.benchmark RUN measures it."
+        about += "no kind of file was timed for all measured runs on one machine; use python -m deploy.benchmark RUN."
     return scrolling(head, lines) + remark(about)
 
 
@@ -432,8 +433,8 @@ def curves(runs: list[Run]) -> list[str]:
 RELIABILITY = (
     f"Each dot is a bin of images of {NAME}, and its size is their share. On the line, 80 % of the answers with a "
     "confidence of 80 % are right. Below the line the student is too confident. The error is the mean distance from "
-    f"the line ({BINS} bins). The temperature divides the logits and changes no answer. Half of the "
-    "validation images fitted it. If they are few, the error can be larger with it, and on new images."
+    f"the line ({BINS} bins). The temperature divides the logits and changes no answer. It was "
+    "fitted on half of the validation images. If they are few, it can also make the error larger."
 )
 
 

@@ -50,7 +50,8 @@ class Asker:
         self.teacher, self.k = teacher, k
 
     def __call__(self, images: Tensor, labels: Tensor) -> Answers:
-        logits = self.teacher.run(images.permute(0, 2, 3, 1).numpy())  # uint8 (B, H, W, C), as every file of deploy/
+        # every file that deploy/ exports takes uint8 (B, H, W, C)
+        logits = self.teacher.run(images.permute(0, 2, 3, 1).numpy())
         return top_k_logprobs(torch.from_numpy(logits), labels, self.k)
 
 

@@ -4,9 +4,9 @@
     python examples/unknown.py --data photos/ --flags "--model tf_efficientnet_lite0 --pretrained lite0.safetensors"
 
 photos/ has a folder for each class. Each draw leaves out its own classes, splits the rest by 3 : 1 : 1 into training,
-validation and test images, and runs train.py, which fits a temperature. Four scores are compared. 95 % of the
-validation images reach each score's threshold. The table has four measures, each as mean and standard deviation over
-the draws:
+validation and test images, and runs train.py, which fits a temperature. Four scores are compared. The threshold of each
+score is set so that 95 % of the validation images reach it. The table has four measures, each as mean and standard
+deviation over the draws:
 
     AUROC              50 % if the score does not separate known from unknown images
     unknown refused    share of the unknown images that are below the threshold

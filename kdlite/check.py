@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from .terms import is_class, nkd_rows
 
 Formula = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]  # s, t, y, gamma, temperature -> mean over the batch
-Order = tuple[str, ...]  # of "student", "teacher", "target" in the parameters of the loss
+Order = tuple[str, ...]  # the order in which the loss takes "student", "teacher", "target"
 
 # ---- cases --------------------------------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class Numbers(NamedTuple):
     base: dict[str, float]
     live: list[str]  # the numbers that may be gamma or temperature
     without_effect: list[str]
-    weights: dict[str, float]  # weights of the whole loss or of its target term, with their defaults; `base` has 1.0
+    weights: dict[str, float]  # defaults of weights of the loss or of its target term; 1.0 in `base`
 
 
 def find_roles(subject: Subject, order: Order, probe: Case) -> Numbers:
@@ -356,7 +356,7 @@ def attempt(subject: Subject, order: Order, numbers: Numbers, gamma: str | None,
 
 
 def estimate(formula: Formula, tried: Attempt, gamma: float | None, temperature: float | None) -> tuple[float, float]:
-    """Return gamma and temperature for the first case: the case's if the check varies it, else given or fitted."""
+    """Return gamma and temperature of the first case: each is varied by the check, given by the user, or fitted."""
     case, actual = tried.actual[0]
     gamma = case.gamma if tried.gamma else gamma
     temperature = case.temperature if tried.temperature else temperature
@@ -399,7 +399,7 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
     Args:
         loss: function, class, instance or partial of student logits, teacher logits and target, in any order.
         gamma: value of gamma, if it is a constant in the loss; None: estimate that constant.
-        temperature: value of the temperature, as ``gamma``.
+        temperature: value of the temperature, if it is a constant in the loss; None: estimate that constant.
 
     Raises:
         TypeError: the loss does not return one value.
@@ -438,7 +438,7 @@ def side_mistake(tried: Attempt) -> str | None:
         return "gradient flows into the teacher: detach the teacher's logits"
     for name, default in tried.numbers.weights.items():
         if default != 1:
-            return f"{name}={default:g} by default multiplies the loss or its target term: the paper's weight is 1"
+            return f"the default {name}={default:g} multiplies the loss or its target term: the paper's weight is 1"
     idle = [name for name in tried.numbers.without_effect if name.lower() in GAMMAS + TEMPERATURES]
     return f"{idle[0]} has no effect" if idle and not (tried.gamma and tried.temperature) else None
 
@@ -446,7 +446,7 @@ def side_mistake(tried: Attempt) -> str | None:
 def report(subject: Subject, tried: Attempt, constants: tuple[float, float], mistake: str | None) -> Result:
     notes = [f"called as ({', '.join(tried.order)})"]
     for role, name, constant in zip(("gamma", "temperature"), (tried.gamma, tried.temperature), constants):
-        notes.append(f"{role}: varied by {name}" if name else f"{role}: {constant:.4g}, a constant in the loss")
+        notes.append(f"{role}: argument {name}" if name else f"{role}: {constant:.4g}, a constant in the loss")
     if mistake is None and tried.gamma is None and constants[1] != 1:
         squared = constants[0] * constants[1] ** 2
         notes.append(f"if gamma should be {squared:.4g}, the temperature squared is missing")

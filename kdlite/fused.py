@@ -4,7 +4,7 @@ A forward saves its inputs and a few numbers per row. The backward computes the 
 terms store no other tensor as large as the logits, except the gradients and USKD's Zipf weights. ``torch.compile``
 turns each forward and each backward into one or two passes over the logits; eager code works on chunks of rows that fit
 in the cache. The backward multiplies by the incoming gradient in float32 before it rounds to the logits' dtype. ``make
-bench`` compares speed and memory with the terms.
+bench`` compares the speed and the memory of this module with those of :mod:`kdlite.terms`.
 
 Each row is shifted by its largest logit other than the label's. So the result loses no digits if all logits share an
 offset, or if a probability is near 1.
@@ -31,7 +31,7 @@ CHUNK_ELEMENTS_ELSEWHERE = 2**24
 
 
 def can_fuse(*logits: Tensor) -> bool:
-    """Return False under torch.func, forward-mode AD and export, and for tensor subclasses: these need the terms."""
+    """Return False under torch.func, forward-mode AD and export, and for tensor subclasses: these need kdlite.terms."""
     if torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():
@@ -40,7 +40,11 @@ def can_fuse(*logits: Tensor) -> bool:
 
 
 def is_export_or_inference(x: Tensor) -> bool:
-    """Return True under export and for inference tensors; a compiler cannot trace is_inference, but can call this."""
+    """Return True under export and for inference tensors.
+
+    A compiler cannot trace ``is_inference``. So it calls this function while it compiles, and stores the result as a
+    constant.
+    """
     return torch.compiler.is_exporting() or x.is_inference()
 
 
@@ -95,7 +99,7 @@ class NKDSaved(NamedTuple):
     target_slope: Tensor  # T_t (1 - S_t)
     student_max: Tensor  # largest logit other than the label's
     teacher_max: Tensor
-    s_max: Tensor  # N(S) of that logit, at temperature 1
+    s_max: Tensor  # N(S) of the class of student_max, at temperature 1
     s_max_at_temperature: Tensor
     t_max_at_temperature: Tensor
 

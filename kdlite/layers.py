@@ -36,8 +36,8 @@ def default_tap(model: nn.Module) -> str:
             model with such a backbone.
 
     Returns:
-        The layer's dotted path, as :class:`FeatureTap` takes it. For a stage it is the path of its last block, which
-        returns the same tensor, because activation checkpointing calls blocks, but not stages.
+        The layer's dotted path, as :class:`FeatureTap` takes it. For a stage it is the path of the stage's last block.
+        Both return the same tensor, but activation checkpointing calls only the blocks.
 
     Raises:
         ValueError: the model does not have a known structure.
@@ -82,7 +82,10 @@ def _last_block(model: nn.Module, layer: str) -> str:
 
 
 def _in_backbone(model: nn.Module) -> list[str]:
-    """Find layers in the backbone: the child that Hugging Face names, else a first child with most parameters."""
+    """Find layers in the backbone: the child that Hugging Face names, else the first child that has parameters.
+
+    The first child counts as a backbone only if it has more than half of the model's parameters.
+    """
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     first = next((name for name, size in sizes.items() if size), "")
     backbone = getattr(model, "base_model_prefix", "")

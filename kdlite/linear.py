@@ -25,7 +25,8 @@ from .inputs import (
 from .terms import nkd_rows
 from .topk import check_top_k, largest_class, nkd_rows_topk
 
-# Logits in memory at a time, for student and teacher each: 88 MiB in float32. Fewer read the weights more often.
+# Logits in memory at a time, for student and teacher each: 88 MiB in float32. A smaller number makes more chunks, and
+# each chunk reads the weights.
 LOGITS_AT_A_TIME = 22 * 2**20
 
 
@@ -191,7 +192,7 @@ def as_indices(target: Tensor, student: Linear, ignore_index: int) -> ClassIndic
 def read_top_k(
     given: tuple[Tensor | None, Tensor, Tensor], target: Tensor | None, shape: torch.Size, ignore_index: int
 ) -> tuple[TopK, Tensor, int]:
-    """Return the teacher as rows, the target (None: the teacher's most probable classes) and the index to ignore."""
+    """Return the teacher as rows, the target (if None: the teacher's most probable classes) and the index to ignore."""
     if not isinstance(given, (tuple, list)) or len(given) != 3:
         raise ValueError("teacher_top_k must be three tensors: log T_t (or None), log T_i and their indices")
     target_logprob, logprobs, indices = given

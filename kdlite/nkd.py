@@ -44,8 +44,8 @@ def nkd_loss(
 
     Raises:
         ValueError: shapes that do not fit, fewer than two classes, gamma < 0, temperature <= 0, an unknown reduction.
-        TypeError: logits that are not floating point, class indices that are not integers, a weight or temperature
-            that is not a number, because the loss has no gradient for it.
+        TypeError: logits that are not floating point, class indices that are not integers, a gamma or temperature that
+            is a tensor, because the loss has no gradient for it.
 
     Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
     Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv 2303.13005.

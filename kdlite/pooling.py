@@ -21,7 +21,7 @@ POOLINGS = {
     "channels first": "the mean of (N, C, ...) over positions",
     "channels last": "the mean of (N, ..., C) over positions",
 }
-# a parameter that holds class or register tokens has such a last part of its name
+# If a parameter holds class or register tokens, the last part of its name matches this pattern.
 TOKENS = re.compile(r"(cls|class|reg|register|storage|dist|distillation)_(tokens?|embedding)(_?\d+)?")
 
 

@@ -32,7 +32,8 @@ class Teacher(nn.Module):
     Raises:
         ValueError: only some of the means and deviations are given; a deviation is not above 0; a column is negative;
             the batch is on another device than the teacher.
-        TypeError: the output of the model does not hold the logits; the images must be normalised and are integers.
+        TypeError: the output of the model does not hold the logits; the images are integers, although the means and
+            deviations are given.
 
     Example:
         >>> teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), size=(2, 2)).train()

@@ -87,7 +87,7 @@ class USKDWeights(NamedTuple):
 def uskd_rows(strong: Tensor, weak: Tensor, label: Tensor, valid: Tensor, weights: USKDWeights) -> Tensor:
     """Return L_uskd = - alpha P_t log S_t  -  beta sum_{i != t} N(Z)_i log N(S)_i  -  mu sum_i V~_i log W_i.
 
-    valid: (R,) bool, the rows that the mean in P_t counts.
+    valid: (R,) bool; the mean in P_t is over the rows where it is True.
     """
     alpha, beta, mu, smoothing, group = weights
     strong = centred(strong)

@@ -47,8 +47,7 @@ class WithWeakHead(nn.Module):
     ``pooling`` stores the choice. A dry forward (eval mode, no gradient) finds the shape of the feature. Further dry
     forwards on larger inputs find its channels, the dimension that does not grow. If the model takes only one size, a
     feature of three dimensions counts as (N, L, C). Of four dimensions, the two with the proportions of the image are
-    the positions. If a model with class or register tokens has more tokens than positions, the mean skips the first
-    ones.
+    the positions. A class token or register tokens come before the positions; the mean skips these tokens.
 
     Args:
         model: classifier whose output is, or holds, (N, C) logits.
@@ -59,7 +58,7 @@ class WithWeakHead(nn.Module):
             entry of a dict.
         example_input: a batch for the dry forward, a tuple of arguments or a dict of keyword arguments; None: zeros of
             the size in timm's ``pretrained_cfg``, or of 224 pixels.
-        pooling: "class token", "channels first" or "channels last" (with all tokens); None: as described above.
+        pooling: "class token", "channels first" or "channels last", whose mean skips no token; None: as above.
 
     Raises:
         ValueError: the layer does not exist, does not run or does not return a feature; its shape is ambiguous; the
@@ -105,7 +104,7 @@ class WithWeakHead(nn.Module):
             if example_input is not None:
                 raise
             raise ValueError(
-                f"{type(model).__name__} does not run on the guess {describe(example)}: pass example_input; {error}"
+                f"{type(model).__name__} does not run on a guessed {describe(example)}: pass example_input; {error}"
             ) from error
         class_logits = find_logits(output, logits)
         if class_logits.ndim != 2:

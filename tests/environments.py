@@ -1,4 +1,4 @@
-"""Make virtual environments from some installed packages, such as those for a device, or only torch."""
+"""Make virtual environments that have only some of the installed packages: those that a device needs, or torch."""
 
 import importlib.metadata
 import re

@@ -20,7 +20,7 @@ CUDA = torch.device("cuda", 0)
 
 
 class FakeCuda(FakeTensorMode):
-    """Fake tensors on the GPU and the results of their operations; run the operations of host tensors."""
+    """Make GPU tensors and the results of their operations fake; run operations of host tensors as usual."""
 
     faking = False  # True inside a fake operation, which makes its host tensors fake too
 

@@ -50,7 +50,7 @@ LARGEST = {
     "photograph": 8192,
 }  # bytes of the largest input
 SECONDS_A_RUN = 10
-GIB_ADDRESSABLE = 8  # because an input must not allocate more; torch alone maps a part of it
+GIB_ADDRESSABLE = 8  # limit of the process, of which torch itself uses a part
 MAX_PIXELS = 2_000_000  # instead of Pillow's 89 million, because larger images are slow
 MAX_SIDE = 256  # with a larger input_size the target does not prepare an image
 
@@ -92,7 +92,7 @@ def checkpoint_target(folder: Path) -> Callable[[bytes], None]:
     unpickler.Unpickler.load = atheris.instrument_func(unpickler.Unpickler.load)
 
     def run(data: bytes) -> None:
-        """Read the bytes as the first byte selects: as a file, sealed, or as the pickle of a sealed torch archive."""
+        """Read a file, a sealed file, or the pickle of a sealed torch archive: the first byte selects the case."""
         kind, content = data[:1], data[1:]
         if kind in (b"s", b"z"):
             sealed = bytes(seal(bytearray(archive(content) if kind == b"z" else content)))
@@ -215,7 +215,7 @@ def request_target(folder: Path) -> Callable[[bytes], None]:
     logits = np.linspace(-1, 1, 8 * classes, dtype=np.float32).reshape(8, classes)
 
     def run(data: bytes) -> None:
-        """Parse the encoding (a line, up to "|"), the length of the JSON (a line) and the body."""
+        """Parse a request: a line with the encoding before a "|", a line with the length of the JSON, and the body."""
         first, _, rest = data.partition(b"\n")
         length, _, body = rest.partition(b"\n")
         encoding = first.decode("latin-1").partition("|")[0].strip().lower()

@@ -39,7 +39,7 @@ def eval_softmax(num_classes):
 
 def tied(num_classes):
     """Build a model that uses one layer twice."""
-    layer = nn.Linear(16, 16)  # the rows of the image
+    layer = nn.Linear(16, 16)  # for each row of 16 pixels
     return nn.Sequential(layer, nn.ReLU(), layer, nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
 
 

@@ -68,8 +68,8 @@ class Limits:
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")  # formats of photographs, Pillow's names
     body_mib: float = 16.0  # size of a request's body, unpacked
     bodies: int = 16  # all bodies in memory have at most bodies * body_mib; a request beyond that gets 503
-    pixels: int = 4 * MAX_PIXELS  # most pixels of large photographs that wait to be decoded
-    connections: int = 1024  # most open connections
+    pixels: int = 4 * MAX_PIXELS  # limit on the pixels of all large photographs that wait to be decoded
+    connections: int = 1024  # limit on open connections
     headers_s: float = 10.0  # longest time from the first byte of a request to the end of its headers
     body_s: float = 30.0  # longest time from the end of the headers to the end of the body
     idle_s: float = 60.0  # time without a request before the server closes the connection
@@ -388,7 +388,7 @@ class Observe:
             request_id = secrets.token_hex(16)
         scope["status"] = 0  # 0 until the response begins
         send = functools.partial(self.send, scope, send, (b"x-request-id", request_id.encode()))
-        # with both headers, the bytes after the body may be a smuggled request (RFC 9112, 6.1): close the connection
+        # a request with these two headers may hide a second one in its body (RFC 9112, 6.1): close the connection
         scope["ambiguous"] = b"content-length" in headers and b"transfer-encoding" in headers
         try:
             await self.app(scope, receive, send)

@@ -125,7 +125,7 @@ class Process(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(self.on_loop_error)
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # asyncio's backlog is short, because asyncio accepts as many at once
+            listener.listen(BACKLOG)  # asyncio got a small backlog, because it also accepts this number at once
         self.began()
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -183,7 +183,7 @@ def serve(process: Process, listener: socket.socket) -> None:
     finally:
         for child in multiprocessing.active_children():  # decoding processes; their clients have left
             child.kill()
-        # the threads of the pools end now; at the interpreter's end Python may print a traceback of their closed pipes
+        # wait for the threads of the pools: at the end of the interpreter their closed pipes may print a traceback
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join(2)

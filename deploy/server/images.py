@@ -67,7 +67,8 @@ class Decoders:
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.processes = ProcessPoolExecutor(self.count, context, prepare_process)
-        self.free = asyncio.Semaphore(self.count + 1)  # because a cancelled task that waits in the pool keeps its body
+        # limits the photographs in memory: the pool keeps the photograph of a cancelled request until its turn
+        self.free = asyncio.Semaphore(self.count + 1)
 
     async def decode(self, body: bytes, content_type: str, metadata: Metadata) -> np.ndarray | int:
         processes, free = self.processes, self.free
@@ -168,7 +169,7 @@ def decode(
             scans = scans_of(body) if image.format in ("JPEG", "MPO") else 1
             if pixels * scans > SCANS * MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels in {scans} scans")
-            size = resized_size(image.size, metadata)  # not turned yet: reading EXIF may decode the image
+            size = resized_size(image.size, metadata)  # before the rotation by EXIF: reading EXIF may decode the image
             if math.prod(size) > MAX_PIXELS:
                 raise ImageTooLarge(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
             if image.format in ("JPEG", "MPO"):

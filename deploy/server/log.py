@@ -1,4 +1,4 @@
-"""Log messages to stdout as text, or messages and requests as JSON; log warnings to stderr as text."""
+"""Write the log to stdout: messages as text, or messages and requests as JSON. Write warnings to stderr as text."""
 
 from __future__ import annotations
 

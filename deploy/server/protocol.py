@@ -105,7 +105,7 @@ def parse_infer(body: bytes, header_length: str | None, shape: Shape, max_batch:
             raise bad(f"{len(body) - split} bytes follow the JSON, but {INPUT_NAME!r} has no binary_data_size")
         images = read_numbers(tensor.get("data"), given)
     elif type(size) is not int or size != math.prod(given):
-        found = show(size).strip("'") + " as text" * isinstance(size, str)
+        found = "the text " * isinstance(size, str) + show(size)
         raise bad(f"shape {list(given)} needs {math.prod(given)} bytes; binary_data_size is {found}")
     else:
         images = read_binary(body[split:], given, f"shape {list(given)}")

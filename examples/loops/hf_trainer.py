@@ -36,7 +36,7 @@ class USKDTrainer(Trainer):  # the model is WithWeakHead(...)
         logits, weak_logits = model(**inputs)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         loss = loss + uskd_loss(logits, weak_logits, labels, reduction="sum", group=dist.group.WORLD)
-        # num_items_in_batch counts the targets of all passes and processes; DDP averages over the processes
+        # num_items_in_batch counts the targets of a step on all processes; DDP averages over the processes
         return loss * self.accelerator.num_processes / num_items_in_batch
 
 

@@ -1,7 +1,7 @@
 """Define NKD and USKD as tasks of timm. In a copy of timm's train.py use one of these lines:
 
     task = NKDTask(student_model=model, teacher_model=args.kd_model_name, criterion=train_loss_fn, device=device)
-    task = USKDTask(WithWeakHead(model), train_loss_fn, device=device)  # not 224 px: give example_input=
+    task = USKDTask(WithWeakHead(model), train_loss_fn, device=device)  # if images do not have 224 px: example_input=
 
 python examples/loops/timm_task.py [OUTPUT]
 """

@@ -48,7 +48,7 @@ class NKDTrainer(ClassificationTrainer):
 
 
 class USKDTrainer(ClassificationTrainer):
-    layer, tap = 6, None  # the last stage but one of yolov8-cls, yolo11-cls and yolo26-cls
+    layer, tap = 6, None  # the second-to-last stage in yolov8-cls, yolo11-cls and yolo26-cls
 
     def get_model(self, cfg=None, weights=None, verbose=True):
         model = super().get_model(cfg, weights, verbose)
@@ -59,7 +59,7 @@ class USKDTrainer(ClassificationTrainer):
         return model
 
     def preprocess_batch(self, batch):
-        if self.tap is None:  # not before the EMA copy, which is saved: a saved model with a hook cannot be loaded
+        if self.tap is None:  # here the EMA copy exists, without a hook: a saved model with a hook cannot be loaded
             self.tap = FeatureTap(self.model, f"model.{self.layer}")
         return {**super().preprocess_batch(batch), "tap": self.tap}
 

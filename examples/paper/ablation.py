@@ -53,7 +53,7 @@ def uskd_ranked_by_log(
 def uskd_ranked_by_weak(
     logits: Tensor, weak_logits: Tensor, target: Tensor, *, alpha: float, beta: float, mu: float, **means: Any
 ) -> Tensor:
-    """Return USKD of each row, ranked by the weak head alone; means: as in uskd_ranked_by_log."""
+    """Return USKD of each row, ranked by the weak head alone; for ``means`` see uskd_ranked_by_log."""
     rest = uskd_loss(logits, weak_logits, target, alpha=alpha, beta=0.0, mu=mu, **means)
     return rest + zipf_rows(centred(logits), centred(weak_logits), target, beta)
 

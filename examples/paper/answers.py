@@ -11,7 +11,7 @@ student has its last weights, not their average (--ema-decay).
     top-1       accuracy, %
     label       mean probability of the label: S_t or T_t
     spread      standard deviation of the square of that probability (P_t of USKD contains this square)
-    entropy     entropy of the renormalised other classes, in nats; then that of a uniform answer, the maximum
+    entropy     entropy of the renormalised other classes, in nats, "of" its maximum (all these classes equal)
 
 USKD ranks the classes by R, and the first five ranks have the largest Zipf weights. For USKD the command also prints
 how many of these five classes, in percent, are also the first five by the student's prediction alone.

@@ -1,4 +1,4 @@
-"""Hold what the experiments with draws share: folders of random classes, rows in a CSV file, top-1, joined labels."""
+"""Help the experiments that repeat with random classes (draws): folders, rows in a CSV file, top-1, joined labels."""
 
 import argparse
 import csv
@@ -25,7 +25,7 @@ from kdlite.training.data import hold_out, open_data  # noqa: E402
 
 
 def draw_folder(source: Path, root: Path, seed: str, classes: int, parts: dict[str, slice]) -> Path:
-    """Copy images of random classes to root/PART/CLASS (unlabelled "more": to root/more), and return root.
+    """Copy images of random classes to root/PART/CLASS, and return root. The part "more" has no class folders.
 
     Args:
         source: the unpacked Tiny-ImageNet

@@ -43,7 +43,7 @@ def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
     own = [*FLAGS, "--model", OWN, "--data", root / "many", "--seed", seed, "--epochs", 2 * EPOCHS["many"]]
     train_once(own, runs / "own-teacher")
     teachers = {
-        "foreign": ["--teacher", f"{TEACHER}:{fetch(TEACHER).resolve()}", "--img-size", 64],  # as the files
+        "foreign": ["--teacher", f"{TEACHER}:{fetch(TEACHER).resolve()}", "--img-size", 64],  # the size of the images
         "own": ["--teacher", runs / "own-teacher" / "student", "--model-file", OWN],
     }
     found = []
@@ -53,7 +53,7 @@ def run_draw(source: Path, seed: int) -> list[dict[str, str]]:
         store_labels([*flags, *teacher, "--views", VIEWS, "--top-k", CLASSES - 1], labels)
         for rule in RULES:
             output = runs / f"{setting}-{rule}"
-            if not (output / "curves.png").exists():  # start again: a checkpoint lacks the steps and sums of a rule
+            if not (output / "curves.png").exists():  # no resume: a checkpoint has no state of a rule
                 shutil.rmtree(output, ignore_errors=True)
             train_once([*flags, "--kd", f"{HERE}/gamma_rules.py:{rule}", "--teacher-labels", labels], output)
             found.append({"setting": setting, "rule": rule, "top1": f"{measure(output, root):.2f}"})

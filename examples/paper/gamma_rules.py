@@ -26,7 +26,7 @@ def constant(student: Tensor, teacher: Tensor, target: Tensor, gamma: float) -> 
 
 
 def unsure(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """Return NKD with gamma 4 (1 - T_t). With gamma 1 - T_t, KD at temperature 1 has one more term."""
+    """Return NKD with gamma 4 (1 - T_t). KD at temperature 1 is NKD with gamma 1 - T_t, plus one term."""
     return nkd_rows(student, teacher, target, 4 * log_odds(centred(teacher), target).neg().sigmoid(), 1.0)
 
 
@@ -43,7 +43,10 @@ def sharp(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 class ClassMean:
-    """Compute NKD with gamma 1, and with the mean of N(T) and of its average over the class in the run so far."""
+    """Compute NKD with gamma 1, and with (N(T) + M) / 2 instead of N(T).
+
+    M is the average N(T) of the images of the same class in the run so far.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[int, Tensor] = {}  # class -> sum of N(T), (C,)

@@ -8,8 +8,8 @@ validation, 50 to choose the settings of KD and of NKD on, and 200 for the test.
 defaults. Both teachers are EfficientNet-Lite2:
 
     narrowed    the ImageNet weights, with the outputs of the 20 classes
-    fine-tuned  trained on the training photographs. Five teachers each learn four fifths of them and answer about the
-                last fifth, on which the best of their epochs was chosen
+    fine-tuned  trained on the training photographs. Five teachers each learn four fifths of them. Each answers about
+                the fifth that it did not learn; its best epoch was chosen on that fifth
 
 The command writes a row for each run into results/practitioner.csv, skips finished draws, and prints the tables.
 """
@@ -100,7 +100,7 @@ def chosen(rows: list[dict[str, str]], method: str, teachers: tuple[str, ...]) -
 
 
 def gains_of_chosen() -> dict[str, list[float]]:
-    """Return the gains over the defaults of KD and of NKD, each with the chosen setting and teacher, one for a draw."""
+    """Return how much KD and NKD gain over the defaults in each draw, with the chosen setting and teacher."""
     draws = draws_of(read_results(RESULTS))
     plain = [top_of(draw, BASELINE, "") for draw in draws]
     return {

@@ -84,7 +84,7 @@ def markdown(name: str) -> str:
     head += [cell for base in bases for cell in (base, "p")]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     found = {(method, base): gains(of(method), method, table) for method in table for base, of in bases.items()}
-    # the row of KD tuned has the comparison of KD tuned with cross-entropy
+    # leave out cross-entropy over KD tuned, because the row of KD tuned has this comparison
     found = {key: values for key, values in found.items() if len(values) > 1 and key != (BASELINE, f"over {TUNED}")}
     p_values = dict(zip(found, holm([p_of(values) for values in found.values()])))
     for method, rows in table.items():
@@ -141,7 +141,7 @@ def plot_classes() -> None:
 
 
 def gains_of_setting(name: str, kd: str, nkd: str) -> dict[str, list[float]]:
-    """Return the gains over cross-entropy of KD, NKD, USKD and label smoothing in a table; [] if it lacks a method."""
+    """Return each method's gains over cross-entropy in a table; a method that the table lacks has []."""
     table = read(name)
     rows = {"KD": kd, "NKD": nkd, "USKD": "USKD", "label smoothing": "label smoothing"}
     return {method: gains(BASELINE, row, table) if row in table else [] for method, row in rows.items()}
@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument(
         "--compare", nargs=3, metavar=("TABLE", "METHOD", "OTHER"), help="print the gain of a row over another"
     )
-    parser.add_argument("--pooled", metavar="METHOD", help="print the mean gain of a method in the settings of USKD")
+    parser.add_argument("--pooled", metavar="METHOD", help="print the mean gain of a method over six settings")
     args = parser.parse_args()
     if args.pooled:
         print(pooled(args.pooled))
@@ -203,7 +203,7 @@ def main() -> int:
             parser.error(f"{name} has no {missing.pop()!r}: expected one of {', '.join(table)}")
         differences = gains(other, method, table)
         if len(differences) < 2:
-            parser.error(f"{method} and {other}: expected two different students with the same seeds, at least two")
+            parser.error(f"{method} and {other}: expected two different rows with at least two seeds, the same in both")
         print(f"{describe(differences)}, p = {p_of(differences):.2g}")
         return 0
     status = 0

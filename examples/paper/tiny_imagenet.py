@@ -7,7 +7,7 @@
     python examples/paper/tiny_imagenet.py SOURCE lite-sweep    # CPU: weights of KD and NKD, ImageNet teacher
     python examples/paper/tiny_imagenet.py SOURCE lite-sharp    # CPU: the same search at temperatures below 1
     python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: all methods, ImageNet teacher, same seeds
-    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: as lite, a student that fits; lite-fits-sweep
+    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: as lite, but it fits; also lite-fits-sweep
     python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher trained on them
     python examples/paper/tiny_imagenet.py SOURCE lite-50       # CPU: as lite, 50 classes; also lite-50-sweep
     python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: no teacher, 50 classes; also self-20, self-100
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
     classes: int
     size: int  # pixels
     train: int  # training images a class, the first in alphabetical order
-    held_out: int  # images of a class that no run trains on, added to its 50 validation images
+    held_out: int  # training images a class that are kept for validation, besides its 50 validation images
     common: list[str]
     teacher: list[str]  # flags of the teacher's training; empty: no teacher, or an ImageNet teacher
     student: list[str]
@@ -59,7 +59,7 @@ class Setting(NamedTuple):
 class Table(NamedTuple):
     setting: str
     seeds: int
-    runs: dict[str, list[str]]  # name: flags; "{teacher}" stands for the teacher's student/ or its labels' folder
+    runs: dict[str, list[str]]  # name: flags; "{teacher}": student/ of the teacher's run, or its stored labels
     first_seed: int = 0
 
 

@@ -5,8 +5,8 @@
 SOURCE is the unpacked Tiny-ImageNet. A draw has 10 classes of its own: 5 (or 50) labelled photographs a class, 95 (or
 400) without a label, 5 for validation and 45 for the test. The student is EfficientNet-Lite0, the teacher Lite2, both
 from ImageNet weights at 64 px. The teacher is trained on the labelled photographs alone. A pseudo-label is the
-teacher's most probable class. The rows with unlabelled photographs take equal numbers of steps. The command writes a
-row for each run into results/unlabelled.csv, and skips finished draws.
+teacher's most probable class. Pseudo-labels, KD and NKD train for the same number of steps. The command writes a row
+for each run into results/unlabelled.csv, and skips finished draws.
 """
 
 import shutil

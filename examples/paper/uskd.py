@@ -3,12 +3,12 @@
     python examples/paper/uskd.py SOURCE            # 5 draws of 16 runs and 6 teachers: about 2 core hours
 
 SOURCE is the unpacked Tiny-ImageNet. A draw has 20 classes of its own: 25 training images a class, 5 for validation,
-and 345 for the test. The student is a ResNet-8 at 32 px, which fits its images. It is tested after its last epoch. The
-teachers are ResNet-8s too:
+and 345 for the test. The student is a ResNet-8 at 32 px, which learns its images by heart. It is tested after its last
+epoch. The teachers are ResNet-8s too:
 
     domain       trained on the student's images and on 125 more a class
-    out of fold  five teachers each learn four fifths of the images and answer about the last fifth, on which the best
-                 of their epochs was chosen
+    out of fold  five teachers each learn four fifths of the images. Each answers about the fifth that it did not
+                 learn; its best epoch was chosen on that fifth
 
 The command writes a row for each run into results/uskd.csv, skips finished draws, and prints the table.
 """
@@ -48,7 +48,10 @@ BETAS = {"01": 0.1, "1": 1}
 
 
 def arms_of_ranks(labels: dict[str, Path]) -> dict[str, tuple[list, Path]]:
-    """Return the flags and the script of the rows with the non-target term; the weak head's also train this head."""
+    """Return the flags and the script of the rows with the non-target term.
+
+    The rows in which the weak head ranks the classes also train this head.
+    """
     train, found = ROOT / "train.py", {}
     for name, beta in BETAS.items():
         for who in ("random", "student"):

@@ -1,6 +1,6 @@
-"""Compute USKD's non-target term with Zipf labels that another network ranks: train.py --kd examples/paper/zipf.py:NAME
+"""Compute USKD's non-target term with another ranking of the classes: train.py --kd examples/paper/zipf.py:NAME
 
-NAME is WHO_BETA. WHO ranks the classes: random, student or teacher. BETA is the weight, 01 for 0.1 or 1. Only
+NAME is WHO_BETA. WHO ranks the classes: random, student or teacher. BETA is the weight: 01 (which means 0.1) or 1. Only
 teacher_BETA needs --teacher or --teacher-labels.
 """
 

@@ -290,7 +290,7 @@ class Saver:
 
 
 def write_run(folder: Path, content: bytearray, others: tuple[Callable[[], Any], ...], best: bool) -> None:
-    """Write the other files, then last.pt: they contain every epoch that it contains. Keep the previous checkpoint."""
+    """Write the other files before last.pt, so that they have each of its epochs. Keep the previous checkpoint."""
     sealed = seal(content)
     for write in others:
         write()
@@ -371,7 +371,7 @@ def read_checkpoint(folder: Path) -> tuple[Path, bytes, int] | None:
         damaged.append(str(file))
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: damaged, or not a checkpoint of train.py; start in a new --output")
-    # metrics.csv has a header and one row, and curves.png is missing, if the run ended while it saved its first epoch
+    # no error: if a run ends while it saves its first epoch, metrics.csv has one row, and curves.png is missing
     rows = len(read_csv(folder / "metrics.csv", "metrics")) if (folder / "metrics.csv").exists() else 0
     if rows > 2 or (rows and (folder / "curves.png").exists()):
         fault = f"{folder} has finished epochs (metrics.csv), but neither {LAST} nor {PREVIOUS}"

@@ -186,7 +186,7 @@ def is_first_error() -> bool:
     """Return True if this process is the first of the run with an error."""
     if Group.store is None:
         if not IS_MAIN:
-            time.sleep(2)  # rank 0 prints the error, and torchrun ends rank 0 as soon as this process ends
+            time.sleep(2)  # let rank 0 print the error: torchrun ends it as soon as this process ends
         return IS_MAIN
     try:
         return int(Group.store.add("kdlite/errors", 1)) == 1
@@ -343,7 +343,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory so far in MiB: of the GPU, or on a CPU of this process."""
+    """Return the peak memory so far in MiB: that of the GPU; if the device is a CPU, that of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS

@@ -45,7 +45,7 @@ def eval_view(image: Image.Image, metadata: Metadata) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """Describe the random transform of a training image. Augment erases and mixes whole batches later."""
+    """Describe the random transform of a training image. The class Augment later erases and mixes whole batches."""
 
     input_size: Sequence[int]  # (channels, H, W)
     crop: str  # resized, pad or none
@@ -106,7 +106,10 @@ class Batch(NamedTuple):
 
 
 class Samples(Dataset):
-    """Return the sample of (epoch, index); stored labels give the seed and the number of different epochs."""
+    """Return the sample of (epoch, index).
+
+    With stored labels the seed is theirs, and the images repeat after as many epochs as there are stored views.
+    """
 
     def __init__(self, source: Any, transform: Transform, seed: int = 0, stored: Any = None) -> None:
         self.source, self.transform, self.stored = source, transform, stored

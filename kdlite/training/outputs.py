@@ -166,7 +166,7 @@ class RunFolder:
         log(keep_confidence(self.path / "student", self.data.val, self.device, self.args.workers, own))
         if self.args.reference:
             log(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own))
-        best = f"best {progress.best:.2f} %" if progress.answers is not None else "no best epoch of the new images"
+        best = f"best {progress.best:.2f} %" if progress.answers is not None else "no best epoch yet on these images"
         top1 = f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, {best} -> {self.path}/student"
         peak = f"{peak_memory(self.device)} MiB of {'GPU memory' if self.device.type == 'cuda' else 'memory'} at most"
         log(f"{top1}; {time.monotonic() - started:.0f} s, {peak}")
@@ -237,7 +237,7 @@ def describe_left(seconds: float, before: str = "") -> str:
 
 
 def describe_balance(data: Data, weighted: bool) -> str:
-    """Return lines for the user: class sizes, advice if they differ much, and the points of top-1 of one image."""
+    """Return lines for the user: class sizes, advice if they differ much, and the part of one image in top-1."""
     counts, names = class_counts(data.train), [printable(name) for name in data.label_names]
     few, many = (pick(range(len(counts)), key=counts.__getitem__) for pick in (min, max))
     each = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
@@ -449,7 +449,7 @@ def model_card(config: Metadata) -> str:
         facts["temperature"] = f"{config.temperature:g}, which divides the logits before the softmax"
     if config.threshold:
         share = f"{100 * ANSWERED:g} % of the validation images are above"
-        facts["none of these"] = f"a largest probability below {config.threshold:g}; {share}"
+        facts["none of these"] = f"the answer if the largest probability is below {config.threshold:g}; {share}"
     lines += [f"- {name}: {value}" for name, value in facts.items() if value]
     lines += ["- licence of the weights: *to be filled in, here and in the header*"]
     lines += ["- licence of the data: *to be filled in*", "", "## Use", ""]

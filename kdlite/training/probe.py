@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from kdlite.training.distributed import from_rank_zero, gather
 from kdlite.training.loading import CorruptCount, ToDevice, image_progress
 
-MOST_IMAGES = 20_000  # most images of a fit; their features take 200 MB at 2,560 features an image
+MOST_IMAGES = 20_000  # limit on the images of a fit; their features take 200 MB at 2,560 features an image
 ITERATIONS = 100  # iterations of L-BFGS
 WEIGHT_DECAY = 0.1  # for features with deviation 1; 0.03 to 1 give the same accuracy (examples/paper/LOG.md, 21)
 

@@ -94,7 +94,7 @@ def warn_of_teacher(labels: np.ndarray, predictions: np.ndarray, classes: int) -
 
     labels, predictions: class indices of the same images, (N,)
     """
-    from scipy.optimize import linear_sum_assignment  # imported here, because it takes as long as numpy and timm
+    from scipy.optimize import linear_sum_assignment  # imported only here, because this import is slow
 
     count, right = len(labels), float((labels == predictions).mean())
     seen, pairs = np.unique([labels, predictions], return_inverse=True)  # a class that does not occur adds nothing

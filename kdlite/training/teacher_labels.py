@@ -214,7 +214,7 @@ class StoredLabels:
         self.folder, self.header = folder, read_header(folder)
         compare(folder, self.header, ours, OF_IMAGES)
         self.seed, self.views, self.k = (self.header[name] for name in ("seed", "views", "k"))
-        self.files: dict[tuple[int, int], np.ndarray] = {}  # (view, first image) -> rows, of one view only
+        self.files: dict[tuple[int, int], np.ndarray] = {}  # (view, first image) -> rows; only of the current view
         if faults := from_rank_zero(find_faults, folder, self.header):
             part, fault = faults[0]
             fault = f"{len(faults)} files of labels in {folder} are invalid, the first is {part.name}: {fault}"
@@ -313,7 +313,7 @@ def write_labels(
 ) -> bool:
     """Run the teacher on every view of every training image; return whether all files are written (False after a stop).
 
-    The ranks share the files. Files that are written already stay, so that the same call continues after a stop.
+    The ranks share the files. It keeps finished files, so that the same call continues after a stop.
     """
     todo = [part for part, _ in from_rank_zero(find_faults, folder, header)]
     rows, all_rows = sum(part.rows for part in todo), header["images"] * header["views"]
@@ -348,7 +348,7 @@ FLAGS: Table = {  # a flag with the name of a train.py flag has the same meaning
     },
     "teacher": {
         "teacher": Flag(None, "the teacher, as in train.py", path=True, required=True),
-        "teacher_classes": Flag(None, "CSV file: a class, then the teacher's name or column for it", path=True),
+        "teacher_classes": Flag(None, "CSV file, as in train.py", path=True),
     },
     "the training that follows": {
         "data": Flag("digits", "digits, cifar10, cifar100 or a folder", path=True),

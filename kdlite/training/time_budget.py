@@ -12,7 +12,7 @@ from deploy.flags import stretch_epochs
 from kdlite.training.checkpoint import Progress
 from kdlite.training.distributed import gather, log
 
-FEWEST = 5  # if fewer epochs fit, an epoch uses only a part of the images, so that whole epochs fill the time
+FEWEST = 5  # if fewer epochs fit, each epoch uses only a part of the images, so that the last one also ends in time
 WARM_UP = 5  # steps that are not measured: the first ones start processes and allocate memory
 MEASURED = 50  # number of measured steps; a shorter epoch is measured as a whole
 
@@ -61,16 +61,16 @@ class Length:
             epoch, validation = training * (1 + self.val_share), training * self.val_share
         else:
             return False
-        remaining = self.args.time_limit - (now - self.began) + progress.seconds  # counts this whole epoch
+        remaining = self.args.time_limit - (now - self.began) + progress.seconds  # from the start of this epoch
         remaining, epoch, validation = (max(values) for values in zip(*gather((remaining, epoch, validation))))
-        if progress.time_limit not in (0, self.args.time_limit) and not progress.step:  # whole epochs may fit now
+        if progress.time_limit not in (0, self.args.time_limit) and not progress.step:  # all images may fit now
             whole = validation + (epoch - validation) * self.all_steps / self.steps
             if remaining >= FEWEST * whole:
                 epoch, self.steps = whole, self.all_steps
         left = remaining / epoch
         if not progress.epochs and left < FEWEST:
             count = max(1 - progress.epoch, math.ceil(left - 0.05), 0)
-            if count:  # else the run ends here, and a resume with more time has whole epochs
+            if count:  # with 0 the run ends here, and steps stays, so that a resume with more time uses all images
                 share = (remaining / count - validation) / (epoch - validation)
                 self.steps = min(self.steps, max(1, progress.step, round(share * self.steps)))
         else:
@@ -80,7 +80,7 @@ class Length:
         progress.epochs, progress.steps, progress.time_limit = self.args.epochs, self.steps, self.args.time_limit
         if old == (self.args.epochs, self.steps):
             return False
-        if is_new:  # the line of an epoch has the corrected number
+        if is_new:  # a mere correction needs no line: the log of each epoch shows the number of epochs
             plan = f"{self.args.epochs} epochs of {self.steps} steps in {self.args.time_limit / 60:.3g} min"
             log(f"plan: {plan}; each epoch corrects the number of epochs")
         return True

@@ -111,7 +111,7 @@ def open_student(
     Args:
         args: in_chans; img_size [H, W]; model, model_args and small_stem, as for find_architecture. model may also name
             a student/ folder with these classes and this size. Then the preprocessing, arguments and stem of the folder
-            replace the flags, and only the code of model_file may run
+            replace the flags, and its code runs only if model_file names it
         label_names: names of the classes
         images: preprocessing, unless the weights have their own
         pretrained: True: start from the library's ImageNet weights; a path of a student/ folder or a file of weights:
@@ -288,7 +288,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def common_prefix(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
-    """Return the prefix of wrappers before the names (module., model., _orig_mod.), if more names match with it."""
+    """Return the prefix of a wrapper (module., model., _orig_mod.); "" if not more names match with it than without."""
     count = Counter({"": sum(name in weights for name in own)})
     for key in weights:
         parts = key.split(".")
@@ -370,8 +370,8 @@ def load_teacher(
 
     Args:
         name: a student/ folder; a library's model with its ImageNet weights; model:file with weights in a file; or
-            path/to/file.py:function, which returns a model with weights. If its mean, std and input_size differ from
-            the student's, they are attributes of this model
+            path/to/file.py:function, which returns a model with weights. The model must have the attributes mean, std
+            and input_size if they differ from the student's
         student: the student's config.json
         model_files: as for load_student
         classes_file: the file of --teacher-classes, or None
@@ -408,7 +408,7 @@ def load_teacher(
 
 
 def attributes_of(model: nn.Module, name: str, student: Metadata) -> tuple[list[float], list[float], list[int]]:
-    """Return mean, std and input_size of an own teacher; those of the student replace missing attributes.
+    """Return mean, std and input_size of a teacher from the user's code; the student's values replace missing ones.
 
     Print the attributes that the teacher has, because they may mean something else in the user's code.
     """

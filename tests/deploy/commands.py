@@ -10,7 +10,7 @@ from deploy.cli import command as run_command
 def deploy(command, *flags, check=0):
     """Run a command of deploy in this process and check its exit status; check=None allows 0 and 1.
 
-    Add --model-file if the student needs it.
+    If the student comes from a model file, this function adds --model-file.
     """
     parser = command.get_parser()
     if "--model-file" in parser.format_help():

@@ -52,14 +52,14 @@ def test_the_device_prints_each_network_and_the_best_that_fits(device, pyz):
     out = on(device, pyz, "--budget-ms", "10000", *flags).stdout
     assert "32x40 px, batch 1, 1 threads" in out
     assert "best within 10000 ms: squeezenet1_1" in out
-    assert "not compared: lcnet_035" in out
+    assert "this table has no top-1 for them: lcnet_035" in out
 
 
 @pytest.mark.trial
 def test_the_archive_runs_alone_and_prints_one_line_for_a_mistake(device, pyz, tmp_path):
     with zipfile.ZipFile(pyz) as archive:
         names = archive.namelist()
-    assert len([name for name in names if name.endswith(".onnx")]) == 4  # two networks in fp32 and INT8, packed once
+    assert len([name for name in names if name.endswith(".onnx")]) == 4  # 2 networks, fp32 and INT8
     assert not {"deploy/student.py", "deploy/export.py", "deploy/quantize.py"} & {*names}
     bare = (sys.executable, "-S")  # without site-packages
     assert "onnxruntime" in on(*bare, pyz, "--requirements").stdout
@@ -110,9 +110,9 @@ def test_the_best_network_that_fits_has_the_highest_published_accuracy():
     ]
     assert [one["fits"] for one in rows] == ["no", "int8", "fp32 int8", "fp32 int8"]
     line = verdict(rows, 20)
-    assert line.startswith("best within 20 ms: middle, 20.00 ms in int8, published top-1 75.0 %, in INT8 only")
-    assert line.endswith("not compared: unpublished")
-    assert verdict(rows[3:], 20) == "within 20 ms, without a published top-1 here: unpublished"
+    assert line.startswith("best within 20 ms: middle, 20.00 ms in int8, published top-1 75.0 %; only its INT8")
+    assert line.endswith("not compared, because this table has no top-1 for them: unpublished")
+    assert verdict(rows[3:], 20) == "within 20 ms: unpublished; none has a published top-1 in this table"
     rows = [row("large", 80.0, 50, 30, 2), row("small", 70.0, 10, 5, 2)]
     assert verdict(rows, 2) == "no network fits in 2 ms; the fastest is small in int8: 5.00 ms"
     failed = [row | {"fp32_ms": None, "int8_ms": None, "fits": "no"} for row in rows]

@@ -298,7 +298,7 @@ def test_a_reference_that_does_not_match_the_student_gives_one_line(run, how, me
     assert message in refused(capfd, command, run, *flags)
 
 
-def test_the_flag_reference_reads_another_file(run, tmp_path, capsys):
+def test_with_the_flag_reference_check_reads_another_file(run, tmp_path, capsys):
     student = shutil.copytree(run / "student", tmp_path / "alone")
     deploy(check, student, "student.onnx", "--reference", run / "reference.npz", "--count", "50", "--device", "cpu")
     assert "50 images of the reference.npz" in capsys.readouterr().out

@@ -81,7 +81,7 @@ def test_a_device_or_a_pipe_is_not_replaced(kind, tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_flag_without_a_slash_names_a_file_of_the_student_first(tmp_path, monkeypatch):
+def test_a_file_name_without_a_slash_is_looked_for_in_the_student_folder_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in ("student/a.onnx", "a.onnx", "b.onnx"):
         Path(file).parent.mkdir(exist_ok=True)

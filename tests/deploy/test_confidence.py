@@ -107,7 +107,7 @@ def test_a_student_without_wrong_answers_gets_a_threshold_and_no_temperature(sca
     found = fit_confidence(logits * scale, logits.argmax(1), BARE)
     assert found.temperature is None
     assert 0 < found.threshold <= 0.9999
-    assert "0 if every answer is right" in found.description
+    assert "if every answer is right, it is 0" in found.description
 
 
 @pytest.mark.parametrize("logits", [np.zeros((100, 3)), np.random.default_rng(0).normal(0, 1, (100, 3))])

@@ -43,7 +43,7 @@ NINE = {
     "deit_tiny_patch16_224": ["depth=2"],
     "convnext_atto": ["depths=(1,1,1,1)"],
 }
-OF_EACH_KIND = {"test_efficientnet": [], "deit_tiny_patch16_224": ["depth=1"]}  # `deployed` is a third kind, a ResNet
+OF_EACH_KIND = {"test_efficientnet": [], "deit_tiny_patch16_224": ["depth=1"]}  # fixture deployed: a ResNet
 IN_FP16 = {"resnet18", "deit_tiny_patch16_224"}
 TOLERANCES = {".onnx": 2e-5, ".ts": 2e-5, ".pt2": 2e-5, "-fp16.onnx": 6e-3}  # relative to the largest logit
 
@@ -179,7 +179,7 @@ def test_the_same_weights_give_the_same_bytes_and_no_path_of_the_machine(deploye
 
 
 def test_old_runtimes_can_read_the_files(deployed):
-    """Check for onnxruntime 1.17 of the first JetPack 6, which refuses IR versions above 9 and unknown opsets."""
+    """The first JetPack 6 has onnxruntime 1.17, which refuses IR versions above 9 and unknown opsets."""
     for file in (deployed / "student").glob("*.onnx"):
         model = onnx.load(file)
         assert model.ir_version == 8, file.name

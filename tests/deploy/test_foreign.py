@@ -104,7 +104,7 @@ def test_any_bytes_are_read_or_refused_in_little_time():
     random = np.random.default_rng(0)
     nested = b""
     for _ in range(300):  # a graph in an attribute of a node of a graph, and so on
-        for tag in (b"\x32", b"\x2a", b"\x0a"):  # GraphProto.node: g of an AttributeProto, of a NodeProto, of a graph
+        for tag in (b"\x32", b"\x2a", b"\x0a"):  # AttributeProto.g, NodeProto.attribute, GraphProto.node
             nested = tag + varint(len(nested)) + nested
     nested = b"\x3a" + varint(len(nested)) + nested  # ModelProto.graph
     with pytest.raises(UserError, match="nested deeper than"):

@@ -109,7 +109,7 @@ def crop(width, height, i=0):
 
 
 def pictures():
-    """Yield the names and bytes of pictures. The JPEGs are so small that no decoder reduces them."""
+    """Yield the names and bytes of pictures. The JPEGs are so small that no decoder decodes them at a smaller scale."""
     sizes = [(200, 150), (150, 201), (97, 64), (64, 64), (240, 61), (33, 180), (17, 9), (1, 1), (250, 250)]
     for width, height in sizes:
         for sampling in ("4:2:0", "4:2:2", "4:4:4"):
@@ -342,7 +342,7 @@ def test_the_page_uses_the_threshold_the_temperature_and_the_input_type_of_the_f
 
 
 def test_wrong_bytes_fail_the_self_test(browser, runtime, html, tmp_path):
-    """Change the interpolation of the page, so that its bytes differ from those in the vectors."""
+    """Change the interpolation of the page, so that its prepared images differ from those of the self-test."""
     settings = re.compile(r'(<script type="application/json" id="settings">)(.*?)(</script>)', re.S)
     text = html.read_text(encoding="utf-8")
     values = json.loads(settings.search(text)[2])

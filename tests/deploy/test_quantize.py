@@ -37,7 +37,7 @@ def test_each_target_gets_the_file_it_needs(deployed):
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_calibration_keeps_the_activations_of_one_batch_at_a_time(run, method, monkeypatch, capsys):
-    """Split 37 images into three batches of at most 16. The first of four calls gets the ranges."""
+    """Expect a call of collect with the ranges, then one for each batch: 37 images are three batches of at most 16."""
     batches = []
     collect = HistogramCollector.collect
 
@@ -146,7 +146,7 @@ def test_the_layers_that_lose_too_much_stay_in_float(run, target, capsys, monkey
 
 
 def quantize_or_refuse(run, *flags):
-    """Return the top-1 without a bound, or 0 if quantize refuses the file: over half of the answers change."""
+    """Return the top-1 without a bound, or 0 if quantize refuses the file because over half of the answers change."""
     parser = quantize.get_parser()
     if quantize.command(parser, quantize.run, [str(run), *flags]):
         return 0

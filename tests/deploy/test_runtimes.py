@@ -99,7 +99,7 @@ def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):
     ({"input_size": [3, 64, 64]}, "of [N, 3, 64, 64]; the graph has"),
     ({"label_names": ["a", "b"]}, "has 2 label_names; expected an output 'scores', [N, 2]; its shape is ['N', 10]"),
     ({"std": [0, 1, 1]}, "std is [0, 1, 1]; expected a number above 0 per channel"),
-    ({"mean": [124, 116, 104]}, "mean is [124, 116, 104]; expected a number per channel, from 0 to 1 as the pixels"),
+    ({"mean": [124, 116, 104]}, "mean is [124, 116, 104]; expected a number per channel, from 0 to 1 (for pix"),
     ({"std": [58.4, 57.1, 57.4]}, "std is [58.4, 57.1, 57.4]; expected a number above 0 per channel, from 0 to 1"),
     (None, "a theirs.onnx.json next to it; its fields are mean, std, label_names"),
 ])  # fmt: skip
@@ -277,7 +277,7 @@ def test_weights_of_another_architecture_are_an_error_with_the_missing_names(run
 @pytest.mark.parametrize(("module", "flags", "message"), [
     ("export", ["nowhere"], "neither a student/ folder nor a run directory"),
     ("export", ["run", "--format", "coreml"], "invalid choice"),
-    ("export", ["run", "--format", "onnx", "--output", "file/below"], "--output names another folder"),
+    ("export", ["run", "--format", "onnx", "--output", "file/below"], "give another folder with --output"),
     ("check", ["run", "nothing.onnx"], "no artefact nothing.onnx"),
     ("check", ["run", "--count", "0"], "--count: must be at least 1, got 0"),
     ("check", ["run", "--images", "nowhere"], "--images nowhere cannot be read"),

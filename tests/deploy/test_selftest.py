@@ -51,7 +51,7 @@ def test_the_vectors_contain_pictures_their_prepared_bytes_and_their_logits(stud
 
 @pytest.mark.slow
 def test_no_jpeg_is_large_enough_for_a_reduced_scale(student):
-    """Only some decoders can reduce a JPEG, so no picture may be that large, at any input size."""
+    """Only some decoders can decode a large JPEG at a smaller scale, so every JPEG must be too small for that."""
     for size in ([3, 64, 64], [3, 16, 16], [3, 300, 20], [1, 700, 700]):
         needed = (size[2], size[1])
         for picture in selftest.PICTURES:
@@ -121,7 +121,7 @@ def test_a_student_without_vectors_gives_one_line(tmp_path, capfd):
     assert "python -m deploy.pack writes the vectors" in refused(capfd, selftest, tmp_path)
 
 
-def test_the_student_that_is_named_is_packed_and_not_a_file_of_the_current_folder(student, tmp_path, monkeypatch):
+def test_pack_takes_the_given_student_if_the_current_folder_has_a_file_of_this_name(student, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     write_onnx(elsewhere, metadata_of(label_names=["other"] * 10))

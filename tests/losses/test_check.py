@@ -95,29 +95,29 @@ class Callable:
 
 
 RIGHT = {  # a right loss, and the notes about its call
-    "kdlite": (nkd_loss, ["gamma: varied by gamma", "temperature: varied by temperature"]),
+    "kdlite": (nkd_loss, ["gamma: argument gamma", "temperature: argument temperature"]),
     "a function": (hand, ["called as (student, teacher, target)"]),
-    "a class": (Official, ["gamma: varied by gamma", "temperature: varied by temp"]),
-    "an instance": (Official("nkd", True, 3.0, 3.5), ["gamma: varied by gamma", "temperature: varied by temp"]),
+    "a class": (Official, ["gamma: argument gamma", "temperature: argument temp"]),
+    "an instance": (Official("nkd", True, 3.0, 3.5), ["gamma: argument gamma", "temperature: argument temp"]),
     "an object": (Callable(), ["called as (teacher, student, target)", "gamma: 1.5, a constant in the loss"]),
-    "a partial": (functools.partial(hand, gamma=3.5, temperature=3.0), ["gamma: varied by gamma"]),
-    "other names": (lambda a, b, y, tau=1.0, lam=1.0: hand(a, b, y, lam, tau), ["gamma: varied by lam"]),
-    "unknown names": (lambda a, b, c, w=1.0, k=1.0: hand(a, b, c, w, k), ["temperature: varied by k"]),
-    "by position": (lambda s, t, y, alpha, T: hand(s, t, y, alpha, T), ["gamma: varied by alpha"]),
-    "other defaults": (lambda s, t, y, gamma=3.5, temp=3: hand(s, t, y, gamma, temp), ["temperature: varied by temp"]),
+    "a partial": (functools.partial(hand, gamma=3.5, temperature=3.0), ["gamma: argument gamma"]),
+    "other names": (lambda a, b, y, tau=1.0, lam=1.0: hand(a, b, y, lam, tau), ["gamma: argument lam"]),
+    "unknown names": (lambda a, b, c, w=1.0, k=1.0: hand(a, b, c, w, k), ["temperature: argument k"]),
+    "by position": (lambda s, t, y, alpha, T: hand(s, t, y, alpha, T), ["gamma: argument alpha"]),
+    "other defaults": (lambda s, t, y, gamma=3.5, temp=3: hand(s, t, y, gamma, temp), ["temperature: argument temp"]),
     "the teacher first": (lambda a, b, target: hand(b, a, target), ["called as (teacher, student, target)"]),
     "the target first": (lambda label, a, b: hand(a, b, label), ["called as (target, student, teacher)"]),
-    "a later target": (lambda a, b, T=1.0, target=None: hand(a, b, target, 1.5, T), ["temperature: varied by T"]),
+    "a later target": (lambda a, b, T=1.0, target=None: hand(a, b, target, 1.5, T), ["temperature: argument T"]),
     "constants": (lambda s, t, y: hand(s, t, y, 3.5, 3.0), ["gamma: 3.5, a constant in the loss"]),
     "a weight": (lambda s, t, y, weight=1.0, T=1.0, g=1.5: weight * hand(s, t, y, g, T), ["not varied: weight=1.0"]),
     "a weight of the target term": (
         lambda s, t, y, alpha=1.0, gamma=1.5: alpha * hand(s, t, y, 0.0) + hand(s, t, y, gamma) - hand(s, t, y, 0.0),
-        ["gamma: varied by gamma", "not varied: alpha=1.0"],
+        ["gamma: argument gamma", "not varied: alpha=1.0"],
     ),
     "a reduction": (lambda s, t, y, reduction="mean": hand(s, t, y), ["not varied: reduction='mean'"]),
     "keywords only": (
         lambda *, student, teacher, target, tau=1.0: hand(student, teacher, target, 1.5, tau),
-        ["called as (student, teacher, target)", "temperature: varied by tau"],
+        ["called as (student, teacher, target)", "temperature: argument tau"],
     ),
     "positional only": (lambda *tensors: hand(*tensors), ["gamma: 1.5, a constant in the loss"]),
 }
@@ -147,7 +147,7 @@ def half_of_the_target_term(s, t, y, alpha=0.5, gamma=1.5):
 )
 def test_a_default_weight_other_than_1_is_a_mistake_even_if_weight_1_gives_the_right_gradient(loss, weight):
     result = check.check(loss)
-    assert result.mistake == f"{weight} by default multiplies the loss or its target term: the paper's weight is 1"
+    assert result.mistake == f"the default {weight} multiplies the loss or its target term: the paper's weight is 1"
     assert f"{weight.replace('=', ': ')} by default, 1 in the cases below" in result.notes
     assert not any(note.startswith("not varied: ") for note in result.notes)
     assert all(line.endswith(": right") for line in result.lines)

@@ -68,7 +68,7 @@ def test_the_gradient_is_rounded_once(loss, std, dtype, scale, bound):
     """Use AMP's loss scale in fp16: gradients that are rounded before they are scaled would often be 0."""
     a, b, target = inputs(256, 1000, std=std, dtype=getattr(torch, dtype))
     # beta=0: float64 may rank near-ties differently.
-    # label_smoothing=0: smoothing gives all classes nearly one gradient, and so one rounding error.
+    # label_smoothing=0: with smoothing all classes have nearly the same gradient, and so the same rounding error.
     options = {} if loss is nkd_loss else dict(beta=0.0, label_smoothing=0.0)
     _, grads = gradients(lambda *args: scale * loss(*args, **options), a, b, target)
     _, expected = gradients(lambda *args: scale * loss(*args, **options), a.double(), b.double(), target)
@@ -195,7 +195,7 @@ def test_the_hessian_of_torch_func_is_right(loss):
 
 
 @BOTH
-def test_the_loss_of_fake_tensors_has_its_shape(loss):
+def test_the_loss_of_fake_tensors_has_the_right_shape(loss):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

@@ -121,7 +121,7 @@ def test_transform_replaces_the_clone():
         assert tap.pop() is outputs[-1]
 
 
-def test_a_feature_that_the_hook_pools_is_freed_when_the_model_has_run():
+def test_a_feature_is_freed_after_the_forward_pass_if_the_transform_pools_it():
     net, features = Net(), []
     net.layer1.register_forward_hook(lambda module, args, output: features.append(weakref.ref(output)))
     with torch.no_grad(), FeatureTap(net, "layer1", transform=lambda output: output.mean((2, 3))) as tap:

@@ -136,7 +136,7 @@ def test_swin_is_read_with_its_channels_last(height, width):
 @pytest.mark.parametrize(
     "name", ["efficientnet_b0", "mobilenetv3_small_100", "ghostnet_100", "resnet18", "convnext_atto"]
 )
-def test_a_checkpointed_model_runs_its_default_tap_with_equal_gradients(name):
+def test_activation_checkpointing_runs_the_default_tap_and_keeps_the_gradients(name):
     """Use timm's checkpointing, which calls the blocks of a stage instead of the stage."""
     pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ def test_the_next_candidate_is_used_if_the_default_layer_does_not_run(runs, tap)
 
 
 @pytest.mark.slow
-def test_the_error_for_a_default_layer_without_a_feature_lists_other_layers():
+def test_if_the_default_layer_returns_no_feature_the_error_lists_other_layers():
     timm = pytest.importorskip("timm")
     model = timm.create_model("hrnet_w18_small", num_classes=5)
     with pytest.raises(

@@ -719,7 +719,7 @@ def test_the_type_error_for_another_object_names_the_argument(value):
         uskd_loss(logits, value, target)
     with pytest.raises(TypeError, match=f"target must be a tensor, got {kind}"):
         uskd_loss(logits, logits, value)
-    if value is None:  # nkd_loss accepts target=None, and nkd_linear_loss teacher_weight=None (with a top-k)
+    if value is None:  # nkd_loss accepts target=None; nkd_linear_loss accepts teacher_weight=None with a top-k
         return
     with pytest.raises(TypeError, match=f"target must be a tensor, got {kind}"):
         nkd_loss(logits, logits, value)

@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def its(tmp_path_factory):
-    """Return the names of the loop and the folder of its digits. Block downloads; keep the settings in the folder."""
+    """Return the script's globals, and its folder of digits. Block downloads; keep the settings in the folder."""
     folder = tmp_path_factory.mktemp("ultralytics")
     settings = dict(YOLO_CONFIG_DIR=str(folder), YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false")
     os.environ |= settings  # because the library reads them at its import

@@ -36,7 +36,7 @@ def test_training_mode_returns_both_logits_and_eval_mode_those_of_the_model():
     assert student.tap == "layer1"
 
 
-def test_the_checkpoint_has_the_head_and_the_plain_student_does_not():
+def test_the_head_is_in_the_checkpoint_but_not_in_the_plain_student():
     model = Net()
     names = set(model.state_dict())
     student = WithWeakHead(model, "layer1", example_input=images())
@@ -234,7 +234,7 @@ def test_a_compiled_student_trains_as_the_plain_student():
 # ---- the pooling ----
 
 
-def test_a_larger_input_shows_the_channel_dimension_of_a_sequence():
+def test_the_dimension_that_does_not_grow_with_the_input_has_the_channels():
     example = torch.randn(1, 2, 100)
     conv = classifier(nn.Conv1d(2, 16, 3), nn.ReLU(), width=16)
     assert WithWeakHead(conv, "0", example_input=example).head.in_features == 16
@@ -517,7 +517,7 @@ def test_the_error_for_an_output_without_logits_names_the_argument(pack, where, 
         Teacher(Returning(pack), logits=where)(images())
 
 
-def test_the_error_for_a_dense_model_points_to_the_page():
+def test_the_error_for_a_model_with_an_output_per_pixel_points_to_the_page():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1))
     with pytest.raises(ValueError, match=r"got shape \(2, 5, 6, 6\): see kdlite/README.md#questions"):
         WithWeakHead(model, "0", example_input=images())
@@ -544,7 +544,7 @@ def test_a_model_with_several_inputs_takes_an_example_of_each(as_dict):
 
 def test_the_error_for_a_wrong_guess_of_the_input_asks_for_an_example():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
-    with pytest.raises(ValueError, match=r"does not run on the guess shape \(2, 3, 224, 224\): pass example_input"):
+    with pytest.raises(ValueError, match=r"does not run on a guessed shape \(2, 3, 224, 224\): pass example_input"):
         WithWeakHead(model, "0")
     assert WithWeakHead(model, "0", example_input=images()).head.in_features == 4
 
@@ -603,7 +603,7 @@ def test_two_ranks_under_ddp_have_equal_gradients(tmp_path, forks):
         torch.testing.assert_close(grad, parameter.grad / 2)
 
 
-def test_a_teacher_of_one_side_resizes_to_a_square():
+def test_a_teacher_whose_size_is_one_number_resizes_to_a_square():
     assert Teacher(nn.Identity(), size=4)(torch.zeros(2, 3, 8, 6)).shape == (2, 3, 4, 4)
 
 

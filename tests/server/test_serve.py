@@ -316,7 +316,7 @@ def test_a_file_that_cannot_be_read_is_400_with_the_reason(site, body, reason):
     assert "curl" not in message  # because the page shows the message too
 
 
-def test_a_photograph_without_its_line_ends_as_curl_d_sends_it_gets_advice(site):
+def test_a_photograph_whose_line_ends_curl_d_removed_gets_advice(site):
     body = picture().replace(b"\n", b"").replace(b"\r", b"")
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     status, message = error_of(site, "/predict", body, headers)
@@ -347,7 +347,7 @@ def test_predict_reads_a_form_with_one_file(site):
         assert ask(site, "/predict", *form(*parts))[2] == expected
     noise = np.random.default_rng(0).integers(0, 256, (800, 1000, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(noise).save(file, "PNG")  # by default the form's parser keeps less in memory
+    Image.fromarray(noise).save(file, "PNG")  # more than the form's parser keeps in memory by default
     assert ask(site, "/predict", *form((b'name="image"; filename="a.png"', file.getvalue())))[0] == 200
 
 

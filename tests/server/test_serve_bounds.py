@@ -257,7 +257,7 @@ def test_the_body_of_a_client_that_has_left_is_freed_while_all_decoders_are_busy
 
 
 def test_a_motion_photo_is_classified(site):
-    """Append 4 MB of a video, in which the marker of a scan is frequent, as Samsung's and Google's cameras do."""
+    """Append 4 MB of a video, as Samsung's and Google's cameras do. Its bytes often contain the marker of a scan."""
     video = np.random.default_rng(0).bytes(2**22)
     assert video.count(b"\xff\xda") > 50
     file = io.BytesIO()

@@ -131,7 +131,7 @@ def test_parameters_of_all_types_of_the_protocol_are_accepted():
     assert (asked.binary, asked.classes) == (False, 3)
 
 
-def test_the_first_of_two_outputs_with_the_same_name_counts():
+def test_of_two_outputs_with_the_same_name_the_first_is_used():
     asked = parse(flat(outputs=[{"name": "logits"}, {"name": "logits", "parameters": {"binary_data": True}}]))
     assert not asked.binary
 
@@ -171,7 +171,7 @@ def test_shared_memory_is_refused(where):
     (*binary(of(), b"\0" * (ONE - 1)), "got 767"),
     (*binary(of(), b"\0" * (ONE + 1)), "got 769"),
     (*binary(of(size=7), b"\0" * ONE), "binary_data_size is 7"),
-    (*binary(of(size="all"), b"\0" * ONE), "binary_data_size is all as text"),
+    (*binary(of(size="all"), b"\0" * ONE), "binary_data_size is the text 'all'"),
     (*binary(flat(), b"\0"), "1 bytes follow the JSON"),
     (b"{}", {"Inference-Header-Content-Length": "3"}, "the body has 2 bytes"),
     (b"{}", {"Inference-Header-Content-Length": "-1"}, "'-1'"),
@@ -211,7 +211,7 @@ def test_a_wrong_path_or_method_is_an_error_in_json(site, path, method, status):
 
 
 @pytest.mark.parametrize("path", ["/v2/", "/v2/health/live/", "/predict/"])
-def test_a_slash_at_the_end_does_not_redirect_to_the_host_header(site, path):
+def test_a_slash_at_the_end_does_not_redirect_to_the_host_that_the_client_names(site, path):
     response = site.get(path, headers={"Host": "evil.example"}, follow_redirects=False)
     assert (response.status_code, "location" in response.headers) == (404, False)
 

@@ -1,4 +1,4 @@
-"""Make the runs of train.py in the tests' process cheap."""
+"""Shorten the runs of train.py that tests start in their own process."""
 
 import functools
 

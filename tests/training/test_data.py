@@ -75,13 +75,13 @@ def test_a_subfolder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     )
 
 
-def test_a_link_to_a_folder_around_it_is_refused(tmp_path):
+def test_a_link_to_a_folder_that_contains_it_is_refused(tmp_path):
     make(tmp_path, {"train/cat": 2, "train/dog": 2, "val/cat": 2, "val/dog": 2})
     (tmp_path / "train/cat/again").symlink_to("..")
     assert "photos/train/cat/again is a link to a folder that contains it" in refusal(tmp_path)
 
 
-def test_a_split_with_a_line_break_in_a_name_is_read_again(tmp_path):
+def test_a_written_split_is_read_without_a_change_if_a_name_has_a_line_break(tmp_path):
     rows = [("cat\r/1\n.jpg", "train"), ("cat\r/2.jpg", "val")]
     write_split(tmp_path / "split.csv", rows)
     assert list(read_split(tmp_path / "split.csv").items()) == rows

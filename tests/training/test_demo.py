@@ -63,7 +63,7 @@ def test_no_student_trains_on_a_validation_digit(digits):
     assert images(digits / "once-0/train") != images(digits / "once-1/train")
 
 
-def test_train_py_accepts_the_commands_and_their_outputs_differ():
+def test_train_py_accepts_the_commands_and_each_has_its_own_output_folder():
     commands = [demo.train_command(name, seed) for name in demo.RUNS for seed in (0, 1)]
     for command in commands:
         train.parse_flags(command[1:])

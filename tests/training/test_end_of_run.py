@@ -53,7 +53,7 @@ def test_a_finished_run_stores_a_threshold_that_a_resume_computes_again(capsys):
     assert '"none of these" below a probability of ' in text
     assert "of 60 validation images are answered" in text
     card = Path("out/student/README.md").read_text()
-    assert f"- none of these: a largest probability below {stored[1]:g}; 95 % of the validation images" in card
+    assert f"- none of these: the answer if the largest probability is below {stored[1]:g}; 95 % " in card
     assert (stored[0] is None) == ("which divides the logits" not in card)
     config = json.loads(Path("out/student/config.json").read_text())
     run(*RESUME)
@@ -152,7 +152,7 @@ def data_of(*counts, val=1000, names=None):
     return Namespace(train=Namespace(targets=labels, classes=names), val=range(val), label_names=names)
 
 
-def test_the_sizes_of_the_classes_and_the_points_of_one_image_are_printed():
+def test_the_sizes_of_the_classes_and_the_part_of_one_image_in_top1_are_printed():
     lines = outputs.describe_balance(data_of(30, 20, val=59), False).splitlines()
     assert lines == [
         "training images of each class: c0 30, c1 20",

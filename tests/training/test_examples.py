@@ -140,7 +140,7 @@ def test_two_hosts_without_a_shared_disk_train_the_same_weights_as_one_host():
 # ---- Slurm ----
 
 
-def test_slurm_starts_one_task_per_node_signals_the_batch_shell_and_may_requeue():
+def test_slurm_starts_one_task_per_node_and_sends_its_signal_to_the_batch_shell():
     head = SLURM.read_text().partition("set -")[0]  # sbatch ignores directives after the first command
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", head, re.M))
     assert len(directives) == SLURM.read_text().count("#SBATCH")
@@ -246,7 +246,7 @@ def test_a_pod_succeeds_only_after_the_end_of_the_training(tmp_path, how, status
     pod = subprocess.Popen([*container["command"], script], env=env)
     if how == "stopped":
         rank = wait_for(tmp_path / "kdlite/log.txt", r"^ready (\d+)$")
-        os.kill(int(rank[1]), signal.SIGUSR1)  # as after the eviction of another pod
+        os.kill(int(rank[1]), signal.SIGUSR1)  # as if another pod was evicted: a rank stops, this pod gets no signal
     assert pod.wait(60) == status
 
 

@@ -71,7 +71,7 @@ def test_an_optimizer_does_not_wait_for_the_device(cuda, opt):
     step(None, torch.amp.GradScaler("cuda", enabled=False), clip_grad=None, opt=opt)
 
 
-def test_only_gradscaler_reads_a_value_in_fp16(cuda, monkeypatch):
+def test_in_an_fp16_step_only_gradscaler_reads_a_value_on_the_host(cuda, monkeypatch):
     """Expect an error of GradScaler.step, which reads a value on the host; then replace the part that reads it."""
     with pytest.raises(DataDependentOutputException):
         step(torch.float16, torch.amp.GradScaler("cuda"))
@@ -82,7 +82,8 @@ def test_only_gradscaler_reads_a_value_in_fp16(cuda, monkeypatch):
         return optimizer.step(*args, **options)
 
     monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", answered)
-    monkeypatch.setattr(torch, "_amp_update_scale_", lambda scale, *args: scale)  # the fake GPU allows only one device
+    # on the fake GPU an operation cannot mix devices, and this one does
+    monkeypatch.setattr(torch, "_amp_update_scale_", lambda scale, *args: scale)
     step(torch.float16, torch.amp.GradScaler("cuda"))
     assert reads == [[CUDA]]
 

@@ -114,14 +114,14 @@ def test_a_loss_that_waits_for_the_gpu_fails(monkeypatch, waits):
     monkeypatch.setattr(gpu, "waits_for_the_device", lambda *_: waits)
     nkd, uskd = gpu.losses((8, 50), torch.float32, "cuda", 0.0, compiled=False)
     assert {nkd.result, uskd.result} == {"failed" if waits else "passed"}
-    assert ("the host waits for the GPU" if waits else "host reads 0") in nkd.figures
+    assert ("the host waits for the GPU" if waits else "the host does not wait for the GPU") in nkd.figures
     # 5 x 8 x 50 values of 4 bytes in 10 microseconds are 0.8 GB/s
     assert "80 % of a copy's bandwidth" in nkd.figures
     assert "bandwidth" not in uskd.figures
 
 
 class Fake(gpu.Place):
-    """Return `device` as the output of each command, and run no command."""
+    """Run no command: the field `device` holds the text that each command would print."""
 
     def run(self, log, *argv):
         return subprocess.CompletedProcess(argv, 1, self.device, "deploy: error: no library\n")
@@ -162,7 +162,7 @@ def test_a_missing_gpu_is_refused_with_one_line(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "gpu.py: error: --device cuda, but torch finds no CUDA GPU\n"
 
 
-def test_a_folder_with_files_and_an_unknown_check_are_refused(monkeypatch, tmp_path, capsys):
+def test_an_unknown_check_is_refused_and_so_is_a_folder_with_files(monkeypatch, tmp_path, capsys):
     assert main(monkeypatch, "--device", "cpu", "--output", tmp_path / "out", "--only", "tpu") == 2
     assert capsys.readouterr().err == "gpu.py: error: --only: no check has tpu in its name\n"
     (tmp_path / "mine").touch()

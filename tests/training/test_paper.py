@@ -275,7 +275,7 @@ def test_the_zipf_labels_of_another_network_equal_their_formula():
         expected.append(-sum(z[i] * log_n[i] for i in z) / sum(z.values()))
     assert zipf.teacher_1(student, other, target).tolist() == pytest.approx(expected, rel=1e-6)
     assert zipf.teacher_01(student, other, target).tolist() == pytest.approx([x / 10 for x in expected], rel=1e-6)
-    # if the weak head's probabilities are equal, USKD ranks by the student
+    # if the weak head gives all classes the same probability, USKD ranks by the student
     uskd = uskd_loss(student, torch.zeros_like(student), target, alpha=0.0, beta=1.0, mu=0.0, reduction="none")
     assert zipf.student_1(student, None, target).tolist() == pytest.approx(uskd.tolist(), rel=1e-5)
     by_weak = load("ablation").uskd_ranked_by_weak(
@@ -414,7 +414,7 @@ def test_the_t_test_of_two_rows_pairs_their_seeds(monkeypatch, capsys):
 
 
 def test_p_values_are_corrected_by_holm():
-    """Compare with an example by hand: 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1. The products never decrease."""
+    """Compare with an example by hand: 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1. A product below the last is raised."""
     assert load("paired").holm([0.02, 0.01, 0.04, 0.03]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert load("paired").holm([0.5, 0.9]) == [1.0, 1.0]
     assert load("paired").holm([]) == []
@@ -468,7 +468,7 @@ def test_the_labels_command_accepts_the_flags_of_a_table(tmp_path, monkeypatch):
 
 
 class Experiment:
-    """Run a draw of an experiment without its images and processes; keep the flags of each process."""
+    """Call run_draw of an experiment without images; store the flags of each process instead of starting it."""
 
     def __init__(self, name, folder, monkeypatch):
         monkeypatch.syspath_prepend(PAPER)

@@ -29,7 +29,7 @@ def test_without_a_terminal_lines_are_printed_less_and_less_often(clock, capsys)
     assert 15 < len(lines) < 30  # in 100 minutes
 
 
-def test_a_line_is_printed_every_ten_minutes_or_sooner_and_a_large_rate_is_whole(clock, capsys):
+def test_a_line_is_printed_at_least_every_ten_minutes_and_a_large_rate_has_no_decimals(clock, capsys):
     for _ in cli.ProgressBar(range(1000), "epoch 1", each=100_000, unit="images"):
         clock[0] += 60
     lines = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""Test examples/report.py, which writes a page about some runs; open the page in a real browser."""
+"""Test examples/report.py, which writes a page about some runs. One test opens the page in a real browser."""
 
 import base64
 import io
@@ -237,7 +237,7 @@ def test_the_report_reads_the_answers_in_last_pt(runs, tmp_path):
 
 @pytest.mark.whole_runs
 @pytest.mark.parametrize("epochs", [1, 2, 7])
-def test_curves_have_whole_epochs_titles_and_the_chance_level(tmp_path, monkeypatch, epochs):
+def test_curves_have_titles_ticks_at_whole_epochs_and_the_chance_level(tmp_path, monkeypatch, epochs):
     figures = []
     monkeypatch.setattr(outputs, "save", lambda _, figure: figures.append(figure))
     rows = [

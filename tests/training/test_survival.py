@@ -50,7 +50,7 @@ def start(*flags, ranks=1, **options):
 
 
 def fork(forks, *flags, processes=1):
-    """Start train.py in processes without its imports, which take 4 s of CPU each."""
+    """Start train.py in forks of a process that has its imports, which take 4 s of CPU."""
     forks.start(run_script, ROOT / "train.py", *flags, processes=processes)
 
 

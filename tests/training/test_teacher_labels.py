@@ -140,7 +140,7 @@ def test_a_stored_label_is_the_output_of_the_teacher_for_the_same_view(photos, c
 
 
 def test_labels_of_large_crops_train_a_student_of_small_crops(photos):
-    """Store labels at 32 pixels and train at 16, because these crops do not depend on the image size."""
+    """Store labels at 32 pixels and train at 16: a crop shows the same part of the photograph at both sizes."""
     write_labels(*STUDENT, *VIEWS, *TEACHER, "--img-size", 32, "--output", "L", "--views", 1)
     run(*TINY, *PHOTOS, "--kd", "nkd", "--teacher-labels", "L", "--output", "out")
     assert math.isfinite(float(rows("out")[0]["loss_nkd"]))

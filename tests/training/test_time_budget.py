@@ -83,7 +83,7 @@ def test_a_resumed_run_keeps_its_plan_and_ends_in_time(monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [3, 20, 49])
-def test_a_run_that_stops_before_its_first_plan_ends_in_time_after_the_resume(monkeypatch, stop):
+def test_a_run_stopped_before_its_first_plan_keeps_its_time_limit_after_a_resume(monkeypatch, stop):
     machine = Machine(monkeypatch, step=1.0, evaluation=60)
     machine.start(600, 5000)
     machine.train(until=(0, stop))
@@ -94,7 +94,7 @@ def test_a_run_that_stops_before_its_first_plan_ends_in_time_after_the_resume(mo
 
 
 @pytest.mark.parametrize(("limit", "steps"), [(8, 40), (30, 400)])
-def test_a_resume_with_more_time_has_whole_epochs_again(monkeypatch, limit, steps):
+def test_a_resume_with_more_time_trains_all_steps_of_an_epoch_again(monkeypatch, limit, steps):
     machine = Machine(monkeypatch, step=0.25, evaluation=1)
     machine.start(limit, steps)
     machine.train()
@@ -119,7 +119,7 @@ def test_a_run_with_a_time_limit_ends_and_its_resume_trains_nothing(tmp_path, ca
     flags = ["--device", "cpu", "--model", f"{MODELS}:tiny", "--img-size", 16, "--reference", 0]
     run(*flags, "--epochs", "3s", "--output", tmp_path / "run")
     printed = capsys.readouterr().out
-    assert printed.count("plan: ") == 1  # the lines of the epochs have the corrected number
+    assert printed.count("plan: ") == 1  # later plans change only the total in the lines "epoch 1/9"
     (epochs,) = {int(last) for last in re.findall(r"^epoch \d+/(\d+) ", printed, re.M)[-1:]}
     assert len(rows(tmp_path / "run")) == epochs
     run("--output", tmp_path / "run", "--resume", "--model", f"{MODELS}:tiny", "--device", "cpu")

@@ -694,7 +694,7 @@ def test_a_run_prints_and_skips_a_corrupt_image(photos, capfd):
 
 
 @pytest.mark.slow
-def test_a_pass_without_a_readable_image_is_refused(photos, capfd):
+def test_a_part_of_a_batch_without_a_readable_image_is_refused(photos, capfd):
     (photos / "train/china/3.jpg").write_bytes(b"no image")
     run(*TINY, "--data", photos, "--batch-size", 8, "--grad-accum", 8, "--output", "out", check=2)
     assert "china/3.jpg cannot be read, nor any other image of its part of the batch" in capfd.readouterr().err

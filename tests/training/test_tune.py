@@ -99,7 +99,7 @@ def test_a_part_without_an_image_is_refused(photos):
 
 
 class Numbers:
-    """Replace stored labels; return the view and the number of an image."""
+    """Imitate stored labels: return the view and the number of an image."""
 
     seed, views = 3, 2
 
@@ -119,7 +119,7 @@ def test_an_image_has_the_same_crop_and_stored_answer_in_a_part_and_in_the_whole
     assert number != index
 
 
-def test_labels_of_all_training_images_fit_a_part(photos):
+def test_labels_of_all_training_images_are_valid_for_a_part(photos):
     view = loading.View((3, 16, 16), "none", 0.0, "bilinear")
     whole, part = (opened(*TINY, *RECIPE, "--data", "photos", *fold)[2] for fold in ((), ("--fold", 2, 5)))
     assert teacher_labels.describe_images(whole, view) == teacher_labels.describe_images(part, view)
@@ -202,7 +202,7 @@ def test_a_round_that_does_not_end_in_time_does_not_count(monkeypatch, capsys):
 # ---- the result ----------------------------------------------------------------------------------------------------
 
 
-def test_a_gain_has_the_paired_error_of_its_images():
+def test_the_standard_error_of_a_gain_is_that_of_the_differences_of_images():
     right, base = np.array([1.0, 1, 0, 1]), np.array([1.0, 0, 0, 0])
     assert gain(right, base) == (50.0, pytest.approx(100 * np.std([0, 1, 0, 1]) / 2))
 
@@ -259,7 +259,7 @@ def test_tune_reads_no_validation_image_and_prints_a_command_that_trains(teacher
 
 
 @pytest.mark.trial
-def test_labels_that_lack_classes_exclude_arms(teacher, monkeypatch, capsys):
+def test_arms_that_need_all_classes_are_skipped_if_the_labels_have_only_the_top_k(teacher, monkeypatch, capsys):
     flags = ["--data", "photos", *TINY, *RECIPE]
     names = []
     label_flags = ["--data", "photos", *TINY[2:], *TEACHER, "--recipe", "digits", "--crop", "none"]

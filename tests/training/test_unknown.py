@@ -50,7 +50,7 @@ def test_a_folder_with_too_few_classes_or_images_is_an_error(tmp_path):
         unknown.split(data, 0, 0, 0)
 
 
-def test_without_flags_the_digits_have_their_own_student(tmp_path, monkeypatch, capsys):
+def test_without_flags_the_student_is_trained_with_the_flags_for_digits(tmp_path, monkeypatch, capsys):
     asked = []
 
     def train_student(parts, flags, *_):

@@ -268,7 +268,7 @@ def test_a_classifier_of_other_classes_or_in_another_order_is_not_kept(labels):
         start(donor, model_files=[f"{MODELS}:tiny"])
 
 
-def test_a_classifier_of_the_same_classes_or_in_a_file_is_kept(capsys):
+def test_a_classifier_is_loaded_if_its_classes_are_equal_or_its_file_does_not_name_them(capsys):
     donor = write_student(Path("donor"), f"{MODELS}:tiny", 32, ["label 0", "label 1"])
     theirs = load_file(donor / "model.safetensors")
     for source, kept in ((donor, False), (donor / "model.safetensors", True)):
@@ -561,7 +561,7 @@ def test_half_precision_weights_of_a_user_model_are_cast_to_float32(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_a_folder_gets_fitted_defaults_and_a_resume_keeps_them(photos, capsys):
+def test_defaults_are_fitted_to_a_data_folder_and_a_resume_keeps_them(photos, capsys):
     flags = ["--device", "cpu", "--data", photos, "--val-split", 0.25, "--model", f"{MODELS}:tiny", "--reference", 0]
     run(*flags, "--epochs", 1, "--workers", 0, "--output", "out")
     first, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("defaults for")]
