@@ -50,7 +50,7 @@ FLAGS: Table = {
         "data": Flag("digits", "digits (embedded), cifar10, cifar100 (downloaded), or a folder with train/ and val/ or "
                      "with a folder for each class", path=True),
         "val_split": Flag(None, "share of each class to validate on, for a folder without val/", type=RATIO),
-        "fold": Flag(None, "I N: validate on part I of N of the training images, not on val/, to compare settings",
+        "fold": Flag(None, "I N: instead of val/, validate on part I of N parts of the training images",
                      type=number(int, 0), nargs=2),
         "unlabelled": Flag(None, "a folder of more photographs without labels; the student learns the teacher's "
                            "answers about them", needs=["kd"], path=True),
@@ -77,8 +77,8 @@ FLAGS: Table = {
         "pretrained": Flag(False, "start from the library's ImageNet weights (a download), or from the matching "
                            "weights of a student/ folder, a .safetensors or a .pth", path=True, nargs="?", const=True,
                            metavar="FILE"),
-        "teacher": Flag(None, "as --model; NAME of a library: with its ImageNet weights (a download); "
-                        "NAME:FILE: with the weights of a file", path=True),
+        "teacher": Flag(None, "as --model; the name of a library's model loads its ImageNet weights (a "
+                        "download), and NAME:FILE loads the weights of FILE", path=True),
         "teacher_labels": Flag(None, "a folder of stored answers instead of --teacher; python -m "
                                "kdlite.training.teacher_labels writes it", path=True),
         "teacher_classes": Flag(None, "CSV file; each line has a class, then the teacher's name for it or its index in "
@@ -235,7 +235,7 @@ def loss_terms(
     """
     each: Any = {"reduction": "none"}
     if isinstance(teacher, tuple) and (method.kd != "nkd" or method.temperature != 1 or method.unlabelled):
-        teacher = all_logprobs(teacher, target, logits.shape[1])  # build_teacher requires all classes here
+        teacher = all_logprobs(teacher, target, logits.shape[1])  # build_teacher checked that they have all classes
     labelled = None
     if method.unlabelled:
         labelled = target != NO_LABEL

@@ -60,7 +60,7 @@ def is_share(value: Any) -> bool:
 
 
 Check = tuple[Callable[[Any], bool], str]  # a test of a value, and a description of valid values
-OF_PIXELS = "from 0 to 1 (for pixels from 0 to 1)"
+OF_PIXELS = "from 0 to 1 (pixels are from 0 to 1, not to 255)"
 PREPROCESSING: dict[str, Check] = {
     "label_names": (lambda v: is_list(v, None, is_text) and len(v) > 0, "the names of the classes"),
     "input_size": (

@@ -140,7 +140,7 @@ class Place(NamedTuple):
 
 
 def losses(shape: tuple[int, int], dtype: torch.dtype, device: str, seconds: float, compiled: bool) -> Iterator[Row]:
-    """Yield a row for each loss: time, memory, share of a copy's bandwidth, and whether the host waits for the GPU."""
+    """Yield a row for each loss: time, memory, bandwidth in percent of a plain copy's, whether the host waits."""
     inputs, u = make_inputs(*shape, dtype, device), shape[0] * shape[1] * dtype.itemsize
     ours: dict[str, Loss] = {"nkd_loss": nkd_loss, "uskd_loss": uskd_loss}
     if compiled:
@@ -204,7 +204,7 @@ def training(name: str, place: Place, run: str, flags: list[str]) -> Iterator[Ro
 
 
 def one_rank(backend: str, device: str) -> Iterator[Row]:
-    """Compare USKD's gradients with DistributedDataParallel and a process group to its gradients without both."""
+    """Compute USKD's gradients under DistributedDataParallel with a process group, and without both; compare them."""
     torch.manual_seed(0)
     images, target = torch.randn(32, 64, device=device), torch.arange(32, device=device) % 10
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
@@ -221,7 +221,7 @@ def one_rank(backend: str, device: str) -> Iterator[Row]:
     plain, parallel_ones = gradients
     difference = float((plain - parallel_ones).abs().max() / plain.abs().max())
     result = "passed" if difference < 1e-5 else "failed"
-    yield Row(f"one rank of {backend}", result, f"gradients of DDP and USKD differ by {difference:.1e} of the largest")
+    yield Row(f"one rank of {backend}", result, f"with and without DDP, gradients differ by {difference:.1e}")
 
 
 # ---- on a device --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Measure "none of these": leave a fifth of the classes out of training, and classify their images, the unknown images.
+"""Measure how well a student refuses unknown images: those of a fifth of the classes, left out of training.
 
     python examples/unknown.py                       # 1,797 digits, 5 draws: about 2 minutes on a free core
     python examples/unknown.py --data photos/ --flags "--model tf_efficientnet_lite0 --pretrained lite0.safetensors"

@@ -1,7 +1,7 @@
 """Compute the hard-label terms of :mod:`kdlite.terms` with less memory.
 
 A forward saves its inputs and a few numbers per row. The backward computes the probabilities again from them. So the
-terms store no other tensor as large as the logits, except the gradients and USKD's Zipf weights. ``torch.compile``
+only stored tensors as large as the logits are the inputs, the gradients and USKD's Zipf weights. ``torch.compile``
 turns each forward and each backward into one or two passes over the logits; eager code works on chunks of rows that fit
 in the cache. The backward multiplies by the incoming gradient in float32 before it rounds to the logits' dtype. ``make
 bench`` compares the speed and the memory of this module with those of :mod:`kdlite.terms`.
@@ -88,7 +88,7 @@ def in_chunks(
 
 def nkd_rows(student: Tensor, teacher: Tensor, label: Tensor, gamma: float, temperature: float) -> Tensor:
     """Return :func:`kdlite.terms.nkd_rows`; requires :func:`can_fuse`."""
-    # None instead of 1: with dynamic shapes the compiler makes a symbol of 1, and a Function cannot test a symbol
+    # None instead of 1: with dynamic shapes the compiler replaces 1 by a symbol, which a Function cannot compare
     loss: Tensor = NKDRows.apply(student, teacher, label, gamma, None if temperature == 1 else temperature)
     return loss
 
@@ -307,7 +307,7 @@ def set_label_column(rows: Tensor, label: Tensor, value: Tensor | float) -> Tens
 
 
 class Normalized(NamedTuple):
-    """Hold N(.) of masked rows as ``weights * scale``. Under a compiler this saves the pass that divides."""
+    """Hold N(.) of masked rows as ``weights * scale``. Under a compiler this avoids a pass for the division."""
 
     weights: Tensor  # (R, C)
     scale: Tensor | float  # (R, 1)

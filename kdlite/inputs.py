@@ -90,7 +90,7 @@ def cut_hint(shape: torch.Size, other: torch.Size) -> str:
     different = [d for d, (a, b) in enumerate(zip(shape, other)) if a != b] if len(shape) == len(other) else []
     # dimension 1, or the last dimension, where other libraries have the classes
     if different in ([min(1, len(shape) - 1)], [len(shape) - 1]):
-        return f": cut padded classes to {min(shape[different[0]], other[different[0]])}"
+        return f": remove padded classes to leave {min(shape[different[0]], other[different[0]])}"
     return ""
 
 

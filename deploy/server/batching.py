@@ -64,7 +64,7 @@ class Batcher:
             return await request.logits
         finally:
             if request.logits.cancelled():
-                with self.changed, contextlib.suppress(ValueError):  # the request is not in the queue
+                with self.changed, contextlib.suppress(ValueError):  # ValueError: it has left the queue
                     self.waiting.remove(request)
                     self.count(-len(images))
 

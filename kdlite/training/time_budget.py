@@ -70,7 +70,7 @@ class Length:
         left = remaining / epoch
         if not progress.epochs and left < FEWEST:
             count = max(1 - progress.epoch, math.ceil(left - 0.05), 0)
-            if count:  # with 0 the run ends here, and steps stays, so that a resume with more time uses all images
+            if count:  # 0: the run ends here with all steps, so that a resume with more time uses all images
                 share = (remaining / count - validation) / (epoch - validation)
                 self.steps = min(self.steps, max(1, progress.step, round(share * self.steps)))
         else:

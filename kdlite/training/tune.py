@@ -70,7 +70,8 @@ class Plan(NamedTuple):
 def make_plan(seconds: float, epoch: float, start: float, arms: int, full: int) -> Plan:
     """Return the plan with the most rounds that takes at most `seconds`; raise UserError if none fits.
 
-    With these rounds it has the most epochs (at most those of the whole training), and then the most parts.
+    If several plans have this number of rounds, take the one with the most epochs (at most ``full``), then the one with
+    the most parts.
 
     Args:
         seconds: the time that is left

@@ -254,7 +254,7 @@ def load_matching(
     if not classifiers:
         report += "; no layer is known as the classifier, so no layer starts at zero"
     elif same_classes is None and f"{next(iter(classifiers))}.weight" in taken:
-        report += "; the classifier is loaded too: it must have the classes of --data in the same order"
+        report += "; the classifier is loaded too: check that it has the classes of --data in this order"
     for name, head in classifiers.items():
         if f"{name}.weight" not in taken:
             for parameter in head.parameters():

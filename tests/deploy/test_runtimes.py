@@ -99,7 +99,7 @@ def test_tensorrt_takes_an_onnx_file_from_elsewhere(foreign, capsys):
     ({"input_size": [3, 64, 64]}, "of [N, 3, 64, 64]; the graph has"),
     ({"label_names": ["a", "b"]}, "has 2 label_names; expected an output 'scores', [N, 2]; its shape is ['N', 10]"),
     ({"std": [0, 1, 1]}, "std is [0, 1, 1]; expected a number above 0 per channel"),
-    ({"mean": [124, 116, 104]}, "mean is [124, 116, 104]; expected a number per channel, from 0 to 1 (for pix"),
+    ({"mean": [124, 116, 104]}, "mean is [124, 116, 104]; expected a number per channel, from 0 to 1 (pix"),
     ({"std": [58.4, 57.1, 57.4]}, "std is [58.4, 57.1, 57.4]; expected a number above 0 per channel, from 0 to 1"),
     (None, "a theirs.onnx.json next to it; its fields are mean, std, label_names"),
 ])  # fmt: skip

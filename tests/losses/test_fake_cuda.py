@@ -135,7 +135,7 @@ def test_a_top_k_stays_on_the_device(cuda, monkeypatch):
     value = nkd_topk_loss(student, *top_k, target, ignore_index=3)
     value.backward()
     assert on_gpu(student.grad)
-    # because the fused evaluation of a top-k needs autograd's engine
+    # plain terms from here: the fused evaluation of a top-k needs autograd's engine
     monkeypatch.setattr(linear, "can_fuse", lambda *logits: False)
     hidden, weight = logits(5, 6), logits(10, 6)
     top_k = top_k_logprobs(logits(5, 10), labels(5), 3)

@@ -750,15 +750,15 @@ def test_the_error_for_classes_in_the_last_dimension_names_dimension_1(shape, ta
 
 def test_the_error_for_a_padded_vocabulary_names_the_number_of_classes():
     target = torch.zeros(2, 4).long()
-    with pytest.raises(ValueError, match=r": cut padded classes to 5$"):
+    with pytest.raises(ValueError, match=r": remove padded classes to leave 5$"):
         nkd_loss(torch.zeros(2, 5, 4), torch.zeros(2, 8, 4), target)
-    with pytest.raises(ValueError, match=r": cut padded classes to 5$"):
+    with pytest.raises(ValueError, match=r": remove padded classes to leave 5$"):
         nkd_loss(torch.zeros(2, 4, 8), torch.zeros(2, 4, 5), target)
     # no advice, because the batches differ
     with pytest.raises(ValueError, match=r"got \(2, 5\) and \(3, 5\)$"):
         nkd_loss(torch.zeros(2, 5), torch.zeros(3, 5), torch.zeros(2).long())
     hidden, target = torch.zeros(2, 3), torch.zeros(2).long()
-    with pytest.raises(ValueError, match=r": cut padded classes to 5$"):
+    with pytest.raises(ValueError, match=r": remove padded classes to leave 5$"):
         nkd_linear_loss(hidden, torch.zeros(5, 3), hidden, torch.zeros(8, 3), target)
 
 

@@ -271,7 +271,7 @@ def test_all_paths_except_the_page_and_the_probes_need_the_token(artefact):
             assert ask(site, INFER, numbers(), {"Authorization": given})[0] == 200
 
 
-def test_an_address_other_than_loopback_needs_a_token_or_the_flag_no_token(artefact, refused, tmp_path, monkeypatch):
+def test_without_a_token_only_loopback_or_the_flag_no_token_is_accepted(artefact, refused, tmp_path, monkeypatch):
     for host in ("0.0.0.0", "::", "", "192.168.0.7", "example.org"):
         assert "--no-token" in refused("--host", host)
     empty = tmp_path / "empty"

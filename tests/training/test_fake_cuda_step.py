@@ -122,7 +122,7 @@ def test_a_batch_is_normalised_and_augmented_on_the_device(cuda):
         to_device(host_batch())
 
 
-def test_evaluation_reads_once_at_its_end(cuda, monkeypatch):
+def test_in_an_evaluation_the_host_reads_from_the_device_once_at_the_end(cuda, monkeypatch):
     read = []
 
     def tolist(tensor):
