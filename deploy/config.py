@@ -90,7 +90,7 @@ ENGINE: dict[str, Check] = {
 }
 REST: dict[str, Check] = {
     "temperature": (lambda v: is_number(v) and 0.01 <= v <= 100, "a number from 0.01 to 100, which divides the logits"),
-    "threshold": (lambda v: is_number(v) and 0 <= v <= 1, "from 0 to 1; below it the answer is 'none of these'"),
+    "threshold": (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1; below it: 'none of these'"),
     "tensors": (lambda v: is_list(v, 2, is_text), "the names of the input and the output"),
     "calibration": (is_object, "how the file was quantised"),
     "metrics": (is_object, "the metrics of the student by name"),
@@ -216,7 +216,7 @@ def read_json(text: str | bytes, path: Path) -> dict[str, Any]:
 def read_config(student: Path, required: Iterable[str] = STUDENT) -> Metadata:
     """Return the config.json of a student/ folder; raise UserError if it is unreadable or a field is invalid.
 
-    required: fields that must exist in addition to PREPROCESSING; () for an ONNX file that kdlite did not export
+    required: fields that must exist in addition to PREPROCESSING; () if the file may be packed and not from kdlite
     """
     file = student / "config.json"
     values = read_json(read_file(file, MAX_JSON), file)

@@ -44,7 +44,7 @@ from deploy.tensorrt import read_engine_metadata
 
 WORKSTATION = ("student", "torch_runtimes", "export", "flags", "quantize", "triton", "pack")
 SHEBANG = b"#!/usr/bin/env python3\n"
-# On Linux the archive and its child processes run from a copy in memory, so you may replace the file while it runs.
+# On Linux the programs run from a copy in memory, also in child processes, so you may replace the file at any time.
 MAIN = """\
 import os, sys, zipfile
 

@@ -434,7 +434,7 @@ RELIABILITY = (
     f"Each dot is a bin of images of {NAME}, and its size is their share. On the line, 80 % of the answers with a "
     "confidence of 80 % are right. Below the line the student is too confident. The error is the mean distance from "
     f"the line ({BINS} bins). The temperature divides the logits and changes no answer. It was "
-    "fitted on half of the validation images. If they are few, it can also make the error larger."
+    "fitted on half of the validation images. If they are few, it can make the error larger, above all on new images."
 )
 
 

@@ -151,7 +151,7 @@ def check_positive(**positive: float) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    if not isinstance(value, numbers.Real):  # a tensor, for example: the losses have no gradient for gamma
+    if not isinstance(value, numbers.Real):  # a tensor, for example, which would get no gradient
         raise TypeError(f"{name} must be a Python number, got {describe(value)}")
 
 

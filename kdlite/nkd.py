@@ -45,7 +45,7 @@ def nkd_loss(
     Raises:
         ValueError: shapes that do not fit, fewer than two classes, gamma < 0, temperature <= 0, an unknown reduction.
         TypeError: logits that are not floating point, class indices that are not integers, a gamma or temperature that
-            is a tensor, because the loss has no gradient for it.
+            is not a Python number (a tensor would get no gradient).
 
     Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
     Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv 2303.13005.

@@ -64,8 +64,8 @@ def uskd_loss(
     Raises:
         ValueError: shapes that do not fit, fewer than two classes, a negative weight, label_smoothing outside [0, 1],
             an unknown reduction.
-        TypeError: logits that are not floating point, class indices that are not integers, a weight that is a tensor,
-            because the loss has no gradient for it.
+        TypeError: logits that are not floating point, class indices that are not integers, a weight that is not a
+            Python number (a tensor would get no gradient).
 
     Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
     Normalized Loss and Customized Soft Labels", ICCV 2023, arXiv 2303.13005.

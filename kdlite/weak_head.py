@@ -47,7 +47,7 @@ class WithWeakHead(nn.Module):
     ``pooling`` stores the choice. A dry forward (eval mode, no gradient) finds the shape of the feature. Further dry
     forwards on larger inputs find its channels, the dimension that does not grow. If the model takes only one size, a
     feature of three dimensions counts as (N, L, C). Of four dimensions, the two with the proportions of the image are
-    the positions. A class token or register tokens come before the positions; the mean skips these tokens.
+    the positions. If register tokens stand before the positions, the mean skips them.
 
     Args:
         model: classifier whose output is, or holds, (N, C) logits.

@@ -388,7 +388,7 @@ class Observe:
             request_id = secrets.token_hex(16)
         scope["status"] = 0  # 0 until the response begins
         send = functools.partial(self.send, scope, send, (b"x-request-id", request_id.encode()))
-        # a request with these two headers may hide a second one in its body (RFC 9112, 6.1): close the connection
+        # with both headers, bytes after the body may be a hidden second request (RFC 9112, 6.1): close the connection
         scope["ambiguous"] = b"content-length" in headers and b"transfer-encoding" in headers
         try:
             await self.app(scope, receive, send)

@@ -2,7 +2,7 @@
 
     python examples/paper/report.py            # --check writes nothing, and fails if a table differs from its file
     python examples/paper/report.py --compare few-images KD NKD    # the paired t-test between two rows
-    python examples/paper/report.py --pooled USKD                  # the mean gain over six settings
+    python examples/paper/report.py --pooled USKD                  # the mean gain over six tables
 
 The table of results/NAME.csv is between <!-- table NAME --> and <!-- end -->.
 """
@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument(
         "--compare", nargs=3, metavar=("TABLE", "METHOD", "OTHER"), help="print the gain of a row over another"
     )
-    parser.add_argument("--pooled", metavar="METHOD", help="print the mean gain of a method over six settings")
+    parser.add_argument("--pooled", metavar="METHOD", help="print the mean gain of a method over six tables")
     args = parser.parse_args()
     if args.pooled:
         print(pooled(args.pooled))

@@ -7,7 +7,7 @@
     python examples/paper/tiny_imagenet.py SOURCE lite-sweep    # CPU: weights of KD and NKD, ImageNet teacher
     python examples/paper/tiny_imagenet.py SOURCE lite-sharp    # CPU: the same search at temperatures below 1
     python examples/paper/tiny_imagenet.py SOURCE lite          # CPU: all methods, ImageNet teacher, same seeds
-    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: as lite, but it fits; also lite-fits-sweep
+    python examples/paper/tiny_imagenet.py SOURCE lite-fits     # CPU: the student fits; also lite-fits-sweep
     python examples/paper/tiny_imagenet.py SOURCE lite-own      # CPU: the images of lite, a teacher trained on them
     python examples/paper/tiny_imagenet.py SOURCE lite-50       # CPU: as lite, 50 classes; also lite-50-sweep
     python examples/paper/tiny_imagenet.py SOURCE self-50       # CPU: no teacher, 50 classes; also self-20, self-100

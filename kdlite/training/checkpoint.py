@@ -371,7 +371,7 @@ def read_checkpoint(folder: Path) -> tuple[Path, bytes, int] | None:
         damaged.append(str(file))
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: damaged, or not a checkpoint of train.py; start in a new --output")
-    # no error: if a run ends while it saves its first epoch, metrics.csv has one row, and curves.png is missing
+    # a run that ends while it saves its first epoch leaves a header and one row in metrics.csv, and no curves.png
     rows = len(read_csv(folder / "metrics.csv", "metrics")) if (folder / "metrics.csv").exists() else 0
     if rows > 2 or (rows and (folder / "curves.png").exists()):
         fault = f"{folder} has finished epochs (metrics.csv), but neither {LAST} nor {PREVIOUS}"

@@ -166,7 +166,9 @@ class RunFolder:
         log(keep_confidence(self.path / "student", self.data.val, self.device, self.args.workers, own))
         if self.args.reference:
             log(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own))
-        best = f"best {progress.best:.2f} %" if progress.answers is not None else "no best epoch yet on these images"
+        best = f"best {progress.best:.2f} %"
+        if progress.answers is None:
+            best = "no best epoch on the new validation images"
         top1 = f"last top-1 {progress.rows[-1]['val_top1']:.2f} %, {best} -> {self.path}/student"
         peak = f"{peak_memory(self.device)} MiB of {'GPU memory' if self.device.type == 'cuda' else 'memory'} at most"
         log(f"{top1}; {time.monotonic() - started:.0f} s, {peak}")

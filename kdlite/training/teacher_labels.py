@@ -313,7 +313,7 @@ def write_labels(
 ) -> bool:
     """Run the teacher on every view of every training image; return whether all files are written (False after a stop).
 
-    The ranks share the files. It keeps finished files, so that the same call continues after a stop.
+    The ranks share the files. The function keeps finished files, so that the same call continues after a stop.
     """
     todo = [part for part, _ in from_rank_zero(find_faults, folder, header)]
     rows, all_rows = sum(part.rows for part in todo), header["images"] * header["views"]

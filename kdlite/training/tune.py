@@ -4,7 +4,7 @@
 
 The command also takes the flags of train.py, except those that it chooses itself. It stores the teacher's answers once.
 Each run validates on a fifth of the training images, so the choice does not use the validation images. An arm is a loss
-with one gamma and temperature. Every arm gets short runs, the better half gets runs of twice the epochs, and so on
+with its gamma and temperature. Every arm gets short runs, the better half gets runs of twice the epochs, and so on
 (successive halving, Jamieson and Talwalkar 2016, arXiv 1502.07943). The command prints a table with the paired standard
 error of each difference, then the arms that are not significantly behind the best, then the command to train with. Run
 it again to continue after a stop.
@@ -48,7 +48,7 @@ ARMS: dict[str, list[str]] = {
 FIRST = "NKD gamma 1.5 T 1"  # the arm whose run of one epoch is measured
 ANY_LABELS = ["cross-entropy", *(f"NKD gamma {gamma} T 1" for gamma in GAMMAS)]
 PARTS = 5  # number of parts of the training images; a run validates on one part and trains on the others
-MOST_CLASSES = 200  # with more, stored answers have only ten classes; the arms of ANY_LABELS accept them
+MOST_CLASSES = 200  # with more, stored answers have the label and ten classes, which suit only ANY_LABELS
 REFUSED = {"kd", "gamma", "temperature", "kd_weight", "self_kd", "unlabelled", "fold", "resume"}
 
 

@@ -209,7 +209,7 @@ def test_check_and_benchmark_print_their_tables(device, made, tmp_path):
 
 
 def test_check_reads_photographs_without_torch(device, made, tmp_path):
-    """Check that without torch the others are compared with student.onnx, and that the output reports it."""
+    """Check that without torch a file is compared with student.onnx, and that the output reports it."""
     run = shutil.copytree(made, tmp_path / "run")
     for i, label in enumerate(("cat", "dog", "café", "cat")):
         (run / "val" / label).mkdir(parents=True, exist_ok=True)

@@ -179,7 +179,7 @@ def test_the_same_weights_give_the_same_bytes_and_no_path_of_the_machine(deploye
 
 
 def test_old_runtimes_can_read_the_files(deployed):
-    """The first JetPack 6 has onnxruntime 1.17, which refuses IR versions above 9 and unknown opsets."""
+    """Check the limits of onnxruntime 1.17 (the first JetPack 6): an IR version of at most 9, and known opsets."""
     for file in (deployed / "student").glob("*.onnx"):
         model = onnx.load(file)
         assert model.ir_version == 8, file.name

@@ -51,7 +51,7 @@ def test_the_vectors_contain_pictures_their_prepared_bytes_and_their_logits(stud
 
 @pytest.mark.slow
 def test_no_jpeg_is_large_enough_for_a_reduced_scale(student):
-    """Only some decoders can decode a large JPEG at a smaller scale, so every JPEG must be too small for that."""
+    """Check that every JPEG is too small for decoding at a smaller scale, which only some decoders support."""
     for size in ([3, 64, 64], [3, 16, 16], [3, 300, 20], [1, 700, 700]):
         needed = (size[2], size[1])
         for picture in selftest.PICTURES:
