@@ -98,7 +98,7 @@ def is_torchvisions(name: str) -> bool:
 
 
 def pick_model_file(name: str, model_files: Sequence[str]) -> str:
-    """Return the --model-file named "file.py:function", else the only one; raise UserError if none or several remain."""
+    """Return the --model-file named "file.py:function", else the only one; raise UserError unless one remains."""
     for model_file in model_files:
         if not is_code(model_file):
             raise UserError(f"--model-file takes path/to/file.py:function, got {model_file}")
