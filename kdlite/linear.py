@@ -373,7 +373,7 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        # in place: a second backward, which would read the changed gradients, raises an error
+        # in place is safe: a second backward raises an error before it reads the changed gradients
         scale = torch.mul if torch.compiler.is_compiling() else Tensor.mul_
         grads = (None if x is None else scale(x, d_total).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
         return None, *grads, None, None, None

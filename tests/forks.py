@@ -1,7 +1,7 @@
 """Run functions in forks of a process that has imported the libraries, because the imports take longer than the tests.
 
-Several processes get the environment of torchrun. The tests that use the fixture `forks` run in one test process, so
-that the libraries are imported once.
+If a test starts several processes, each gets the environment of torchrun. The tests that use the fixture `forks` run in
+one test process, so that the libraries are imported once.
 """
 
 import multiprocessing

@@ -125,7 +125,7 @@ class Process(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(self.on_loop_error)
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # asyncio got a small backlog, because it also accepts this number at once
+            listener.listen(BACKLOG)  # asyncio accepts as many at once as its backlog, so that one is small
         self.began()
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Test examples/loops/ultralytics_trainer.py: its gradients, its plain students and its resume.
+"""Test examples/loops/ultralytics_trainer.py: its gradients, its resume and its saved students.
 
 `make test` does not install Ultralytics. Without it, pytest skips these tests.
 """

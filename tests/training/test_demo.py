@@ -131,7 +131,7 @@ def commands(tmp_path_factory):
     return dry_run
 
 
-def test_make_demo_announces_its_download_and_installs_only_the_extra_serve(commands):
+def test_make_demo_announces_its_download_and_installs_no_extra_except_serve(commands):
     demo_runs = commands("demo")
     assert re.findall(r"pip install .* -e (\S+)", demo_runs) == ['".[serve]"']
     assert demo_runs.index("GB") < demo_runs.index("pip install")

@@ -311,7 +311,7 @@ def test_each_rule_for_gamma_equals_its_formula():
         return -sum(n[i] * math.log(n[i]) for i in range(9) if i != label)
 
     def mean_with_twin(t, label):
-        """Return half of N(T) and half of its mean over the two rows of the class."""
+        """Return the average of N(T) of a row and the mean of N(T) over the two rows of its class."""
         rows = [oracle.softmax(row, leave_out=label) for row in (teacher[label].tolist(), teacher[label + 8].tolist())]
         return [n / 2 + (a + b) / 4 for n, a, b in zip(oracle.softmax(t, leave_out=label), *rows)]
 
@@ -366,7 +366,7 @@ def test_the_page_has_each_difference_that_an_experiment_prints(name, print_tabl
     monkeypatch.syspath_prepend(PAPER)
     experiment = load(name)
     getattr(experiment, print_tables)(rows_of(name))
-    printed = re.sub(r"^\| the domain teacher .*", "", capsys.readouterr().out, flags=re.M)  # the text has its top-1
+    printed = re.sub(r"^\| the domain teacher .*", "", capsys.readouterr().out, flags=re.M)  # not in the page's table
     found = re.findall(r"[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)", printed)
     assert len(found) >= 15
     page = (PAPER / "README.md").read_text()
@@ -414,7 +414,7 @@ def test_the_t_test_of_two_rows_pairs_their_seeds(monkeypatch, capsys):
 
 
 def test_p_values_are_corrected_by_holm():
-    """Compare with an example by hand: 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1. A product below the last is raised."""
+    """Compare with an example by hand: 0.01 to 0.04 times 4, 3, 2, 1; a smaller product becomes the previous product."""
     assert load("paired").holm([0.02, 0.01, 0.04, 0.03]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert load("paired").holm([0.5, 0.9]) == [1.0, 1.0]
     assert load("paired").holm([]) == []
