@@ -414,7 +414,7 @@ def test_the_t_test_of_two_rows_pairs_their_seeds(monkeypatch, capsys):
 
 
 def test_p_values_are_corrected_by_holm():
-    """Compare with an example by hand: 0.01 to 0.04 times 4, 3, 2, 1; a smaller product becomes the previous product."""
+    """Compare with an example by hand: 0.01 to 0.04 times 4, 3, 2, 1; a smaller product becomes the previous one."""
     assert load("paired").holm([0.02, 0.01, 0.04, 0.03]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert load("paired").holm([0.5, 0.9]) == [1.0, 1.0]
     assert load("paired").holm([]) == []
