@@ -18,7 +18,8 @@ import numpy as np
 
 from deploy.cli import UserError, printable, write_whole
 
-LABELLED, NUMBERED = 60, 20  # up to so many classes: names on the axes; numbers in the cells
+LABELLED = 60  # with more classes, the axes have no names
+NUMBERED = 20  # with more classes, the cells have no numbers
 FORMULA = tuple("=+-@\t\r\n")  # first characters of a cell that a spreadsheet may compute
 MAX_DRAWN = 2000  # largest number of classes of the picture; with more, a cell is smaller than a pixel
 
