@@ -5,10 +5,11 @@
 
 The loss is a function, a class, an instance or a functools.partial that returns the mean over the batch, without the
 cross-entropy. The check calls it with the (N, C) float32 logits of student and teacher, and (N,) class indices. It
-tries the possible orders of these three arguments. It varies the numeric arguments, and identifies gamma and
-temperature by their effect, not by their names. If gamma or temperature is a constant in the loss, the check estimates
-it from the gradient, unless --gamma or --temperature gives it. The loss may differ from the formula by a constant, as a
-KL divergence differs from a cross-entropy, because training uses only the gradient.
+tries the orders of these three arguments that agree with "student" and "teacher" in their names. It varies the numeric
+arguments, and identifies gamma and temperature by their effect, not by their names. If gamma or temperature is a
+constant in the loss, the check estimates it from the gradient, unless --gamma or --temperature gives it. The loss may
+differ from the formula by a constant, as a KL divergence differs from a cross-entropy, because training uses only the
+gradient.
 
 The check prints the verdict (which names a known mistake), then how it called the loss, then a line for each case. The
 exit status is 0 if the loss is right, 1 if it is wrong, 2 if the check cannot run.
@@ -68,7 +69,10 @@ def cases() -> list[Case]:
             (EXTREME[1], 4, 10, 60.0, 0.0),
         ):
             student, teacher = (offset + std * torch.randn(n, c, generator=g) for _ in range(2))
-            found.append(Case(name, student, teacher, torch.randint(c, (n,), generator=g), gamma, temperature))
+            target = torch.randint(c, (n,), generator=g)
+            if c < 100:  # in half of the rows the teacher is right, as in training
+                target[::2] = teacher[::2].argmax(1)
+            found.append(Case(name, student, teacher, target, gamma, temperature))
     return found
 
 
@@ -109,6 +113,11 @@ def target_kept(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
     return (target_rows(s, t, y) - g * T**2 * ((t / T).softmax(1) * (s / T).log_softmax(1)).sum(1)).mean()
 
 
+def target_zero(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
+    s_0, t_0 = (x.masked_fill(is_class(x, y), 0.0) / T for x in (s, t))
+    return (target_rows(s, t, y) - g * T**2 * (t_0.softmax(1) * s_0.log_softmax(1)).sum(1)).mean()
+
+
 def not_normalised(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
     products = ((t / T).softmax(1) * (s / T).log_softmax(1)).masked_fill(is_class(s, y), 0.0)
     return (target_rows(s, t, y) - g * T**2 * products.sum(1)).mean()
@@ -122,6 +131,10 @@ def one_divided(s: Tensor, t: Tensor, y: Tensor, g: float, T: float) -> Tensor:
 PARTS = "the non-target part"
 FORMULAS: list[tuple[str, Formula]] = [
     (f"the target is kept in {PARTS}: mask its logit by -inf before the softmax", target_kept),
+    (
+        f"the target's logit is 0 in {PARTS}, as after a multiplication by a mask: mask it by -inf before the softmax",
+        target_zero,
+    ),
     (f"{PARTS} is not normalised: divide each probability by 1 minus the target's", not_normalised),
     (f"{PARTS} lacks the temperature squared", lambda s, t, y, g, T: right(s, t, y, g / T**2, T)),
     (f"{PARTS} has the temperature once, not squared", lambda s, t, y, g, T: right(s, t, y, g / T, T)),
@@ -190,7 +203,10 @@ FORMULAS: list[tuple[str, Formula]] = [
         for a, b in ((epsilon, epsilon), (epsilon, 0.0), (0.0, epsilon))
     ),
 ]
-DIGITS_LOST = "the loss loses digits if a probability is near 0 or 1: use log_softmax, not the log of a softmax"
+DIGITS_LOST = (
+    "the loss loses digits if a probability is near 0 or 1: use log_softmax, not the log of a softmax; mask the target "
+    "by -inf, instead of a division by 1 minus its probability"
+)
 NO_GRADIENT = "the student's logits get no gradient: remove no_grad, detach, item or a new tensor from the loss"
 UNKNOWN = "the mistake is not a known one: compare each term with kdlite/README.md"
 
@@ -205,6 +221,11 @@ TEMPERATURES = ("temperature", "temp", "tau", "t", "kd_t", "lam", "lamb", "lambd
 
 def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def role_in(name: str) -> str | None:
+    """Return "student" or "teacher" if the name of an argument contains it."""
+    return next((role for role in ("student", "teacher") if role in name.lower()), None)
 
 
 class Subject:
@@ -226,11 +247,12 @@ class Subject:
         self.orders = [
             order
             for order in itertools.permutations(("student", "teacher", "target"))
-            if target is None or order.index("target") == self.tensors.index(target)
+            if (target is None or order.index("target") == self.tensors.index(target))
+            and all(role_in(name) in (None, role) for name, role in zip(self.tensors, order))
         ]
         self.built = inspect.signature(loss).parameters if isinstance(loss, type) else {}
         self.called = {p.name: p for p in parameters if p.name in names and p.name not in self.tensors}
-        attributes = {name: x for name, x in vars(loss).items() if name[0] != "_"} if self.is_object else {}
+        attributes = {name: x for name, x in getattr(loss, "__dict__", {}).items() if name[0] != "_" and self.is_object}
         defaults = {name: p.default for name, p in [*self.built.items(), *self.called.items()]} | attributes
         # an argument without a default gets 1.0, to test whether it acts as gamma or temperature
         defaults = {name: 1.0 if x is inspect.Parameter.empty else x for name, x in defaults.items()}
@@ -243,8 +265,8 @@ class Subject:
             loss = loss(**{name: numbers[name] for name in self.built if name in numbers})
         elif self.is_object:
             loss = copy.copy(loss)
-            for name in vars(loss).keys() & numbers.keys():
-                setattr(loss, name, numbers[name])
+            own = getattr(loss, "__dict__", {})  # also of a frozen dataclass
+            own.update({name: x for name, x in numbers.items() if name in own})
         options = {name: numbers[name] for name in self.called if name in numbers}
         if self.by_position:
             return loss(*(tensors[role] for role in order), **options)
@@ -282,6 +304,8 @@ def find_roles(subject: Subject, order: Order, probe: Case) -> Numbers:
     before, _ = subject.gradient(order, probe, base)
     target = gradient(right, probe, 0.0, 1.0)
     for name, value in subject.numbers.items():
+        if value == 0 and name.lower() not in GAMMAS:  # it turns a part off, such as a dropout or another loss
+            continue
         changed = 2.0 * value if value else 1.0
         try:
             after, _ = subject.gradient(order, probe, base | {name: changed})
@@ -336,7 +360,16 @@ def attempts(subject: Subject, order: Order) -> list[Attempt]:
     if len(numbers.live) == 1:
         pairs = [(numbers.live[0], None), (None, numbers.live[0])]
     pairs.sort(key=lambda pair: likelihood(pair[0], GAMMAS) + likelihood(pair[1], TEMPERATURES))
-    return [attempt(subject, order, numbers, *pair) for pair in pairs or [(None, None)]]
+    found: list[Attempt] = []
+    failure: Exception | None = None
+    for pair in pairs or [(None, None)]:
+        try:
+            found.append(attempt(subject, order, numbers, *pair))
+        except Exception as error:  # one of the two numbers has another meaning
+            failure = failure or error
+    if not found and failure is not None:
+        raise failure
+    return found
 
 
 def likelihood(name: str | None, names: tuple[str, ...]) -> int:
@@ -363,16 +396,21 @@ def estimate(formula: Formula, tried: Attempt, gamma: float | None, temperature:
     if gamma is not None and temperature is not None:
         return gamma, temperature
     best, smallest = (gamma or 1.5, temperature or 1.0), torch.inf
-    for candidate in GRID if temperature is None else [temperature]:
-        fitted = gamma
-        if fitted is None:  # the gradient is linear in gamma
-            zero, one = (gradient(formula, case, g, candidate) for g in (0.0, 1.0))
-            slope = one - zero
-            squared = float(slope.square().sum())
-            fitted = float(((actual.double() - zero) * slope).sum()) / squared if squared > 1e-12 else 1.5
-        distance = float((gradient(formula, case, fitted, candidate) - actual.double()).norm())
-        if distance < smallest * (1 - 1e-6):
-            best, smallest = (fitted, candidate), distance
+    ratios = (1.0, 1.04, 1.004, 1.0004) if formula is right and temperature is None else (1.0,)
+    for ratio in ratios:  # first the grid, then ever smaller steps around its best temperature
+        grid = GRID if ratio == 1 else tuple(best[1] * ratio**k for k in range(-10, 11))
+        for candidate in grid if temperature is None else (temperature,):
+            fitted = gamma
+            if fitted is None:  # the gradient is linear in gamma
+                zero, one = (gradient(formula, case, g, candidate) for g in (0.0, 1.0))
+                slope = one - zero
+                squared = float(slope.square().sum())
+                fitted = float(((actual.double() - zero) * slope).sum()) / squared if squared > 1e-12 else 1.5
+            distance = float((gradient(formula, case, fitted, candidate) - actual.double()).norm())
+            if distance < smallest * (1 - 1e-6):
+                best, smallest = (fitted, candidate), distance
+        if smallest <= 1e-5 * float(actual.norm()):
+            break
     return best
 
 
@@ -422,6 +460,8 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
             found = compare(formula, one, constants)
             if constants[0] > 1e-3 and all(not error for case, error in found if case.name not in skip):
                 return report(subject, one, constants, words or side_mistake(one))
+        if not words and (found_as_it_is := as_it_is(subject, gamma, temperature)):
+            return found_as_it_is
     constants = estimate(right, tried[0], gamma, temperature)
     errors = list(compare(right, tried[0], constants))
     finite = all(bool(actual.isfinite().all()) for _, actual in tried[0].actual)
@@ -429,7 +469,40 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
     mistake = DIGITS_LOST if digits else UNKNOWN
     if not any(bool(actual.count_nonzero()) for _, actual in tried[0].actual):
         mistake = NO_GRADIENT
+    elif factor := common_factor(tried[0], constants):
+        mistake = f"the loss is {factor:.4g} times NKD"
     return report(subject, tried[0], constants, mistake)
+
+
+def as_it_is(subject: Subject, gamma: float | None, temperature: float | None) -> Result | None:
+    """Return the result of an object that is right with its own numbers, else None.
+
+    Its constructor may have computed other attributes from gamma and temperature, so that new values of these two do
+    not suffice. Temperature 1 proves too little, because the square of the temperature has no effect there.
+    """
+    numbers = Numbers(dict(subject.numbers), [], [], {})
+    for order in subject.orders if subject.is_object else []:
+        try:
+            one = attempt(subject, order, numbers, None, None)
+        except Exception:
+            continue
+        constants = estimate(right, one, gamma, temperature)
+        known = all(any(abs(x - value) < 1e-3 * x for value in subject.numbers.values()) for x in constants)
+        if known and abs(constants[1] - 1) > 1e-3 and not any(error for _, error in compare(right, one, constants)):
+            return report(subject, one, constants, side_mistake(one))
+    return None
+
+
+def common_factor(tried: Attempt, constants: tuple[float, float]) -> float | None:
+    """Return the number by which the right gradient is multiplied in every case, else None."""
+    factors = []
+    for case, actual in tried.actual:
+        gamma = case.gamma if tried.gamma else constants[0]
+        expected = gradient(right, case, gamma, case.temperature if tried.temperature else constants[1])
+        factors.append(float((actual * expected).sum() / expected.square().sum()))
+        if not is_close(actual, factors[0] * expected):
+            return None
+    return factors[0]
 
 
 def side_mistake(tried: Attempt) -> str | None:

@@ -57,9 +57,11 @@ def saveable(x: Tensor) -> Tensor:
     return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
 
 
-def needs_second_gradient() -> bool:
-    """Return whether the backward that calls this runs with create_graph."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def needs_terms(d_loss: Tensor) -> bool:
+    """Return whether a backward runs with create_graph, or with is_grads_batched: both differentiate kdlite.terms."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d_loss)
 
 
 def in_chunks(
@@ -120,9 +122,11 @@ class NKDRows(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, label, *saved = ctx.saved_tensors
         gamma, temperature = ctx.options
-        if needs_second_gradient():
-            loss = terms.nkd_rows(student, teacher, label, gamma, temperature or 1.0)
-            return *torch.autograd.grad(loss, student, d_loss, create_graph=True), None, None, None, None
+        if needs_terms(d_loss):
+            with torch.enable_grad():
+                loss = terms.nkd_rows(student, teacher, label, gamma, temperature or 1.0)
+            grads = torch.autograd.grad(loss, student, d_loss, create_graph=torch.is_grad_enabled())
+            return *grads, None, None, None, None
         rows = [student, teacher, label, d_loss.unsqueeze(1), *saved]
         return *in_chunks(nkd_backward, rows, gamma, temperature), None, None, None, None
 
@@ -217,10 +221,11 @@ class USKDRows(torch.autograd.Function):
         strong, weak, label, valid, alpha_p, *saved = ctx.saved_tensors
         _, beta, mu, smoothing, _ = ctx.weights
         grads: tuple[Tensor | None, ...]
-        if needs_second_gradient():
-            loss = terms.uskd_rows(strong, weak, label, valid, ctx.weights)
+        if needs_terms(d_loss):
             logits = [x for x, wanted in zip((strong, weak), ctx.needs_input_grad) if wanted]
-            found = iter(torch.autograd.grad(loss, logits, d_loss, create_graph=True))
+            with torch.enable_grad():
+                loss = terms.uskd_rows(strong, weak, label, valid, ctx.weights)
+            found = iter(torch.autograd.grad(loss, logits, d_loss, create_graph=torch.is_grad_enabled()))
             grads = tuple(next(found) if wanted else None for wanted in ctx.needs_input_grad[:2])
         else:
             d_loss = d_loss.unsqueeze(1)

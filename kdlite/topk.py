@@ -108,8 +108,8 @@ def nkd_from_logprobs(
     """Return the loss of :func:`nkd_topk_loss` from log-probabilities alone, one value per prediction.
 
     Use it if the logits are not in one tensor, as with a vocabulary split over devices or a fused classifier. The
-    student's probability of the rest is 1 - S_t - sum_K S_i, with an error of 1e-7 in float32. Pass float64 if that
-    probability may be near 0.
+    student's probability of the rest is 1 - S_t - sum_K S_i. In float32, N(S) has a relative error of 1e-7 / (1 - S_t).
+    If S_t may be above 0.9999, pass log-probabilities that were computed in float64.
 
     Args:
         student_target: log S_t, (...).
@@ -145,7 +145,10 @@ def nkd_from_logprobs(
     dtype = torch.promote_types(student_target.dtype, torch.float32)
     given_top = teacher_top != -math.inf
     student_target = student_target.to(dtype).clamp(max=-torch.finfo(dtype).tiny)
-    log_n = student_top.to(dtype) - log1mexp(student_target).unsqueeze(-1)
+    student_top = student_top.to(dtype)
+    # after rounding, the student's probabilities of K may sum to more than 1 - S_t; that sum then replaces 1 - S_t
+    of_k = student_top.masked_fill(~given_top, -torch.finfo(dtype).max).logsumexp(-1)
+    log_n = student_top - torch.maximum(log1mexp(student_target), of_k).unsqueeze(-1)
     sum_n = log_n.masked_fill(~given_top, -torch.finfo(dtype).max).logsumexp(-1)
     log_n_rest = log1mexp(sum_n.clamp(max=-torch.finfo(dtype).eps))
     return nkd_terms(student_target, log_n, log_n_rest, teacher_target, teacher_top, gamma)

@@ -1,5 +1,6 @@
 """Test python -m kdlite.check, which compares a loss with NKD."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -94,6 +95,51 @@ class Callable:
         return hand(student, teacher, y, 1.5, self.T)
 
 
+class Product:
+    """Compute gamma T^2 only once."""
+
+    def __init__(self, gamma=1.5, temperature=1.0):
+        self.gamma, self.temperature, self.factor = gamma, temperature, gamma * temperature**2
+
+    def __call__(self, student, teacher, target):
+        return hand(student, teacher, target, self.factor / self.temperature**2, self.temperature)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    gamma: float = 1.5
+    temperature: float = 2.0
+
+    def __call__(self, student, teacher, target):
+        return hand(student, teacher, target, self.gamma, self.temperature)
+
+
+class Slots:
+    __slots__ = ("temperature",)
+
+    def __init__(self):
+        self.temperature = 2.0
+
+    def __call__(self, student, teacher, target):
+        return hand(student, teacher, target, 1.5, self.temperature)
+
+
+def divided(s, t, y, gamma, temperature, smallest):
+    """Divide the teacher's probabilities by 1 - T_t, or by the smallest divisor, instead of masking the label."""
+    mask = F.one_hot(y, s.shape[1]).bool()
+    p = (t.detach() / temperature).softmax(1)
+    n_t = (p / (1 - p[mask]).clamp(min=smallest)[:, None]).masked_fill(mask, 0)
+    log_n = (s / temperature).masked_fill(mask, -1e9).log_softmax(1)
+    return hand(s, t, y, 0.0) - gamma * temperature**2 * (n_t * log_n).sum(1).mean()
+
+
+def reverse_kl(student, teacher, target, gamma=1.5, temperature=1.0):
+    mask = F.one_hot(target, student.shape[1]).bool()
+    s, t = ((x / temperature).masked_fill(mask, -1e9).log_softmax(1) for x in (student, teacher))
+    rest = F.kl_div(t, s, log_target=True, reduction="batchmean")
+    return hand(student, teacher, target, 0.0) + gamma * temperature**2 * rest
+
+
 RIGHT = {  # a right loss, and the notes about its call
     "kdlite": (nkd_loss, ["gamma: argument gamma", "temperature: argument temperature"]),
     "a function": (hand, ["called as (student, teacher, target)"]),
@@ -119,6 +165,24 @@ RIGHT = {  # a right loss, and the notes about its call
         lambda *, student, teacher, target, tau=1.0: hand(student, teacher, target, 1.5, tau),
         ["called as (student, teacher, target)", "temperature: argument tau"],
     ),
+    "a cross-entropy that is off by default": (
+        lambda s, t, y, gamma=1.5, ce_weight=0.0: hand(s, t, y, gamma) + ce_weight * F.cross_entropy(s, y),
+        ["gamma: argument gamma", "temperature: 1, a constant in the loss", "not varied: ce_weight=0.0"],
+    ),
+    "a dropout": (
+        lambda s, t, y, gamma=1.5, tau=1.0, p=0.0: hand(F.dropout(s, p), t, y, gamma, tau),
+        ["gamma: argument gamma", "temperature: argument tau", "not varied: p=0.0"],
+    ),
+    "a constant temperature between those of the grid": (
+        lambda s, t, y: hand(s, t, y, 1.5, 2.2),
+        ["gamma: 1.5, a constant in the loss", "temperature: 2.2, a constant in the loss"],
+    ),
+    "an object with a product of its numbers": (
+        Product(3.5, 3.0),
+        ["gamma: 3.5, a constant in the loss", "not varied: gamma=3.5, temperature=3.0, factor=31.5"],
+    ),
+    "a frozen dataclass": (Frozen(), ["gamma: argument gamma", "temperature: argument temperature"]),
+    "an object with slots": (Slots(), ["gamma: 1.5, a constant in the loss", "temperature: 2, a constant in the loss"]),
     "positional only": (lambda *tensors: hand(*tensors), ["gamma: 1.5, a constant in the loss"]),
 }
 
@@ -228,6 +292,23 @@ WRONG = {  # losses with other argument names, and the mistake of each
         lambda s, t, y, gamma=1.5, k=1.0: hand(s, t, y, gamma, 1.0) + (k - 1) * s.square().mean(),
         "not a known one",
     ),
+    "a division by 1 - T_t": (lambda s, t, y, g=1.5, T=1.0: divided(s, t, y, g, T, 0.0), "loses digits"),
+    "a division by at least 0.01": (lambda s, t, y, g=1.5, T=1.0: divided(s, t, y, g, T, 0.01), "loses digits"),
+    "multiplied by a mask": (
+        lambda s, t, y, gamma=1.5, T=1.0: (
+            hand(s, t, y, 0.0)
+            + gamma
+            * T**2
+            * F.kl_div(
+                *((x.scatter(1, y[:, None], 0.0) / T).log_softmax(1) for x in (s, t.detach())),
+                log_target=True,
+                reduction="batchmean",
+            )
+        ),
+        "the target's logit is 0 in the non-target part",
+    ),
+    "half": (lambda s, t, y, gamma=1.5, T=1.0: 0.5 * hand(s, t, y, gamma, T), "the loss is 0.5 times NKD"),
+    "a reverse KL, with the teacher's gradient": (reverse_kl, "not a known one"),
     "no_grad": (torch.no_grad()(hand), "the student's logits get no gradient"),
     "a detached student": (lambda s, t, y: hand(s.detach(), t, y), "the student's logits get no gradient"),
     "a detached student, not the teacher": (
