@@ -116,8 +116,13 @@ def describe_start(file: str | Path | BinaryIO) -> str:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation, 1 to 8. Return 1 if it is missing, and for a TIFF, which Pillow itself turns."""
+    """Return EXIF's orientation, 1 to 8. Return 1 if it is missing, and for a TIFF, which Pillow itself turns.
+
+    Decode a PNG first: its EXIF may follow the pixels, and getexif would hide that the pixels are damaged.
+    """
     value = 1
+    if image.format == "PNG":
+        image.load()
     if image.format != "TIFF":
         with contextlib.suppress(Exception):  # damaged EXIF of a good image
             value = image.getexif().get(0x0112, 1)
@@ -125,9 +130,12 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return (width, height) of an opened image after it is turned upright."""
+    """Return (width, height) of an opened image after it is turned upright; raise UnreadableImage if it is damaged."""
     width, height = image.size
-    return (height, width) if orientation(image) >= 5 else (width, height)
+    try:
+        return (height, width) if orientation(image) >= 5 else (width, height)
+    except Exception as error:  # each of Pillow's readers has its own errors
+        raise unreadable(error) from error
 
 
 def to_rgb(image: Image.Image, needed: tuple[float, float] | None = None) -> Image.Image:

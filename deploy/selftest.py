@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from deploy import cli
-from deploy.cli import MAX_JSON, Parser, UserError, command, make_parser, read_file, show
+from deploy.cli import MAX_JSON, Parser, UserError, command, make_parser, printable, read_file, show
 from deploy.config import Metadata, read_json
 from deploy.preprocess import UnreadableImage, open_image, prepare
 from deploy.runtimes import RunOn, Runtime, load
@@ -126,9 +126,13 @@ def make_vectors(runtime: Runtime, former: Path) -> dict[str, bytes]:
 
 def kept_logits(index: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Return the logits of an existing index.json, or {} if its student or its pictures are different."""
-    former = read_json(read_file(index, MAX_JSON), index) if index.is_file() else {}
+    try:
+        former = read_json(read_file(index, MAX_JSON), index) if index.is_file() else {}
+    except UserError:  # a damaged file is written again
+        former = {}
+    logits = former.get("logits", {})
     same = all(former.get(name) == value for name, value in about.items())
-    return former.get("logits", {}) if same else {}
+    return logits if same and isinstance(logits, dict) else {}
 
 
 def as_one_object(vectors: dict[str, bytes], file: str) -> dict[str, Any]:
@@ -178,12 +182,24 @@ def different_bytes(folder: Path, picture: dict[str, Any], expected: np.ndarray,
     return f"{np.count_nonzero(distance)} of {image.size} bytes differ, by up to {distance.max()}"
 
 
+def pick_vectors(logits: dict[str, Any], runtime: Runtime) -> str:
+    """Return the file whose logits a runtime must give: its own, that of its engine, or one of the same precision."""
+    precision = runtime.metadata.precision
+    same = [name for name, one in logits.items() if one.get("precision") == precision]
+    for name in (runtime.file, runtime.metadata.onnx, *same):
+        if name in logits:
+            return name
+    fault = f"the vectors are those of {', '.join(map(printable, logits))}, not of {runtime.file} ({precision})"
+    raise UserError(f"{fault}: python -m deploy.pack --file writes those of another file")
+
+
 def check(runtime: Runtime, folder: Path) -> bool:
     """Run the vectors of a folder and print a line about each picture; return whether all are within tolerance."""
     vectors, metadata = read_vectors(folder), runtime.metadata
-    logits, file = vectors["logits"], runtime.file
-    if file not in logits:
-        file = next(iter(logits))  # for an engine: the first ONNX file
+    logits, file = vectors["logits"], pick_vectors(vectors["logits"], runtime)
+    digests = vectors.get("weights_sha256"), metadata.source.get("weights_sha256")
+    if all(digests) and digests[0] != digests[1]:
+        raise UserError(f"{folder} belongs to other weights than {runtime.file}: python -m deploy.pack writes it again")
     expected = np.asarray(logits[file]["values"], np.float32)
     tolerance = max(logits[file]["tolerance"], tolerance_of(metadata.precision))
     largest, passed, errors = np.abs(expected).max() or 1.0, True, []
@@ -200,7 +216,8 @@ def check(runtime: Runtime, folder: Path) -> bool:
         passed &= good
         state = "ok  " if good else "FAIL"
         show(f"{state} {picture['file']:34} {difference or 'bytes equal'}; logits differ by {errors[-1]:.1e}")
-    verdict = f"{'passed' if passed else 'FAILED'}: {len(errors)} pictures, {file}"
+    name = runtime.file if file == runtime.file else f"{runtime.file} compared with {printable(file)}"
+    verdict = f"{'passed' if passed else 'FAILED'}: {len(errors)} pictures, {name}"
     show(f"{verdict}: logits differ by {max(errors):.1e} of the largest, at most {tolerance:.0e} is allowed")
     return passed
 

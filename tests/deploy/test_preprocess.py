@@ -1,5 +1,6 @@
 """Test that deploy.preprocess gives torchvision's bytes, or values close to them for a large JPEG."""
 
+import functools
 import hashlib
 import io
 import os
@@ -456,6 +457,18 @@ def test_every_damaged_file_raises_unreadable_image(damage):
     whole = jpeg(Image.fromarray(PHOTOS[0]))
     with pytest.raises(UnreadableImage, match=r"OSError: |not an image of a known format: "):
         to_rgb(open_image(whole[: len(whole) // 2] if damage == "truncated" else damage))
+
+
+@pytest.mark.parametrize("place", [60, 300, 0.5, 0.9])
+def test_a_png_with_a_wrong_byte_in_its_pixels_is_unreadable(place):
+    """Read the size, and prepare the image, as all programs do: EXIF may stand behind the pixels of a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(PHOTOS[0][:64, :96]).save(file, "PNG")
+    damaged = bytearray(file.getvalue())
+    damaged[int(len(damaged) * place) if isinstance(place, float) else place] ^= 255
+    for read in (upright_size, to_rgb, functools.partial(prepare, metadata=config(32, 32))):
+        with pytest.raises(UnreadableImage, match="Error: "):
+            read(open_image(bytes(damaged)))
 
 
 NOT_READ = {

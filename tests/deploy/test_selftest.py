@@ -115,6 +115,36 @@ def test_damaged_vectors_give_one_line(student, capfd, change, message):
     assert message in refused(capfd, selftest, student)
 
 
+def test_a_file_is_compared_only_with_vectors_of_its_precision(student, capfd):
+    index = student / "vectors/index.json"
+    vectors = json.loads(index.read_text())
+    vectors["logits"] = {"other.onnx": vectors["logits"]["student.onnx"]}
+    index.write_text(json.dumps(vectors))
+    deploy(selftest, student)
+    assert "passed: 10 pictures, student.onnx compared with other.onnx" in capfd.readouterr().out
+    vectors["logits"]["other.onnx"]["precision"] = "int8-cpu"
+    index.write_text(json.dumps(vectors))
+    assert "the vectors are those of other.onnx, not of student.onnx (fp32)" in refused(capfd, selftest, student)
+
+
+def test_vectors_of_older_weights_are_refused_until_pack_writes_new_ones(student, tmp_path, capfd):
+    write_onnx(student, metadata_of(source={"weights_sha256": "1" * 64}))
+    deploy(pack, student, "-o", tmp_path / "student.pyz")
+    write_onnx(student, metadata_of(source={"weights_sha256": "2" * 64}))
+    assert "belongs to other weights than student.onnx: python -m deploy.pack" in refused(capfd, selftest, student)
+    deploy(pack, student, "-o", tmp_path / "student.pyz")
+    deploy(selftest, student)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"logits": []}'])
+def test_pack_replaces_damaged_vectors(student, tmp_path, damage):
+    index = student / "vectors/index.json"
+    vectors = json.loads(index.read_text())
+    index.write_text(json.dumps(vectors | {"logits": []}) if "logits" in damage else damage)
+    deploy(pack, student, "-o", tmp_path / "student.pyz")
+    assert json.loads(index.read_text()) == vectors
+
+
 def test_a_student_without_vectors_gives_one_line(tmp_path, capfd):
     (tmp_path / "config.json").write_text("{}")
     write_onnx(tmp_path, metadata_of())
