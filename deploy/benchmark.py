@@ -74,7 +74,8 @@ def work(pipe: Connection, path: Path, on: RunOn) -> None:
             images, seconds = task
             pipe.send(runtime.run(images) if seconds is None else time_calls(runtime, images, seconds, meter))
     except (Exception, KeyboardInterrupt) as error:
-        pipe.send(UserError(first_line(error) if isinstance(error, Exception) else "interrupted"))
+        with contextlib.suppress(OSError):  # the parent process has ended
+            pipe.send(UserError(first_line(error) if isinstance(error, Exception) else "interrupted"))
     finally:
         meter.close()
 
@@ -203,7 +204,7 @@ def open_rows(path: Path, on: RunOn, plan: Plan) -> list[Timed]:
     timed = [Timed(row | {"batch": len(images)}, worker, images) for images in plan.batches]
     for one in timed:
         if len(one.images) > (worker.max_batch or len(one.images)):
-            one.row["failed"] = f"the engine takes at most {worker.max_batch} images"
+            one.row["failed"] = f"the file takes batches of at most {worker.max_batch} images"
     return timed
 
 

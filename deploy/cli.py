@@ -139,12 +139,12 @@ def add_device(parser: Parser) -> None:
 def run_command(program: str, function: Callable[[], int | None]) -> int:
     """Call a program's function and return its exit status. Print an error as one line if `explain` returns one.
 
-    The status is 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout ends first
-    (`| head`), and otherwise the function's. Other errors keep their traceback.
+    The status is 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 if the reader of
+    stdout ends first (`| head`), and otherwise the function's. Other errors keep their traceback.
     """
     use_backslashreplace()
     try:
-        with sigterm_as_exit():
+        with signals_as_exit():
             return function() or 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -161,18 +161,22 @@ def run_command(program: str, function: Callable[[], int | None]) -> int:
 
 
 @contextlib.contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that `replacing` removes its folder; a program's own handler stays."""
-    is_default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not is_default or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, exit_by_signal)
+def signals_as_exit() -> Iterator[None]:
+    """Turn SIGTERM, and SIGHUP of a lost terminal, into SystemExit, so that `replacing` removes its folder.
+
+    A program's own handler stays, and an ignored signal (nohup) stays ignored.
+    """
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names if threading.current_thread() is threading.main_thread()]
+    changed = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, exit_by_signal)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is exit_by_signal:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in changed:
+            if signal.getsignal(number) is exit_by_signal:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def exit_by_signal(number: int, _: Any) -> None:
@@ -269,9 +273,15 @@ def printable(text: str) -> str:
 
 
 def use_backslashreplace() -> None:
-    """Make stdout and stderr escape characters that the locale's encoding lacks, instead of raising an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    """Make stdout and stderr escape characters that the locale's encoding lacks, instead of raising an error.
+
+    A stream that the caller closed, as some init scripts do, becomes the null device.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -425,7 +435,7 @@ def files_in(folder: Path) -> Iterator[str]:
 
 def refuse_special(path: Path) -> None:
     """Raise UserError if a path to write is a device, a pipe or a link to one: a new file would replace it."""
-    if (path.exists() and not path.is_file() and not path.is_dir()) or path.parent.resolve() == Path("/dev"):
+    if (path.exists() and not path.is_file() and not path.is_dir()) or os.path.realpath(path.parent) == "/dev":
         raise UserError(f"cannot write {path}: it is not a regular file; name another file")
 
 

@@ -47,6 +47,7 @@ from deploy.cli import (
     write_whole,
 )
 from deploy.per_class import as_text
+from deploy.preprocess import endings
 from deploy.runtimes import RunOn, Runtime, is_answered, load, top_labels, usable_cpus
 
 BATCH = 32
@@ -192,6 +193,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--sheet {args.sheet}: expected a .png file, with --least-certain N")
     if args.least_certain:
         args.sheet = args.sheet or Path("least-certain.png")
+    if args.csv and args.csv.suffix.lower() in endings():
+        raise UserError(f"--csv {args.csv} has the name of a photograph: give a name such as answers.csv after --csv")
     for file in filter(None, (args.csv, args.sheet)):
         check_writable(file)
     runtime, named = load(args.student, RunOn.from_args(args)), set(args.images)

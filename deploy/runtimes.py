@@ -18,6 +18,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -235,13 +236,27 @@ def onnx_metadata(session: Any, path: Path) -> Metadata:
     if "mean" not in values and sidecar.is_file():
         where = str(sidecar)
         values = {"precision": "foreign", "source": {}} | read_json(read_file(sidecar, MAX_JSON), sidecar)
-        ports = session.get_inputs()[:1] + session.get_outputs()[:1]
-        values |= {"tensors": [port.name for port in ports]}
+        if "tensors" not in values:
+            values["tensors"] = pick_tensors(session, values.get("label_names"), sidecar)
     elif "mean" not in values:
         raise UserError(f"{path} was not made by deploy/: it has no metadata; {SIDECAR.format(path.name)}")
     metadata = Metadata.from_json(values, where, ARTEFACT)
     check_graph(session, metadata, where)
     return metadata
+
+
+def pick_tensors(session: Any, label_names: Any, sidecar: Path) -> list[str]:
+    """Return the names of the first input and of the only output that may hold logits, for a file from elsewhere."""
+    images, outputs = session.get_inputs(), session.get_outputs()
+    classes = len(label_names) if isinstance(label_names, list) else 0
+    shapes = {one.name: list(one.shape) for one in outputs}
+    fit = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] in (classes, str(shape[1]), None)]
+    if len(fit) > 1:
+        choice = json.dumps([images[0].name, fit[0]])
+        raise UserError(
+            f'the outputs {" and ".join(fit)} may be the logits: choose one, as "tensors": {choice} in {sidecar}'
+        )
+    return [images[0].name, (fit or list(shapes))[0]]
 
 
 def check_graph(session: Any, metadata: Metadata, where: str) -> None:
@@ -255,10 +270,13 @@ def check_graph(session: Any, metadata: Metadata, where: str) -> None:
         port = f"{inputs}: {wanted} of [N, {', '.join(map(str, shape))}]"
         raise UserError(f"{where} describes one input, {port}; the graph has {has}")
     classes = len(metadata.label_names)
-    found = next((list(one.shape) for one in logits if one.name == outputs), None)
-    if found is None or len(found) != 2 or (isinstance(found[1], int) and found[1] != classes):
-        fault = "the graph has no such output" if found is None else f"its shape is {found}"
+    found = next((one for one in logits if one.name == outputs), None)
+    sides = [] if found is None else list(found.shape)
+    if len(sides) != 2 or (isinstance(sides[1], int) and sides[1] != classes):
+        fault = "the graph has no such output" if found is None else f"its shape is {sides}"
         raise UserError(f"{where} has {classes} label_names; expected an output {outputs!r}, [N, {classes}]; {fault}")
+    if found is not None and found.type != "tensor(float)":
+        raise UserError(f"{where}: the output {outputs!r} is a {found.type}; expected logits in tensor(float)")
 
 
 def refuse_probabilities(row: np.ndarray, path: Path) -> None:

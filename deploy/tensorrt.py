@@ -231,7 +231,7 @@ def build_engine(
     library: "tensorrt" or "tensorrt_rtx"; default: the first that is installed
     output: folder of the engine; default: the ONNX file's own
     """
-    metadata, output = read_onnx(onnx_file), output or onnx_file.parent
+    metadata, output = read_onnx(onnx_file, batches[2]), output or onnx_file.parent
     refuse_stale(onnx_file, metadata)
     make_folder(output)
     with parse_onnx(onnx_file, library) as network:
@@ -240,7 +240,7 @@ def build_engine(
             more = f" (and {len(others)} more: --report)" if others else ""
             raise UserError(f"{network} cannot parse {onnx_file.name}: {first}{more}")
         started = time.perf_counter()
-        engine = network.build(tensor_names(metadata)[0], batches, workspace_mib)
+        engine = network.build(metadata, batches, workspace_mib)
         built = {"library": network.library, "version": network.trt.__version__, "gpu": cuda_device_name()}
     built |= dict(zip(("min_batch", "opt_batch", "max_batch"), batches))
     built["build_s"] = round(time.perf_counter() - started, 2)
@@ -252,9 +252,12 @@ def build_engine(
     return file, built
 
 
-def read_onnx(onnx_file: Path) -> Metadata:
-    """Return the metadata of an ONNX file; raise UserError if the file is quantised for CPUs."""
-    metadata = load(onnx_file, RunOn("cpu")).metadata
+def read_onnx(onnx_file: Path, max_batch: int = 1) -> Metadata:
+    """Return the metadata of an ONNX file; raise UserError for a file for CPUs, or one that takes smaller batches."""
+    runtime = load(onnx_file, RunOn("cpu"))
+    metadata = runtime.metadata
+    if max_batch > (runtime.max_batch or max_batch):
+        raise UserError(f"{onnx_file} takes batches of {runtime.max_batch} image: give --max-batch {runtime.max_batch}")
     if metadata.precision == "int8-cpu":
         raise UserError(
             f"{onnx_file} was quantised for CPUs: python -m deploy.quantize --target tensorrt makes another"
@@ -291,12 +294,14 @@ class Network:
     def reason(self) -> str:
         return first_line(Exception(self.errors[0] if self.errors else "no reason given"))
 
-    def build(self, input_name: str, batches: tuple[int, int, int], workspace_mib: int) -> bytes:
+    def build(self, metadata: Metadata, batches: tuple[int, int, int], workspace_mib: int) -> bytes:
         """Return the serialised engine."""
+        if self.definition.num_outputs != 1:  # Engine gives an address only to the logits
+            raise UserError(f"{self.onnx_file} has {self.definition.num_outputs} outputs: expected only the logits")
+        input_name, image = tensor_names(metadata)[0], metadata.tensor_shape
         config = self.builder.create_builder_config()
         config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
         profile = self.builder.create_optimization_profile()
-        image = tuple(self.definition.get_input(0).shape)[1:]
         profile.set_shape(input_name, *((size, *image) for size in batches))
         config.add_optimization_profile(profile)
         plan = self.builder.build_serialized_network(self.definition, config)

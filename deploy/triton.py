@@ -47,7 +47,9 @@ def write_repository(artefact: Path, output: Path, model: Model) -> Path:
         raise UserError(f"{artefact} is neither .onnx nor .engine: Triton's backends take only these")
     if artefact.suffix == ".onnx":
         student = load(artefact, RunOn("cpu"))
-        metadata, largest = student.metadata, student.max_batch or model.max_batch
+        metadata, largest = student.metadata, model.max_batch
+        if student.max_batch == 1:  # Triton's backend needs a free batch, or another form of config.pbtxt
+            raise UserError(f"{artefact} takes only batches of 1 image: export it with a dynamic batch for Triton")
     else:
         metadata = read_engine_metadata(artefact)
         largest = metadata.built["max_batch"]

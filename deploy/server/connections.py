@@ -212,7 +212,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port") from error
+        wrong_host = isinstance(error, socket.gaierror) or getattr(error, "errno", 0) == errno.EADDRNOTAVAIL
+        advice = "--host must be an address of this machine" if wrong_host else "choose another --port"
+        raise UserError(f"cannot listen on {host}:{port}: {error}; {advice}") from error
     # asyncio sets this only for sockets that name their protocol; without it a delayed ACK delays a response by 40 ms
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

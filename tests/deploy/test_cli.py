@@ -45,18 +45,28 @@ def test_a_broken_pipe_between_processes_keeps_its_traceback():
         run_command("p", lambda: near.send("x" * 9999))
 
 
-def test_a_command_that_gets_sigterm_removes_its_unfinished_files(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_command_that_gets_a_signal_removes_its_unfinished_files(tmp_path, name):
     code = (
         "import os, signal, sys; from pathlib import Path; from deploy.cli import replacing, run_command\n"
         "def work():\n"
         "    with replacing(Path(sys.argv[1])) as partial:\n"
         "        partial.write_text('half')\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
         "sys.exit(run_command('p', work))"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "file"], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + getattr(signal, name), "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stdout_or_stderr_is_the_null_device(closed):
+    code = (
+        "import os; from deploy.cli import ProgressBar, run_command, show; "
+        "exit(run_command('p', lambda: list(ProgressBar([1], 'x')) and show('text') or 3))"
+    )
+    assert subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" {closed}'], cwd=ROOT).returncode == 3
 
 
 def test_a_program_keeps_its_own_handler_of_sigterm():

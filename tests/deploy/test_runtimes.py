@@ -132,12 +132,45 @@ def test_a_file_with_a_fixed_batch_runs_image_by_image_or_is_refused(foreign, ba
     onnx.save(model, file)
     if batch == 1:
         np.testing.assert_allclose(load(file).run_in_parts(images, 64), expected, rtol=1e-4, atol=1e-5)
-        assert "--max-batch 8, but theirs.onnx takes at most 1" in refused(capfd, triton, file, "--output", tmp_path)
+        assert "takes only batches of 1 image: export it" in refused(capfd, triton, file, "--output", tmp_path)
+        assert "takes batches of 1 image: give --max-batch 1" in refused(capfd, build, file)
         with pytest.raises(UserError, match=r"theirs\.onnx fails on a batch of 3: "):
             load(file).run(images)
     else:
         with pytest.raises(UserError, match="takes only batches of 4 images: export it with a dynamic batch"):
             load(file)
+
+
+def with_output(file, change):
+    """Add a Cast of the logits to `change`, as the first output of a file."""
+    model = onnx.load(file)
+    model.graph.node.append(onnx.helper.make_node("Cast", ["scores"], ["more"], to=change))
+    model.graph.output.insert(0, onnx.helper.make_tensor_value_info("more", change, ["N", 10]))
+    onnx.save(model, file)
+
+
+def test_of_two_outputs_that_may_be_logits_the_user_chooses_one(foreign, capfd):
+    file, _, values = foreign
+    expected = load(file).run(np.zeros((1, 32, 32, 3), np.uint8))
+    with_output(file, onnx.TensorProto.DOUBLE)
+    with pytest.raises(UserError, match='the outputs more and scores may be the logits: choose one, as "tensors"'):
+        load(file)
+    sidecar = file.with_name("theirs.onnx.json")
+    sidecar.write_text(json.dumps(values | {"tensors": ["pixel_values", "scores"]}))
+    np.testing.assert_array_equal(load(file).run(np.zeros((1, 32, 32, 3), np.uint8)), expected)
+    sidecar.write_text(json.dumps(values | {"tensors": ["pixel_values", "more"]}))
+    with pytest.raises(UserError, match=r"'more' is a tensor\(double\); expected logits in tensor\(float\)"):
+        load(file)
+
+
+def test_the_output_with_the_shape_of_the_logits_is_taken(foreign):
+    file, _, _ = foreign
+    expected = load(file).run(np.zeros((1, 32, 32, 3), np.uint8))
+    model = onnx.load(file)
+    model.graph.node.append(onnx.helper.make_node("Transpose", ["scores"], ["turned"], perm=[1, 0]))
+    model.graph.output.insert(0, onnx.helper.make_tensor_value_info("turned", onnx.TensorProto.FLOAT, [10, 1]))
+    onnx.save(model, file)
+    np.testing.assert_array_equal(load(file).run(np.zeros((1, 32, 32, 3), np.uint8)), expected)
 
 
 def test_a_missing_output_of_the_graph_is_named(foreign):
