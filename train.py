@@ -513,7 +513,8 @@ def train(typed: dict[str, Any], stop: StopRequest) -> None:
         state = State(net, ema.module if ema else None, optimizer, scaler, progress, losses)
         if resumed:
             state.restore(resumed, vars(args), config)
-            distributed.from_rank_zero(folder.store_flags, folder.path)
+            if progress.epoch < args.epochs:  # else the run trains nothing with these flags
+                distributed.from_rank_zero(folder.store_flags, folder.path)
         progress.check_validation(data.digest(data.val, config.input_size))
         length = Length(args, len(train_batches) // args.grad_accum, progress, started, len(data.val) / len(data.train))
         schedule = build_schedule(net, optimizer, args, length.steps)

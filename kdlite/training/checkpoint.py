@@ -67,7 +67,8 @@ class Progress:
         """Reset the best epoch if it was measured on other validation images."""
         if self.validated not in ("", digest):
             best = f"the best top-1 of those epochs, {self.best:.2f} %, is ignored"
-            log(f"the validation images differ from those of the earlier epochs: {best}")
+            fault = f"the validation images differ from those of the earlier epochs: {best}"
+            log(f"{fault}, and student/ will be replaced by the best of the coming epochs")
             self.best, self.answers = -1.0, None
         self.validated = digest
 

@@ -165,7 +165,7 @@ class Photos(torchvision.datasets.ImageFolder):
         super().__init__(str(root), loader=open_image, is_valid_file=self.is_image, allow_empty=True)
         counts = class_counts(self)
         if empty := [name for name, count in zip(self.classes, counts) if not count]:
-            kinds = f" (skipped: {self.describe_left_out()})" if self.left_out else ""
+            kinds = f" (skipped in all folders: {self.describe_left_out()})" if self.left_out else ""
             raise UserError(f"{root}: no image in {abbreviate(empty)}{kinds}: add images, or remove the folder")
         if self.left_out:
             count, kinds = sum(self.left_out.values()), self.describe_left_out()
@@ -174,7 +174,7 @@ class Photos(torchvision.datasets.ImageFolder):
     def describe_left_out(self) -> str:
         kinds = [f"{count} {end or 'without ending'}" for end, count in self.left_out.most_common(8)]
         if self.left_out.keys() & {".heic", ".heif"}:
-            kinds += ["convert HEIC to JPEG first (magick mogrify -format jpg *.heic)"]
+            kinds += ["convert HEIC to JPEG first (magick mogrify -format jpg FILES)"]
         return ", ".join(kinds)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
@@ -286,9 +286,12 @@ def find_classes_to_split(root: Path, asks: bool) -> Path:
         return root / "train"
     missing = " and ".join(f"no folder {root / part}" for part in ("train", "val") if not os.path.isdir(root / part))
     missing = missing if os.path.exists(root) else "no such folder"
+    if os.path.isfile(root):
+        raise UserError(f"--data {root} is a file; expected {EXPECTED}")
     if sets or not folders or "val" in folders:
         held = f"; it holds {abbreviate(folders)}" if folders else ""
-        raise UserError(f"--data {root}: {missing}; expected {EXPECTED}{held}")
+        classes = "" if folders or not os.path.isdir(root) else "; or with --val-split a folder with CLASS/*.jpg"
+        raise UserError(f"--data {root}: {missing}; expected {EXPECTED}{classes}{held}")
     if runs := [folder for folder in folders if any((root / folder).glob("[0-9]*/args.json"))]:
         raise UserError(f"--data {root}: {abbreviate(runs)} holds runs of train.py and is not a class: move it away")
     if asks:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import timm
@@ -29,7 +29,7 @@ from torch import nn
 from deploy.cli import ProgressBar, UserError, is_code, printable, use_backslashreplace, write_whole
 from deploy.confidence import ANSWERED, FEWEST, fit_confidence
 from deploy.config import Metadata, read_config
-from deploy.flags import RECIPES
+from deploy.flags import RECIPES, option
 from deploy.per_class import save, shortened, write_per_class
 from deploy.reference import evenly, keep_reference
 from deploy.run_directory import SPLIT, claim, describe, locked, open_in_run, write_split
@@ -77,6 +77,7 @@ class RunFolder:
         for partial in (*path.glob(".*.partial"), *path.glob("student/.*.partial")):  # of a run killed while it saved
             shutil.rmtree(partial, ignore_errors=True)
         Tee.log = self.at_the_end.enter_context(open_in_run(path / "log.txt", "a"))
+        Tee.log.write("".join(Tee.early))
         if not self.resumed:
             self.store_flags(path)
         return path
@@ -111,6 +112,10 @@ class RunFolder:
         log(describe_balance(self.data, args.class_weights is not None))
         if self.resumed:
             log(f"resuming from {self.resumed.file}, {progress}")
+            former, new = self.resumed.content["args"], vars(args)
+            names = [x for x in self.given if x in former and x not in ("epochs", "output", "resume")]
+            if changed := [f"{option(x)} {former[x]} -> {new[x]}" for x in names if former[x] != new[x]]:
+                log(f"changed by this resume: {', '.join(changed)}")
             if progress.epoch >= args.epochs:
                 log(f"the run has finished its {args.epochs} epochs; a larger --epochs continues it")
         elif args.resume:
@@ -163,7 +168,8 @@ class RunFolder:
         if not (self.path / "student").is_dir():
             return log("no student is saved, because no epoch had a finite validation loss")
         own = [self.args.model] if is_code(self.args.model) else self.args.model_file
-        log(keep_confidence(self.path / "student", self.data.val, self.device, self.args.workers, own))
+        epochs = len(progress.rows)
+        log(keep_confidence(self.path / "student", self.data.val, self.device, self.args.workers, own, epochs))
         if self.args.reference:
             log(keep_reference(self.path, self.data.val, self.data.train, self.args.reference, own))
         best = f"best {progress.best:.2f} %"
@@ -176,6 +182,8 @@ class RunFolder:
         log(f"next: python -m deploy.export {shlex.quote(str(self.path))}{files}")
 
     def __exit__(self, *error: Any) -> None:
+        if error[0] is KeyboardInterrupt and IS_MAIN and (self.path / "last.pt").exists():
+            log(f"\n{self.path}/last.pt is kept, --resume continues from it")
         if isinstance(error[1], Exception):
             self.at_the_end.pop_all()  # log.txt stays open for the line of the error
         else:
@@ -187,14 +195,15 @@ class Tee:
     """Copy lines to a stream and to log.txt, even after the stream's terminal or pipe has closed."""
 
     log: Any = None  # the open log.txt of this process, for both streams
+    early: ClassVar[list[str]] = []  # texts from before log.txt is open
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        if self.log and "\r" not in text:  # a text with "\r" comes from a progress bar
+        if "\r" not in text:  # a text with "\r" comes from a progress bar
             with contextlib.suppress(OSError, ValueError):
-                self.log.write(text)
+                (self.log.write if self.log else self.early.append)(text)
         self.forward(self.stream.write, text)
         return len(text)
 
@@ -220,6 +229,7 @@ def tee() -> Iterator[None]:
     """Replace stdout and stderr by Tees."""
     use_backslashreplace()
     before = sys.stdout, sys.stderr
+    Tee.early.clear()
     sys.stdout, sys.stderr = Tee(sys.stdout), Tee(sys.stderr)  # type: ignore[assignment]
     try:
         yield
@@ -376,11 +386,12 @@ MOST, MOST_LOGITS = 10_000, 10**7  # limits of the fit: validation images, image
 
 
 def keep_confidence(
-    folder: Path, val: Any, device: torch.device, workers: int | None, model_files: Sequence[str]
+    folder: Path, val: Any, device: torch.device, workers: int | None, model_files: Sequence[str], epochs: int
 ) -> str:
     """Fit temperature and threshold of a finished student on validation images, and store them in its config.json.
 
     folder: the student/ folder; val: (image, class index); the fit uses at most MOST of them, evenly spaced
+    epochs: number of epochs of the finished run, which config.json stores too
 
     Returns:
         Lines for the user.
@@ -396,7 +407,9 @@ def keep_confidence(
             logits.append(student.run(batch.images.permute(0, 2, 3, 1).contiguous().numpy()))
             labels.append(batch.labels.numpy())
     found = fit_confidence(np.concatenate(logits), np.concatenate(labels), replace(student.metadata, temperature=None))
-    config = replace(read_config(folder), temperature=found.temperature, threshold=found.threshold)
+    config = read_config(folder)
+    about = config.training | {"epochs": epochs}
+    config = replace(config, training=about, temperature=found.temperature, threshold=found.threshold)
     write_description(folder, config.to_json(), model_card(config))
     return found.description
 

@@ -82,7 +82,10 @@ def match(data: list[str], teacher: list[str], name: str) -> list[int]:
         lacking += [] if found else [label]
     if lacking:
         fault = f"--teacher {name} lacks {len(lacking)} of --data's {len(data)} classes: {abbreviate(lacking)}"
-        raise UserError(f"{fault}; give the teacher's names for them with --teacher-classes FILE")
+        advice = "give the teacher's names for them with --teacher-classes FILE"
+        if len(lacking) == len(data):
+            advice += ", or train a teacher on --data"
+        raise UserError(f"{fault}; {advice}")
     if twice := [label for label, column in zip(data, columns) if columns.count(column) > 1]:
         fault = f"--teacher {name} has one class for {' and '.join(twice[:3])}"
         raise UserError(f"{fault}: give the columns with --teacher-classes FILE")

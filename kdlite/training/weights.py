@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple, cast
 
 import timm
@@ -125,6 +126,7 @@ def open_student(
         return *start_from_folder(args.model, label_names, size, args.model_file), source
     architecture = find_architecture(args.model, args.model_args, args.small_stem, size)
     model = build_model(architecture, classes, size, [args.model])
+    refuse_partial_patches(model, args.model, size)
     report = None
     if pretrained:
         check_forward(model, f"--model {args.model}", size, classes, 2)  # gives lazy layers their shapes
@@ -206,7 +208,11 @@ def read_weights(name: str) -> tuple[dict[str, Tensor], Metadata | None]:
         safe = path.suffix == ".safetensors"
         found: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader raises other errors
-        raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
+        expected = "expected a .safetensors or .pth file of tensors, or a student/ folder"
+        reason = (
+            "its pickle holds other objects than tensors" if isinstance(error, UnpicklingError) else first_line(error)
+        )
+        raise UserError(f"{path} cannot be read as weights: {reason}; {expected}") from error
     found = found if isinstance(found, dict) else {}
     nested = ("model_ema", "state_dict_ema", "ema", "state_dict", "model")  # keys that training scripts use
     sets = [key for key in nested if isinstance(found.get(key), dict)]
@@ -281,6 +287,18 @@ def find_classifiers(model: nn.Module, classes: int) -> dict[str, nn.Module]:
         heads = [m for m in weighted.values() if len(cast(Tensor, m.weight)) == classes and is_linear(m)][-1:]
     linear = [m for m in heads if is_linear(m)]
     return {name: module for name, module in weighted.items() if any(module is head for head in linear)}
+
+
+def refuse_partial_patches(model: nn.Module, name: str, size: Sequence[int]) -> None:
+    """Raise UserError if timm's patch embedding would ignore the last rows or columns of an image."""
+    embed: Any = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if not isinstance(patch, tuple) or getattr(embed, "dynamic_img_pad", False):
+        return
+    for side, step in zip(size[1:], patch):
+        if side % step:
+            near = f"{side // step * step or step} or {(side // step + 1) * step}"
+            raise UserError(f"{name} cuts an image into patches of {step} px: give --img-size {near}, not {side}")
 
 
 def is_linear(layer: nn.Module) -> bool:

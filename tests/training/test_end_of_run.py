@@ -103,7 +103,7 @@ def test_the_command_in_the_last_line_can_be_pasted_into_a_shell(tmp_path, capsy
 @pytest.mark.parametrize("logits", [np.full((60, 2), np.nan), np.tile([[np.inf, 0]], (60, 1))])
 def test_logits_that_are_not_finite_give_a_message_of_one_line(logits, student_of):
     student = student_of(logits)
-    line = outputs.keep_confidence(student, Images(60), CPU, 0, [])
+    line = outputs.keep_confidence(student, Images(60), CPU, 0, [], 1)
     assert "60 of 60 images are not finite" in line
     assert "\n" not in line
     assert numbers_of(student.parent) == (None, None)
@@ -130,7 +130,7 @@ class Images:
 def test_at_most_ten_thousand_images_are_read_and_unreadable_images_are_skipped(student_of):
     student = student_of(np.random.default_rng(0).normal(size=(10_000, 2)))
     images = Images(25_000, broken=10)
-    line = outputs.keep_confidence(student, images, CPU, 0, [])
+    line = outputs.keep_confidence(student, images, CPU, 0, [], 1)
     assert len(images.read) == 10_000
     assert (images.read[0], images.read[-1]) == (0, 24_999)
     assert f"of {sum(index % 10 != 9 for index in images.read)} validation images are answered" in line
@@ -139,7 +139,7 @@ def test_at_most_ten_thousand_images_are_read_and_unreadable_images_are_skipped(
 def test_with_many_classes_fewer_images_are_read(student_of, monkeypatch):
     monkeypatch.setattr(outputs, "MOST_LOGITS", 500)
     images = Images(200)
-    outputs.keep_confidence(student_of(np.random.default_rng(0).normal(size=(200, 5))), images, CPU, 0, [])
+    outputs.keep_confidence(student_of(np.random.default_rng(0).normal(size=(200, 5))), images, CPU, 0, [], 1)
     assert len(images.read) == 100
 
 

