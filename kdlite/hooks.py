@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class FeatureTap:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module
         refuse_compiled(module, "")
-        names = [name for name, _ in module.named_modules()]
+        names = [name for name, _ in module.named_modules(remove_duplicate=False)]
         if layer not in names:
             near = difflib.get_close_matches(layer, names, n=5, cutoff=0.4) or names[1:6] or ["none"]
             raise ValueError(f"no layer {layer!r} in {type(module).__name__}; near matches: {', '.join(near)}")
@@ -76,6 +77,18 @@ class FeatureTap:
         """Drop the layer's last output."""
         self._capture.output = None
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Store the output of a forward also if checkpointing recomputes it; drop it if the forward fails."""
+        self._capture.in_forward = True
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
+        finally:
+            self._capture.in_forward = False
+
     def close(self) -> None:
         """Remove the hook from the model. A second call does nothing."""
         self._handle.remove()
@@ -102,6 +115,7 @@ class _Capture:
         self.live = True
         self.output: Any = None
         self.lost_gradient = False
+        self.in_forward = False  # in WithWeakHead's forward, which pops the output also in a recomputation
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.live:
@@ -109,7 +123,7 @@ class _Capture:
         # checkpointing compares the tensors saved in its second run (inside backward) with those of the first:
         # apply the transform in both
         kept = self.transform(output)
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if self.in_forward or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self.output = kept
             self.lost_gradient = module.training and not torch.is_grad_enabled()
 

@@ -36,8 +36,8 @@ def default_tap(model: nn.Module) -> str:
             model with such a backbone.
 
     Returns:
-        The layer's dotted path, as :class:`FeatureTap` takes it. For a stage it is the path of the stage's last block.
-        Both return the same tensor, but activation checkpointing calls only the blocks.
+        The layer's dotted path, as :class:`FeatureTap` takes it. For a stage that is a plain ``nn.Sequential`` it is
+        the path of its last block. Both return the same tensor, but activation checkpointing calls only the blocks.
 
     Raises:
         ValueError: the model does not have a known structure.

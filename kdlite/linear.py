@@ -103,12 +103,14 @@ def nkd_linear_loss(
         ce_weight: weight of the cross-entropy in the sum; 0: NKD alone.
         gamma: as in :func:`kdlite.nkd_loss`.
         temperature: as in :func:`kdlite.nkd_loss`.
-        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
+        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them. Their hidden
+            states must be finite, also the teacher's.
         reduction: "mean" (over the targets that are not ignored) or "sum".
 
     Returns:
-        The loss, float32 (float64 for float64 input); gradients have the dtypes of ``hidden``, ``weight`` and ``bias``.
-        A second derivative raises an error.
+        The loss, float32 (float64 for float64 input outside autocast); gradients have the dtypes of ``hidden``,
+        ``weight`` and ``bias``. A second derivative, or a second backward, raises an error. Under torch.compile each
+        number of rows compiles once: pad to a few numbers.
 
     Raises:
         ValueError: shapes that do not fit, reduction="none", a weight or temperature out of range, a missing or a
@@ -355,6 +357,8 @@ def accumulate(grads: list[Tensor | None], d_logits: Tensor, student: Linear, i:
         d_hidden[i] = d_logits @ student.weight
     if d_weight is not None and d_weight.dtype == d_logits.dtype:
         d_weight.addmm_(d_logits.T, student.hidden[i])
+    elif d_weight is not None and d_logits.dtype == torch.float16:  # a sum over rows may be above 65504
+        d_weight.addmm_(d_logits.T.to(d_weight.dtype), student.hidden[i].to(d_weight.dtype))
     elif d_weight is not None:
         d_weight.add_(d_logits.T @ student.hidden[i])
     if d_bias is not None:

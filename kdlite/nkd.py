@@ -36,7 +36,8 @@ def nkd_loss(
             or None: the teacher's most probable class (for unlabelled data).
         gamma: weight of the non-target term. The paper uses 1.5 for ImageNet CNNs, 1.0 for ViTs, 3.5 for CIFAR-100.
         temperature: temperature of the non-target term. The paper uses 1.0 on ImageNet, 3.0 on CIFAR-100.
-        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
+        ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them. Their logits
+            must be finite, also the teacher's.
         reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
 
     Returns:

@@ -90,6 +90,8 @@ class Teacher(nn.Module):
                 raise TypeError(f"the images are {images.dtype}: pass images that are normalised for the student")
             images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
         if self.size is not None and tuple(images.shape[2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+            # a CPU resizes no 16-bit floating point
+            wide = images.float() if images.device.type == "cpu" else images
+            images = F.interpolate(wide, self.size, mode="bicubic", antialias=True).to(images.dtype)
         logits = find_logits(self.model(images), self.logits)
         return logits if self.columns is None else logits.index_select(1, self.columns)

@@ -54,9 +54,9 @@ def uskd_loss(
         label_smoothing: smoothing of the weak head's target, in [0, 1].
         ignore_index: class index of the targets to ignore: they add 0, and "mean" does not count them.
         reduction: "none" (the target's shape), "mean" (over the targets that are not ignored) or "sum".
-        group: processes that share one batch, such as ``torch.distributed.group.WORLD``; under DDP the gradients then
-            equal those of the whole batch on one process. It costs one all-reduce of two numbers. None: this process
-            alone.
+        group: processes that share one batch, such as ``torch.distributed.group.WORLD``. Under DDP, if each process has
+            the same number of targets that are not ignored, the gradients then equal those of the whole batch on one
+            process. It costs one all-reduce of two numbers. None: this process alone.
 
     Returns:
         The loss, float32 (float64 for float64 logits); gradients have the dtypes of ``logits`` and ``weak_logits``.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .hooks import FeatureTap
@@ -128,7 +130,8 @@ class WithWeakHead(nn.Module):
         return self._tap.layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.model(*args, **kwargs)
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else self._tap.kept():
+            output = self.model(*args, **kwargs)
         if not self.training:
             self._tap.forget()
             return output

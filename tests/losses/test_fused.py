@@ -295,6 +295,22 @@ def test_linear_loss_under_autocast_equals_the_loss_of_cast_inputs():
         torch.testing.assert_close(grad, e.float())
 
 
+def test_in_fp16_a_large_sum_of_rows_does_not_overflow():
+    """Use many rows of one class, so that the gradient of the sum is above 65504, and that of the mean is small."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(16_000, 16, generator=g) + 8, 0.05 * torch.randn(50, 16, generator=g)
+    teacher_hidden, teacher_weight = torch.randn(16_000, 16, generator=g), torch.randn(50, 16, generator=g)
+    target = torch.zeros(16_000, dtype=torch.long)
+    grads = []
+    for dtype in (torch.float16, torch.float32):
+        ours = weight.to(dtype).requires_grad_()
+        rest = [x.to(dtype) for x in (teacher_hidden, teacher_weight)]
+        nkd_linear_loss(hidden.to(dtype), ours, *rest, target, ce_weight=1.0).backward()
+        grads.append(ours.grad.float())
+    assert (grads[1] * len(target)).abs().max() > 65504
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2)
+
+
 def test_linear_loss_takes_any_leading_dimensions_and_needs_no_bias():
     args, _ = linear_inputs()
     hidden, weight, teacher_hidden, teacher_weight, target = args

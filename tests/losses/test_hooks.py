@@ -121,6 +121,14 @@ def test_transform_replaces_the_clone():
         assert tap.pop() is outputs[-1]
 
 
+def test_each_name_of_a_layer_with_two_names_is_accepted():
+    net = Net()
+    net.again = net.layer1
+    with FeatureTap(net, "again") as tap:
+        net(images())
+        assert tap.pop().shape[1] == 8
+
+
 def test_a_feature_is_freed_after_the_forward_pass_if_the_transform_pools_it():
     net, features = Net(), []
     net.layer1.register_forward_hook(lambda module, args, output: features.append(weakref.ref(output)))

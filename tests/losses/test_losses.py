@@ -564,6 +564,16 @@ def test_the_loss_exports_with_a_dynamic_batch(loss, soft):
 
 
 @BOTH
+def test_batched_gradients_equal_one_gradient_after_the_other(loss):
+    """Use is_grads_batched, as jacobian(vectorize=True) does."""
+    student, other, target = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.tensor([0, 5, 2, 2])
+    rows = loss(student, other, target, reduction="none")
+    (batched,) = torch.autograd.grad(rows, student, torch.eye(4), is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(rows, student, row, retain_graph=True)[0] for row in torch.eye(4)]
+    torch.testing.assert_close(batched, torch.stack(single))
+
+
+@BOTH
 def test_torch_func_gives_the_same_numbers(loss):
     a, b, target = inputs(4, 10)
     grad = torch.func.grad(lambda x: loss(x, b, target))(a)

@@ -317,6 +317,19 @@ def test_the_loss_compiles_as_one_graph_with_dynamic_shapes():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("margin", [10.0, 14.0, 17.0, 30.0])
+def test_log_probabilities_of_a_certain_student_give_no_negative_loss_and_no_large_gradient(margin):
+    """In float32, S_t rounds to 1; the loss is then inexact, but its gradient must not lead away from the target."""
+    student = torch.tensor([margin, 0.0, 0.0, 0.0], requires_grad=True)
+    teacher = torch.tensor([0.9, 0.04, 0.03, 0.03]).log()
+    s = student.log_softmax(0)
+    loss = nkd_from_logprobs(s[0], s[1:3], teacher[0], teacher[1:3])
+    (grad,) = torch.autograd.grad(loss, student)
+    assert 0 <= loss < 10
+    assert grad[0] < 0.02
+    assert grad.abs().max() < 0.5
+
+
 def test_torch_func_gives_the_same_numbers():
     student, teacher, target = inputs(4, 10)
     grad = torch.func.grad(topk)(student, teacher, target)

@@ -23,6 +23,7 @@ from nets import (
 )
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kdlite import FeatureTap, Teacher, WithWeakHead, uskd_loss
 
@@ -170,6 +171,33 @@ def test_activation_checkpointing_changes_nothing():
         assert checkpointed._tap._capture.output is None  # because the tap ignores the forward that backward repeats
     for a, b in zip(checkpointed.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_checkpoint_around_the_whole_student_changes_nothing():
+    plain = WithWeakHead(Net(), "layer1", example_input=images())
+    whole = copy.deepcopy(plain)
+    target = torch.tensor([1, 3])
+    for student, run in ((plain, plain), (whole, lambda x: checkpoint(whole, x, use_reentrant=False))):
+        logits, weak_logits = run(images())
+        (F.cross_entropy(logits, target) + uskd_loss(logits, weak_logits, target)).backward()
+        assert student._tap._capture.output is None
+    for a, b in zip(whole.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_forward_that_fails_leaves_no_feature():
+    net = Net()
+    student = WithWeakHead(net, "layer1", example_input=images())
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("a later layer")
+
+    handle = net.layer2.register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        student(images())
+    assert student._tap._capture.output is None
+    handle.remove()
+    assert len(student(images())) == 2
 
 
 def test_reentrant_checkpointing_is_refused():
@@ -601,6 +629,14 @@ def test_two_ranks_under_ddp_have_equal_gradients(tmp_path, forks):
     assert len(losses) == 2
     for grad, parameter in zip(first, student.parameters()):  # DDP averages the gradients, accumulation adds them
         torch.testing.assert_close(grad, parameter.grad / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_resizes_images_of_low_precision(dtype):
+    images = torch.rand(2, 3, 8, 6).to(dtype)
+    resized = Teacher(nn.Identity(), size=4)(images)
+    assert resized.dtype == dtype
+    torch.testing.assert_close(resized.float(), Teacher(nn.Identity(), size=4)(images.float()), atol=1e-2, rtol=1e-2)
 
 
 def test_a_teacher_whose_size_is_one_number_resizes_to_a_square():

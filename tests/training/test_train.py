@@ -912,6 +912,10 @@ def test_a_mistake_makes_the_command_print_one_line_and_exit_with_2():
             ["--epochs", "5", "--warmup-epochs", "5"],
             "--warmup-epochs 5 must be below --epochs, which is 5: give fewer warm-up epochs, or more epochs",
         ),
+        (
+            ["--model", "vit_tiny_patch16_224", "--model-args", "depth=1", "--img-size", 30],
+            "cuts an image into patches of 16 px: give --img-size 16 or 32, not 30",
+        ),
         (["--kd", "mse"], "'mse': expected nkd, kd or path/to/file.py:function"),
         (["--opt", "adamz"], "--opt adamz is not a timm optimizer; near matches: .*adamw"),
     ],
