@@ -98,6 +98,8 @@ def read_number(kind: type, low: float, high: float, above: bool, or_zero: bool,
             span = f"greater than {low}" + (f" and at most {high}" if high < math.inf else "")
         span = f"0, or {span}" if or_zero else span
         span = f"at most {LARGEST:g}" if LARGEST < value < math.inf == high else span
+        if value != value:
+            span = f"a number, {span}"
         raise argparse.ArgumentTypeError(f"must be {span}, got {text[:80]}")
     return value
 

@@ -105,6 +105,9 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
     """
     file = find_reference(student, given)
     if file is None:
+        archive = student.resolve().parent
+        if os.path.isfile(archive):  # student.pyz
+            raise UserError(f"no {NAME} next to {archive}: copy the run's {NAME} there; {otherwise}")
         raise UserError(f"no {NAME} next to {student} (train.py --reference N writes it): {otherwise}")
     try:
         with np.load(file, allow_pickle=False) as arrays:

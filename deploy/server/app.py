@@ -356,7 +356,10 @@ async def on_request_error(request: Request, error: RequestError) -> Response:
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    detail = error.detail
+    if error.status_code == 405 and request.url.path == "/predict":
+        detail = "POST a photograph: curl --data-binary @photo.jpg; or open / in a browser"
+    return JSONResponse({"error": detail}, error.status_code, error.headers)
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:

@@ -257,6 +257,9 @@ def load_matching(
     model.load_state_dict(taken, strict=False)
     report = f"{source}: {len(taken)} of {len(own)} tensors loaded"
     report += f"; new: {', '.join(new[:4])}{', ...' if len(new) > 4 else ''}" if new else ""
+    others = sum(name not in taken and name.rpartition(".")[0] not in classifiers for name in own)
+    if classifiers and others > len(own) // 10:
+        report += f"; {others} new tensors are not the classifier's: are these the weights of another model?"
     if not classifiers:
         report += "; no layer is known as the classifier, so no layer starts at zero"
     elif same_classes is None and f"{next(iter(classifiers))}.weight" in taken:

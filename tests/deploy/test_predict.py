@@ -151,8 +151,9 @@ def test_a_sheet_can_have_grey_and_long_images_and_any_label(shape):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["PHOTOS", "-o", "sheet.png"], "with --least-certain N"),
+    (["PHOTOS", "-o", "sheet.png"], "give --least-certain N too"),
     (["PHOTOS", "--least-certain", 3, "-o", "sheet.gif"], "expected a .png file"),
+    (["PHOTOS", "--csv", "photo.jpg"], "has the name of a photograph"),
     (["PHOTOS", "--csv", "EMPTY"], "is a folder; name another file"),
     (["PHOTOS", "--csv", "/dev/null/answers.csv"], "cannot write /dev/null/answers.csv: "),
     (["EMPTY"], "no image in this folder"),

@@ -91,6 +91,12 @@ def imagenet_resnet(tmp_path):
     return state
 
 
+def test_weights_of_a_smaller_model_are_reported(imagenet_resnet):
+    save_file({name: value.clone() for name, value in imagenet_resnet.items()}, "smaller.safetensors")
+    _, _, report = start("resnet34", pretrained="smaller.safetensors")
+    assert "96 new tensors are not the classifier's: are these the weights of another model?" in report
+
+
 def test_pretrained_keeps_the_body_and_its_preprocessing_and_makes_a_new_head(imagenet_resnet):
     model, config, report = start("resnet18", pretrained=True)
     state = model.state_dict()
