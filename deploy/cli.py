@@ -99,7 +99,7 @@ def read_number(kind: type, low: float, high: float, above: bool, or_zero: bool,
         span = f"0, or {span}" if or_zero else span
         span = f"at most {LARGEST:g}" if LARGEST < value < math.inf == high else span
         if value != value:
-            span = f"a number, {span}"
+            span = f"a number and {span}"
         raise argparse.ArgumentTypeError(f"must be {span}, got {text[:80]}")
     return value
 

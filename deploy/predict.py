@@ -190,9 +190,9 @@ def get_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     if args.sheet and not args.least_certain:
-        raise UserError(f"-o {args.sheet} is the sheet of the least certain images: give --least-certain N too")
+        raise UserError(f"--sheet {args.sheet} is the picture of the least certain images: give --least-certain N too")
     if args.sheet and args.sheet.suffix.lower() != ".png":
-        raise UserError(f"-o {args.sheet}: expected a .png file")
+        raise UserError(f"--sheet {args.sheet}: expected a .png file")
     if args.least_certain:
         args.sheet = args.sheet or Path("least-certain.png")
     if args.csv and args.csv.suffix.lower() in endings():

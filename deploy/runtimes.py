@@ -35,6 +35,7 @@ from deploy.config import ARTEFACT, FLOAT, UINT8, Metadata, read_json
 from deploy.onnx_tools import read_properties, refuse_external_data
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
+FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")  # types of logits that ONNX Runtime may return
 SIDECAR = (
     "an ONNX file from elsewhere needs a {}.json next to it; its fields are mean, std, label_names, "
     f'input_size [3, height, width], interpolation, crop and input. The value of input is "{UINT8}", or "{FLOAT}" if '
@@ -251,14 +252,14 @@ def pick_tensors(session: Any, label_names: Any, sidecar: Path) -> list[str]:
     """Return the names of the first input and of the only output that may hold logits, for a file from elsewhere."""
     images, outputs = session.get_inputs(), session.get_outputs()
     classes = len(label_names) if isinstance(label_names, list) else 0
-    shapes = {one.name: list(one.shape) for one in outputs}
+    shapes = {one.name: list(one.shape) for one in outputs if one.type in FLOATS}
     fit = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] in (classes, str(shape[1]), None)]
     if len(fit) > 1:
         choice = json.dumps([images[0].name, fit[0]])
         raise UserError(
             f'the outputs {" and ".join(fit)} may be the logits: choose one, as "tensors": {choice} in {sidecar}'
         )
-    return [images[0].name, (fit or list(shapes))[0]]
+    return [images[0].name, (fit or [one.name for one in outputs])[0]]
 
 
 def check_graph(session: Any, metadata: Metadata, where: str) -> None:
@@ -277,7 +278,7 @@ def check_graph(session: Any, metadata: Metadata, where: str) -> None:
     if len(sides) != 2 or (isinstance(sides[1], int) and sides[1] != classes):
         fault = "the graph has no such output" if found is None else f"its shape is {sides}"
         raise UserError(f"{where} has {classes} label_names; expected an output {outputs!r}, [N, {classes}]; {fault}")
-    if found is not None and found.type != "tensor(float)":
+    if found is not None and found.type not in FLOATS:
         raise UserError(f"{where}: the output {outputs!r} is a {found.type}; expected logits in tensor(float)")
 
 

@@ -182,10 +182,15 @@ def different_bytes(folder: Path, picture: dict[str, Any], expected: np.ndarray,
     return f"{np.count_nonzero(distance)} of {image.size} bytes differ, by up to {distance.max()}"
 
 
+def is_int8(precision: str) -> bool:
+    return precision.startswith("int8")
+
+
 def pick_vectors(logits: dict[str, Any], runtime: Runtime) -> str:
-    """Return the file whose logits a runtime must give: its own, that of its engine, or one of the same precision."""
+    """Return the file whose logits a runtime must give: its own, its engine's, or one of its kind (INT8 or float)."""
     precision = runtime.metadata.precision
-    same = [name for name, one in logits.items() if one.get("precision") == precision]
+    alike = [name for name, one in logits.items() if is_int8(one.get("precision", "")) == is_int8(precision)]
+    same = sorted(alike, key=lambda name: logits[name].get("precision") != precision)
     for name in (runtime.file, runtime.metadata.onnx, *same):
         if name in logits:
             return name

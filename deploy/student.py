@@ -57,7 +57,7 @@ def find_architecture(
         near = difflib.get_close_matches(name, dict.fromkeys(known), n=5, cutoff=0.5)
         more = f"near matches: {', '.join(near)}" if near else "python -c 'import timm; print(timm.list_models())'"
         places = "not in torchvision, not in timm, not a student/ folder, not file.py:build"
-        if os.sep in name and ":" not in name:
+        if os.sep in name and ":" not in name and not near:
             raise UserError(f"no model {name!r}: expected a student/ folder, a file.py:build, or the name of a model")
         raise UserError(f"unknown model {name!r}: {places}; {more}")
     options = {}

@@ -298,6 +298,8 @@ class Network:
         """Return the serialised engine."""
         if self.definition.num_outputs != 1:  # Engine gives an address only to the logits
             raise UserError(f"{self.onnx_file} has {self.definition.num_outputs} outputs: expected only the logits")
+        if self.definition.get_output(0).dtype != self.trt.DataType.FLOAT:  # Logits.array is float32
+            raise UserError(f"{self.onnx_file} returns other logits than float32: add a Cast to float at its end")
         input_name, image = tensor_names(metadata)[0], metadata.tensor_shape
         config = self.builder.create_builder_config()
         config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)

@@ -18,6 +18,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from deploy.cli import Parser, UserError, command, make_folder, make_parser, number, replacing, show
 from deploy.config import UINT8, Metadata
 from deploy.runtimes import RunOn, load, refuse_stale, tensor_names
@@ -41,13 +43,16 @@ def write_repository(artefact: Path, output: Path, model: Model) -> Path:
     """Write an .onnx or .engine file of deploy/ as a model into the repository `output`, and return its folder.
 
     Raises:
-        UserError: the file is of another kind, the name exists already, or the engine's largest batch is too small
+        UserError: the file is of another kind or takes only one image, the name exists already, or the engine's largest
+            batch is too small
     """
     if artefact.suffix not in BACKENDS:
         raise UserError(f"{artefact} is neither .onnx nor .engine: Triton's backends take only these")
     if artefact.suffix == ".onnx":
         student = load(artefact, RunOn("cpu"))
         metadata, largest = student.metadata, model.max_batch
+        if student.call(np.zeros((1, *metadata.image_shape), np.uint8)).dtype != np.float32:
+            raise UserError(f"{artefact} returns other logits than float32: add a Cast to float at its end")
         if student.max_batch == 1:  # Triton's backend needs a free batch, or another form of config.pbtxt
             raise UserError(f"{artefact} takes only batches of 1 image: export it with a dynamic batch for Triton")
     else:

@@ -18,6 +18,7 @@ exit status is 0 if the loss is right, 1 if it is wrong, 2 if the check cannot r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -213,6 +214,7 @@ UNKNOWN = "the mistake is not a known one: compare each term with kdlite/README.
 
 # ---- the loss to check --------------------------------------------------------------------------------------------
 
+ROLES = ("student", "teacher")
 TARGETS = {"target", "targets", "label", "labels", "gt", "gt_label", "gt_labels", "y", "y_true", "ground_truth"}
 # usual names of gamma and of the temperature, the most likely first
 GAMMAS = ("gamma", "alpha", "beta", "weight", "lam", "lamb", "lambda_")
@@ -224,8 +226,9 @@ def is_number(value: object) -> bool:
 
 
 def role_in(name: str) -> str | None:
-    """Return "student" or "teacher" if the name of an argument contains it."""
-    return next((role for role in ("student", "teacher") if role in name.lower()), None)
+    """Return "student" or "teacher" if the name of an argument of logits contains it."""
+    name = name.lower()
+    return None if "label" in name or "target" in name else next((x for x in ROLES if x in name), None)
 
 
 class Subject:
@@ -244,12 +247,14 @@ class Subject:
         keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         self.by_position = self.tensors == names[:3] or len(self.tensors) < 3
         self.by_position &= keyword_only.isdisjoint(self.tensors)
-        self.orders = [
+        orders = [
             order
-            for order in itertools.permutations(("student", "teacher", "target"))
-            if (target is None or order.index("target") == self.tensors.index(target))
-            and all(role_in(name) in (None, role) for name, role in zip(self.tensors, order))
+            for order in itertools.permutations((*ROLES, "target"))
+            if target is None or order.index("target") == self.tensors.index(target)
         ]
+        named = [order for order in orders if all(role_in(x) in (None, y) for x, y in zip(self.tensors, order))]
+        self.orders = named or orders
+        self.exchanged = [order for order in orders if order not in self.orders]
         self.built = inspect.signature(loss).parameters if isinstance(loss, type) else {}
         self.called = {p.name: p for p in parameters if p.name in names and p.name not in self.tensors}
         attributes = {name: x for name, x in getattr(loss, "__dict__", {}).items() if name[0] != "_" and self.is_object}
@@ -460,8 +465,8 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
             found = compare(formula, one, constants)
             if constants[0] > 1e-3 and all(not error for case, error in found if case.name not in skip):
                 return report(subject, one, constants, words or side_mistake(one))
-        if not words and (found_as_it_is := as_it_is(subject, gamma, temperature)):
-            return found_as_it_is
+        if not words and subject.is_object and (result := by_its_class(subject, gamma, temperature)):
+            return result
     constants = estimate(right, tried[0], gamma, temperature)
     errors = list(compare(right, tried[0], constants))
     finite = all(bool(actual.isfinite().all()) for _, actual in tried[0].actual)
@@ -469,27 +474,38 @@ def check(loss: Any, gamma: float | None = None, temperature: float | None = Non
     mistake = DIGITS_LOST if digits else UNKNOWN
     if not any(bool(actual.count_nonzero()) for _, actual in tried[0].actual):
         mistake = NO_GRADIENT
-    elif factor := common_factor(tried[0], constants):
+    for order in subject.exchanged:
+        with contextlib.suppress(Exception):
+            if any(is_right(one, gamma, temperature) for one in attempts(subject, order)):
+                mistake = "the arguments with the names of student and teacher are exchanged"
+    if mistake == UNKNOWN and (factor := common_factor(tried[0], constants)):
         mistake = f"the loss is {factor:.4g} times NKD"
     return report(subject, tried[0], constants, mistake)
 
 
-def as_it_is(subject: Subject, gamma: float | None, temperature: float | None) -> Result | None:
-    """Return the result of an object that is right with its own numbers, else None.
+def is_right(tried: Attempt, gamma: float | None, temperature: float | None) -> bool:
+    constants = estimate(right, tried, gamma, temperature)
+    return constants[0] > 1e-3 and not any(error for _, error in compare(right, tried, constants))
 
-    Its constructor may have computed other attributes from gamma and temperature, so that new values of these two do
-    not suffice. Temperature 1 proves too little, because the square of the temperature has no effect there.
+
+def by_its_class(subject: Subject, gamma: float | None, temperature: float | None) -> Result | None:
+    """Return the result of an object's class if the class and the object itself are right, else None.
+
+    The constructor may have computed other attributes from gamma and temperature; a change of these two misses those.
+    The object is right if its gradient is that of NKD with two of its numbers.
     """
-    numbers = Numbers(dict(subject.numbers), [], [], {})
-    for order in subject.orders if subject.is_object else []:
-        try:
-            one = attempt(subject, order, numbers, None, None)
-        except Exception:
-            continue
+    own = Numbers(dict(subject.numbers), [], [], {})
+    try:
+        found = check(type(subject.loss), gamma, temperature)
+        tried = [attempt(subject, order, own, None, None) for order in subject.orders]
+    except Exception:  # the constructor may need other arguments
+        return None
+    for one in tried:
         constants = estimate(right, one, gamma, temperature)
-        known = all(any(abs(x - value) < 1e-3 * x for value in subject.numbers.values()) for x in constants)
-        if known and abs(constants[1] - 1) > 1e-3 and not any(error for _, error in compare(right, one, constants)):
-            return report(subject, one, constants, side_mistake(one))
+        known = all(any(abs(x - number) < 1e-3 * x for number in subject.numbers.values()) for x in constants)
+        if known and not found.mistake and is_right(one, gamma, temperature):
+            note = f"each case has a new {type(subject.loss).__name__}"
+            return found._replace(notes=[note, *found.notes])
     return None
 
 

@@ -91,7 +91,8 @@ class Teacher(nn.Module):
             images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             # a CPU resizes no 16-bit floating point
-            wide = images.float() if images.device.type == "cpu" else images
+            low = images.device.type == "cpu" and images.dtype in (torch.float16, torch.bfloat16)
+            wide = images.float() if low else images
             images = F.interpolate(wide, self.size, mode="bicubic", antialias=True).to(images.dtype)
         logits = find_logits(self.model(images), self.logits)
         return logits if self.columns is None else logits.index_select(1, self.columns)

@@ -60,8 +60,13 @@ def run(command: list[str], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output.parent / "log.txt", "a+", encoding="utf-8") as log:
         start = log.seek(0, 2)
-        # if this process ends, train.py gets SIGTERM, so it saves its state and ends too
-        status = subprocess.run(command, stdout=log, stderr=log, preexec_fn=end_with_launcher).returncode
+        process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=end_with_launcher)
+        try:
+            status = process.wait()
+        except BaseException:  # after a signal, train.py saves its state and ends too
+            process.terminate()
+            process.wait()
+            raise
         log.seek(start)
         lines = log.read().strip().splitlines()
     if status:

@@ -114,7 +114,8 @@ class RunFolder:
             log(f"resuming from {self.resumed.file}, {progress}")
             former, new = self.resumed.content["args"], vars(args)
             names = [x for x in self.given if x in former and x not in ("epochs", "output", "resume")]
-            if changed := [f"{option(x)} {former[x]} -> {new[x]}" for x in names if former[x] != new[x]]:
+            changed = [f"{option(x)} {former[x]} -> {new[x]}" for x in names if former[x] != new[x]]
+            if changed and progress.epoch < args.epochs:
                 log(f"changed by this resume: {', '.join(changed)}")
             if progress.epoch >= args.epochs:
                 log(f"the run has finished its {args.epochs} epochs; a larger --epochs continues it")
@@ -183,7 +184,7 @@ class RunFolder:
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is KeyboardInterrupt and IS_MAIN and (self.path / "last.pt").exists():
-            log(f"\n{self.path}/last.pt is kept, --resume continues from it")
+            log(f"\n{self.path}/last.pt is kept; --resume continues from it")
         if isinstance(error[1], Exception):
             self.at_the_end.pop_all()  # log.txt stays open for the line of the error
         else:
@@ -201,7 +202,7 @@ class Tee:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        if "\r" not in text:  # a text with "\r" comes from a progress bar
+        if IS_MAIN and "\r" not in text:  # a text with "\r" comes from a progress bar
             with contextlib.suppress(OSError, ValueError):
                 (self.log.write if self.log else self.early.append)(text)
         self.forward(self.stream.write, text)

@@ -209,9 +209,10 @@ def read_weights(name: str) -> tuple[dict[str, Tensor], Metadata | None]:
         found: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader raises other errors
         expected = "expected a .safetensors or .pth file of tensors, or a student/ folder"
-        reason = (
-            "its pickle holds other objects than tensors" if isinstance(error, UnpicklingError) else first_line(error)
-        )
+        reason = first_line(error)
+        if isinstance(error, UnpicklingError):  # torch's own text advises to run the pickle
+            others = "Unsupported" in str(error)
+            reason = "its pickle holds other objects than tensors" if others else "torch.save did not write it"
         raise UserError(f"{path} cannot be read as weights: {reason}; {expected}") from error
     found = found if isinstance(found, dict) else {}
     nested = ("model_ema", "state_dict_ema", "ema", "state_dict", "model")  # keys that training scripts use
@@ -257,9 +258,10 @@ def load_matching(
     model.load_state_dict(taken, strict=False)
     report = f"{source}: {len(taken)} of {len(own)} tensors loaded"
     report += f"; new: {', '.join(new[:4])}{', ...' if len(new) > 4 else ''}" if new else ""
-    others = sum(name not in taken and name.rpartition(".")[0] not in classifiers for name in own)
-    if classifiers and others > len(own) // 10:
-        report += f"; {others} new tensors are not the classifier's: are these the weights of another model?"
+    body = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in classifiers]
+    others = sum(name not in taken for name in body)
+    if classifiers and others > len(body) // 10:
+        report += f"; new outside the classifier: {others} of {len(body)}. Are these the weights of another model?"
     if not classifiers:
         report += "; no layer is known as the classifier, so no layer starts at zero"
     elif same_classes is None and f"{next(iter(classifiers))}.weight" in taken:
@@ -295,12 +297,12 @@ def find_classifiers(model: nn.Module, classes: int) -> dict[str, nn.Module]:
 def refuse_partial_patches(model: nn.Module, name: str, size: Sequence[int]) -> None:
     """Raise UserError if timm's patch embedding would ignore the last rows or columns of an image."""
     embed: Any = getattr(model, "patch_embed", None)
-    patch = getattr(embed, "patch_size", None)
-    if not isinstance(patch, tuple) or getattr(embed, "dynamic_img_pad", False):
-        return
-    for side, step in zip(size[1:], patch):
+    proj = getattr(embed, "proj", None)
+    if not isinstance(proj, nn.Conv2d) or proj.stride != proj.kernel_size or getattr(embed, "dynamic_img_pad", False):
+        return  # without patches, with patches that overlap, or with padding
+    for side, step in zip(size[1:], proj.stride):
         if side % step:
-            near = f"{side // step * step or step} or {(side // step + 1) * step}"
+            near = " or ".join(str(one * step) for one in (side // step, side // step + 1) if one)
             raise UserError(f"{name} cuts an image into patches of {step} px: give --img-size {near}, not {side}")
 
 

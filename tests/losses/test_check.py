@@ -105,6 +105,17 @@ class Product:
         return hand(student, teacher, target, self.factor / self.temperature**2, self.temperature)
 
 
+class Twice:
+    """Write T * 2 for T ** 2, which is right only for T = 2."""
+
+    def __init__(self, temperature):
+        self.temperature = temperature
+
+    def __call__(self, student, teacher, target):
+        gamma = 1.5 * (self.temperature * 2) / self.temperature**2
+        return hand(student, teacher, target, gamma, self.temperature)
+
+
 @dataclasses.dataclass(frozen=True)
 class Frozen:
     gamma: float = 1.5
@@ -179,12 +190,31 @@ RIGHT = {  # a right loss, and the notes about its call
     ),
     "an object with a product of its numbers": (
         Product(3.5, 3.0),
-        ["gamma: 3.5, a constant in the loss", "not varied: gamma=3.5, temperature=3.0, factor=31.5"],
+        ["each case has a new Product", "gamma: argument gamma", "temperature: argument temperature"],
+    ),
+    "an object with a product at temperature 1": (Product(), ["each case has a new Product"]),
+    "labels with a teacher in their name": (
+        lambda student_logits, teacher_logits, teacher_labels: hand(student_logits, teacher_logits, teacher_labels),
+        ["called as (student, teacher, target)"],
     ),
     "a frozen dataclass": (Frozen(), ["gamma: argument gamma", "temperature: argument temperature"]),
     "an object with slots": (Slots(), ["gamma: 1.5, a constant in the loss", "temperature: 2, a constant in the loss"]),
     "positional only": (lambda *tensors: hand(*tensors), ["gamma: 1.5, a constant in the loss"]),
 }
+
+
+def test_an_object_with_a_wrong_option_is_wrong_if_its_class_is_right_by_default():
+    class Optional:
+        def __init__(self, gamma=1.5, temperature=2.0, square=True):
+            self.gamma, self.temperature = gamma, temperature
+            self.power = 2 if square else 1
+
+        def __call__(self, student, teacher, target):
+            gamma = self.gamma * self.temperature ** (self.power - 2)
+            return hand(student, teacher, target, gamma, self.temperature)
+
+    assert check.check(Optional).mistake is None
+    assert "once, not squared" in check.check(Optional(square=False)).mistake
 
 
 @pytest.mark.parametrize("kind", RIGHT)
@@ -307,6 +337,8 @@ WRONG = {  # losses with other argument names, and the mistake of each
         ),
         "the target's logit is 0 in the non-target part",
     ),
+    "an object that is right only with its own numbers": (Twice(2.0), "has the temperature once, not squared"),
+    "exchanged names": (lambda teacher, student, y: hand(teacher, student, y), "are exchanged"),
     "half": (lambda s, t, y, gamma=1.5, T=1.0: 0.5 * hand(s, t, y, gamma, T), "the loss is 0.5 times NKD"),
     "a reverse KL, with the teacher's gradient": (reverse_kl, "not a known one"),
     "no_grad": (torch.no_grad()(hand), "the student's logits get no gradient"),

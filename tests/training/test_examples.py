@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from deploy.cli import UserError
+from deploy.cli import UserError, run_command
 from kdlite.training import launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,6 +286,28 @@ def test_downloaded_weights_get_timms_names(tmp_path, monkeypatch):
     assert not (tmp_path / "other.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_after_a_signal_the_training_saves_before_the_command_ends(tmp_path, name):
+    training = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), pathlib.Path('saved').touch(), sys.exit(0)))\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+
+    def interrupt():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    (tmp_path / "train.py").write_text(training.replace("Path('", f"Path('{tmp_path}/"))
+    threading.Thread(target=interrupt).start()
+    command = [sys.executable, str(tmp_path / "train.py")]
+    with pytest.raises(SystemExit):
+        run_command("finetune.py", lambda: launch.run(command, tmp_path / "runs/student"))
+    assert (tmp_path / "saved").exists()
+
+
 def test_a_finished_run_stays_and_a_stopped_run_is_resumed(tmp_path, monkeypatch):
     output, commands = tmp_path / "run", []
 
@@ -295,9 +318,9 @@ def test_a_finished_run_stays_and_a_stopped_run_is_resumed(tmp_path, monkeypatch
         (output / "args.json").write_text(json.dumps({"command": shlex.join(command[1:])}))
         (output / "metrics.csv").write_text("epoch,val_top1\n1,12.5\n2,25\n")
         (output / "curves.png").touch()
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(finetune.subprocess, "run", train)
+    monkeypatch.setattr(finetune.subprocess, "Popen", train)
     assert [finetune.train_once(["--seed", 1], output) for _ in range(2)] == [25.0] * 2
     with pytest.raises(finetune.UserError, match="has the run of another command: remove this folder"):
         finetune.train_once(["--seed", 2], output)

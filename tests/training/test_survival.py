@@ -353,7 +353,7 @@ def test_ctrl_c_names_the_checkpoint_that_a_resume_uses(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "train_step", interrupt)
     run("--output", "out", "--resume", *OWN, "--epochs", 2, check=130)
-    assert "out/last.pt is kept, --resume continues from it" in capsys.readouterr().out
+    assert "out/last.pt is kept; --resume continues from it" in capsys.readouterr().out
 
 
 def test_a_resume_without_a_checkpoint_never_replaces_finished_epochs(capsys):

@@ -36,6 +36,7 @@ from kdlite.training.weights import (
     load_teacher,
     open_student,
     read_weights,
+    refuse_partial_patches,
 )
 
 MODELS = Path(__file__).parents[1].joinpath("own_models.py")
@@ -91,10 +92,19 @@ def imagenet_resnet(tmp_path):
     return state
 
 
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "convnext_atto"])  # patches that overlap; no patches
+def test_only_an_image_that_patches_would_cut_off_is_refused(name):
+    refuse_partial_patches(timm.create_model(name), name, (3, 30, 30))
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(32, 48))
+    refuse_partial_patches(vit, "vit", (3, 32, 48))
+    with pytest.raises(UserError, match="vit cuts an image into patches of 16 px: give --img-size 32 or 48, not 40"):
+        refuse_partial_patches(vit, "vit", (3, 32, 40))
+
+
 def test_weights_of_a_smaller_model_are_reported(imagenet_resnet):
     save_file({name: value.clone() for name, value in imagenet_resnet.items()}, "smaller.safetensors")
     _, _, report = start("resnet34", pretrained="smaller.safetensors")
-    assert "96 new tensors are not the classifier's: are these the weights of another model?" in report
+    assert "new outside the classifier: 48 of 108. Are these the weights of another model?" in report
 
 
 def test_pretrained_keeps_the_body_and_its_preprocessing_and_makes_a_new_head(imagenet_resnet):
