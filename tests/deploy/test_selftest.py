@@ -60,6 +60,7 @@ def test_no_jpeg_is_large_enough_for_a_reduced_scale(student):
                 assert jpeg_scale(image.size, needed) == 1, (size, picture)
 
 
+@pytest.mark.slow
 def test_the_logits_of_other_files_of_the_same_student_are_kept(student, tmp_path):
     other = student / "student-fp16.onnx"
     other.write_bytes((student / "student.onnx").read_bytes())
@@ -127,6 +128,7 @@ def test_a_file_is_compared_only_with_vectors_of_its_precision(student, capfd):
     assert "the vectors are those of other.onnx, not of student.onnx (fp32)" in refused(capfd, selftest, student)
 
 
+@pytest.mark.slow
 def test_vectors_of_older_weights_are_refused_until_pack_writes_new_ones(student, tmp_path, capfd):
     write_onnx(student, metadata_of(source={"weights_sha256": "1" * 64}))
     deploy(pack, student, "-o", tmp_path / "student.pyz")
@@ -136,6 +138,7 @@ def test_vectors_of_older_weights_are_refused_until_pack_writes_new_ones(student
     deploy(selftest, student)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"logits": []}'])
 def test_pack_replaces_damaged_vectors(student, tmp_path, damage):
     index = student / "vectors/index.json"

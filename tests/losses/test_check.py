@@ -351,6 +351,7 @@ WRONG = {  # losses with other argument names, and the mistake of each
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRONG)
 def test_the_names_of_the_arguments_do_not_hide_a_mistake(kind):
     loss, mistake = WRONG[kind]

@@ -44,6 +44,7 @@ def images(folder):
     return set(numbers.tolist()), set(counts.tolist())
 
 
+@pytest.mark.slow
 def test_no_student_trains_on_a_validation_digit(digits):
     trained, _ = images(digits / "teacher/train")
     val, _ = images(digits / "teacher/val")

@@ -286,6 +286,7 @@ def test_downloaded_weights_get_timms_names(tmp_path, monkeypatch):
     assert not (tmp_path / "other.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_after_a_signal_the_training_saves_before_the_command_ends(tmp_path, name):
     training = (

@@ -700,6 +700,7 @@ def test_a_part_of_a_batch_without_a_readable_image_is_refused(photos, capfd):
     assert "china/3.jpg cannot be read, nor any other image of its part of the batch" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_whose_name_is_not_utf_8_trains(photos):
     folder = os.path.join(os.fsencode(photos.parent), b"donn\xe9es")
     os.rename(photos, folder)
