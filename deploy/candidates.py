@@ -86,6 +86,8 @@ def get_parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     if len(args.img_size) > 2:
         raise UserError(f"--img-size takes one side, or height and width; got {len(args.img_size)} numbers")
+    if args.output.suffix != ".pyz":  # it could replace another file
+        raise UserError(f"--output {args.output}: expected a name that ends with .pyz")
     input_size = [3, args.img_size[0], args.img_size[-1]]
     write_candidates(args.models, input_size, args.classes, args.output)
     size, name = args.output.stat().st_size / 1e6, args.output.name

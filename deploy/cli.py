@@ -98,7 +98,7 @@ def read_number(kind: type, low: float, high: float, above: bool, or_zero: bool,
             span = f"greater than {low}" + (f" and at most {high}" if high < math.inf else "")
         span = f"0, or {span}" if or_zero else span
         span = f"at most {LARGEST:g}" if LARGEST < value < math.inf == high else span
-        if value != value:
+        if value != value:  # NaN; math.isnan raises an error for a huge int
             span = f"a number and {span}"
         raise argparse.ArgumentTypeError(f"must be {span}, got {text[:80]}")
     return value
@@ -144,7 +144,7 @@ def run_command(program: str, function: Callable[[], int | None]) -> int:
     The status is 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 if the reader of
     stdout ends first (`| head`), and otherwise the function's. Other errors keep their traceback.
     """
-    use_backslashreplace()
+    prepare_streams()
     try:
         with signals_as_exit():
             return function() or 0
@@ -274,10 +274,11 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def use_backslashreplace() -> None:
-    """Make stdout and stderr escape characters that the locale's encoding lacks, instead of raising an error.
+def prepare_streams() -> None:
+    """Make stdout and stderr accept every text.
 
-    A stream that the caller closed, as some init scripts do, becomes the null device.
+    They escape characters that the locale's encoding lacks, instead of raising an error. A stream that the caller
+    closed, as some init scripts do, becomes the null device.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

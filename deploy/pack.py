@@ -159,8 +159,8 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.runtime and not is_page(args.output):
         raise UserError("--runtime is for student.html: give --output a name that ends with .html")
-    if args.output.exists() and args.output.samefile(artefact):
-        raise UserError(f"--output {args.output} is the file to pack: give another name, such as student.pyz")
+    if not is_page(args.output) and args.output.suffix != ".pyz":  # it could replace a file of the student
+        raise UserError(f"--output {args.output}: expected a name that ends with .pyz or .html")
     pack(artefact, args.output, args.runtime)
     size, name = args.output.stat().st_size / 1e6, args.output.name
     following = f"on the device: python3 {shlex.quote(name)} --requirements"

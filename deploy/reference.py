@@ -83,6 +83,13 @@ def prepare_some(source: Any, count: int, metadata: Metadata) -> tuple[np.ndarra
     return np.array(images, np.uint8).reshape(-1, *metadata.image_shape), np.array(labels, np.int64)
 
 
+def folder_of(student: Path) -> Path:
+    """Return the folder of the reference: the run directory, or the folder of student.pyz."""
+    folder = student.resolve().parent
+    # for the archive student.pyz, folder.is_file() would search inside it
+    return Path(folder.parent if os.path.isfile(folder) else folder)
+
+
 def find_reference(student: Path, given: Path | None) -> Path | None:
     """Return the file that --reference names, or the run's reference.npz, or None if it is missing.
 
@@ -91,10 +98,7 @@ def find_reference(student: Path, given: Path | None) -> Path | None:
     """
     if given and not given.is_file():
         raise UserError(f"--reference {given}: no such file")
-    folder = student.resolve().parent
-    if os.path.isfile(folder):  # the archive student.pyz; folder.is_file() would search inside it
-        folder = folder.parent
-    own = Path(folder) / NAME
+    own = folder_of(student) / NAME
     return given or (own if own.is_file() else None)
 
 
@@ -105,10 +109,10 @@ def read_reference(student: Path, given: Path | None, otherwise: str) -> Referen
     """
     file = find_reference(student, given)
     if file is None:
-        archive = student.resolve().parent
-        if os.path.isfile(archive):  # student.pyz
-            raise UserError(f"no {NAME} next to {archive}: copy the run's {NAME} there; {otherwise}")
-        raise UserError(f"no {NAME} next to {student} (train.py --reference N writes it): {otherwise}")
+        fault = (
+            f"no {NAME} in {folder_of(student)} (train.py --reference N writes it; next to student.pyz, copy it there)"
+        )
+        raise UserError(f"{fault}: {otherwise}")
     try:
         with np.load(file, allow_pickle=False) as arrays:
             reference = Reference(**{name: np.atleast_1d(arrays[name]) for name in Reference._fields})

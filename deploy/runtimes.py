@@ -252,14 +252,14 @@ def pick_tensors(session: Any, label_names: Any, sidecar: Path) -> list[str]:
     """Return the names of the first input and of the only output that may hold logits, for a file from elsewhere."""
     images, outputs = session.get_inputs(), session.get_outputs()
     classes = len(label_names) if isinstance(label_names, list) else 0
-    shapes = {one.name: list(one.shape) for one in outputs if one.type in FLOATS}
-    fit = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] in (classes, str(shape[1]), None)]
+    rows = [one for one in outputs if one.type in FLOATS and len(one.shape) == 2]
+    fit = [one.name for one in rows if not isinstance(one.shape[1], int) or one.shape[1] == classes]
     if len(fit) > 1:
         choice = json.dumps([images[0].name, fit[0]])
         raise UserError(
             f'the outputs {" and ".join(fit)} may be the logits: choose one, as "tensors": {choice} in {sidecar}'
         )
-    return [images[0].name, (fit or [one.name for one in outputs])[0]]
+    return [images[0].name, fit[0] if fit else outputs[0].name]
 
 
 def check_graph(session: Any, metadata: Metadata, where: str) -> None:

@@ -89,8 +89,12 @@ def draw(picture: Picture, side: int) -> bytes:
     return file.getvalue()
 
 
+def is_int8(precision: str) -> bool:
+    return precision.startswith("int8")
+
+
 def tolerance_of(precision: str) -> float:
-    return TOLERANCE.get(precision, TOLERANCE_INT8 if precision.startswith("int8") else TOLERANCE["fp32"])
+    return TOLERANCE.get(precision, TOLERANCE_INT8 if is_int8(precision) else TOLERANCE["fp32"])
 
 
 def make_vectors(runtime: Runtime, former: Path) -> dict[str, bytes]:
@@ -180,10 +184,6 @@ def different_bytes(folder: Path, picture: dict[str, Any], expected: np.ndarray,
     if not distance.any():
         return ""
     return f"{np.count_nonzero(distance)} of {image.size} bytes differ, by up to {distance.max()}"
-
-
-def is_int8(precision: str) -> bool:
-    return precision.startswith("int8")
 
 
 def pick_vectors(logits: dict[str, Any], runtime: Runtime) -> str:

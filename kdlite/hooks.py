@@ -78,7 +78,7 @@ class FeatureTap:
         self._capture.output = None
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+    def _in_forward(self) -> Iterator[None]:
         """Store the output of a forward also if checkpointing recomputes it; drop it if the forward fails."""
         self._capture.in_forward = True
         try:

@@ -130,7 +130,7 @@ class WithWeakHead(nn.Module):
         return self._tap.layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else self._tap.kept():
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else self._tap._in_forward():
             output = self.model(*args, **kwargs)
         if not self.training:
             self._tap.forget()

@@ -357,8 +357,8 @@ async def on_request_error(request: Request, error: RequestError) -> Response:
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
     detail = error.detail
-    if error.status_code == 405 and request.url.path == "/predict":
-        detail = "POST a photograph: curl --data-binary @photo.jpg; or open / in a browser"
+    if error.status_code == 405 and error.headers:
+        detail = f"{request.method} is not allowed here: use {error.headers['Allow']}"
     return JSONResponse({"error": detail}, error.status_code, error.headers)
 
 

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from deploy.cli import ProgressBar, UserError, is_code, printable, use_backslashreplace, write_whole
+from deploy.cli import ProgressBar, UserError, is_code, prepare_streams, printable, write_whole
 from deploy.confidence import ANSWERED, FEWEST, fit_confidence
 from deploy.config import Metadata, read_config
 from deploy.flags import RECIPES, option
@@ -228,7 +228,7 @@ class Tee:
 @contextmanager
 def tee() -> Iterator[None]:
     """Replace stdout and stderr by Tees."""
-    use_backslashreplace()
+    prepare_streams()
     before = sys.stdout, sys.stderr
     Tee.early.clear()
     sys.stdout, sys.stderr = Tee(sys.stdout), Tee(sys.stderr)  # type: ignore[assignment]

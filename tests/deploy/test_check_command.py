@@ -281,7 +281,7 @@ def change_reference(run, **arrays):
 
 @pytest.mark.parametrize("command", [check, quantize])
 @pytest.mark.parametrize(("how", "message"), [
-    ("missing", "no reference.npz next to"), ("truncated", "reference.npz cannot be read"),
+    ("missing", "no reference.npz in "), ("truncated", "reference.npz cannot be read"),
     ("of other weights", "belongs to other weights than"), ("of other classes", "belongs to another student than"),
 ])  # fmt: skip
 def test_a_reference_that_does_not_match_the_student_gives_one_line(run, how, message, command, capfd):

@@ -403,6 +403,8 @@ def test_the_logits_of_each_precision_are_those_of_onnxruntime(browser, runtime,
     (["--runtime", "nothing.tgz"], "nothing.tgz cannot be read"),
     ([], "npm, which fetches ONNX Runtime Web, is not installed: on another machine run npm pack onnxruntime-web@"),
     (["-o", "student.pyz", "--runtime", "other.tgz"], "--runtime is for student.html"),
+    (["-o", "student/student.onnx"], "expected a name that ends with .pyz or .html"),
+    (["-o", "student/config.json"], "expected a name that ends with .pyz or .html"),
 ])  # fmt: skip
 def test_a_mistake_with_pack_gives_one_line(capfd, tmp_path, monkeypatch, flags, message):
     student = tmp_path / "student"

@@ -195,18 +195,19 @@ def test_an_error_quotes_only_a_short_ascii_part_of_a_request():
         assert message.isprintable()
 
 
-@pytest.mark.parametrize(("path", "method", "status"), [
-    ("/v2/models/another/infer", "POST", 404),
-    ("/v2/models/student/versions/2/infer", "POST", 404),
-    ("/v2/models/another", "GET", 404),
-    ("/nowhere", "GET", 404),
-    ("/predict", "GET", 405),
-    (INFER, "GET", 405),
+@pytest.mark.parametrize(("path", "method", "status", "error"), [
+    ("/v2/models/another/infer", "POST", 404, "another"),
+    ("/v2/models/student/versions/2/infer", "POST", 404, "2"),
+    ("/v2/models/another", "GET", 404, "another"),
+    ("/nowhere", "GET", 404, "Not Found"),
+    ("/predict", "GET", 405, "GET is not allowed here: use POST"),
+    (INFER, "GET", 405, "GET is not allowed here: use POST"),
+    ("/v2", "POST", 405, "POST is not allowed here: use "),
 ])  # fmt: skip
-def test_a_wrong_path_or_method_is_an_error_in_json(site, path, method, status):
+def test_a_wrong_path_or_method_is_an_error_in_json(site, path, method, status, error):
     got, headers, answer = ask(site, path, b"" if method == "POST" else None, method=method)
     assert got == status
-    assert json.loads(answer)["error"]
+    assert error in json.loads(answer)["error"]
     assert headers["content-type"] == "application/json"
 
 

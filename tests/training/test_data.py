@@ -162,7 +162,7 @@ def test_the_split_is_the_same_in_another_process_and_locale(tmp_path):
     split = open_data(str(make(tmp_path, {NFC: 30, "dog": 20})), val_split=0.3).split
     program = f"""import json; from deploy import cli
 from kdlite.training.data import open_data
-cli.use_backslashreplace()
+cli.prepare_streams()
 print(json.dumps(open_data({str(tmp_path)!r}, val_split=0.3).split))"""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | locale, capture_output=True)
