@@ -71,8 +71,8 @@ def cases() -> list[Case]:
         ):
             student, teacher = (offset + std * torch.randn(n, c, generator=g) for _ in range(2))
             target = torch.randint(c, (n,), generator=g)
-            # In half of the rows the teacher is right, as in training. Not in the peaked case, where a loss with a known
-            # mistake would also lose digits, so that the check could not name the mistake.
+            # In half of the rows the teacher is right, as in training. Not in the peaked case: there a loss with a
+            # known mistake would also lose digits, so that the check could not name the mistake.
             if c < 100:
                 target[::2] = teacher[::2].argmax(1)
             found.append(Case(name, student, teacher, target, gamma, temperature))
