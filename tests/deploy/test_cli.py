@@ -49,6 +49,7 @@ def test_a_broken_pipe_between_processes_keeps_its_traceback():
 def test_a_command_that_gets_a_signal_removes_its_unfinished_files(tmp_path, name):
     code = (
         "import os, signal, sys; from pathlib import Path; from deploy.cli import replacing, run_command\n"
+        f"signal.signal(signal.{name}, signal.SIG_DFL)\n"  # under nohup a process inherits an ignored SIGHUP
         "def work():\n"
         "    with replacing(Path(sys.argv[1])) as partial:\n"
         "        partial.write_text('half')\n"

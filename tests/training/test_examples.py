@@ -302,10 +302,14 @@ def test_after_a_signal_the_training_saves_before_the_command_ends(tmp_path, nam
         os.kill(os.getpid(), getattr(signal, name))
 
     (tmp_path / "train.py").write_text(training.replace("Path('", f"Path('{tmp_path}/"))
+    before = signal.signal(getattr(signal, name), signal.SIG_DFL)  # under nohup the tests inherit an ignored SIGHUP
     threading.Thread(target=interrupt).start()
     command = [sys.executable, str(tmp_path / "train.py")]
-    with pytest.raises(SystemExit):
-        run_command("finetune.py", lambda: launch.run(command, tmp_path / "runs/student"))
+    try:
+        with pytest.raises(SystemExit):
+            run_command("finetune.py", lambda: launch.run(command, tmp_path / "runs/student"))
+    finally:
+        signal.signal(getattr(signal, name), before)
     assert (tmp_path / "saved").exists()
 
 
